@@ -1,0 +1,123 @@
+"""Attention under the block mask, as functions that stock `transformers` models call.
+
+Registered with transformers under the names in `BACKENDS` (see `blockft.model.load`); a model with that
+`attn_implementation` needs `block_masks=BlockMasks(...)` among the keywords of its forward pass and raises without: a
+forgotten or misspelt keyword would otherwise train on as plain causal attention.
+
+Shapes: B batch, T query tokens, S key tokens, H query heads, K key/value heads, D head size.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from blockft.attention.layout import Vectors
+from blockft.attention.mask import batch_rule, dense_batch_mask
+
+
+class BlockMasks:
+    """The masks of one batch, built on its device when a layer first asks; layers of the same window share one.
+
+    `vectors` describe the S key tokens of each row; the T queries of a layer are the last of them.
+    """
+
+    def __init__(self, vectors: Vectors) -> None:
+        self.vectors = vectors
+        self._dense: dict[tuple[int | None, int], torch.Tensor] = {}
+        self._flex: dict[int | None, BlockMask] = {}
+
+    def dense(self, window: int | None, num_queries: int) -> torch.Tensor:
+        """(B, 1, T, S) bool, true where attention is allowed."""
+        if (window, num_queries) not in self._dense:
+            self._dense[window, num_queries] = dense_batch_mask(self.vectors, window, num_queries)
+        return self._dense[window, num_queries]
+
+    def flex(self, window: int | None) -> BlockMask:
+        """FlexAttention's block-sparse mask of T = S tokens."""
+        if window not in self._flex:
+            num_rows, num_tokens = self.vectors.example_ids.shape
+            rule, device = batch_rule(self.vectors, window), self.vectors.example_ids.device
+            build = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
+            self._flex[window] = build(rule, num_rows, None, num_tokens, num_tokens, device=str(device))
+        return self._flex[window]
+
+
+def block_sdpa(
+    module: torch.nn.Module,
+    q_BHTD: torch.Tensor,
+    keys_BKSD: torch.Tensor,
+    values_BKSD: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    block_masks: BlockMasks | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Scaled dot product attention under a dense mask: the reference, on any device. Returns (B, T, H, D).
+
+    Raises:
+        ValueError: `block_masks` is missing.
+    """
+    mask = _checked(block_masks, keys_BKSD).dense(sliding_window, q_BHTD.shape[2])
+    out_BHTD = torch.nn.functional.scaled_dot_product_attention(
+        q_BHTD, keys_BKSD, values_BKSD, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=True
+    )
+    return out_BHTD.transpose(1, 2).contiguous(), None
+
+
+def block_flex(
+    module: torch.nn.Module,
+    q_BHTD: torch.Tensor,
+    keys_BKSD: torch.Tensor,
+    values_BKSD: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    block_masks: BlockMasks | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Compiled block-sparse FlexAttention: whole tiles that nobody may attend to are skipped. Returns (B, T, H, D).
+
+    On a CPU PyTorch has its forward pass only.
+
+    Raises:
+        ValueError: `block_masks` is missing; attention dropout; fewer queries than keys.
+    """
+    masks = _checked(block_masks, keys_BKSD)
+    if dropout:
+        raise ValueError("the flex backend has no attention dropout: set attention_dropout to 0 or use sdpa")
+    if q_BHTD.shape[2] != keys_BKSD.shape[2]:
+        raise ValueError("the flex backend attends within whole rows: use sdpa with cached keys")
+    mask = masks.flex(sliding_window)
+    out_BHTD = _compiled(flex_attention)(
+        q_BHTD, keys_BKSD, values_BKSD, block_mask=mask, scale=scaling, enable_gqa=True
+    )
+    return out_BHTD.transpose(1, 2).contiguous(), None
+
+
+BACKENDS: dict[str, Callable[..., tuple[torch.Tensor, None]]] = {"block_sdpa": block_sdpa, "block_flex": block_flex}
+"""The backends by the name that `attn_implementation` takes."""
+
+
+def _checked(masks: BlockMasks | None, keys_BKSD: torch.Tensor) -> BlockMasks:
+    if masks is None:
+        raise ValueError("block attention needs block_masks=BlockMasks(...) among the model's forward keywords")
+    rows_and_keys = (keys_BKSD.shape[0], keys_BKSD.shape[2])
+    if tuple(masks.vectors.example_ids.shape) != rows_and_keys:
+        raise ValueError(
+            f"block_masks describe {tuple(masks.vectors.example_ids.shape)} tokens, the keys are {rows_and_keys}"
+        )
+    return masks
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled once per process, for fixed shapes: a dynamic one would be slower and compile again all the same."""
+    return torch.compile(function, dynamic=False)

@@ -1,0 +1,79 @@
+"""The one mask rule, and every form of it.
+
+Shapes: B rows of a batch, T query tokens, S key tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from blockft.attention.layout import Layout, Vectors, lay_out
+
+Index = Any  # an int or an integer tensor; the rule is the same for both
+
+
+def may_attend(
+    q: Index, k: Index, example_ids: torch.Tensor, block_ids: torch.Tensor, is_final: torch.Tensor
+) -> torch.Tensor:
+    """Whether token `q` may attend to token `k`: the rule of Block-Attention (Ma et al. 2025, figure 2).
+
+    ::
+
+        lengths (2, 2, 2):  # . . . . .
+                            # # . . . .       causal, inside one example, and
+                            . . # . . .       inside one block, or from a final block to a local one
+                            . . # # . .
+                            # # # # # .
+                            # # # # # #
+
+    `q` and `k` index the three one-dimensional vectors; indices broadcast against each other.
+    """
+    same_block = block_ids[q] == block_ids[k]
+    reads_context = is_final[q] & ~is_final[k]
+    return (q >= k) & (example_ids[q] == example_ids[k]) & (same_block | reads_context)
+
+
+def within_window(q: Index, k: Index, position_ids: torch.Tensor, window: int) -> torch.Tensor:
+    """Whether `k` lies in the sliding window of `q`: by position in the example, never by place in the row."""
+    return position_ids[q] - position_ids[k] < window
+
+
+def batch_rule(vectors: Vectors, window: int | None = None, first_query: int = 0) -> Callable[..., torch.Tensor]:
+    """The rule of a batch as `rule(b, h, q, k)` over its rows `b`, as FlexAttention calls it; heads `h` are alike.
+
+    Queries are counted from the row's token `first_query` on: with cached keys only the last tokens of a row ask.
+    """
+    num_tokens = vectors.example_ids.shape[1]
+    example_ids, block_ids = vectors.example_ids.flatten(), vectors.block_ids.flatten()
+    is_final, position_ids = vectors.is_final.flatten(), vectors.position_ids.flatten()
+
+    def rule(b: Index, h: Index, q: Index, k: Index) -> torch.Tensor:
+        q, k = b * num_tokens + first_query + q, b * num_tokens + k
+        allowed = may_attend(q, k, example_ids, block_ids, is_final)
+        return allowed if window is None else allowed & within_window(q, k, position_ids, window)
+
+    return rule
+
+
+def dense_batch_mask(vectors: Vectors, window: int | None = None, num_queries: int | None = None) -> torch.Tensor:
+    """The rule written out, the oracle of every backend: (B, 1, T, S) bool, true where attention is allowed.
+
+    S is the tokens of a row, T the last `num_queries` of them (all by default).
+    """
+    num_rows, num_keys = vectors.example_ids.shape
+    num_queries = num_keys if num_queries is None else num_queries
+    device = vectors.example_ids.device
+    rule = batch_rule(vectors, window, first_query=num_keys - num_queries)
+    b = torch.arange(num_rows, device=device)[:, None, None, None]
+    q = torch.arange(num_queries, device=device)[:, None]
+    return rule(b, 0, q, torch.arange(num_keys, device=device))
+
+
+def dense_mask(block_lengths: Sequence[int], num_final: int = 1, window: int | None = None) -> torch.Tensor:
+    """The (T, T) bool mask of one example, true where row token may attend to column token.
+
+    Raises:
+        ValueError: see `Layout`.
+    """
+    return dense_batch_mask(lay_out([Layout(tuple(block_lengths), num_final)]), window)[0, 0]

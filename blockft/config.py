@@ -1,0 +1,312 @@
+"""The settings of one run: dataclasses, overridden by a recipe (YAML), overridden by `key=value` words.
+
+Only `cli` and `stages` read them; everything below takes plain arguments. Each comment above a field is its
+documentation, and its default is the one that a recipe need not repeat.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, cast, get_args, get_origin, get_type_hints
+
+from blockft.errors import UserError
+
+SHIPPED = next(p for p in (Path(__file__).parent / "recipes", Path(__file__).parents[1] / "recipes") if p.is_dir())
+"""The folder of the recipes that ship: inside the installed package, or beside it in a checkout."""
+
+
+class Format(StrEnum):
+    """Layouts of a source file."""
+
+    samples = "samples"
+    hotpotqa = "hotpotqa"
+
+
+class View(StrEnum):
+    """Which layout an example is trained or evaluated in."""
+
+    block = "block"
+    full = "full"
+
+
+class Order(StrEnum):
+    """How the documents of a prompt are ordered by relevance."""
+
+    ascending = "ascending"
+    descending = "descending"
+    shuffled = "shuffled"
+    given = "given"
+
+
+class Role(StrEnum):
+    """The message in which the documents stand."""
+
+    system = "system"
+    user = "user"
+
+
+class BadRecord(StrEnum):
+    """What a broken record does."""
+
+    error = "error"
+    skip = "skip"
+
+
+class TooLong(StrEnum):
+    """What happens to a sample longer than a row."""
+
+    drop = "drop"
+    trim = "trim"
+
+
+class Attention(StrEnum):
+    """Attention backends; `auto` is `flex` on a GPU and `sdpa` elsewhere."""
+
+    auto = "auto"
+    sdpa = "sdpa"
+    flex = "flex"
+
+
+class Precision(StrEnum):
+    """The type in which weights are computed with; `auto` is bfloat16 on a GPU and float32 elsewhere."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Init(StrEnum):
+    """Where a run's first weights come from."""
+
+    pretrained = "pretrained"
+    random = "random"
+
+
+@dataclass(kw_only=True)
+class Source:
+    """One file, glob, folder or Hub data set to read."""
+
+    # the layout of its records
+    format: Format
+    # a file, a glob, a folder, or the id of a data set on the Hub
+    path: str
+    # the split, for a data set on the Hub
+    split: str | None = None
+    # read no more than this many records
+    max_samples: int | None = None
+
+
+@dataclass(kw_only=True)
+class ModelSettings:
+    # a local folder or a model id on the Hub
+    path: str
+    # branch, tag or commit on the Hub
+    revision: str | None = None
+    # pretrained weights, or random ones from the folder's config.json and `train.seed`
+    init: Init = Init.pretrained
+    # the attention backend of training and evaluation
+    attention: Attention = Attention.auto
+    # the type of weights and activations in training
+    dtype: Precision = Precision.auto
+
+
+@dataclass(kw_only=True)
+class PromptSettings:
+    """The wording of a RAG prompt; fields in braces are filled in."""
+
+    # the block before the documents
+    instruction: str = "Answer the question using the following documents.\n\n"
+    # one document: {title} and {text}
+    document: str = "{title}\n{text}\n\n"
+    # the final block: {question}
+    question: str = "Question: {question}\nAnswer in a few words."
+    # the message that holds the documents
+    documents_in: Role = Role.user
+
+
+@dataclass(kw_only=True)
+class DataSettings:
+    # the folder that `prepare` writes and `train` reads
+    out: str
+    # what to train on
+    sources: list[Source]
+    # tokens in a row: the longest example that can be trained on
+    row_len: int = 4096
+    # the views of every example that splits into blocks
+    views: list[View] = field(default_factory=lambda: [View.block, View.full])
+    # documents in a RAG prompt; null keeps all that the record has
+    num_documents: int | None = None
+    # order of the documents: `ascending` puts the most relevant one next to the question
+    order: Order = Order.ascending
+    # questions in a row over the same documents share them in one example
+    shared_context: bool = False
+    # error names file, line and field; skip counts and lists the record
+    on_bad_record: BadRecord = BadRecord.error
+    # drop the sample, or trim its least relevant documents
+    too_long: TooLong = TooLong.drop
+    # worker processes for tokenising; 0 is one per core
+    num_workers: int = 0
+    # seed of every shuffle in `prepare`
+    seed: int = 0
+    prompt: PromptSettings = field(default_factory=PromptSettings)
+
+
+@dataclass(kw_only=True)
+class TrainSettings:
+    # the run's folder
+    out: str
+    # DeepSpeed settings: a JSON file, or the name of one that ships (zero2)
+    deepspeed: str = "zero2"
+    # rows in a global batch; a multiple of the number of processes
+    batch_rows: int = 8
+    # passes over the data
+    epochs: int = 1
+    # stop after this many optimizer steps; null runs all epochs
+    max_steps: int | None = None
+    learning_rate: float = 2e-5
+    # any scheduler name of transformers.Trainer
+    scheduler: str = "cosine"
+    # extra arguments of the scheduler
+    scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    # steps over which the learning rate rises from 0
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    # recompute activations in the backward pass: less memory, a third more time
+    gradient_checkpointing: bool = False
+    # log the loss every so many steps
+    log_steps: int = 1
+    # save a checkpoint every so many steps, and at the end
+    save_steps: int = 500
+    # whole checkpoints kept
+    keep_checkpoints: int = 2
+    # seed of the row order and of random weights
+    seed: int = 0
+    # trackers: none, wandb, tensorboard
+    report_to: list[str] = field(default_factory=lambda: ["none"])
+
+
+@dataclass(kw_only=True)
+class EvalSettings:
+    # the folder for the report, the predictions and the plot
+    out: str
+    # held-out samples with answers
+    sources: list[Source]
+    modes: list[View] = field(default_factory=lambda: [View.block, View.full])
+    # the longest answer, in tokens
+    max_new_tokens: int = 32
+    # evaluate no more than this many samples; null is all
+    max_samples: int | None = None
+    # prompts decoded together
+    batch_size: int = 32
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """One whole run: every verb reads the part that concerns it."""
+
+    model: ModelSettings
+    data: DataSettings
+    train: TrainSettings
+    eval: EvalSettings | None = None
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given by path or by the name of one that ships.
+
+    Raises:
+        UserError: there is none; the names that ship are listed.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = {p.stem: p for p in sorted(SHIPPED.glob("*.yaml"))}
+    if name in shipped:
+        return shipped[name]
+    hint = difflib.get_close_matches(path.stem, shipped, n=1)
+    guess = f"; did you mean {hint[0]}?" if hint else ""
+    raise UserError(f"recipe {name!r} is neither a file nor one that ships ({', '.join(shipped)}){guess}")
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `key=value` overrides to it.
+
+    Raises:
+        UserError: an unknown key (with a suggestion), a missing or ill-typed value; all faults at once.
+    """
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    path = find_recipe(name)
+    try:
+        given = OmegaConf.load(path)
+        for word in overrides:
+            key, equals, value = word.partition("=")
+            if not equals:
+                raise UserError(f"{word!r} is no setting: write key=value, for example train.learning_rate=1e-4")
+            OmegaConf.update(given, key, yaml.safe_load(value))
+        plain = OmegaConf.to_container(given, resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as a recipe: {' '.join(str(error).split())}") from error
+    if not isinstance(plain, dict):
+        raise UserError(f"{path} holds no mapping: a recipe has the keys {', '.join(_fields(Recipe))}")
+    if faults := _faults(Recipe, cast(dict[str, Any], plain), ""):
+        raise UserError(f"{path}: {'; '.join(faults)}")
+    try:
+        return cast(Recipe, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), plain)))
+    except OmegaConfBaseException as error:
+        key = f" (at {error.full_key})" if error.full_key else ""
+        raise UserError(f"{path}: {str(error).splitlines()[0]}{key}") from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML with every setting written out."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+
+
+def _fields(kind: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(kind)]
+
+
+def _nested(kind: type) -> dict[str, tuple[type, bool]]:
+    """The fields that hold settings themselves: name -> (dataclass, is it a list of them)."""
+    found = {}
+    for name, hint in get_type_hints(kind).items():
+        for inner in (hint, *get_args(hint)):
+            if dataclasses.is_dataclass(inner):
+                found[name] = (cast(type, inner), get_origin(hint) is list)
+    return found
+
+
+def _faults(kind: type, given: dict[str, Any], at: str) -> list[str]:
+    """Every unknown and every missing key below `at`."""
+    faults = []
+    for key in given:
+        if key not in _fields(kind):
+            hint = difflib.get_close_matches(str(key), _fields(kind), n=1)
+            remedy = f"did you mean {at}{hint[0]}?" if hint else f"allowed: {', '.join(_fields(kind))}"
+            faults.append(f"unknown key {at}{key} ({remedy})")
+    for f in dataclasses.fields(kind):
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and given.get(f.name) in (None, "???"):
+            faults.append(f"{at}{f.name} is missing")
+    for name, (inner, many) in _nested(kind).items():
+        value = given.get(name)
+        if many and isinstance(value, list):
+            parts = [(f"{at}{name}[{i}].", part) for i, part in enumerate(value)]
+        else:
+            parts = [(f"{at}{name}.", value)] if value is not None and not many else []
+        for where, part in parts:
+            if isinstance(part, dict):
+                faults += _faults(inner, part, where)
+            else:
+                faults.append(f"{where[:-1]} is {part!r}, it should hold {', '.join(_fields(inner))}")
+    return faults

@@ -1,0 +1,144 @@
+"""The key-side path: blocks encoded alone, their keys moved to where the blocks stand, joined with the final block.
+
+The reference that every faster path is compared with; it runs on any device and for every supported family.
+Shapes: B prompts of a batch, T query tokens, S key tokens, K key/value heads, D head size.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from blockft.attention.backends import BlockMasks
+from blockft.attention.layout import PADDING, Layout, Vectors, lay_out
+from blockft.attention.positions import Rotation
+
+Ids = tuple[int, ...]
+"""The token ids of a block."""
+
+
+@dataclass(frozen=True)
+class BlockKV:
+    """The keys and values of one block at positions 0..n-1: a (K, n, D) tensor each, per layer."""
+
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+
+
+@torch.inference_mode()
+def encode_blocks(model: PreTrainedModel, blocks: Iterable[Ids], max_tokens: int = 4096) -> dict[Ids, BlockKV]:
+    """Encode each different block alone, several to a forward pass of at most `max_tokens` tokens."""
+    encoded: dict[Ids, BlockKV] = {}
+    for group in _groups(dict.fromkeys(blocks), max_tokens):
+        # a block that is an example of its own is encoded at positions 0..n-1 and sees nothing else
+        vectors = lay_out([Layout((len(block),)) for block in group]).to(model.device)
+        ids = torch.tensor([[token for block in group for token in block]], device=model.device)
+        cache = DynamicCache()
+        model.base_model(
+            input_ids=ids,
+            position_ids=vectors.position_ids,
+            block_masks=BlockMasks(vectors),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        start = 0
+        for block in group:
+            tokens = slice(start, start := start + len(block))
+            encoded[block] = BlockKV(
+                tuple(layer.keys[0, :, tokens].clone() for layer in cache.layers),
+                tuple(layer.values[0, :, tokens].clone() for layer in cache.layers),
+            )
+    return encoded
+
+
+class JoinedPrompts:
+    """A batch of prompts whose local blocks are joined in one cache, ready for their final blocks and for decoding.
+
+    ::
+
+        row 0   . . c c c c c | . f f f | n | n      c context, f final block, n decoded, . padding
+        row 1   c c c c c c c | f f f f | n | n
+
+    Padding attends to padding alone, so prompts of any lengths stand in one batch.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layer_rotations: Sequence[Rotation],
+        contexts: Sequence[Sequence[Ids]],
+        encoded: dict[Ids, BlockKV],
+    ) -> None:
+        self._model = model
+        self._lengths = torch.tensor([sum(map(len, context)) for context in contexts])
+        self._vectors = _columns(torch.zeros_like(self._lengths), self._lengths, is_final=False)
+        self._cache = DynamicCache()
+        if longest := int(self._lengths.max()):
+            for layer, rotation in enumerate(layer_rotations):
+                rows = [_join(context, encoded, layer, rotation, longest) for context in contexts]
+                keys, values = (torch.stack(part) for part in zip(*rows, strict=True))
+                self._cache.update(keys, values, layer)
+
+    @torch.inference_mode()
+    def advance(self, new_ids: Sequence[Sequence[int]], num_logits: int = 1) -> torch.Tensor:
+        """Append at least one token to the final block of every prompt, not necessarily the same number.
+
+        Returns the logits after the last `num_logits` columns, in which tokens stand right aligned: (B, num_logits,
+        vocabulary).
+        """
+        added = torch.tensor([len(ids) for ids in new_ids])
+        columns = _columns(self._lengths, added, is_final=True)
+        self._lengths = self._lengths + added
+        self._vectors = self._vectors.followed_by(columns)
+        num_queries, device = int(added.max()), self._model.device
+        padded = [[0] * (num_queries - len(ids)) + list(ids) for ids in new_ids]
+        logits: torch.Tensor = self._model(
+            input_ids=torch.tensor(padded, device=device),
+            position_ids=columns.position_ids.to(device),
+            block_masks=BlockMasks(self._vectors.to(device)),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=num_logits,
+        ).logits
+        return logits
+
+
+def _columns(starts: torch.Tensor, lengths: torch.Tensor, is_final: bool) -> Vectors:
+    """The vectors of the next tokens of every prompt, right aligned; `starts` and `lengths` are (B,)."""
+    index = torch.arange(int(lengths.max())) - (lengths.max() - lengths)[:, None]
+    is_token = index >= 0
+    return Vectors(
+        position_ids=torch.where(is_token, starts[:, None] + index, 0),
+        example_ids=torch.where(is_token, 0, PADDING),
+        block_ids=torch.full_like(index, int(is_final)),
+        is_final=is_token & is_final,
+    )
+
+
+def _join(
+    context: Sequence[Ids], encoded: dict[Ids, BlockKV], layer: int, rotation: Rotation, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A layer's keys, moved to their places, and values of one context, padded on the left: (K, length, D) each."""
+    some = next(iter(encoded.values()))
+    missing = length - sum(map(len, context))
+    keys = [torch.zeros_like(some.keys[layer][:, :1]).expand(-1, missing, -1)]
+    values = [torch.zeros_like(some.values[layer][:, :1]).expand(-1, missing, -1)]
+    offset = 0
+    for block in context:
+        keys.append(rotation.shift(encoded[block].keys[layer], by=offset))
+        values.append(encoded[block].values[layer])
+        offset += len(block)
+    return torch.cat(keys, dim=1), torch.cat(values, dim=1)
+
+
+def _groups(blocks: Iterable[Ids], max_tokens: int) -> Iterator[list[Ids]]:
+    """Blocks in order, in groups of at most `max_tokens` tokens; a longer block is a group of its own."""
+    group: list[Ids] = []
+    for block in blocks:
+        if group and sum(map(len, group)) + len(block) > max_tokens:
+            yield group
+            group = []
+        group.append(block)
+    if group:
+        yield group

@@ -1,0 +1,119 @@
+"""Opening models and tokenizers for Block-Attention, and refusing those for which no law is shown."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from blockft.attention.backends import BACKENDS
+from blockft.attention.positions import Rotation
+from blockft.errors import UserError
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3")
+"""Values of `config.model_type` for which law 4 is tested."""
+
+ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+"""RoPE kinds whose frequencies do not depend on the length of the prompt."""
+
+for _name, _backend in BACKENDS.items():
+    AttentionInterface.register(_name, _backend)
+
+
+def check_supported(config: PreTrainedConfig) -> None:
+    """Refuse a model whose cached keys cannot be moved exactly.
+
+    Raises:
+        UserError: another family, RoPE kind, or a variant of a family that attends differently.
+    """
+    name = config.name_or_path or config.model_type
+    if config.model_type not in FAMILIES:
+        raise UserError(
+            f"{name}: model type {config.model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
+        )
+    for kind in sorted({rope["rope_type"] for rope in _rope_parameters(config).values()}):
+        if kind not in ROPE_KINDS:
+            raise UserError(
+                f"{name}: RoPE kind {kind!r} is not supported, since its frequencies depend on the prompt's length; "
+                f"supported: {', '.join(ROPE_KINDS)}"
+            )
+    for setting in ("attn_logit_softcapping", "use_bidirectional_attention"):
+        if getattr(config, setting, None):
+            raise UserError(f"{name}: {setting} is set in its config.json, and such attention is not supported")
+
+
+def load_config(path: str, revision: str | None = None) -> PreTrainedConfig:
+    """The configuration of a supported model, given as a folder or a Hub id.
+
+    Raises:
+        UserError: there is no such model, or it is not supported.
+    """
+    config = _open(AutoConfig, path, revision)
+    check_supported(config)
+    return config
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or Hub id.
+
+    Raises:
+        UserError: there is none.
+    """
+    return _open(AutoTokenizer, path, revision)
+
+
+def load_model(
+    path: str, *, backend: str, dtype: torch.dtype, revision: str | None = None, random_seed: int | None = None
+) -> PreTrainedModel:
+    """A causal language model that attends by `backend` ('sdpa' or 'flex'), on the CPU and in training mode off.
+
+    With `random_seed` its weights are drawn afresh instead of read.
+
+    Raises:
+        UserError: there is no such model, or it is not supported.
+    """
+    config = load_config(path, revision)
+    settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": f"block_{backend}"}
+    if random_seed is not None:
+        set_seed(random_seed)
+        return AutoModelForCausalLM.from_config(config, **settings).eval()
+    return _open(AutoModelForCausalLM, path, revision, config=config, **settings).eval()
+
+
+def rotations(model: PreTrainedModel) -> tuple[Rotation, ...]:
+    """The rotary embedding of each layer, with the frequencies that the model itself computes with."""
+    rotary, config = model.base_model.rotary_emb, model.config
+    ropes = _rope_parameters(config)
+    per_kind = {
+        kind: Rotation(getattr(rotary, f"{kind}_inv_freq" if kind else "inv_freq")) for kind in ropes
+    }
+    if "" in per_kind:
+        return (per_kind[""],) * config.num_hidden_layers
+    return tuple(per_kind[kind] for kind in config.layer_types)
+
+
+def _rope_parameters(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
+    """RoPE parameters by kind of layer; the kind is '' where all layers share them."""
+    parameters = config.rope_parameters
+    return {"": parameters} if "rope_type" in parameters else parameters
+
+
+def _open(kind: Any, path: str, revision: str | None, **settings: Any) -> Any:
+    """`from_pretrained`, with its many ways to say that nothing is there turned into one sentence."""
+    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
+        raise UserError(f"model {path!r} is no folder, and no id on the Hub (owner/name) either")
+    try:
+        return kind.from_pretrained(path, revision=revision or "main", **settings)
+    except (OSError, ValueError) as error:
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+        raise UserError(f"model {path!r} cannot be opened{offline}: {str(error).splitlines()[0]}") from error

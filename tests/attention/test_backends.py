@@ -1,0 +1,129 @@
+"""Laws 1 to 3 through real models: one block is causal, backends agree with the oracle, packing changes nothing."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import PreTrainedModel
+
+from blockft.attention.backends import BlockMasks, block_flex, block_sdpa
+from blockft.attention.layout import Layout, Vectors, lay_out
+from blockft.attention.mask import dense_batch_mask
+from tests.tiny import CONFIGS, WINDOW, build_model, random_ids, random_layout
+
+close = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def forward(model: PreTrainedModel, ids: torch.Tensor, vectors: Vectors) -> torch.Tensor:
+    return model(
+        input_ids=ids[None], position_ids=vectors.position_ids, block_masks=BlockMasks(vectors), use_cache=False
+    ).logits[0]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_law_1_one_block_is_plain_causal_attention(name: str) -> None:
+    ids = random_ids(random.Random(name), 4 * WINDOW)
+    plain = build_model(name, attention="eager")(input_ids=ids[None], use_cache=False).logits[0]
+    assert_close(forward(build_model(name), ids, lay_out([Layout((4 * WINDOW,))])), plain, **close)
+
+
+def oracle(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, vectors: Vectors, window: int | None
+) -> torch.Tensor:
+    """Softmax attention in plain arithmetic under the dense mask; queries share keys in groups."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
+    scores = scores.masked_fill(~dense_batch_mask(vectors, window), float("-inf"))
+    return (scores.softmax(dim=-1) @ v).transpose(1, 2)
+
+
+def random_batch(seed: int, row_len: int) -> Vectors:
+    rng = random.Random(seed)
+    rows = [
+        lay_out([random_layout(rng, rng.randint(9, row_len // 3), rng.randint(3, 6), rng.randint(1, 3))] * 2, row_len)
+        for _ in range(2)
+    ]
+    return Vectors(*(torch.cat(parts) for parts in zip(*(row.as_tuple() for row in rows), strict=True)))
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("seed", range(3))
+def test_law_2_sdpa_agrees_with_the_oracle_and_its_gradients(seed: int, window: int | None) -> None:
+    vectors = random_batch(seed, 64)
+    torch.manual_seed(seed)
+    q, k, v = (torch.randn(2, heads, 64, 8, requires_grad=True) for heads in (6, 2, 2))
+    out, _ = block_sdpa(
+        torch.nn.Module(), q, k, v, None, scaling=8**-0.5, sliding_window=window, block_masks=BlockMasks(vectors)
+    )
+    want = oracle(q, k, v, vectors, window)
+    assert_close(out, want, **close)
+    weights = torch.randn_like(out)
+    for got, expected in zip(
+        torch.autograd.grad((out * weights).sum(), (q, k, v)),
+        torch.autograd.grad((want * weights).sum(), (q, k, v)),
+        strict=True,
+    ):
+        assert_close(got, expected, **close)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_law_2_flex_agrees_with_the_oracle_forward(window: int | None) -> None:
+    """On a CPU FlexAttention has no backward pass; `make test-gpu` shows gradients."""
+    vectors = random_batch(11, 256)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 256, 16) for heads in (6, 2, 2))
+    out, _ = block_flex(
+        torch.nn.Module(), q, k, v, None, scaling=0.25, sliding_window=window, block_masks=BlockMasks(vectors)
+    )
+    assert_close(out, oracle(q, k, v, vectors, window), **close)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_law_3_packing_changes_no_logit_and_no_gradient(name: str) -> None:
+    rng, model = random.Random(name), build_model(name)
+    layouts = [random_layout(rng, 21, 4), random_layout(rng, 30, 6, num_final=2), Layout((5,))]
+    ids = [random_ids(rng, layout.num_tokens) for layout in layouts]
+
+    def gradients(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        model.zero_grad()
+        logits = run()
+        logits.logsumexp(dim=-1).mean().backward()
+        return logits.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    alone_logits, alone_grads = gradients(
+        lambda: torch.cat([forward(model, i, lay_out([lo])) for i, lo in zip(ids, layouts, strict=True)])
+    )
+    padding = random_ids(rng, 8)
+    packed_logits, packed_grads = gradients(
+        lambda: forward(model, torch.cat([*ids, padding]), lay_out(layouts, row_len=64))[:56]
+    )
+    assert_close(packed_logits, alone_logits, **close)
+    for got, want in zip(packed_grads, alone_grads, strict=True):
+        assert_close(got, want, **close)
+
+
+def test_law_3_shared_questions_equal_questions_alone() -> None:
+    rng, model = random.Random(5), build_model("gemma3")
+    shared = Layout((8, 9, 5, 6), num_final=2)
+    context, first, second = random_ids(rng, 28).split((17, 5, 6))
+    got = forward(model, torch.cat((context, first, second)), lay_out([shared]))
+    alone = forward(model, torch.cat((context, second)), lay_out([Layout((8, 9, 6))]))
+    assert_close(got[22:], alone[17:], **close)
+
+
+@pytest.mark.parametrize("attention", ["block_sdpa", "block_flex"])
+def test_a_forgotten_mask_is_an_error(attention: str) -> None:
+    model = build_model("llama", attention)
+    ids = random_ids(random.Random(0), 8)[None]
+    with pytest.raises(ValueError, match="block_masks"):
+        model(input_ids=ids)
+    with pytest.raises(ValueError, match="block_masks"):
+        model(input_ids=ids, block_mask=BlockMasks(lay_out([Layout((8,))])))
+
+
+def test_masks_of_another_length_are_an_error() -> None:
+    model, masks = build_model("llama"), BlockMasks(lay_out([Layout((7,))]))
+    with pytest.raises(ValueError, match="describe"):
+        model(input_ids=random_ids(random.Random(0), 8)[None], block_masks=masks)

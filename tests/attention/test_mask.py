@@ -1,0 +1,95 @@
+"""The mask rule against its definition, drawn and by brute force."""
+
+import random
+
+import pytest
+import torch
+
+from blockft.attention.layout import PADDING, Layout, lay_out
+from blockft.attention.mask import dense_batch_mask, dense_mask, may_attend
+from tests.tiny import random_layout
+
+
+def drawn(picture: str) -> torch.Tensor:
+    return torch.tensor([[mark == "#" for mark in line.split()] for line in picture.strip().splitlines()])
+
+
+def test_the_rule_as_drawn() -> None:
+    expected = drawn("""
+        # . . . . .
+        # # . . . .
+        . . # . . .
+        . . # # . .
+        # # # # # .
+        # # # # # #
+    """)
+    assert torch.equal(dense_mask((2, 2, 2)), expected)
+
+
+def test_questions_that_share_a_context_are_blind_to_each_other() -> None:
+    expected = drawn("""
+        # . . . . .
+        . # . . . .
+        # # # . . .
+        # # # # . .
+        # # . . # .
+        # # . . # #
+    """)
+    assert torch.equal(dense_mask((1, 1, 2, 2), num_final=2), expected)
+    assert lay_out([Layout((1, 1, 2, 2), 2)]).position_ids.tolist() == [[0, 1, 2, 3, 2, 3]]
+
+
+def test_windows_compare_positions_not_places() -> None:
+    mask = dense_mask((2, 1, 2), num_final=2, window=2)
+    # the second question stands at row index 3 but at position 2, one after the last token of the context
+    assert mask[3].tolist() == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 31])
+def test_law_1_one_block_is_causal(num_tokens: int) -> None:
+    assert torch.equal(dense_mask((num_tokens,)), torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_rows_obey_the_definition(seed: int) -> None:
+    rng = random.Random(seed)
+    layouts = []
+    for _ in range(3):
+        num_blocks = rng.randint(1, 5)
+        layouts.append(random_layout(rng, rng.randint(5, 15), num_blocks, rng.randint(1, num_blocks)))
+    vectors = lay_out(layouts, row_len=50)
+    mask = dense_batch_mask(vectors)[0, 0]
+    example, block, final = (v[0].tolist() for v in (vectors.example_ids, vectors.block_ids, vectors.is_final))
+    for q in range(50):
+        for k in range(50):
+            allowed = k <= q and example[q] == example[k] and (block[q] == block[k] or final[q] > final[k])
+            assert mask[q, k] == allowed
+            assert mask[q, k] == may_attend(
+                q, k, vectors.example_ids[0], vectors.block_ids[0], vectors.is_final[0]
+            )
+
+
+def test_the_full_view_of_shared_questions_is_causal_for_each() -> None:
+    layout = Layout((2, 3, 2, 1), num_final=2).full()
+    assert layout == Layout((5, 2, 1), num_final=2)
+    assert torch.equal(dense_mask((5, 2)), dense_mask((7,)))
+    assert Layout((2, 3, 2)).full() == Layout((7,))
+
+
+def test_padding_is_an_example_of_its_own() -> None:
+    vectors = lay_out([Layout((2, 2))], row_len=6)
+    assert vectors.example_ids.tolist() == [[0, 0, 0, 0, PADDING, PADDING]]
+    mask = dense_batch_mask(vectors)[0, 0]
+    assert not mask[4:, :4].any() and not mask[:4, 4:].any()
+    assert mask.any(dim=1).all(), "a token that attends to nothing would give NaN"
+
+
+@pytest.mark.parametrize(("lengths", "num_final"), [((), 1), ((2, 0), 1), ((2, 2), 0), ((2, 2), 3)])
+def test_impossible_layouts_are_refused(lengths: tuple[int, ...], num_final: int) -> None:
+    with pytest.raises(ValueError):
+        Layout(lengths, num_final)
+
+
+def test_examples_longer_than_the_row_are_refused() -> None:
+    with pytest.raises(ValueError, match="do not fit"):
+        lay_out([Layout((3,)), Layout((3,))], row_len=5)

@@ -1,0 +1,72 @@
+"""Law 4: blocks encoded alone, moved and joined give the logits of the masked forward."""
+
+import random
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import PreTrainedModel
+
+from blockft.attention.backends import BlockMasks
+from blockft.attention.layout import Layout, lay_out
+from blockft.inference.keyside import Ids, JoinedPrompts, encode_blocks
+from blockft.model.load import rotations
+from tests.tiny import CONFIGS, build_model, random_ids, random_layout
+
+
+def cut(ids: torch.Tensor, layout: Layout) -> list[Ids]:
+    return [tuple(part.tolist()) for part in ids.split(layout.block_lengths)]
+
+
+@torch.inference_mode()
+def masked_logits(model: PreTrainedModel, ids: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The oracle: one forward pass under the block mask; the logits of the final block."""
+    vectors = lay_out([layout])
+    out = model(
+        input_ids=ids[None], position_ids=vectors.position_ids, block_masks=BlockMasks(vectors), use_cache=False
+    )
+    return out.logits[0, layout.context_len :]
+
+
+def joined_logits(model: PreTrainedModel, prompts: list[list[Ids]]) -> list[torch.Tensor]:
+    encoded = encode_blocks(model, [block for prompt in prompts for block in prompt[:-1]], max_tokens=512)
+    joined = JoinedPrompts(model, rotations(model), [prompt[:-1] for prompt in prompts], encoded)
+    finals = [prompt[-1] for prompt in prompts]
+    logits = joined.advance(finals, num_logits=max(map(len, finals)))
+    return [row[-len(final) :] for row, final in zip(logits, finals, strict=True)]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_law_4_joined_blocks_give_the_masked_forward(name: str) -> None:
+    rng, model = random.Random(name), build_model(name)
+    prompts, expected = [], []
+    for num_tokens, num_blocks in [(60, 5), (24, 1), (90, 50), (37, 2)]:
+        ids, layout = random_ids(rng, num_tokens), random_layout(rng, num_tokens, num_blocks)
+        prompts.append(cut(ids, layout))
+        expected.append(masked_logits(model, ids, layout))
+    for got, want in zip(joined_logits(model, prompts), expected, strict=True):
+        assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_law_4_holds_to_2048_tokens(name: str) -> None:
+    rng, model = random.Random(name), build_model(name)
+    ids, layout = random_ids(rng, 2048), random_layout(rng, 2048, 12)
+    got = joined_logits(model, [cut(ids, layout)])[0]
+    assert_close(got, masked_logits(model, ids, layout), rtol=1e-5, atol=1e-5)
+
+
+def test_decoding_continues_the_masked_forward() -> None:
+    model, layout = build_model("gemma3"), Layout((12, 7, 9, 11))
+    ids = random_ids(random.Random(3), layout.num_tokens)
+    *context, final = cut(ids, layout)
+    joined = JoinedPrompts(model, rotations(model), [context], encode_blocks(model, context))
+    steps = [joined.advance([final[:2]]), *(joined.advance([[token]]) for token in final[2:])]
+    got = torch.cat([step[0] for step in steps])
+    assert_close(got, masked_logits(model, ids, layout)[1:], rtol=1e-5, atol=1e-5)
+
+
+def test_a_repeated_block_is_encoded_once() -> None:
+    model = build_model("llama")
+    encoded = encode_blocks(model, [(1, 2, 3), (4, 5), (1, 2, 3)])
+    assert list(encoded) == [(1, 2, 3), (4, 5)]

@@ -1,0 +1,54 @@
+"""Which models are opened, and what is said to those that are not."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.models.gemma3 import Gemma3TextConfig
+from transformers.models.gpt2 import GPT2Config
+from transformers.models.llama import LlamaConfig
+
+from blockft.errors import UserError
+from blockft.model.load import check_supported, load_model, load_tokenizer, rotations
+from tests.tiny import CONFIGS, SIZE, build_model
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_family_of_law_4_is_supported(name: str) -> None:
+    check_supported(CONFIGS[name]())
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (GPT2Config(), "gpt2"),
+        (LlamaConfig(**SIZE, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "dynamic"),
+        (Gemma3TextConfig(**SIZE, attn_logit_softcapping=50.0), "attn_logit_softcapping"),
+        (Gemma3TextConfig(**SIZE, use_bidirectional_attention=True), "use_bidirectional_attention"),
+    ],
+)
+def test_what_no_law_covers_is_refused(config: object, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        check_supported(config)
+
+
+def test_gemma3_has_two_rotations() -> None:
+    local, globally = rotations(build_model("gemma3"))
+    assert not torch.equal(local.inv_freq, globally.inv_freq)
+
+
+def test_a_saved_model_is_opened_with_its_weights(tmp_path: Path) -> None:
+    model = build_model("llama")
+    model.save_pretrained(tmp_path)
+    opened = load_model(str(tmp_path), backend="sdpa", dtype=torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), opened.parameters(), strict=True))
+    drawn = load_model(str(tmp_path), backend="sdpa", dtype=torch.float32, random_seed=1)
+    assert not torch.equal(drawn.lm_head.weight, opened.lm_head.weight)
+
+
+@pytest.mark.parametrize("path", ["no/such/folder/here", "./missing", "/missing", "owner/not-cached"])
+def test_a_missing_model_is_one_sentence(path: str) -> None:
+    for load in (load_tokenizer, lambda p: load_model(p, backend="sdpa", dtype=torch.float32)):
+        with pytest.raises(UserError) as error:
+            load(path)
+        assert path in str(error.value) and "\n" not in str(error.value)
