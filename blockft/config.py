@@ -1,21 +1,12 @@
 """The settings of one run: dataclasses, overridden by a recipe (YAML), overridden by `key=value` words.
 
-Only `cli` and `stages` read them; everything below takes plain arguments. Each comment above a field is its
-documentation, and its default is the one that a recipe need not repeat.
+Only `cli` and `stages` read them; everything below takes plain arguments. The comment above a field is its
+documentation, and a recipe need not repeat a default.
 """
 
-import dataclasses
-import difflib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from pathlib import Path
-from typing import Any, cast, get_args, get_origin, get_type_hints
-
-from blockft.errors import UserError
-
-SHIPPED = next(p for p in (Path(__file__).parent / "recipes", Path(__file__).parents[1] / "recipes") if p.is_dir())
-"""The folder of the recipes that ship: inside the installed package, or beside it in a checkout."""
+from typing import Any
 
 
 class Format(StrEnum):
@@ -214,99 +205,3 @@ class Recipe:
     data: DataSettings
     train: TrainSettings
     eval: EvalSettings | None = None
-
-
-def find_recipe(name: str) -> Path:
-    """The file of a recipe given by path or by the name of one that ships.
-
-    Raises:
-        UserError: there is none; the names that ship are listed.
-    """
-    path = Path(name)
-    if path.is_file():
-        return path
-    shipped = {p.stem: p for p in sorted(SHIPPED.glob("*.yaml"))}
-    if name in shipped:
-        return shipped[name]
-    hint = difflib.get_close_matches(path.stem, shipped, n=1)
-    guess = f"; did you mean {hint[0]}?" if hint else ""
-    raise UserError(f"recipe {name!r} is neither a file nor one that ships ({', '.join(shipped)}){guess}")
-
-
-def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply `key=value` overrides to it.
-
-    Raises:
-        UserError: an unknown key (with a suggestion), a missing or ill-typed value; all faults at once.
-    """
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    path = find_recipe(name)
-    try:
-        given = OmegaConf.load(path)
-        for word in overrides:
-            key, equals, value = word.partition("=")
-            if not equals:
-                raise UserError(f"{word!r} is no setting: write key=value, for example train.learning_rate=1e-4")
-            OmegaConf.update(given, key, yaml.safe_load(value))
-        plain = OmegaConf.to_container(given, resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as a recipe: {' '.join(str(error).split())}") from error
-    if not isinstance(plain, dict):
-        raise UserError(f"{path} holds no mapping: a recipe has the keys {', '.join(_fields(Recipe))}")
-    if faults := _faults(Recipe, cast(dict[str, Any], plain), ""):
-        raise UserError(f"{path}: {'; '.join(faults)}")
-    try:
-        return cast(Recipe, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), plain)))
-    except OmegaConfBaseException as error:
-        key = f" (at {error.full_key})" if error.full_key else ""
-        raise UserError(f"{path}: {str(error).splitlines()[0]}{key}") from error
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML with every setting written out."""
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
-
-
-def _fields(kind: type) -> list[str]:
-    return [f.name for f in dataclasses.fields(kind)]
-
-
-def _nested(kind: type) -> dict[str, tuple[type, bool]]:
-    """The fields that hold settings themselves: name -> (dataclass, is it a list of them)."""
-    found = {}
-    for name, hint in get_type_hints(kind).items():
-        for inner in (hint, *get_args(hint)):
-            if dataclasses.is_dataclass(inner):
-                found[name] = (cast(type, inner), get_origin(hint) is list)
-    return found
-
-
-def _faults(kind: type, given: dict[str, Any], at: str) -> list[str]:
-    """Every unknown and every missing key below `at`."""
-    faults = []
-    for key in given:
-        if key not in _fields(kind):
-            hint = difflib.get_close_matches(str(key), _fields(kind), n=1)
-            remedy = f"did you mean {at}{hint[0]}?" if hint else f"allowed: {', '.join(_fields(kind))}"
-            faults.append(f"unknown key {at}{key} ({remedy})")
-    for f in dataclasses.fields(kind):
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if required and given.get(f.name) in (None, "???"):
-            faults.append(f"{at}{f.name} is missing")
-    for name, (inner, many) in _nested(kind).items():
-        value = given.get(name)
-        if many and isinstance(value, list):
-            parts = [(f"{at}{name}[{i}].", part) for i, part in enumerate(value)]
-        else:
-            parts = [(f"{at}{name}.", value)] if value is not None and not many else []
-        for where, part in parts:
-            if isinstance(part, dict):
-                faults += _faults(inner, part, where)
-            else:
-                faults.append(f"{where[:-1]} is {part!r}, it should hold {', '.join(_fields(inner))}")
-    return faults

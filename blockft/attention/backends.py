@@ -1,8 +1,8 @@
 """Attention under the block mask, as functions that stock `transformers` models call.
 
 Registered with transformers under the names in `BACKENDS` (see `blockft.model.load`); a model with that
-`attn_implementation` needs `block_masks=BlockMasks(...)` among the keywords of its forward pass and raises without: a
-forgotten or misspelt keyword would otherwise train on as plain causal attention.
+`attn_implementation` needs `block_masks=BlockMasks(...)` among the keywords of its forward pass and raises
+without: a forgotten or misspelt keyword would otherwise train on as plain causal attention.
 
 Shapes: B batch, T query tokens, S key tokens, H query heads, K key/value heads, D head size.
 """
@@ -19,7 +19,7 @@ from blockft.attention.mask import batch_rule, dense_batch_mask
 
 
 class BlockMasks:
-    """The masks of one batch, built on its device when a layer first asks; layers of the same window share one.
+    """The masks of one batch, built on its device when first asked for; layers of one window share them.
 
     `vectors` describe the S key tokens of each row; the T queries of a layer are the last of them.
     """
@@ -83,7 +83,7 @@ def block_flex(
     block_masks: BlockMasks | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Compiled block-sparse FlexAttention: whole tiles that nobody may attend to are skipped. Returns (B, T, H, D).
+    """Compiled block-sparse FlexAttention: tiles that nobody may attend to are skipped. Returns (B, T, H, D).
 
     On a CPU PyTorch has its forward pass only.
 
@@ -102,22 +102,27 @@ def block_flex(
     return out_BHTD.transpose(1, 2).contiguous(), None
 
 
-BACKENDS: dict[str, Callable[..., tuple[torch.Tensor, None]]] = {"block_sdpa": block_sdpa, "block_flex": block_flex}
+BACKENDS: dict[str, Callable[..., tuple[torch.Tensor, None]]] = {
+    "block_sdpa": block_sdpa,
+    "block_flex": block_flex,
+}
 """The backends by the name that `attn_implementation` takes."""
 
 
 def _checked(masks: BlockMasks | None, keys_BKSD: torch.Tensor) -> BlockMasks:
     if masks is None:
-        raise ValueError("block attention needs block_masks=BlockMasks(...) among the model's forward keywords")
+        raise ValueError(
+            "block attention needs block_masks=BlockMasks(...) among the model's forward keywords"
+        )
     rows_and_keys = (keys_BKSD.shape[0], keys_BKSD.shape[2])
     if tuple(masks.vectors.example_ids.shape) != rows_and_keys:
         raise ValueError(
-            f"block_masks describe {tuple(masks.vectors.example_ids.shape)} tokens, the keys are {rows_and_keys}"
+            f"block_masks describe {tuple(masks.vectors.example_ids.shape)} tokens, not {rows_and_keys}"
         )
     return masks
 
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled once per process, for fixed shapes: a dynamic one would be slower and compile again all the same."""
+    """Compiled once per process and shape: dynamic shapes would be slower and compile again all the same."""
     return torch.compile(function, dynamic=False)

@@ -21,8 +21,9 @@ class Layout:
         block_lengths (3, 2 | 2, 2), num_final 2:   local 0 0 0 1 1   final 2 2   final 3 3
         position                                          0 1 2 3 4         5 6         5 6
 
-    Each final block sees all local blocks and itself, and starts at the position after the context; with one final
-    block this is Block-Attention (Ma et al. 2025, section 2.1), with one block in all it is full attention.
+    Each final block sees all local blocks and itself, and starts at the position after the context; with one
+    final block this is Block-Attention (Ma et al. 2025, section 2.1), with one block in all it is full
+    attention.
 
     Raises:
         ValueError: a block without tokens, or not between one and all blocks final.

@@ -35,14 +35,17 @@ def may_attend(
 
 
 def within_window(q: Index, k: Index, position_ids: torch.Tensor, window: int) -> torch.Tensor:
-    """Whether `k` lies in the sliding window of `q`: by position in the example, never by place in the row."""
+    """Whether `k` lies in the sliding window of `q`, by position in the example, not by place in the row."""
     return position_ids[q] - position_ids[k] < window
 
 
-def batch_rule(vectors: Vectors, window: int | None = None, first_query: int = 0) -> Callable[..., torch.Tensor]:
-    """The rule of a batch as `rule(b, h, q, k)` over its rows `b`, as FlexAttention calls it; heads `h` are alike.
+def batch_rule(
+    vectors: Vectors, window: int | None = None, first_query: int = 0
+) -> Callable[..., torch.Tensor]:
+    """The rule of a batch, `rule(b, h, q, k)` over its rows `b`, as FlexAttention calls it; heads are alike.
 
-    Queries are counted from the row's token `first_query` on: with cached keys only the last tokens of a row ask.
+    Queries are counted from the row's token `first_query` on: with cached keys only the last tokens of a row
+    ask.
     """
     num_tokens = vectors.example_ids.shape[1]
     example_ids, block_ids = vectors.example_ids.flatten(), vectors.block_ids.flatten()
@@ -56,7 +59,9 @@ def batch_rule(vectors: Vectors, window: int | None = None, first_query: int = 0
     return rule
 
 
-def dense_batch_mask(vectors: Vectors, window: int | None = None, num_queries: int | None = None) -> torch.Tensor:
+def dense_batch_mask(
+    vectors: Vectors, window: int | None = None, num_queries: int | None = None
+) -> torch.Tensor:
     """The rule written out, the oracle of every backend: (B, 1, T, S) bool, true where attention is allowed.
 
     S is the tokens of a row, T the last `num_queries` of them (all by default).

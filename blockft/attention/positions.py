@@ -1,4 +1,4 @@
-"""Position re-encoding: moving cached keys with RoPE to where their block stands (Ma et al. 2025, section 2.3).
+"""Position re-encoding: cached keys moved by RoPE to where their block stands (Ma et al. 2025, section 2.3).
 
 Shapes: B batch, K key/value heads, S key tokens, D head size, R rotated dimensions of a head (R <= D).
 """
@@ -10,10 +10,10 @@ import torch
 
 @dataclass(frozen=True)
 class Rotation:
-    """The rotary embedding of one layer, in the half-split convention of Llama: dimension i turns with i + R / 2.
+    """The rotary embedding of one layer, in Llama's half-split convention: dimension i turns with i + R / 2.
 
-    inv_freq: (R / 2,) radians per position, kept in float64. Any scaling of the attention that a RoPE kind applies
-    to its cosines and sines (yarn) is already in the keys and is none of a shift's business.
+    inv_freq: (R / 2,) radians per position, kept in float64. Any scaling of the attention that a RoPE kind
+    applies to its cosines and sines (yarn) is already in the keys and is none of a shift's business.
     """
 
     inv_freq: torch.Tensor
@@ -24,8 +24,8 @@ class Rotation:
     def shift(self, keys_BKSD: torch.Tensor, by: int) -> torch.Tensor:
         """The keys as if their tokens stood `by` positions later (equation 3 of the paper).
 
-        Angles are computed in float64 and the rotation in float32, since float32 angles are off by 3e-3 at position
-        32,000; shifting by 0 returns the keys themselves.
+        Angles are computed in float64 and the rotation in float32, since float32 angles are off by 3e-3 at
+        position 32,000; shifting by 0 returns the keys themselves.
         """
         if by == 0:
             return keys_BKSD

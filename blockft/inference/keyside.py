@@ -1,4 +1,4 @@
-"""The key-side path: blocks encoded alone, their keys moved to where the blocks stand, joined with the final block.
+"""The key-side path: blocks encoded alone, keys moved to where the blocks stand, joined with the final block.
 
 The reference that every faster path is compared with; it runs on any device and for every supported family.
 Shapes: B prompts of a batch, T query tokens, S key tokens, K key/value heads, D head size.
@@ -27,7 +27,9 @@ class BlockKV:
 
 
 @torch.inference_mode()
-def encode_blocks(model: PreTrainedModel, blocks: Iterable[Ids], max_tokens: int = 4096) -> dict[Ids, BlockKV]:
+def encode_blocks(
+    model: PreTrainedModel, blocks: Iterable[Ids], max_tokens: int = 4096
+) -> dict[Ids, BlockKV]:
     """Encode each different block alone, several to a forward pass of at most `max_tokens` tokens."""
     encoded: dict[Ids, BlockKV] = {}
     for group in _groups(dict.fromkeys(blocks), max_tokens):
@@ -53,7 +55,7 @@ def encode_blocks(model: PreTrainedModel, blocks: Iterable[Ids], max_tokens: int
 
 
 class JoinedPrompts:
-    """A batch of prompts whose local blocks are joined in one cache, ready for their final blocks and for decoding.
+    """A batch of prompts whose local blocks are joined in one cache, ready for final blocks and decoding.
 
     ::
 
@@ -119,7 +121,7 @@ def _columns(starts: torch.Tensor, lengths: torch.Tensor, is_final: bool) -> Vec
 def _join(
     context: Sequence[Ids], encoded: dict[Ids, BlockKV], layer: int, rotation: Rotation, length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A layer's keys, moved to their places, and values of one context, padded on the left: (K, length, D) each."""
+    """A layer's moved keys and its values of one context, padded on the left: (K, length, D) each."""
     some = next(iter(encoded.values()))
     missing = length - sum(map(len, context))
     keys = [torch.zeros_like(some.keys[layer][:, :1]).expand(-1, missing, -1)]

@@ -44,12 +44,14 @@ def check_supported(config: PreTrainedConfig) -> None:
     for kind in sorted({rope["rope_type"] for rope in _rope_parameters(config).values()}):
         if kind not in ROPE_KINDS:
             raise UserError(
-                f"{name}: RoPE kind {kind!r} is not supported, since its frequencies depend on the prompt's length; "
+                f"{name}: RoPE kind {kind!r} is not supported (its frequencies depend on the prompt's length); "
                 f"supported: {', '.join(ROPE_KINDS)}"
             )
     for setting in ("attn_logit_softcapping", "use_bidirectional_attention"):
         if getattr(config, setting, None):
-            raise UserError(f"{name}: {setting} is set in its config.json, and such attention is not supported")
+            raise UserError(
+                f"{name}: {setting} is set in its config.json, and such attention is not supported"
+            )
 
 
 def load_config(path: str, revision: str | None = None) -> PreTrainedConfig:
@@ -73,9 +75,14 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
 
 
 def load_model(
-    path: str, *, backend: str, dtype: torch.dtype, revision: str | None = None, random_seed: int | None = None
+    path: str,
+    *,
+    backend: str,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    random_seed: int | None = None,
 ) -> PreTrainedModel:
-    """A causal language model that attends by `backend` ('sdpa' or 'flex'), on the CPU and in training mode off.
+    """A causal language model that attends by `backend` ('sdpa' or 'flex'), on the CPU, in eval mode.
 
     With `random_seed` its weights are drawn afresh instead of read.
 
@@ -94,9 +101,7 @@ def rotations(model: PreTrainedModel) -> tuple[Rotation, ...]:
     """The rotary embedding of each layer, with the frequencies that the model itself computes with."""
     rotary, config = model.base_model.rotary_emb, model.config
     ropes = _rope_parameters(config)
-    per_kind = {
-        kind: Rotation(getattr(rotary, f"{kind}_inv_freq" if kind else "inv_freq")) for kind in ropes
-    }
+    per_kind = {kind: Rotation(getattr(rotary, f"{kind}_inv_freq" if kind else "inv_freq")) for kind in ropes}
     if "" in per_kind:
         return (per_kind[""],) * config.num_hidden_layers
     return tuple(per_kind[kind] for kind in config.layer_types)

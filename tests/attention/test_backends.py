@@ -1,4 +1,4 @@
-"""Laws 1 to 3 through real models: one block is causal, backends agree with the oracle, packing changes nothing."""
+"""Laws 1 to 3 through real models: one block is causal, backends agree, packing changes nothing."""
 
 import random
 from collections.abc import Callable
@@ -18,7 +18,10 @@ close = {"rtol": 1e-5, "atol": 1e-5}
 
 def forward(model: PreTrainedModel, ids: torch.Tensor, vectors: Vectors) -> torch.Tensor:
     return model(
-        input_ids=ids[None], position_ids=vectors.position_ids, block_masks=BlockMasks(vectors), use_cache=False
+        input_ids=ids[None],
+        position_ids=vectors.position_ids,
+        block_masks=BlockMasks(vectors),
+        use_cache=False,
     ).logits[0]
 
 
@@ -42,7 +45,10 @@ def oracle(
 def random_batch(seed: int, row_len: int) -> Vectors:
     rng = random.Random(seed)
     rows = [
-        lay_out([random_layout(rng, rng.randint(9, row_len // 3), rng.randint(3, 6), rng.randint(1, 3))] * 2, row_len)
+        lay_out(
+            [random_layout(rng, rng.randint(9, row_len // 3), rng.randint(3, 6), rng.randint(1, 3))] * 2,
+            row_len,
+        )
         for _ in range(2)
     ]
     return Vectors(*(torch.cat(parts) for parts in zip(*(row.as_tuple() for row in rows), strict=True)))
@@ -55,7 +61,14 @@ def test_law_2_sdpa_agrees_with_the_oracle_and_its_gradients(seed: int, window: 
     torch.manual_seed(seed)
     q, k, v = (torch.randn(2, heads, 64, 8, requires_grad=True) for heads in (6, 2, 2))
     out, _ = block_sdpa(
-        torch.nn.Module(), q, k, v, None, scaling=8**-0.5, sliding_window=window, block_masks=BlockMasks(vectors)
+        torch.nn.Module(),
+        q,
+        k,
+        v,
+        None,
+        scaling=8**-0.5,
+        sliding_window=window,
+        block_masks=BlockMasks(vectors),
     )
     want = oracle(q, k, v, vectors, window)
     assert_close(out, want, **close)

@@ -59,7 +59,9 @@ def test_random_rows_obey_the_definition(seed: int) -> None:
         layouts.append(random_layout(rng, rng.randint(5, 15), num_blocks, rng.randint(1, num_blocks)))
     vectors = lay_out(layouts, row_len=50)
     mask = dense_batch_mask(vectors)[0, 0]
-    example, block, final = (v[0].tolist() for v in (vectors.example_ids, vectors.block_ids, vectors.is_final))
+    example, block, final = (
+        v[0].tolist() for v in (vectors.example_ids, vectors.block_ids, vectors.is_final)
+    )
     for q in range(50):
         for k in range(50):
             allowed = k <= q and example[q] == example[k] and (block[q] == block[k] or final[q] > final[k])

@@ -35,5 +35,7 @@ def test_angles_are_exact_far_away() -> None:
     by = 100_000
     low, high = KEYS.double().chunk(2, dim=-1)
     angles = ROTATION.inv_freq * by
-    exact = torch.cat((low * angles.cos() - high * angles.sin(), high * angles.cos() + low * angles.sin()), dim=-1)
+    exact = torch.cat(
+        (low * angles.cos() - high * angles.sin(), high * angles.cos() + low * angles.sin()), dim=-1
+    )
     assert_close(ROTATION.shift(KEYS, by=by).double(), exact, rtol=1e-6, atol=1e-6)

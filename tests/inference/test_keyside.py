@@ -23,7 +23,10 @@ def masked_logits(model: PreTrainedModel, ids: torch.Tensor, layout: Layout) -> 
     """The oracle: one forward pass under the block mask; the logits of the final block."""
     vectors = lay_out([layout])
     out = model(
-        input_ids=ids[None], position_ids=vectors.position_ids, block_masks=BlockMasks(vectors), use_cache=False
+        input_ids=ids[None],
+        position_ids=vectors.position_ids,
+        block_masks=BlockMasks(vectors),
+        use_cache=False,
     )
     return out.logits[0, layout.context_len :]
 

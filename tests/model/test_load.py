@@ -22,7 +22,10 @@ def test_every_family_of_law_4_is_supported(name: str) -> None:
     ("config", "named"),
     [
         (GPT2Config(), "gpt2"),
-        (LlamaConfig(**SIZE, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "dynamic"),
+        (
+            LlamaConfig(**SIZE, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+            "dynamic",
+        ),
         (Gemma3TextConfig(**SIZE, attn_logit_softcapping=50.0), "attn_logit_softcapping"),
         (Gemma3TextConfig(**SIZE, use_bidirectional_attention=True), "use_bidirectional_attention"),
     ],

@@ -1,0 +1,164 @@
+"""The command line: parses words, calls a verb, turns errors into exit codes. Heavy imports happen inside."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from blockft.errors import UserError
+
+app = typer.Typer(
+    help="Turn language models into Block-Attention models, and prove that it worked.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that ships.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override the recipe's.")
+]
+
+
+@app.command()
+def prepare(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a prepared folder that exists.")
+    ] = False,
+) -> None:
+    """Read the sources, cut them into blocks and encode them: text -> samples -> examples."""
+    from blockft.recipe import load_recipe
+    from blockft.stages.prepare import prepare
+
+    prepare(load_recipe(recipe, overrides or ()), overwrite=overwrite)
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A folder that prepare wrote.")],
+    index: Annotated[int, typer.Option(help="Which example.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the example as JSON.")] = False,
+    png: Annotated[Path | None, typer.Option(help="Draw the example's mask into this file.")] = None,
+) -> None:
+    """Show an example in colour, block by block; its mask as a picture; the set's statistics."""
+    from blockft.stages.inspect import inspect
+
+    inspect(folder, index=index, as_json=as_json, png=png)
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    num_gpus: Annotated[int, typer.Option(help="Processes on this machine, one per GPU.")] = 1,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the run's last whole checkpoint.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the run would do, and stop.")] = False,
+) -> None:
+    """Fine-tune under DeepSpeed; any launcher that sets RANK starts it on several processes too."""
+    from blockft.recipe import load_recipe
+
+    settings = load_recipe(recipe, overrides or ())  # before the slow imports: most mistakes are found here
+
+    from blockft.stages import train as stage
+    from blockft.training.launch import is_worker, start_workers
+
+    if dry_run:
+        stage.describe(settings, num_gpus)
+    elif num_gpus > 1 and not is_worker():
+        stage.check_run(settings, resume=resume)
+        words = ["train", recipe, *(overrides or ()), *(["--resume"] if resume else [])]
+        raise typer.Exit(start_workers(words, num_gpus))
+    else:
+        stage.train(settings, resume=resume)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run, or one checkpoint of it.")
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    dtype: Annotated[str, typer.Option(help="Type of the saved weights: auto, float32, bfloat16.")] = "auto",
+) -> None:
+    """Write an ordinary Hugging Face checkpoint, checked against the run's own answers before it appears."""
+    from blockft.stages.export import export
+
+    export(checkpoint, out, dtype)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="An export, any model folder, or a Hub id.")],
+    source: Annotated[str, typer.Option("--input", help="JSON lines with prompts; - is standard input.")],
+    mode: Annotated[str, typer.Option(help="block or full attention.")] = "block",
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.")] = 128,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of text.")] = False,
+) -> None:
+    """Answer prompts ({"documents", "question"} or {"messages"}), reading every block once."""
+    from blockft.stages.generate import generate
+
+    generate(model, source, mode=mode, max_new_tokens=max_new_tokens, as_json=as_json)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="An export, any model folder, or a Hub id.")],
+    recipe: RecipeName,
+    overrides: Overrides = None,
+) -> None:
+    """Answer the recipe's held-out questions in block and full mode, and score the answers."""
+    from blockft.recipe import load_recipe
+    from blockft.stages.evaluate import evaluate
+
+    evaluate(model, load_recipe(recipe, overrides or ()))
+
+
+@app.command()
+def compare(
+    reports: Annotated[list[Path], typer.Argument(help="Report folders or report.json files.")],
+    png: Annotated[Path | None, typer.Option(help="Draw the comparison into this file.")] = None,
+) -> None:
+    """Put reports of `eval` side by side."""
+    from blockft.stages.compare import compare
+
+    compare(reports, png=png)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that ship."""
+    from blockft.stages.recipes import recipes
+
+    recipes()
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 our mistake, 2 the user's, 130 interrupted."""
+    # the deepspeed launcher puts --local_rank=N first unless it is told not to
+    words = [word for word in sys.argv[1:] if not word.startswith(("--local_rank=", "--local-rank="))]
+    try:
+        sys.exit(app(words or ["--help"], standalone_mode=False))
+    except _UsageError as error:
+        _fail(f"{error.format_message()} (see blockft --help)")
+    except UserError as error:
+        _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+
+
+def _fail(sentence: str) -> NoReturn:
+    if os.environ.get("RANK", "0") == "0":
+        print("blockft:", " ".join(sentence.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+_UsageError: Any = typer.BadParameter.__base__
+"""What typer raises for unknown commands and options; it has no public name of its own."""

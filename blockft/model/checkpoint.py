@@ -1,0 +1,95 @@
+"""Checkpoints of a run: which are whole, what the model answered there, and their weights in one piece."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from blockft.attention.backends import BlockMasks
+from blockft.attention.layout import Layout, lay_out
+from blockft.errors import UserError
+from blockft.rundir import write_whole
+
+MARKER = "whole.json"
+"""Written last: a checkpoint without it was cut short and does not count."""
+
+PROBE = "probe.safetensors"
+"""What the run's model made of a fixed text, for exports to be compared with."""
+
+
+def mark_whole(checkpoint: Path, facts: dict[str, Any]) -> None:
+    """Declare a checkpoint whole, with facts about the run that a resume compares."""
+    write_whole(checkpoint / MARKER, json.dumps(facts, indent=2) + "\n")
+
+
+def read_facts(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+
+
+def whole_checkpoints(run: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    numbered = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in run.glob("checkpoint-*"))
+    return [
+        path
+        for _, path in sorted((int(match[1]), path) for match, path in numbered if match)
+        if (path / MARKER).is_file()
+    ]
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint itself, or the last whole one of a run.
+
+    Raises:
+        UserError: neither.
+    """
+    if (path / MARKER).is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"{path} is no folder: name a run or one of its checkpoints")
+    if not (whole := whole_checkpoints(path)):
+        raise UserError(f"{path} holds no whole checkpoint (a folder checkpoint-N with {MARKER})")
+    return whole[-1]
+
+
+def remove_old(run: Path, keep: int) -> None:
+    """Delete all but the newest `keep` whole checkpoints; markers go first, so none is ever half there."""
+    for checkpoint in whole_checkpoints(run)[:-keep]:
+        (checkpoint / MARKER).unlink()
+        shutil.rmtree(checkpoint)
+
+
+@torch.no_grad()
+def probe_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """The logits of a causal pass over `ids` (T,): (T, vocabulary), float32, on the CPU. All ranks call it."""
+    vectors = lay_out([Layout((len(ids),))]).to(model.device)
+    training = model.training
+    logits = model.eval()(
+        input_ids=ids[None].to(model.device),
+        position_ids=vectors.position_ids,
+        block_masks=BlockMasks(vectors),
+        use_cache=False,
+    ).logits
+    model.train(training)
+    return logits[0].float().cpu()
+
+
+def write_probe(checkpoint: Path, ids: torch.Tensor, logits: torch.Tensor) -> None:
+    save_file({"input_ids": ids.contiguous(), "logits": logits.contiguous()}, checkpoint / PROBE)
+
+
+def read_probe(checkpoint: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """The probe's ids (T,) and the run's logits (T, vocabulary)."""
+    tensors = load_file(checkpoint / PROBE)
+    return tensors["input_ids"], tensors["logits"]
+
+
+def consolidate(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The model's weights in float32, gathered from the shards of all ranks; needs no GPU and one process."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    return dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint)))

@@ -1,0 +1,76 @@
+"""Output folders that appear whole or not at all, and the files of a run's folder."""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from blockft.errors import UserError
+
+RECIPE, DATA, METRICS, LOSS_PLOT = "recipe.yaml", "data.json", "metrics.jsonl", "loss.png"
+"""A run's recipe with every setting, its data's manifest, a line per logged step, a picture of its loss."""
+
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def refuse_existing(out: Path, remedy: str) -> None:
+    """Raises:
+    UserError: there is something at `out` already.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists already and is never overwritten: {remedy}")
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, renamed to `out` at the end; on any error nothing is left.
+
+    It lies beside `out`, so the rename is atomic. An `out` that exists is replaced only at the end.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}") from error
+    try:
+        yield draft
+        draft.chmod(0o755)
+        if out.exists():
+            shutil.rmtree(out)
+        draft.rename(out)
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise UserError(f"the disk is full: nothing was written to {out}") from error
+        raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file atomically: readers see the old one or the new one."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`, one per logged step."""
+    with (run / METRICS).open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def cut_metrics(run: Path, last_step: int) -> None:
+    """Drop what was logged after `last_step`, and a line cut short by a kill: it will be logged again."""
+    kept = []
+    for line in (run / METRICS).read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n") and json.loads(line)["step"] <= last_step:
+            kept.append(line)
+    write_whole(run / METRICS, "".join(kept))

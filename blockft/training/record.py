@@ -1,0 +1,104 @@
+"""What a run leaves in its folder: metrics line by line, whole checkpoints, a clean end when asked to stop."""
+
+import json
+import math
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from blockft.errors import UserError
+from blockft.model.checkpoint import mark_whole, probe_logits, remove_old, write_probe
+from blockft.rundir import METRICS
+
+
+class RunRecord(TrainerCallback):
+    """Writes `metrics.jsonl`, completes checkpoints, and on SIGINT or SIGTERM saves before the run ends.
+
+    `facts` go into every checkpoint's marker; `probe_ids` (T,) is the text on which exports are compared.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        facts: dict[str, Any],
+        probe_ids: torch.Tensor,
+        keep_checkpoints: int,
+        tokens_per_step: int,
+    ) -> None:
+        self._run, self._facts, self._probe_ids = run, facts, probe_ids
+        self._keep, self._tokens_per_step = keep_checkpoints, tokens_per_step
+        self._logged_at, self._logged_step = 0.0, 0
+        self.asked_to_stop = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._logged_at, self._logged_step = time.monotonic(), state.global_step
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask_to_stop)
+
+    def _ask_to_stop(self, number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)  # asked twice, the process ends at once
+        self.asked_to_stop = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """All ranks save and stop at the same step, whichever of them the signal reached."""
+        asked = torch.tensor(int(self.asked_to_stop), device=args.device)
+        if args.world_size > 1:
+            torch.distributed.all_reduce(asked)
+        if asked.item():
+            self.asked_to_stop = control.should_save = control.should_training_stop = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **_: Any,
+    ) -> None:
+        """Raises:
+        UserError: the loss is not finite; the last whole checkpoint stays as it is.
+        """
+        if "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise UserError(
+                f"the loss became {logs['loss']} at step {state.global_step}: lower train.learning_rate, "
+                "and go on from the last checkpoint with --resume"
+            )
+        now, steps = time.monotonic(), state.global_step - self._logged_step
+        speed = self._tokens_per_step * steps / (now - self._logged_at)
+        self._logged_at, self._logged_step = now, state.global_step
+        if state.is_world_process_zero:
+            numbers = {name: logs[name] for name in ("loss", "grad_norm", "learning_rate")}
+            line = {"step": state.global_step, **numbers, "tokens_per_s": round(speed, 1)}
+            with (self._run / METRICS).open("a", encoding="utf-8") as metrics:
+                metrics.write(json.dumps(line) + "\n")
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any,
+        **_: Any,
+    ) -> None:
+        """The marker comes last, when every rank has written its shards; only then are older ones deleted."""
+        checkpoint = self._run / f"checkpoint-{state.global_step}"
+        logits = probe_logits(model, self._probe_ids)
+        if args.world_size > 1:
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            write_probe(checkpoint, self._probe_ids, logits)
+            mark_whole(
+                checkpoint, {**self._facts, "step": state.global_step, "num_processes": args.world_size}
+            )
+            remove_old(self._run, self._keep)

@@ -1,0 +1,59 @@
+"""The rows of a whole run, in the order in which they are trained on."""
+
+from collections.abc import Sequence
+
+import torch
+from torch.utils.data import Dataset
+
+from blockft.data.collate import collate_row
+from blockft.data.encode import Example
+from blockft.data.packing import complete, plan_rows
+
+
+class Rows(Dataset[dict[str, torch.Tensor]]):
+    """Every row of every epoch, a multiple of `batch_rows` each.
+
+    Each process derives them from (seed, epoch) alone, so their order is that of a run with any other number of
+    processes, and that of a run that was interrupted. An example that is a single block has its full view only.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        views: Sequence[str],
+        *,
+        row_len: int,
+        batch_rows: int,
+        epochs: int,
+        seed: int,
+        pad_id: int,
+    ) -> None:
+        self._examples, self._row_len, self._pad_id = examples, row_len, pad_id
+        self.items = [
+            (index, view)
+            for index, example in enumerate(examples)
+            for view in (views if example.splits else ("full",))
+        ]
+        lengths = [len(examples[index].input_ids) for index, _ in self.items]
+        self.epochs = [
+            complete(plan_rows(lengths, row_len, seed, epoch), batch_rows) for epoch in range(epochs)
+        ]
+        self._rows = [row for epoch in self.epochs for row in epoch]
+        self.num_tokens = sum(lengths)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        chosen = [self.items[item] for item in self._rows[index]]
+        return collate_row([(self._examples[i], view) for i, view in chosen], self._row_len, self._pad_id)
+
+    @property
+    def fill(self) -> float:
+        """The share of an epoch's positions that hold a token."""
+        return self.num_tokens / (len(self.epochs[0]) * self._row_len)
+
+    @property
+    def num_labels(self) -> int:
+        """Label tokens in an epoch."""
+        return sum(int((self._examples[index].labels != -100).sum()) for index, _ in self.items)
