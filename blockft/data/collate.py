@@ -1,0 +1,52 @@
+"""A row's examples to the tensors of a micro-batch. Shapes: T tokens of the row, N predicted tokens."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from blockft.attention.layout import lay_out
+from blockft.data.encode import NO_LABEL, Example
+
+LABEL_STEP = 256
+"""N is a multiple of this, or compiled code would meet a new shape at each step."""
+
+
+def collate_row(
+    examples: Sequence[tuple[Example, str]], row_len: int, pad_id: int
+) -> dict[str, torch.Tensor]:
+    """A micro-batch of one row: the examples, each in its view, one after the other.
+
+    input_ids         (1, T)  and `position_ids`, `example_ids`, `block_ids`, `is_final`, all (1, T)
+    labels            (1, T)  `NO_LABEL` where nothing is predicted; for counting
+    logits_to_keep    (N,)    the positions whose next token is a label
+    shift_labels      (N,)    those labels
+
+    Padded entries of the last two are position 0 and `NO_LABEL`. A row without examples is all padding.
+
+    Raises:
+        ValueError: the examples are longer than a row.
+    """
+    vectors = lay_out([example.layout_of(view) for example, view in examples], row_len)
+    input_ids_T = np.full(row_len, pad_id, np.int64)
+    labels_T = np.full(row_len, NO_LABEL, np.int64)
+    num_tokens = sum(len(example) for example, _ in examples)
+    if examples:
+        input_ids_T[:num_tokens] = np.concatenate([example.input_ids for example, _ in examples])
+        labels_T[:num_tokens] = np.concatenate([example.labels for example, _ in examples])
+    labelled = np.flatnonzero(labels_T != NO_LABEL)
+    block_ids_T = vectors.block_ids[0].numpy()
+    assert (labelled > 0).all() and (block_ids_T[labelled - 1] == block_ids_T[labelled]).all(), (
+        "a response starts a block"
+    )
+    padding = -len(labelled) % LABEL_STEP if len(labelled) else LABEL_STEP
+    return {
+        "input_ids": torch.from_numpy(input_ids_T)[None],
+        "position_ids": vectors.position_ids,
+        "example_ids": vectors.example_ids,
+        "block_ids": vectors.block_ids,
+        "is_final": vectors.is_final,
+        "labels": torch.from_numpy(labels_T)[None],
+        "logits_to_keep": torch.from_numpy(np.pad(labelled - 1, (0, padding))),
+        "shift_labels": torch.from_numpy(np.pad(labels_T[labelled], (0, padding), constant_values=NO_LABEL)),
+    }

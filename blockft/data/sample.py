@@ -1,0 +1,185 @@
+"""Samples: text with its blocks marked, independent of any model; one JSON object a line."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+FIELDS = ("id", "source", "messages", "response", "answers", "meta")
+
+
+class RecordError(ValueError):
+    """A record that is no sample; the message names the field, its reader adds file and line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """One turn of a chat; its text is its blocks, joined."""
+
+    role: str
+    content: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        return "".join(self.content)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A prompt as messages whose content is cut into blocks, the response, and the accepted answers.
+
+    The last block of the last message is the final block, all others are local. `meta["documents"]` lists
+    which blocks (counted over the whole prompt) are documents: the chat template's markup never joins those;
+    `meta["relevance"]` gives each of them a number, higher for more relevant. A response may be empty if
+    there are answers: such a sample can be evaluated, not trained on.
+    """
+
+    id: str
+    source: str
+    messages: tuple[Message, ...]
+    response: str
+    answers: tuple[str, ...] = ()
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The texts of all blocks of the prompt, in order."""
+        return tuple(text for message in self.messages for text in message.content)
+
+    @property
+    def documents(self) -> tuple[int, ...]:
+        """Which of the blocks are documents."""
+        return tuple(self.meta.get("documents", ()))
+
+
+def from_record(record: Any) -> Sample:
+    """The sample that a JSON object describes.
+
+    Raises:
+        RecordError: a field is missing, unknown or ill-typed, or there is nothing to train or evaluate on.
+    """
+    check(isinstance(record, Mapping), "the record", record, "be a JSON object")
+    if "blocks" in record:
+        raise RecordError(
+            "field 'blocks': pre-templated samples cannot be read yet; mark the blocks in 'messages'"
+        )
+    if unknown := [key for key in record if key not in FIELDS]:
+        raise RecordError(f"unknown field {unknown[0]!r} (allowed: {', '.join(FIELDS)})")
+    messages = messages_of(take(record, "messages"))
+    answers = take(record, "answers", [])
+    check(isinstance(answers, list), "field 'answers'", answers, "be a list of texts")
+    response = text_of(take(record, "response"), "field 'response'", may_be_blank=bool(answers))
+    num_blocks = sum(len(message.content) for message in messages)
+    return Sample(
+        id=text_of(take(record, "id"), "field 'id'"),
+        source=text_of(take(record, "source"), "field 'source'"),
+        messages=messages,
+        response=response,
+        answers=tuple(text_of(answer, f"field 'answers[{i}]'") for i, answer in enumerate(answers)),
+        meta=_meta(take(record, "meta", {}), num_blocks),
+    )
+
+
+def to_record(sample: Sample) -> dict[str, Any]:
+    """The JSON object of a sample; `from_record` reads it back."""
+    record: dict[str, Any] = {
+        "id": sample.id,
+        "source": sample.source,
+        "messages": [{"role": m.role, "content": list(m.content)} for m in sample.messages],
+        "response": sample.response,
+    }
+    if sample.answers:
+        record["answers"] = list(sample.answers)
+    if sample.meta:
+        record["meta"] = sample.meta
+    return record
+
+
+def take(record: Mapping[str, Any], name: str, default: Any = ...) -> Any:
+    """A field of a record.
+
+    Raises:
+        RecordError: it is missing and has no default.
+    """
+    if name in record:
+        return record[name]
+    if default is ...:
+        raise RecordError(f"field {name!r} is missing")
+    return default
+
+
+def check(holds: bool, name: str, found: Any, rule: str) -> None:
+    """Raise RecordError unless the rule holds."""
+    if not holds:
+        shown = repr(found)
+        raise RecordError(f"{name} is {shown[:60]}{'...' if len(shown) > 60 else ''}, it should {rule}")
+
+
+def text_of(value: Any, name: str, *, may_be_blank: bool = False) -> str:
+    """A text that can be encoded.
+
+    Raises:
+        RecordError: no text, a blank one, or one with a lone surrogate, which JSON can spell.
+    """
+    check(isinstance(value, str), name, value, "be a text")
+    check(may_be_blank or bool(value.strip()), name, value, "not be blank")
+    check(not any("\ud800" <= c <= "\udfff" for c in value), name, value, "be valid Unicode")
+    return str(value)
+
+
+def messages_of(found: Any) -> tuple[Message, ...]:
+    """The messages of a prompt, from the field `messages` of a record.
+
+    Raises:
+        RecordError: something in it is missing or ill-typed, or no prompt ends there.
+    """
+    check(isinstance(found, list) and bool(found), "field 'messages'", found, "be a list of messages")
+    messages = []
+    for i, message in enumerate(found):
+        at = f"field 'messages[{i}]"
+        check(isinstance(message, Mapping), f"{at}'", message, 'be {"role", "content"}')
+        check(
+            set(message) == {"role", "content"}, f"{at}'", list(message), 'have the keys "role" and "content"'
+        )
+        content = message["content"]
+        check(
+            isinstance(content, list) and bool(content), f"{at}.content'", content, "be a list of block texts"
+        )
+        texts = [text_of(text, f"{at}.content[{j}]'", may_be_blank=True) for j, text in enumerate(content)]
+        for j, text in enumerate(texts):
+            check(bool(text), f"{at}.content[{j}]'", text, "not be empty")
+        messages.append(Message(role=text_of(message["role"], f"{at}.role'"), content=tuple(texts)))
+    last = messages[-1]
+    check(
+        last.role != "assistant",
+        f"{at}.role'",
+        last.role,
+        "not be assistant: the answer goes into 'response'",
+    )
+    check(
+        bool(last.content[-1].strip()), f"{at}.content'", last.content[-1], "not end in a blank final block"
+    )
+    return tuple(messages)
+
+
+def _meta(found: Any, num_blocks: int) -> dict[str, Any]:
+    check(isinstance(found, dict), "field 'meta'", found, "be a JSON object")
+    documents, relevance = found.get("documents", []), found.get("relevance")
+    local = range(num_blocks - 1)
+    check(
+        isinstance(documents, list) and all(type(d) is int and d in local for d in documents),
+        "field 'meta.documents'",
+        documents,
+        f"list numbers of local blocks, 0 to {num_blocks - 2}"
+        if local
+        else "be empty: there are no local blocks",
+    )
+    check(
+        relevance is None
+        or isinstance(relevance, list)
+        and len(relevance) == len(documents)
+        and all(type(r) in (int, float) for r in relevance),
+        "field 'meta.relevance'",
+        relevance,
+        "list one number for each of meta.documents",
+    )
+    return dict(found)

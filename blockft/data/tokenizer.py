@@ -1,0 +1,89 @@
+"""What encoding needs of a tokenizer: its twin for text from data, and its fingerprint."""
+
+import hashlib
+import json
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from blockft.errors import UserError
+
+
+class PlainTokenizer:
+    """A tokenizer's twin without added tokens: whatever a text from data spells, it stays text (law 7).
+
+    Nor does it put a space before a text, which would be one more character in every block.
+
+    Raises:
+        UserError: the tokenizer has no `tokenizers` backend.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.is_fast:
+            raise UserError(f"tokenizer {tokenizer.name_or_path} has no tokenizer.json, which blockft needs")
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        markers = {
+            token["content"]: token["id"]
+            for token in state["added_tokens"]
+            if not _is_blank(token["content"])
+        }
+        state |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+        state["normalizer"] = _without_prefix(state["normalizer"])
+        state["pre_tokenizer"] = _without_prefix(state["pre_tokenizer"])
+        model = state["model"]
+        if model["type"] == "BPE":
+            # some vocabularies spell their markers out of smaller pieces as well
+            model["merges"] = [pair for pair in model["merges"] if "".join(_pair(pair)) not in markers]
+        # a character the model does not know is not a marker, though its token is listed with them
+        markers.pop(model.get("unk_token"), None)
+        self._markers = {id: content for content, id in markers.items()}
+        self._backend = Tokenizer.from_str(json.dumps(state))
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text.
+
+        Raises:
+            UserError: the model's own vocabulary makes an added token of a text.
+        """
+        all_ids = [
+            encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        ]
+        for ids in all_ids:
+            if not self._markers.keys().isdisjoint(ids):
+                marker = next(self._markers[id] for id in ids if id in self._markers)
+                raise UserError(
+                    f"the tokenizer's own vocabulary makes its added token {marker!r} of text from data: "
+                    "remove it from the vocabulary, or from the data"
+                )
+        return all_ids
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What identifies a tokenizer: a hash of its vocabulary, rules and chat template."""
+    parts = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _is_blank(content: str) -> bool:
+    """Whether an added token is mere white space, as Gemma's runs of new lines: data may use it."""
+    return not content.replace("▁", " ").strip()
+
+
+def _pair(merge: Any) -> Any:
+    return merge.split(" ") if isinstance(merge, str) else merge
+
+
+def _without_prefix(rules: Any) -> Any:
+    """Normalizer or pre-tokenizer rules without those that put a space before a text."""
+    if rules is None or rules["type"] == "Prepend":
+        return None
+    changed = dict(rules)
+    for parts in ("normalizers", "pretokenizers"):
+        if parts in rules:
+            changed[parts] = [kept for part in rules[parts] if (kept := _without_prefix(part)) is not None]
+    if "add_prefix_space" in rules:
+        changed["add_prefix_space"] = False
+    if "prepend_scheme" in rules:
+        changed["prepend_scheme"] = "never"
+    return changed

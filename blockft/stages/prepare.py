@@ -1,0 +1,246 @@
+"""`blockft prepare`: text -> samples -> examples, in a folder that appears whole or not at all."""
+
+import dataclasses
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
+
+from blockft.config import BadRecord, DataSettings, Recipe, Source, TooLong
+from blockft.data.encode import NO_LABEL, Encoder, Example, Outcome, encode_to_fit, share_context
+from blockft.data.packing import fill, list_items, plan_rows
+from blockft.data.parallel import map_in_order
+from blockft.data.prepared import MANIFEST, Writer, is_unfinished
+from blockft.data.rag import RagPrompt
+from blockft.data.sample import Sample
+from blockft.data.sources import Tally, locate, read
+from blockft.data.tokenizer import fingerprint
+from blockft.errors import UserError
+from blockft.model.load import load_tokenizer
+from blockft.rundir import refuse_existing, whole_folder
+from blockft.stages.prompt import rag_prompt
+
+TASK_SAMPLES = 64
+"""Samples that a worker encodes at a time."""
+
+NOT_IN_MANIFEST = ("out", "num_workers")
+"""Settings that do not change what is written (law 12)."""
+
+
+@dataclasses.dataclass
+class Statistics:
+    """What the examples look like."""
+
+    lengths: list[int] = dataclasses.field(default_factory=list)
+    splits: list[bool] = dataclasses.field(default_factory=list)
+    num_blocks: list[int] = dataclasses.field(default_factory=list)
+    num_labels: int = 0
+
+    def add(self, example: Example) -> None:
+        self.lengths.append(len(example))
+        self.splits.append(example.splits)
+        self.num_blocks.append(len(example.block_lengths))
+        self.num_labels += int((example.labels != NO_LABEL).sum())
+
+
+@dataclasses.dataclass
+class SourceCount(Tally):
+    """A source's tally, and what is known only once its samples are encoded."""
+
+    tokens: int = 0
+    shortest_dropped: int | None = None
+
+    def add(self, outcome: Outcome) -> None:
+        if not outcome.dropped:
+            self.kept += 1
+            self.tokens += len(outcome.example or ())
+            return
+        self.drop(outcome.dropped)
+        if outcome.example:
+            self.shortest_dropped = min(len(outcome.example), self.shortest_dropped or len(outcome.example))
+
+
+def prepare(recipe: Recipe, overwrite: bool = False) -> Path:
+    """Write the prepared folder `data.out` and print a summary.
+
+    Raises:
+        UserError: the folder exists, a source or the tokenizer is missing or unfit, no example is left.
+    """
+    start = time.monotonic()
+    data, out = recipe.data, Path(recipe.data.out)
+    _check_out(out, overwrite)
+    # workers are forked, and the tokenizer's threads would not survive that
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    prompt = rag_prompt(data)
+    for source in data.sources:
+        locate(source.format, source.path)
+    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
+    encoder = Encoder(tokenizer)
+    counts = [SourceCount() for _ in data.sources]
+    statistics = Statistics()
+    with whole_folder(out) as draft, Writer(draft) as writer:
+        kept = _keep(_encode(encoder, data, prompt, counts), counts, writer)
+        for example in share_context(kept, data.row_len) if data.shared_context else kept:
+            writer.add_example(example)
+            statistics.add(example)
+        if not statistics.lengths:
+            raise UserError(_nothing_left(data, counts))
+        writer.finish(_facts(recipe, fingerprint(tokenizer), counts, statistics))
+    _log(out, time.monotonic() - start, data.num_workers)
+    _print_summary(out, recipe, counts, statistics)
+    return out
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if (out / MANIFEST).is_file():
+        if not overwrite:
+            refuse_existing(out, "set data.out to another folder, or add --overwrite")
+    elif out.exists() and not (out.is_dir() and is_unfinished(out)):
+        raise UserError(f"{out} exists and was not written by prepare: set data.out to another folder")
+
+
+def _encode(
+    encoder: Encoder, data: DataSettings, prompt: RagPrompt, counts: list[SourceCount]
+) -> Iterator[tuple[int, Outcome]]:
+    """Every sample of every source, encoded: (source, outcome), in order."""
+    work = partial(_encode_task, encoder=encoder, row_len=data.row_len, trims=data.too_long is TooLong.trim)
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.completed:,.0f} samples"),
+        TimeElapsedColumn(),
+        console=(console := Console(stderr=True)),
+        disable=not console.is_terminal,
+        # no refresh thread: the workers are forked while the bar is shown
+        auto_refresh=False,
+        transient=True,
+    ) as progress:
+        bar = progress.add_task("", total=None)
+        for source, outcomes in map_in_order(work, _tasks(data, prompt, counts), data.num_workers):
+            yield from ((source, outcome) for outcome in outcomes)
+            progress.update(bar, advance=len(outcomes), refresh=True)
+
+
+def _tasks(
+    data: DataSettings, prompt: RagPrompt, counts: list[SourceCount]
+) -> Iterator[tuple[int, list[Sample]]]:
+    for index, source in enumerate(data.sources):
+        samples = read(
+            source.format,
+            source.path,
+            counts[index],
+            prompt=prompt,
+            split=source.split,
+            max_samples=source.max_samples,
+            skip_bad=data.on_bad_record is BadRecord.skip,
+        )
+        while task := list(islice(samples, TASK_SAMPLES)):
+            yield index, task
+
+
+def _encode_task(task: tuple[int, list[Sample]], **how: Any) -> tuple[int, list[Outcome]]:
+    source, samples = task
+    return source, encode_to_fit(samples, **how)
+
+
+def _keep(
+    outcomes: Iterator[tuple[int, Outcome]], counts: list[SourceCount], writer: Writer
+) -> Iterator[Example]:
+    """Count the outcomes, write the samples that stay, and pass on their examples."""
+    for source, outcome in outcomes:
+        counts[source].add(outcome)
+        if not outcome.dropped:
+            assert outcome.example
+            writer.add_sample(outcome.sample)
+            yield outcome.example
+
+
+def _nothing_left(data: DataSettings, counts: list[SourceCount]) -> str:
+    lengths = [count.shortest_dropped for count in counts if count.shortest_dropped]
+    if lengths:
+        return (
+            f"data.row_len is {data.row_len}, shorter than every example: the shortest has "
+            f"{min(lengths)} tokens; raise data.row_len, or lower data.num_documents"
+        )
+    dropped = sum((count.dropped for count in counts), Counter[str]())
+    reasons = ", ".join(f"{reason}: {number}" for reason, number in dropped.items()) or "no records"
+    return f"nothing to train on in {', '.join(source.path for source in data.sources)} ({reasons})"
+
+
+def _facts(
+    recipe: Recipe, tokenizer: str, counts: list[SourceCount], statistics: Statistics
+) -> dict[str, Any]:
+    options = dataclasses.asdict(recipe.data)
+    for name in NOT_IN_MANIFEST:
+        del options[name]
+    return {
+        "version": 1,
+        "model": {"path": recipe.model.path, "revision": recipe.model.revision},
+        "tokenizer": tokenizer,
+        "options": options,
+        "sources": [_describe(s, c) for s, c in zip(recipe.data.sources, counts, strict=True)],
+        "num_samples": sum(count.kept for count in counts),
+        "num_examples": len(statistics.lengths),
+        "num_tokens": sum(statistics.lengths),
+        "num_labels": statistics.num_labels,
+        "blocks_per_example": _histogram(statistics.num_blocks),
+        "tokens_per_example": _histogram([1 << (length - 1).bit_length() for length in statistics.lengths]),
+    }
+
+
+def _describe(source: Source, count: SourceCount) -> dict[str, Any]:
+    return {
+        "path": source.path,
+        "read": count.read,
+        "kept": count.kept,
+        "tokens": count.tokens,
+        "dropped": dict(sorted(count.dropped.items())),
+        "bad_records": count.bad_records,
+    }
+
+
+def _histogram(numbers: list[int]) -> dict[str, int]:
+    """How often each number occurs; JSON has texts for keys."""
+    return {str(number): times for number, times in sorted(Counter(numbers).items())}
+
+
+def _log(out: Path, seconds: float, num_workers: int) -> None:
+    """What differs from one `prepare` to the next goes beside the folder, not into it."""
+    entry = {
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "folder": str(out.absolute()),
+        "seconds": round(seconds, 1),
+        "num_workers": num_workers,
+    }
+    with out.with_name(f"{out.name}.log").open("a", encoding="utf-8") as log:
+        log.write(json.dumps(entry) + "\n")
+
+
+def _print_summary(out: Path, recipe: Recipe, counts: list[SourceCount], statistics: Statistics) -> None:
+    table = Table(Column("source", overflow="fold"), box=None)
+    for name in ("read", "kept", "dropped", "tokens"):
+        table.add_column(name, justify="right")
+    for source, count in zip(recipe.data.sources, counts, strict=True):
+        dropped = ", ".join(f"{number:,} {reason}" for reason, number in sorted(count.dropped.items()))
+        table.add_row(source.path, f"{count.read:,}", f"{count.kept:,}", dropped or "0", f"{count.tokens:,}")
+    items = list_items(statistics.splits, recipe.data.views)
+    lengths = [statistics.lengths[index] for index, _ in items]
+    rows = plan_rows(lengths, recipe.data.row_len, recipe.train.seed, epoch=0)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{out}: {len(statistics.lengths):,} examples, {sum(statistics.splits):,} of them split into blocks; "
+        f"an epoch is {len(rows):,} rows of {recipe.data.row_len:,} tokens, "
+        f"{fill(rows, lengths, recipe.data.row_len):.1%} full",
+        highlight=False,
+        soft_wrap=True,
+    )

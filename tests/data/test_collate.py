@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+import torch
+
+from blockft.attention.layout import lay_out
+from blockft.data.collate import LABEL_STEP, collate_row
+from blockft.data.encode import NO_LABEL, Encoder, Example, share_context
+from tests.data.toys import rag_sample
+
+
+def test_a_row_holds_examples_each_in_its_view(encoder: Encoder) -> None:
+    a, b = encoder.encode([rag_sample(), rag_sample("Which?", ("Other.",))])
+    row = collate_row([(a, "block"), (b, "full")], 256, pad_id=7)
+    expected = lay_out([a.layout, b.layout.full()], 256)
+    for name in ("position_ids", "example_ids", "block_ids", "is_final"):
+        assert torch.equal(row[name], getattr(expected, name))
+    both = [*a.input_ids.tolist(), *b.input_ids.tolist()]
+    assert row["input_ids"][0].tolist() == both + [7] * (256 - len(both))
+    assert all(row[name].shape == (1, 256) for name in ("input_ids", "labels"))
+
+
+def test_kept_positions_predict_the_labels(encoder: Encoder) -> None:
+    a, b = share_context(iter(encoder.encode([rag_sample(), rag_sample("Hm?"), rag_sample("Hm?", ())])), 256)
+    row = collate_row([(a, "block"), (b, "full")], 256, pad_id=0)
+    real = row["shift_labels"] != NO_LABEL
+    assert int(real.sum()) == int((row["labels"] != NO_LABEL).sum()) > 0
+    kept = row["logits_to_keep"][real]
+    assert torch.equal(row["labels"][0, kept + 1], row["shift_labels"][real])
+    assert torch.equal(row["block_ids"][0, kept], row["block_ids"][0, kept + 1])
+    assert row["is_final"][0, kept].all()
+    assert row["logits_to_keep"][~real].eq(0).all()
+
+
+def test_the_number_of_kept_positions_is_a_multiple() -> None:
+    for num_labels in (1, LABEL_STEP, LABEL_STEP + 1):
+        ids = np.arange(num_labels + 1, dtype=np.int32)
+        labels = np.where(ids > 0, ids, NO_LABEL)
+        example = Example(input_ids=ids, labels=labels, block_lengths=(len(ids),))
+        row = collate_row([(example, "full")], 1024, pad_id=0)
+        assert (
+            row["logits_to_keep"].shape
+            == row["shift_labels"].shape
+            == (-(-num_labels // LABEL_STEP) * LABEL_STEP,)
+        )
+
+
+def test_an_empty_row_is_padding_without_labels() -> None:
+    row = collate_row([], 64, pad_id=3)
+    assert row["input_ids"].eq(3).all() and row["example_ids"].eq(-1).all()
+    assert row["labels"].eq(NO_LABEL).all() and row["shift_labels"].eq(NO_LABEL).all()
+    assert row["shift_labels"].shape == row["logits_to_keep"].shape == (LABEL_STEP,)
+
+
+def test_a_response_never_starts_a_block() -> None:
+    ids = np.array([1, 2, 3], np.int32)
+    example = Example(input_ids=ids, labels=np.array([NO_LABEL, 2, NO_LABEL], np.int32), block_lengths=(1, 2))
+    with pytest.raises(AssertionError, match="starts a block"):
+        collate_row([(example, "block")], 8, pad_id=0)
+
+
+def test_examples_longer_than_a_row_are_refused(encoder: Encoder) -> None:
+    with pytest.raises(ValueError, match="do not fit"):
+        collate_row([(encoder.encode([rag_sample()])[0], "block")], 8, pad_id=0)

@@ -1,0 +1,59 @@
+import json
+from typing import Any
+
+import pytest
+
+from blockft.data.sample import RecordError, from_record, to_record
+from tests.data.toys import rag_sample
+
+GOOD: dict[str, Any] = json.loads(json.dumps(to_record(rag_sample())))
+
+
+def user(content: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content}], "meta": {}}
+
+
+def test_a_record_and_its_sample_are_the_same() -> None:
+    assert from_record(GOOD) == rag_sample()
+    bare = to_record(rag_sample(answers=(), meta={}))
+    assert "answers" not in bare and "meta" not in bare
+    assert to_record(from_record(bare)) == bare
+
+
+def test_a_response_may_be_empty_only_beside_answers() -> None:
+    assert from_record(GOOD | {"response": ""}).response == ""
+    with pytest.raises(RecordError, match="response"):
+        from_record(GOOD | {"response": "", "answers": []})
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"id": 3}, "'id'"),
+        ({"id": " "}, "'id'"),
+        ({"response": "\ud800"}, "'response'"),
+        ({"answers": "a"}, "'answers'"),
+        ({"answers": [1]}, r"'answers\[0\]'"),
+        ({"typo": 1}, "'typo'"),
+        ({"blocks": ["a"]}, "'blocks'"),
+        ({"messages": []}, "'messages'"),
+        ({"messages": ["a"]}, r"'messages\[0\]'"),
+        ({"messages": [{"role": "user"}]}, r"'messages\[0\]'"),
+        (user("a"), r"'messages\[0\].content'"),
+        (user([]), r"'messages\[0\].content'"),
+        (user(["a", ""]), r"'messages\[0\].content\[1\]'"),
+        (user(["a", "\n"]), "blank final block"),
+        ({"messages": [{"role": "assistant", "content": ["a"]}], "meta": {}}, "role"),
+        ({"meta": {"documents": [3]}}, "'meta.documents'"),
+        ({"meta": {"documents": [1], "relevance": []}}, "'meta.relevance'"),
+    ],
+)
+def test_an_error_names_the_field(change: dict[str, Any], field: str) -> None:
+    with pytest.raises(RecordError, match=field):
+        from_record(GOOD | change)
+
+
+@pytest.mark.parametrize("name", ["id", "source", "messages", "response"])
+def test_a_missing_field_is_named(name: str) -> None:
+    with pytest.raises(RecordError, match=f"'{name}' is missing"):
+        from_record({key: value for key, value in GOOD.items() if key != name})

@@ -1,0 +1,44 @@
+"""A recipe of a few made-up samples and a toy tokenizer, in a folder of its own."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from blockft.config import DataSettings, Format, ModelSettings, Recipe, Source, TrainSettings
+from blockft.data.sample import to_record
+from tests.data.toys import rag_sample, save_toy_tokenizer
+
+Make = Callable[..., Recipe]
+
+
+@pytest.fixture(scope="session")
+def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_toy_tokenizer(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def make_recipe(tmp_path: Path, toy_model: Path) -> Make:
+    """Makes a recipe over 200 samples, two questions to each pair of documents; takes settings of `data`."""
+    source = tmp_path / "source.jsonl"
+    samples = [
+        rag_sample(f"Question {i}?", (f"Fox {i // 2}.\n\n", "dog " * (i // 2) + "\n\n"), id=str(i))
+        for i in range(200)
+    ]
+    source.write_text("".join(json.dumps(to_record(sample)) + "\n" for sample in samples))
+
+    def make(**settings: object) -> Recipe:
+        given = {
+            "out": str(tmp_path / "out" / "set"),
+            "sources": [Source(format=Format.samples, path=str(source))],
+            "row_len": 1024,
+            "num_workers": 1,
+        }
+        return Recipe(
+            model=ModelSettings(path=str(toy_model)),
+            data=DataSettings(**given | settings),  # type: ignore[arg-type]
+            train=TrainSettings(out=str(tmp_path / "run")),
+        )
+
+    return make

@@ -1,0 +1,49 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from blockft.config import Recipe
+from blockft.data.prepared import load_prepared
+from blockft.errors import UserError
+from blockft.stages.inspect import inspect
+from blockft.stages.prepare import prepare
+
+Make = Callable[..., Recipe]
+
+
+def test_json_holds_the_blocks(make_recipe: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    out = prepare(make_recipe())
+    capsys.readouterr()
+    inspect(out, index=3, as_json=True)
+    shown = json.loads(capsys.readouterr().out)
+    example = load_prepared(out).examples[3]
+    assert (shown["id"], shown["view"], shown["num_final"]) == ("3", "block", 1)
+    assert shown["blocks"][:3] == ["<|im_start|>user\n", "Answer.\n\n", "Fox 1.\n\n"]
+    assert shown["blocks"][-1] == "Question 3?<|im_end|>\n<|im_start|>assistant\nThe fox<|im_end|>"
+    assert shown["block_lengths"] == list(example.block_lengths)
+    assert shown["input_ids"] == example.input_ids.tolist()
+    assert shown["labels"] == example.labels.tolist()
+
+
+def test_a_sample_is_shown_with_the_set_s_statistics_and_its_mask(
+    make_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = prepare(make_recipe(shared_context=True))
+    capsys.readouterr()
+    inspect(out, png=tmp_path / "mask.png")
+    shown = capsys.readouterr().out
+    assert "Fox 0." in shown and "Question 1?" in shown and "200 read, 200 kept" in shown
+    assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_mistakes(make_recipe: Make, tmp_path: Path) -> None:
+    out = prepare(make_recipe())
+    for index in (-1, 200):
+        with pytest.raises(UserError, match="0 to 199"):
+            inspect(out, index=index)
+    with pytest.raises(UserError, match="blockft prepare"):
+        inspect(tmp_path / "none")
+    with pytest.raises(UserError, match="cannot be written"):
+        inspect(out, png=tmp_path / "none" / "mask.png")

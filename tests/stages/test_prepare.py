@@ -1,0 +1,160 @@
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from blockft.config import BadRecord, Format, ModelSettings, PromptSettings, Recipe, Source, TooLong
+from blockft.data.prepared import load_prepared
+from blockft.data.sample import from_record
+from blockft.errors import UserError
+from blockft.stages.prepare import prepare
+
+Make = Callable[..., Recipe]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def samples_of(folder: Path) -> list[Any]:
+    lines = (line for path in sorted(folder.glob("samples-*.jsonl")) for line in path.open(encoding="utf-8"))
+    return [from_record(json.loads(line)) for line in lines]
+
+
+def test_a_prepared_folder(make_recipe: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    out = prepare(make_recipe())
+    found = load_prepared(out)
+    assert sorted(files(out)) == ["examples/examples.arrow", "manifest.json", "samples-00000.jsonl"]
+    assert [s.id for s in samples_of(out)] == [id for e in found.examples for id in e.sample_ids]
+    assert found.manifest["num_samples"] == found.manifest["num_examples"] == len(found.examples) == 200
+    assert found.manifest["num_tokens"] == sum(map(len, found.examples))
+    assert found.manifest["blocks_per_example"] == {"5": 200}
+    printed = capsys.readouterr()
+    assert "200 examples, 200 of them split" in printed.out and printed.err == ""
+
+
+@pytest.mark.parametrize("shared_context", [False, True])
+def test_law_12_the_bytes_do_not_depend_on_the_number_of_workers(
+    make_recipe: Make, tmp_path: Path, shared_context: bool
+) -> None:
+    options: dict[str, Any] = {"shared_context": shared_context, "too_long": TooLong.trim, "row_len": 128}
+    one, other = (
+        prepare(make_recipe(**options, num_workers=n, out=str(tmp_path / "by" / str(n)))) for n in (1, 3)
+    )
+    assert files(one) == files(other)
+    assert str(one).encode() not in (one / "manifest.json").read_bytes()
+    assert json.loads(one.with_name("1.log").read_text())["num_workers"] == 1
+
+
+def test_questions_share_their_context(make_recipe: Make) -> None:
+    found = load_prepared(prepare(make_recipe(shared_context=True)))
+    assert len(found.examples) == 100
+    assert {example.num_final for example in found.examples} == {2}
+    assert found.examples[0].sample_ids == ("0", "1")
+
+
+def test_a_sample_longer_than_a_row_is_dropped_or_trimmed(make_recipe: Make) -> None:
+    dropped = load_prepared(prepare(make_recipe(row_len=128))).manifest["sources"][0]["dropped"]["too long"]
+    out = prepare(make_recipe(row_len=128, too_long=TooLong.trim), overwrite=True)
+    assert 0 < load_prepared(out).manifest["sources"][0]["dropped"]["too long"] < dropped
+    trimmed = [sample for sample in samples_of(out) if len(sample.documents) == 1]
+    assert trimmed and all(sample.meta["relevance"] == [1] for sample in trimmed)
+    assert max(map(len, load_prepared(out).examples)) <= 128
+
+
+def test_bad_records_are_counted_and_listed(make_recipe: Make) -> None:
+    recipe = make_recipe(on_bad_record=BadRecord.skip)
+    path = Path(recipe.data.sources[0].path)
+    path.write_text(path.read_text() + "broken\n")
+    source = load_prepared(prepare(recipe)).manifest["sources"][0]
+    assert (source["read"], source["kept"], source["dropped"]) == (201, 200, {"bad record": 1})
+    assert "line 201: not JSON" in source["bad_records"][0]
+
+
+def test_a_prepared_folder_is_never_overwritten_unless_asked(make_recipe: Make) -> None:
+    out = prepare(make_recipe())
+    before = files(out)
+    with pytest.raises(UserError, match="exists"):
+        prepare(make_recipe(seed=1))
+    assert files(out) == before
+    prepare(make_recipe(seed=1), overwrite=True)
+    assert load_prepared(out).manifest["options"]["seed"] == 1
+
+
+def test_an_unfinished_folder_is_redone_and_a_foreign_one_left_alone(make_recipe: Make) -> None:
+    out = prepare(make_recipe())
+    (out / "manifest.json").unlink()
+    assert load_prepared(prepare(make_recipe())).manifest
+    (out / "manifest.json").unlink()
+    (out / "thesis.tex").touch()
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="not written by prepare"):
+            prepare(make_recipe(), overwrite=overwrite)
+    assert (out / "thesis.tex").exists()
+
+
+def broken_line(recipe: Recipe) -> Recipe:
+    path = Path(recipe.data.sources[0].path)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:100], lines[100][:40], *lines[101:]]))
+    return recipe
+
+
+def empty(recipe: Recipe) -> Recipe:
+    Path(recipe.data.sources[0].path).write_text("\n")
+    return recipe
+
+
+def with_data(**settings: Any) -> Callable[[Recipe], Recipe]:
+    return lambda recipe: replace(recipe, data=replace(recipe.data, **settings))
+
+
+def with_model(path: str) -> Callable[[Recipe], Recipe]:
+    return lambda recipe: replace(recipe, model=ModelSettings(path=path))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (broken_line, r"source.jsonl, line 101: not JSON"),
+        (empty, "nothing to train on"),
+        (with_data(row_len=20), r"row_len is 20, .* the shortest has \d+ tokens"),
+        (with_data(sources=[Source(format=Format.samples, path="data/none.jsonl")]), "data/none.jsonl"),
+        (with_data(sources=[Source(format=Format.samples, path="owner/name", split="train")]), "owner/name"),
+        (with_data(prompt=PromptSettings(document="{txt}")), "{txt}"),
+        (with_model("/no/such/model"), "/no/such/model"),
+        (with_model("owner/name"), "owner/name"),
+    ],
+)
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_mistake_is_one_sentence_and_nothing_is_written(
+    make_recipe: Make, spoil: Callable[[Recipe], Recipe], said: str, num_workers: int
+) -> None:
+    recipe = spoil(make_recipe(num_workers=num_workers))
+    with pytest.raises(UserError, match=said) as raised:
+        prepare(recipe)
+    assert "\n" not in str(raised.value)
+    out = Path(recipe.data.out)
+    assert not out.parent.exists() or not list(out.parent.iterdir())
+
+
+@pytest.mark.real_data
+def test_laws_5_and_6_on_hotpotqa(make_recipe: Make, toy_model: Path) -> None:
+    path = Path(os.environ.get("BLOCKFT_REAL_DATA", "../shared/data")) / "hotpotqa_distractor_train.json"
+    if not path.exists():
+        pytest.skip(f"{path} is not there (set BLOCKFT_REAL_DATA)")
+    out = prepare(make_recipe(sources=[Source(format=Format.hotpotqa, path=str(path))], row_len=8192))
+    tokenizer = AutoTokenizer.from_pretrained(toy_model)
+    ids_of: dict[str, list[int]] = {}
+    for sample, example in zip(samples_of(out), load_prepared(out).examples, strict=True):
+        blocks = [tokenizer.decode(block) for block in example.blocks]
+        chat = [{"role": m.role, "content": m.text} for m in sample.messages]
+        prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        assert "".join(blocks) == f"{prompt}{sample.response}<|im_end|>"
+        for text, ids in zip(blocks, example.blocks, strict=True):
+            assert ids_of.setdefault(text, ids.tolist()) == ids.tolist()
