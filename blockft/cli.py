@@ -16,6 +16,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+bench = typer.Typer(help="Measure side by side.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that ships.")
 ]
@@ -130,6 +133,18 @@ def compare(
     from blockft.stages.compare import compare
 
     compare(reports, png=png)
+
+
+@bench.command("attention")
+def bench_attention(
+    row_len: Annotated[int, typer.Option(help="Tokens in a row.")] = 4096,
+    num_layouts: Annotated[int, typer.Option(help="Random layouts per type.")] = 4,
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON into this file.")] = None,
+) -> None:
+    """Compare flex with the dense oracle on a GPU."""
+    from blockft.stages.bench import bench_attention
+
+    bench_attention(row_len=row_len, num_layouts=num_layouts, out=out)
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """A mistake of the user: one sentence that says what is wrong, what was found, what is allowed and how to mend it.
+    """A mistake of the user, in one sentence: what is wrong, what was found, what is allowed, how to mend it.
 
     The command line prints it on stderr and exits with code 2.
     """

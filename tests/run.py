@@ -32,11 +32,11 @@ def save_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def save_model(folder: Path) -> Path:
+def save_model(folder: Path, **size: int) -> Path:
     """A random Llama with its tokenizer."""
     tokenizer = save_tokenizer(folder)
     config = LlamaConfig(
-        **(SIZE | {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}),
+        **(SIZE | {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | size),
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
         tie_word_embeddings=True,

@@ -31,7 +31,8 @@ def may_attend(
     """
     same_block = block_ids[q] == block_ids[k]
     reads_context = is_final[q] & ~is_final[k]
-    return (q >= k) & (example_ids[q] == example_ids[k]) & (same_block | reads_context)
+    allowed: torch.Tensor = (q >= k) & (example_ids[q] == example_ids[k]) & (same_block | reads_context)
+    return allowed
 
 
 def within_window(q: Index, k: Index, position_ids: torch.Tensor, window: int) -> torch.Tensor:

@@ -32,6 +32,7 @@ class Rotation:
         half = self.inv_freq.shape[0]
         angles = self.inv_freq.to(keys_BKSD.device) * by
         cos, sin = angles.cos().float(), angles.sin().float()
-        low, high, rest = keys_BKSD.float().split((half, half, keys_BKSD.shape[-1] - 2 * half), dim=-1)
+        keys = keys_BKSD.float()
+        low, high, rest = keys[..., :half], keys[..., half : 2 * half], keys[..., 2 * half :]
         turned = torch.cat((low * cos - high * sin, high * cos + low * sin, rest), dim=-1)
         return turned.to(keys_BKSD.dtype)

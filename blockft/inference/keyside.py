@@ -86,8 +86,8 @@ class JoinedPrompts:
     def advance(self, new_ids: Sequence[Sequence[int]], num_logits: int = 1) -> torch.Tensor:
         """Append at least one token to the final block of every prompt, not necessarily the same number.
 
-        Returns the logits after the last `num_logits` columns, in which tokens stand right aligned: (B, num_logits,
-        vocabulary).
+        Returns the logits after the last `num_logits` columns, in which tokens stand right aligned:
+        (B, num_logits, vocabulary).
         """
         added = torch.tensor([len(ids) for ids in new_ids])
         columns = _columns(self._lengths, added, is_final=True)

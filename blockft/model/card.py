@@ -10,10 +10,10 @@ tags: [block-attention]
 ---
 # {base}, fine-tuned for Block-Attention
 
-Every document of a prompt can be encoded once and its keys and values reused in any other prompt, wherever the
-document stands there (Ma, Wang, Lan: Block-Attention for Efficient Prefilling, ICLR 2025). The weights are ordinary:
-plain `transformers` loads them and attends fully. The entry `block_attention` in `config.json` says how prompts were
-cut into blocks.
+Every document of a prompt can be encoded once and its keys and values reused in any other prompt, wherever
+the document stands there (Ma, Wang, Lan: Block-Attention for Efficient Prefilling, ICLR 2025). The weights
+are ordinary: plain `transformers` loads them and attends fully. The entry `block_attention` in `config.json`
+says how prompts were cut into blocks.
 
 Written by blockft {version} after {step} steps; the last logged loss is {loss:.4f}.
 

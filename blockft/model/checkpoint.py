@@ -65,7 +65,7 @@ def remove_old(run: Path, keep: int) -> None:
 
 @torch.no_grad()
 def probe_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """The logits of a causal pass over `ids` (T,): (T, vocabulary), float32, on the CPU. All ranks call it."""
+    """The logits of a causal pass over `ids` (T,): (T, vocabulary), in float32. All ranks call it."""
     vectors = lay_out([Layout((len(ids),))]).to(model.device)
     training = model.training
     logits = model.eval()(

@@ -44,8 +44,8 @@ def check_supported(config: PreTrainedConfig) -> None:
     for kind in sorted({rope["rope_type"] for rope in _rope_parameters(config).values()}):
         if kind not in ROPE_KINDS:
             raise UserError(
-                f"{name}: RoPE kind {kind!r} is not supported (its frequencies depend on the prompt's length); "
-                f"supported: {', '.join(ROPE_KINDS)}"
+                f"{name}: RoPE kind {kind!r} is not supported (its frequencies depend on the prompt's "
+                f"length); supported: {', '.join(ROPE_KINDS)}"
             )
     for setting in ("attn_logit_softcapping", "use_bidirectional_attention"):
         if getattr(config, setting, None):

@@ -141,7 +141,7 @@ def describe(recipe: Recipe, num_processes: int) -> None:
         "views to train on, per epoch": f"{len(rows.items):,}",
         "tokens, per epoch": f"{rows.num_tokens:,}",
         "label tokens, per epoch": f"{rows.num_labels:,} ({rows.num_labels / rows.num_tokens:.1%})",
-        f"rows of {recipe.data.row_len:,} tokens": f"{len(rows.epochs[0]):,} per epoch (fill {rows.fill:.1%})",
+        f"rows of {recipe.data.row_len:,}": f"{len(rows.epochs[0]):,} per epoch (fill {rows.fill:.1%})",
         "optimizer steps": f"{plan.num_steps:,} of {recipe.train.batch_rows} rows",
         "parameters": f"{num_parameters:,} in {str(plan.dtype).removeprefix('torch.')}",
         "attention backend": plan.backend,

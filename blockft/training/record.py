@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: metrics line by line, whole checkpoints, a clean end when asked to stop."""
+"""What a run leaves in its folder: metrics line by line, whole checkpoints, a clean end on request."""
 
 import json
 import math

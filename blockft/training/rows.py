@@ -7,14 +7,14 @@ from torch.utils.data import Dataset
 
 from blockft.data.collate import collate_row
 from blockft.data.encode import Example
-from blockft.data.packing import complete, plan_rows
+from blockft.data.packing import complete, fill, list_items, plan_rows
 
 
 class Rows(Dataset[dict[str, torch.Tensor]]):
     """Every row of every epoch, a multiple of `batch_rows` each.
 
-    Each process derives them from (seed, epoch) alone, so their order is that of a run with any other number of
-    processes, and that of a run that was interrupted. An example that is a single block has its full view only.
+    Each process derives them from (seed, epoch) alone, so their order is that of a run with any other number
+    of processes, and that of a run that was interrupted. An example of a single block has its full view only.
     """
 
     def __init__(
@@ -29,17 +29,13 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
         pad_id: int,
     ) -> None:
         self._examples, self._row_len, self._pad_id = examples, row_len, pad_id
-        self.items = [
-            (index, view)
-            for index, example in enumerate(examples)
-            for view in (views if example.splits else ("full",))
-        ]
-        lengths = [len(examples[index].input_ids) for index, _ in self.items]
+        self.items = list_items([example.splits for example in examples], views)
+        self._lengths = [len(examples[index]) for index, _ in self.items]
         self.epochs = [
-            complete(plan_rows(lengths, row_len, seed, epoch), batch_rows) for epoch in range(epochs)
+            complete(plan_rows(self._lengths, row_len, seed, epoch), batch_rows) for epoch in range(epochs)
         ]
         self._rows = [row for epoch in self.epochs for row in epoch]
-        self.num_tokens = sum(lengths)
+        self.num_tokens = sum(self._lengths)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -50,8 +46,8 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
 
     @property
     def fill(self) -> float:
-        """The share of an epoch's positions that hold a token."""
-        return self.num_tokens / (len(self.epochs[0]) * self._row_len)
+        """The share of the first epoch's rows that is not padding."""
+        return fill(self.epochs[0], self._lengths, self._row_len)
 
     @property
     def num_labels(self) -> int:

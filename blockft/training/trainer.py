@@ -23,7 +23,7 @@ class BlockTrainer(Trainer):
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kw: Any
     ) -> Any:
-        """Rows carry per-token ids: masks are built from them here, on the device; logits only before labels."""
+        """Rows carry per-token ids: masks are built from them here, on the device."""
         vectors = Vectors(
             *(inputs[name] for name in ("position_ids", "example_ids", "block_ids", "is_final"))
         )
