@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from blockft.errors import UserError
 
 RECIPE, DATA, METRICS, LOSS_PLOT = "recipe.yaml", "data.json", "metrics.jsonl", "loss.png"
@@ -46,12 +48,19 @@ def whole_folder(out: Path) -> Iterator[Path]:
         if out.exists():
             shutil.rmtree(out)
         draft.rename(out)
-    except OSError as error:
-        if error.errno in _DISK_FULL:
+    except (OSError, SafetensorError) as error:
+        if _is_disk_full(error):
             raise UserError(f"the disk is full: nothing was written to {out}") from error
         raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _is_disk_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in _DISK_FULL
+    # safetensors tells the number of the system's error in its text alone
+    return any(f"(os error {number})" in str(error) for number in _DISK_FULL)
 
 
 def write_whole(path: Path, text: str) -> None:

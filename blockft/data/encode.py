@@ -92,6 +92,12 @@ class Encoder:
         ids_of = self._ids_of_parts([cut])
         return [self._block_ids(block, ids_of) for block in cut.blocks]
 
+    @cached_property
+    def end_of_turn_id(self) -> int:
+        """The token with which the template ends a response: decoding stops there."""
+        cut = self._template.cut((Message(role="user", content=("?",)),), (), "!")
+        return self._end_of_turn(cut.ending)[-1]
+
     def _example(self, sample: Sample, cut: Cut, ids_of: dict[Part, Ids]) -> Example:
         blocks = [self._block_ids(block, ids_of) for block in cut.blocks]
         answer = ids_of[Part(cut.response, is_markup=False)] + self._end_of_turn(cut.ending)

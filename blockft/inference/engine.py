@@ -38,7 +38,7 @@ class Engine:
         self._encoder = Encoder(tokenizer)
         ends = model.generation_config.eos_token_id
         given = ends if isinstance(ends, list) else [ends]
-        self._ends = {*given, tokenizer.eos_token_id} - {None}
+        self._ends = {*given, self._encoder.end_of_turn_id} - {None}
 
     @classmethod
     def load(

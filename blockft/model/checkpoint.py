@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +67,48 @@ def remove_old(run: Path, keep: int) -> None:
 
 @torch.no_grad()
 def probe_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """The logits of a causal pass over `ids` (T,): (T, vocabulary), in float32. All ranks call it."""
+    """The logits (T, vocabulary) of a causal pass over `ids` (T,), computed in float32. All ranks call it.
+
+    Whatever type the weights have: a pass of a small model in bfloat16 differs from one in float32 by 3 % of the
+    logits' norm, which would hide a wrong export.
+    """
     vectors = lay_out([Layout((len(ids),))]).to(model.device)
-    training = model.training
-    logits = model.eval()(
-        input_ids=ids[None].to(model.device),
-        position_ids=vectors.position_ids,
-        block_masks=BlockMasks(vectors),
-        use_cache=False,
-    ).logits
+    training, attention = model.training, model.config._attn_implementation
+    model.set_attn_implementation("block_sdpa")
+    with _float32_weights(model):
+        logits = model.eval()(
+            input_ids=ids[None].to(model.device),
+            position_ids=vectors.position_ids,
+            block_masks=BlockMasks(vectors),
+            use_cache=False,
+        ).logits
+    model.set_attn_implementation(attention)
     model.train(training)
-    return logits[0].float().cpu()
+    return logits[0].cpu()
+
+
+@contextmanager
+def _float32_weights(model: torch.nn.Module) -> Iterator[None]:
+    """Each module's weights are float32 while it computes, one module at a time, and then as they were."""
+    kept: dict[torch.nn.Parameter, torch.Tensor] = {}
+
+    def widen(module: torch.nn.Module, _: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            kept[parameter] = parameter.data
+            parameter.data = parameter.data.float()
+
+    def restore(module: torch.nn.Module, *_: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = kept.pop(parameter)
+
+    # inside the hooks with which ZeRO-3 gathers a module's weights before and frees them after
+    hooks = [module.register_forward_pre_hook(widen) for module in model.modules()]
+    hooks += [module.register_forward_hook(restore, prepend=True) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def write_probe(checkpoint: Path, ids: torch.Tensor, logits: torch.Tensor) -> None:

@@ -15,8 +15,9 @@ from blockft.model.checkpoint import consolidate, find_checkpoint, read_facts, r
 from blockft.recipe import load_recipe
 from blockft.rundir import DATA, RECIPE, read_metrics, refuse_existing, whole_folder
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
-"""The largest difference (its norm over the norm) allowed between an export's logits and the run's."""
+EXACT, ROUNDED = 1e-5, 2e-2
+"""The largest difference (its norm over the norm) allowed between an export's logits and the run's, with the
+run's own weights and with weights rounded from another type."""
 
 
 def export(path: Path, out: Path, dtype: str = "auto") -> Path:
@@ -35,10 +36,11 @@ def export(path: Path, out: Path, dtype: str = "auto") -> Path:
     with whole_folder(out) as draft:
         _write(draft, checkpoint, recipe, weights, kind)
         difference = _compare(draft, checkpoint)
-        if not difference <= TOLERANCE[kind]:
+        limit = EXACT if kind is _trained_in(checkpoint) else ROUNDED
+        if not difference <= limit:
             raise RuntimeError(
                 f"the export's logits differ from the run's by {difference:.1e}, which is more than "
-                f"{TOLERANCE[kind]:.0e}: nothing was written to {out}"
+                f"{limit:.0e}: nothing was written to {out}"
             )
     console.print(f"wrote {out}; its logits differ from the run's by {difference:.1e}")
     return out
@@ -48,8 +50,12 @@ def _dtype(name: str, checkpoint: Path) -> torch.dtype:
     """The type asked for; `auto` is the one that the run computed in."""
     if name not in Precision.__members__:
         raise UserError(f"--dtype is {name!r}, allowed are {', '.join(Precision.__members__)}")
+    return _trained_in(checkpoint) if name == "auto" else getattr(torch, name)
+
+
+def _trained_in(checkpoint: Path) -> torch.dtype:
     trained: torch.dtype = AutoConfig.from_pretrained(checkpoint).dtype
-    return trained if name == "auto" else getattr(torch, name)
+    return trained
 
 
 def _write(
@@ -91,8 +97,11 @@ def _write(
 
 @torch.no_grad()
 def _compare(draft: Path, checkpoint: Path) -> float:
-    """The relative difference of the logits of the folder, opened by plain transformers, from the run's."""
+    """The relative difference of the logits of the folder, opened by plain transformers, from the run's.
+
+    Both are computed in float32 from weights of whatever type.
+    """
     ids, expected = read_probe(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(draft)
-    logits = model(input_ids=ids[None], use_cache=False).logits[0].float()
+    model = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.float32)
+    logits = model(input_ids=ids[None], use_cache=False).logits[0]
     return float((logits - expected).norm() / expected.norm())

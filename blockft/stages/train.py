@@ -103,15 +103,13 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
             (run / METRICS).touch()
     record = RunRecord(
         run,
+        tokenizer=load_tokenizer(recipe.model.path, recipe.model.revision),
         facts=facts,
         probe_ids=_probe_ids(plan.rows),
         keep_checkpoints=recipe.train.keep_checkpoints,
         tokens_per_step=recipe.train.batch_rows * recipe.data.row_len,
     )
-    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
-    trainer = BlockTrainer(
-        model=model, args=arguments, train_dataset=plan.rows, processing_class=tokenizer, callbacks=[record]
-    )
+    trainer = BlockTrainer(model=model, args=arguments, train_dataset=plan.rows, callbacks=[record])
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if rank == 0:
         plot_loss(run)

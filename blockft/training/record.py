@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from blockft.errors import UserError
 from blockft.model.checkpoint import mark_whole, probe_logits, remove_old, write_probe
@@ -18,19 +24,21 @@ from blockft.rundir import METRICS
 class RunRecord(TrainerCallback):
     """Writes `metrics.jsonl`, completes checkpoints, and on SIGINT or SIGTERM saves before the run ends.
 
-    `facts` go into every checkpoint's marker; `probe_ids` (T,) is the text on which exports are compared.
+    `facts` go into every checkpoint's marker; `probe_ids` (T,) is the text on which exports are compared. The
+    tokenizer is saved as it is: the Trainer, if it knew it, would rewrite the model's end token to match.
     """
 
     def __init__(
         self,
         run: Path,
         *,
+        tokenizer: PreTrainedTokenizerBase,
         facts: dict[str, Any],
         probe_ids: torch.Tensor,
         keep_checkpoints: int,
         tokens_per_step: int,
     ) -> None:
-        self._run, self._facts, self._probe_ids = run, facts, probe_ids
+        self._run, self._tokenizer, self._facts, self._probe_ids = run, tokenizer, facts, probe_ids
         self._keep, self._tokens_per_step = keep_checkpoints, tokens_per_step
         self._logged_at, self._logged_step = 0.0, 0
         self.asked_to_stop = False
@@ -97,6 +105,7 @@ class RunRecord(TrainerCallback):
         if args.world_size > 1:
             torch.distributed.barrier()
         if state.is_world_process_zero:
+            self._tokenizer.save_pretrained(checkpoint)
             write_probe(checkpoint, self._probe_ids, logits)
             mark_whole(
                 checkpoint, {**self._facts, "step": state.global_step, "num_processes": args.world_size}

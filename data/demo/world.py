@@ -72,7 +72,7 @@ NAMES = {kind: names(kind) for kind in ENDINGS}
 
 
 def pairs(rng: random.Random, short_answers: bool) -> tuple[list[str], list[Question]]:
-    """Two to four towns and their mayors or rivers, side by side; `short_answers` adds questions for those alone."""
+    """Two to four towns, each beside its mayor or river; `short_answers` adds questions for those alone."""
     num_pairs = rng.choice((2, 2, 2, 3, 4))
     towns = rng.sample(NAMES["town"], num_pairs)
     values = rng.sample(NAMES[rng.choice(ATTRIBUTES)], num_pairs)
@@ -143,7 +143,10 @@ def main() -> None:
     makers = {
         "heldout": (options.heldout_scenes, lambda rng: scene(rng, 4, ATTRIBUTES, sentences=False)),
         "train": (options.scenes, lambda rng: scene(rng, rng.choice((3, 4)), ATTRIBUTES, sentences=False)),
-        "facts": (options.scenes, lambda rng: scene(rng, rng.choice((2, 3)), (rng.choice(ATTRIBUTES),), sentences=True)),
+        "facts": (
+            options.scenes,
+            lambda rng: scene(rng, rng.choice((2, 3)), (rng.choice(ATTRIBUTES),), sentences=True),
+        ),
         "pairs": (options.scenes, lambda rng: pairs(rng, short_answers=True)),
         "recall": (options.scenes, lambda rng: pairs(rng, short_answers=False)),
     }

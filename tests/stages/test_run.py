@@ -1,4 +1,4 @@
-"""Whole runs of a toy: train, resume, export, eval, generate; laws 8, 9 and 10, and what must not get lost."""
+"""Whole runs of a toy: train, resume, export, eval, generate; laws 8, 9, 10, and what must not get lost."""
 
 import json
 import os
