@@ -69,8 +69,8 @@ def remove_old(run: Path, keep: int) -> None:
 def probe_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """The logits (T, vocabulary) of a causal pass over `ids` (T,), computed in float32. All ranks call it.
 
-    Whatever type the weights have: a pass of a small model in bfloat16 differs from one in float32 by 3 % of the
-    logits' norm, which would hide a wrong export.
+    Whatever type the weights have: a pass of a small model in bfloat16 differs from one in float32 by 3 % of
+    the logits' norm, which would hide a wrong export.
     """
     vectors = lay_out([Layout((len(ids),))]).to(model.device)
     training, attention = model.training, model.config._attn_implementation

@@ -73,15 +73,16 @@ class RunRecord(TrainerCallback):
         **_: Any,
     ) -> None:
         """Raises:
-        UserError: the loss is not finite; the last whole checkpoint stays as it is.
+        UserError: loss or gradient are not finite; the last whole checkpoint stays as it is.
         """
         if "loss" not in logs:
             return
-        if not math.isfinite(logs["loss"]):
-            raise UserError(
-                f"the loss became {logs['loss']} at step {state.global_step}: lower train.learning_rate, "
-                "and go on from the last checkpoint with --resume"
-            )
+        for name in ("loss", "grad_norm"):  # DeepSpeed passes over steps whose gradient is infinite
+            if not math.isfinite(logs[name]):
+                raise UserError(
+                    f"{name} became {logs[name]} at step {state.global_step}: lower train.learning_rate, "
+                    "and go on from the last checkpoint with --resume"
+                )
         now, steps = time.monotonic(), state.global_step - self._logged_step
         speed = self._tokens_per_step * steps / (now - self._logged_at)
         self._logged_at, self._logged_step = now, state.global_step
