@@ -27,7 +27,10 @@ class Prediction:
 
 
 def summarize(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Mean scores in percent, of all predictions under "all" and of each group under its name."""
+    """Mean scores in percent, of all predictions under "all" and of each group under its name.
+
+    A group that holds every prediction is "all" again and left out.
+    """
     groups: dict[str, list[dict[str, float]]] = defaultdict(list)
     for prediction in predictions:
         for group in ("all", *prediction.groups):
@@ -35,6 +38,7 @@ def summarize(predictions: Sequence[Prediction]) -> dict[str, Any]:
     return {
         group: {"questions": len(scores)} | {name: 100 * fmean(s[name] for s in scores) for name in METRICS}
         for group, scores in groups.items()
+        if group == "all" or len(scores) < len(predictions)
     }
 
 

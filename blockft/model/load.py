@@ -1,6 +1,7 @@
 """Opening models and tokenizers for Block-Attention, and refusing those for which no law is shown."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from blockft.attention.backends import BACKENDS
 from blockft.attention.positions import Rotation
@@ -28,6 +30,8 @@ ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
 for _name, _backend in BACKENDS.items():
     AttentionInterface.register(_name, _backend)
+if not sys.stderr.isatty():
+    disable_progress_bar()
 
 
 def check_supported(config: PreTrainedConfig) -> None:

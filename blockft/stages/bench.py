@@ -30,7 +30,9 @@ LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 def provenance() -> dict[str, Any]:
     """Where and with what a figure was measured."""
     git = shutil.which("git")
-    head = git and subprocess.run([git, "rev-parse", "--verify", "-q", "HEAD"], capture_output=True, text=True)
+    head = git and subprocess.run(
+        [git, "rev-parse", "--verify", "-q", "HEAD"], capture_output=True, text=True
+    )
     return {
         "command": " ".join(["blockft", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),

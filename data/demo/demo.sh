@@ -7,7 +7,7 @@ step() { printf '\n== %s\n' "$*"; }
 rm -rf "$out" && mkdir -p "$out"
 
 step "an invented world: documents, and questions that only the right documents answer"
-python data/demo/world.py "$out/world" --scenes 3000
+python data/demo/world.py "$out/world" --scenes 1500
 step "the base model, trained with full attention alone, on held-out questions"
 blockft eval data/demo/model demo eval.out=out/demo/before
 step "block fine-tuning, both views, under DeepSpeed"

@@ -1,0 +1,101 @@
+"""The command line: what a user's mistakes cost, and that the README tells the truth about the verbs."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from blockft.recipe import SHIPPED
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^(blockft .+?) *(?:#.*)?$", README, flags=re.MULTILINE)
+
+
+def blockft(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "blockft", *words], capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("tain",), "train"),
+        (("train", "--resum", "demo"), "--resume"),
+        (("train",), "RECIPE"),
+        (("train", "demmo"), "did you mean demo"),
+        (("prepare", "demo", "data.rowlen=9"), "did you mean data.row_len"),
+        (
+            (
+                "prepare",
+                "demo",
+                "data.row_len=nine",
+            ),
+            "nine",
+        ),
+        (("prepare", "demo", "data.sources.0.format=csv"), "samples, hotpotqa"),
+        (("prepare", "demo", "row_len 9"), "key=value"),
+        (("prepare", "demo", "data.sources.0.path=no/such.jsonl"), "no/such.jsonl"),
+        (("prepare", "demo", "model.path=no/such"), "no/such"),
+        (("generate", "no/such", "--input", "no/such.jsonl"), "no/such.jsonl"),
+        (("generate", "no/such", "--input", "README.md", "--mode", "half"), "half"),
+        (("eval", "no/such", "demo"), "no/such"),
+        (("compare", "no/such"), "blockft eval"),
+        (("inspect", "no/such"), "blockft prepare"),
+        (("export", "no/such", "out/x"), "no/such"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_mistake_costs_one_line(words: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    done = blockft(*words)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("blockft: ")
+    assert said in done.stderr
+    assert not (ROOT / "out" / "x").exists()
+
+
+def test_all_faults_of_a_recipe_are_told_at_once(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "# x\nmodel: {pth: x}\ndata: {out: o, sources: [{format: samples}]}\ntrain: {outt: b}\n"
+    )
+    done = blockft("train", str(recipe))
+    assert done.returncode == 2
+    for fault in ("model.pth", "model.path is missing", "data.sources[0].path is missing", "train.outt"):
+        assert fault in done.stderr
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys; import blockft.cli; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_launchers_stray_argument_is_passed_over() -> None:
+    done = blockft("--local_rank=0", "train", "demmo")
+    assert done.returncode == 2 and "did you mean demo" in done.stderr
+
+
+def test_the_readme_names_commands() -> None:
+    assert len(COMMANDS) >= 8
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_the_readme_exists(command: str) -> None:
+    """Its verb, its options and the recipe it names; `make test-slow` runs those that need no GPU."""
+    words = shlex.split(command)[1:]
+    verb = words[:2] if words[0] == "bench" else words[:1]
+    helped = blockft(*verb, "--help")
+    assert helped.returncode == 0, helped.stderr
+    for option in (word for word in words if word.startswith("--")):
+        assert option in helped.stdout
+    named = {path.stem for path in SHIPPED.glob("*.yaml")}
+    if verb[0] in ("prepare", "train"):
+        assert words[1] in named
+
+
+def test_the_readmes_files_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
