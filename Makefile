@@ -17,10 +17,10 @@ $(READY): pyproject.toml .ci/constraints.txt
 	touch $@
 
 demo: setup                ## a model loses accuracy under the block mask and wins it back (6 minutes on 2 cores)
-	bash data/demo/demo.sh out/demo
+	bash data/demo/demo.sh
 
 demo-base: setup           ## train the demo's base model again, from nothing
-	bash data/demo/base.sh out/demo-base
+	bash data/demo/base.sh
 
 test: setup                ## the laws and all other quick tests
 	pytest

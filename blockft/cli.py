@@ -1,6 +1,7 @@
 """The command line: parses words, calls a verb, turns errors into exit codes. Heavy imports happen inside."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -16,7 +17,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-bench = typer.Typer(help="Measure side by side.", no_args_is_help=True)
+bench = typer.Typer(help="Measure side by side.")
 app.add_typer(bench, name="bench")
 
 RecipeName = Annotated[
@@ -59,7 +60,7 @@ def inspect(
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,
-    num_gpus: Annotated[int, typer.Option(help="Processes on this machine, one per GPU.")] = 1,
+    num_gpus: Annotated[int, typer.Option(min=1, help="Processes on this machine, one per GPU.")] = 1,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the run's last whole checkpoint.")
     ] = False,
@@ -70,13 +71,14 @@ def train(
 
     settings = load_recipe(recipe, overrides or ())  # before the slow imports: most mistakes are found here
 
+    from blockft.stages import plan
     from blockft.stages import train as stage
     from blockft.training.launch import is_worker, start_workers
 
     if dry_run:
         stage.describe(settings, num_gpus)
     elif num_gpus > 1 and not is_worker():
-        stage.check_run(settings, resume=resume)
+        plan.check_run(settings, resume=resume, num_processes=num_gpus)
         words = ["train", recipe, *(overrides or ()), *(["--resume"] if resume else [])]
         raise typer.Exit(start_workers(words, num_gpus))
     else:
@@ -105,7 +107,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.")] = 128,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of text.")] = False,
 ) -> None:
-    """Answer prompts ({"documents", "question"} or {"messages"}), reading every block once."""
+    """Answer prompts: {"documents", "question"} or {"messages"}, one JSON object a line."""
     from blockft.stages.generate import generate
 
     generate(model, source, mode=mode, max_new_tokens=max_new_tokens, as_json=as_json)
@@ -159,6 +161,7 @@ def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 our mistake, 2 the user's, 130 interrupted."""
     # the deepspeed launcher puts --local_rank=N first unless it is told not to
     words = [word for word in sys.argv[1:] if not word.startswith(("--local_rank=", "--local-rank="))]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(app(words or ["--help"], standalone_mode=False))
     except _UsageError as error:

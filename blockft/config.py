@@ -9,6 +9,13 @@ from enum import StrEnum
 from typing import Any
 
 
+def at_least(minimum: int, default: Any) -> Any:
+    """A setting with a smallest value; for a list, a smallest length. `recipe` enforces it."""
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"minimum": minimum})
+    return field(default=default, metadata={"minimum": minimum})
+
+
 class Format(StrEnum):
     """Layouts of a source file."""
 
@@ -87,7 +94,7 @@ class Source:
     # the split, for a data set on the Hub
     split: str | None = None
     # read no more than this many records
-    max_samples: int | None = None
+    max_samples: int | None = at_least(1, None)
 
 
 @dataclass(kw_only=True)
@@ -98,7 +105,7 @@ class ModelSettings:
     revision: str | None = None
     # pretrained weights, or random ones from the folder's config.json and `train.seed`
     init: Init = Init.pretrained
-    # the attention backend of training and evaluation
+    # the attention backend of training; answers are always computed by sdpa over cached blocks
     attention: Attention = Attention.auto
     # the type of weights and activations in training
     dtype: Precision = Precision.auto
@@ -125,11 +132,11 @@ class DataSettings:
     # what to train on
     sources: list[Source]
     # tokens in a row: the longest example that can be trained on
-    row_len: int = 4096
+    row_len: int = at_least(1, 4096)
     # the views of every example that splits into blocks
-    views: list[View] = field(default_factory=lambda: [View.block, View.full])
+    views: list[View] = at_least(1, [View.block, View.full])
     # documents in a RAG prompt; null keeps all that the record has
-    num_documents: int | None = None
+    num_documents: int | None = at_least(0, None)
     # order of the documents: `ascending` puts the most relevant one next to the question
     order: Order = Order.ascending
     # questions in a row over the same documents share them in one example
@@ -139,7 +146,7 @@ class DataSettings:
     # drop the sample, or trim its least relevant documents
     too_long: TooLong = TooLong.drop
     # worker processes for tokenising; 0 is one per core
-    num_workers: int = 0
+    num_workers: int = at_least(0, 0)
     # seed of every shuffle in `prepare`
     seed: int = 0
     prompt: PromptSettings = field(default_factory=PromptSettings)
@@ -152,18 +159,18 @@ class TrainSettings:
     # DeepSpeed settings: a JSON file, or the name of one that ships (zero2)
     deepspeed: str = "zero2"
     # rows in a global batch; a multiple of the number of processes
-    batch_rows: int = 8
+    batch_rows: int = at_least(1, 8)
     # passes over the data
-    epochs: int = 1
+    epochs: int = at_least(1, 1)
     # stop after this many optimizer steps; null runs all epochs
-    max_steps: int | None = None
+    max_steps: int | None = at_least(1, None)
     learning_rate: float = 2e-5
     # any scheduler name of transformers.Trainer
     scheduler: str = "cosine"
     # extra arguments of the scheduler
     scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
     # steps over which the learning rate rises from 0
-    warmup_steps: int = 0
+    warmup_steps: int = at_least(0, 0)
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
@@ -171,11 +178,11 @@ class TrainSettings:
     # recompute activations in the backward pass: less memory, a third more time
     gradient_checkpointing: bool = False
     # log the loss every so many steps
-    log_steps: int = 1
+    log_steps: int = at_least(1, 1)
     # save a checkpoint every so many steps, and at the end
-    save_steps: int = 500
+    save_steps: int = at_least(1, 500)
     # whole checkpoints kept
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = at_least(1, 2)
     # seed of the row order and of random weights
     seed: int = 0
     # trackers: none, wandb, tensorboard
@@ -188,13 +195,13 @@ class EvalSettings:
     out: str
     # held-out samples with answers
     sources: list[Source]
-    modes: list[View] = field(default_factory=lambda: [View.block, View.full])
+    modes: list[View] = at_least(1, [View.block, View.full])
     # the longest answer, in tokens
-    max_new_tokens: int = 32
+    max_new_tokens: int = at_least(1, 32)
     # evaluate no more than this many samples; null is all
-    max_samples: int | None = None
+    max_samples: int | None = at_least(1, None)
     # prompts decoded together
-    batch_size: int = 32
+    batch_size: int = at_least(1, 32)
 
 
 @dataclass(kw_only=True)

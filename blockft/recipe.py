@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, cast, get_args, get_origin, get_type_hints
 
@@ -39,12 +40,14 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         UserError: an unknown key (with a suggestion), a missing or ill-typed value; all faults at once.
     """
     import yaml
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     path = find_recipe(name)
     try:
         given = OmegaConf.load(path)
+        if not isinstance(given, DictConfig):
+            raise UserError(f"{path} holds no mapping: a recipe has the keys {', '.join(_fields(Recipe))}")
         for word in overrides:
             key, equals, value = word.partition("=")
             if not equals:
@@ -53,10 +56,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
                 )
             OmegaConf.update(given, key, yaml.safe_load(value))
         plain = OmegaConf.to_container(given, resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} cannot be read as a recipe: {' '.join(str(error).split())}") from error
-    if not isinstance(plain, dict):
-        raise UserError(f"{path} holds no mapping: a recipe has the keys {', '.join(_fields(Recipe))}")
     if faults := _faults(Recipe, cast(dict[str, Any], plain), ""):
         raise UserError(f"{path}: {'; '.join(faults)}")
     try:
@@ -88,8 +89,9 @@ def _nested(kind: type) -> dict[str, tuple[type, bool]]:
 
 
 def _faults(kind: type, given: dict[str, Any], at: str) -> list[str]:
-    """Every unknown and every missing key below `at`."""
+    """Every unknown or missing key below `at`, every unknown choice and every number that is too small."""
     faults = []
+    hints = get_type_hints(kind)
     for key in given:
         if key not in _fields(kind):
             hint = difflib.get_close_matches(str(key), _fields(kind), n=1)
@@ -99,6 +101,8 @@ def _faults(kind: type, given: dict[str, Any], at: str) -> list[str]:
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and given.get(f.name) in (None, "???"):
             faults.append(f"{at}{f.name} is missing")
+        elif f.name in given:
+            faults += _bad_value(f"{at}{f.name}", given[f.name], hints[f.name], f.metadata.get("minimum"))
     for name, (inner, many) in _nested(kind).items():
         value = given.get(name)
         if many and isinstance(value, list):
@@ -111,3 +115,17 @@ def _faults(kind: type, given: dict[str, Any], at: str) -> list[str]:
             else:
                 faults.append(f"{where[:-1]} is {part!r}, it should hold {', '.join(_fields(inner))}")
     return faults
+
+
+def _bad_value(at: str, value: Any, hint: Any, minimum: int | None) -> list[str]:
+    """What is wrong with a value: no choice of its kind, or too small. Its type is OmegaConf's to check."""
+    values = value if isinstance(value, list) else [value]
+    for choice in (h for h in (hint, *get_args(hint)) if isinstance(h, type) and issubclass(h, StrEnum)):
+        if unknown := [v for v in values if v not in list(choice)]:
+            return [f"{at} is {unknown[0]!r} (allowed: {', '.join(choice)})"]
+    size = len(value) if isinstance(value, list) else value
+    if minimum is not None and isinstance(size, int) and size < minimum:
+        return [
+            f"{at} is {value}, it should {'hold' if isinstance(value, list) else 'be'} at least {minimum}"
+        ]
+    return []

@@ -29,13 +29,13 @@ def refuse_existing(out: Path, remedy: str) -> None:
 
 
 @contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
+def whole_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
     """A folder to write into, renamed to `out` at the end; on any error nothing is left.
 
-    It lies beside `out`, so the rename is atomic. An `out` that exists is replaced only at the end.
+    It lies beside `out`, so the rename is atomic. With `replace` an `out` that exists makes way at the end.
 
     Raises:
-        UserError: the disk is full, or the folder cannot be written.
+        UserError: the disk is full, the folder cannot be written, or `out` has come to exist.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -45,9 +45,12 @@ def whole_folder(out: Path) -> Iterator[Path]:
     try:
         yield draft
         draft.chmod(0o755)
-        if out.exists():
-            shutil.rmtree(out)
+        old = draft.with_name(f"{draft.name}.old")
+        if replace and out.exists():
+            out.rename(old)
+        refuse_existing(out, "something else wrote it meanwhile")
         draft.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         if _is_disk_full(error):
             raise UserError(f"the disk is full: nothing was written to {out}") from error
@@ -83,3 +86,15 @@ def cut_metrics(run: Path, last_step: int) -> None:
         if line.endswith("\n") and json.loads(line)["step"] <= last_step:
             kept.append(line)
     write_whole(run / METRICS, "".join(kept))
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure as PNG.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        figure.savefig(path, dpi=120, format="png")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error

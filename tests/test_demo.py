@@ -21,9 +21,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     (folder / "data").symlink_to(ROOT / "data")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    subprocess.run(
-        ["bash", "data/demo/demo.sh", "out/demo"], cwd=folder, check=True, env=os.environ | {"PATH": path}
-    )
+    subprocess.run(["bash", "data/demo/demo.sh"], cwd=folder, check=True, env=os.environ | {"PATH": path})
     prompt = {"messages": [{"role": "user", "content": ["The mayor of Heneomouth is Bidak.\n", "Who?"]}]}
     (folder / "prompts.jsonl").write_text(json.dumps(prompt))
     return folder

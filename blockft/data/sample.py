@@ -75,7 +75,7 @@ def from_record(record: Any) -> Sample:
         messages=messages,
         response=response,
         answers=tuple(text_of(answer, f"field 'answers[{i}]'") for i, answer in enumerate(answers)),
-        meta=_meta(take(record, "meta", {}), num_blocks),
+        meta=meta_of(take(record, "meta", {}), num_blocks),
     )
 
 
@@ -161,7 +161,7 @@ def messages_of(found: Any) -> tuple[Message, ...]:
     return tuple(messages)
 
 
-def _meta(found: Any, num_blocks: int) -> dict[str, Any]:
+def meta_of(found: Any, num_blocks: int) -> dict[str, Any]:
     check(isinstance(found, dict), "field 'meta'", found, "be a JSON object")
     documents, relevance = found.get("documents", []), found.get("relevance")
     local = range(num_blocks - 1)

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from blockft.errors import UserError
+from blockft.rundir import save_figure
 from blockft.stages.evaluate import REPORT
 
 METRIC = "substring_match"
@@ -19,11 +20,13 @@ def compare(paths: list[Path], *, png: Path | None = None) -> None:
     Raises:
         UserError: a path is no report.
     """
-    reports = {path.parent.name if path.is_file() else path.name: _read(path) for path in paths}
+    folders = [path.parent if path.is_file() else path for path in paths]
+    short = [folder.name for folder in folders]
+    names = short if len(set(short)) == len(short) else [str(folder) for folder in folders]
     columns = {
         f"{mode} {name}": groups
-        for name, report in reports.items()
-        for mode, groups in report["modes"].items()
+        for name, path in zip(names, paths, strict=True)
+        for mode, groups in _read(path)["modes"].items()
     }
     rows = [group for group in next(iter(columns.values())) if all(group in c for c in columns.values())]
     table = Table("questions", "number", *columns, title="answers that contain a gold answer, %")
@@ -44,15 +47,16 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} holds no {REPORT}: write one with blockft eval") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{file} is not JSON: {error}") from error
-    if not isinstance(report, dict) or "modes" not in report:
+    if not isinstance(report, dict) or not report.get("modes"):
         raise UserError(f"{file} is no report of blockft eval")
     return report
 
 
 def _draw(columns: dict[str, Any], rows: list[str], png: Path) -> None:
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     width = 0.8 / len(columns)
     for i, (name, groups) in enumerate(columns.items()):
         bars = axes.bar([x + i * width for x in range(len(rows))], [groups[g][METRIC] for g in rows], width)
@@ -61,5 +65,4 @@ def _draw(columns: dict[str, Any], rows: list[str], png: Path) -> None:
     axes.set_xticks([x + 0.4 - width / 2 for x in range(len(rows))], rows)
     axes.set(ylim=(0, 108), ylabel="answers that contain a gold answer, %")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=len(columns), frameon=False)
-    figure.savefig(png, dpi=120)
-    plt.close(figure)
+    save_figure(figure, png)

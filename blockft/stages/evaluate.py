@@ -2,6 +2,7 @@
 
 import json
 import sys
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from blockft.config import Precision, Recipe
+from blockft.config import BadRecord, Precision, Recipe
 from blockft.data.sample import Sample
 from blockft.data.sources import Tally, read
 from blockft.errors import UserError
@@ -21,6 +22,8 @@ from blockft.rundir import refuse_existing, whole_folder
 from blockft.stages.prompt import rag_prompt
 
 REPORT = "report.json"
+GROUPS = ("type", "level")
+"""Entries of a sample's meta data by which questions are also counted apart."""
 
 
 def evaluate(model: str, recipe: Recipe) -> Path:
@@ -67,17 +70,19 @@ def evaluate(model: str, recipe: Recipe) -> Path:
 def _questions(recipe: Recipe) -> list[Sample]:
     assert recipe.eval is not None
     prompt = rag_prompt(recipe.data)
-    samples: list[Sample] = []
-    for source in recipe.eval.sources:
-        samples += read(
+    every = chain.from_iterable(
+        read(
             source.format,
             source.path,
             Tally(),
             prompt=prompt,
             split=source.split,
             max_samples=source.max_samples,
+            skip_bad=recipe.data.on_bad_record is BadRecord.skip,
         )
-    samples = samples[: recipe.eval.max_samples]
+        for source in recipe.eval.sources
+    )
+    samples = list(islice(every, recipe.eval.max_samples))
     if not samples:
         raise UserError("eval.sources hold no question")
     for sample in samples:
@@ -95,10 +100,10 @@ def _answer(
     for batch in track(batches, f"{mode} mode", console=console, disable=not sys.stderr.isatty()):
         answers = engine.generate(batch, mode=mode, max_new_tokens=max_new_tokens)
         for sample, answer in zip(batch, answers, strict=True):
-            hops = (f"{sample.meta['hops']} hops",) if "hops" in sample.meta else ()
-            kinds = (sample.meta["type"],) if "type" in sample.meta else ()
-            groups = (sample.source, *hops, *kinds)
-            predictions.append(Prediction(sample.id, answer.text, sample.answers, groups))
+            groups = dict.fromkeys(
+                [sample.source, *(str(sample.meta[k]) for k in GROUPS if k in sample.meta)]
+            )
+            predictions.append(Prediction(sample.id, answer.text, sample.answers, tuple(groups)))
     return predictions
 
 

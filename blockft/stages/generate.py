@@ -7,7 +7,7 @@ from typing import Any
 
 from blockft.config import PromptSettings, View
 from blockft.data.rag import Document, RagPrompt
-from blockft.data.sample import RecordError, Sample, check, messages_of, take, text_of
+from blockft.data.sample import RecordError, Sample, check, messages_of, meta_of, take, text_of
 from blockft.errors import UserError
 from blockft.inference.engine import Engine
 
@@ -76,7 +76,8 @@ def _prompt(line: str, rag: RagPrompt, at: str) -> Sample:
         check(isinstance(record, dict), "the line", record, "be a JSON object")
         id = str(record.get("id", at))
         if "messages" in record:
-            messages, meta = messages_of(record["messages"]), record.get("meta", {})
+            messages = messages_of(record["messages"])
+            meta = meta_of(take(record, "meta", {}), sum(len(message.content) for message in messages))
         else:
             question = text_of(take(record, "question"), "field 'question'")
             messages, meta = rag.build(question, _documents(record), id)

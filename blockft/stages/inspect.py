@@ -16,6 +16,7 @@ from blockft.data.encode import NO_LABEL, Example
 from blockft.data.prepared import load_prepared
 from blockft.errors import UserError
 from blockft.model.load import load_tokenizer
+from blockft.rundir import save_figure
 
 COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "red")
 
@@ -89,17 +90,10 @@ def _statistics(manifest: dict[str, Any]) -> Table:
 
 
 def _draw(example: Example, png: Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 6))
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    axes = figure.subplots()
     axes.imshow(dense_mask(example.block_lengths, example.num_final), cmap="Greys", interpolation="nearest")
     axes.set(xlabel="key token", ylabel="query token", title=f"{len(example.block_lengths)} blocks")
-    try:
-        figure.savefig(png, dpi=150, bbox_inches="tight", format="png")
-    except OSError as error:
-        raise UserError(f"{png} cannot be written: {error.strerror}") from error
-    finally:
-        pyplot.close(figure)
+    save_figure(figure, png)

@@ -88,7 +88,7 @@ def prepare(recipe: Recipe, overwrite: bool = False) -> Path:
     encoder = Encoder(tokenizer)
     counts = [SourceCount() for _ in data.sources]
     statistics = Statistics()
-    with whole_folder(out) as draft, Writer(draft) as writer:
+    with whole_folder(out, replace=True) as draft, Writer(draft) as writer:
         kept = _keep(_encode(encoder, data, prompt, counts), counts, writer)
         for example in share_context(kept, data.row_len) if data.shared_context else kept:
             writer.add_example(example)

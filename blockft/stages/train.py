@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from blockft.config import Attention, Init, Precision, Recipe
-from blockft.data.prepared import load_prepared
+from blockft.config import Init, Recipe
 from blockft.errors import UserError
-from blockft.model.checkpoint import find_checkpoint, read_facts
+from blockft.model.checkpoint import read_facts
 from blockft.model.load import load_config, load_model, load_tokenizer
-from blockft.recipe import SHIPPED, dump_recipe
+from blockft.recipe import dump_recipe
 from blockft.rundir import (
     DATA,
     LOSS_PLOT,
@@ -24,59 +22,28 @@ from blockft.rundir import (
     RECIPE,
     cut_metrics,
     read_metrics,
-    refuse_existing,
+    save_figure,
     write_whole,
 )
+from blockft.stages.plan import Plan, check_run, make_plan
 from blockft.training.launch import prepare_worker, use_cpu
-from blockft.training.rows import Rows
 
 PROBE_LEN = 256
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run will do, known before any weight is loaded."""
-
-    rows: Rows
-    num_steps: int
-    manifest: dict[str, Any]
-    backend: str
-    dtype: torch.dtype
-    deepspeed: dict[str, Any]
-
-
-def check_run(recipe: Recipe, *, resume: bool) -> None:
-    """What can be said to the user at once, before processes start.
-
-    Raises:
-        UserError: the run exists and is not to be resumed, or cannot be.
-    """
-    run = Path(recipe.train.out)
-    if resume:
-        find_checkpoint(run)
-    else:
-        refuse_existing(run, "continue it with --resume, or choose another train.out")
-    _plan(recipe, num_processes=1)
+"""Tokens of the text on which exports are compared with the run: the start of its first row."""
 
 
 def train(recipe: Recipe, *, resume: bool) -> Path:
     """Train as a worker among WORLD_SIZE (or alone) and return the run's folder.
 
     Raises:
-        UserError: see `check_run`; a checkpoint of other weights or data; a loss that is not finite.
+        UserError: see `check_run`; an unknown scheduler or tracker; a loss that is not finite.
+        KeyboardInterrupt: the run was asked to stop, and has saved a checkpoint.
     """
     prepare_worker()
     rank, num_processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    plan, run = _plan(recipe, num_processes), Path(recipe.train.out)
-    checkpoint = find_checkpoint(run) if resume else None
-    facts = {
-        "data": plan.manifest["content_hash"],
-        "model": _shape(load_config(recipe.model.path, recipe.model.revision)),
-    }
-    if checkpoint:
-        _check_same(checkpoint, facts)
-    elif rank == 0:
-        refuse_existing(run, "continue it with --resume, or choose another train.out")
+    # every rank checks: none writes before all have met in init_distributed
+    plan, checkpoint = check_run(recipe, resume=resume, num_processes=num_processes)
+    run = Path(recipe.train.out)
 
     import deepspeed
     from transformers import TrainingArguments
@@ -85,7 +52,10 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
     from blockft.training.trainer import BlockTrainer
 
     deepspeed.init_distributed(dist_backend="gloo" if use_cpu() else "nccl", verbose=False)
-    arguments = TrainingArguments(**_arguments(recipe, plan, num_processes))
+    try:
+        arguments = TrainingArguments(**_arguments(recipe, plan, num_processes))
+    except (ValueError, ImportError) as error:
+        raise UserError(f"the settings of train cannot be used: {str(error).splitlines()[0]}") from error
     model = load_model(
         recipe.model.path,
         revision=recipe.model.revision,
@@ -93,23 +63,22 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
         dtype=plan.dtype,
         random_seed=recipe.train.seed if recipe.model.init is Init.random else None,
     )
-    if rank == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        write_whole(run / RECIPE, dump_recipe(recipe))
-        write_whole(run / DATA, json.dumps(plan.manifest, indent=2) + "\n")
-        if checkpoint:
-            cut_metrics(run, last_step=read_facts(checkpoint)["step"])
-        else:
-            (run / METRICS).touch()
     record = RunRecord(
         run,
         tokenizer=load_tokenizer(recipe.model.path, recipe.model.revision),
-        facts=facts,
-        probe_ids=_probe_ids(plan.rows),
+        facts=plan.facts,
+        probe_ids=plan.rows[0]["input_ids"][0, :PROBE_LEN].clone(),
         keep_checkpoints=recipe.train.keep_checkpoints,
         tokens_per_step=recipe.train.batch_rows * recipe.data.row_len,
     )
-    trainer = BlockTrainer(model=model, args=arguments, train_dataset=plan.rows, callbacks=[record])
+    try:
+        trainer = BlockTrainer(model=model, args=arguments, train_dataset=plan.rows, callbacks=[record])
+    except (ValueError, RuntimeError) as error:
+        if not any(tracker in str(error) for tracker in recipe.train.report_to):
+            raise
+        raise UserError(f"train.report_to cannot be used: {str(error).splitlines()[0]}") from error
+    if rank == 0:
+        _begin(run, recipe, plan, checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if rank == 0:
         plot_loss(run)
@@ -118,11 +87,22 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
     return run
 
 
+def _begin(run: Path, recipe: Recipe, plan: Plan, checkpoint: Path | None) -> None:
+    """Write what the run's folder says of itself, and forget what was logged after the checkpoint."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_whole(run / RECIPE, dump_recipe(recipe))
+    write_whole(run / DATA, json.dumps(plan.manifest, indent=2) + "\n")
+    if checkpoint:
+        cut_metrics(run, last_step=read_facts(checkpoint)["step"])
+    else:
+        (run / METRICS).touch()
+
+
 def describe(recipe: Recipe, num_processes: int) -> None:
     """Print what the run would do: rows, steps, share of labels, fill, memory (`--dry-run`)."""
     from transformers import AutoModelForCausalLM
 
-    plan = _plan(recipe, num_processes)
+    plan = make_plan(recipe, num_processes)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(load_config(recipe.model.path, recipe.model.revision))
     num_parameters = sum(p.numel() for p in model.parameters())
@@ -153,59 +133,14 @@ def describe(recipe: Recipe, num_processes: int) -> None:
 
 def plot_loss(run: Path) -> None:
     """Draw the run's loss as a picture beside its metrics."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     metrics = read_metrics(run)
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     axes.plot([line["step"] for line in metrics], [line["loss"] for line in metrics])
     axes.set(xlabel="step", ylabel="loss per label token", title=run.name)
-    figure.savefig(run / LOSS_PLOT, dpi=120)
-    plt.close(figure)
-
-
-def _plan(recipe: Recipe, num_processes: int) -> Plan:
-    settings = recipe.train
-    if settings.batch_rows % num_processes:
-        raise UserError(
-            f"train.batch_rows is {settings.batch_rows}, which {num_processes} processes cannot share: "
-            f"make it a multiple of {num_processes}"
-        )
-    prepared = load_prepared(Path(recipe.data.out))
-    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
-    rows = Rows(
-        prepared.examples,
-        [view.value for view in recipe.data.views],
-        row_len=recipe.data.row_len,
-        batch_rows=settings.batch_rows,
-        epochs=settings.epochs,
-        seed=settings.seed,
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
-    )
-    num_steps = len(rows) // settings.batch_rows
-    auto_backend = "sdpa" if use_cpu() else "flex"
-    auto_dtype = torch.float32 if use_cpu() else torch.bfloat16
-    backend, dtype = recipe.model.attention, recipe.model.dtype
-    return Plan(
-        rows=rows,
-        num_steps=min(num_steps, settings.max_steps or num_steps),
-        manifest=prepared.manifest,
-        backend=auto_backend if backend is Attention.auto else backend.value,
-        dtype=auto_dtype if dtype is Precision.auto else getattr(torch, dtype.value),
-        deepspeed=_deepspeed(settings.deepspeed),
-    )
-
-
-def _deepspeed(name: str) -> dict[str, Any]:
-    """DeepSpeed's settings from a JSON file or by the name of one that ships."""
-    shipped = SHIPPED / "deepspeed" / f"{name}.json"
-    path = shipped if shipped.is_file() else Path(name)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        names = ", ".join(sorted(p.stem for p in (SHIPPED / "deepspeed").glob("*.json")))
-        raise UserError(f"train.deepspeed {name!r} is neither a file nor one that ships ({names})") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+    save_figure(figure, run / LOSS_PLOT)
 
 
 def _arguments(recipe: Recipe, plan: Plan, num_processes: int) -> dict[str, Any]:
@@ -242,27 +177,3 @@ def _arguments(recipe: Recipe, plan: Plan, num_processes: int) -> dict[str, Any]
         "accelerator_config": {"even_batches": False},
         "dataloader_pin_memory": not use_cpu(),
     }
-
-
-def _probe_ids(rows: Rows) -> torch.Tensor:
-    """The start of the first row's tokens: the text on which exports are compared with the run."""
-    return rows[0]["input_ids"][0, :PROBE_LEN].clone()
-
-
-def _shape(config: Any) -> dict[str, Any]:
-    """What of a model's configuration decides which weights fit it."""
-    names = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-    return {name: getattr(config, name) for name in (*names, "num_attention_heads", "num_key_value_heads")}
-
-
-def _check_same(checkpoint: Path, facts: dict[str, Any]) -> None:
-    """Raises:
-    UserError: the checkpoint comes from other data or another model.
-    """
-    found = read_facts(checkpoint)
-    for name, remedy in {"model": "set model.path", "data": "set data.out"}.items():
-        if found[name] != facts[name]:
-            raise UserError(
-                f"{checkpoint} is a checkpoint of another {name} ({found[name]}) than the recipe's "
-                f"({facts[name]}): {remedy} to what the run began with, or start a new run"
-            )

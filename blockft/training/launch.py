@@ -1,11 +1,14 @@
 """Becoming a worker of a distributed run, and starting the workers with the `deepspeed` launcher."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
 
+import psutil
 import torch
 
 
@@ -32,7 +35,10 @@ def prepare_worker() -> None:
 
 
 def start_workers(words: Sequence[str], num_gpus: int) -> int:
-    """Run `blockft WORDS` on several processes of this machine; the launcher's exit code."""
+    """Run `blockft WORDS` on several processes of this machine; the launcher's exit code.
+
+    SIGINT and SIGTERM reach every process once, and each saves before it stops; then the code is 130.
+    """
     command = [
         sys.executable,
         "-m",
@@ -43,7 +49,19 @@ def start_workers(words: Sequence[str], num_gpus: int) -> int:
     ]
     command += ["--master_port", str(_free_port()), "--module", "blockft", *words]
     environment = os.environ | ({"DS_ACCELERATOR": "cpu"} if use_cpu() else {})
-    return subprocess.run(command, env=environment).returncode
+    # in a session of its own, or Ctrl-C would reach the workers a second time, which ends them at once
+    launcher = subprocess.Popen(command, env=environment, start_new_session=True)
+    asked: list[int] = []
+
+    def pass_on(number: int, _: Any) -> None:
+        asked.append(number)
+        for child in psutil.Process(launcher.pid).children():
+            child.terminate()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, pass_on)
+    code = launcher.wait()
+    return 130 if asked else code
 
 
 def _free_port() -> int:

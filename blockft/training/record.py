@@ -57,12 +57,16 @@ class RunRecord(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """All ranks save and stop at the same step, whichever of them the signal reached."""
+        """All ranks save and stop at the same step, whichever of them the signal reached.
+
+        What is saved is logged first, so that no loss goes unchecked into a checkpoint.
+        """
         asked = torch.tensor(int(self.asked_to_stop), device=args.device)
         if args.world_size > 1:
             torch.distributed.all_reduce(asked)
         if asked.item():
             self.asked_to_stop = control.should_save = control.should_training_stop = True
+        control.should_log |= control.should_save
 
     def on_log(
         self,
@@ -103,12 +107,15 @@ class RunRecord(TrainerCallback):
         """The marker comes last, when every rank has written its shards; only then are older ones deleted."""
         checkpoint = self._run / f"checkpoint-{state.global_step}"
         logits = probe_logits(model, self._probe_ids)
+        if not logits.isfinite().all():
+            raise UserError(
+                f"the weights are not finite at step {state.global_step}, and its checkpoint does not count: "
+                "lower train.learning_rate, and go on from the last whole one with --resume"
+            )
         if args.world_size > 1:
             torch.distributed.barrier()
         if state.is_world_process_zero:
             self._tokenizer.save_pretrained(checkpoint)
             write_probe(checkpoint, self._probe_ids, logits)
-            mark_whole(
-                checkpoint, {**self._facts, "step": state.global_step, "num_processes": args.world_size}
-            )
+            mark_whole(checkpoint, {"step": state.global_step, "facts": self._facts})
             remove_old(self._run, self._keep)

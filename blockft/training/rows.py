@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import Dataset
 
 from blockft.data.collate import collate_row
-from blockft.data.encode import Example
+from blockft.data.encode import NO_LABEL, Example
 from blockft.data.packing import complete, fill, list_items, plan_rows
 
 
@@ -52,4 +52,4 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
     @property
     def num_labels(self) -> int:
         """Label tokens in an epoch."""
-        return sum(int((self._examples[index].labels != -100).sum()) for index, _ in self.items)
+        return sum(int((self._examples[index].labels != NO_LABEL).sum()) for index, _ in self.items)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Trains the demo's base model from nothing, with full attention alone, in four stages that begin where the last one ended.
-#   base.sh OUT     OUT is begun afresh; its model is OUT/world-model
+# Run at the top of the project; the folder out/demo-base, which the recipe names, is begun afresh. The model is its train-model.
 set -euo pipefail
-out=${1:?usage: base.sh OUT}
+out=out/demo-base
 rm -rf "$out" && mkdir -p "$out"
 python data/demo/world.py "$out/world" --scenes 30000
 python data/demo/blank.py "$out/blank"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The demo: a tiny model that reads with full attention loses its way under the block mask, and wins it back.
-#   demo.sh OUT     OUT is begun afresh
+# Run at the top of the project; the folder out/demo, which the recipe names, is begun afresh.
 set -euo pipefail
-out=${1:?usage: demo.sh OUT}
+out=out/demo
 step() { printf '\n== %s\n' "$*"; }
 rm -rf "$out" && mkdir -p "$out"
 

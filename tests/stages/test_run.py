@@ -61,7 +61,9 @@ def test_a_run_leaves_its_recipe_metrics_plot_and_whole_checkpoints(toy: Path) -
 def test_law_8_two_ranks_give_the_losses_of_one(toy: Path) -> None:
     done = blockft("train", toy / "recipe.yaml", f"train.out={toy}/run2", "--num-gpus", "2")
     assert done.returncode == 0, done.stderr
-    assert json.loads((find_checkpoint(toy / "run2") / MARKER).read_text())["num_processes"] == 2
+    assert (
+        json.loads((find_checkpoint(toy / "run2") / MARKER).read_text())["facts"]["number of processes"] == 2
+    )
     assert_close(losses(toy / "run2"), losses(toy / "run"), rtol=1e-5, atol=0)
 
 
@@ -171,6 +173,12 @@ def test_an_unknown_export_type_is_refused(toy: Path) -> None:
         (("train.out={toy}/other", "data.out={toy}/nothing"), "blockft prepare"),
         (("train.out={toy}/other", "train.batch_rows=3", "--num-gpus", "2"), "multiple of 2"),
         (("model.path={toy}/wide", "--resume"), "another model"),
+        (("train.batch_rows=2", "--resume"), "another train.batch_rows"),
+        (("--resume", "--num-gpus", "2"), "another number of processes"),
+        (("train.out={toy}/other", "data.row_len=10"), "example of"),
+        (("train.out={toy}/other", "model.path=data/demo/model"), "tokenizer"),
+        (("train.out={toy}/other", "train.scheduler=foo"), "foo"),
+        (("train.out={toy}/other", "train.report_to=[foo]"), "foo"),
     ],
 )
 def test_runs_that_cannot_be(toy: Path, words: tuple[str, ...], said: str) -> None:
@@ -196,10 +204,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(toy: Path) -> None:
         "train",
         toy / "recipe.yaml",
         f"train.out={toy}/nan",
-        "train.learning_rate=1e30",
+        "train.learning_rate=1e39",
         "train.max_grad_norm=0",
     )
     assert done.returncode == 2 and "learning_rate" in done.stderr.splitlines()[-1]
+    assert not whole_checkpoints(toy / "nan")
 
 
 def test_wandb_works_offline(toy: Path) -> None:

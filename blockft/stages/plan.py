@@ -1,0 +1,128 @@
+"""What a run will do, known and checked before any process starts or weight is loaded."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blockft.config import Attention, Precision, Recipe
+from blockft.data.prepared import load_prepared
+from blockft.data.tokenizer import fingerprint
+from blockft.errors import UserError
+from blockft.model.checkpoint import find_checkpoint, read_facts
+from blockft.model.load import load_config, load_tokenizer
+from blockft.recipe import SHIPPED
+from blockft.rundir import refuse_existing
+from blockft.training.launch import use_cpu
+from blockft.training.rows import Rows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows and steps, how they are computed, and the facts in which a resumed run must agree."""
+
+    rows: Rows
+    num_steps: int
+    manifest: dict[str, Any]
+    backend: str
+    dtype: torch.dtype
+    deepspeed: dict[str, Any]
+    facts: dict[str, Any]
+
+
+def make_plan(recipe: Recipe, num_processes: int) -> Plan:
+    """The plan of a run on so many processes.
+
+    Raises:
+        UserError: recipe, prepared data, model and processes do not fit together.
+    """
+    data, settings = recipe.data, recipe.train
+    if settings.batch_rows % num_processes:
+        raise UserError(
+            f"train.batch_rows is {settings.batch_rows}, which {num_processes} processes cannot share: "
+            f"make it a multiple of {num_processes}"
+        )
+    config = load_config(recipe.model.path, recipe.model.revision)
+    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
+    prepared = load_prepared(Path(data.out))
+    if prepared.manifest["tokenizer"] != fingerprint(tokenizer):
+        raise UserError(
+            f"{data.out} was prepared with the tokenizer of {prepared.manifest['model']['path']}, not with "
+            f"that of {recipe.model.path}: run blockft prepare for this model, with another data.out"
+        )
+    if (longest := max(map(len, prepared.examples))) > data.row_len:
+        raise UserError(
+            f"data.row_len is {data.row_len}, and {data.out} holds an example of {longest} tokens: "
+            "raise data.row_len, or prepare again"
+        )
+    rows = Rows(
+        prepared.examples,
+        [view.value for view in data.views],
+        row_len=data.row_len,
+        batch_rows=settings.batch_rows,
+        epochs=settings.epochs,
+        seed=settings.seed,
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+    )
+    num_steps = len(rows) // settings.batch_rows
+    auto_backend, auto_dtype = ("sdpa", torch.float32) if use_cpu() else ("flex", torch.bfloat16)
+    backend, dtype = recipe.model.attention, recipe.model.dtype
+    return Plan(
+        rows=rows,
+        num_steps=min(num_steps, settings.max_steps or num_steps),
+        manifest=prepared.manifest,
+        backend=auto_backend if backend is Attention.auto else backend.value,
+        dtype=auto_dtype if dtype is Precision.auto else getattr(torch, dtype.value),
+        deepspeed=_deepspeed(settings.deepspeed),
+        facts={
+            "model": {"path": recipe.model.path, "revision": recipe.model.revision, **_shape(config)},
+            "data": prepared.manifest["content_hash"],
+            "data.row_len": data.row_len,
+            "data.views": [view.value for view in data.views],
+            "train.batch_rows": settings.batch_rows,
+            "train.seed": settings.seed,
+            "number of processes": num_processes,
+        },
+    )
+
+
+def check_run(recipe: Recipe, *, resume: bool, num_processes: int) -> tuple[Plan, Path | None]:
+    """The plan, and the checkpoint that the run goes on from.
+
+    Raises:
+        UserError: see `make_plan`; the run exists and is not to be resumed, or cannot be.
+    """
+    run = Path(recipe.train.out)
+    if not resume:
+        refuse_existing(run, "go on from its last checkpoint with --resume, or choose another train.out")
+        return make_plan(recipe, num_processes), None
+    checkpoint = find_checkpoint(run)
+    plan = make_plan(recipe, num_processes)
+    for name, found in read_facts(checkpoint)["facts"].items():
+        if found != plan.facts[name]:
+            raise UserError(
+                f"{checkpoint} belongs to another {name} ({found}) than is asked for ({plan.facts[name]}): "
+                "resume with what the run began with, or start a new one"
+            )
+    return plan, checkpoint
+
+
+def _shape(config: Any) -> dict[str, Any]:
+    """What of a model's configuration decides which weights fit it."""
+    names = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    return {name: getattr(config, name) for name in (*names, "num_attention_heads", "num_key_value_heads")}
+
+
+def _deepspeed(name: str) -> dict[str, Any]:
+    """DeepSpeed's settings from a JSON file or by the name of one that ships."""
+    shipped = SHIPPED / "deepspeed" / f"{name}.json"
+    path = shipped if shipped.is_file() else Path(name)
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in (SHIPPED / "deepspeed").glob("*.json")))
+        raise UserError(f"train.deepspeed {name!r} is neither a file nor one that ships ({names})")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
