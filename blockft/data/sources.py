@@ -80,7 +80,7 @@ def _records(format: str, path: str, split: str | None) -> Iterator[Placed]:
 def _hotpotqa(record: Any, prompt: RagPrompt) -> Sample:
     """HotpotQA, distractor setting (Yang et al. 2018): ten paragraphs, cut into sentences; two support.
 
-    The authors' JSON has lists of pairs, the parquet on the Hub a mapping of two lists.
+    The authors' JSON has lists of pairs, the data set on the Hub mappings of two lists.
     """
     check(isinstance(record, Mapping), "the record", record, "be a JSON object")
     question = text_of(take(record, "question"), "field 'question'")
