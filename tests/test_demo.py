@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_cli import COMMANDS, ROOT
+from tests.test_cli import COMMANDS, README, ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -41,6 +42,12 @@ def test_accuracy_is_lost_under_the_block_mask_and_won_back(demo: Path) -> None:
     assert after["block"] - before["block"] >= 0.8 * loss
     assert abs(after["full"] - before["full"]) <= 2
     assert (demo / "out" / "demo" / "demo.png").stat().st_size > 0
+
+
+def test_the_readmes_python_answers(demo: Path) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", code], cwd=demo, capture_output=True, text=True)
+    assert done.stdout.strip() == "Brosuk", done.stderr
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if "bench" not in command])
