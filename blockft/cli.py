@@ -161,7 +161,8 @@ def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 our mistake, 2 the user's, 130 interrupted."""
     # the deepspeed launcher puts --local_rank=N first unless it is told not to
     words = [word for word in sys.argv[1:] if not word.startswith(("--local_rank=", "--local-rank="))]
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if "RANK" not in os.environ:  # a worker of a launcher ends at once until it has something to save
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(app(words or ["--help"], standalone_mode=False))
     except _UsageError as error:
