@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from blockft.attention.layout import Layout
 from blockft.data.rag import trim
 from blockft.data.sample import Message, Sample
-from blockft.data.template import Block, Cut, Part, Template
-from blockft.data.tokenizer import PlainTokenizer
+from blockft.data.template import Block, Cut, Part, Template, UnfitText
+from blockft.data.tokenizer import PlainTokenizer, encode_markup
 from blockft.errors import UserError
 
 NO_LABEL = -100
@@ -100,7 +100,7 @@ class Encoder:
 
     def _example(self, sample: Sample, cut: Cut, ids_of: dict[Part, Ids]) -> Example:
         blocks = [self._block_ids(block, ids_of) for block in cut.blocks]
-        answer = ids_of[Part(cut.response, is_markup=False)] + self._end_of_turn(cut.ending)
+        answer = [id for part in cut.answer for id in ids_of[part]] + self._end_of_turn(cut.ending)
         prompt_len = sum(map(len, blocks))
         blocks[-1] += answer
         return Example(
@@ -113,14 +113,14 @@ class Encoder:
     def _ids_of_parts(self, cuts: Sequence[Cut]) -> dict[Part, Ids]:
         """The ids of every distinct part: texts by the plain tokenizer, markup with the added tokens."""
         parts = {part for cut in cuts for block in cut.blocks for part in block}
-        parts |= {Part(cut.response, is_markup=False) for cut in cuts}
+        parts |= {part for cut in cuts for part in cut.answer}
         texts = [part.text for part in parts if not part.is_markup]
         plain = dict(zip(texts, self._plain.encode(texts), strict=True))
         return {p: self._encode_markup(p.text) if p.is_markup else plain[p.text] for p in parts}
 
     def _encode_markup(self, text: str) -> Ids:
         if text not in self._markup_ids:
-            self._markup_ids[text] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+            self._markup_ids[text] = encode_markup(text, self._tokenizer, self._plain)
         return self._markup_ids[text]
 
     def _end_of_turn(self, ending: str) -> Ids:
@@ -140,8 +140,9 @@ class Encoder:
     def _block_ids(self, block: Block, ids_of: dict[Part, Ids]) -> Ids:
         ids = [id for part in block for id in ids_of[part]]
         if not ids:
-            raise UserError(
-                f"tokenizer {self._name} makes no token of the block {''.join(p.text for p in block)!r}"
+            raise UnfitText(
+                f"tokenizer {self._name} makes no token of the block {''.join(p.text for p in block)!r}",
+                "block without tokens",
             )
         return ids
 

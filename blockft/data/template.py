@@ -15,10 +15,27 @@ FIXED_DATE = """
 {%- macro strftime_now(format) -%}
 {{ format | replace('%d', '26') | replace('%b', 'Jul') | replace('%B', 'July') | replace('%m', '07')
           | replace('%Y', '2024') }}
-{%- endmacro -%}
+{%- endmacro %}
 """
 """Goes before a template that prints today's date and gives it the one that Llama 3's falls back to, so that
 prompts do not change overnight (law 12)."""
+
+EDGE = "\n\u2003"
+"""Stands around a stand-in (mirrored at its end) to show what of the white space there a template strips."""
+
+STRIPPED = {EDGE: "", EDGE[1:]: "\n", "": None}
+"""What is left of an edge, and the characters that are stripped (None: all white space)."""
+
+
+class UnfitText(UserError):
+    """A prompt that the chat template or the tokenizer does not keep as it is; others may be fit.
+
+    `reason` says why in a few words that are the same for many prompts.
+    """
+
+    def __init__(self, message: str, reason: str = "unfit for the chat template") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -31,15 +48,37 @@ class Part:
 
 Block = tuple[Part, ...]
 Content = tuple[str, ...]
+Roles = tuple[str, ...]
+Strip = tuple[str | None, str | None]
+"""The characters stripped before and after a text."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A rendered prompt cut into its blocks, the response, and what the template writes after that."""
+    """A rendered prompt cut into its blocks, the response, and what the template writes around that.
+
+    The opening stands between the generation prompt and the response: the model has to write it, too.
+    """
 
     blocks: tuple[Block, ...]
     response: str
     ending: str
+    opening: str = ""
+
+    @property
+    def answer(self) -> Block:
+        """What the model writes up to the ending; white space that opens it is one with its first word."""
+        if self.opening.strip():
+            return Part(self.opening, is_markup=True), Part(self.response, is_markup=False)
+        return (Part(self.opening + self.response, is_markup=False),)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How the template writes texts: the markup before each and after the last, what it strips of each."""
+
+    markup: tuple[str, ...]
+    strips: tuple[Strip, ...]
 
 
 class Template:
@@ -50,14 +89,17 @@ class Template:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        if not tokenizer.chat_template:
+        named = tokenizer.chat_template
+        if not named or isinstance(named, dict) and "default" not in named:
             raise UserError(
-                f"tokenizer {tokenizer.name_or_path} has no chat template: use that of an instruct model"
+                f"tokenizer {tokenizer.name_or_path} has no chat template"
+                f"{' named default' if named else ''}: use that of an instruct model"
             )
         self._tokenizer = tokenizer
         template = tokenizer.get_chat_template()
         self._template = FIXED_DATE + template if "strftime_now" in template else template
-        self._markup: dict[tuple[tuple[str, ...], bool], tuple[str, ...]] = {}
+        self._forms: dict[tuple[Roles, bool], _Form] = {}
+        self._answers: dict[Roles, _Form] = {}
 
     def cut(
         self, messages: Sequence[Message], documents: Collection[int], response: str | None = None
@@ -70,40 +112,81 @@ class Template:
             <|im_start|>user\\n | Answer. | doc 0 | doc 1 | Question?<|im_end|>\\n<|im_start|>assistant\\n
 
         Raises:
-            UserError: the template refuses the roles, or changes a text otherwise than by trimming it.
+            UnfitText: the template refuses the roles, changes their order or a text otherwise than by
+                trimming it, trims a document, or leads to another response than it writes.
+            UserError: the template cannot be read.
         """
         roles = tuple(message.role for message in messages)
-        contents = [message.content for message in messages]
-        markup = self._markup_of(roles, True)
-        contents = self._match(self._render(roles, contents, True), markup, contents)
-        blocks = _own(markup, contents, documents)
+        form = self._form(roles, for_generation=True)
+        contents = self._stripped(messages, form.strips, documents)
+        texts = ["".join(content) for content in contents]
+        rendered = self._render(roles, [message.text for message in messages], for_generation=True)
+        if rendered != "".join(chain.from_iterable(zip(form.markup, [*texts, ""], strict=True))):
+            changed = _changed(rendered, form.markup, texts)
+            self._fail(f"changes the text {changed} otherwise than by trimming it", "text changed")
+        blocks = _own(form.markup, contents, documents)
         if response is None:
             return Cut(blocks, "", "")
-        roles, contents = (*roles, "assistant"), [*contents, (response,)]
-        with_response = self._markup_of(roles, False)
-        if with_response[:-1] != markup:
-            self._fail("writes a response otherwise than its generation prompt leads to")
-        *_, (response,) = self._match(self._render(roles, contents, False), with_response, contents)
-        return Cut(blocks, response, with_response[-1])
+        answer = self._answer(roles)
+        (response,) = _strip((response,), *answer.strips[0])
+        opening, ending = answer.markup
+        return Cut(blocks, response, ending, opening)
 
-    def _markup_of(self, roles: tuple[str, ...], for_generation: bool) -> tuple[str, ...]:
-        """What the template writes before each message's text and after the last, found with stand-ins."""
+    def _form(self, roles: Roles, *, for_generation: bool) -> _Form:
         key = (roles, for_generation)
-        if key not in self._markup:
-            texts = [f"stand-in[{i}]" for i in range(len(roles))]
-            rest, pieces = self._render(roles, [(text,) for text in texts], for_generation), []
-            for text in texts:
-                piece, found, rest = rest.partition(text)
-                if not found or text in rest:
-                    self._fail(
-                        f"does not write each text of messages of the roles {', '.join(roles)} once, in order"
-                    )
-                pieces.append(piece)
-            self._markup[key] = (*pieces, rest)
-        return self._markup[key]
+        if key not in self._forms:
+            markup = self._around(roles, for_generation)
+            strips: dict[int, Strip] = {}
+            # every other text has edges, so that none borders on another's
+            for parity in range(min(2, len(roles))):
+                around = self._around(roles, for_generation, parity)
+                for i in range(parity, len(roles), 2):
+                    before = around[i].removeprefix(markup[i])
+                    after = around[i + 1].removesuffix(markup[i + 1])[::-1]
+                    if before not in STRIPPED or after not in STRIPPED:
+                        self._fail(f"changes texts of the role {roles[i]}", "text changed")
+                    strips[i] = (STRIPPED[before], STRIPPED[after])
+            self._forms[key] = _Form(markup, tuple(strips[i] for i in range(len(roles))))
+        return self._forms[key]
 
-    def _render(self, roles: Sequence[str], contents: Sequence[Content], for_generation: bool) -> str:
-        chat = [{"role": r, "content": "".join(c)} for r, c in zip(roles, contents, strict=True)]
+    def _around(self, roles: Roles, for_generation: bool, edged: int | None = None) -> tuple[str, ...]:
+        """The markup before each text and after the last, found with stand-ins, even or odd ones edged."""
+        stand_ins = [f"standin{i}standin" for i in range(len(roles))]
+        texts = [EDGE + s + EDGE[::-1] if i % 2 == edged else s for i, s in enumerate(stand_ins)]
+        rest, pieces = self._render(roles, texts, for_generation), []
+        for stand_in in stand_ins:
+            piece, found, rest = rest.partition(stand_in)
+            if not found or stand_in in rest:
+                self._fail(
+                    f"does not write each text of the roles {_list(roles)} once, in order", "roles refused"
+                )
+            pieces.append(piece)
+        return (*pieces, rest)
+
+    def _answer(self, roles: Roles) -> _Form:
+        """How a response to messages of these roles is written, found with a stand-in."""
+        if roles not in self._answers:
+            # some templates write the system's text while the prompt waits for a response, and drop it then:
+            # there the last turn alone shows how a response follows
+            for turns in dict.fromkeys((roles, roles[-1:])):
+                try:
+                    prompt = self._form(turns, for_generation=True).markup
+                    chat = self._form((*turns, "assistant"), for_generation=False)
+                except UnfitText:
+                    continue
+                *before, opening, ending = chat.markup
+                if (*before,) == prompt[:-1] and opening.startswith(prompt[-1]):
+                    markup = (opening.removeprefix(prompt[-1]), ending)
+                    self._answers[roles] = _Form(markup, chat.strips[-1:])
+                    break
+            else:
+                self._fail(
+                    "writes a response otherwise than its generation prompt leads to", "response changed"
+                )
+        return self._answers[roles]
+
+    def _render(self, roles: Roles, texts: Sequence[str], for_generation: bool) -> str:
+        chat = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
         try:
             return str(
                 self._tokenizer.apply_chat_template(
@@ -115,25 +198,36 @@ class Template:
                     enable_thinking=False,
                 )
             )
-        except jinja2.TemplateError as error:
-            self._fail(f"refuses messages of the roles {', '.join(roles)}: {error}")
+        except jinja2.TemplateSyntaxError as error:
+            at = f"{self._tokenizer.name_or_path}, line {error.lineno}"
+            raise UserError(f"the chat template of {at} cannot be read: {error}") from error
+        except (jinja2.TemplateError, TypeError) as error:
+            self._fail(f"refuses messages of the roles {_list(roles)} ({error})", "roles refused")
 
-    def _match(self, rendered: str, markup: Sequence[str], contents: Sequence[Content]) -> list[Content]:
-        """The texts as they stand in a rendered chat: as given, or trimmed."""
-        matched, at = [], len(markup[0])
-        for content, after in zip(contents, markup[1:], strict=True):
-            as_given = rendered.startswith("".join(content) + after, at)
-            matched.append(content if as_given else _trimmed(content))
-            at += len("".join(matched[-1])) + len(after)
-        texts = ["".join(content) for content in matched]
-        if rendered != "".join(chain.from_iterable(zip(markup, [*texts, ""], strict=True))):
-            self._fail("changes the text of a message otherwise than by trimming it")
-        return matched
+    def _stripped(
+        self, messages: Sequence[Message], strips: Sequence[Strip], documents: Collection[int]
+    ) -> list[Content]:
+        """The blocks of each message as the template writes them."""
+        contents, first = [], 0
+        for message, strip in zip(messages, strips, strict=True):
+            content = _strip(message.content, *strip)
+            for number, (text, left) in enumerate(zip(message.content, content, strict=True), first):
+                if text != left and number in documents:
+                    self._fail(
+                        f"trims the {message.role} message and with it the document {_shorten(text)}, "
+                        "which would be another block elsewhere",
+                        "document trimmed",
+                        "put separators before the documents, or into a block that is no document",
+                    )
+            contents.append(content)
+            first += len(content)
+        return contents
 
-    def _fail(self, what: str) -> NoReturn:
-        raise UserError(
-            f"the chat template of {self._tokenizer.name_or_path} {what}: blockft cannot cut its prompts"
-        )
+    def _fail(
+        self, what: str, why: str, remedy: str = "leave such prompts out, or use another template"
+    ) -> NoReturn:
+        whose = f"the chat template of {self._tokenizer.name_or_path}"
+        raise UnfitText(f"{whose} {what}: {remedy}", f"{why} by the chat template")
 
 
 def _own(markup: Sequence[str], contents: Sequence[Content], documents: Collection[int]) -> tuple[Block, ...]:
@@ -152,21 +246,41 @@ def _own(markup: Sequence[str], contents: Sequence[Content], documents: Collecti
                 blocks.append([Part(text, is_markup=False)])
                 takes_markup = number not in documents
             number += 1
+    if not takes_markup:
+        blocks.append([])
     blocks[-1].append(Part(markup[-1], is_markup=True))
-    if sum(map(bool, chain.from_iterable(contents))) == 1:
+    if not documents and sum(map(bool, chain.from_iterable(contents))) == 1:
         return (tuple(chain.from_iterable(blocks)),)
     return tuple(map(tuple, blocks))
 
 
-def _trimmed(content: Content) -> Content:
-    """A message's blocks after its text has been trimmed; those of white space at its ends become empty."""
+def _strip(content: Content, before: str | None, after: str | None) -> Content:
+    """A message's blocks after its text has been stripped; those at its ends may become empty."""
     texts = list(content)
     for i, text in enumerate(texts):
-        texts[i] = text.lstrip()
+        texts[i] = text.lstrip(before)
         if texts[i]:
             break
     for i in reversed(range(len(texts))):
-        texts[i] = texts[i].rstrip()
+        texts[i] = texts[i].rstrip(after)
         if texts[i]:
             break
     return tuple(texts)
+
+
+def _changed(rendered: str, markup: Sequence[str], texts: Sequence[str]) -> str:
+    """The first text that is not found where it should be."""
+    start = 0
+    for before, text in zip(markup, texts, strict=False):
+        if not rendered.startswith(before + text, start):
+            break
+        start += len(before + text)
+    return _shorten(text)
+
+
+def _list(roles: Roles) -> str:
+    return ", ".join(roles if len(roles) <= 5 else (*roles[:5], "..."))
+
+
+def _shorten(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:25]}...{text[-12:]}")

@@ -1,4 +1,4 @@
-"""What encoding needs of a tokenizer: its twin for text from data, and its fingerprint."""
+"""What encoding needs of a tokenizer: its twin for text from data, markup's ids, and its fingerprint."""
 
 import hashlib
 import json
@@ -7,7 +7,14 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from blockft.data.template import UnfitText
 from blockft.errors import UserError
+
+HIDDEN = "\uffff" * 4
+"""Goes before the spelling of a marker that is a piece of a vocabulary, so that no text spells it."""
+
+INSIDE_BYTE = {"Regex": "(?<=<)(?=0x[0-9A-F]{2}>)"}
+"""Where to cut a text that spells a byte token, as <0x0A>: a Unigram model would take it for that byte."""
 
 
 class PlainTokenizer:
@@ -35,16 +42,25 @@ class PlainTokenizer:
         if model["type"] == "BPE":
             # some vocabularies spell their markers out of smaller pieces as well
             model["merges"] = [pair for pair in model["merges"] if "".join(_pair(pair)) not in markers]
+        elif model["type"] == "Unigram":
+            ids = set(markers.values())
+            model["vocab"] = [
+                [HIDDEN + piece if id in ids else piece, score]
+                for id, (piece, score) in enumerate(model["vocab"])
+            ]
+            cut = {"type": "Split", "pattern": INSIDE_BYTE, "behavior": "Isolated", "invert": False}
+            rules = [rule for rule in (cut, state["pre_tokenizer"]) if rule]
+            state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": rules}
         # a character the model does not know is not a marker, though its token is listed with them
         markers.pop(model.get("unk_token"), None)
-        self._markers = {id: content for content, id in markers.items()}
+        self._markers = {id: content for content, id in markers.items() if id != model.get("unk_id")}
         self._backend = Tokenizer.from_str(json.dumps(state))
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text.
 
         Raises:
-            UserError: the model's own vocabulary makes an added token of a text.
+            UnfitText: the model's own vocabulary makes an added token of a text.
         """
         all_ids = [
             encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)
@@ -52,11 +68,28 @@ class PlainTokenizer:
         for ids in all_ids:
             if not self._markers.keys().isdisjoint(ids):
                 marker = next(self._markers[id] for id in ids if id in self._markers)
-                raise UserError(
+                raise UnfitText(
                     f"the tokenizer's own vocabulary makes its added token {marker!r} of text from data: "
-                    "remove it from the vocabulary, or from the data"
+                    "remove it from the vocabulary, or from the data",
+                    "added token spelled by a text",
                 )
         return all_ids
+
+
+def encode_markup(text: str, tokenizer: PreTrainedTokenizerBase, plain: PlainTokenizer) -> list[int]:
+    """The ids of what a template wrote, added tokens among them.
+
+    What stands before the first added token follows another text, or nothing, and gets no space before it;
+    the rest is encoded as the model knows it.
+    """
+    encoding = tokenizer(
+        text, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=True
+    )
+    ids: list[int] = encoding["input_ids"]
+    added = tokenizer.added_tokens_decoder
+    first = next((i for i, id in enumerate(ids) if id in added), len(ids))
+    head = text[: encoding["offset_mapping"][first][0]] if first < len(ids) else text
+    return plain.encode([head])[0] + ids[first:]
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,0 +1,255 @@
+"""Chat templates of real model families, each with a small tokenizer that has the family's control tokens."""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from tests.data.toys import CORPUS
+
+TEMPLATES = Path(__file__).parent / "templates"
+"""Written for these tests after what each family's template renders for plain chats; only `smollm2.jinja` is
+the real one to the letter (HuggingFaceTB/SmolLM2, Apache-2.0)."""
+
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A chat template, the kind of its tokenizer, its control tokens, and which chats it takes."""
+
+    template: str
+    kind: str
+    special: tuple[str, ...]
+    other: tuple[str | AddedToken, ...] = ()
+    bos: str | None = None
+    eos: str
+    end_of_turn: str
+    system: str = "anywhere"
+    """Where a system message may stand: `anywhere` first, only before a `single` turn, or `never`."""
+    trims: bool = False
+    opening: str = ""
+    loses: str = ""
+    """A text that answers of earlier turns must not hold."""
+
+    @property
+    def controls(self) -> list[str]:
+        """All that a template of the family writes and a text might spell."""
+        marks = ["[INST]", "[/INST]", "<<SYS>>", "<|user|>\n", "Assistant:", "<0x0A>", "▁", self.loses]
+        return [str(token) for token in (*self.special, *self.other)] + [mark for mark in marks if mark]
+
+
+IM = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+THINK = ("<think>", "</think>", "<tool_call>")
+LLAMA3 = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|eot_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|python_tag|>",
+)
+GEMMA = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
+BLANKS = ("\n", "\n\n", "\n\n\n", "▁▁", "▁▁▁▁", "\t\t")
+"""Gemma's added tokens of mere white space, which a text may hold."""
+PHI = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>")
+
+FAMILIES = {
+    "smollm2": Family(
+        template="smollm2",
+        kind="byte_level",
+        special=IM,
+        bos="<|im_start|>",
+        eos="<|im_end|>",
+        end_of_turn="<|im_end|>",
+    ),
+    "llama31": Family(
+        template="llama31",
+        kind="byte_level",
+        special=LLAMA3,
+        bos="<|begin_of_text|>",
+        eos="<|eot_id|>",
+        end_of_turn="<|eot_id|>",
+        trims=True,
+    ),
+    "qwen25": Family(
+        template="qwen25",
+        kind="nfc",
+        special=IM,
+        other=("<tool_call>",),
+        eos="<|im_end|>",
+        end_of_turn="<|im_end|>",
+    ),
+    "qwen3": Family(
+        template="qwen3",
+        kind="nfc",
+        special=IM,
+        other=THINK,
+        eos="<|im_end|>",
+        end_of_turn="<|im_end|>",
+        loses="</think>",
+    ),
+    "mistral_v1": Family(
+        template="mistral_v1",
+        kind="prepending",
+        special=("<unk>", "<s>", "</s>"),
+        bos="<s>",
+        eos="</s>",
+        end_of_turn="</s>",
+        trims=True,
+        opening=" ",
+    ),
+    "mistral_v3": Family(
+        template="mistral_v3",
+        kind="metaspace",
+        special=("<unk>", "<s>", "</s>", "[INST]", "[/INST]"),
+        bos="<s>",
+        eos="</s>",
+        end_of_turn="</s>",
+        system="single",
+        opening=" ",
+    ),
+    "llama2": Family(
+        template="llama2",
+        kind="prepending",
+        special=("<unk>", "<s>", "</s>"),
+        bos="<s>",
+        eos="</s>",
+        end_of_turn="</s>",
+        trims=True,
+        opening=" ",
+    ),
+    "gemma2": Family(
+        template="gemma2",
+        kind="gemma",
+        special=GEMMA,
+        other=BLANKS,
+        bos="<bos>",
+        eos="<eos>",
+        end_of_turn="<end_of_turn>",
+        system="never",
+        trims=True,
+    ),
+    "gemma3": Family(
+        template="gemma3",
+        kind="gemma",
+        special=GEMMA,
+        other=BLANKS,
+        bos="<bos>",
+        eos="<eos>",
+        end_of_turn="<end_of_turn>",
+        trims=True,
+    ),
+    "phi3": Family(
+        template="phi3",
+        kind="prepending",
+        special=("<unk>", "<s>"),
+        other=tuple(AddedToken(token, rstrip=True, normalized=False) for token in PHI),
+        bos="<s>",
+        eos="<|endoftext|>",
+        end_of_turn="<|end|>",
+    ),
+    "phi35": Family(
+        template="phi35",
+        kind="unigram",
+        special=("<unk>", "<s>", "</s>", *PHI),
+        eos="<|endoftext|>",
+        end_of_turn="<|end|>",
+    ),
+    "tulu3": Family(
+        template="tulu3",
+        kind="byte_level",
+        special=LLAMA3,
+        bos="<|begin_of_text|>",
+        eos="<|end_of_text|>",
+        end_of_turn="<|end_of_text|>",
+    ),
+    "zephyr": Family(
+        template="zephyr",
+        kind="metaspace",
+        special=("<unk>", "<s>", "</s>"),
+        other=(AddedToken("<tool>", lstrip=True, rstrip=True, normalized=False),),
+        bos="<s>",
+        eos="</s>",
+        end_of_turn="</s>",
+    ),
+    "deepseek": Family(
+        template="deepseek",
+        kind="byte_level",
+        special=("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
+        other=(AddedToken("<｜User｜>", single_word=True, lstrip=True),),
+        bos="<｜begin▁of▁sentence｜>",
+        eos="<｜end▁of▁sentence｜>",
+        end_of_turn="<｜end▁of▁sentence｜>",
+        opening=" ",
+    ),
+}
+
+
+@cache
+def family_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a family, its chat template included."""
+    family = FAMILIES[name]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=_backend(family.kind, family.special),
+        bos_token=family.bos,
+        eos_token=family.eos,
+        chat_template=(TEMPLATES / f"{family.template}.jinja").read_text(encoding="utf-8"),
+    )
+    special = [AddedToken(token, special=True, normalized=False) for token in family.special]
+    other = [
+        token if isinstance(token, AddedToken) else AddedToken(token, special=False, normalized=False)
+        for token in family.other
+    ]
+    tokenizer.add_tokens([*special, *other])
+    return tokenizer
+
+
+def _backend(kind: str, special: tuple[str, ...]) -> Tokenizer:
+    if kind in ("byte_level", "nfc"):
+        backend = Tokenizer(models.BPE())
+        backend.normalizer = normalizers.NFC() if kind == "nfc" else None
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        backend.train_from_iterator(
+            CORPUS, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+        )
+        return backend
+    return _with_bytes(kind, special)
+
+
+def _with_bytes(kind: str, special: tuple[str, ...]) -> Tokenizer:
+    """A tokenizer like SentencePiece's: spaces are "▁", and an unknown character falls back to its bytes."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    # the vocabulary spells the control tokens out of smaller pieces, as some do
+    corpus = [*CORPUS, *special * 30]
+    trained.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=400, show_progress=False))
+    bpe = json.loads(trained.to_str())["model"]
+    pieces = list(dict.fromkeys([*special, *BYTES, *bpe["vocab"]]))
+    if kind == "unigram":
+        # as in a real one, the control tokens are the best pieces of all
+        scores = [(piece, 0.0 if piece in special else -float(10 - len(piece))) for piece in pieces]
+        backend = Tokenizer(models.Unigram(scores, unk_id=0, byte_fallback=True))
+    else:
+        merges = [tuple(pair) for pair in bpe["merges"]]
+        vocabulary = {piece: id for id, piece in enumerate(pieces)}
+        backend = Tokenizer(
+            models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+        )
+    rules: dict[str, tuple[Any, Any]] = {
+        "prepending": (normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]), None),
+        "metaspace": (None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False)),
+        "unigram": (None, pre_tokenizers.Metaspace(prepend_scheme="always")),
+        "gemma": (normalizers.Replace(" ", "▁"), pre_tokenizers.Split(" ", "merged_with_previous")),
+    }
+    backend.normalizer, backend.pre_tokenizer = rules[kind]
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return backend
