@@ -156,8 +156,10 @@ class DataSettings:
 class TrainSettings:
     # the run's folder
     out: str
-    # DeepSpeed settings: a JSON file, or the name of one that ships (zero2)
+    # DeepSpeed settings: a JSON file, or the name of one that ships (zero0 to zero3, zero2-offload, ...)
     deepspeed: str = "zero2"
+    # arguments of peft.LoraConfig, to train an adapter ({} for its defaults); null trains all weights
+    lora: dict[str, Any] | None = None
     # rows in a global batch; a multiple of the number of processes
     batch_rows: int = at_least(1, 8)
     # passes over the data
@@ -183,6 +185,12 @@ class TrainSettings:
     save_steps: int = at_least(1, 500)
     # whole checkpoints kept
     keep_checkpoints: int = at_least(1, 2)
+    # examples held out of training: the loss over them is logged for each view
+    eval_examples: int = at_least(0, 0)
+    # evaluate every so many steps, beside before the first and at every checkpoint
+    eval_steps: int | None = at_least(1, None)
+    # keep the checkpoint with the lowest evaluation loss, too (that of the first of `data.views`)
+    keep_best: bool = True
     # seed of the row order and of random weights
     seed: int = 0
     # trackers: none, wandb, tensorboard
