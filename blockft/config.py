@@ -126,6 +126,16 @@ class PromptSettings:
 
 
 @dataclass(kw_only=True)
+class CutSettings:
+    """How the prompts of chats and instructions are cut into blocks."""
+
+    # at most this many blocks in a prompt; the turns of a chat are never joined
+    max_blocks: int = at_least(1, 16)
+    # at least this many tokens in a block, where a message is cut
+    min_block_tokens: int = at_least(1, 8)
+
+
+@dataclass(kw_only=True)
 class DataSettings:
     # the folder that `prepare` writes and `train` reads
     out: str
@@ -150,6 +160,7 @@ class DataSettings:
     # seed of every shuffle in `prepare`
     seed: int = 0
     prompt: PromptSettings = field(default_factory=PromptSettings)
+    cut: CutSettings = field(default_factory=CutSettings)
 
 
 @dataclass(kw_only=True)
