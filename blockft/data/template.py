@@ -29,6 +29,10 @@ class Part:
     is_markup: bool
 
 
+class UnfitText(UserError):
+    """A text that cannot be cut, because the template changes it."""
+
+
 Block = tuple[Part, ...]
 Content = tuple[str, ...]
 
