@@ -92,11 +92,18 @@ def export(
     ],
     out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
     dtype: Annotated[str, typer.Option(help="Type of the saved weights: auto, float32, bfloat16.")] = "auto",
+    best: Annotated[
+        bool, typer.Option("--best", help="The checkpoint with the lowest evaluation loss, not the last.")
+    ] = False,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="Write the adapter of a LoRA run, unmerged.")
+    ] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Weights are split into files of this size.")] = "5GB",
 ) -> None:
     """Write an ordinary Hugging Face checkpoint, checked against the run's own answers before it appears."""
     from blockft.stages.export import export
 
-    export(checkpoint, out, dtype)
+    export(checkpoint, out, dtype, best=best, adapter_only=adapter_only, max_shard_size=max_shard_size)
 
 
 @app.command()

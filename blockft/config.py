@@ -126,6 +126,16 @@ class PromptSettings:
 
 
 @dataclass(kw_only=True)
+class CutSettings:
+    """How the prompts of chats and instructions are cut into blocks."""
+
+    # at most this many blocks in a prompt; the turns of a chat are never joined
+    max_blocks: int = at_least(1, 16)
+    # at least this many tokens in a block, where a message is cut
+    min_block_tokens: int = at_least(1, 8)
+
+
+@dataclass(kw_only=True)
 class DataSettings:
     # the folder that `prepare` writes and `train` reads
     out: str
@@ -150,14 +160,17 @@ class DataSettings:
     # seed of every shuffle in `prepare`
     seed: int = 0
     prompt: PromptSettings = field(default_factory=PromptSettings)
+    cut: CutSettings = field(default_factory=CutSettings)
 
 
 @dataclass(kw_only=True)
 class TrainSettings:
     # the run's folder
     out: str
-    # DeepSpeed settings: a JSON file, or the name of one that ships (zero2)
+    # DeepSpeed settings: a JSON file, or the name of one that ships (zero0 to zero3, zero2-offload, ...)
     deepspeed: str = "zero2"
+    # arguments of peft.LoraConfig, to train an adapter ({} for its defaults); null trains all weights
+    lora: dict[str, Any] | None = None
     # rows in a global batch; a multiple of the number of processes
     batch_rows: int = at_least(1, 8)
     # passes over the data
@@ -183,6 +196,12 @@ class TrainSettings:
     save_steps: int = at_least(1, 500)
     # whole checkpoints kept
     keep_checkpoints: int = at_least(1, 2)
+    # examples held out of training: the loss over them is logged for each view
+    eval_examples: int = at_least(0, 0)
+    # evaluate every so many steps, beside before the first and at every checkpoint
+    eval_steps: int | None = at_least(1, None)
+    # keep the checkpoint with the lowest evaluation loss, too (that of the first of `data.views`)
+    keep_best: bool = True
     # seed of the row order and of random weights
     seed: int = 0
     # trackers: none, wandb, tensorboard

@@ -1,6 +1,8 @@
 """Output folders that appear whole or not at all, and the files of a run's folder."""
 
 import errno
+import fcntl
+import glob
 import json
 import os
 import shutil
@@ -17,6 +19,9 @@ from blockft.errors import UserError
 RECIPE, DATA, METRICS, LOSS_PLOT = "recipe.yaml", "data.json", "metrics.jsonl", "loss.png"
 """A run's recipe with every setting, its data's manifest, a line per logged step, a picture of its loss."""
 
+DRAFT = ".draft"
+"""How the hidden names of unfinished folders end."""
+
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -32,14 +37,17 @@ def refuse_existing(out: Path, remedy: str) -> None:
 def whole_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
     """A folder to write into, renamed to `out` at the end; on any error nothing is left.
 
-    It lies beside `out`, so the rename is atomic. With `replace` an `out` that exists makes way at the end.
+    It lies beside `out` under a hidden name, so the rename is atomic, and what a process that was killed left
+    there is removed. With `replace` an `out` that exists makes way at the end.
 
     Raises:
         UserError: the disk is full, the folder cannot be written, or `out` has come to exist.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        _remove_abandoned(out)
+        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=DRAFT, dir=out.parent))
+        lock = _lock(draft)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}") from error
     try:
@@ -57,6 +65,32 @@ def whole_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        os.close(lock)
+
+
+def _lock(draft: Path) -> int:
+    """Claim a draft for as long as this process lives.
+
+    Raises:
+        BlockingIOError: another process that lives has claimed it.
+    """
+    handle = os.open(draft, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _remove_abandoned(out: Path) -> None:
+    for draft in out.parent.glob(f".{glob.escape(out.name)}.*{DRAFT}"):
+        try:
+            lock = _lock(draft)
+        except OSError:
+            continue
+        shutil.rmtree(draft, ignore_errors=True)
+        os.close(lock)
 
 
 def _is_disk_full(error: Exception) -> bool:

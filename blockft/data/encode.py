@@ -1,6 +1,6 @@
 """Samples to examples: token ids, labels and layout."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -10,10 +10,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from blockft.attention.layout import Layout
-from blockft.data.rag import trim
 from blockft.data.sample import Message, Sample
 from blockft.data.template import Block, Cut, Part, Template, UnfitText
-from blockft.data.tokenizer import PlainTokenizer, encode_markup
+from blockft.data.tokenizer import PlainTokenizer, TemplatedTokenizer, encode_markup
 from blockft.errors import UserError
 
 NO_LABEL = -100
@@ -60,55 +59,99 @@ class Example:
 class Encoder:
     """Encodes with one tokenizer. The ids of a block depend on its text and on what of it is markup (law 5).
 
+    Samples that arrive templated need no chat template: what spells an added token in them is one (law 7).
+
     Raises:
-        UserError: the tokenizer has no chat template or no `tokenizers` backend.
+        UserError: the tokenizer has no `tokenizers` backend.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._name = tokenizer.name_or_path
         self._tokenizer = tokenizer
-        self._template = Template(tokenizer)
         self._plain = PlainTokenizer(tokenizer)
+        self._templated = TemplatedTokenizer(tokenizer)
         self._markup_ids: dict[str, Ids] = {}
         self._ending_ids: dict[str, Ids] = {}
 
     def encode(self, samples: Sequence[Sample]) -> list[Example]:
-        """Examples to train on, one per sample; the labels are the response and the template's end of turn.
+        """Examples to train on, one per sample; the labels are the response and the end of turn.
+
+        The end of turn is what the template writes after a response, up to its first end token. A templated
+        response may bring its own; else it gets the template's, or the eos token where there is no template.
 
         Raises:
+            UnfitText: the template changes a text of a sample, which is named.
             UserError: the template or the tokenizer does not suit the texts.
         """
-        cuts = [self._template.cut(s.messages, s.documents, s.response) for s in samples]
-        ids_of = self._ids_of_parts(cuts)
-        return [self._example(s, cut, ids_of) for s, cut in zip(samples, cuts, strict=True)]
+        chats = iter(self._encode_chats([sample for sample in samples if not sample.templated]))
+        return [self._encode_templated(sample) if sample.templated else next(chats) for sample in samples]
 
-    def encode_prompt(self, messages: Sequence[Message], documents: Collection[int] = ()) -> list[Ids]:
-        """The ids of each block of a prompt that waits for its response; `documents` are numbers of blocks.
+    def encode_prompt(self, sample: Sample) -> list[Ids]:
+        """The ids of each block of a sample's prompt, waiting for its response.
 
         Raises:
+            UnfitText: the template changes a text.
             UserError: the template or the tokenizer does not suit the texts.
         """
-        cut = self._template.cut(messages, documents)
+        if sample.templated:
+            return self._templated_ids(sample.templated)
+        cut = self._cut(sample, None)
         ids_of = self._ids_of_parts([cut])
         return [self._block_ids(block, ids_of) for block in cut.blocks]
 
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """The number of tokens of each text, as one from data."""
+        return [len(ids) for ids in self._plain.encode(list(texts))]
+
     @cached_property
     def end_of_turn_id(self) -> int:
-        """The token with which the template ends a response: decoding stops there."""
-        cut = self._template.cut((Message(role="user", content=("?",)),), (), "!")
-        return self._end_of_turn(cut.ending)[-1]
+        """The token with which a response ends: decoding stops there."""
+        return self._ending[-1]
 
-    def _example(self, sample: Sample, cut: Cut, ids_of: dict[Part, Ids]) -> Example:
-        blocks = [self._block_ids(block, ids_of) for block in cut.blocks]
-        answer = [id for part in cut.answer for id in ids_of[part]] + self._end_of_turn(cut.ending)
-        prompt_len = sum(map(len, blocks))
-        blocks[-1] += answer
-        return Example(
-            input_ids=np.fromiter(chain.from_iterable(blocks), np.int32),
-            labels=np.array([NO_LABEL] * prompt_len + answer, np.int32),
-            block_lengths=tuple(map(len, blocks)),
-            sample_ids=(sample.id,),
-        )
+    @cached_property
+    def _template(self) -> Template:
+        return Template(self._tokenizer)
+
+    @cached_property
+    def _ending(self) -> Ids:
+        """The end of turn where no template wrote one."""
+        if self._tokenizer.chat_template:
+            cut = self._template.cut((Message(role="user", content=("?",)),), (), "!")
+            return self._end_of_turn(cut.ending)
+        if self._tokenizer.eos_token_id is None:
+            raise UserError(
+                f"tokenizer {self._name} has neither a chat template nor an eos token: "
+                "a model could not learn where a response ends"
+            )
+        return [self._tokenizer.eos_token_id]
+
+    @cached_property
+    def _end_ids(self) -> frozenset[int]:
+        """The tokens after which a templated response has ended."""
+        added = self._tokenizer.added_tokens_decoder
+        return frozenset({id for id, token in added.items() if token.special} | {self.end_of_turn_id})
+
+    def _encode_chats(self, samples: Sequence[Sample]) -> list[Example]:
+        cuts = [self._cut(sample, sample.response) for sample in samples]
+        ids_of = self._ids_of_parts(cuts)
+        examples = []
+        for sample, cut in zip(samples, cuts, strict=True):
+            blocks = [self._block_ids(block, ids_of) for block in cut.blocks]
+            answer = [id for part in cut.answer for id in ids_of[part]] + self._end_of_turn(cut.ending)
+            examples.append(_example(sample, blocks, answer))
+        return examples
+
+    def _encode_templated(self, sample: Sample) -> Example:
+        (answer,) = self._templated.encode([sample.response])
+        if not answer or answer[-1] not in self._end_ids:
+            answer += self._ending
+        return _example(sample, self._templated_ids(sample.templated), answer)
+
+    def _cut(self, sample: Sample, response: str | None) -> Cut:
+        try:
+            return self._template.cut(sample.messages, sample.documents, response)
+        except UnfitText as error:
+            raise UnfitText(f"sample {sample.id} of {sample.source}: {error}", error.reason) from error
 
     def _ids_of_parts(self, cuts: Sequence[Cut]) -> dict[Part, Ids]:
         """The ids of every distinct part: texts by the plain tokenizer, markup with the added tokens."""
@@ -139,84 +182,30 @@ class Encoder:
 
     def _block_ids(self, block: Block, ids_of: dict[Part, Ids]) -> Ids:
         ids = [id for part in block for id in ids_of[part]]
-        if not ids:
-            raise UnfitText(
-                f"tokenizer {self._name} makes no token of the block {''.join(p.text for p in block)!r}",
-                "block without tokens",
-            )
+        self._check_tokens(ids, "".join(part.text for part in block))
         return ids
 
+    def _templated_ids(self, blocks: Sequence[str]) -> list[Ids]:
+        all_ids = self._templated.encode(list(blocks))
+        for ids, text in zip(all_ids, blocks, strict=True):
+            self._check_tokens(ids, text)
+        return all_ids
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a sample: the example as tried last, and why it was dropped, if it was."""
-
-    sample: Sample
-    example: Example | None
-    dropped: str = ""
-
-
-def encode_to_fit(samples: Sequence[Sample], encoder: Encoder, row_len: int, trims: bool) -> list[Outcome]:
-    """Encode samples that have to fit in a row; if `trims`, long ones lose their least relevant documents."""
-    trainable = [sample for sample in samples if sample.response]
-    examples = iter(encoder.encode(trainable))
-    return [
-        _fit(sample, next(examples), encoder, row_len, trims)
-        if sample.response
-        else Outcome(sample, None, "no response")
-        for sample in samples
-    ]
+    def _check_tokens(self, ids: Ids, text: str) -> None:
+        if not ids:
+            raise UnfitText(
+                f"tokenizer {self._name} makes no token of the block {text!r}", "block without tokens"
+            )
 
 
-def _fit(sample: Sample, example: Example, encoder: Encoder, row_len: int, trims: bool) -> Outcome:
-    while len(example) > row_len:
-        trimmed = trim(sample) if trims else None
-        if trimmed is None:
-            return Outcome(sample, example, "too long")
-        sample, example = trimmed, encoder.encode([trimmed])[0]
-    return Outcome(sample, example)
-
-
-def share_context(examples: Iterator[Example], row_len: int) -> Iterator[Example]:
-    """Consecutive examples with the same local blocks become one, as long as it fits in a row.
-
-    The local blocks once, then a final block per question (`Layout.num_final`)::
-
-        A B Q1  A B Q2  A C Q3   ->   A B Q1 Q2  A C Q3
-    """
-    group: list[Example] = []
-    group_len = 0
-    for example in examples:
-        own_len = example.layout.final_lengths[0]
-        if group and _shares(group[0], example) and group_len + own_len <= row_len:
-            group.append(example)
-            group_len += own_len
-            continue
-        if group:
-            yield _merge(group)
-        group, group_len = [example], len(example)
-    if group:
-        yield _merge(group)
-
-
-def _shares(a: Example, b: Example) -> bool:
-    context_len = a.layout.context_len
-    return (
-        context_len > 0
-        and a.layout.local_lengths == b.layout.local_lengths
-        and np.array_equal(a.input_ids[:context_len], b.input_ids[:context_len])
-    )
-
-
-def _merge(group: Sequence[Example]) -> Example:
-    if len(group) == 1:
-        return group[0]
-    context_len = group[0].layout.context_len
-    later = group[1:]
+def _example(sample: Sample, blocks: list[Ids], answer: Ids) -> Example:
+    """The blocks of a sample's prompt, and its answer as the end of the last one."""
+    prompt_len = sum(map(len, blocks))
+    lengths = [*map(len, blocks)]
+    lengths[-1] += len(answer)
     return Example(
-        input_ids=np.concatenate([group[0].input_ids, *(e.input_ids[context_len:] for e in later)]),
-        labels=np.concatenate([group[0].labels, *(e.labels[context_len:] for e in later)]),
-        block_lengths=group[0].block_lengths + tuple(e.block_lengths[-1] for e in later),
-        num_final=len(group),
-        sample_ids=tuple(id for e in group for id in e.sample_ids),
+        input_ids=np.fromiter(chain(*blocks, answer), np.int32),
+        labels=np.array([NO_LABEL] * prompt_len + answer, np.int32),
+        block_lengths=tuple(lengths),
+        sample_ids=(sample.id,),
     )

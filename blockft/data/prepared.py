@@ -70,6 +70,25 @@ class Examples(Sequence[Example]):
         )
 
 
+class Chosen(Sequence[Example]):
+    """Some of a sequence of examples, by their indices."""
+
+    def __init__(self, examples: Sequence[Example], indices: Sequence[int]) -> None:
+        self._examples, self._indices = examples, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self._examples[i] for i in self._indices[index]]
+        return self._examples[self._indices[index]]
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A prepared folder, read."""

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
@@ -90,19 +90,7 @@ def trim(sample: Sample) -> Sample | None:
     relevance = sample.meta.get("relevance", ())
     if not relevance or min(relevance) == max(relevance):
         return None
-    victim = relevance.index(min(relevance))
-    gone = sample.documents[victim]
-    messages, start = [], 0
-    for message in sample.messages:
-        kept = tuple(text for i, text in enumerate(message.content, start) if i != gone)
-        start += len(message.content)
-        if kept:
-            messages.append(replace(message, content=kept))
-    meta = sample.meta | {
-        "documents": [d - (d > gone) for d in sample.documents if d != gone],
-        "relevance": [r for i, r in enumerate(relevance) if i != victim],
-    }
-    return replace(sample, messages=tuple(messages), meta=meta)
+    return sample.without_document(relevance.index(min(relevance)))
 
 
 def _check_template(name: str, template: str, *, needed: Sequence[str], optional: Sequence[str]) -> None:

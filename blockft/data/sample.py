@@ -1,10 +1,10 @@
 """Samples: text with its blocks marked, independent of any model; one JSON object a line."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-FIELDS = ("id", "source", "messages", "response", "answers", "meta")
+FIELDS = ("id", "source", "messages", "blocks", "response", "answers", "meta")
 
 
 class RecordError(ValueError):
@@ -27,6 +27,7 @@ class Message:
 class Sample:
     """A prompt as messages whose content is cut into blocks, the response, and the accepted answers.
 
+    A prompt that arrived already templated has no messages: `templated` holds its blocks, markers and all.
     The last block of the last message is the final block, all others are local. `meta["documents"]` lists
     which blocks (counted over the whole prompt) are documents: the chat template's markup never joins those;
     `meta["relevance"]` gives each of them a number, higher for more relevant. A response may be empty if
@@ -35,7 +36,8 @@ class Sample:
 
     id: str
     source: str
-    messages: tuple[Message, ...]
+    messages: tuple[Message, ...] = ()
+    templated: tuple[str, ...] = ()
     response: str
     answers: tuple[str, ...] = ()
     meta: dict[str, Any] = field(default_factory=dict)
@@ -43,12 +45,27 @@ class Sample:
     @property
     def blocks(self) -> tuple[str, ...]:
         """The texts of all blocks of the prompt, in order."""
-        return tuple(text for message in self.messages for text in message.content)
+        return self.templated or tuple(text for message in self.messages for text in message.content)
 
     @property
     def documents(self) -> tuple[int, ...]:
         """Which of the blocks are documents."""
         return tuple(self.meta.get("documents", ()))
+
+    def without_document(self, index: int) -> "Sample":
+        """The sample without the block of its document `index`, a place in `documents`."""
+        gone = self.documents[index]
+        messages, start = [], 0
+        for message in self.messages:
+            kept = tuple(text for i, text in enumerate(message.content, start) if i != gone)
+            start += len(message.content)
+            if kept:
+                messages.append(replace(message, content=kept))
+        meta = self.meta | {"documents": [d - (d > gone) for d in self.documents if d != gone]}
+        if "relevance" in meta:
+            meta["relevance"] = [r for i, r in enumerate(meta["relevance"]) if i != index]
+        templated = tuple(text for i, text in enumerate(self.templated) if i != gone)
+        return replace(self, messages=tuple(messages), templated=templated, meta=meta)
 
 
 def from_record(record: Any) -> Sample:
@@ -58,21 +75,25 @@ def from_record(record: Any) -> Sample:
         RecordError: a field is missing, unknown or ill-typed, or there is nothing to train or evaluate on.
     """
     check(isinstance(record, Mapping), "the record", record, "be a JSON object")
-    if "blocks" in record:
-        raise RecordError(
-            "field 'blocks': pre-templated samples cannot be read yet; mark the blocks in 'messages'"
-        )
     if unknown := [key for key in record if key not in FIELDS]:
         raise RecordError(f"unknown field {unknown[0]!r} (allowed: {', '.join(FIELDS)})")
-    messages = messages_of(take(record, "messages"))
+    check(
+        not {"messages", "blocks"} <= record.keys(),
+        "the record",
+        sorted(record),
+        "have either 'messages' or 'blocks'",
+    )
+    templated = templated_of(record["blocks"], "blocks") if "blocks" in record else ()
+    messages = () if templated else messages_of(take(record, "messages"))
     answers = take(record, "answers", [])
     check(isinstance(answers, list), "field 'answers'", answers, "be a list of texts")
     response = text_of(take(record, "response"), "field 'response'", may_be_blank=bool(answers))
-    num_blocks = sum(len(message.content) for message in messages)
+    num_blocks = len(templated) or sum(len(message.content) for message in messages)
     return Sample(
         id=text_of(take(record, "id"), "field 'id'"),
         source=text_of(take(record, "source"), "field 'source'"),
         messages=messages,
+        templated=templated,
         response=response,
         answers=tuple(text_of(answer, f"field 'answers[{i}]'") for i, answer in enumerate(answers)),
         meta=meta_of(take(record, "meta", {}), num_blocks),
@@ -81,12 +102,12 @@ def from_record(record: Any) -> Sample:
 
 def to_record(sample: Sample) -> dict[str, Any]:
     """The JSON object of a sample; `from_record` reads it back."""
-    record: dict[str, Any] = {
-        "id": sample.id,
-        "source": sample.source,
-        "messages": [{"role": m.role, "content": list(m.content)} for m in sample.messages],
-        "response": sample.response,
-    }
+    record: dict[str, Any] = {"id": sample.id, "source": sample.source}
+    if sample.templated:
+        record["blocks"] = list(sample.templated)
+    else:
+        record["messages"] = [{"role": m.role, "content": list(m.content)} for m in sample.messages]
+    record["response"] = sample.response
     if sample.answers:
         record["answers"] = list(sample.answers)
     if sample.meta:
@@ -159,6 +180,20 @@ def messages_of(found: Any) -> tuple[Message, ...]:
         bool(last.content[-1].strip()), f"{at}.content'", last.content[-1], "not end in a blank final block"
     )
     return tuple(messages)
+
+
+def templated_of(found: Any, name: str) -> tuple[str, ...]:
+    """The blocks of a prompt that is already templated, from the field `name` of a record.
+
+    Raises:
+        RecordError: no list of texts, an empty block, or a blank final block.
+    """
+    check(isinstance(found, list) and bool(found), f"field {name!r}", found, "be a list of block texts")
+    texts = tuple(text_of(text, f"field '{name}[{i}]'", may_be_blank=True) for i, text in enumerate(found))
+    for i, text in enumerate(texts):
+        check(bool(text), f"field '{name}[{i}]'", text, "not be empty")
+    check(bool(texts[-1].strip()), f"field {name!r}", texts[-1], "not end in a blank final block")
+    return texts
 
 
 def meta_of(found: Any, num_blocks: int) -> dict[str, Any]:

@@ -27,17 +27,13 @@ class PlainTokenizer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        if not tokenizer.is_fast:
-            raise UserError(f"tokenizer {tokenizer.name_or_path} has no tokenizer.json, which blockft needs")
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state = _bare(tokenizer)
         markers = {
             token["content"]: token["id"]
             for token in state["added_tokens"]
             if not _is_blank(token["content"])
         }
-        state |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-        state["normalizer"] = _without_prefix(state["normalizer"])
-        state["pre_tokenizer"] = _without_prefix(state["pre_tokenizer"])
+        state["added_tokens"] = []
         model = state["model"]
         if model["type"] == "BPE":
             # some vocabularies spell their markers out of smaller pieces as well
@@ -76,6 +72,23 @@ class PlainTokenizer:
         return all_ids
 
 
+class TemplatedTokenizer:
+    """A tokenizer's twin for text that arrives templated: what spells an added token is one.
+
+    It adds nothing: no token at the start or the end, no space before a text.
+
+    Raises:
+        UserError: the tokenizer has no `tokenizers` backend.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._backend = Tokenizer.from_str(json.dumps(_bare(tokenizer)))
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
 def encode_markup(text: str, tokenizer: PreTrainedTokenizerBase, plain: PlainTokenizer) -> list[int]:
     """The ids of what a template wrote, added tokens among them.
 
@@ -96,6 +109,21 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """What identifies a tokenizer: a hash of its vocabulary, rules and chat template."""
     parts = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _bare(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """A tokenizer's `tokenizer.json` without all that is put around or before a text.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(f"tokenizer {tokenizer.name_or_path} has no tokenizer.json, which blockft needs")
+    state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    state |= {"post_processor": None, "truncation": None, "padding": None}
+    for rules in ("normalizer", "pre_tokenizer"):
+        state[rules] = _without_prefix(state[rules])
+    return state
 
 
 def _is_blank(content: str) -> bool:

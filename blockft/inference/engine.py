@@ -72,7 +72,7 @@ class Engine:
         Raises:
             UserError: a prompt and its answer are longer than the model's positions.
         """
-        blocks = [self._encoder.encode_prompt(prompt.messages, prompt.documents) for prompt in prompts]
+        blocks = [self._encoder.encode_prompt(prompt) for prompt in prompts]
         return self.generate_ids(blocks, mode=mode, max_new_tokens=max_new_tokens)
 
     def generate_ids(

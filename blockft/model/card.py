@@ -46,7 +46,7 @@ def model_card(
     metrics: list[dict[str, Any]],
 ) -> str:
     """Markdown that says what the weights are, and how and from what they were made."""
-    loss = [line["loss"] for line in metrics if line["step"] <= step][-1]
+    loss = [line["loss"] for line in metrics if "loss" in line and line["step"] <= step][-1]
     return _CARD.format(
         base=base,
         version=version,

@@ -3,8 +3,9 @@
 import json
 import re
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from blockft.attention.backends import BlockMasks
 from blockft.attention.layout import Layout, lay_out
 from blockft.errors import UserError
+from blockft.model.lora import mixed_types
 from blockft.rundir import write_whole
 
 MARKER = "whole.json"
@@ -24,12 +26,14 @@ PROBE = "probe.safetensors"
 """What the run's model made of a fixed text, for exports to be compared with."""
 
 
-def mark_whole(checkpoint: Path, facts: dict[str, Any]) -> None:
-    """Declare a checkpoint whole, with facts about the run that a resume compares."""
-    write_whole(checkpoint / MARKER, json.dumps(facts, indent=2) + "\n")
+def mark_whole(checkpoint: Path, *, step: int, facts: dict[str, Any], eval_losses: dict[str, float]) -> None:
+    """Declare a checkpoint whole: facts about the run that a resume compares, and its losses by view."""
+    marker = {"step": step, "eval_losses": eval_losses, "facts": facts}
+    write_whole(checkpoint / MARKER, json.dumps(marker, indent=2) + "\n")
 
 
-def read_facts(checkpoint: Path) -> dict[str, Any]:
+def read_marker(checkpoint: Path) -> dict[str, Any]:
+    """The step, facts and evaluation losses of a whole checkpoint."""
     return json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
 
 
@@ -43,8 +47,15 @@ def whole_checkpoints(run: Path) -> list[Path]:
     ]
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint itself, or the last whole one of a run.
+def best_checkpoint(run: Path) -> Path | None:
+    """The whole checkpoint with the lowest evaluation loss, that of the view that the run names first."""
+    losses = {path: read_marker(path)["eval_losses"] for path in whole_checkpoints(run)}
+    evaluated = {path: next(iter(by_view.values())) for path, by_view in losses.items() if by_view}
+    return min(evaluated, key=lambda path: evaluated[path], default=None)
+
+
+def find_checkpoint(path: Path, *, best: bool = False) -> Path:
+    """The checkpoint itself, or the last whole one of a run, or its best.
 
     Raises:
         UserError: neither.
@@ -55,14 +66,20 @@ def find_checkpoint(path: Path) -> Path:
         raise UserError(f"{path} is no folder: name a run or one of its checkpoints")
     if not (whole := whole_checkpoints(path)):
         raise UserError(f"{path} holds no whole checkpoint (a folder checkpoint-N with {MARKER})")
-    return whole[-1]
+    if not best:
+        return whole[-1]
+    if found := best_checkpoint(path):
+        return found
+    raise UserError(f"{path} was not evaluated, so none is its best checkpoint: set train.eval_examples")
 
 
-def remove_old(run: Path, keep: int) -> None:
+def remove_old(run: Path, keep: int, *, keep_best: bool) -> None:
     """Delete all but the newest `keep` whole checkpoints; markers go first, so none is ever half there."""
+    best = best_checkpoint(run) if keep_best else None
     for checkpoint in whole_checkpoints(run)[:-keep]:
-        (checkpoint / MARKER).unlink()
-        shutil.rmtree(checkpoint)
+        if checkpoint != best:
+            (checkpoint / MARKER).unlink()
+            shutil.rmtree(checkpoint)
 
 
 @torch.no_grad()
@@ -75,7 +92,7 @@ def probe_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     vectors = lay_out([Layout((len(ids),))]).to(model.device)
     training, attention = model.training, model.config._attn_implementation
     model.set_attn_implementation("block_sdpa")
-    with _float32_weights(model):
+    with _float32_weights(model), mixed_types(model):
         logits = model.eval()(
             input_ids=ids[None].to(model.device),
             position_ids=vectors.position_ids,
@@ -121,8 +138,18 @@ def read_probe(checkpoint: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return tensors["input_ids"], tensors["logits"]
 
 
-def consolidate(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The model's weights in float32, gathered from the shards of all ranks; needs no GPU and one process."""
+def consolidate(checkpoint: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights that were trained, gathered from the shards of all ranks; needs no GPU and one process.
+
+    Of a run with an adapter that is the adapter. Weights are converted one by one: beside the result, memory
+    holds the float32 shards once.
+    """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    return dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint)))
+    shards = checkpoint / (checkpoint / "latest").read_text(encoding="utf-8").strip()
+    if any(shards.glob("*_optim_states.pt")):
+        with redirect_stdout(sys.stderr):
+            weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), lazy_mode=True)
+    else:  # ZeRO-0: no shards
+        weights = torch.load(shards / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+    return {name: weight.contiguous().to(dtype) for name, weight in weights.items()}

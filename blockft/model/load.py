@@ -1,5 +1,6 @@
 """Opening models and tokenizers for Block-Attention, and refusing those for which no law is shown."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -27,6 +28,9 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3")
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 """RoPE kinds whose frequencies do not depend on the length of the prompt."""
+
+BLOCK_ATTENTION = "block_attention.json"
+"""In the folder of an adapter: what other exports say in config.json, which an adapter must not have."""
 
 for _name, _backend in BACKENDS.items():
     AttentionInterface.register(_name, _backend)
@@ -59,12 +63,19 @@ def check_supported(config: PreTrainedConfig) -> None:
 
 
 def load_config(path: str, revision: str | None = None) -> PreTrainedConfig:
-    """The configuration of a supported model, given as a folder or a Hub id.
+    """The configuration of a supported model, given as a folder or a Hub id; of an adapter that of its base.
 
     Raises:
         UserError: there is no such model, or it is not supported.
     """
-    config = _open(AutoConfig, path, revision)
+    adapter = Path(path) / "adapter_config.json"
+    if adapter.is_file():
+        settings = json.loads(adapter.read_text(encoding="utf-8"))
+        config = _open(AutoConfig, settings["base_model_name_or_path"], settings["revision"])
+        if (entry := Path(path) / BLOCK_ATTENTION).is_file():
+            config.block_attention = json.loads(entry.read_text(encoding="utf-8"))
+    else:
+        config = _open(AutoConfig, path, revision)
     check_supported(config)
     return config
 
@@ -99,6 +110,15 @@ def load_model(
         set_seed(random_seed)
         return AutoModelForCausalLM.from_config(config, **settings).eval()
     return _open(AutoModelForCausalLM, path, revision, config=config, **settings).eval()
+
+
+def load_plain(path: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
+    """The model as plain transformers opens it, with full attention.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    return _open(AutoModelForCausalLM, path, revision, dtype=dtype)
 
 
 def rotations(model: PreTrainedModel) -> tuple[Rotation, ...]:

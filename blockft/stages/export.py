@@ -2,41 +2,72 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from blockft import __version__
 from blockft.config import Precision, Recipe
 from blockft.errors import UserError
 from blockft.model.card import model_card
-from blockft.model.checkpoint import consolidate, find_checkpoint, read_facts, read_probe
+from blockft.model.checkpoint import consolidate, find_checkpoint, read_marker, read_probe
+from blockft.model.load import BLOCK_ATTENTION, load_plain
+from blockft.model.lora import with_adapter
 from blockft.recipe import load_recipe
 from blockft.rundir import DATA, RECIPE, read_metrics, refuse_existing, whole_folder
 
 EXACT, ROUNDED = 1e-5, 2e-2
 """The largest difference (its norm over the norm) allowed between an export's logits and the run's, with the
-run's own weights and with weights rounded from another type."""
+run's own weights, and with weights rounded to 16 bits that were not so in the run."""
 
 
-def export(path: Path, out: Path, dtype: str = "auto") -> Path:
-    """Write the weights of a checkpoint, or of a run's last whole one, as a plain model folder.
+def export(
+    path: Path,
+    out: Path,
+    dtype: str = "auto",
+    *,
+    best: bool = False,
+    adapter_only: bool = False,
+    max_shard_size: str = "5GB",
+) -> Path:
+    """Write a checkpoint, or a run's last (or best) whole one, as a plain model folder; adapters are merged.
 
     Raises:
-        UserError: no whole checkpoint; `out` exists; an unknown type; a full disk. Nothing is left behind.
+        UserError: no whole checkpoint; `out` exists; an unknown type; no adapter where only that is wanted; a
+            full disk. Nothing is left behind.
     """
     refuse_existing(out, "choose another folder")
-    checkpoint = find_checkpoint(path)
+    checkpoint = find_checkpoint(path, best=best)
+    facts = read_marker(checkpoint)["facts"]
+    has_adapter = facts["train.lora"] is not None
+    if adapter_only and not has_adapter:
+        raise UserError(f"{path} trained all weights, so there is no adapter: leave out --adapter-only")
+    trained_in: torch.dtype = getattr(torch, facts["type of weights"])
+    kind = _dtype(dtype, trained_in)
     recipe = load_recipe(str(checkpoint.parent / RECIPE))
-    kind = _dtype(dtype, checkpoint)
     console = Console(stderr=True)
     console.print(f"gathering the weights of {checkpoint}")
-    weights = consolidate(checkpoint)
     with whole_folder(out) as draft:
-        _write(draft, checkpoint, recipe, weights, kind)
-        difference = _compare(draft, checkpoint)
-        limit = EXACT if kind is _trained_in(checkpoint) else ROUNDED
+        if adapter_only:
+            adapted = with_adapter(
+                _empty(checkpoint, recipe, kind), checkpoint, consolidate(checkpoint, kind)
+            )
+            adapted.save_pretrained(draft)
+            entry = json.dumps(_block_attention(recipe), indent=2)
+            (draft / BLOCK_ATTENTION).write_text(entry + "\n", encoding="utf-8")
+        else:
+            model = _merged(checkpoint, recipe, kind) if has_adapter else _whole(checkpoint, recipe, kind)
+            model.config.block_attention = _block_attention(recipe)
+            if (checkpoint / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(checkpoint)
+            model.save_pretrained(draft, max_shard_size=max_shard_size)
+            del model
+        AutoTokenizer.from_pretrained(checkpoint).save_pretrained(draft)
+        (draft / "README.md").write_text(_card(checkpoint, recipe), encoding="utf-8")
+        exact = kind is trained_in and (kind is torch.float32 or not has_adapter)
+        difference, limit = _compare(draft, checkpoint), EXACT if exact else ROUNDED
         if not difference <= limit:
             raise RuntimeError(
                 f"the export's logits differ from the run's by {difference:.1e}, which is more than "
@@ -46,23 +77,16 @@ def export(path: Path, out: Path, dtype: str = "auto") -> Path:
     return out
 
 
-def _dtype(name: str, checkpoint: Path) -> torch.dtype:
+def _dtype(name: str, trained_in: torch.dtype) -> torch.dtype:
     """The type asked for; `auto` is the one that the run computed in."""
     if name not in Precision.__members__:
         raise UserError(f"--dtype is {name!r}, allowed are {', '.join(Precision.__members__)}")
-    return _trained_in(checkpoint) if name == "auto" else getattr(torch, name)
+    return trained_in if name == "auto" else getattr(torch, name)
 
 
-def _trained_in(checkpoint: Path) -> torch.dtype:
-    trained: torch.dtype = AutoConfig.from_pretrained(checkpoint).dtype
-    return trained
-
-
-def _write(
-    draft: Path, checkpoint: Path, recipe: Recipe, weights: dict[str, torch.Tensor], dtype: torch.dtype
-) -> None:
-    config = AutoConfig.from_pretrained(checkpoint)
-    config.block_attention = {
+def _block_attention(recipe: Recipe) -> dict[str, Any]:
+    """How prompts were cut into blocks."""
+    return {
         "version": 1,
         "position_scheme": "reencoded",
         "sink_tokens": 0,
@@ -73,26 +97,44 @@ def _write(
             name: getattr(recipe.data.prompt, name) for name in ("instruction", "document", "question")
         },
     }
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _whole(checkpoint: Path, recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a run that trained all its weights."""
+    model = _empty(checkpoint, recipe, dtype)
     tied = set(model.all_tied_weights_keys)
-    model.load_state_dict({k: v.to(dtype) for k, v in weights.items()}, assign=True, strict=not tied)
+    model.load_state_dict(consolidate(checkpoint, dtype), assign=True, strict=not tied)
     model.tie_weights()
     if missing := [name for name, p in model.named_parameters() if p.is_meta]:
         raise RuntimeError(f"the checkpoint holds no weights for {', '.join(missing[:3])}")
-    if (checkpoint / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint)
-    model.save_pretrained(draft)
-    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(draft)
-    card = model_card(
+    return model
+
+
+def _merged(checkpoint: Path, recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
+    """The base model of a run with the run's adapter merged into its weights, in float32 before rounding."""
+    base = load_plain(recipe.model.path, recipe.model.revision, torch.float32)
+    adapted = with_adapter(base, checkpoint, consolidate(checkpoint, torch.float32))
+    merged: PreTrainedModel = adapted.merge_and_unload()
+    return merged.to(dtype)
+
+
+def _empty(checkpoint: Path, recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
+    """The run's model without weights, under the name of its base."""
+    config = AutoConfig.from_pretrained(checkpoint)
+    config.name_or_path = recipe.model.path
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _card(checkpoint: Path, recipe: Recipe) -> str:
+    return model_card(
         base=recipe.model.path,
         version=__version__,
-        step=read_facts(checkpoint)["step"],
+        step=read_marker(checkpoint)["step"],
         recipe=(checkpoint.parent / RECIPE).read_text(encoding="utf-8"),
         manifest=json.loads((checkpoint.parent / DATA).read_text(encoding="utf-8")),
         metrics=read_metrics(checkpoint.parent),
     )
-    (draft / "README.md").write_text(card, encoding="utf-8")
 
 
 @torch.no_grad()

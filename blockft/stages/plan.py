@@ -1,17 +1,21 @@
 """What a run will do, known and checked before any process starts or weight is loaded."""
 
 import json
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from blockft.config import Attention, Precision, Recipe
-from blockft.data.prepared import load_prepared
+from blockft.data.encode import Example
+from blockft.data.prepared import Chosen, load_prepared
 from blockft.data.tokenizer import fingerprint
 from blockft.errors import UserError
-from blockft.model.checkpoint import find_checkpoint, read_facts
+from blockft.model.checkpoint import find_checkpoint, read_marker
 from blockft.model.load import load_config, load_tokenizer
 from blockft.recipe import SHIPPED
 from blockft.rundir import refuse_existing
@@ -24,6 +28,7 @@ class Plan:
     """Rows and steps, how they are computed, and the facts in which a resumed run must agree."""
 
     rows: Rows
+    eval_rows: dict[str, Rows]
     num_steps: int
     manifest: dict[str, Any]
     backend: str
@@ -57,32 +62,36 @@ def make_plan(recipe: Recipe, num_processes: int) -> Plan:
             f"data.row_len is {data.row_len}, and {data.out} holds an example of {longest} tokens: "
             "raise data.row_len, or prepare again"
         )
-    rows = Rows(
-        prepared.examples,
-        [view.value for view in data.views],
-        row_len=data.row_len,
-        batch_rows=settings.batch_rows,
-        epochs=settings.epochs,
-        seed=settings.seed,
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
-    )
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    training, held_out = _hold_out(prepared.examples, settings.eval_examples, settings.seed)
+    packed = partial(Rows, row_len=data.row_len, seed=settings.seed, pad_id=pad_id)
+    views = [view.value for view in data.views]
+    rows = packed(training, views, batch_rows=settings.batch_rows, epochs=settings.epochs)
+    eval_views = views if held_out else []
     num_steps = len(rows) // settings.batch_rows
     auto_backend, auto_dtype = ("sdpa", torch.float32) if use_cpu() else ("flex", torch.bfloat16)
-    backend, dtype = recipe.model.attention, recipe.model.dtype
+    backend, precision = recipe.model.attention, recipe.model.dtype
+    dtype = auto_dtype if precision is Precision.auto else getattr(torch, precision.value)
+    deepspeed = _deepspeed(settings.deepspeed)
     return Plan(
         rows=rows,
+        eval_rows={v: packed(held_out, [v], batch_rows=num_processes, epochs=1) for v in eval_views},
         num_steps=min(num_steps, settings.max_steps or num_steps),
         manifest=prepared.manifest,
         backend=auto_backend if backend is Attention.auto else backend.value,
-        dtype=auto_dtype if dtype is Precision.auto else getattr(torch, dtype.value),
-        deepspeed=_deepspeed(settings.deepspeed),
+        dtype=dtype,
+        deepspeed=deepspeed,
         facts={
             "model": {"path": recipe.model.path, "revision": recipe.model.revision, **_shape(config)},
             "data": prepared.manifest["content_hash"],
             "data.row_len": data.row_len,
-            "data.views": [view.value for view in data.views],
+            "data.views": views,
             "train.batch_rows": settings.batch_rows,
             "train.seed": settings.seed,
+            "train.eval_examples": settings.eval_examples,
+            "train.lora": settings.lora,
+            "ZeRO stage": deepspeed.get("zero_optimization", {}).get("stage", 0),
+            "type of weights": str(dtype).removeprefix("torch."),
             "number of processes": num_processes,
         },
     )
@@ -100,13 +109,32 @@ def check_run(recipe: Recipe, *, resume: bool, num_processes: int) -> tuple[Plan
         return make_plan(recipe, num_processes), None
     checkpoint = find_checkpoint(run)
     plan = make_plan(recipe, num_processes)
-    for name, found in read_facts(checkpoint)["facts"].items():
+    for name, found in read_marker(checkpoint)["facts"].items():
         if found != plan.facts[name]:
             raise UserError(
                 f"{checkpoint} belongs to another {name} ({found}) than is asked for ({plan.facts[name]}): "
                 "resume with what the run began with, or start a new one"
             )
     return plan, checkpoint
+
+
+def _hold_out(
+    examples: Sequence[Example], num_eval: int, seed: int
+) -> tuple[Sequence[Example], Sequence[Example]]:
+    """Examples to train on, and those held out: `num_eval` of the ones that split, whose views differ."""
+    if not num_eval:
+        return examples, []
+    candidates = [index for index, example in enumerate(examples) if example.splits]
+    if num_eval >= len(candidates):
+        raise UserError(
+            f"train.eval_examples is {num_eval}, and only {len(candidates)} examples split into blocks: "
+            "hold out fewer"
+        )
+    chosen = set(random.Random(f"{seed}:held out").sample(candidates, num_eval))
+    return (
+        Chosen(examples, [index for index in range(len(examples)) if index not in chosen]),
+        Chosen(examples, sorted(chosen)),
+    )
 
 
 def _shape(config: Any) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 from blockft.config import BadRecord, DataSettings, Recipe, Source, TooLong
-from blockft.data.encode import NO_LABEL, Encoder, Example, Outcome, encode_to_fit, share_context
+from blockft.data.encode import NO_LABEL, Encoder, Example
+from blockft.data.fit import Outcome, encode_to_fit, share_context
 from blockft.data.packing import fill, list_items, plan_rows
 from blockft.data.parallel import map_in_order
 from blockft.data.prepared import MANIFEST, Writer, is_unfinished

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from blockft.config import Init, Recipe
 from blockft.errors import UserError
-from blockft.model.checkpoint import read_facts
+from blockft.model.checkpoint import read_marker
 from blockft.model.load import load_config, load_model, load_tokenizer
 from blockft.recipe import dump_recipe
 from blockft.rundir import (
@@ -48,12 +48,15 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
     import deepspeed
     from transformers import TrainingArguments
 
+    from blockft.model.lora import add_adapter
     from blockft.training.record import RunRecord
     from blockft.training.trainer import BlockTrainer
 
     deepspeed.init_distributed(dist_backend="gloo" if use_cpu() else "nccl", verbose=False)
     try:
-        arguments = TrainingArguments(**_arguments(recipe, plan, num_processes))
+        arguments = TrainingArguments(
+            **_arguments(recipe, plan, num_processes), eval_on_start=bool(plan.eval_rows) and not checkpoint
+        )
     except (ValueError, ImportError) as error:
         raise UserError(f"the settings of train cannot be used: {str(error).splitlines()[0]}") from error
     model = load_model(
@@ -63,16 +66,27 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
         dtype=plan.dtype,
         random_seed=recipe.train.seed if recipe.model.init is Init.random else None,
     )
+    if recipe.train.lora is not None:
+        model = add_adapter(model, recipe.train.lora, seed=recipe.train.seed, revision=recipe.model.revision)
     record = RunRecord(
         run,
         tokenizer=load_tokenizer(recipe.model.path, recipe.model.revision),
         facts=plan.facts,
         probe_ids=plan.rows[0]["input_ids"][0, :PROBE_LEN].clone(),
         keep_checkpoints=recipe.train.keep_checkpoints,
+        keep_best=recipe.train.keep_best,
+        evaluates=bool(plan.eval_rows),
+        eval_steps=recipe.train.eval_steps,
         tokens_per_step=recipe.train.batch_rows * recipe.data.row_len,
     )
     try:
-        trainer = BlockTrainer(model=model, args=arguments, train_dataset=plan.rows, callbacks=[record])
+        trainer = BlockTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=plan.rows,
+            eval_rows=plan.eval_rows,
+            callbacks=[record],
+        )
     except (ValueError, RuntimeError) as error:
         if not any(tracker in str(error) for tracker in recipe.train.report_to):
             raise
@@ -93,7 +107,7 @@ def _begin(run: Path, recipe: Recipe, plan: Plan, checkpoint: Path | None) -> No
     write_whole(run / RECIPE, dump_recipe(recipe))
     write_whole(run / DATA, json.dumps(plan.manifest, indent=2) + "\n")
     if checkpoint:
-        cut_metrics(run, last_step=read_facts(checkpoint)["step"])
+        cut_metrics(run, last_step=read_marker(checkpoint)["step"])
     else:
         (run / METRICS).touch()
 
@@ -138,7 +152,11 @@ def plot_loss(run: Path) -> None:
     metrics = read_metrics(run)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot([line["step"] for line in metrics], [line["loss"] for line in metrics])
+    for name in dict.fromkeys(name for line in metrics for name in line if "loss" in name):
+        lines = [line for line in metrics if name in line]
+        label = name.replace("eval_loss_", "held out, view ").replace("loss", "training")
+        axes.plot([line["step"] for line in lines], [line[name] for line in lines], label=label)
+    axes.legend()
     axes.set(xlabel="step", ylabel="loss per label token", title=run.name)
     save_figure(figure, run / LOSS_PLOT)
 

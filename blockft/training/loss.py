@@ -4,6 +4,9 @@ from typing import Any
 
 import torch
 
+EVAL_LOSS = "eval_loss_"
+"""How the names of evaluation losses begin; the view follows."""
+
 
 def label_loss(
     outputs: Any, shift_labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None

@@ -19,6 +19,7 @@ from transformers import (
 from blockft.errors import UserError
 from blockft.model.checkpoint import mark_whole, probe_logits, remove_old, write_probe
 from blockft.rundir import METRICS
+from blockft.training.loss import EVAL_LOSS
 
 
 class RunRecord(TrainerCallback):
@@ -36,10 +37,15 @@ class RunRecord(TrainerCallback):
         facts: dict[str, Any],
         probe_ids: torch.Tensor,
         keep_checkpoints: int,
+        keep_best: bool,
+        evaluates: bool,
+        eval_steps: int | None,
         tokens_per_step: int,
     ) -> None:
         self._run, self._tokenizer, self._facts, self._probe_ids = run, tokenizer, facts, probe_ids
-        self._keep, self._tokens_per_step = keep_checkpoints, tokens_per_step
+        self._keep, self._keep_best, self._tokens_per_step = keep_checkpoints, keep_best, tokens_per_step
+        self._evaluates, self._eval_steps = evaluates, eval_steps
+        self._eval_losses: dict[str, float] = {}
         self._logged_at, self._logged_step = 0.0, 0
         self.asked_to_stop = False
 
@@ -59,14 +65,19 @@ class RunRecord(TrainerCallback):
     ) -> None:
         """All ranks save and stop at the same step, whichever of them the signal reached.
 
-        What is saved is logged first, so that no loss goes unchecked into a checkpoint.
+        What is saved is logged first, so that no loss goes unchecked into a checkpoint, and evaluated, unless
+        time is short.
         """
+        self._eval_losses = {}
         asked = torch.tensor(int(self.asked_to_stop), device=args.device)
         if args.world_size > 1:
             torch.distributed.all_reduce(asked)
         if asked.item():
             self.asked_to_stop = control.should_save = control.should_training_stop = True
-        control.should_log |= control.should_save
+        elif self._evaluates:
+            due = self._eval_steps and state.global_step % self._eval_steps == 0
+            control.should_evaluate = bool(due or control.should_save)
+        control.should_log |= control.should_save or control.should_evaluate
 
     def on_log(
         self,
@@ -79,22 +90,34 @@ class RunRecord(TrainerCallback):
         """Raises:
         UserError: loss or gradient are not finite; the last whole checkpoint stays as it is.
         """
+        if self._evaluates and any(name.startswith(EVAL_LOSS) for name in logs):
+            self._log_eval(state, logs)
         if "loss" not in logs:
             return
-        for name in ("loss", "grad_norm"):  # DeepSpeed passes over steps whose gradient is infinite
-            if not math.isfinite(logs[name]):
+        # DeepSpeed passes over steps whose gradient is infinite; ZeRO-0 tells no norm
+        numbers = {name: logs[name] for name in ("loss", "grad_norm", "learning_rate") if name in logs}
+        for name, number in numbers.items():
+            if not math.isfinite(number):
                 raise UserError(
-                    f"{name} became {logs[name]} at step {state.global_step}: lower train.learning_rate, "
+                    f"{name} became {number} at step {state.global_step}: lower train.learning_rate, "
                     "and go on from the last checkpoint with --resume"
                 )
         now, steps = time.monotonic(), state.global_step - self._logged_step
         speed = self._tokens_per_step * steps / (now - self._logged_at)
         self._logged_at, self._logged_step = now, state.global_step
         if state.is_world_process_zero:
-            numbers = {name: logs[name] for name in ("loss", "grad_norm", "learning_rate")}
-            line = {"step": state.global_step, **numbers, "tokens_per_s": round(speed, 1)}
-            with (self._run / METRICS).open("a", encoding="utf-8") as metrics:
-                metrics.write(json.dumps(line) + "\n")
+            self._write({"step": state.global_step, **numbers, "tokens_per_s": round(speed, 1)})
+
+    def _log_eval(self, state: TrainerState, logs: dict[str, float]) -> None:
+        losses = {name: logs[name] for name in logs if name.startswith(EVAL_LOSS)}
+        self._eval_losses = {name.removeprefix(EVAL_LOSS): loss for name, loss in losses.items()}
+        self._logged_at, self._logged_step = time.monotonic(), state.global_step
+        if state.is_world_process_zero:
+            self._write({"step": state.global_step, **losses})
+
+    def _write(self, line: dict[str, float]) -> None:
+        with (self._run / METRICS).open("a", encoding="utf-8") as metrics:
+            metrics.write(json.dumps(line) + "\n")
 
     def on_save(
         self,
@@ -116,6 +139,11 @@ class RunRecord(TrainerCallback):
             torch.distributed.barrier()
         if state.is_world_process_zero:
             self._tokenizer.save_pretrained(checkpoint)
+            # beside adapters the Trainer saves neither
+            model.config.save_pretrained(checkpoint)
+            if model.generation_config is not None:
+                model.generation_config.save_pretrained(checkpoint)
             write_probe(checkpoint, self._probe_ids, logits)
-            mark_whole(checkpoint, {"step": state.global_step, "facts": self._facts})
-            remove_old(self._run, self._keep)
+            mark_whole(checkpoint, step=state.global_step, facts=self._facts, eval_losses=self._eval_losses)
+            remove_old(self._run, self._keep, keep_best=self._keep_best)
+        self._logged_at = time.monotonic()

@@ -1,5 +1,6 @@
 """The Trainer of transformers, taught to read rows."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,14 +9,20 @@ from transformers import Trainer
 
 from blockft.attention.backends import BlockMasks
 from blockft.attention.layout import Vectors
-from blockft.training.loss import label_loss
+from blockft.data.encode import NO_LABEL
+from blockft.training.loss import EVAL_LOSS, label_loss
+from blockft.training.rows import Rows
 
 
 class BlockTrainer(Trainer):
-    """Trains on rows in the order in which they stand, each under its own mask, by `label_loss`."""
+    """Trains on rows in the order in which they stand, each under its own mask, by `label_loss`.
 
-    def __init__(self, **settings: Any) -> None:
+    `eval_rows` gives held-out rows by view, as many for every process.
+    """
+
+    def __init__(self, *, eval_rows: Mapping[str, Rows], **settings: Any) -> None:
         super().__init__(data_collator=_only_row, compute_loss_func=label_loss, **settings)
+        self._eval_rows = eval_rows
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
@@ -24,18 +31,42 @@ class BlockTrainer(Trainer):
         self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kw: Any
     ) -> Any:
         """Rows carry per-token ids: masks are built from them here, on the device."""
-        vectors = Vectors(
-            *(inputs[name] for name in ("position_ids", "example_ids", "block_ids", "is_final"))
-        )
-        forward = {
-            "input_ids": inputs["input_ids"],
-            "position_ids": vectors.position_ids,
-            "block_masks": BlockMasks(vectors),
-            "logits_to_keep": inputs["logits_to_keep"],
-            "labels": inputs["shift_labels"][None],
-            "use_cache": False,
-        }
-        return super().compute_loss(model, forward, *args, **kw)
+        labels = inputs["shift_labels"][None]
+        return super().compute_loss(model, {**_forward_words(inputs), "labels": labels}, *args, **kw)
+
+    @torch.no_grad()
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """The loss by view over the held-out rows: the mean over all their label tokens (law 8)."""
+        training = self.model.training
+        self.model.eval()
+        losses = {}
+        for view, rows in self._eval_rows.items():
+            sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+            for index in range(self.args.process_index, len(rows), self.args.world_size):
+                inputs = self._prepare_inputs(rows[index])
+                labels = inputs["shift_labels"]
+                sums[0] += label_loss(self.model(**_forward_words(inputs)), labels[None], 1)
+                sums[1] += (labels != NO_LABEL).sum()
+            if self.args.world_size > 1:
+                torch.distributed.all_reduce(sums)
+            losses[f"{EVAL_LOSS}{view}"] = float(sums[0] / sums[1])
+        self.model.train(training)
+        self.log(losses)
+        # or the Trainer would evaluate again at the end of the epoch
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, losses)
+        return losses
+
+
+def _forward_words(row: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What the model's forward pass takes of a row."""
+    vectors = Vectors(*(row[name] for name in ("position_ids", "example_ids", "block_ids", "is_final")))
+    return {
+        "input_ids": row["input_ids"],
+        "position_ids": vectors.position_ids,
+        "block_masks": BlockMasks(vectors),
+        "logits_to_keep": row["logits_to_keep"],
+        "use_cache": False,
+    }
 
 
 def _only_row(micro_batch: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

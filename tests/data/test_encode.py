@@ -4,7 +4,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from blockft.data.encode import NO_LABEL, Encoder, encode_to_fit, share_context
+from blockft.data.encode import NO_LABEL, Encoder
+from blockft.data.fit import encode_to_fit, share_context
 from blockft.data.sample import Message
 from blockft.data.tokenizer import PlainTokenizer, fingerprint
 from blockft.errors import UserError
@@ -32,7 +33,7 @@ def test_law_6_the_blocks_joined_are_the_rendered_prompt(chat_template: str) -> 
     sample = rag_sample(documents=(NASTY, " \n\n", "Two. "), question=f"{NASTY}\n")
     chat = [{"role": m.role, "content": m.text} for m in sample.messages]
     rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    blocks = Encoder(tokenizer).encode_prompt(sample.messages, sample.documents)
+    blocks = Encoder(tokenizer).encode_prompt(sample)
     assert "".join(tokenizer.decode(ids) for ids in blocks) == rendered
     (example,) = Encoder(tokenizer).encode([sample])
     assert tokenizer.decode(example.input_ids) == f"{rendered}The fox<|im_end|>"

@@ -144,7 +144,7 @@ def test_law_5_the_ids_of_blocks_depend_on_their_text_and_markup_alone(name: str
         assert [*chain.from_iterable(blocks)] == example.input_ids.tolist()
         assert example.layout_of("full").num_tokens == example.layout_of("block").num_tokens == len(example)
         expected = [[*chain.from_iterable(map(r.ids_of, block))] for block in cut.blocks]
-        assert r.encoder.encode_prompt(sample.messages, sample.documents) == expected
+        assert r.encoder.encode_prompt(sample) == expected
         answer = [*chain.from_iterable(map(r.ids_of, cut.answer)), r.encoder.end_of_turn_id]
         assert blocks[:-1] == expected[:-1]
         assert blocks[-1][: len(expected[-1])] == expected[-1]
@@ -247,7 +247,8 @@ def test_law_7_a_document_of_control_tokens_is_text(name: str) -> None:
     controls = r.family.controls
     for document in (*controls, "".join(controls), f" {'  '.join(controls)} "):
         messages = (Message(role="user", content=("Read.", document, "Who?")),)
-        ids = r.encoder.encode_prompt(messages, (1,))[2]
+        sample = Sample(id="s", source="s", messages=messages, response="!", meta={"documents": [1]})
+        ids = r.encoder.encode_prompt(sample)[2]
         assert r.markers.isdisjoint(ids)
         assert r.decoded(ids) == r.as_encoded(document)
 

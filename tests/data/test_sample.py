@@ -20,6 +20,17 @@ def test_a_record_and_its_sample_are_the_same() -> None:
     assert to_record(from_record(bare)) == bare
 
 
+def test_a_templated_sample_has_blocks_in_place_of_messages() -> None:
+    record = {"id": "s", "source": "toy", "blocks": ["<s>One.\n", "Who?"], "response": "Fox"}
+    record |= {"meta": {"documents": [0]}}
+    sample = from_record(record)
+    assert (sample.messages, sample.blocks, sample.documents) == ((), ("<s>One.\n", "Who?"), (0,))
+    assert to_record(sample) == record
+    for blocks in ([], ["a", ""], ["a", "\n"], [1], "a"):
+        with pytest.raises(RecordError, match="'blocks"):
+            from_record(record | {"blocks": blocks})
+
+
 def test_a_response_may_be_empty_only_beside_answers() -> None:
     assert from_record(GOOD | {"response": ""}).response == ""
     with pytest.raises(RecordError, match="response"):
