@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from blockft.config import (
     BadRecord,
+    CutSettings,
     Format,
     ModelSettings,
     Order,
@@ -178,6 +179,26 @@ def test_the_manifest_accounts_for_every_record(make_recipe: Make, tmp_path: Pat
     examples = load_prepared(out).examples
     assert len(examples) < 100 + squad["kept"]
     assert max(example.num_final for example in examples) == 4
+
+
+def test_chats_are_cut_and_give_a_sample_per_answer(make_recipe: Make, tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    turns = [
+        "The quick brown fox jumps over the dog.\n\nThe lazy dog sleeps, too.",
+        "Fine.",
+        "Who?",
+        "The fox.",
+    ]
+    chat = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+    path.write_text(json.dumps({"id": "c", "messages": chat}) + '\n{"messages": []}\n')
+    source = Source(format=Format.messages, path=str(path))
+    cut = CutSettings(min_block_tokens=2)
+    out = prepare(make_recipe(sources=[source], on_bad_record=BadRecord.skip, cut=cut))
+    (counts,) = load_prepared(out).manifest["sources"]
+    assert (counts["read"], counts["samples"], counts["kept"]) == (2, 2, 2)
+    assert counts["dropped"] == {"bad record": 1}
+    first = samples_of(out)[0].messages[0].content
+    assert len(first) == 2 and "".join(first) == turns[0]
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

@@ -19,11 +19,12 @@ COUNTS = {
     "hotpotqa_distractor_train.json": 100,
     "2wikimultihopqa_train.json": 500,
     "musique_train.jsonl": 100,
+    "instructions_t0.jsonl": 4000,
     "squadshifts_new_wiki_dev.json": 150,
     "nq_open_oracle_dev.jsonl": 150,
     "hotpotqa_distractor_dev.json": 150,
 }
-"""Questions in the sources of the recipe: every one gives a sample."""
+"""Records in the sources of the recipe: every one gives a sample."""
 
 
 def settings(**changes: Any) -> DataSettings:
@@ -52,19 +53,19 @@ def real_samples(source: Source, data: DataSettings) -> tuple[list[Sample], Tall
 
 
 @pytest.mark.real_data
-def test_the_recipe_reads_every_question_of_the_real_files() -> None:
+def test_the_recipe_reads_every_record_of_the_real_files() -> None:
     recipe = load_recipe("smollm2-135m")
     assert recipe.eval
     counts = {}
     for source in (*recipe.data.sources, *recipe.eval.sources):
+        samples, tally = real_samples(source, recipe.data)
+        assert tally.read == tally.samples == len(samples) and not tally.dropped
+        assert len({sample.id for sample in samples}) == len(samples)
+        counts[Path(source.path).name] = tally.read
         if LAYOUTS[source.format].question:
-            samples, tally = real_samples(source, recipe.data)
-            assert tally.read == tally.samples == len(samples) and not tally.dropped
-            assert len({sample.id for sample in samples}) == len(samples)
             assert all(sample.meta["supporting"] for sample in samples)
             num_documents = Counter(len(sample.documents) for sample in samples)
             assert max(num_documents) == 10 and num_documents[10] > 0.95 * len(samples)
-            counts[Path(source.path).name] = tally.read
     assert counts == COUNTS
 
 
