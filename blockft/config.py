@@ -21,6 +21,21 @@ class Format(StrEnum):
 
     samples = "samples"
     hotpotqa = "hotpotqa"
+    two_wiki = "2wikimultihopqa"
+    musique = "musique"
+    squad = "squad"
+    fid = "fid"
+    messages = "messages"
+    alpaca = "alpaca"
+    blocks = "blocks"
+
+
+class Retrieve(StrEnum):
+    """How a source's distractors are found and its documents ranked."""
+
+    none = "none"
+    bm25 = "bm25"
+    dense = "dense"
 
 
 class View(StrEnum):
@@ -91,10 +106,15 @@ class Source:
     format: Format
     # a file, a glob, a folder, or the id of a data set on the Hub
     path: str
-    # the split, for a data set on the Hub
+    # the split, for a data set on the Hub, and its configuration if it has several
     split: str | None = None
+    name: str | None = None
     # read no more than this many records
     max_samples: int | None = at_least(1, None)
+    # none takes the documents of the record (squad: of the article); bm25 and dense fill a prompt up to
+    # data.num_documents with those that a search ranks best (fid: from all documents of the source, squad: of
+    # the article) and that hold no answer; its relevance is then the search's score, in every format
+    retrieve: Retrieve = Retrieve.none
 
 
 @dataclass(kw_only=True)
@@ -113,14 +133,18 @@ class ModelSettings:
 
 @dataclass(kw_only=True)
 class PromptSettings:
-    """The wording of a RAG prompt; fields in braces are filled in."""
+    """The wording of a RAG prompt; fields in braces are filled in.
 
-    # the block before the documents
-    instruction: str = "Answer the question using the following documents.\n\n"
-    # one document: {title} and {text}
-    document: str = "{title}\n{text}\n\n"
-    # the final block: {question}
-    question: str = "Question: {question}\nAnswer in a few words."
+    White space that separates stands before a document and the question: a chat template may trim the ends of
+    a message, and a document has to be the same block wherever it stands.
+    """
+
+    # the block before the documents; not blank
+    instruction: str = "Answer the question using the following documents."
+    # one document: {title} and {text}, stripped; an empty title goes with the white space after it
+    document: str = "\n\n{title}\n{text}"
+    # the final block: {question}; white space before it is left out where it starts a message
+    question: str = "\n\nQuestion: {question}\nAnswer in a few words."
     # the message that holds the documents
     documents_in: Role = Role.user
 
@@ -145,12 +169,16 @@ class DataSettings:
     row_len: int = at_least(1, 4096)
     # the views of every example that splits into blocks
     views: list[View] = at_least(1, [View.block, View.full])
-    # documents in a RAG prompt; null keeps all that the record has
+    # documents in a RAG prompt, and never less than those that support the answer; null keeps all that the
+    # record has, 0 asks without documents
     num_documents: int | None = at_least(0, None)
     # order of the documents: `ascending` puts the most relevant one next to the question
     order: Order = Order.ascending
-    # questions in a row over the same documents share them in one example
+    # questions in a row over the same documents share them in one example, and see them in one order: drawn
+    # by lot, unless it is `given`; squad's articles are cut into sets of num_documents
     shared_context: bool = False
+    # the sentence-transformers model of `retrieve: dense`, a folder or an id on the Hub
+    dense_model: str = "sentence-transformers/all-MiniLM-L6-v2"
     # error names file, line and field; skip counts and lists the record
     on_bad_record: BadRecord = BadRecord.error
     # drop the sample, or trim its least relevant documents

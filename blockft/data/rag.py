@@ -1,5 +1,6 @@
 """RAG prompts: an instruction, one block per document, the question last."""
 
+import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +13,17 @@ from blockft.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """A retrieved text before it becomes a block."""
+    """A retrieved text before it becomes a block; `supports` if the answer is known to rest on it."""
 
     title: str
     text: str
     relevance: float = 0
+    supports: bool = False
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What documents are told apart by."""
+        return self.title.strip(), self.text.strip()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +31,13 @@ class RagPrompt:
     """How the prompts of a set are worded and which documents stand where.
 
     `instruction`, `document` and `question` are templates: `{title}` and `{text}` are filled in for a
-    document, `{question}` for the question; a brace of their own is written twice. No document carries its
-    rank or index, so that the same document is the same block everywhere.
+    document, `{question}` for the question; a brace of their own is written twice. What is filled in is
+    stripped, and a title that is empty takes the white space after it along. No document carries its rank or
+    index, so that the same document is the same block everywhere.
+
+    `num_documents` keeps the most relevant documents and every one that supports; 0 keeps none at all. With
+    `shared_context` the same documents stand in the same order in every prompt, whatever their relevance,
+    unless the order is `given`.
 
     Raises:
         UserError: a template with a field that it does not know, or without the one that it needs.
@@ -37,6 +49,7 @@ class RagPrompt:
     documents_in: str = "user"
     order: str = "ascending"
     num_documents: int | None = None
+    shared_context: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -55,42 +68,88 @@ class RagPrompt:
     def build(
         self, question: str, documents: Sequence[Document], sample_id: str
     ) -> tuple[tuple[Message, ...], dict[str, Any]]:
-        """The messages of a prompt, and the meta data that marks its documents."""
-        chosen = self._arrange(documents, sample_id)
-        texts = [self.document.format(title=d.title, text=d.text) for d in chosen]
+        """The messages of a prompt, and the meta data that marks its documents.
+
+        A document without title and text is left out; a final block that starts a message has no white space
+        before it.
+        """
+        chosen = self._arrange([d for d in documents if any(d.key)], sample_id)
         instruction = [self.instruction.format()] if self.instruction else []
-        final = self.question.format(question=question)
-        context = tuple(instruction + texts)
-        if self.documents_in == "user" or not context:
-            messages: tuple[Message, ...] = (Message(role="user", content=(*context, final)),)
+        context = (*instruction, *map(self._render, chosen))
+        final = self.question.format(question=question.strip())
+        if not context:
+            messages: tuple[Message, ...] = (Message(role="user", content=(final.lstrip(),)),)
+        elif self.documents_in == "user":
+            messages = (Message(role="user", content=(*context, final)),)
         else:
-            messages = (Message(role="system", content=context), Message(role="user", content=(final,)))
-        first = len(instruction)
-        relevance = [d.relevance for d in chosen]
-        return messages, {"documents": list(range(first, first + len(texts))), "relevance": relevance}
+            system = Message(role="system", content=context)
+            messages = (system, Message(role="user", content=(final.lstrip(),)))
+        numbers = range(len(instruction), len(context))
+        meta: dict[str, Any] = {"documents": list(numbers), "relevance": [d.relevance for d in chosen]}
+        if supporting := [number for number, d in zip(numbers, chosen, strict=True) if d.supports]:
+            meta["supporting"] = supporting
+        return messages, meta
+
+    def _render(self, document: Document) -> str:
+        title, text = document.key
+        template = self.document if title else _without_title(self.document)
+        # the template's own end stays: a wording may separate its documents there
+        end = template[len(template.rstrip()) :]
+        return template.format(title=title, text=text).rstrip() + end
 
     def _arrange(self, documents: Sequence[Document], sample_id: str) -> list[Document]:
-        """The documents of the prompt in its order; a limit keeps the most relevant ones."""
-        by_relevance = sorted(range(len(documents)), key=lambda i: -documents[i].relevance)
-        chosen = [documents[i] for i in sorted(by_relevance[: self.num_documents])]
-        if self.order == "ascending":
-            chosen.sort(key=lambda d: d.relevance)
-        elif self.order == "descending":
-            chosen.sort(key=lambda d: -d.relevance)
+        """The documents of the prompt in its order."""
+        lots = random.Random(f"{self.seed}:{_name_of(documents) if self.shared_context else sample_id}")
+        chosen = self._limit(documents, lots)
+        if self.order == "given":
+            return chosen
+        if self.shared_context:
+            chosen.sort(key=lambda d: d.key)
+            random.Random(f"{self.seed}:{_name_of(chosen)}").shuffle(chosen)
         elif self.order == "shuffled":
-            random.Random(f"{self.seed}:{sample_id}").shuffle(chosen)
+            lots.shuffle(chosen)
+        else:
+            chosen.sort(key=lambda d: d.relevance, reverse=self.order == "descending")
         return chosen
+
+    def _limit(self, documents: Sequence[Document], lots: random.Random) -> list[Document]:
+        """The documents that a limit keeps, as given; equals draw lots, or the same ones might always win."""
+        if self.num_documents is None or self.num_documents >= len(documents):
+            return list(documents)
+        limit = self.num_documents and max(self.num_documents, sum(d.supports for d in documents))
+        keys = [(not d.supports, -d.relevance, lots.random()) for d in documents]
+        ranked = sorted(range(len(documents)), key=keys.__getitem__)
+        return [documents[i] for i in sorted(ranked[:limit])]
 
 
 def trim(sample: Sample) -> Sample | None:
-    """The sample without its least relevant document (the first of equals).
+    """The sample without its least relevant document (the first of equals) that supports no answer.
 
-    None if that would take one of the most relevant: a question without its evidence teaches to invent.
+    None if there is none, or, where no document is known to support, if it would be one of the most relevant:
+    a question without its evidence teaches to invent.
     """
-    relevance = sample.meta.get("relevance", ())
-    if not relevance or min(relevance) == max(relevance):
+    relevance, supporting = sample.meta.get("relevance", ()), sample.meta.get("supporting", ())
+    spare = [i for i, d in enumerate(sample.documents) if d not in supporting] if relevance else []
+    if not spare or not supporting and min(relevance) == max(relevance):
         return None
-    return sample.without_document(relevance.index(min(relevance)))
+    return sample.without_document(min(spare, key=lambda i: relevance[i]))
+
+
+def _name_of(documents: Sequence[Document]) -> str:
+    """A name that equal sets of documents share."""
+    return hashlib.sha256(repr(sorted(d.key for d in documents)).encode()).hexdigest()
+
+
+def _without_title(template: str) -> str:
+    """The template of a document without a title: the field goes, and the white space after it."""
+    kept, after_title = "", False
+    for literal, name, spec, conversion in Formatter().parse(template):
+        literal = literal.replace("{", "{{").replace("}", "}}")
+        kept += literal.lstrip() if after_title else literal
+        after_title = name == "title"
+        if name is not None and not after_title:
+            kept += f"{{{name}{f'!{conversion}' if conversion else ''}{f':{spec}' if spec else ''}}}"
+    return kept
 
 
 def _check_template(name: str, template: str, *, needed: Sequence[str], optional: Sequence[str]) -> None:

@@ -1,18 +1,18 @@
 """Records of a source: what a file, glob, folder or Hub data set holds, one by one and placed."""
 
-import codecs
 import glob
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any
 
 from blockft.data.sample import RecordError
+from blockft.data.window import Window
 from blockft.errors import UserError
 
-READ_BYTES = 1 << 20
-"""How much of a JSON array is read at once; a record longer than that is read in growing steps."""
+PARQUET_ROWS = 1000
+"""Rows of a parquet file turned into records at a time."""
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -20,8 +20,8 @@ Placed = tuple[str, Any]
 """Where a record stands (file and line), and the record, or the RecordError why it cannot be read."""
 
 
-def find_files(path: str, suffix: str) -> list[Path]:
-    """The files of a source, sorted; in a folder those that end in `suffix`; none if the path is a Hub id.
+def find_files(path: str, suffixes: Sequence[str]) -> list[Path]:
+    """The files of a source, sorted; in a folder those with one of the suffixes; none for a Hub id.
 
     Raises:
         UserError: nothing is there.
@@ -30,16 +30,37 @@ def find_files(path: str, suffix: str) -> list[Path]:
     if here.is_file():
         return [here]
     if here.is_dir():
-        if in_folder := [file for file in sorted(here.iterdir()) if file.suffix == suffix]:
+        if in_folder := [file for file in sorted(here.iterdir()) if file.suffix in suffixes]:
             return in_folder
-        raise UserError(f"source folder {path} holds no file that ends in {suffix}")
+        raise UserError(f"source folder {path} holds no file that ends in {' or '.join(suffixes)}")
     if found := [Path(name) for name in sorted(glob.glob(path, recursive=True)) if Path(name).is_file()]:
         return found
-    if HUB_ID.fullmatch(path) and here.suffix not in (".json", ".jsonl"):
+    if HUB_ID.fullmatch(path) and here.suffix not in (".json", ".jsonl", ".parquet"):
         return []
     raise UserError(
         f"source {path} does not exist: no file, folder, match of a glob, or id on the Hub (owner/name)"
     )
+
+
+def read_file(path: Path, under: str | None = None) -> Iterator[Placed]:
+    """The records of a file, lazily: of a JSON array, of JSON lines, or of a .parquet file.
+
+    `under` is the key by which a JSON object holds the array, where the format wraps it so.
+
+    Raises:
+        UserError: the file cannot be read on.
+    """
+    try:
+        if path.suffix == ".parquet":
+            yield from _read_parquet(path)
+            return
+        opening = _opening(path)
+        if opening == b"[" or (opening == b"{" and under and path.suffix != ".jsonl"):
+            yield from read_array(path, under if opening == b"{" else None)
+        else:
+            yield from read_lines(path)
+    except OSError as error:
+        raise UserError(f"source {path} cannot be read: {error.strerror or error}") from error
 
 
 def read_lines(path: Path) -> Iterator[Placed]:
@@ -50,27 +71,23 @@ def read_lines(path: Path) -> Iterator[Placed]:
                 yield f"{path}, line {number}", _parse(line)
 
 
-def read_array(path: Path) -> Iterator[Placed]:
-    """The elements of a JSON array, decoded one by one: the file is never in memory whole.
+def read_array(path: Path, under: str | None = None) -> Iterator[Placed]:
+    """The elements of a JSON array, or of that which an object holds `under` a key, decoded one by one.
 
     Raises:
-        UserError: the file is no JSON array, or breaks off; after that nothing in it can be read.
+        UserError: the file holds no such array, or breaks off; after that nothing in it can be read.
     """
     with path.open("rb") as file:
-        window = _Window(path, file)
-        window.take("[")
-        while window.peek() != "]":
-            yield f"{path}, line {window.line}", window.value()
-            if window.peek() != "]":
-                window.take(",")
-                if window.peek() == "]":
-                    window.fail("a record is missing after a comma")
-        window.take("]")
+        window = Window(path, file)
+        if under is None:
+            yield from _elements(path, window)
+        else:
+            yield from _elements_under(path, window, under)
         window.take("")
 
 
-def read_hub(path: str, split: str | None) -> Iterator[Placed]:
-    """The records of a data set on the Hub, streamed.
+def read_hub(path: str, split: str | None, name: str | None = None) -> Iterator[Placed]:
+    """The records of a data set on the Hub, streamed; `name` is that of its configuration.
 
     Raises:
         UserError: no split is given, or the data set cannot be reached.
@@ -80,17 +97,72 @@ def read_hub(path: str, split: str | None) -> Iterator[Placed]:
     if split is None:
         raise UserError(f"source {path} does not exist here; for a data set on the Hub name its split, too")
     try:
-        records = iter(datasets.load_dataset(path, split=split, streaming=True))
+        records = iter(datasets.load_dataset(path, name, split=split, streaming=True))
         first = next(records, None)
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"source {path} is no local file, and the Hub gives no such data set: {reason}"
         ) from error
+    place = f"{path} ({name}, {split})" if name else f"{path} ({split})"
     number = 1
     while first is not None:
-        yield f"{path} ({split}), record {number}", first
+        yield f"{place}, record {number}", first
         first, number = next(records, None), number + 1
+
+
+def _opening(path: Path) -> bytes:
+    """The first character that is no white space."""
+    with path.open("rb") as file:
+        while block := file.read(4096):
+            if text := block.lstrip():
+                return text[:1]
+    return b""
+
+
+def _read_parquet(path: Path) -> Iterator[Placed]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                for batch in file.iter_batches(PARQUET_ROWS, row_groups=[group]):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield f"{path}, row {number}", row
+    except pa.ArrowException as error:
+        raise UserError(f"{path}, after row {number}: not parquet ({str(error).splitlines()[0]})") from error
+
+
+def _elements(path: Path, window: Window) -> Iterator[Placed]:
+    window.take("[")
+    while window.peek() != "]":
+        yield f"{path}, line {window.line}", window.value()
+        if window.peek() != "]":
+            window.take(",")
+            if window.peek() == "]":
+                window.fail("a record is missing after a comma")
+    window.take("]")
+
+
+def _elements_under(path: Path, window: Window, under: str) -> Iterator[Placed]:
+    found = False
+    window.take("{")
+    while window.peek() != "}":
+        key = window.value()
+        window.take(":")
+        if key == under:
+            found = True
+            yield from _elements(path, window)
+        else:
+            window.value()
+        if window.peek() != "}":
+            window.take(",")
+    window.take("}")
+    if not found:
+        window.fail(f"the JSON object has no list {under!r}")
 
 
 def _parse(line: bytes) -> Any:
@@ -100,67 +172,3 @@ def _parse(line: bytes) -> Any:
         return RecordError(f"not UTF-8 (byte {error.start + 1})")
     except json.JSONDecodeError as error:
         return RecordError(f"not JSON ({error.msg}, column {error.colno})")
-
-
-class _Window:
-    """A sliding window over a file of JSON."""
-
-    def __init__(self, path: Path, file: BinaryIO) -> None:
-        self.line = 1
-        self._path, self._file = path, file
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._json = json.JSONDecoder()
-        self._text, self._at, self._ended = "", 0, False
-
-    def peek(self) -> str:
-        """The next character that is no white space; empty at the end of the file."""
-        while True:
-            rest = len(self._text)
-            while self._at < rest and self._text[self._at] in " \t\r\n":
-                self.line += self._text[self._at] == "\n"
-                self._at += 1
-            if self._at < rest or self._ended:
-                return self._text[self._at : self._at + 1]
-            self._more(READ_BYTES)
-
-    def take(self, wanted: str) -> None:
-        """Step over one character; empty is the end of the file."""
-        if (found := self.peek()) != wanted:
-            name = repr(wanted) if wanted else "the end of the file"
-            self.fail(
-                f"expected {name} of a JSON array, found {repr(found) if found else 'the end of the file'}"
-            )
-        self._at += len(wanted)
-
-    def value(self) -> Any:
-        """Step over one JSON value."""
-        self.peek()
-        step = READ_BYTES
-        while True:
-            try:
-                value, end = self._json.raw_decode(self._text, self._at)
-            except json.JSONDecodeError as error:
-                # a value cut off by the window fails at its end, or inside a text that has not closed yet
-                cut_off = error.msg.startswith("Unterminated string") or error.pos > len(self._text) - 16
-                if self._ended or not cut_off:
-                    self.fail(f"not JSON ({error.msg})")
-                self._more(step)
-                step *= 2
-                continue
-            self.line += self._text.count("\n", self._at, end)
-            self._at = end
-            return value
-
-    def fail(self, reason: str) -> NoReturn:
-        """Raise UserError for the record at hand."""
-        raise UserError(f"{self._path}, line {self.line}: {reason}")
-
-    def _more(self, num_bytes: int) -> None:
-        data = self._file.read(num_bytes)
-        rest = self._text[self._at :]
-        try:
-            self._text, self._at = rest + self._decoder.decode(data, final=not data), 0
-        except UnicodeDecodeError as error:
-            self.line += rest.count("\n") + error.object[: error.start].count(b"\n")
-            self.fail("not UTF-8")
-        self._ended = not data

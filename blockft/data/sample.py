@@ -30,8 +30,9 @@ class Sample:
     A prompt that arrived already templated has no messages: `templated` holds its blocks, markers and all.
     The last block of the last message is the final block, all others are local. `meta["documents"]` lists
     which blocks (counted over the whole prompt) are documents: the chat template's markup never joins those;
-    `meta["relevance"]` gives each of them a number, higher for more relevant. A response may be empty if
-    there are answers: such a sample can be evaluated, not trained on.
+    `meta["relevance"]` gives each of them a number, higher for more relevant; `meta["supporting"]` lists
+    those that the answer is known to rest on. A response may be empty if there are answers: such a sample can
+    be evaluated, not trained on.
     """
 
     id: str
@@ -64,6 +65,8 @@ class Sample:
         meta = self.meta | {"documents": [d - (d > gone) for d in self.documents if d != gone]}
         if "relevance" in meta:
             meta["relevance"] = [r for i, r in enumerate(meta["relevance"]) if i != index]
+        if "supporting" in meta:
+            meta["supporting"] = [d - (d > gone) for d in meta["supporting"] if d != gone]
         templated = tuple(text for i, text in enumerate(self.templated) if i != gone)
         return replace(self, messages=tuple(messages), templated=templated, meta=meta)
 
@@ -216,5 +219,12 @@ def meta_of(found: Any, num_blocks: int) -> dict[str, Any]:
         "field 'meta.relevance'",
         relevance,
         "list one number for each of meta.documents",
+    )
+    supporting = found.get("supporting", [])
+    check(
+        isinstance(supporting, list) and all(type(s) is int and s in documents for s in supporting),
+        "field 'meta.supporting'",
+        supporting,
+        "list some of meta.documents",
     )
     return dict(found)

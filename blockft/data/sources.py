@@ -1,29 +1,68 @@
 """Sources: published layouts, read lazily into samples."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from blockft.data.rag import Document, RagPrompt
-from blockft.data.records import Placed, find_files, read_array, read_hub, read_lines
-from blockft.data.sample import RecordError, Sample, check, from_record, take, text_of
+from blockft.data import chat, questions, retrieve, squad
+from blockft.data.pool import Pool
+from blockft.data.questions import Dropped, Question
+from blockft.data.rag import RagPrompt
+from blockft.data.records import Placed, find_files, read_file, read_hub
+from blockft.data.sample import RecordError, Sample, from_record
 from blockft.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
 class Tally:
-    """What became of a source's records."""
+    """What became of a source's records.
+
+    Every record is dropped for a reason or gives samples, mostly one; every sample is kept or dropped for a
+    reason, so that `read` = `kept` + all `dropped` where each record gives one sample.
+    """
 
     read: int = 0
+    samples: int = 0
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     bad_records: list[str] = field(default_factory=list)
 
     def drop(self, reason: str) -> None:
         self.dropped[reason] += 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A format: its files, where its records are in them, and what becomes of a record.
+
+    A record is a question to be worded, or gives samples as it stands. `regroup` turns what the files hold
+    into records. `pool` says where distractors can be retrieved: in the whole source, or its article.
+    """
+
+    suffixes: tuple[str, ...] = (".json", ".jsonl", ".parquet")
+    under: str | None = None
+    regroup: Callable[[Iterator[Placed]], Iterator[Placed]] = iter
+    question: Callable[[Any], Question] | None = None
+    samples: Callable[[Any, str], Iterable[Sample]] | None = None
+    pool: str = "record"
+
+
+LAYOUTS = {
+    "samples": Layout(suffixes=(".jsonl",), samples=lambda record, at: [from_record(record)]),
+    "hotpotqa": Layout(question=questions.hotpotqa),
+    "2wikimultihopqa": Layout(question=questions.two_wiki),
+    "musique": Layout(question=questions.musique),
+    "squad": Layout(under="data", regroup=squad.pose, question=squad.question, pool="article"),
+    "fid": Layout(question=questions.fid, pool="source"),
+    "messages": Layout(samples=chat.messages),
+    "alpaca": Layout(samples=chat.alpaca),
+    "blocks": Layout(samples=chat.blocks),
+}
 
 
 def read(
@@ -33,28 +72,61 @@ def read(
     *,
     prompt: RagPrompt,
     split: str | None = None,
+    name: str | None = None,
     max_samples: int | None = None,
     skip_bad: bool = False,
+    retriever: str = "none",
+    dense_model: str = "",
 ) -> Iterator[Sample]:
-    """The samples of a source, lazily, in its order. Counts into `tally` what is read and what is bad.
+    """The samples of a source, lazily, in its order. Counts into `tally` what is read, dropped and bad.
 
-    Formats: `samples` (JSON lines of our own) and `hotpotqa` (one JSON array). `prompt` words the RAG prompts
-    of sources that hold questions and documents; no more than `max_samples` records are read.
+    `prompt` words the prompts of questions; no more than `max_samples` records are read. With a `retriever`
+    (`bm25` or `dense`) the documents of a `fid` source are read before its questions and stay in memory, the
+    documents alone; `squad` keeps an article at a time, every other format a record.
 
     Raises:
-        UserError: nothing at `path`, or, unless `skip_bad`, a bad record: with its file, line and field.
+        UserError: nothing at `path`, or options that do not go together; later, unless `skip_bad`, a bad
+            record: with its file, line and field.
     """
-    for at, record in islice(_records(format, path, split), max_samples):
-        tally.read += 1
-        try:
-            if isinstance(record, RecordError):
-                raise record
-            yield from_record(record) if format == "samples" else _hotpotqa(record, prompt)
-        except RecordError as error:
-            if not skip_bad:
-                raise UserError(f"{at}: {error} (data.on_bad_record=skip passes over it)") from error
-            tally.drop("bad record")
-            tally.bad_records.append(f"{at}: {error}")
+    layout = LAYOUTS[format]
+    files = locate(format, path)
+    shares = prompt.shared_context and layout.pool == "article"
+    if retriever != "none":
+        _check_retrieval(format, path, shares, prompt.num_documents)
+
+    def records() -> Iterator[Placed]:
+        found = (read_file(file, layout.under) for file in files) if files else [read_hub(path, split, name)]
+        return layout.regroup(chain.from_iterable(found))
+
+    def asked(tally: Tally, limit: int | None) -> Iterator[Question]:
+        assert (ask := layout.question)
+        placed = islice(records(), limit)
+        for question in _parsed(placed, lambda record, at: ask(record), tally, skip_bad):
+            # a name that stays the same wherever the file lies
+            yield question if question.id else replace(question, id=f"{question.source}-{tally.read}")
+
+    def with_documents() -> Iterator[Question]:
+        found = asked(tally, max_samples)
+        if retriever != "none":
+            index = retrieve.bm25() if retriever == "bm25" else retrieve.dense(dense_model)
+            if layout.pool == "source":
+                pool = Pool(document for question in asked(Tally(), None) for document in question.documents)
+                found = (replace(question, pool=pool) for question in found)
+            return retrieve.retrieve(found, index, prompt.num_documents or 0)
+        if shares:
+            return squad.share(found, prompt.num_documents, prompt.seed, tally.drop)
+        return map(squad.surround, found) if layout.pool == "article" else found
+
+    def samples() -> Iterator[Sample]:
+        if give := layout.samples:
+            made = _parsed(islice(records(), max_samples), lambda r, at: tuple(give(r, at)), tally, skip_bad)
+        else:
+            made = ((_word(question, prompt),) for question in with_documents())
+        for some in made:
+            tally.samples += len(some)
+            yield from some
+
+    return samples()
 
 
 def locate(format: str, path: str) -> list[Path]:
@@ -63,61 +135,56 @@ def locate(format: str, path: str) -> list[Path]:
     Raises:
         UserError: nothing is there.
     """
-    return find_files(path, ".jsonl" if format == "samples" else ".json")
+    return find_files(path, LAYOUTS[format].suffixes)
 
 
-def _records(format: str, path: str, split: str | None) -> Iterator[Placed]:
-    files = locate(format, path)
-    if not files:
-        yield from read_hub(path, split)
-    for file in files:
-        try:
-            yield from read_lines(file) if format == "samples" else read_array(file)
-        except OSError as error:
-            raise UserError(f"source {file} cannot be read: {error.strerror}") from error
-
-
-def _hotpotqa(record: Any, prompt: RagPrompt) -> Sample:
-    """HotpotQA, distractor setting (Yang et al. 2018): ten paragraphs, cut into sentences; two support.
-
-    The authors' JSON has lists of pairs, the data set on the Hub mappings of two lists.
+def _check_retrieval(format: str, path: str, shares: bool, num_documents: int | None) -> None:
+    """Raises:
+    UserError: documents cannot be retrieved so.
     """
-    check(isinstance(record, Mapping), "the record", record, "be a JSON object")
-    question = text_of(take(record, "question"), "field 'question'")
-    answer = text_of(take(record, "answer"), "field 'answer'")
-    id = text_of(take(record, "_id" if "_id" in record else "id"), "field '_id'")
-    facts = _pairs(record, "supporting_facts", "title", "sent_id")
-    supporting = {title for title, _ in facts}
-    documents = []
-    for i, (title, sentences) in enumerate(_pairs(record, "context", "title", "sentences")):
-        at = f"field 'context[{i}]'"
-        check(
-            isinstance(sentences, list) and all(type(s) is str for s in sentences),
-            at,
-            sentences,
-            "hold sentences",
+    layout = LAYOUTS[format]
+    if not layout.question:
+        asked = ", ".join(name for name, layout in LAYOUTS.items() if layout.question)
+        raise UserError(
+            f"source {path} has retrieve, but the format {format} holds no documents (allowed: {asked})"
         )
-        text = text_of("".join(sentences), at, may_be_blank=True)
-        title = text_of(title, at, may_be_blank=True)
-        documents.append(Document(title=title, text=text, relevance=int(title in supporting)))
-    messages, meta = prompt.build(question, documents, id)
-    meta |= {name: record[name] for name in ("type", "level") if name in record}
-    return Sample(id=id, source="hotpotqa", messages=messages, response=answer, answers=(answer,), meta=meta)
+    if shares:
+        raise UserError(
+            f"source {path} has retrieve, which gives each question documents of its own: "
+            "take it out, or set data.shared_context to false"
+        )
+    if layout.pool != "record" and num_documents is None:
+        raise UserError(f"source {path} has retrieve, which has to know how many: set data.num_documents")
 
 
-def _pairs(record: Mapping[str, Any], name: str, first: str, second: str) -> list[tuple[Any, Any]]:
-    """A list of pairs, spelt as such or as a mapping of two lists."""
-    found = take(record, name)
-    if (
-        isinstance(found, Mapping)
-        and isinstance(found.get(first), list)
-        and isinstance(found.get(second), list)
-    ):
-        found = list(zip(found[first], found[second], strict=False))
-    rule = f"be a list of pairs ({first}, {second})"
-    check(isinstance(found, list) and all(_is_pair(pair) for pair in found), f"field {name!r}", found, rule)
-    return [(pair[0], pair[1]) for pair in found]
+def _parsed(
+    placed: Iterable[Placed], parse: Callable[[Any, str], T], tally: Tally, skip_bad: bool
+) -> Iterator[T]:
+    """What is made of each record, those left out that are dropped or bad."""
+    for at, record in placed:
+        tally.read += 1
+        try:
+            if isinstance(record, RecordError):
+                raise record
+            result = parse(record, at)
+        except Dropped as reason:
+            tally.drop(str(reason))
+        except RecordError as error:
+            if not skip_bad:
+                raise UserError(f"{at}: {error} (data.on_bad_record=skip passes over it)") from error
+            tally.drop("bad record")
+            tally.bad_records.append(f"{at}: {error}")
+        else:
+            yield result
 
 
-def _is_pair(found: Any) -> bool:
-    return isinstance(found, list | tuple) and len(found) == 2 and isinstance(found[0], str)
+def _word(question: Question, prompt: RagPrompt) -> Sample:
+    messages, meta = prompt.build(question.question, question.documents, question.id)
+    return Sample(
+        id=question.id,
+        source=question.source,
+        messages=messages,
+        response=question.answers[0],
+        answers=question.answers,
+        meta=meta | question.meta,
+    )

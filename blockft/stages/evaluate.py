@@ -11,15 +11,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from blockft.config import BadRecord, Precision, Recipe
+from blockft.config import Precision, Recipe
 from blockft.data.sample import Sample
-from blockft.data.sources import Tally, read
+from blockft.data.sources import Tally
 from blockft.errors import UserError
 from blockft.evaluation.metrics import METRICS
 from blockft.evaluation.report import Prediction, build_report
 from blockft.inference.engine import Engine
 from blockft.rundir import refuse_existing, whole_folder
-from blockft.stages.prompt import rag_prompt
+from blockft.stages.prompt import read_source
 
 REPORT = "report.json"
 GROUPS = ("type", "level")
@@ -69,20 +69,8 @@ def evaluate(model: str, recipe: Recipe) -> Path:
 
 def _questions(recipe: Recipe) -> list[Sample]:
     assert recipe.eval is not None
-    prompt = rag_prompt(recipe.data)
-    every = chain.from_iterable(
-        read(
-            source.format,
-            source.path,
-            Tally(),
-            prompt=prompt,
-            split=source.split,
-            max_samples=source.max_samples,
-            skip_bad=recipe.data.on_bad_record is BadRecord.skip,
-        )
-        for source in recipe.eval.sources
-    )
-    samples = list(islice(every, recipe.eval.max_samples))
+    sources = [read_source(source, recipe.data, Tally()) for source in recipe.eval.sources]
+    samples = list(islice(chain.from_iterable(sources), recipe.eval.max_samples))
     if not samples:
         raise UserError("eval.sources hold no question")
     for sample in samples:

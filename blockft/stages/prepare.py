@@ -17,19 +17,19 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 from blockft.config import BadRecord, DataSettings, Recipe, Source, TooLong
+from blockft.data.cut import CUT_FORMATS, cut_sample
 from blockft.data.encode import NO_LABEL, Encoder, Example
 from blockft.data.fit import Outcome, encode_to_fit, share_context
 from blockft.data.packing import fill, list_items, plan_rows
 from blockft.data.parallel import map_in_order
 from blockft.data.prepared import MANIFEST, Writer, is_unfinished
-from blockft.data.rag import RagPrompt
 from blockft.data.sample import Sample
-from blockft.data.sources import Tally, locate, read
+from blockft.data.sources import Tally
 from blockft.data.tokenizer import fingerprint
 from blockft.errors import UserError
 from blockft.model.load import load_tokenizer
 from blockft.rundir import refuse_existing, whole_folder
-from blockft.stages.prompt import rag_prompt
+from blockft.stages.prompt import read_source
 
 TASK_SAMPLES = 64
 """Samples that a worker encodes at a time."""
@@ -58,12 +58,14 @@ class Statistics:
 class SourceCount(Tally):
     """A source's tally, and what is known only once its samples are encoded."""
 
+    templated: int = 0
     tokens: int = 0
     shortest_dropped: int | None = None
 
     def add(self, outcome: Outcome) -> None:
         if not outcome.dropped:
             self.kept += 1
+            self.templated += bool(outcome.sample.templated)
             self.tokens += len(outcome.example or ())
             return
         self.drop(outcome.dropped)
@@ -82,15 +84,13 @@ def prepare(recipe: Recipe, overwrite: bool = False) -> Path:
     _check_out(out, overwrite)
     # workers are forked, and the tokenizer's threads would not survive that
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    prompt = rag_prompt(data)
-    for source in data.sources:
-        locate(source.format, source.path)
+    counts = [SourceCount() for _ in data.sources]
+    sources = [read_source(s, data, count) for s, count in zip(data.sources, counts, strict=True)]
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
     encoder = Encoder(tokenizer)
-    counts = [SourceCount() for _ in data.sources]
     statistics = Statistics()
     with whole_folder(out, replace=True) as draft, Writer(draft) as writer:
-        kept = _keep(_encode(encoder, data, prompt, counts), counts, writer)
+        kept = _keep(_encode(encoder, data, sources), counts, writer)
         for example in share_context(kept, data.row_len) if data.shared_context else kept:
             writer.add_example(example)
             statistics.add(example)
@@ -111,10 +111,10 @@ def _check_out(out: Path, overwrite: bool) -> None:
 
 
 def _encode(
-    encoder: Encoder, data: DataSettings, prompt: RagPrompt, counts: list[SourceCount]
+    encoder: Encoder, data: DataSettings, sources: list[Iterator[Sample]]
 ) -> Iterator[tuple[int, Outcome]]:
     """Every sample of every source, encoded: (source, outcome), in order."""
-    work = partial(_encode_task, encoder=encoder, row_len=data.row_len, trims=data.too_long is TooLong.trim)
+    work = partial(_encode_task, encoder=encoder, data=data)
     with Progress(
         SpinnerColumn(),
         TextColumn("{task.completed:,.0f} samples"),
@@ -126,31 +126,31 @@ def _encode(
         transient=True,
     ) as progress:
         bar = progress.add_task("", total=None)
-        for source, outcomes in map_in_order(work, _tasks(data, prompt, counts), data.num_workers):
+        for source, outcomes in map_in_order(work, _tasks(sources), data.num_workers):
             yield from ((source, outcome) for outcome in outcomes)
             progress.update(bar, advance=len(outcomes), refresh=True)
 
 
-def _tasks(
-    data: DataSettings, prompt: RagPrompt, counts: list[SourceCount]
-) -> Iterator[tuple[int, list[Sample]]]:
-    for index, source in enumerate(data.sources):
-        samples = read(
-            source.format,
-            source.path,
-            counts[index],
-            prompt=prompt,
-            split=source.split,
-            max_samples=source.max_samples,
-            skip_bad=data.on_bad_record is BadRecord.skip,
-        )
+def _tasks(sources: list[Iterator[Sample]]) -> Iterator[tuple[int, list[Sample]]]:
+    for index, samples in enumerate(sources):
         while task := list(islice(samples, TASK_SAMPLES)):
             yield index, task
 
 
-def _encode_task(task: tuple[int, list[Sample]], **how: Any) -> tuple[int, list[Outcome]]:
+def _encode_task(
+    task: tuple[int, list[Sample]], *, encoder: Encoder, data: DataSettings
+) -> tuple[int, list[Outcome]]:
     source, samples = task
-    return source, encode_to_fit(samples, **how)
+    if data.sources[source].format in CUT_FORMATS:
+        how = {"max_blocks": data.cut.max_blocks, "min_block_tokens": data.cut.min_block_tokens}
+        samples = [cut_sample(sample, encoder.count_tokens, **how) for sample in samples]
+    return source, encode_to_fit(
+        samples,
+        encoder,
+        data.row_len,
+        trims=data.too_long is TooLong.trim,
+        skip_bad=data.on_bad_record is BadRecord.skip,
+    )
 
 
 def _keep(
@@ -201,8 +201,12 @@ def _facts(
 def _describe(source: Source, count: SourceCount) -> dict[str, Any]:
     return {
         "path": source.path,
+        "format": source.format.value,
         "read": count.read,
+        "samples": count.samples,
         "kept": count.kept,
+        # the markup of these came with the data (law 7)
+        "templated": count.templated,
         "tokens": count.tokens,
         "dropped": dict(sorted(count.dropped.items())),
         "bad_records": count.bad_records,
@@ -228,11 +232,18 @@ def _log(out: Path, seconds: float, num_workers: int) -> None:
 
 def _print_summary(out: Path, recipe: Recipe, counts: list[SourceCount], statistics: Statistics) -> None:
     table = Table(Column("source", overflow="fold"), box=None)
-    for name in ("read", "kept", "dropped", "tokens"):
+    for name in ("read", "samples", "kept", "dropped", "tokens"):
         table.add_column(name, justify="right")
     for source, count in zip(recipe.data.sources, counts, strict=True):
         dropped = ", ".join(f"{number:,} {reason}" for reason, number in sorted(count.dropped.items()))
-        table.add_row(source.path, f"{count.read:,}", f"{count.kept:,}", dropped or "0", f"{count.tokens:,}")
+        table.add_row(
+            source.path,
+            f"{count.read:,}",
+            f"{count.samples:,}",
+            f"{count.kept:,}",
+            dropped or "0",
+            f"{count.tokens:,}",
+        )
     items = list_items(statistics.splits, recipe.data.views)
     lengths = [statistics.lengths[index] for index, _ in items]
     rows = plan_rows(lengths, recipe.data.row_len, recipe.train.seed, epoch=0)

@@ -1,21 +1,58 @@
-"""The wording of RAG prompts, from the settings."""
+"""What the settings say about questions: the wording of their prompts, and where they come from."""
 
-from blockft.config import DataSettings
+from collections.abc import Iterator
+
+from blockft.config import BadRecord, DataSettings, Source
 from blockft.data.rag import RagPrompt
+from blockft.data.sample import Sample
+from blockft.data.sources import Tally, read
+from blockft.errors import UserError
 
 
 def rag_prompt(data: DataSettings) -> RagPrompt:
     """How prompts are worded and which documents stand where.
 
     Raises:
-        UserError: a template of `data.prompt` is faulty.
+        UserError: a template is faulty, or would not make the same block of a document everywhere.
     """
+    prompt = data.prompt
+    if not prompt.instruction.strip():
+        raise UserError(
+            "data.prompt.instruction is blank: without a text before it the first document would start the "
+            "message, and a chat template that trims would make another block of it; write an instruction"
+        )
+    if prompt.document != prompt.document.rstrip():
+        raise UserError(
+            f"data.prompt.document ends in {prompt.document[len(prompt.document.rstrip()) :]!r}: a chat "
+            "template that trims would make another block of the last document; write it before the document"
+        )
     return RagPrompt(
-        instruction=data.prompt.instruction,
-        document=data.prompt.document,
-        question=data.prompt.question,
-        documents_in=data.prompt.documents_in,
+        instruction=prompt.instruction,
+        document=prompt.document,
+        question=prompt.question,
+        documents_in=prompt.documents_in,
         order=data.order,
         num_documents=data.num_documents,
+        shared_context=data.shared_context,
         seed=data.seed,
+    )
+
+
+def read_source(source: Source, data: DataSettings, tally: Tally) -> Iterator[Sample]:
+    """The samples of a source, lazily, in the wording of `data.prompt`; see `sources.read`.
+
+    Raises:
+        UserError: nothing is there, settings do not go together, or, later, a record is bad.
+    """
+    return read(
+        source.format,
+        source.path,
+        tally,
+        prompt=rag_prompt(data),
+        split=source.split,
+        name=source.name,
+        max_samples=source.max_samples,
+        skip_bad=data.on_bad_record is BadRecord.skip,
+        retriever=source.retrieve,
+        dense_model=data.dense_model,
     )

@@ -1,10 +1,13 @@
 import json
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from blockft.data import records
-from blockft.data.records import find_files, read_array, read_hub, read_lines
+from blockft.data import records, window
+from blockft.data.records import find_files, read_array, read_file, read_hub, read_lines
 from blockft.data.sample import RecordError
 from blockft.errors import UserError
 
@@ -20,10 +23,53 @@ RECORDS = [
 def test_an_array_is_read_through_a_small_window(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_bytes: int, indent: int | None
 ) -> None:
-    monkeypatch.setattr(records, "READ_BYTES", read_bytes)
+    monkeypatch.setattr(window, "READ_BYTES", read_bytes)
     path = tmp_path / "a.json"
     path.write_text(json.dumps(RECORDS, ensure_ascii=False, indent=indent), encoding="utf-8")
     assert [record for _, record in read_array(path)] == RECORDS
+    wrapped = {"version": 1.25, "data": RECORDS, "n": 12, "empty": {}}
+    path.write_text(json.dumps(wrapped, ensure_ascii=False, indent=indent), encoding="utf-8")
+    assert [record for _, record in read_array(path, under="data")] == RECORDS
+
+
+@pytest.mark.parametrize(
+    "text", ['{"date": []}', "{}", "[]", '{"data": {}}', '{"data": [], 1', '{"data" []}']
+)
+def test_an_object_that_lacks_its_array_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"{path}, line 1: "):
+        list(read_array(path, under="data"))
+
+
+def test_a_file_is_read_by_its_content(tmp_path: Path) -> None:
+    lines = [{"a": 1}, {"a": [2]}]
+    texts = {
+        "array.json": json.dumps(lines),
+        "lines.json": "\n".join(map(json.dumps, lines)),
+        "lines.txt": "\n \n" + "\n".join(map(json.dumps, lines)),
+        "object.json": json.dumps({"a": 0, "data": lines}),
+        "empty.json": "",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    for name in ("array.json", "lines.json", "lines.txt"):
+        assert [record for _, record in read_file(tmp_path / name)] == lines
+    assert [record for _, record in read_file(tmp_path / "object.json", under="data")] == lines
+    assert list(read_file(tmp_path / "empty.json")) == []
+    with pytest.raises(UserError, match=r"none\.json cannot be read: No such file"):
+        list(read_file(tmp_path / "none.json"))
+
+
+def test_parquet_is_read_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"n": n, "who": {"name": [str(n)]}} for n in range(7)]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=3)
+    monkeypatch.setattr(records, "PARQUET_ROWS", 2)
+    assert list(read_file(path)) == [(f"{path}, row {n}", row) for n, row in enumerate(rows, start=1)]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=f"{path}, after row 0: not parquet"):
+        list(read_file(path))
 
 
 def test_records_of_an_array_are_placed_by_the_line_they_start_at(tmp_path: Path) -> None:
@@ -79,13 +125,29 @@ def test_files_are_found_by_name_glob_and_folder(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl", "manifest.json"):
         (tmp_path / name).touch()
     both = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
-    assert find_files(str(tmp_path), ".jsonl") == both
-    assert find_files(str(tmp_path / "*.jsonl"), ".jsonl") == both
-    assert find_files(str(both[0]), ".jsonl") == both[:1]
-    assert find_files("owner/name", ".jsonl") == []
+    assert find_files(str(tmp_path), (".jsonl",)) == both
+    assert find_files(str(tmp_path / "*.jsonl"), (".jsonl",)) == both
+    assert find_files(str(both[0]), (".jsonl",)) == both[:1]
+    assert find_files("owner/name", (".jsonl",)) == []
     for missing in (str(tmp_path / "none"), "data/none.jsonl", "none-*"):
         with pytest.raises(UserError, match="does not exist"):
-            find_files(missing, ".jsonl")
+            find_files(missing, (".jsonl",))
+
+
+def test_a_folder_may_hold_several_kinds_of_files(tmp_path: Path) -> None:
+    for name in ("a.parquet", "b.json", "README.md"):
+        (tmp_path / name).touch()
+    both = [tmp_path / "a.parquet", tmp_path / "b.json"]
+    assert find_files(str(tmp_path), (".json", ".parquet")) == both
+    with pytest.raises(UserError, match=r"\.jsonl or \.csv"):
+        find_files(str(tmp_path), (".jsonl", ".csv"))
+
+
+def test_a_data_set_on_the_hub_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: asked.append((a, k)) or iter([{"a": 1}]))
+    assert list(read_hub("owner/name", "train", "hard")) == [("owner/name (hard, train), record 1", {"a": 1})]
+    assert asked == [(("owner/name", "hard"), {"split": "train", "streaming": True})]
 
 
 def test_a_data_set_that_cannot_be_reached_is_one_line() -> None:

@@ -57,6 +57,7 @@ def test_a_response_may_be_empty_only_beside_answers() -> None:
         ({"messages": [{"role": "assistant", "content": ["a"]}], "meta": {}}, "role"),
         ({"meta": {"documents": [3]}}, "'meta.documents'"),
         ({"meta": {"documents": [1], "relevance": []}}, "'meta.relevance'"),
+        ({"meta": {"documents": [1], "supporting": [2]}}, "'meta.supporting'"),
     ],
 )
 def test_an_error_names_the_field(change: dict[str, Any], field: str) -> None:

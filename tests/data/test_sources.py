@@ -1,15 +1,20 @@
 import json
 import os
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from blockft.config import Format
 from blockft.data.rag import RagPrompt
 from blockft.data.sample import Sample, to_record
-from blockft.data.sources import Tally, read
+from blockft.data.sources import LAYOUTS, Tally, read
 from blockft.errors import UserError
+from tests.data.test_questions import MUSIQUE
+from tests.data.test_squad import article, rows
 from tests.data.toys import rag_sample
 
 PROMPT = RagPrompt(instruction="", document="{title}|{text}", question="{question}")
@@ -26,8 +31,11 @@ HOTPOTQA: dict[str, Any] = {
 
 def read_all(path: Path, format: str = "samples", **options: Any) -> tuple[list[Sample], Tally]:
     tally = Tally()
-    found: Iterator[Sample] = read(format, str(path), tally, prompt=PROMPT, **options)
-    return list(found), tally
+    return list(read(format, str(path), tally, **{"prompt": PROMPT} | options)), tally
+
+
+def limited(num_documents: int) -> RagPrompt:
+    return replace(PROMPT, num_documents=num_documents)
 
 
 def write(path: Path, record: Any) -> Path:
@@ -35,21 +43,103 @@ def write(path: Path, record: Any) -> Path:
     return path
 
 
-def test_hotpotqa(tmp_path: Path) -> None:
+def test_questions_become_samples(tmp_path: Path) -> None:
     (sample,), tally = read_all(write(tmp_path / "h.json", [HOTPOTQA]), "hotpotqa")
     assert sample.blocks == ("C|Three.", "B|One. Two.", "who?")
-    assert (sample.id, sample.response, sample.answers) == ("h1", "the fox", ("the fox",))
-    assert sample.meta == {"documents": [0, 1], "relevance": [0, 1], "type": "bridge", "level": "easy"}
-    assert tally.read == 1
-
-
-def test_hotpotqa_as_the_hub_spells_it(tmp_path: Path) -> None:
-    columns = {
-        "supporting_facts": {"title": ["B"], "sent_id": [0]},
-        "context": {"title": ["B", "C"], "sentences": [["One.", " Two."], ["Three."]]},
+    assert (sample.id, sample.source, sample.response) == ("h1", "hotpotqa", "the fox")
+    assert sample.answers == ("the fox",)
+    assert sample.meta == {
+        "documents": [0, 1],
+        "relevance": [0, 1],
+        "supporting": [1],
+        "type": "bridge",
+        "level": "easy",
     }
-    path = write(tmp_path / "h.json", [HOTPOTQA | columns])
-    assert read_all(path, "hotpotqa") == read_all(write(tmp_path / "g.json", [HOTPOTQA]), "hotpotqa")
+    assert (tally.read, tally.samples) == (1, 1)
+
+
+def test_every_format_has_a_layout_that_reads_its_questions_or_samples() -> None:
+    assert set(LAYOUTS) == set(Format)
+    assert all((layout.question is None) != (layout.samples is None) for layout in LAYOUTS.values())
+
+
+def test_parquet_gives_the_same_samples(tmp_path: Path) -> None:
+    texts = {name: json.dumps(HOTPOTQA[name]) for name in ("context", "supporting_facts")}
+    pq.write_table(pa.Table.from_pylist([HOTPOTQA | texts] * 3), tmp_path / "h.parquet")
+    path = write(tmp_path / "h.json", [HOTPOTQA] * 3)
+    assert read_all(tmp_path / "h.parquet", "2wikimultihopqa") == read_all(path, "2wikimultihopqa")
+    flat = {name: [row[name] for row in rows() + rows("B")] for name in rows()[0]}
+    pq.write_table(pa.table(flat), tmp_path / "s.parquet")
+    nested = read_all(
+        write(tmp_path / "s.json", {"version": "1", "data": [article(), article("B")]}), "squad"
+    )
+    assert read_all(tmp_path / "s.parquet", "squad") == nested and nested[1].read == 20
+
+
+def fid_record(n: int, answer: str) -> dict[str, Any]:
+    context = {"title": f"T{n}", "text": f"Number {n} is {answer}.", "isgold": True}
+    return {"question": f"number {n}?", "answers": [answer], "ctxs": [context]}
+
+
+def test_distractors_come_from_the_whole_source(tmp_path: Path) -> None:
+    records = [fid_record(n, answer) for n, answer in enumerate(("red", "blue", "green", "red"))]
+    for part, two in (("a", records[:2]), ("b", records[2:])):
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(map(json.dumps, two)))
+    samples, tally = read_all(tmp_path, "fid", prompt=limited(3), retriever="bm25", max_samples=3)
+    assert [s.id for s in samples] == ["fid-1", "fid-2", "fid-3"]
+    assert [{text[:2] for text in s.blocks[:-1]} for s in samples] == [
+        {"T0", "T1", "T2"},
+        {"T1", "T0", "T2"},
+        {"T2", "T0", "T1"},
+    ]
+    for sample in samples:
+        assert sample.meta["relevance"] == sorted(sample.meta["relevance"])
+        assert sample.meta["supporting"] == [2]
+    assert (tally.read, tally.samples) == (3, 3)
+    assert read_all(tmp_path, "fid", prompt=limited(3), retriever="bm25", max_samples=3)[0] == samples
+
+
+def test_a_bad_record_is_bad_for_the_pool_too(tmp_path: Path) -> None:
+    path = tmp_path / "f.jsonl"
+    path.write_text(json.dumps(fid_record(0, "red")) + "\nbroken\n" + json.dumps(fid_record(1, "blue")))
+    with pytest.raises(UserError, match="line 2: not JSON"):
+        read_all(path, "fid", prompt=limited(3), retriever="bm25", max_samples=1)
+    samples, tally = read_all(path, "fid", prompt=limited(3), retriever="bm25", skip_bad=True)
+    assert [len(sample.documents) for sample in samples] == [2, 2]
+    assert (tally.read, tally.samples, tally.dropped) == (3, 2, {"bad record": 1})
+
+
+def test_squad_shares_its_paragraphs_set_by_set(tmp_path: Path) -> None:
+    path = write(tmp_path / "s.json", {"data": [article(), article("B")]})
+    samples, tally = read_all(path, "squad", prompt=replace(limited(3), shared_context=True))
+    contexts = [sample.blocks[:-1] for sample in samples]
+    assert contexts == sorted(contexts, key=contexts.index) and len(set(contexts)) < 6
+    assert tally.read == 20 == tally.samples + tally.dropped.total()
+    assert set(tally.dropped) <= {"answer in another document of its set"}
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "said"),
+    [
+        ("samples", {"retriever": "bm25"}, "samples holds no documents"),
+        ("fid", {"retriever": "bm25"}, "set data.num_documents"),
+        ("squad", {"retriever": "bm25"}, "set data.num_documents"),
+        ("squad", {"retriever": "bm25", "prompt": replace(PROMPT, shared_context=True)}, "shared_context"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_at_once(
+    tmp_path: Path, format: str, options: dict[str, Any], said: str
+) -> None:
+    path = write(tmp_path / "x.json", [])
+    with pytest.raises(UserError, match=said):
+        read(format, str(path), Tally(), **{"prompt": PROMPT} | options)
+
+
+def test_what_is_read_is_kept_or_dropped_for_a_reason(tmp_path: Path) -> None:
+    records = [MUSIQUE, MUSIQUE | {"answerable": False}, MUSIQUE | {"answer": 1}]
+    samples, tally = read_all(write(tmp_path / "m.json", records), "musique", skip_bad=True)
+    assert (tally.read, tally.samples, len(samples)) == (3, 1, 1)
+    assert tally.dropped == {"no answer": 1, "bad record": 1}
 
 
 @pytest.mark.parametrize(

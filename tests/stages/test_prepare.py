@@ -8,11 +8,23 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from blockft.config import BadRecord, Format, ModelSettings, PromptSettings, Recipe, Source, TooLong
+from blockft.config import (
+    BadRecord,
+    CutSettings,
+    Format,
+    ModelSettings,
+    Order,
+    PromptSettings,
+    Recipe,
+    Retrieve,
+    Source,
+    TooLong,
+)
 from blockft.data.prepared import load_prepared
 from blockft.data.sample import from_record
 from blockft.errors import UserError
 from blockft.stages.prepare import prepare
+from tests.data.test_squad import article
 
 Make = Callable[..., Recipe]
 
@@ -143,13 +155,83 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(
     assert not out.parent.exists() or not list(out.parent.iterdir())
 
 
+def squad_source(folder: Path) -> Source:
+    path = folder / "squad.json"
+    path.write_text(json.dumps({"data": [article(), article("B")]}))
+    return Source(format=Format.squad, path=str(path))
+
+
+def test_the_manifest_accounts_for_every_record(make_recipe: Make, tmp_path: Path) -> None:
+    recipe = make_recipe()
+    sources = [squad_source(tmp_path), *recipe.data.sources]
+    out = prepare(make_recipe(sources=sources, num_documents=2, shared_context=True))
+    squad, samples = load_prepared(out).manifest["sources"]
+    assert squad["read"] == 20 == squad["kept"] + sum(squad["dropped"].values())
+    assert squad["kept"] == squad["samples"] and set(squad["dropped"]) == {
+        "answer in another document of its set"
+    }
+    assert (samples["format"], samples["read"], samples["samples"], samples["kept"]) == (
+        "samples",
+        200,
+        200,
+        200,
+    )
+    examples = load_prepared(out).examples
+    assert len(examples) < 100 + squad["kept"]
+    assert max(example.num_final for example in examples) == 4
+
+
+def test_chats_are_cut_and_give_a_sample_per_answer(make_recipe: Make, tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    turns = [
+        "The quick brown fox jumps over the dog.\n\nThe lazy dog sleeps, too.",
+        "Fine.",
+        "Who?",
+        "The fox.",
+    ]
+    chat = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+    path.write_text(json.dumps({"id": "c", "messages": chat}) + '\n{"messages": []}\n')
+    source = Source(format=Format.messages, path=str(path))
+    cut = CutSettings(min_block_tokens=2)
+    out = prepare(make_recipe(sources=[source], on_bad_record=BadRecord.skip, cut=cut))
+    (counts,) = load_prepared(out).manifest["sources"]
+    assert (counts["read"], counts["samples"], counts["kept"]) == (2, 2, 2)
+    assert counts["dropped"] == {"bad record": 1}
+    first = samples_of(out)[0].messages[0].content
+    assert len(first) == 2 and "".join(first) == turns[0]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_law_12_retrieval_gives_the_same_bytes(make_recipe: Make, tmp_path: Path, num_workers: int) -> None:
+    source = replace(squad_source(tmp_path), retrieve=Retrieve.bm25)
+    options: dict[str, Any] = {"sources": [source], "num_documents": 3, "order": Order.shuffled}
+    one, other = (
+        prepare(make_recipe(**options, num_workers=n, out=str(tmp_path / "by" / str(n))))
+        for n in (1, num_workers + 1)
+    )
+    assert files(one) == files(other)
+
+
+REAL = {
+    Format.squad: ("squadshifts_new_wiki_dev.json", Retrieve.none),
+    Format.fid: ("nq_open_oracle_dev.jsonl", Retrieve.bm25),
+    Format.hotpotqa: ("hotpotqa_distractor_train.json", Retrieve.none),
+    Format.two_wiki: ("2wikimultihopqa_train.json", Retrieve.bm25),
+    Format.musique: ("musique_train.jsonl", Retrieve.none),
+}
+
+
 @pytest.mark.real_data
-def test_laws_5_and_6_on_hotpotqa(make_recipe: Make, toy_model: Path) -> None:
-    path = Path(os.environ.get("BLOCKFT_REAL_DATA", "../shared/data")) / "hotpotqa_distractor_train.json"
+@pytest.mark.parametrize("format", REAL)
+def test_laws_5_and_6_on_real_data(make_recipe: Make, toy_model: Path, format: Format) -> None:
+    name, retrieve = REAL[format]
+    path = Path(os.environ.get("BLOCKFT_REAL_DATA", "../shared/data")) / name
     if not path.exists():
         pytest.skip(f"{path} is not there (set BLOCKFT_REAL_DATA)")
-    out = prepare(make_recipe(sources=[Source(format=Format.hotpotqa, path=str(path))], row_len=8192))
+    source = Source(format=format, path=str(path), max_samples=40, retrieve=retrieve)
+    out = prepare(make_recipe(sources=[source], row_len=16384, num_documents=10))
     tokenizer = AutoTokenizer.from_pretrained(toy_model)
+    assert load_prepared(out).manifest["sources"][0]["kept"] == 40
     ids_of: dict[str, list[int]] = {}
     for sample, example in zip(samples_of(out), load_prepared(out).examples, strict=True):
         blocks = [tokenizer.decode(block) for block in example.blocks]

@@ -1,0 +1,163 @@
+"""SQuAD's layout: questions about the paragraphs of an article, of which the others are the distractors."""
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import attrgetter
+from typing import Any
+
+from blockft.data.pool import Pool
+from blockft.data.questions import NO_ANSWER, Dropped, Question, accepted
+from blockft.data.rag import Document
+from blockft.data.records import Placed
+from blockft.data.sample import RecordError, check, take, text_of
+
+
+@dataclass(frozen=True, eq=False)
+class Posed:
+    """A question as an article poses it: the article's paragraphs, its own, and the JSON object."""
+
+    pool: Pool
+    own: Document
+    record: Any
+
+
+def pose(articles: Iterable[Placed]) -> Iterator[Placed]:
+    """A record per question, article by article.
+
+    Articles come nested (`paragraphs` with `qas`), or flat, as the Hub has them: a row per question with
+    `title` and `context`, consecutive rows with one title being an article. An article is in memory whole.
+    """
+    for _, group in groupby(articles, key=_article_of):
+        placed = list(group)
+        yield from _rows(placed) if _is_flat(placed[0][1]) else _paragraphs(*placed[0])
+
+
+def question(posed: Any) -> Question:
+    """One question; the answer that most annotators gave is the response.
+
+    Raises:
+        Dropped: the question has no answer (SQuAD 2).
+    """
+    assert isinstance(posed, Posed)
+    record = posed.record
+    check(isinstance(record, Mapping), "the question", record, "be a JSON object")
+    answers = take(record, "answers", [])
+    if isinstance(answers, Mapping):
+        answers = [{"text": text} for text in take(answers, "text")]
+    check(isinstance(answers, list), "field 'answers'", answers, "be a list")
+    for i, answer in enumerate(answers):
+        check(isinstance(answer, Mapping), f"field 'answers[{i}]'", answer, "be a JSON object")
+    if not answers or take(record, "is_impossible", False):
+        raise Dropped(NO_ANSWER)
+    texts = Counter(text_of(a.get("text"), f"field 'answers[{i}].text'") for i, a in enumerate(answers))
+    return Question(
+        id=text_of(take(record, "id"), "field 'id'"),
+        source="squad",
+        question=text_of(take(record, "question"), "field 'question'"),
+        answers=accepted([text for text, _ in texts.most_common()], "field 'answers'"),
+        documents=(posed.own,),
+        pool=posed.pool,
+    )
+
+
+def surround(asked: Question) -> Question:
+    """The question with every paragraph of its article that holds no answer, in the article's order."""
+    assert asked.pool
+    others = asked.pool.distractors(asked.documents, asked.answers, range(len(asked.pool)))
+    return _among(asked, others)
+
+
+def share(
+    questions: Iterator[Question], num_documents: int | None, seed: int, drop: Callable[[str], None]
+) -> Iterator[Question]:
+    """Questions of an article see sets of its paragraphs, each its own paragraph's, and come set by set.
+
+    The sets are drawn by lot, `num_documents` each. A question is dropped if another paragraph of its set
+    holds its answer.
+    """
+    for pool, group in groupby(questions, key=attrgetter("pool")):
+        order = list(range(len(pool)))
+        random.Random(f"{seed}:{pool.documents[0].title}").shuffle(order)
+        size = max(1, num_documents if num_documents is not None else len(order))
+        sets = [order[start : start + size] for start in range(0, len(order), size)]
+        set_of = {index: number for number, indices in enumerate(sets) for index in indices}
+        asked = defaultdict(list)
+        for one in group:
+            asked[set_of[pool.index_of(one.documents[0])]].append(one)
+        for number, indices in enumerate(sets):
+            for one in asked[number]:
+                others = list(pool.distractors(one.documents, one.answers, indices))
+                if len(others) < len(indices) - 1:
+                    drop("answer in another document of its set")
+                else:
+                    yield _among(one, others)
+
+
+def _among(asked: Question, others: Iterable[int]) -> Question:
+    """The question with its own paragraph, which supports it, among others, in the article's order."""
+    pool = asked.pool
+    assert pool
+    own = pool.index_of(asked.documents[0])
+    documents = (asked.documents[0] if i == own else pool.documents[i] for i in sorted([own, *others]))
+    return replace(asked, documents=tuple(documents))
+
+
+def _article_of(placed: Placed) -> object:
+    """What rows of one article share, their title; anything else is an article of its own."""
+    row = placed[1]
+    return row["title"] if _is_flat(row) and isinstance(row.get("title"), str) else object()
+
+
+def _is_flat(row: Any) -> bool:
+    return isinstance(row, Mapping) and "context" in row
+
+
+def _rows(placed: list[Placed]) -> Iterator[Placed]:
+    """The questions of an article that comes in rows."""
+    own: dict[str, Document] = {}
+    faults: dict[str, RecordError] = {}
+    for at, row in placed:
+        try:
+            title = text_of(take(row, "title"), "field 'title'", may_be_blank=True)
+            context = text_of(row["context"], "field 'context'")
+            own.setdefault(context, _document(title, context))
+        except RecordError as error:
+            faults[at] = error
+    pool = Pool(own.values())
+    for at, row in placed:
+        yield at, faults[at] if at in faults else Posed(pool, own[row["context"]], row)
+
+
+def _paragraphs(at: str, article: Any) -> Iterator[Placed]:
+    """The questions of an article that holds paragraphs; a paragraph or article that is unfit is a record."""
+    if isinstance(article, RecordError):
+        yield at, article
+        return
+    own: dict[int, Document] = {}
+    try:
+        check(isinstance(article, Mapping), "the article", article, "be a JSON object")
+        title = text_of(take(article, "title", ""), "field 'title'", may_be_blank=True)
+        paragraphs = take(article, "paragraphs")
+        check(isinstance(paragraphs, list), "field 'paragraphs'", paragraphs, "be a list")
+    except RecordError as error:
+        yield at, error
+        return
+    at = f"{at}, article {title!r}"
+    for i, paragraph in enumerate(paragraphs):
+        try:
+            check(isinstance(paragraph, Mapping), "the paragraph", paragraph, "be a JSON object")
+            check(isinstance(take(paragraph, "qas"), list), "field 'qas'", paragraph["qas"], "be a list")
+            own[i] = _document(title, text_of(take(paragraph, "context"), "field 'context'"))
+        except RecordError as error:
+            yield f"{at}, paragraphs[{i}]", error
+    pool = Pool(own.values())
+    for i, document in own.items():
+        for j, record in enumerate(paragraphs[i]["qas"]):
+            yield f"{at}, paragraphs[{i}].qas[{j}]", Posed(pool, document, record)
+
+
+def _document(title: str, context: str) -> Document:
+    return Document(title=title, text=context, relevance=1, supports=True)

@@ -1,0 +1,139 @@
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+
+from blockft.data import squad
+from blockft.data.questions import Dropped, Question
+from blockft.data.records import Placed
+from blockft.data.sample import RecordError
+
+ANSWERS = ["red", "blue", "green", "gold", "Red"]
+
+
+def qa(answer: str, number: object = 0) -> dict[str, Any]:
+    return {"id": f"{answer}{number}", "question": "which?", "answers": [{"text": answer, "answer_start": 0}]}
+
+
+def article(title: str = "A") -> dict[str, Any]:
+    paragraphs = [{"context": f"It is {a}.", "qas": [qa(a), qa(a, 1)]} for a in ANSWERS]
+    return {"title": title, "paragraphs": paragraphs}
+
+
+def rows(title: str = "A") -> list[dict[str, Any]]:
+    return [
+        {"id": f"{a}{n}", "title": title, "context": f"It is {a}.", "question": "which?"}
+        | {"answers": {"text": [a], "answer_start": [0]}}
+        for a in ANSWERS
+        for n in (0, 1)
+    ]
+
+
+def ask(records: Iterable[Any]) -> Iterator[Question]:
+    placed: list[Placed] = [(f"line {n}", record) for n, record in enumerate(records, start=1)]
+    return (squad.question(posed) for _, posed in squad.pose(placed))
+
+
+def texts(question: Question) -> list[str]:
+    return [document.text for document in question.documents]
+
+
+def test_the_other_paragraphs_are_distractors_unless_they_hold_the_answer() -> None:
+    asked = [squad.surround(question) for question in ask([article()])]
+    assert [question.id for question in asked[:3]] == ["red0", "red1", "blue0"]
+    assert texts(asked[0]) == ["It is red.", "It is blue.", "It is green.", "It is gold."]
+    assert texts(asked[2]) == [f"It is {a}." for a in ANSWERS]
+    assert [(d.supports, d.relevance) for d in asked[2].documents] == [
+        (False, 0),
+        (True, 1),
+        (False, 0),
+        (False, 0),
+        (False, 0),
+    ]
+
+
+def test_flat_rows_are_grouped_by_consecutive_titles() -> None:
+    def flat(records: Iterable[Any]) -> list[tuple[Any, ...]]:
+        return [(q.id, q.answers, q.documents) for q in map(squad.surround, ask(records))]
+
+    assert flat(rows() + rows("B")) == flat([article(), article("B")])
+    first, *_, last = ask([*rows()[:2], *rows("B"), *rows()[2:]])
+    assert len(first.pool or ()) == 1 and len(last.pool or ()) == 4
+
+
+def test_the_answer_of_most_annotators_is_the_response() -> None:
+    answers = [{"text": text} for text in ("a long one", "two ", "two ", " a long one", "two ")]
+    posed = next(squad.pose([("", article())]))[1]
+    assert squad.question(squad.Posed(posed.pool, posed.own, qa("") | {"answers": answers})).answers == (
+        "two",
+        "a long one",
+    )
+
+
+@pytest.mark.parametrize("change", [{"answers": []}, {"is_impossible": True}, {"answers": {"text": []}}])
+def test_a_question_without_answer_is_dropped(change: dict[str, Any]) -> None:
+    one = article()
+    one["paragraphs"][0]["qas"][0] |= change
+    posed = [record for _, record in squad.pose([("", one)])]
+    with pytest.raises(Dropped, match="no answer"):
+        squad.question(posed[0])
+    assert squad.question(posed[1]).id == "red1"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda a: a.pop("paragraphs"), "line 1: field 'paragraphs' is missing"),
+        (
+            lambda a: a["paragraphs"][1].pop("context"),
+            r"line 1, article 'A', paragraphs[1]: field 'context' is missing",
+        ),
+        (lambda a: (a.pop("title"), a.update(context="x")), "line 1: field 'title' is missing"),
+        (lambda a: a["paragraphs"][1].update(qas={}), r"article 'A', paragraphs[1]: field 'qas'"),
+        (lambda a: a["paragraphs"][1]["qas"][1].pop("id"), r"paragraphs[1].qas[1]: field 'id' is missing"),
+        (lambda a: a["paragraphs"][0]["qas"][0].update(answers=[{}]), "'answers[0].text'"),
+    ],
+)
+def test_what_is_unfit_names_its_place(spoil: Any, said: str) -> None:
+    one = article()
+    spoil(one)
+    faults = []
+    for at, record in squad.pose([("line 1", one), ("line 2", article())]):
+        try:
+            if isinstance(record, RecordError):
+                raise record
+            squad.question(record)
+        except RecordError as error:
+            faults.append(f"{at}: {error}")
+    assert len(faults) == 1 and re.search(re.escape(said), faults[0])
+
+
+def test_a_row_that_is_unfit_is_one_record() -> None:
+    spoilt = [rows()[0] | {"context": 3}, *rows()[1:]]
+    posed = list(squad.pose([(str(n), row) for n, row in enumerate(spoilt)]))
+    assert len(posed) == len(spoilt) and isinstance(posed[0][1], RecordError)
+    assert not any(isinstance(record, RecordError) for _, record in posed[1:])
+
+
+def test_questions_of_a_set_share_its_paragraphs() -> None:
+    dropped: list[str] = []
+    shared = list(squad.share(ask([article()]), 2, 1, dropped.append))
+    assert {frozenset(texts(q)) for q in shared} == {
+        frozenset(texts(q)) for q in shared if q.documents[0].supports
+    }
+    sets = [texts(q) for q in shared]
+    # set by set, and every paragraph in one set
+    assert sets == sorted(sets, key=sets.index)
+    distinct = {tuple(s) for s in sets}
+    assert sum(map(len, distinct)) == len({text for s in distinct for text in s})
+    assert len(shared) + len(dropped) == 10
+    orders = {tuple(map(tuple, map(texts, squad.share(ask([article()]), 2, s, print)))) for s in range(9)}
+    assert len(orders) > 3
+
+
+def test_a_question_whose_set_holds_its_answer_twice_is_dropped() -> None:
+    dropped: list[str] = []
+    kept = [question.id for question in squad.share(ask([article()]), None, 0, dropped.append)]
+    assert kept == ["blue0", "blue1", "green0", "green1", "gold0", "gold1"]
+    assert dropped == ["answer in another document of its set"] * 4
