@@ -216,6 +216,8 @@ class TrainSettings:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     max_grad_norm: float = 1.0
+    # compile the model's layers: fewer, larger kernels, for a minute or more at the start of a process
+    compile: bool = False
     # recompute activations in the backward pass: less memory, a third more time
     gradient_checkpointing: bool = False
     # log the loss every so many steps

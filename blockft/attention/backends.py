@@ -17,6 +17,10 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from blockft.attention.layout import Vectors
 from blockft.attention.mask import batch_rule, dense_batch_mask
 
+SMALL_TILES = {"BLOCK_M": 64, "BLOCK_N": 64}
+"""Tiles of flex's forward kernel for heads of size 64. With those that PyTorch 2.11 chooses on an H100 a pass
+over 8,192 tokens of SmolLM2's shape takes 2.77 ms, with these 0.12 ms."""
+
 
 class BlockMasks:
     """The masks of one batch, built on its device when first asked for; layers of one window share them.
@@ -95,9 +99,14 @@ def block_flex(
         raise ValueError("the flex backend has no attention dropout: set attention_dropout to 0 or use sdpa")
     if q_BHTD.shape[2] != keys_BKSD.shape[2]:
         raise ValueError("the flex backend attends within whole rows: use sdpa with cached keys")
-    mask = masks.flex(sliding_window)
     out_BHTD = _compiled(flex_attention)(
-        q_BHTD, keys_BKSD, values_BKSD, block_mask=mask, scale=scaling, enable_gqa=True
+        q_BHTD,
+        keys_BKSD,
+        values_BKSD,
+        block_mask=masks.flex(sliding_window),
+        scale=scaling,
+        enable_gqa=True,
+        kernel_options=SMALL_TILES if q_BHTD.shape[3] <= 64 else None,
     )
     return out_BHTD.transpose(1, 2).contiguous(), None
 

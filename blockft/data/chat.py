@@ -1,6 +1,6 @@
 """Instruction data as others publish it: chats, Alpaca, and prompts that arrive already templated.
 
-Each reader takes a record and `at`, where it stands: the id of its sample if it has none of its own. A record
+Each reader takes a record and `at`, a name for it: the id of its sample if it has none of its own. A record
 gives one sample per answer; several of one record are numbered (`id#1`, `id#2`).
 """
 

@@ -94,6 +94,10 @@ def read(
     if retriever != "none":
         _check_retrieval(format, path, shares, prompt.num_documents)
 
+    def name_of(tally: Tally) -> str:
+        """The name of the record at hand, if it has none; the same wherever the file lies."""
+        return f"{Path(path).stem}-{tally.read}"
+
     def records() -> Iterator[Placed]:
         found = (read_file(file, layout.under) for file in files) if files else [read_hub(path, split, name)]
         return layout.regroup(chain.from_iterable(found))
@@ -102,8 +106,7 @@ def read(
         assert (ask := layout.question)
         placed = islice(records(), limit)
         for question in _parsed(placed, lambda record, at: ask(record), tally, skip_bad):
-            # a name that stays the same wherever the file lies
-            yield question if question.id else replace(question, id=f"{question.source}-{tally.read}")
+            yield question if question.id else replace(question, id=name_of(tally))
 
     def with_documents() -> Iterator[Question]:
         found = asked(tally, max_samples)
@@ -119,7 +122,8 @@ def read(
 
     def samples() -> Iterator[Sample]:
         if give := layout.samples:
-            made = _parsed(islice(records(), max_samples), lambda r, at: tuple(give(r, at)), tally, skip_bad)
+            placed = islice(records(), max_samples)
+            made = _parsed(placed, lambda r, at: tuple(give(r, name_of(tally))), tally, skip_bad)
         else:
             made = ((_word(question, prompt),) for question in with_documents())
         for some in made:

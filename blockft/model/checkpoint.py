@@ -92,7 +92,7 @@ def probe_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     vectors = lay_out([Layout((len(ids),))]).to(model.device)
     training, attention = model.training, model.config._attn_implementation
     model.set_attn_implementation("block_sdpa")
-    with _float32_weights(model), mixed_types(model):
+    with _float32_weights(model), mixed_types(model), torch.compiler.set_stance("force_eager"):
         logits = model.eval()(
             input_ids=ids[None].to(model.device),
             position_ids=vectors.position_ids,

@@ -121,6 +121,13 @@ def load_plain(path: str, revision: str | None, dtype: torch.dtype) -> PreTraine
     return _open(AutoModelForCausalLM, path, revision, dtype=dtype)
 
 
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile each decoder layer when it is first used; layers of one kind share their code."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for layer in model.base_model.layers:
+        layer.compile(dynamic=False)
+
+
 def rotations(model: PreTrainedModel) -> tuple[Rotation, ...]:
     """The rotary embedding of each layer, with the frequencies that the model itself computes with."""
     rotary, config = model.base_model.rotary_emb, model.config

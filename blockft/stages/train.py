@@ -13,7 +13,7 @@ from rich.table import Table
 from blockft.config import Init, Recipe
 from blockft.errors import UserError
 from blockft.model.checkpoint import read_marker
-from blockft.model.load import load_config, load_model, load_tokenizer
+from blockft.model.load import compile_layers, load_config, load_model, load_tokenizer
 from blockft.recipe import dump_recipe
 from blockft.rundir import (
     DATA,
@@ -66,6 +66,8 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
         dtype=plan.dtype,
         random_seed=recipe.train.seed if recipe.model.init is Init.random else None,
     )
+    if recipe.train.compile:
+        compile_layers(model)
     if recipe.train.lora is not None:
         model = add_adapter(model, recipe.train.lora, seed=recipe.train.seed, revision=recipe.model.revision)
     record = RunRecord(

@@ -86,7 +86,7 @@ def test_distractors_come_from_the_whole_source(tmp_path: Path) -> None:
     for part, two in (("a", records[:2]), ("b", records[2:])):
         (tmp_path / f"{part}.jsonl").write_text("\n".join(map(json.dumps, two)))
     samples, tally = read_all(tmp_path, "fid", prompt=limited(3), retriever="bm25", max_samples=3)
-    assert [s.id for s in samples] == ["fid-1", "fid-2", "fid-3"]
+    assert [s.id for s in samples] == [f"{tmp_path.stem}-{n}" for n in (1, 2, 3)]
     assert [{text[:2] for text in s.blocks[:-1]} for s in samples] == [
         {"T0", "T1", "T2"},
         {"T1", "T0", "T2"},
