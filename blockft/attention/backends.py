@@ -7,15 +7,18 @@ without: a forgotten or misspelt keyword would otherwise train on as plain causa
 Shapes: B batch, T query tokens, S key tokens, H query heads, K key/value heads, D head size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from blockft.attention.layout import Vectors
-from blockft.attention.mask import batch_rule, dense_batch_mask
+from blockft.attention.mask import batch_rule, dense_batch_mask, tile_mask
+
+TILE = 128
+"""Tokens of a tile of flex's block-sparse mask, either way."""
 
 SMALL_TILES = {"BLOCK_M": 64, "BLOCK_N": 64}
 """Tiles of flex's forward kernel for heads of size 64. With those that PyTorch 2.11 chooses on an H100 a pass
@@ -42,11 +45,25 @@ class BlockMasks:
     def flex(self, window: int | None) -> BlockMask:
         """FlexAttention's block-sparse mask of T = S tokens."""
         if window not in self._flex:
-            num_rows, num_tokens = self.vectors.example_ids.shape
-            rule, device = batch_rule(self.vectors, window), self.vectors.example_ids.device
-            build = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
-            self._flex[window] = build(rule, num_rows, None, num_tokens, num_tokens, device=str(device))
+            num_tokens = self.vectors.example_ids.shape[1]
+            some, every = tile_mask(self.vectors, window, TILE)
+            self._flex[window] = BlockMask.from_kv_blocks(
+                *_listed(some & ~every),
+                *_listed(every),
+                BLOCK_SIZE=TILE,
+                mask_mod=batch_rule(self.vectors, window),
+                seq_lengths=(num_tokens, num_tokens),
+            )
         return self._flex[window]
+
+    def build(self, backend: str, windows: Iterable[int | None]) -> "BlockMasks":
+        """Build the masks of whole rows for a backend now, so that compiled layers find them made."""
+        for window in windows:
+            if backend == "block_flex":
+                self.flex(window)
+            else:
+                self.dense(window, self.vectors.example_ids.shape[1])
+        return self
 
 
 def block_sdpa(
@@ -99,7 +116,8 @@ def block_flex(
         raise ValueError("the flex backend has no attention dropout: set attention_dropout to 0 or use sdpa")
     if q_BHTD.shape[2] != keys_BKSD.shape[2]:
         raise ValueError("the flex backend attends within whole rows: use sdpa with cached keys")
-    out_BHTD = _compiled(flex_attention)(
+    attend: Any = flex_attention if torch.compiler.is_compiling() else _compiled(flex_attention)
+    out_BHTD = attend(
         q_BHTD,
         keys_BKSD,
         values_BKSD,
@@ -129,6 +147,12 @@ def _checked(masks: BlockMasks | None, keys_BKSD: torch.Tensor) -> BlockMasks:
             f"block_masks describe {tuple(masks.vectors.example_ids.shape)} tokens, not {rows_and_keys}"
         )
     return masks
+
+
+def _listed(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each row of tiles how many are set (B, 1, T), and their numbers (B, 1, T, S), set ones first."""
+    numbers = tiles.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return tiles.sum(dim=-1, dtype=torch.int32)[:, None], numbers.to(torch.int32)[:, None]
 
 
 @cache

@@ -76,6 +76,31 @@ def dense_batch_mask(
     return rule(b, 0, q, torch.arange(num_keys, device=device))
 
 
+def tile_mask(
+    vectors: Vectors, window: int | None, tile: int, strip: int = 2048
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tiles of (tile, tile) tokens have allowed pairs, and which have no others.
+
+    Two (B, T / tile, T / tile) bool tensors, rounded up. The mask is written out `strip` queries at a time:
+    memory grows with T, not with its square.
+    """
+    num_rows, num_tokens = vectors.example_ids.shape
+    device, padding = vectors.example_ids.device, -num_tokens % tile
+    assert strip % tile == 0
+    rule = batch_rule(vectors, window)
+    b = torch.arange(num_rows, device=device)[:, None, None]
+    k = torch.arange(num_tokens, device=device)
+    some, every = [], []
+    for start in range(0, num_tokens, strip):
+        queries = k[start : start + strip]
+        allowed = rule(b, 0, queries[:, None], k)
+        allowed = torch.nn.functional.pad(allowed, (0, padding, 0, -len(queries) % tile))
+        tiles = allowed.reshape(num_rows, -1, tile, allowed.shape[2] // tile, tile)
+        some.append(tiles.any(dim=4).any(dim=2))
+        every.append(tiles.all(dim=4).all(dim=2))
+    return torch.cat(some, dim=1), torch.cat(every, dim=1)
+
+
 def dense_mask(block_lengths: Sequence[int], num_final: int = 1, window: int | None = None) -> torch.Tensor:
     """The (T, T) bool mask of one example, true where row token may attend to column token.
 

@@ -121,6 +121,13 @@ def load_plain(path: str, revision: str | None, dtype: torch.dtype) -> PreTraine
     return _open(AutoModelForCausalLM, path, revision, dtype=dtype)
 
 
+def attention_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
+    """The different sliding windows of a model's layers; None is full attention."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    return tuple(dict.fromkeys(window if kind == "sliding_attention" else None for kind in kinds))
+
+
 def compile_layers(model: PreTrainedModel) -> None:
     """Compile each decoder layer when it is first used; layers of one kind share their code."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
