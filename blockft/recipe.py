@@ -68,10 +68,21 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML with every setting written out."""
-    from omegaconf import OmegaConf
+    """The recipe as YAML with every setting written out; `load_recipe` reads it back."""
+    import yaml
 
-    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+    def spelt(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {key: _spell(value) for key, value in pairs}
+
+    plain = dataclasses.asdict(recipe, dict_factory=spelt)
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def _spell(value: Any) -> Any:
+    """A setting as recipes write it: choices are plain texts."""
+    if isinstance(value, list):
+        return [_spell(item) for item in value]
+    return str(value) if isinstance(value, StrEnum) else value
 
 
 def _fields(kind: type) -> list[str]:
