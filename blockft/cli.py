@@ -60,7 +60,28 @@ def inspect(
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,
-    num_gpus: Annotated[int, typer.Option(min=1, help="Processes on this machine, one per GPU.")] = 1,
+    num_gpus: Annotated[
+        int | None, typer.Option(min=1, help="Processes on this machine, one per GPU; 1 unless given.")
+    ] = None,
+    hostfile: Annotated[
+        Path | None, typer.Option(help="Start on the hosts of this file, of lines NAME slots=N, by pdsh.")
+    ] = None,
+    master_addr: Annotated[
+        str | None, typer.Option(help="The first host's address, if not its name in the hostfile.")
+    ] = None,
+    master_port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="The port there on which all meet; 29500 unless given."),
+    ] = None,
+    ssh_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="The port of the hosts' ssh servers.")
+    ] = None,
+    no_ssh: Annotated[
+        bool, typer.Option("--no-ssh", help="Start this host alone; each starts its own, with --node-rank.")
+    ] = False,
+    node_rank: Annotated[
+        int | None, typer.Option(help="With --no-ssh: this host's place in the hostfile, from 0.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the run's last whole checkpoint.")
     ] = False,
@@ -68,19 +89,30 @@ def train(
 ) -> None:
     """Fine-tune under DeepSpeed; any launcher that sets RANK starts it on several processes too."""
     from blockft.recipe import load_recipe
+    from blockft.training.hosts import choose_hosts
 
     settings = load_recipe(recipe, overrides or ())  # before the slow imports: most mistakes are found here
+    hosts = choose_hosts(
+        hostfile,
+        num_gpus=num_gpus,
+        no_ssh=no_ssh,
+        node_rank=node_rank,
+        master_addr=master_addr,
+        master_port=master_port,
+        ssh_port=ssh_port,
+    )
+    num_processes = hosts.num_processes if hosts else num_gpus or 1
 
     from blockft.stages import plan
     from blockft.stages import train as stage
     from blockft.training.launch import is_worker, start_workers
 
     if dry_run:
-        stage.describe(settings, num_gpus)
-    elif num_gpus > 1 and not is_worker():
-        plan.check_run(settings, resume=resume, num_processes=num_gpus)
+        stage.describe(settings, num_processes)
+    elif hosts or (num_processes > 1 and not is_worker()):
+        plan.check_run(settings, resume=resume, num_processes=num_processes)
         words = ["train", recipe, *(overrides or ()), *(["--resume"] if resume else [])]
-        raise typer.Exit(start_workers(words, num_gpus))
+        raise typer.Exit(start_workers(words, num_gpus=num_processes, hosts=hosts))
     else:
         stage.train(settings, resume=resume)
 
@@ -181,7 +213,7 @@ def main() -> None:
 
 
 def _fail(sentence: str) -> NoReturn:
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once on every host, for each may have a mistake of its own
         print("blockft:", " ".join(sentence.split()), file=sys.stderr)
     sys.exit(2)
 

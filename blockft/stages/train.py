@@ -26,7 +26,7 @@ from blockft.rundir import (
     write_whole,
 )
 from blockft.stages.plan import Plan, check_run, make_plan
-from blockft.training.launch import prepare_worker, use_cpu
+from blockft.training.launch import check_ranks, meet, prepare_worker, use_cpu
 
 PROBE_LEN = 256
 """Tokens of the text on which exports are compared with the run: the start of its first row."""
@@ -41,24 +41,24 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
     """
     prepare_worker()
     rank, num_processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    # every rank checks: none writes before all have met in init_distributed
+    # every rank checks: none writes before all have met
     plan, checkpoint = check_run(recipe, resume=resume, num_processes=num_processes)
     run = Path(recipe.train.out)
 
-    import deepspeed
     from transformers import TrainingArguments
 
     from blockft.model.lora import add_adapter
     from blockft.training.record import RunRecord
     from blockft.training.trainer import BlockTrainer
 
-    deepspeed.init_distributed(dist_backend="gloo" if use_cpu() else "nccl", verbose=False)
+    meet()
     try:
         arguments = TrainingArguments(
             **_arguments(recipe, plan, num_processes), eval_on_start=bool(plan.eval_rows) and not checkpoint
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"the settings of train cannot be used: {str(error).splitlines()[0]}") from error
+    check_ranks(run, {"recipe": dump_recipe(recipe), "checkpoint": str(checkpoint), **plan.facts})
     model = load_model(
         recipe.model.path,
         revision=recipe.model.revision,
@@ -99,6 +99,7 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
     if rank == 0:
         plot_loss(run)
     if record.asked_to_stop:
+        torch.distributed.barrier()  # a rank that ends while another writes makes its launcher end that one
         raise KeyboardInterrupt
     return run
 

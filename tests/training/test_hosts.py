@@ -1,0 +1,123 @@
+"""What is refused before any host starts, and how words travel to the others."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blockft.errors import UserError
+from blockft.recipe import SHIPPED
+from blockft.training.hosts import Hosts, check_reach, read_hostfile, remote_word
+from tests.training.launched import alone, start
+
+
+@pytest.fixture
+def hostfile(tmp_path: Path) -> Path:
+    """Two hosts that are this machine."""
+    path = tmp_path / "hosts"
+    path.write_text("here slots=1\nthere slots=1\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "cannot be read"),
+        ("", "names no host"),
+        ("# none\n\n", "names no host"),
+        ("a slots=1\nb\n", "line 2 is 'b'"),
+        ("a slots=0\n", "line 1"),
+        ("a slots=two\n", "line 1"),
+        ("a slots=2x\n", "line 1"),
+        ("a slots=1\n\na slots=1\n", "line 3 names a again"),
+        ("node[0-3] slots=1\n", "line 1"),
+    ],
+)
+def test_hostfiles_that_cannot_be(text: str | None, said: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "hosts").write_text(text)
+    with pytest.raises(UserError, match=re.escape(said)):
+        read_hostfile(tmp_path / "hosts")
+
+
+def test_deepspeed_reads_the_shipped_hostfile_as_we_do() -> None:
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    path = SHIPPED / "launch" / "hostfile"
+    assert read_hostfile(path) == dict(fetch_hostfile(str(path))) == {"node0": 8, "node1": 8}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--node-rank", "0"], "--hostfile"),
+        (["--master-port", "29500"], "--hostfile"),
+        (["--hostfile", "no/such"], "no/such"),
+        (["--hostfile", "{hosts}", "--num-gpus", "2"], "--num-gpus"),
+        (["--hostfile", "{hosts}", "--no-ssh"], "--node-rank"),
+        (["--hostfile", "{hosts}", "--no-ssh", "--node-rank", "2"], "hosts 0 to 1"),
+        (["--hostfile", "{hosts}", "--no-ssh", "--node-rank", "-1"], "hosts 0 to 1"),
+        (["--hostfile", "{hosts}", "--node-rank", "0"], "--no-ssh"),
+        (["--hostfile", "{hosts}", "--no-ssh", "--node-rank", "0"], "--master-addr"),
+        (["--hostfile", "{hosts}"], "--no-ssh --node-rank"),
+        (["train.batch_rows=3", *alone(0, Path("{hosts}"), 29543)], "multiple of 2"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_launches_that_cannot_be(hostfile: Path, words: list[str], said: str) -> None:
+    """On a machine that knows no `here`, and where pdsh is not on PATH."""
+    given = [word.format(hosts=hostfile) for word in words]
+    run = hostfile.parent / "run"
+    process = start("blockft", "train", "demo", f"train.out={run}", *given, PATH="/nowhere")
+    out = process.communicate()[0]
+    assert process.returncode == 2, out
+    assert len(out.splitlines()) == 1 and out.startswith("blockft: ") and said in out
+    assert not run.exists()
+
+
+def test_a_launcher_inside_a_run_and_a_bad_environment_file_are_refused(
+    hostfile: Path, tmp_path: Path
+) -> None:
+    words = ("blockft", "train", "demo", "--dry-run", *alone(1, hostfile, 29544))
+    said = start(*words, RANK="0").communicate()[0]
+    assert said.startswith("blockft: RANK is set")
+    (tmp_path / ".deepspeed_env").write_text("A=1\n# a comment\n")
+    said = start(*words, cwd=tmp_path).communicate()[0]
+    assert said == "blockft: .deepspeed_env, line 2 is '# a comment': every line must be NAME=VALUE\n"
+
+
+def test_a_host_that_cannot_be_reached_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = tmp_path / "pdsh"
+    fake.write_text(
+        "#!/bin/sh\necho 'b: Permission denied (publickey).' >&2\n"
+        "echo 'pdsh@me: b: ssh exited with exit code 255' >&2\nexit 255\n"
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    hosts = Hosts(
+        file=Path("hosts"),
+        slots={"a": 1, "b": 1},
+        master_addr="a",
+        master_port=1,
+        ssh_port=None,
+        node_rank=None,
+    )
+    with pytest.raises(UserError, match=r"b cannot be used: .* it said: b: Permission denied"):
+        check_reach(hosts)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text(st.sampled_from("ab =[]{},:$`\\\"'%*;&(~#é"), min_size=1), min_size=1, max_size=3))
+def test_words_arrive_unchanged_on_other_hosts(words: list[str]) -> None:
+    """Through DeepSpeed's quoting, pdsh's % and the remote shell."""
+    from deepspeed.launcher.multinode_runner import PDSHRunner
+
+    given = SimpleNamespace(args=SimpleNamespace(user_args=[remote_word(word) for word in words]))
+    line = " ".join(PDSHRunner.parse_user_args(given)).replace("%%", "%")
+    done = subprocess.run(["sh", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == words
