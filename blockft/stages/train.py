@@ -26,7 +26,7 @@ from blockft.rundir import (
     write_whole,
 )
 from blockft.stages.plan import Plan, check_run, make_plan
-from blockft.training.launch import check_ranks, meet, prepare_worker, use_cpu
+from blockft.training.launch import check_ranks, meet, part, prepare_worker, use_cpu
 
 PROBE_LEN = 256
 """Tokens of the text on which exports are compared with the run: the start of its first row."""
@@ -98,8 +98,8 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if rank == 0:
         plot_loss(run)
+    part()
     if record.asked_to_stop:
-        torch.distributed.barrier()  # a rank that ends while another writes makes its launcher end that one
         raise KeyboardInterrupt
     return run
 

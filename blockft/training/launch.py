@@ -58,6 +58,8 @@ def meet() -> None:
     """
     import deepspeed
 
+    if not use_cpu():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # NCCL would put every rank on the first
     try:
         deepspeed.init_distributed(dist_backend="gloo" if use_cpu() else "nccl", verbose=False)
     except RuntimeError as error:
@@ -101,6 +103,16 @@ def check_ranks(run: Path, facts: dict[str, Any]) -> None:
             f"rank {blind[0]} does not see what rank 0 writes beside {run}: put train.out on a file system "
             "that all hosts share, for each rank writes its part of every checkpoint"
         )
+
+
+def part() -> None:
+    """Wait for all ranks and leave their group: the end of a worker. All of them call it.
+
+    Launchers end a host's other ranks when one ends with a code, even if they are still writing; and a
+    process that ends with gloo's threads at work can abort.
+    """
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def start_workers(words: Sequence[str], *, num_gpus: int, hosts: Hosts | None) -> int:

@@ -214,7 +214,7 @@ def test_two_hosts_over_pdsh_give_the_losses_of_two_processes_on_one(
 @pytest.mark.slow
 @two_hosts_only
 def test_sigterm_lets_all_hosts_save_and_the_resumed_run_goes_on(toy: Path, two_hosts: Hosted) -> None:
-    words = (toy / "recipe.yaml", "train.epochs=30")
+    words = (toy / "recipe.yaml", "train.epochs=20", "train.save_steps=25")
     finish(start("blockft", "train", *words, f"train.out={toy}/never", "--num-gpus", "2"))
     run = toy / "stopped"
     started = over_pdsh(two_hosts, *words, f"train.out={run}")
