@@ -1,5 +1,6 @@
 """Becoming a worker of a distributed run, and starting the workers with the `deepspeed` launcher."""
 
+import atexit
 import os
 import secrets
 import signal
@@ -71,6 +72,8 @@ def meet() -> None:
             "host has started and can reach this one, and name the network interface that joins them "
             "(GLOO_SOCKET_IFNAME on CPU, NCCL_SOCKET_IFNAME on GPU)"
         ) from error
+    if use_cpu():
+        atexit.register(_leave)
 
 
 def check_ranks(run: Path, facts: dict[str, Any]) -> None:
@@ -106,13 +109,18 @@ def check_ranks(run: Path, facts: dict[str, Any]) -> None:
 
 
 def part() -> None:
-    """Wait for all ranks and leave their group: the end of a worker. All of them call it.
+    """Wait for all ranks and leave their group: the end of a worker that did its work. All of them call it.
 
-    Launchers end a host's other ranks when one ends with a code, even if they are still writing; and a
-    process that ends with gloo's threads at work can abort.
+    A launcher ends a host's other ranks when one ends with a code, even if they are still writing.
     """
     dist.barrier()
-    dist.destroy_process_group()
+    _leave()
+
+
+def _leave() -> None:
+    """Gloo's threads let go of Python objects; if they do so while Python shuts down, the process aborts."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def start_workers(words: Sequence[str], *, num_gpus: int, hosts: Hosts | None) -> int:

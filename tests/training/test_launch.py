@@ -59,6 +59,8 @@ try:
     check_ranks(pathlib.Path(sys.argv[1]), {"data": sys.argv[2]})
 except UserError as error:
     sys.exit(str(error))
+finally:
+    dist.destroy_process_group()
 """
 
 
