@@ -119,17 +119,24 @@ def describe(recipe: Recipe, num_processes: int) -> None:
     """Print what the run would do: rows, steps, share of labels, fill, memory (`--dry-run`)."""
     from transformers import AutoModelForCausalLM
 
+    from blockft.model.lora import add_adapter
+
     plan = make_plan(recipe, num_processes)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(load_config(recipe.model.path, recipe.model.revision))
     num_parameters = sum(p.numel() for p in model.parameters())
+    if recipe.train.lora is not None:
+        model = add_adapter(model, recipe.train.lora, seed=recipe.train.seed)
+    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     stage = plan.deepspeed.get("zero_optimization", {}).get("stage", 0)
     width = plan.dtype.itemsize
     # Adam keeps two float32 moments and, beside 16-bit weights, float32 ones; each stage shards one more
-    states = {"optimizer": 8 if width == 4 else 12, "gradients": width, "weights": width}
-    bytes_per_parameter = sum(
-        size / (num_processes if stage > i else 1) for i, size in enumerate(states.values())
-    )
+    states = {
+        "optimizer": num_trained * (8 if width == 4 else 12),
+        "gradients": num_trained * width,
+        "weights": (num_parameters + (num_trained if recipe.train.lora is not None else 0)) * width,
+    }
+    num_bytes = sum(size / (num_processes if stage > i else 1) for i, size in enumerate(states.values()))
     rows = plan.rows
     table = Table("what", "value", title="dry run: nothing is written")
     for what, value in {
@@ -138,10 +145,11 @@ def describe(recipe: Recipe, num_processes: int) -> None:
         "label tokens, per epoch": f"{rows.num_labels:,} ({rows.num_labels / rows.num_tokens:.1%})",
         f"rows of {recipe.data.row_len:,}": f"{len(rows.epochs[0]):,} per epoch (fill {rows.fill:.1%})",
         "optimizer steps": f"{plan.num_steps:,} of {recipe.train.batch_rows} rows",
-        "parameters": f"{num_parameters:,} in {str(plan.dtype).removeprefix('torch.')}",
+        "parameters": f"{num_parameters:,} in {str(plan.dtype).removeprefix('torch.')}, "
+        f"{num_trained:,} are trained",
         "attention backend": plan.backend,
         f"memory for model states, ZeRO-{stage}, per process of {num_processes}": (
-            f"{num_parameters * bytes_per_parameter / 2**30:.2f} GiB, activations not counted"
+            f"{num_bytes / 2**30:.2f} GiB, activations not counted"
         ),
     }.items():
         table.add_row(what, value)

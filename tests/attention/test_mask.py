@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from blockft.attention.layout import PADDING, Layout, lay_out
-from blockft.attention.mask import dense_batch_mask, dense_mask, may_attend
+from blockft.attention.mask import dense_batch_mask, dense_mask, may_attend, tile_mask
 from tests.tiny import random_layout
 
 
@@ -95,3 +95,19 @@ def test_impossible_layouts_are_refused(lengths: tuple[int, ...], num_final: int
 def test_examples_longer_than_the_row_are_refused() -> None:
     with pytest.raises(ValueError, match="do not fit"):
         lay_out([Layout((3,)), Layout((3,))], row_len=5)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("row_len", [64, 61])
+def test_tiles_summarise_the_mask(window: int | None, row_len: int) -> None:
+    """Strip by strip or at once, for rows that tiles divide and for others."""
+    rng = random.Random(row_len)
+    vectors = lay_out([random_layout(rng, 20, 3), Layout((9,)), random_layout(rng, 25, 4, 2)], row_len)
+    dense = dense_batch_mask(vectors, window)[:, 0]
+    missing = -row_len % 4
+    padded = torch.nn.functional.pad(dense, (0, missing, 0, missing)).reshape(1, 16, 4, 16, 4)
+    expected = padded.any(dim=4).any(dim=2), padded.all(dim=4).all(dim=2)
+    assert expected[0].any() and expected[1].any() and not expected[0].all()
+    for strip in (8, 64):
+        for found, wanted in zip(tile_mask(vectors, window, 4, strip), expected, strict=True):
+            assert torch.equal(found, wanted)

@@ -4,12 +4,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.testing import assert_close
 from transformers.models.gemma3 import Gemma3TextConfig
 from transformers.models.gpt2 import GPT2Config
 from transformers.models.llama import LlamaConfig
 
+from blockft.attention.backends import BlockMasks
+from blockft.attention.layout import Layout, lay_out
 from blockft.errors import UserError
-from blockft.model.load import check_supported, load_model, load_tokenizer, rotations
+from blockft.model.load import (
+    attention_windows,
+    check_supported,
+    compile_layers,
+    load_model,
+    load_tokenizer,
+    rotations,
+)
 from tests.tiny import CONFIGS, SIZE, build_model
 
 
@@ -55,3 +65,27 @@ def test_a_missing_model_is_one_sentence(path: str) -> None:
         with pytest.raises(UserError) as error:
             load(path)
         assert path in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_windows_of_a_model_are_those_its_layers_ask_for(name: str) -> None:
+    asked = []
+
+    class Asked(BlockMasks):
+        def dense(self, window: int | None, num_queries: int) -> torch.Tensor:
+            asked.append(window)
+            return super().dense(window, num_queries)
+
+    model, vectors = build_model(name), lay_out([Layout((3, 4))])
+    model(input_ids=torch.ones(1, 7, dtype=torch.int64), block_masks=Asked(vectors), use_cache=False)
+    assert set(asked) == set(attention_windows(model.config))
+
+
+def test_compiled_layers_give_the_same_logits() -> None:
+    model, vectors = build_model("mistral-window"), lay_out([Layout((3, 4)), Layout((5,))])
+    words = {"input_ids": torch.arange(1, 13)[None], "position_ids": vectors.position_ids, "use_cache": False}
+    masks = [BlockMasks(vectors).build("block_sdpa", attention_windows(model.config)) for _ in range(2)]
+    with torch.no_grad():
+        plain = model(**words, block_masks=masks[0]).logits
+        compile_layers(model)
+        assert_close(model(**words, block_masks=masks[1]).logits, plain, rtol=1e-5, atol=1e-5)

@@ -65,6 +65,18 @@ def train(folder: Path) -> Train:
     return run_of
 
 
+def test_law_8_one_process_gives_the_losses_of_two(train: Train, folder: Path) -> None:
+    run = folder / "alone"
+    words = [*command(folder, run, "train.deepspeed=zero0"), "--num-gpus", "1"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    for name in ("loss", "eval_loss_block", "eval_loss_full"):
+        found, expected = (
+            [line[name] for line in read_metrics(r) if name in line] for r in (run, train(2, False))
+        )
+        assert_close(found, expected, rtol=1e-5, atol=0)
+
+
 def curve(run: Path) -> list[dict[str, Any]]:
     """All that was logged, but the speed."""
     return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in read_metrics(run)]
