@@ -22,6 +22,9 @@ from blockft.rundir import refuse_existing
 from blockft.training.launch import use_cpu
 from blockft.training.rows import Rows
 
+NUM_PROCESSES = "number of processes"
+"""The one fact in which a resumed run may differ."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -92,7 +95,7 @@ def make_plan(recipe: Recipe, num_processes: int) -> Plan:
             "train.lora": settings.lora,
             "ZeRO stage": deepspeed.get("zero_optimization", {}).get("stage", 0),
             "type of weights": str(dtype).removeprefix("torch."),
-            "number of processes": num_processes,
+            NUM_PROCESSES: num_processes,
         },
     )
 
@@ -110,9 +113,9 @@ def check_run(recipe: Recipe, *, resume: bool, num_processes: int) -> tuple[Plan
     checkpoint = find_checkpoint(run)
     plan = make_plan(recipe, num_processes)
     for name, found in read_marker(checkpoint)["facts"].items():
-        if found != plan.facts[name]:
+        if found != plan.facts.get(name) and name != NUM_PROCESSES:
             raise UserError(
-                f"{checkpoint} belongs to another {name} ({found}) than is asked for ({plan.facts[name]}): "
+                f"{checkpoint} belongs to another {name} ({found}) than is asked for ({plan.facts.get(name)}): "
                 "resume with what the run began with, or start a new one"
             )
     return plan, checkpoint

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from blockft.rundir import (
     save_figure,
     write_whole,
 )
-from blockft.stages.plan import Plan, check_run, make_plan
+from blockft.stages.plan import NUM_PROCESSES, Plan, check_run, make_plan
 from blockft.training.launch import check_ranks, meet, part, prepare_worker, use_cpu
 
 PROBE_LEN = 256
@@ -50,8 +51,14 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
     from blockft.model.lora import add_adapter
     from blockft.training.record import RunRecord
     from blockft.training.trainer import BlockTrainer
+    from blockft.training.universal import LOAD_UNIVERSAL, UNIVERSAL, convert, remove
 
     meet()
+    # ZeRO-0 has no shards
+    same = not checkpoint or read_marker(checkpoint)["facts"][NUM_PROCESSES] == num_processes
+    recut = not same and plan.facts["ZeRO stage"] > 0
+    if recut:
+        plan = replace(plan, deepspeed=plan.deepspeed | LOAD_UNIVERSAL)
     try:
         arguments = TrainingArguments(
             **_arguments(recipe, plan, num_processes), eval_on_start=bool(plan.eval_rows) and not checkpoint
@@ -95,8 +102,15 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
         raise UserError(f"train.report_to cannot be used: {str(error).splitlines()[0]}") from error
     if rank == 0:
         _begin(run, recipe, plan, checkpoint)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    source = checkpoint
+    if checkpoint and recut:
+        source = run / UNIVERSAL
+        if rank == 0:
+            convert(checkpoint)
+        torch.distributed.barrier()
+    trainer.train(resume_from_checkpoint=str(source) if source else None)
     if rank == 0:
+        remove(run)
         plot_loss(run)
     part()
     if record.asked_to_stop:
