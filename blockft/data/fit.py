@@ -1,6 +1,6 @@
 """Examples that fit in rows: what becomes of long samples, and which examples share their context."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,42 +13,55 @@ from blockft.data.template import UnfitText
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a sample: the example as tried last, and why it was dropped, if it was."""
+    """What became of a sample: the example as tried last, and why it was dropped, if it was.
+
+    One that is unfit for the chat template or the tokenizer has no example.
+    """
 
     sample: Sample
     example: Example | None
     dropped: str = ""
+    is_unfit: bool = False
 
 
 def encode_to_fit(
-    samples: Sequence[Sample], encoder: Encoder, row_len: int, trims: bool, skip_bad: bool = False
+    samples: Sequence[Sample],
+    encoder: Encoder,
+    row_len: int,
+    trims: bool,
+    skip_bad: bool = False,
+    cut: Callable[[Sample], Sample] | None = None,
 ) -> list[Outcome]:
     """Encode samples that have to fit in a row; if `trims`, long ones lose their least relevant documents.
 
+    They are `cut` into blocks before, where their format does not mark any.
+
     Raises:
-        UnfitText: the template changes a text, unless `skip_bad`: then its sample is dropped.
+        UnfitText: the template or the tokenizer does not keep a text of a sample, which is named, unless
+            `skip_bad`: then it is dropped.
     """
     trainable = [sample for sample in samples if sample.response]
-    examples = iter(_encode(trainable, encoder, skip_bad))
+    encoded = iter(_encode(trainable, encoder, cut))
     return [
-        _fit(sample, next(examples), encoder, row_len, trims, skip_bad)
+        _fit(*next(encoded), encoder, row_len, trims, skip_bad)
         if sample.response
         else Outcome(sample, None, "no response")
         for sample in samples
     ]
 
 
-def _encode(samples: Sequence[Sample], encoder: Encoder, skip_bad: bool) -> list[Example | UnfitText]:
-    """The examples of samples, and what is wrong with those that are unfit."""
+def _encode(
+    samples: Sequence[Sample], encoder: Encoder, cut: Callable[[Sample], Sample] | None = None
+) -> list[tuple[Sample, Example | UnfitText]]:
+    """The samples as cut, and their examples, or what is wrong with those that are unfit."""
     try:
-        return [*encoder.encode(samples)]
+        as_cut = [cut(sample) for sample in samples] if cut else samples
+        return [*zip(as_cut, encoder.encode(as_cut), strict=True)]
     except UnfitText as unfit:
-        if not skip_bad:
-            raise
-        # one unfit sample does not lose the others of its batch
+        # one unfit sample does not lose the others of its batch, and only alone is it known which one it is
         if len(samples) == 1:
-            return [unfit]
-        return [example for sample in samples for example in _encode([sample], encoder, skip_bad)]
+            return [(samples[0], unfit)]
+        return [one for sample in samples for one in _encode([sample], encoder, cut)]
 
 
 def _fit(
@@ -58,10 +71,13 @@ def _fit(
         trimmed = trim(sample) if trims else None
         if trimmed is None:
             return Outcome(sample, example, "too long")
-        sample, (example,) = trimmed, _encode([trimmed], encoder, skip_bad)
-    if isinstance(example, UnfitText):
-        return Outcome(sample, None, example.reason)
-    return Outcome(sample, example)
+        ((sample, example),) = _encode([trimmed], encoder)
+    if isinstance(example, Example):
+        return Outcome(sample, example)
+    if not skip_bad:
+        name = f"sample {sample.id} of {sample.source}: "
+        raise UnfitText(name + str(example).removeprefix(name), example.reason) from example
+    return Outcome(sample, None, example.reason, is_unfit=True)
 
 
 def share_context(examples: Iterator[Example], row_len: int) -> Iterator[Example]:

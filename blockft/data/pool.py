@@ -1,9 +1,14 @@
 """Pools: documents from which the distractors of questions are taken."""
 
+import re
+import unicodedata
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 
 from blockft.data.rag import Document
+
+SPELLINGS = {"'": "‘’‚‛′‵ʼ´`", '"': "“”„‟″«»", "-": "‐‑‒–—―−"}
+"""Apostrophes, quotes and dashes, which texts about the same thing spell differently."""
 
 
 class Pool:
@@ -41,5 +46,12 @@ class Pool:
 
 
 def fold(text: str) -> str:
-    """The text as answers are looked for in it: no case, single spaces."""
+    """The text as answers are looked for in it: no case, single spaces, one spelling of each character."""
+    text = _SPELT.sub(lambda found: _PLAIN[found[0]], text)
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
     return " ".join(text.casefold().split())
+
+
+_PLAIN = {spelt: plain for plain, several in SPELLINGS.items() for spelt in several}
+_SPELT = re.compile(f"[{''.join(_PLAIN)}]")

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from blockft.data.pool import Pool
@@ -13,6 +14,9 @@ from blockft.data.sample import check, take, text_of
 
 NO_ANSWER = "no answer"
 """Why a question that cannot be answered from its documents is dropped."""
+
+NO_POSITIVE = "no positive document"
+"""Why a question of DPR's training files that would be learnt over negative documents alone is dropped."""
 
 
 class Dropped(Exception):
@@ -97,7 +101,7 @@ def fid(record: Any) -> Question:
     training files have `positive_ctxs`, of which the first is gold, `hard_negative_ctxs` and `negative_ctxs`.
 
     Raises:
-        Dropped: there is no answer.
+        Dropped: there is no answer, or `positive_ctxs` is empty.
     """
     check(isinstance(record, Mapping), "the record", record, "be a JSON object")
     id = record.get("id", record.get("_id"))
@@ -108,16 +112,14 @@ def fid(record: Any) -> Question:
     answers = [text for some in given for text in (some if isinstance(some, list) else [some])]
     if not answers:
         raise Dropped(NO_ANSWER)
-    found = _dpr_contexts(record) if "positive_ctxs" in record else _list(record, "ctxs")
-    for i, context in enumerate(found):
-        check(isinstance(context, Mapping), f"field 'ctxs[{i}]'", context, "be a JSON object")
+    named = _dpr_contexts(record) if "positive_ctxs" in record else _contexts(record, "ctxs", ...)
+    found = [context for _, context in named]
     gold = {i for i, context in enumerate(found) if context.get("isgold")}
     with_answer = (i for i, c in enumerate(found) if c.get("hasanswer", c.get("has_answer")))
     supporting = gold or {next(with_answer, -1)}
-    scores = [_score(context, f"field 'ctxs[{i}].score'") for i, context in enumerate(found)]
+    scores = [_score(context, f"{at}.score'") for at, context in named]
     documents = []
-    for i, context in enumerate(found):
-        at = f"field 'ctxs[{i}]"
+    for i, (at, context) in enumerate(named):
         score = scores[i] if None not in scores else int(i in gold) if gold else -i
         documents.append(
             Document(
@@ -178,15 +180,25 @@ def _list(record: Mapping[str, Any], name: str, default: Any = ...) -> list[Any]
     return list(found)
 
 
-def _dpr_contexts(record: Mapping[str, Any]) -> list[Any]:
+def _contexts(record: Mapping[str, Any], name: str, default: Any) -> list[tuple[str, Mapping[str, Any]]]:
+    """The documents of a field, each with its place, which waits for the closing quote."""
+    named = [(f"field '{name}[{i}]", context) for i, context in enumerate(_list(record, name, default))]
+    for at, context in named:
+        check(isinstance(context, Mapping), f"{at}'", context, "be a JSON object")
+    return named
+
+
+def _dpr_contexts(record: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """Positive and negative documents, the first positive one marked as gold; scores are of several kinds."""
-    marked = []
-    for name in ("positive_ctxs", "hard_negative_ctxs", "negative_ctxs"):
-        for i, context in enumerate(_list(record, name, [])):
-            check(isinstance(context, Mapping), f"field '{name}[{i}]'", context, "be a JSON object")
-            is_gold = name == "positive_ctxs" and i == 0
-            marked.append({k: context[k] for k in ("title", "text") if k in context} | {"isgold": is_gold})
-    return marked
+    positive, *negative = (
+        _contexts(record, name, []) for name in ("positive_ctxs", "hard_negative_ctxs", "negative_ctxs")
+    )
+    if not positive:
+        raise Dropped(NO_POSITIVE)
+    return [
+        (at, {k: context[k] for k in ("title", "text") if k in context} | {"isgold": i == 0})
+        for i, (at, context) in enumerate(chain(positive, *negative))
+    ]
 
 
 def _score(context: Mapping[str, Any], at: str) -> float | None:
@@ -208,14 +220,17 @@ def _pairs(record: Mapping[str, Any], name: str, first: str, second: str) -> lis
     if isinstance(found, str):
         try:
             found = json.loads(found)
-        except json.JSONDecodeError:
+        except (RecursionError, ValueError):
             check(False, f"field {name!r}", found, "be a list or the text of one in JSON")
     if (
         isinstance(found, Mapping)
         and isinstance(found.get(first), list)
         and isinstance(found.get(second), list)
     ):
-        found = list(zip(found[first], found[second], strict=False))
+        num_first, num_second = len(found[first]), len(found[second])
+        rule = f"hold as many {first} as {second}, not {num_first} and {num_second}"
+        check(num_first == num_second, f"field {name!r}", found, rule)
+        found = list(zip(found[first], found[second], strict=True))
     rule = f"be a list of pairs ({first}, {second})"
     check(isinstance(found, list) and all(_is_pair(pair) for pair in found), f"field {name!r}", found, rule)
     return [(pair[0], pair[1]) for pair in found]

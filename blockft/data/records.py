@@ -1,14 +1,15 @@
 """Records of a source: what a file, glob, folder or Hub data set holds, one by one and placed."""
 
+import codecs
 import glob
 import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from blockft.data.sample import RecordError
-from blockft.data.window import Window
+from blockft.data.window import Window, why_unreadable
 from blockft.errors import UserError
 
 PARQUET_ROWS = 1000
@@ -45,7 +46,7 @@ def find_files(path: str, suffixes: Sequence[str]) -> list[Path]:
 def read_file(path: Path, under: str | None = None) -> Iterator[Placed]:
     """The records of a file, lazily: of a JSON array, of JSON lines, or of a .parquet file.
 
-    `under` is the key by which a JSON object holds the array, where the format wraps it so.
+    `under` is the key by which a JSON object holds the array, where the format may wrap it so.
 
     Raises:
         UserError: the file cannot be read on.
@@ -55,8 +56,10 @@ def read_file(path: Path, under: str | None = None) -> Iterator[Placed]:
             yield from _read_parquet(path)
             return
         opening = _opening(path)
-        if opening == b"[" or (opening == b"{" and under and path.suffix != ".jsonl"):
-            yield from read_array(path, under if opening == b"{" else None)
+        if opening == b"[":
+            yield from read_array(path)
+        elif opening == b"{" and under and path.suffix != ".jsonl" and _may_hold(path, under):
+            yield from read_array(path, under)
         else:
             yield from read_lines(path)
     except OSError as error:
@@ -65,7 +68,7 @@ def read_file(path: Path, under: str | None = None) -> Iterator[Placed]:
 
 def read_lines(path: Path) -> Iterator[Placed]:
     """The records of a file of JSON lines; empty lines are passed over."""
-    with path.open("rb") as lines:
+    with _open(path) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield f"{path}, line {number}", _parse(line)
@@ -77,7 +80,7 @@ def read_array(path: Path, under: str | None = None) -> Iterator[Placed]:
     Raises:
         UserError: the file holds no such array, or breaks off; after that nothing in it can be read.
     """
-    with path.open("rb") as file:
+    with _open(path) as file:
         window = Window(path, file)
         if under is None:
             yield from _elements(path, window)
@@ -111,13 +114,34 @@ def read_hub(path: str, split: str | None, name: str | None = None) -> Iterator[
         first, number = next(records, None), number + 1
 
 
+def _open(path: Path) -> BinaryIO:
+    """The file from behind its byte order mark, if it has one."""
+    file = path.open("rb")
+    if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+        file.seek(0)
+    return file
+
+
 def _opening(path: Path) -> bytes:
     """The first character that is no white space."""
-    with path.open("rb") as file:
+    with _open(path) as file:
         while block := file.read(4096):
             if text := block.lstrip():
                 return text[:1]
     return b""
+
+
+def _may_hold(path: Path, under: str) -> bool:
+    """Whether the object that opens a file has the key, or is no line of JSON lines, as it has several."""
+    with _open(path) as file:
+        window = Window(path, file)
+        window.peek()
+        first_line = window.line
+        for key in _keys(window):
+            if key == under:
+                return True
+            window.value()
+        return window.line > first_line
 
 
 def _read_parquet(path: Path) -> Iterator[Placed]:
@@ -149,20 +173,26 @@ def _elements(path: Path, window: Window) -> Iterator[Placed]:
 
 def _elements_under(path: Path, window: Window, under: str) -> Iterator[Placed]:
     found = False
-    window.take("{")
-    while window.peek() != "}":
-        key = window.value()
-        window.take(":")
+    for key in _keys(window):
         if key == under:
             found = True
             yield from _elements(path, window)
         else:
             window.value()
+    if not found:
+        window.fail(f"the JSON object has no list {under!r}")
+
+
+def _keys(window: Window) -> Iterator[Any]:
+    """The keys of a JSON object; the value of each is taken before the next is asked for."""
+    window.take("{")
+    while window.peek() != "}":
+        key = window.value()
+        window.take(":")
+        yield key
         if window.peek() != "}":
             window.take(",")
     window.take("}")
-    if not found:
-        window.fail(f"the JSON object has no list {under!r}")
 
 
 def _parse(line: bytes) -> Any:
@@ -172,3 +202,5 @@ def _parse(line: bytes) -> Any:
         return RecordError(f"not UTF-8 (byte {error.start + 1})")
     except json.JSONDecodeError as error:
         return RecordError(f"not JSON ({error.msg}, column {error.colno})")
+    except (RecursionError, ValueError) as error:
+        return RecordError(why_unreadable(error))

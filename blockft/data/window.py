@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import re
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -9,6 +10,8 @@ from blockft.errors import UserError
 
 READ_BYTES = 1 << 20
 """How much of a file is read at once; a value longer than that is read in growing steps."""
+
+NO_PART_OF_A_NUMBER = re.compile(r"[^+\-.0-9eE]")
 
 
 class Window:
@@ -54,7 +57,9 @@ class Window:
                 self._more(step)
                 step *= 2
                 continue
-            if not self._ended and not self._text[end:].strip("+-.0123456789eE"):
+            except (RecursionError, ValueError) as error:
+                self.fail(why_unreadable(error))
+            if not self._ended and not NO_PART_OF_A_NUMBER.search(self._text, end):
                 # the beginning of a number is a number, too
                 self._more(step)
                 continue
@@ -75,3 +80,8 @@ class Window:
             self.line += rest.count("\n") + error.object[: error.start].count(b"\n")
             self.fail("not UTF-8")
         self._ended = not data
+
+
+def why_unreadable(error: RecursionError | ValueError) -> str:
+    """Why JSON that is sound as far as it was read cannot be decoded."""
+    return "nested too deeply" if isinstance(error, RecursionError) else "a whole number has too many digits"

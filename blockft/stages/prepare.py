@@ -61,6 +61,8 @@ class SourceCount(Tally):
     templated: int = 0
     tokens: int = 0
     shortest_dropped: int | None = None
+    # apart from `bad_records`: how far reading is ahead of encoding depends on the workers (law 12)
+    unfit_samples: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, outcome: Outcome) -> None:
         if not outcome.dropped:
@@ -69,6 +71,8 @@ class SourceCount(Tally):
             self.tokens += len(outcome.example or ())
             return
         self.drop(outcome.dropped)
+        if outcome.is_unfit:
+            self.unfit_samples.append(f"sample {outcome.sample.id}: {outcome.dropped}")
         if outcome.example:
             self.shortest_dropped = min(len(outcome.example), self.shortest_dropped or len(outcome.example))
 
@@ -141,15 +145,19 @@ def _encode_task(
     task: tuple[int, list[Sample]], *, encoder: Encoder, data: DataSettings
 ) -> tuple[int, list[Outcome]]:
     source, samples = task
-    if data.sources[source].format in CUT_FORMATS:
-        how = {"max_blocks": data.cut.max_blocks, "min_block_tokens": data.cut.min_block_tokens}
-        samples = [cut_sample(sample, encoder.count_tokens, **how) for sample in samples]
+    cut = partial(
+        cut_sample,
+        count_tokens=encoder.count_tokens,
+        max_blocks=data.cut.max_blocks,
+        min_block_tokens=data.cut.min_block_tokens,
+    )
     return source, encode_to_fit(
         samples,
         encoder,
         data.row_len,
         trims=data.too_long is TooLong.trim,
         skip_bad=data.on_bad_record is BadRecord.skip,
+        cut=cut if data.sources[source].format in CUT_FORMATS else None,
     )
 
 
@@ -209,7 +217,7 @@ def _describe(source: Source, count: SourceCount) -> dict[str, Any]:
         "templated": count.templated,
         "tokens": count.tokens,
         "dropped": dict(sorted(count.dropped.items())),
-        "bad_records": count.bad_records,
+        "bad_records": count.bad_records + count.unfit_samples,
     }
 
 

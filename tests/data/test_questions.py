@@ -111,6 +111,8 @@ def test_the_training_files_of_dpr() -> None:
         ("P", 0, False),
         ("N", 0, False),
     ]
+    with pytest.raises(Dropped, match="no positive document"):
+        fid(record | {"positive_ctxs": [], "hard_negative_ctxs": [negative]})
 
 
 @pytest.mark.parametrize(
@@ -128,6 +130,19 @@ def test_the_training_files_of_dpr() -> None:
         (fid, ctxs({"score": "high"}), r"'ctxs\[0\].score'"),
         (fid, ctxs({}, {"text": None}), r"'ctxs\[1\].text'"),
         (fid, FID | {"positive_ctxs": ["x"]}, r"'positive_ctxs\[0\]'"),
+        (fid, FID | {"positive_ctxs": [{"text": "x"}, {"text": 1}]}, r"'positive_ctxs\[1\].text'"),
+        (fid, FID | {"positive_ctxs": [{"text": "x"}], "negative_ctxs": [{}]}, r"'negative_ctxs\[0\].text'"),
+        (
+            hotpotqa,
+            HOTPOTQA | {"context": {"title": ["B", "C"], "sentences": [["One."]]}},
+            "'context' .* as many title as sentences, not 2 and 1",
+        ),
+        (
+            two_wiki,
+            HOTPOTQA | {"supporting_facts": {"title": ["B"], "sent_id": []}},
+            "'supporting_facts' .* not 1 and 0",
+        ),
+        (two_wiki, HOTPOTQA | {"context": "[" * 100_000}, "'context' .* the text of one in JSON"),
         (fid, [], "the record"),
     ],
 )

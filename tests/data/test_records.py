@@ -105,6 +105,71 @@ def test_what_stands_before_a_break_is_read(tmp_path: Path) -> None:
     assert [next(found)[1], next(found)[1]] == [{"a": 1}, {"a": 2}]
 
 
+def counted(path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many characters are copied while an array is read."""
+    copied = 0
+
+    class Text(str):
+        def __getitem__(self, key):  # type: ignore[no-untyped-def]
+            nonlocal copied
+            found = super().__getitem__(key)
+            copied += len(found)
+            return found
+
+    more = window.Window._more
+
+    def more_of_it(self: window.Window, num_bytes: int) -> None:
+        more(self, num_bytes)
+        self._text = Text(self._text)
+
+    monkeypatch.setattr(window.Window, "_more", more_of_it)
+    assert sum(1 for _ in read_array(path)) == 2000
+    return copied
+
+
+def test_reading_an_array_is_linear_in_its_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"a": "x" * 100_000}, *([{"a": "y"}] * 1999)]))
+    assert counted(path, monkeypatch) < path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("text", "why"), [("[" * 100_000, "nested too deeply"), ("9" * 5000, "too many digits")]
+)
+def test_json_that_cannot_be_decoded_is_a_bad_line_or_one_sentence(
+    tmp_path: Path, text: str, why: str
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(f'{{"a": 1}}\n{{"a": {text}\n{{"a": {text}}}')
+    (_, first), _, (at, last) = read_lines(path)
+    assert first == {"a": 1} and at == f"{path}, line 3"
+    assert isinstance(last, RecordError) and why in str(last)
+    path.write_text(f'[{{"a": 1}},\n{{"a": {text}}}]')
+    with pytest.raises(UserError, match=f"{path}, line 2: .*{why}") as raised:
+        list(read_array(path))
+    assert len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize("read_bytes", [1, 1 << 20])
+def test_a_byte_order_mark_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_bytes: int
+) -> None:
+    monkeypatch.setattr(window, "READ_BYTES", read_bytes)
+    for text in ('[{"a": 1}]', '{"a": 1}\n', '{"data": [{"a": 1}]}'):
+        (tmp_path / "a.json").write_text(text, encoding="utf-8-sig")
+        found = read_file(tmp_path / "a.json", under="data")
+        assert list(found) == [(f"{tmp_path / 'a.json'}, line 1", {"a": 1})]
+
+
+def test_an_object_a_line_is_told_from_one_object(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('\n{"a": {"data": 1}}\n{"a": 2}\n')
+    assert [record for _, record in read_file(path, under="data")] == [{"a": {"data": 1}}, {"a": 2}]
+    path.write_text('{\n"a": 1}')
+    with pytest.raises(UserError, match="no list 'data'"):
+        list(read_file(path, under="data"))
+
+
 def test_an_array_that_is_not_utf_8_names_its_line(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(b'[{"a": 1},\n{"a": "\xe9"}]')

@@ -46,6 +46,22 @@ def test_no_distractor_holds_an_answer_in_any_case_or_spacing() -> None:
     assert list(pool.distractors([DOCUMENTS[2]], ["fox hunt"], range(6))) == [0, 1, 3, 4, 5]
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("Cafe\u0301 Noir", "café noir"),
+        ("the fox’s den", "The Fox's den"),
+        ("in 1990–95", "In 1990-95"),
+        ("“so”", '"So"'),
+        ("`dog´", "'DOG'"),
+        ("ﬁve\u00a0foxes", "five foxes"),
+    ],
+)
+def test_no_distractor_holds_an_answer_in_another_spelling(text: str, answer: str) -> None:
+    assert list(Pool([Document(title="", text=text)]).distractors([], [answer], [0])) == []
+    assert list(Pool([Document(title="", text=answer)]).distractors([], [text], [0])) == []
+
+
 def test_questions_are_filled_up_from_the_pool() -> None:
     pool = Pool([*DOCUMENTS, GOLD])
     documents = found(ask("Is the red fox a dog?", GOLD, pool=pool), 3)

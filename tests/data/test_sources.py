@@ -74,6 +74,8 @@ def test_parquet_gives_the_same_samples(tmp_path: Path) -> None:
         write(tmp_path / "s.json", {"version": "1", "data": [article(), article("B")]}), "squad"
     )
     assert read_all(tmp_path / "s.parquet", "squad") == nested and nested[1].read == 20
+    (tmp_path / "s.json").write_text("\n".join(map(json.dumps, rows() + rows("B"))))
+    assert read_all(tmp_path / "s.json", "squad") == nested
 
 
 def fid_record(n: int, answer: str) -> dict[str, Any]:

@@ -91,9 +91,25 @@ class Choosy(Encoder):
 def test_an_unfit_sample_does_not_lose_its_batch() -> None:
     encoder = Choosy(toy_tokenizer())
     samples = [rag_sample(id="a"), rag_sample("x?", id="b"), templated(*BLOCKS), rag_sample(id="c")]
-    with pytest.raises(UnfitText, match="sample b"):
+    with pytest.raises(UnfitText, match="^sample b of "):
         encode_to_fit(samples, encoder, 1000, trims=False)
     outcomes = encode_to_fit(samples, encoder, 1000, trims=False, skip_bad=True)
     assert [o.dropped for o in outcomes] == ["", "unfit for the chat template", "", ""]
     assert [o.example is None for o in outcomes] == [False, True, False, False]
+    assert [o.is_unfit for o in outcomes] == [False, True, False, False]
     assert [o.sample for o in outcomes] == samples
+
+
+def test_a_sample_that_cannot_be_cut_is_unfit_and_named(encoder: Encoder) -> None:
+    def cut(sample: Sample) -> Sample:
+        if sample.id == "b":
+            raise UnfitText("the vocabulary spells a marker", "added token spelled by a text")
+        return replace(sample, id=f"cut {sample.id}")
+
+    samples = [rag_sample(id="a"), rag_sample(id="b"), replace(rag_sample(id="b"), response="")]
+    with pytest.raises(UnfitText, match=r"^sample b of \w+: the vocabulary spells a marker$"):
+        encode_to_fit(samples, encoder, 1000, trims=False, cut=cut)
+    outcomes = encode_to_fit(samples, encoder, 1000, trims=False, skip_bad=True, cut=cut)
+    assert [o.dropped for o in outcomes] == ["", "added token spelled by a text", "no response"]
+    assert [o.is_unfit for o in outcomes] == [False, True, False]
+    assert outcomes[0].sample.id == "cut a"

@@ -1,6 +1,6 @@
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ from blockft.config import (
     Source,
     TooLong,
 )
+from blockft.data.encode import Encoder
 from blockft.data.prepared import load_prepared
 from blockft.data.sample import from_record
+from blockft.data.template import UnfitText
 from blockft.errors import UserError
-from blockft.stages.prepare import prepare
+from blockft.stages.prepare import TASK_SAMPLES, prepare
 from tests.data.test_squad import article
 
 Make = Callable[..., Recipe]
@@ -155,9 +157,9 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(
     assert not out.parent.exists() or not list(out.parent.iterdir())
 
 
-def squad_source(folder: Path) -> Source:
+def squad_source(folder: Path, titles: str = "AB") -> Source:
     path = folder / "squad.json"
-    path.write_text(json.dumps({"data": [article(), article("B")]}))
+    path.write_text(json.dumps({"data": [article(title) for title in titles]}))
     return Source(format=Format.squad, path=str(path))
 
 
@@ -203,13 +205,45 @@ def test_chats_are_cut_and_give_a_sample_per_answer(make_recipe: Make, tmp_path:
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_law_12_retrieval_gives_the_same_bytes(make_recipe: Make, tmp_path: Path, num_workers: int) -> None:
-    source = replace(squad_source(tmp_path), retrieve=Retrieve.bm25)
+    source = replace(squad_source(tmp_path, "ABCDEFGHI"), retrieve=Retrieve.bm25)
     options: dict[str, Any] = {"sources": [source], "num_documents": 3, "order": Order.shuffled}
     one, other = (
         prepare(make_recipe(**options, num_workers=n, out=str(tmp_path / "by" / str(n))))
         for n in (1, num_workers + 1)
     )
     assert files(one) == files(other)
+    # a single task is not worth a worker
+    assert load_prepared(one).manifest["num_samples"] == 90 > TASK_SAMPLES
+
+
+def test_law_12_unfit_samples_are_counted_and_listed(
+    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count_tokens = Encoder.count_tokens
+
+    def choosy(self: Encoder, texts: Sequence[str]) -> list[int]:
+        if any("marker" in text for text in texts):
+            raise UnfitText("the vocabulary spells a marker", "added token spelled by a text")
+        return count_tokens(self, texts)
+
+    monkeypatch.setattr(Encoder, "count_tokens", choosy)
+    path = tmp_path / "alpaca.jsonl"
+    texts = ["marker" if n % 50 == 7 else "fox" for n in range(200)]
+    records = [{"id": str(n), "instruction": f"a\n\n{text}", "output": "x"} for n, text in enumerate(texts)]
+    path.write_text("\n".join(map(json.dumps, records)) + "\nbroken\n")
+    options: dict[str, Any] = {"sources": [Source(format=Format.alpaca, path=str(path))]}
+    options |= {"cut": CutSettings(min_block_tokens=1), "on_bad_record": BadRecord.skip}
+    one, other = (
+        prepare(make_recipe(**options, num_workers=n, out=str(tmp_path / "by" / str(n)))) for n in (1, 3)
+    )
+    assert files(one) == files(other)
+    (counts,) = load_prepared(one).manifest["sources"]
+    unfit = "added token spelled by a text"
+    assert (counts["kept"], counts["dropped"]) == (196, {unfit: 4, "bad record": 1})
+    assert "line 201: not JSON" in counts["bad_records"][0]
+    assert counts["bad_records"][1:] == [f"sample {n}: {unfit}" for n in (7, 57, 107, 157)]
+    with pytest.raises(UserError, match="^sample 7 of alpaca: the vocabulary spells a marker$"):
+        prepare(make_recipe(**options | {"on_bad_record": BadRecord.error}), overwrite=True)
 
 
 REAL = {
