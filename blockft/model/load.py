@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from blockft.attention.backends import BACKENDS
 from blockft.attention.positions import Rotation
 from blockft.errors import UserError
+from blockft.model.lora import merged
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3")
 """Values of `config.model_type` for which law 4 is tested."""
@@ -68,16 +69,21 @@ def load_config(path: str, revision: str | None = None) -> PreTrainedConfig:
     Raises:
         UserError: there is no such model, or it is not supported.
     """
-    adapter = Path(path) / "adapter_config.json"
-    if adapter.is_file():
-        settings = json.loads(adapter.read_text(encoding="utf-8"))
-        config = _open(AutoConfig, settings["base_model_name_or_path"], settings["revision"])
-        if (entry := Path(path) / BLOCK_ATTENTION).is_file():
-            config.block_attention = json.loads(entry.read_text(encoding="utf-8"))
-    else:
-        config = _open(AutoConfig, path, revision)
+    base = adapter_base(path)
+    config = _open(AutoConfig, *(base or (path, revision)))
+    if base and (entry := Path(path) / BLOCK_ATTENTION).is_file():
+        config.block_attention = json.loads(entry.read_text(encoding="utf-8"))
     check_supported(config)
     return config
+
+
+def adapter_base(path: str) -> tuple[str, str | None] | None:
+    """The model and revision under the adapter in a folder; None if the folder holds none."""
+    adapter = Path(path) / "adapter_config.json"
+    if not adapter.is_file():
+        return None
+    settings = json.loads(adapter.read_text(encoding="utf-8"))
+    return settings["base_model_name_or_path"], settings["revision"]
 
 
 def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -99,7 +105,8 @@ def load_model(
 ) -> PreTrainedModel:
     """A causal language model that attends by `backend` ('sdpa' or 'flex'), on the CPU, in eval mode.
 
-    With `random_seed` its weights are drawn afresh instead of read.
+    With `random_seed` its weights are drawn afresh instead of read. The folder of an adapter gives its base
+    with the adapter merged in.
 
     Raises:
         UserError: there is no such model, or it is not supported.
@@ -109,7 +116,9 @@ def load_model(
     if random_seed is not None:
         set_seed(random_seed)
         return AutoModelForCausalLM.from_config(config, **settings).eval()
-    return _open(AutoModelForCausalLM, path, revision, config=config, **settings).eval()
+    base = adapter_base(path)
+    model = _open(AutoModelForCausalLM, *(base or (path, revision)), config=config, **settings)
+    return (merged(model, Path(path)) if base else model).eval()
 
 
 def load_plain(path: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:

@@ -49,6 +49,12 @@ def with_adapter(base: PreTrainedModel, checkpoint: Path, weights: Mapping[str, 
     return model
 
 
+def merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The base model with the adapter that a folder holds merged in."""
+    model: PreTrainedModel = PeftModel.from_pretrained(base, folder).merge_and_unload()
+    return model
+
+
 @contextmanager
 def mixed_types(model: torch.nn.Module) -> Iterator[None]:
     """Adapters take their inputs as they come, instead of rounding them to the type of their weights."""

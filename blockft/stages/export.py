@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
@@ -13,7 +14,7 @@ from blockft.config import Precision, Recipe
 from blockft.errors import UserError
 from blockft.model.card import model_card
 from blockft.model.checkpoint import consolidate, find_checkpoint, read_marker, read_probe
-from blockft.model.load import BLOCK_ATTENTION, load_plain
+from blockft.model.load import BLOCK_ATTENTION, adapter_base, load_plain
 from blockft.model.lora import with_adapter
 from blockft.recipe import load_recipe
 from blockft.rundir import DATA, RECIPE, read_metrics, refuse_existing, whole_folder
@@ -144,6 +145,10 @@ def _compare(draft: Path, checkpoint: Path) -> float:
     Both are computed in float32 from weights of whatever type.
     """
     ids, expected = read_probe(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.float32)
+    if base := adapter_base(str(draft)):
+        # transformers' own reader of adapters does not know all kinds (DoRA)
+        model = PeftModel.from_pretrained(load_plain(*base, torch.float32), draft)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.float32)
     logits = model(input_ids=ids[None], use_cache=False).logits[0]
     return float((logits - expected).norm() / expected.norm())

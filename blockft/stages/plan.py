@@ -15,10 +15,10 @@ from blockft.data.encode import Example
 from blockft.data.prepared import Chosen, load_prepared
 from blockft.data.tokenizer import fingerprint
 from blockft.errors import UserError
-from blockft.model.checkpoint import find_checkpoint, read_marker
+from blockft.model.checkpoint import find_checkpoint, read_marker, whole_checkpoints
 from blockft.model.load import load_config, load_tokenizer
 from blockft.recipe import SHIPPED
-from blockft.rundir import refuse_existing
+from blockft.rundir import RECIPE, refuse_existing
 from blockft.training.launch import use_cpu
 from blockft.training.rows import Rows
 
@@ -110,12 +110,15 @@ def check_run(recipe: Recipe, *, resume: bool, num_processes: int) -> tuple[Plan
     if not resume:
         refuse_existing(run, "go on from its last checkpoint with --resume, or choose another train.out")
         return make_plan(recipe, num_processes), None
-    checkpoint = find_checkpoint(run)
     plan = make_plan(recipe, num_processes)
+    if (run / RECIPE).is_file() and not whole_checkpoints(run):
+        return plan, None  # killed before its first checkpoint, it begins anew
+    checkpoint = find_checkpoint(run)
     for name, found in read_marker(checkpoint)["facts"].items():
-        if found != plan.facts.get(name) and name != NUM_PROCESSES:
+        asked = plan.facts.get(name)
+        if found != asked and name != NUM_PROCESSES:
             raise UserError(
-                f"{checkpoint} belongs to another {name} ({found}) than is asked for ({plan.facts.get(name)}): "
+                f"{checkpoint} belongs to another {name} ({found}) than is asked for ({asked}): "
                 "resume with what the run began with, or start a new one"
             )
     return plan, checkpoint

@@ -34,7 +34,7 @@ PROBE_LEN = 256
 
 
 def train(recipe: Recipe, *, resume: bool) -> Path:
-    """Train as a worker among WORLD_SIZE (or alone) and return the run's folder.
+    """Train as a worker among WORLD_SIZE (or alone) and return the run's folder; nothing if it is finished.
 
     Raises:
         UserError: see `check_run`; an unknown scheduler or tracker; a loss that is not finite.
@@ -45,13 +45,15 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
     # every rank checks: none writes before all have met
     plan, checkpoint = check_run(recipe, resume=resume, num_processes=num_processes)
     run = Path(recipe.train.out)
+    if checkpoint and read_marker(checkpoint)["step"] >= plan.num_steps:
+        return run
 
     from transformers import TrainingArguments
 
     from blockft.model.lora import add_adapter
     from blockft.training.record import RunRecord
     from blockft.training.trainer import BlockTrainer
-    from blockft.training.universal import LOAD_UNIVERSAL, UNIVERSAL, convert, remove
+    from blockft.training.universal import LOAD_UNIVERSAL, UNIVERSAL, StepsApart, convert, remove
 
     meet()
     # ZeRO-0 has no shards
@@ -94,7 +96,7 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
             args=arguments,
             train_dataset=plan.rows,
             eval_rows=plan.eval_rows,
-            callbacks=[record],
+            callbacks=[record, *([StepsApart()] if recut else [])],
         )
     except (ValueError, RuntimeError) as error:
         if not any(tracker in str(error) for tracker in recipe.train.report_to):
@@ -126,7 +128,7 @@ def _begin(run: Path, recipe: Recipe, plan: Plan, checkpoint: Path | None) -> No
     if checkpoint:
         cut_metrics(run, last_step=read_marker(checkpoint)["step"])
     else:
-        (run / METRICS).touch()
+        write_whole(run / METRICS, "")
 
 
 def describe(recipe: Recipe, num_processes: int) -> None:

@@ -94,10 +94,16 @@ def check_ranks(run: Path, facts: dict[str, Any]) -> None:
     token = [secrets.token_hex(8)]
     dist.broadcast_object_list(token)
     sign = run.parent / f".{run.name}.{token[0]}"
+    fault = [""]
     if rank == 0:
-        run.parent.mkdir(parents=True, exist_ok=True)
-        sign.touch()
-    dist.barrier()
+        try:
+            run.parent.mkdir(parents=True, exist_ok=True)
+            sign.touch()
+        except OSError as error:
+            fault = [f"train.out {run} cannot be written: {error.strerror}"]
+    dist.broadcast_object_list(fault)
+    if fault[0]:
+        raise UserError(fault[0])
     dist.all_gather_object(said, sign.exists())
     if rank == 0:
         sign.unlink()

@@ -96,12 +96,7 @@ class RunRecord(TrainerCallback):
             return
         # DeepSpeed passes over steps whose gradient is infinite; ZeRO-0 tells no norm
         numbers = {name: logs[name] for name in ("loss", "grad_norm", "learning_rate") if name in logs}
-        for name, number in numbers.items():
-            if not math.isfinite(number):
-                raise UserError(
-                    f"{name} became {number} at step {state.global_step}: lower train.learning_rate, "
-                    "and go on from the last checkpoint with --resume"
-                )
+        _check_finite(numbers, state.global_step)
         now, steps = time.monotonic(), state.global_step - self._logged_step
         speed = self._tokens_per_step * steps / (now - self._logged_at)
         self._logged_at, self._logged_step = now, state.global_step
@@ -110,6 +105,7 @@ class RunRecord(TrainerCallback):
 
     def _log_eval(self, state: TrainerState, logs: dict[str, float]) -> None:
         losses = {name: logs[name] for name in logs if name.startswith(EVAL_LOSS)}
+        _check_finite(losses, state.global_step)
         self._eval_losses = {name.removeprefix(EVAL_LOSS): loss for name, loss in losses.items()}
         self._logged_at, self._logged_step = time.monotonic(), state.global_step
         if state.is_world_process_zero:
@@ -147,3 +143,15 @@ class RunRecord(TrainerCallback):
             mark_whole(checkpoint, step=state.global_step, facts=self._facts, eval_losses=self._eval_losses)
             remove_old(self._run, self._keep, keep_best=self._keep_best)
         self._logged_at = time.monotonic()
+
+
+def _check_finite(numbers: dict[str, float], step: int) -> None:
+    """Raises:
+    UserError: one of the numbers is not finite.
+    """
+    for name, number in numbers.items():
+        if not math.isfinite(number):
+            raise UserError(
+                f"{name} became {number} at step {step}: lower train.learning_rate, "
+                "and go on from the last checkpoint with --resume"
+            )

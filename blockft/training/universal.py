@@ -5,6 +5,10 @@ import sys
 from argparse import Namespace
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 UNIVERSAL = ".universal"
 """The folder of a run that holds the checkpoint while it is being resumed from."""
@@ -39,6 +43,23 @@ def convert(checkpoint: Path) -> Path:
             )
         )
     return folder
+
+
+class StepsApart(TrainerCallback):
+    """Gives each of Adam's states a step counter of its own when a run begins.
+
+    Reading a universal checkpoint under ZeRO-3, DeepSpeed lets parameter groups share one tensor, which then
+    counts a step per group.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any, **_: Any
+    ) -> None:
+        while hasattr(optimizer, "optimizer"):  # wrapped by accelerate and by DeepSpeed
+            optimizer = optimizer.optimizer
+        for adam in optimizer.state.values():
+            if torch.is_tensor(adam.get("step")):
+                adam["step"] = adam["step"].clone()
 
 
 def remove(run: Path) -> None:

@@ -118,8 +118,8 @@ def test_a_16_bit_export_is_within_its_tolerance(toy: Path) -> None:
 def test_an_export_that_differs_from_the_run_never_appears(
     toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoilt(checkpoint: Path) -> dict[str, torch.Tensor]:
-        weights = consolidate(checkpoint)
+    def spoilt(checkpoint: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        weights = consolidate(checkpoint, dtype)
         weights["model.norm.weight"] = weights["model.norm.weight"] * 1.01
         return weights
 
@@ -174,7 +174,7 @@ def test_an_unknown_export_type_is_refused(toy: Path) -> None:
         (("train.out={toy}/other", "train.batch_rows=3", "--num-gpus", "2"), "multiple of 2"),
         (("model.path={toy}/wide", "--resume"), "another model"),
         (("train.batch_rows=2", "--resume"), "another train.batch_rows"),
-        (("--resume", "--num-gpus", "2"), "another number of processes"),
+        (("train.eval_examples=3", "--resume"), "another train.eval_examples"),
         (("train.out={toy}/other", "data.row_len=10"), "example of"),
         (("train.out={toy}/other", "model.path=data/demo/model"), "tokenizer"),
         (("train.out={toy}/other", "train.scheduler=foo"), "foo"),
