@@ -26,9 +26,17 @@ PROBE = "probe.safetensors"
 """What the run's model made of a fixed text, for exports to be compared with."""
 
 
-def mark_whole(checkpoint: Path, *, step: int, facts: dict[str, Any], eval_losses: dict[str, float]) -> None:
-    """Declare a checkpoint whole: facts about the run that a resume compares, and its losses by view."""
-    marker = {"step": step, "eval_losses": eval_losses, "facts": facts}
+def mark_whole(
+    checkpoint: Path,
+    *,
+    step: int,
+    facts: dict[str, Any],
+    eval_losses: dict[str, float],
+    unlogged: dict[str, float],
+) -> None:
+    """Declare a checkpoint whole: facts about the run that a resume compares, its losses by view, and the
+    mean loss over `steps` that the run had not logged yet, if there are any."""
+    marker = {"step": step, "eval_losses": eval_losses, "unlogged": unlogged, "facts": facts}
     write_whole(checkpoint / MARKER, json.dumps(marker, indent=2) + "\n")
 
 

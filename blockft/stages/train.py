@@ -89,6 +89,7 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
         evaluates=bool(plan.eval_rows),
         eval_steps=recipe.train.eval_steps,
         tokens_per_step=recipe.train.batch_rows * recipe.data.row_len,
+        unlogged=read_marker(checkpoint)["unlogged"] if checkpoint else {},
     )
     try:
         trainer = BlockTrainer(

@@ -25,7 +25,8 @@ from blockft.training.loss import EVAL_LOSS
 class RunRecord(TrainerCallback):
     """Writes `metrics.jsonl`, completes checkpoints, and on SIGINT or SIGTERM saves before the run ends.
 
-    `facts` go into every checkpoint's marker; `probe_ids` (T,) is the text on which exports are compared. The
+    `facts` go into every checkpoint's marker; `probe_ids` (T,) is the text on which exports are compared;
+    `unlogged` is what the checkpoint that the run goes on from says of steps between two lines. The
     tokenizer is saved as it is: the Trainer, if it knew it, would rewrite the model's end token to match.
     """
 
@@ -41,12 +42,14 @@ class RunRecord(TrainerCallback):
         evaluates: bool,
         eval_steps: int | None,
         tokens_per_step: int,
+        unlogged: dict[str, float],
     ) -> None:
         self._run, self._tokenizer, self._facts, self._probe_ids = run, tokenizer, facts, probe_ids
         self._keep, self._keep_best, self._tokens_per_step = keep_checkpoints, keep_best, tokens_per_step
         self._evaluates, self._eval_steps = evaluates, eval_steps
         self._eval_losses: dict[str, float] = {}
         self._logged_at, self._logged_step = 0.0, 0
+        self._unlogged, self._logs_early = unlogged, False
         self.asked_to_stop = False
 
     def on_train_begin(
@@ -69,11 +72,13 @@ class RunRecord(TrainerCallback):
         time is short.
         """
         self._eval_losses = {}
+        scheduled = control.should_log or control.should_save
         asked = torch.tensor(int(self.asked_to_stop), device=args.device)
         if args.world_size > 1:
             torch.distributed.all_reduce(asked)
         if asked.item():
             self.asked_to_stop = control.should_save = control.should_training_stop = True
+            self._logs_early = not scheduled
         elif self._evaluates:
             due = self._eval_steps and state.global_step % self._eval_steps == 0
             control.should_evaluate = bool(due or control.should_save)
@@ -97,6 +102,14 @@ class RunRecord(TrainerCallback):
         # DeepSpeed passes over steps whose gradient is infinite; ZeRO-0 tells no norm
         numbers = {name: logs[name] for name in ("loss", "grad_norm", "learning_rate") if name in logs}
         _check_finite(numbers, state.global_step)
+        if self._logs_early:
+            # what a run that was not stopped would log later, together with the steps to come
+            self._unlogged = {"loss": numbers["loss"], "steps": state.global_step - self._logged_step}
+            return
+        if self._unlogged:
+            before, after = self._unlogged["steps"], state.global_step - self._logged_step
+            total = self._unlogged["loss"] * before + numbers["loss"] * after
+            numbers["loss"], self._unlogged = total / (before + after), {}
         now, steps = time.monotonic(), state.global_step - self._logged_step
         speed = self._tokens_per_step * steps / (now - self._logged_at)
         self._logged_at, self._logged_step = now, state.global_step
@@ -140,7 +153,13 @@ class RunRecord(TrainerCallback):
             if model.generation_config is not None:
                 model.generation_config.save_pretrained(checkpoint)
             write_probe(checkpoint, self._probe_ids, logits)
-            mark_whole(checkpoint, step=state.global_step, facts=self._facts, eval_losses=self._eval_losses)
+            mark_whole(
+                checkpoint,
+                step=state.global_step,
+                facts=self._facts,
+                eval_losses=self._eval_losses,
+                unlogged=self._unlogged,
+            )
             remove_old(self._run, self._keep, keep_best=self._keep_best)
         self._logged_at = time.monotonic()
 
