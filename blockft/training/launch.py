@@ -26,6 +26,9 @@ from blockft.training.hosts import (
     signal_hosts,
 )
 
+SHARED_MEMORY = Path("/dev/shm")
+"""Where Linux lists it."""
+
 
 def is_worker() -> bool:
     """Whether a launcher (deepspeed, torchrun, srun with its variables exported) started this process."""
@@ -74,6 +77,16 @@ def meet() -> None:
         ) from error
     if use_cpu():
         atexit.register(_leave)
+        dist.barrier()  # now every rank has opened every other's
+        for buffer in SHARED_MEMORY.glob(_buffer_pattern()):
+            buffer.unlink(missing_ok=True)
+
+
+def _buffer_pattern() -> str:
+    """What DeepSpeed calls this rank's shared memory. With its name gone, it goes with the processes that use
+    it, however they end; DeepSpeed itself never removes it."""
+    address = "_".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
+    return f"deepspeed_allreduce_buffer_*_{address}"
 
 
 def check_ranks(run: Path, facts: dict[str, Any]) -> None:
