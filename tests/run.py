@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
@@ -41,6 +42,7 @@ def save_model(folder: Path, **size: int) -> Path:
         bos_token_id=None,
         tie_word_embeddings=True,
     )
+    torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
