@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from blockft.attention.backends import BlockMasks
 from blockft.attention.layout import Layout, lay_out
 from blockft.errors import UserError
-from blockft.model.lora import mixed_types
 from blockft.rundir import write_whole
 
 MARKER = "whole.json"
@@ -100,7 +100,12 @@ def probe_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     vectors = lay_out([Layout((len(ids),))]).to(model.device)
     training, attention = model.training, model.config._attn_implementation
     model.set_attn_implementation("block_sdpa")
-    with _float32_weights(model), mixed_types(model), torch.compiler.set_stance("force_eager"):
+    # adapters must not round their inputs to the type that their weights have between the hooks
+    with (
+        _float32_weights(model),
+        disable_input_dtype_casting(model),
+        torch.compiler.set_stance("force_eager"),
+    ):
         logits = model.eval()(
             input_ids=ids[None].to(model.device),
             position_ids=vectors.position_ids,

@@ -1,14 +1,12 @@
 """Low-rank adapters, by peft: added to a model for training, and put on it again for an export."""
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.helpers import disable_input_dtype_casting
 from transformers import PreTrainedModel, set_seed
 
 from blockft.errors import UserError
@@ -53,10 +51,3 @@ def merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """The base model with the adapter that a folder holds merged in."""
     model: PreTrainedModel = PeftModel.from_pretrained(base, folder).merge_and_unload()
     return model
-
-
-@contextmanager
-def mixed_types(model: torch.nn.Module) -> Iterator[None]:
-    """Adapters take their inputs as they come, instead of rounding them to the type of their weights."""
-    with disable_input_dtype_casting(model):
-        yield

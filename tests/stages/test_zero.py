@@ -29,6 +29,7 @@ from blockft.model.load import load_config
 from blockft.rundir import METRICS, read_metrics
 from blockft.stages.export import export
 from blockft.stages.prepare import prepare
+from blockft.training.launch import SHARED_MEMORY
 from tests.run import toy_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -187,11 +188,13 @@ def test_law_9_a_run_killed_between_two_checkpoints_goes_on_as_if_it_had_not_bee
     train: Train, folder: Path, stage: int
 ) -> None:
     run = folder / f"killed-{stage}"
+    shared_memory = set(SHARED_MEMORY.glob("deepspeed*"))
     launched = start(folder, run, stage)
     wait_for_step(run, 8, launched)
     for process in processes_of(launched):
         process.send_signal(signal.SIGKILL)
     launched.wait()
+    assert set(SHARED_MEMORY.glob("deepspeed*")) <= shared_memory
     assert [path.name for path in whole_checkpoints(run)] == ["checkpoint-7"]
     assert 8 <= read_metrics(run)[-1]["step"] < 14
     resume(folder, run, stage)
