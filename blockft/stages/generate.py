@@ -3,17 +3,17 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from blockft.config import PromptSettings, View
-from blockft.data.rag import Document, RagPrompt
-from blockft.data.sample import RecordError, Sample, check, messages_of, meta_of, take, text_of
+from blockft.data.rag import RagPrompt
+from blockft.data.request import request_of
+from blockft.data.sample import RecordError, Sample
 from blockft.errors import UserError
 from blockft.inference.engine import Engine
 
 
 def generate(model: str, source: str, *, mode: str, max_new_tokens: int, as_json: bool) -> None:
-    """Answer every line of `source`: {"documents": [{"title", "text"}], "question"} or {"messages"}.
+    """Answer every line of `source`, a request as `data.request` reads it.
 
     Raises:
         UserError: an unknown mode; a line that is no prompt, by its number; see `Engine`.
@@ -72,29 +72,8 @@ def _prompt(line: str, rag: RagPrompt, at: str) -> Sample:
         UserError: it is none.
     """
     try:
-        record = json.loads(line)
-        check(isinstance(record, dict), "the line", record, "be a JSON object")
-        id = str(record.get("id", at))
-        if "messages" in record:
-            messages = messages_of(record["messages"])
-            meta = meta_of(take(record, "meta", {}), sum(len(message.content) for message in messages))
-        else:
-            question = text_of(take(record, "question"), "field 'question'")
-            messages, meta = rag.build(question, _documents(record), id)
-        return Sample(id=id, source="input", messages=messages, response="", meta=meta)
+        return request_of(json.loads(line), rag, at)
     except json.JSONDecodeError as error:
         raise UserError(f"{at} is not JSON: {error}") from error
     except RecordError as error:
         raise UserError(f"{at}: {error}") from error
-
-
-def _documents(record: dict[str, Any]) -> list[Document]:
-    documents = take(record, "documents")
-    check(isinstance(documents, list), "field 'documents'", documents, "be a list")
-    read = []
-    for i, document in enumerate(documents):
-        at = f"field 'documents[{i}]'"
-        check(isinstance(document, dict), at, document, 'be {"title", "text"}')
-        title = text_of(document.get("title", ""), f"{at}.title", may_be_blank=True)
-        read.append(Document(title=title, text=text_of(take(document, "text"), f"{at}.text")))
-    return read
