@@ -163,7 +163,8 @@ class DiskTier:
             except FileNotFoundError:
                 pass  # evicted meanwhile
             except OSError as error:
-                self._say_unwritable(error)
+                text = f"uses of {self._folder.path} cannot be recorded ({error.strerror})"
+                self._say("touch", f"{text}: what is used may be evicted before what is not")
 
     def _report(self, path: Path, error: DamagedEntry) -> None:
         self._count(entries_damaged=1)

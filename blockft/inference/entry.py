@@ -223,15 +223,14 @@ def _header(model: CacheModel, name: str, num_tokens: int, checksums: Sequence[s
 
 
 def _json(model: CacheModel, name: str, num_tokens: int, checksums: Sequence[str]) -> str:
-    shape = model.layer_shape(num_tokens)
+    dtype, shape, layer_bytes = _DTYPES[model.dtype], model.layer_shape(num_tokens), model.layer_bytes
     start, end = 0, num_tokens * ID_BYTES
     header: dict[str, Any] = {
         "__metadata__": _identity(model, name) | {"checksums": " ".join(checksums)},
         "token_ids": {"dtype": "I32", "shape": [num_tokens], "data_offsets": [start, end]},
     }
     for layer in range(model.num_layers):
-        start, end = end, end + num_tokens * model.layer_bytes
-        dtype = _DTYPES[model.dtype]
+        start, end = end, end + num_tokens * layer_bytes
         header[f"layers.{layer}"] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     return json.dumps(header, separators=(",", ":"))
 
