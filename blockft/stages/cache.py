@@ -35,14 +35,15 @@ def stats(folder: Path, *, as_json: bool = False) -> None:
     if as_json:
         print(json.dumps(total | {"models": lines}))
         return
-    right = [Column(name, justify="right") for name in ("entries", "tokens", "size")]
-    table = Table(Column("model", overflow="fold"), "fingerprint", "type", *right, "oldest use", "latest use")
+    right = [Column(name, justify="right", no_wrap=True) for name in ("entries", "tokens", "size")]
+    names = [Column(name, no_wrap=True) for name in ("fingerprint", "oldest use", "latest use")]
+    table = Table(Column("model", overflow="fold"), names[0], *right, *names[1:], box=None)
     for line in lines:
         numbers = f"{line['entries']:,}", f"{line['tokens']:,}", format_bytes(line["bytes"])
-        uses = ((line[name] or "")[:16].replace("T", " ") for name in ("oldest_use", "latest_use"))
-        table.add_row(line["name"], line["fingerprint"][:12], line["dtype"], *numbers, *uses)
+        uses = ((line[name] or "")[:10] for name in ("oldest_use", "latest_use"))
+        table.add_row(line["name"], line["fingerprint"][:12], *numbers, *uses)
     Console().print(table)
-    print(f"{total['entries']:,} entries, {format_bytes(total['bytes'])}; times are UTC")
+    print(f"{total['entries']:,} entries, {format_bytes(total['bytes'])}")
 
 
 def verify(folder: Path, *, remove: bool = False, as_json: bool = False) -> None:
