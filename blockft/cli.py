@@ -20,9 +20,13 @@ app = typer.Typer(
 bench = typer.Typer(help="Measure side by side.")
 app.add_typer(bench, name="bench")
 
+cache = typer.Typer(help="Keep the keys and values of blocks on a disk.")
+app.add_typer(cache, name="cache")
+
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that ships.")
 ]
+CacheName = Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of a block cache.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override the recipe's.")
 ]
@@ -186,6 +190,48 @@ def bench_attention(
     from blockft.stages.bench import bench_attention
 
     bench_attention(row_len=row_len, num_layouts=num_layouts, out=out)
+
+
+@cache.command("stats")
+def cache_stats(
+    folder: CacheName,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say which models' blocks a cache holds, how many, and when they were used."""
+    from blockft.stages.cache import stats
+
+    stats(folder, as_json=as_json)
+
+
+@cache.command("verify")
+def cache_verify(
+    folder: CacheName,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove damaged entries.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Read every entry of a cache and compare all checksums."""
+    from blockft.stages.cache import verify
+
+    verify(folder, remove=remove, as_json=as_json)
+
+
+@cache.command("prune")
+def cache_prune(
+    folder: CacheName,
+    max_bytes: Annotated[
+        str | None, typer.Option(help="What may stay, as 10GB or 512MiB; least recently used entries go.")
+    ] = None,
+    older_than: Annotated[
+        str | None, typer.Option(help="Remove what was not used for so long, as 7d or 12h.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Only entries of this model: its name, or how its fingerprint begins.")
+    ] = None,
+) -> None:
+    """Remove entries of a cache, and what killed processes left; one limit at least."""
+    from blockft.stages.cache import prune
+
+    prune(folder, max_bytes=max_bytes, older_than=older_than, model=model)
 
 
 @app.command()

@@ -1,0 +1,243 @@
+"""The file of a cached block: safetensors, in which every byte is accounted for.
+
+::
+
+    length       8 bytes
+    header       JSON, filled up with blanks to a length that hangs on the model alone
+    token_ids    (n,) int32
+    layers.0     (n, 2, K, D): for each token the keys, then the values, of the first layer
+    layers.1     ...
+
+n tokens, K key/value heads, D head size. The header holds a checksum per layer; the rest of it follows from
+the model and the token ids, so a reader knows every byte that it must find. Nothing is mapped into memory: a
+file that shrinks is an error, not a signal.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import xxhash
+
+from blockft.inference.block import ID_BYTES, Key, digest, num_tokens
+
+VERSION = 1
+"""Of the format of entries and of their folder; another version is never read."""
+
+SUFFIX = ".safetensors"
+
+_PAGE = 4096
+_CHECKSUM = xxhash.xxh3_128_hexdigest
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""How safetensors spells the types that keys and values may have."""
+
+
+class DamagedEntry(Exception):
+    """Why an entry cannot be used; its block must be encoded again. status: of the file that was read."""
+
+    def __init__(self, reason: str, status: os.stat_result) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheModel:
+    """The model that keys and values belong to.
+
+    fingerprint: hexadecimal; of all that decides keys, values and ids: weights, adapter, dtype, tokenizer.
+    name: for people, a path or a Hub id.
+    dtype: of keys and values, as torch spells it: float32, bfloat16 or float16.
+    """
+
+    fingerprint: str
+    name: str
+    dtype: str
+    num_layers: int
+    num_kv_heads: int
+    head_size: int
+
+    def __post_init__(self) -> None:
+        assert self.fingerprint and set(self.fingerprint) <= set("0123456789abcdef"), self.fingerprint
+        assert self.dtype in _DTYPES, self.dtype
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    @property
+    def layer_bytes(self) -> int:
+        """What one token takes in one layer."""
+        return 2 * self.num_kv_heads * self.head_size * self.torch_dtype.itemsize
+
+    @property
+    def token_bytes(self) -> int:
+        """What one token takes in all layers."""
+        return self.num_layers * self.layer_bytes
+
+    def layer_shape(self, num_tokens: int) -> tuple[int, int, int, int]:
+        return num_tokens, 2, self.num_kv_heads, self.head_size
+
+    def entry_bytes(self, num_tokens: int) -> int:
+        """The size of the file of a block."""
+        return _start(self) + num_tokens * (ID_BYTES + self.token_bytes)
+
+    def num_tokens(self, entry_bytes: int) -> int:
+        """The length of the block in a file of this size; 0 if no block has a file of this size."""
+        length, rest = divmod(entry_bytes - _start(self), ID_BYTES + self.token_bytes)
+        return length if length > 0 and not rest else 0
+
+
+def write_entry(file: BinaryIO, model: CacheModel, key: Key, kv: torch.Tensor) -> None:
+    """Write a block's keys and values, (layers, n, 2, K, D) on the CPU, into an empty unbuffered file.
+
+    Raises:
+        OSError: the file does not take them.
+    """
+    assert kv.shape == (model.num_layers, *model.layer_shape(num_tokens(key))), tuple(kv.shape)
+    assert kv.dtype == model.torch_dtype, kv.dtype
+    layers = [_bytes_of(layer) for layer in kv.contiguous()]
+    header = _header(model, digest(key), num_tokens(key), [_CHECKSUM(layer) for layer in layers])
+    for part in (memoryview(header), memoryview(key), *layers):
+        while part:
+            part = part[file.write(part) :]
+
+
+class Entry:
+    """An open entry; it stays readable when its file is replaced or removed. Threads may share it.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedEntry: it is not what was written under this name for this model.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, path: Path, model: CacheModel) -> None:
+        self.path, self.model = path, model
+        self._file = path.open("rb", buffering=0)
+        try:
+            self.key, self._checksums = self._open()
+        except BaseException:
+            self.close()
+            raise
+        self._start = _start(model) + len(self.key)
+
+    def __enter__(self) -> "Entry":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def status(self) -> os.stat_result:
+        """Size, times and identity of the open file."""
+        return os.fstat(self._file.fileno())
+
+    def touch(self) -> None:
+        """Record that the entry is used now, by the clock of the file system."""
+        os.utime(self._file.fileno())
+
+    def layer(self, index: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The keys and values of a layer, (n, 2, K, D), read into `out` if it is given, and checked.
+
+        Raises:
+            DamagedEntry: they are not those that were written; `out` then holds anything.
+            OSError: they cannot be read.
+        """
+        shape = self.model.layer_shape(num_tokens(self.key))
+        if out is None:
+            out = torch.empty(shape, dtype=self.model.torch_dtype)
+        assert out.shape == shape and out.dtype == self.model.torch_dtype and out.is_contiguous()
+        content = _bytes_of(out)
+        self._read(content, self._start + index * len(content))
+        if _CHECKSUM(content) != self._checksums[index]:
+            raise self._damaged(f"layer {index} has changed since it was written")
+        return out
+
+    def check(self) -> None:
+        """Read every layer. Raises as `layer`."""
+        for index in range(self.model.num_layers):
+            self.layer(index)
+
+    def _open(self) -> tuple[Key, list[str]]:
+        size, start, name = self.status().st_size, _start(self.model), self.path.name.removesuffix(SUFFIX)
+        header = bytearray(start)
+        self._read(memoryview(header), 0)
+        metadata = _metadata(header)
+        for field, expected in _identity(self.model, name).items():
+            if metadata.get(field) != expected:
+                raise self._damaged(f"its {field} is {metadata.get(field)!r} in place of {expected!r}")
+        length = self.model.num_tokens(size)
+        if not length:
+            raise self._damaged(f"no block fills {size} bytes")
+        key = bytearray(length * ID_BYTES)
+        self._read(memoryview(key), start)
+        checksums = str(metadata.get("checksums")).split()
+        if digest(bytes(key)) != name:
+            raise self._damaged("its token ids are not those of its name")
+        right = _header(self.model, name, length, checksums)
+        if len(checksums) != self.model.num_layers or header != right:
+            raise self._damaged("its header does not fit its content")
+        return bytes(key), checksums
+
+    def _damaged(self, reason: str) -> DamagedEntry:
+        return DamagedEntry(reason, self.status())
+
+    def _read(self, buffer: memoryview, offset: int) -> None:
+        while buffer:
+            num_read = os.preadv(self._file.fileno(), [buffer], offset)
+            if not num_read:
+                raise self._damaged("it is cut short")
+            buffer, offset = buffer[num_read:], offset + num_read
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().view(torch.uint8).reshape(-1).numpy().data
+
+
+def _identity(model: CacheModel, name: str) -> dict[str, str]:
+    return {"format": f"blockft block {VERSION}", "model": model.fingerprint, "block": name}
+
+
+def _metadata(header: bytearray) -> dict[str, Any]:
+    try:
+        found = json.loads(header[8:])["__metadata__"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _header(model: CacheModel, name: str, num_tokens: int, checksums: Sequence[str]) -> bytes:
+    """Length and header, up to where the token ids start."""
+    text = _json(model, name, num_tokens, checksums)
+    length = _start(model) - 8
+    return length.to_bytes(8, "little") + text.encode().ljust(length)
+
+
+def _json(model: CacheModel, name: str, num_tokens: int, checksums: Sequence[str]) -> str:
+    dtype, shape, layer_bytes = _DTYPES[model.dtype], model.layer_shape(num_tokens), model.layer_bytes
+    start, end = 0, num_tokens * ID_BYTES
+    header: dict[str, Any] = {
+        "__metadata__": _identity(model, name) | {"checksums": " ".join(checksums)},
+        "token_ids": {"dtype": "I32", "shape": [num_tokens], "data_offsets": [start, end]},
+    }
+    for layer in range(model.num_layers):
+        start, end = end, end + num_tokens * layer_bytes
+        header[f"layers.{layer}"] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    return json.dumps(header, separators=(",", ":"))
+
+
+@lru_cache
+def _start(model: CacheModel) -> int:
+    """Where the token ids start: after a header with the widest numbers, at the start of a page."""
+    sample = _CHECKSUM(b"")
+    longest = _json(model, sample, 2**31, [sample] * model.num_layers)
+    return -(-(8 + len(longest)) // _PAGE) * _PAGE

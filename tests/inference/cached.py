@@ -1,0 +1,39 @@
+"""A model of a few numbers whose blocks can be told by their content, for tests of the cache."""
+
+import random
+from pathlib import Path
+
+import torch
+
+from blockft.inference.block import Key, ids_of, key_of, num_tokens
+from blockft.inference.entry import CacheModel, Entry, write_entry
+
+TOY = CacheModel(
+    fingerprint="a1b2c3", name="toy", dtype="bfloat16", num_layers=3, num_kv_heads=2, head_size=4
+)
+OTHER = CacheModel(
+    fingerprint="d4e5f6", name="other", dtype="float32", num_layers=2, num_kv_heads=1, head_size=8
+)
+
+
+def kv_of(key: Key, model: CacheModel = TOY) -> torch.Tensor:
+    """Keys and values, (layers, n, 2, K, D), that nothing but the key decides."""
+    shape = (model.num_layers, *model.layer_shape(num_tokens(key)))
+    generator = torch.Generator().manual_seed(sum(ids_of(key)))
+    return torch.randn(shape, generator=generator).to(model.torch_dtype)
+
+
+def some_key(seed: int, length: int = 5) -> Key:
+    rng = random.Random(seed)
+    return key_of([rng.randrange(50_000) for _ in range(length)])
+
+
+def write_file(path: Path, key: Key, model: CacheModel = TOY) -> None:
+    with path.open("wb", buffering=0) as file:
+        write_entry(file, model, key, kv_of(key, model))
+
+
+def check_file(path: Path, model: CacheModel = TOY) -> None:
+    """Raises what a reader of all that is in the file would raise."""
+    with Entry(path, model) as entry:
+        entry.check()
