@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from blockft.attention.layout import Vectors
 from blockft.attention.mask import batch_rule, dense_batch_mask, tile_mask
+from blockft.attention.queryside import CachedAttention
 
 TILE = 128
 """Tokens of a tile of flex's block-sparse mask, either way."""
@@ -129,9 +130,42 @@ def block_flex(
     return out_BHTD.transpose(1, 2).contiguous(), None
 
 
+@torch.compiler.disable
+def block_cached(
+    module: torch.nn.Module,
+    q_BHTD: torch.Tensor,
+    keys_BKSD: torch.Tensor,
+    values_BKSD: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    sliding_window: int | None = None,
+    cached: CachedAttention | None = None,
+    **given: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of final blocks over cached blocks where they lie; without `cached`, as `block_sdpa`.
+
+    Compiled layers are left for it: which layer calls would else be compiled in, a kernel for each.
+    """
+    if cached is None:
+        return block_sdpa(
+            module,
+            q_BHTD,
+            keys_BKSD,
+            values_BKSD,
+            attention_mask,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            **given,
+        )
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    return cached.attend(layer, q_BHTD, keys_BKSD, values_BKSD, scaling, sliding_window), None
+
+
 BACKENDS: dict[str, Callable[..., tuple[torch.Tensor, None]]] = {
     "block_sdpa": block_sdpa,
     "block_flex": block_flex,
+    "block_cached": block_cached,
 }
 """The backends by the name that `attn_implementation` takes."""
 

@@ -1,0 +1,141 @@
+"""The device tier: keys and values of blocks in one piece of GPU memory, where attention reads them in place.
+
+Shapes: L layers, S token slots, n tokens of a block, K key/value heads, D head size.
+"""
+
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from blockft.errors import UserError
+from blockft.inference.block import Key, num_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVShape:
+    """The keys and values of one token: a (layers, 2, K, D) tensor of a type."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_size: int
+    dtype: torch.dtype
+
+    @property
+    def token_bytes(self) -> int:
+        return 2 * self.num_layers * self.num_kv_heads * self.head_size * self.dtype.itemsize
+
+    def block_bytes(self, key: Key) -> int:
+        return num_tokens(key) * self.token_bytes
+
+
+class DeviceTier:
+    """Blocks in slots of one (L, S, 2, K, D) tensor, the least recently used making way.
+
+    A block takes consecutive slots, so a layer of it is one copy. `slack` more slots follow the last one that
+    a block may take, for kernels that load whole tiles.
+    """
+
+    def __init__(self, shape: KVShape, device: torch.device, max_bytes: int, slack: int = 0) -> None:
+        self.shape = shape
+        self.num_slots = max_bytes // shape.token_bytes
+        size = (shape.num_layers, self.num_slots + slack, 2, shape.num_kv_heads, shape.head_size)
+        # zeros: what a tile reads beyond a block is weighted with 0, and 0 times NaN would be NaN
+        self.cache_LS2KD = torch.zeros(size, dtype=shape.dtype, device=device)
+        self.evicted = 0
+        self._slots: OrderedDict[Key, int] = OrderedDict()
+        self._holes = [(0, self.num_slots)]
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._slots
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(map(self.shape.block_bytes, self._slots))
+
+    def slot(self, key: Key) -> int:
+        """The first slot of a block that is there; it counts as used."""
+        self._slots.move_to_end(key)
+        return self._slots[key]
+
+    def block(self, key: Key) -> torch.Tensor:
+        """The keys and values of a block that is there, in place: (L, n, 2, K, D)."""
+        start = self._slots[key]
+        return self.cache_LS2KD[:, start : start + num_tokens(key)]
+
+    def check_fits(self, keys: Iterable[Key]) -> None:
+        """Raises:
+        UserError: these blocks do not fit together.
+        """
+        needed = sum(map(num_tokens, keys))
+        if needed > self.num_slots:
+            gib = self.shape.token_bytes / 2**30
+            raise UserError(
+                f"the blocks of these prompts need {needed * gib:.2f} GiB on the device, its budget is "
+                f"{self.num_slots * gib:.2f} GiB: raise the device budget, or ask fewer prompts at once"
+            )
+
+    def add(self, keys: Sequence[Key], keep: Collection[Key]) -> None:
+        """Give slots to blocks that are not there yet; others than these and `keep` may be evicted.
+
+        Raises:
+            UserError: they do not fit together with those to keep; see `check_fits`.
+        """
+        kept = {*keys, *keep}
+        self.check_fits(kept)
+        for key in keys:
+            while (slot := self._take(num_tokens(key))) is None:
+                victim = next((other for other in self._slots if other not in kept), None)
+                if victim is None:
+                    # everything left is needed, but lies so that no hole is large enough
+                    self._compact()
+                else:
+                    self.drop(victim)
+                    self.evicted += 1
+            self._slots[key] = slot
+
+    def drop(self, key: Key) -> None:
+        """Free the slots of a block."""
+        start = self._slots.pop(key)
+        self._holes.append((start, num_tokens(key)))
+        self._holes = _merged(self._holes)
+
+    def clear(self) -> None:
+        """Free all slots."""
+        self._slots.clear()
+        self._holes = [(0, self.num_slots)]
+
+    def _take(self, length: int) -> int | None:
+        """The start of `length` consecutive free slots, taken from the first hole that holds them."""
+        for i, (start, size) in enumerate(self._holes):
+            if size >= length:
+                self._holes[i : i + 1] = [(start + length, size - length)] if size > length else []
+                return start
+        return None
+
+    def _compact(self) -> None:
+        """Move all blocks to the front."""
+        free = 0
+        for key, start in sorted(self._slots.items(), key=lambda item: item[1]):
+            length = num_tokens(key)
+            if start != free:
+                moved = self.cache_LS2KD[:, start : start + length].clone()
+                self.cache_LS2KD[:, free : free + length] = moved
+                self._slots[key] = free
+            free += length
+        self._holes = [(free, self.num_slots - free)]
+
+
+def _merged(holes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same free slots as few holes, in order."""
+    merged: list[tuple[int, int]] = []
+    for start, size in sorted(holes):
+        if merged and sum(merged[-1]) == start:
+            merged[-1] = (merged[-1][0], merged[-1][1] + size)
+        else:
+            merged.append((start, size))
+    return merged
