@@ -25,6 +25,7 @@ from blockft.evaluation.render import cell, draw, markdown
 from blockft.evaluation.report import DIFFERENCE, Prediction, build_report, histogram
 from blockft.inference.engine import Engine
 from blockft.model.identity import model_fingerprint
+from blockft.model.load import reencodes
 from blockft.rundir import partial_folder, refuse_existing, save_figure, whole_folder
 from blockft.stages.questions import read_questions
 
@@ -74,7 +75,7 @@ def _options(recipe: Recipe, engine: Engine, samples: list[Sample], revision: st
         "revision": revision,
         "model fingerprint": model_fingerprint(engine.model),
         "tokenizer fingerprint": fingerprint(engine.tokenizer),
-        "positions of blocks": (engine.block_attention or {}).get("position_scheme", "reencoded"),
+        "positions of blocks": "reencoded" if reencodes(engine.model.config) else "local",
         "dtype": str(engine.model.dtype).removeprefix("torch."),
         "device": engine.model.device.type,
         "output limit, tokens": settings.max_new_tokens,
