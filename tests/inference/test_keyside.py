@@ -82,15 +82,14 @@ def test_decoding_continues_the_masked_forward() -> None:
 
 
 def test_the_engine_leaves_blocks_where_training_left_them(tmp_path: Path) -> None:
-    save_model(tmp_path)
-    prompt, answers = [[(9, 8, 7), (5, 6, 7, 8), (1, 2, 3)]], {}
+    save_model(tmp_path, initializer_range=1.0)
+    ids, layout, answers = random_ids(random.Random(1), 60), Layout((20, 25, 15)), {}
     config = json.loads((tmp_path / "config.json").read_text())
     for scheme in ("reencoded", "local"):
         config["block_attention"] = {"position_scheme": scheme}
         (tmp_path / "config.json").write_text(json.dumps(config))
         engine = Engine.load(str(tmp_path), device="cpu")
-        (answers[scheme],) = engine.generate_ids(prompt, max_new_tokens=6)
-        layout, ids = Layout((3, 4, 3)), torch.tensor([9, 8, 7, 5, 6, 7, 8, 1, 2, 3])
+        (answers[scheme],) = engine.generate_ids([cut(ids, layout)], max_new_tokens=6)
         want = masked_logits(engine.model, ids, layout, reencoded=scheme == "reencoded")
         assert answers[scheme].ids[0] == int(want[-1].argmax())
     assert answers["local"].ids != answers["reencoded"].ids
