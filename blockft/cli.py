@@ -159,25 +159,47 @@ def generate(
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="An export, any model folder, or a Hub id.")],
-    recipe: RecipeName,
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE_OR_DATA", help="A recipe with an eval part, or questions: a file, glob or folder."
+        ),
+    ],
     overrides: Overrides = None,
+    modes: Annotated[str | None, typer.Option(help="block,full or one of them; as the recipe says.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="Questions, and how they are laid out; samples unless given.")
+    ] = None,
 ) -> None:
-    """Answer the recipe's held-out questions in block and full mode, and score the answers."""
-    from blockft.recipe import load_recipe
+    """Answer held-out questions in block and full mode, and score the answers; goes on after a kill."""
+    from blockft.recipe import is_recipe, load_recipe
+
+    words = [*(overrides or ()), *([f"eval.modes=[{modes}]"] if modes else [])]
+    if format is None and is_recipe(target):
+        settings = load_recipe(target, words)  # before the slow imports: most mistakes are found here
+    else:
+        from blockft.stages.questions import recipe_for
+
+        settings = recipe_for(model, target, words, format=format)
+
     from blockft.stages.evaluate import evaluate
 
-    evaluate(model, load_recipe(recipe, overrides or ()))
+    evaluate(model, settings)
 
 
 @app.command()
 def compare(
     reports: Annotated[list[Path], typer.Argument(help="Report folders or report.json files.")],
+    metric: Annotated[
+        str, typer.Option(help="substring_match, exact_match or token_f1.")
+    ] = "substring_match",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     png: Annotated[Path | None, typer.Option(help="Draw the comparison into this file.")] = None,
 ) -> None:
     """Put reports of `eval` side by side."""
     from blockft.stages.compare import compare
 
-    compare(reports, png=png)
+    compare(reports, metric=metric, as_json=as_json, png=png)
 
 
 @bench.command("attention")

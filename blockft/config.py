@@ -54,6 +54,13 @@ class Order(StrEnum):
     given = "given"
 
 
+class Positions(StrEnum):
+    """Where the tokens of local blocks stand."""
+
+    reencoded = "reencoded"
+    local = "local"
+
+
 class Role(StrEnum):
     """The message in which the documents stand."""
 
@@ -169,6 +176,9 @@ class DataSettings:
     row_len: int = at_least(1, 4096)
     # the views of every example that splits into blocks
     views: list[View] = at_least(1, [View.block, View.full])
+    # reencoded: a block's tokens stand where the prompt has them, wherever they were cached; local: they stay
+    # at 0..n-1 (the paper's ablation). Training and its exports alone know of it: prepared data serve both
+    positions: Positions = Positions.reencoded
     # documents in a RAG prompt, and never less than those that support the answer; null keeps all that the
     # record has, 0 asks without documents
     num_documents: int | None = at_least(0, None)

@@ -33,6 +33,11 @@ def find_recipe(name: str) -> Path:
     raise UserError(f"recipe {name!r} is neither a file nor one that ships ({', '.join(shipped)}){guess}")
 
 
+def is_recipe(name: str) -> bool:
+    """Whether a word names a recipe, by its suffix or as one that ships."""
+    return Path(name).suffix in (".yaml", ".yml") or (SHIPPED / f"{name}.yaml").is_file()
+
+
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `key=value` overrides to it.
 
@@ -46,8 +51,25 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     path = find_recipe(name)
     try:
         given = OmegaConf.load(path)
-        if not isinstance(given, DictConfig):
-            raise UserError(f"{path} holds no mapping: a recipe has the keys {', '.join(_fields(Recipe))}")
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} cannot be read as a recipe: {' '.join(str(error).split())}") from error
+    if not isinstance(given, DictConfig):
+        raise UserError(f"{path} holds no mapping: a recipe has the keys {', '.join(_fields(Recipe))}")
+    return make_recipe(given, overrides, str(path))
+
+
+def make_recipe(given: Any, overrides: Sequence[str], path: str) -> Recipe:
+    """The recipe that a mapping of settings describes, with `key=value` overrides; `path` names it in errors.
+
+    Raises:
+        UserError: see `load_recipe`.
+    """
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    given = OmegaConf.create(given)
+    try:
         for word in overrides:
             key, equals, value = word.partition("=")
             if not equals:
@@ -56,7 +78,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
                 )
             OmegaConf.update(given, key, yaml.safe_load(value))
         plain = OmegaConf.to_container(given, resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path} cannot be read as a recipe: {' '.join(str(error).split())}") from error
     if faults := _faults(Recipe, cast(dict[str, Any], plain), ""):
         raise UserError(f"{path}: {'; '.join(faults)}")

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,11 @@ from blockft.errors import UserError
 RECIPE, DATA, METRICS, LOSS_PLOT = "recipe.yaml", "data.json", "metrics.jsonl", "loss.png"
 """A run's recipe with every setting, its data's manifest, a line per logged step, a picture of its loss."""
 
-DRAFT = ".draft"
-"""How the hidden names of unfinished folders end."""
+DRAFT, PARTIAL = ".draft", ".partial"
+"""How the hidden names of unfinished folders end, of those that begin anew and those that go on."""
+
+FACTS = "facts.json"
+"""In a folder that goes on: what decides its content."""
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -65,6 +68,49 @@ def whole_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        os.close(lock)
+
+
+@contextmanager
+def partial_folder(out: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
+    """A hidden folder beside `out` that outlives a kill and is found again by who makes the same of the same.
+
+    `facts` are everything that decides what is written there. At the end, when `out` is whole, the folder is
+    removed; on any error it stays.
+
+    Raises:
+        UserError: it was begun with other facts, another process is at work on it, or it cannot be written.
+    """
+    partial = out.with_name(f".{out.name}{PARTIAL}")
+    asked = json.loads(json.dumps(dict(facts)))
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = _lock(partial)
+    except BlockingIOError:
+        raise UserError(f"another process is writing {out}: wait for it, or choose another folder") from None
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}") from error
+    try:
+        if (partial / FACTS).is_file():
+            found = json.loads((partial / FACTS).read_text(encoding="utf-8"))
+            for name in asked | found:
+                if asked.get(name) != found.get(name):
+                    raise UserError(
+                        f"{partial} was begun with another {name} ({found.get(name)}, "
+                        f"not {asked.get(name)}): go on as it was begun, choose another folder, "
+                        "or remove it to begin anew"
+                    )
+        else:
+            write_whole(partial / FACTS, json.dumps(asked, indent=2) + "\n")
+        yield partial
+        shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        if _is_disk_full(error):
+            raise UserError(
+                f"the disk is full: make room, and go on with {out} by the same command"
+            ) from error
+        raise
+    finally:
         os.close(lock)
 
 

@@ -33,7 +33,7 @@ def save_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def save_model(folder: Path, **size: int) -> Path:
+def save_model(folder: Path, **size: float) -> Path:
     """A random Llama with its tokenizer."""
     tokenizer = save_tokenizer(folder)
     config = LlamaConfig(

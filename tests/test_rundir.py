@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from blockft.rundir import whole_folder
+from blockft.errors import UserError
+from blockft.rundir import partial_folder, whole_folder
 
 WRITER = """
 import sys, time
@@ -45,3 +46,20 @@ def test_on_an_error_nothing_is_left(tmp_path: Path) -> None:
         (draft / "half").touch()
         _ = 1 / 0
     assert not list(tmp_path.iterdir())
+
+
+def test_a_partial_folder_is_found_again_by_who_makes_the_same(tmp_path: Path) -> None:
+    out, facts = tmp_path / "deep" / "out", {"model": "m", "limit": 3}
+    with pytest.raises(ZeroDivisionError), partial_folder(out, facts) as partial:
+        (partial / "kept").write_text("x")
+        with pytest.raises(UserError, match="another process"), partial_folder(out, facts):
+            pass
+        raise ZeroDivisionError
+    with (
+        pytest.raises(UserError, match=r"another limit \(3, not 4\)"),
+        partial_folder(out, facts | {"limit": 4}),
+    ):
+        pass
+    with partial_folder(out, facts) as partial:
+        assert (partial / "kept").read_text() == "x"
+    assert not list(out.parent.iterdir())

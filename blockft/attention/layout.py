@@ -93,8 +93,12 @@ class Vectors:
         return self.position_ids, self.example_ids, self.block_ids, self.is_final
 
 
-def lay_out(layouts: Sequence[Layout], row_len: int | None = None) -> Vectors:
+def lay_out(layouts: Sequence[Layout], row_len: int | None = None, *, reencoded: bool = True) -> Vectors:
     """The vectors of one row (B = 1) that holds the given examples one after the other, padded to `row_len`.
+
+    Without re-encoding local blocks stand at positions 0..n-1, and only final blocks at their place: an
+    ablation of Ma et al. 2025. Windows compare these positions as any others: seen through one, such a block
+    lies as far from the question as the start of the prompt does.
 
     Raises:
         ValueError: the examples are longer than `row_len`.
@@ -114,7 +118,10 @@ def lay_out(layouts: Sequence[Layout], row_len: int | None = None) -> Vectors:
         position = 0
         for index, length in enumerate(layout.block_lengths):
             tokens = slice(start, start + length)
-            position = layout.context_len if index >= num_local else position
+            if index >= num_local:
+                position = layout.context_len
+            elif not reencoded:
+                position = 0
             position_ids[tokens] = torch.arange(position, position + length)
             block_ids[tokens] = block
             is_final[tokens] = index >= num_local

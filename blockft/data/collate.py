@@ -13,9 +13,9 @@ LABEL_STEP = 256
 
 
 def collate_row(
-    examples: Sequence[tuple[Example, str]], row_len: int, pad_id: int
+    examples: Sequence[tuple[Example, str]], row_len: int, pad_id: int, *, reencoded: bool = True
 ) -> dict[str, torch.Tensor]:
-    """A micro-batch of one row: the examples, each in its view, one after the other.
+    """A micro-batch of one row: the examples, each in its view, one after the other; see `lay_out`.
 
     input_ids         (1, T)  and `position_ids`, `example_ids`, `block_ids`, `is_final`, all (1, T)
     labels            (1, T)  `NO_LABEL` where nothing is predicted; for counting
@@ -27,7 +27,7 @@ def collate_row(
     Raises:
         ValueError: the examples are longer than a row.
     """
-    vectors = lay_out([example.layout_of(view) for example, view in examples], row_len)
+    vectors = lay_out([example.layout_of(view) for example, view in examples], row_len, reencoded=reencoded)
     input_ids_T = np.full(row_len, pad_id, np.int64)
     labels_T = np.full(row_len, NO_LABEL, np.int64)
     num_tokens = sum(len(example) for example, _ in examples)

@@ -12,7 +12,7 @@ from blockft.data.encode import Encoder
 from blockft.data.sample import Sample
 from blockft.errors import UserError
 from blockft.inference.keyside import Ids, JoinedPrompts, encode_blocks
-from blockft.model.load import load_model, load_tokenizer, rotations
+from blockft.model.load import load_model, load_tokenizer, reencodes, rotations
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Engine:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
         self._rotations = rotations(model)
+        self._reencoded = reencodes(model.config)
         self._encoder = Encoder(tokenizer)
         ends = model.generation_config.eos_token_id
         given = ends if isinstance(ends, list) else [ends]
@@ -87,7 +88,8 @@ class Engine:
         self._check_length(max(lengths) + max_new_tokens)
         start = time.perf_counter()
         encoded = encode_blocks(self.model, (block for prompt in blocks for block in prompt[:-1]))
-        joined = JoinedPrompts(self.model, self._rotations, [prompt[:-1] for prompt in blocks], encoded)
+        contexts = [prompt[:-1] for prompt in blocks]
+        joined = JoinedPrompts(self.model, self._rotations, contexts, encoded, reencoded=self._reencoded)
         next_ids = joined.advance([prompt[-1] for prompt in blocks])[:, -1].argmax(dim=-1).tolist()
         ttft_ms = (time.perf_counter() - start) * 1000
         answers: list[list[int]] = [[] for _ in blocks]

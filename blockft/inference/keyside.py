@@ -5,7 +5,7 @@ Shapes: B prompts of a batch, T query tokens, S key tokens, K key/value heads, D
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -62,7 +62,8 @@ class JoinedPrompts:
         row 0   . . c c c c c | . f f f | n | n      c context, f final block, n decoded, . padding
         row 1   c c c c c c c | f f f f | n | n
 
-    Padding attends to padding alone, so prompts of any lengths stand in one batch.
+    Padding attends to padding alone, so prompts of any lengths stand in one batch. Blocks are moved to where
+    they stand in their prompt, unless `reencoded` is false: then they stay at positions 0..n-1.
     """
 
     def __init__(
@@ -71,14 +72,21 @@ class JoinedPrompts:
         layer_rotations: Sequence[Rotation],
         contexts: Sequence[Sequence[Ids]],
         encoded: dict[Ids, BlockKV],
+        *,
+        reencoded: bool = True,
     ) -> None:
         self._model = model
         self._lengths = torch.tensor([sum(map(len, context)) for context in contexts])
         self._vectors = _columns(torch.zeros_like(self._lengths), self._lengths, is_final=False)
+        if not reencoded:
+            self._vectors = replace(self._vectors, position_ids=_local_positions(contexts))
         self._cache = DynamicCache()
         if longest := int(self._lengths.max()):
             for layer, rotation in enumerate(layer_rotations):
-                rows = [_join(context, encoded, layer, rotation, longest) for context in contexts]
+                rows = [
+                    _join(context, encoded, layer, rotation if reencoded else None, longest)
+                    for context in contexts
+                ]
                 keys, values = (torch.stack(part) for part in zip(*rows, strict=True))
                 self._cache.update(keys, values, layer)
 
@@ -118,17 +126,32 @@ def _columns(starts: torch.Tensor, lengths: torch.Tensor, is_final: bool) -> Vec
     )
 
 
+def _local_positions(contexts: Sequence[Sequence[Ids]]) -> torch.Tensor:
+    """Positions of blocks that stay at 0..n-1, right aligned: (B, S)."""
+    rows = [[position for block in context for position in range(len(block))] for context in contexts]
+    longest = max(map(len, rows))
+    return torch.tensor([[0] * (longest - len(row)) + row for row in rows], dtype=torch.int64)
+
+
 def _join(
-    context: Sequence[Ids], encoded: dict[Ids, BlockKV], layer: int, rotation: Rotation, length: int
+    context: Sequence[Ids],
+    encoded: dict[Ids, BlockKV],
+    layer: int,
+    rotation: Rotation | None,
+    length: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A layer's moved keys and its values of one context, padded on the left: (K, length, D) each."""
+    """A layer's keys, moved if there is a rotation, and its values of one context: (K, length, D) each.
+
+    They are padded on the left.
+    """
     some = next(iter(encoded.values()))
     missing = length - sum(map(len, context))
     keys = [torch.zeros_like(some.keys[layer][:, :1]).expand(-1, missing, -1)]
     values = [torch.zeros_like(some.values[layer][:, :1]).expand(-1, missing, -1)]
     offset = 0
     for block in context:
-        keys.append(rotation.shift(encoded[block].keys[layer], by=offset))
+        cached = encoded[block].keys[layer]
+        keys.append(rotation.shift(cached, by=offset) if rotation else cached)
         values.append(encoded[block].values[layer])
         offset += len(block)
     return torch.cat(keys, dim=1), torch.cat(values, dim=1)

@@ -137,6 +137,21 @@ def attention_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
     return tuple(dict.fromkeys(window if kind == "sliding_attention" else None for kind in kinds))
 
 
+def reencodes(config: PreTrainedConfig) -> bool:
+    """Whether cached keys are moved to where their block stands; exports say how the model was trained.
+
+    Raises:
+        UserError: by a scheme of positions that is not known here.
+    """
+    scheme = (getattr(config, "block_attention", None) or {}).get("position_scheme", "reencoded")
+    if scheme not in ("reencoded", "local"):
+        raise UserError(
+            f"{config.name_or_path}: position_scheme is {scheme!r} in its block_attention "
+            "(allowed: reencoded, local): use the version of blockft that wrote it"
+        )
+    return bool(scheme == "reencoded")
+
+
 def compile_layers(model: PreTrainedModel) -> None:
     """Compile each decoder layer when it is first used; layers of one kind share their code."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)

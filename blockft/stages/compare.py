@@ -1,4 +1,4 @@
-"""`blockft compare`: reports of `eval` side by side, as a table and a picture."""
+"""`blockft compare`: reports of `eval` side by side, as a table, as JSON and as a picture."""
 
 import json
 from pathlib import Path
@@ -8,35 +8,66 @@ from rich.console import Console
 from rich.table import Table
 
 from blockft.errors import UserError
+from blockft.evaluation.metrics import METRICS
+from blockft.evaluation.render import TITLES, cell, draw
+from blockft.evaluation.report import VERSION
 from blockft.rundir import save_figure
-from blockft.stages.evaluate import REPORT
+from blockft.stages.evaluate import METRIC, REPORT
 
-METRIC = "substring_match"
+OF_THE_MODEL = ("revision", "model fingerprint", "tokenizer fingerprint")
+"""Options in which reports are expected to differ."""
 
 
-def compare(paths: list[Path], *, png: Path | None = None) -> None:
-    """Print the substring match of every report and mode, for all questions and each group they share.
+def compare(
+    paths: list[Path], *, metric: str = METRIC, as_json: bool = False, png: Path | None = None
+) -> None:
+    """Print a score of every report and mode, for all questions and each group they share.
+
+    Options in which the evaluations differ are named, for they alone may explain what is seen.
 
     Raises:
-        UserError: a path is no report.
+        UserError: a path is no report; an unknown metric.
     """
+    if metric not in METRICS:
+        raise UserError(f"--metric is {metric!r}, allowed are {', '.join(METRICS)}")
     folders = [path.parent if path.is_file() else path for path in paths]
     short = [folder.name for folder in folders]
     names = short if len(set(short)) == len(short) else [str(folder) for folder in folders]
-    columns = {
-        f"{mode} {name}": groups
-        for name, path in zip(names, paths, strict=True)
-        for mode, groups in _read(path)["modes"].items()
-    }
+    reports = {name: _read(path) for name, path in zip(names, paths, strict=True)}
+    columns = {f"{m} {name}": groups for name, r in reports.items() for m, groups in r["modes"].items()}
     rows = [group for group in next(iter(columns.values())) if all(group in c for c in columns.values())]
-    table = Table("questions", "number", *columns, title="answers that contain a gold answer, %")
+    differing = _differing(reports)
+    if as_json:
+        scores = {name: {group: c[group] for group in rows} for name, c in columns.items()}
+        print(json.dumps({"metric": metric, "scores": scores, "differing options": differing}, indent=2))
+    else:
+        _print(columns, rows, metric, differing)
+    if png:
+        save_figure(draw(columns, rows, metric), png)
+
+
+def _print(columns: dict[str, Any], rows: list[str], metric: str, differing: dict[str, Any]) -> None:
+    table = Table("questions", "number", *columns, title=TITLES[metric])
     for group in rows:
         numbers = {groups[group]["questions"] for groups in columns.values()}
-        scores = (f"{groups[group][METRIC]:.1f}" for groups in columns.values())
+        scores = (cell(groups[group], metric).replace(" [", "\n[") for groups in columns.values())
         table.add_row(group, " / ".join(map(str, sorted(numbers))), *scores)
-    Console().print(table)
-    if png:
-        _draw(columns, rows, png)
+    console = Console()
+    console.print(table)
+    for name, values in differing.items():
+        said = ", ".join(f"{report} {value}" for report, value in values.items())
+        console.print(f"not asked alike: {name}: {said}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _differing(reports: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The options of the evaluations that are not the same everywhere: name -> report -> value."""
+    names = dict.fromkeys(name for report in reports.values() for name in report["options"])
+    found = {
+        name: {report: reports[report]["options"].get(name) for report in reports}
+        for name in names
+        if name not in OF_THE_MODEL
+    }
+    return {n: values for n, values in found.items() if len({json.dumps(v) for v in values.values()}) > 1}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -49,20 +80,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{file} is not JSON: {error}") from error
     if not isinstance(report, dict) or not report.get("modes"):
         raise UserError(f"{file} is no report of blockft eval")
+    if report.get("version") != VERSION:
+        raise UserError(
+            f"{file} is a report of version {report.get('version')}, this blockft reads version {VERSION}: "
+            "evaluate again"
+        )
     return report
-
-
-def _draw(columns: dict[str, Any], rows: list[str], png: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    width = 0.8 / len(columns)
-    for i, (name, groups) in enumerate(columns.items()):
-        bars = axes.bar([x + i * width for x in range(len(rows))], [groups[g][METRIC] for g in rows], width)
-        bars.set_label(name)
-        axes.bar_label(bars, fmt="%.0f", fontsize=8)
-    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(rows))], rows)
-    axes.set(ylim=(0, 108), ylabel="answers that contain a gold answer, %")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=len(columns), frameon=False)
-    save_figure(figure, png)

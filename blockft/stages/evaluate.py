@@ -1,103 +1,137 @@
 """`blockft eval`: held-out questions answered in block and full mode, and scored."""
 
+import hashlib
 import json
 import sys
-from itertools import chain, islice
+from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 
+from blockft import __version__
 from blockft.config import Precision, Recipe
-from blockft.data.sample import Sample
-from blockft.data.sources import Tally
+from blockft.data.sample import Sample, to_record
+from blockft.data.sources import LAYOUTS
+from blockft.data.tokenizer import fingerprint
 from blockft.errors import UserError
+from blockft.evaluation.answers import AnswerFile, answer_batch, plan_batches, predictions
 from blockft.evaluation.metrics import METRICS
-from blockft.evaluation.report import Prediction, build_report
+from blockft.evaluation.render import cell, draw, markdown
+from blockft.evaluation.report import DIFFERENCE, Prediction, build_report, histogram
 from blockft.inference.engine import Engine
-from blockft.rundir import refuse_existing, whole_folder
-from blockft.stages.prompt import read_source
+from blockft.model.identity import model_fingerprint
+from blockft.model.load import reencodes
+from blockft.rundir import partial_folder, refuse_existing, save_figure, whole_folder
+from blockft.stages.questions import read_questions
 
 REPORT = "report.json"
-GROUPS = ("type", "level")
-"""Entries of a sample's meta data by which questions are also counted apart."""
+METRIC = "substring_match"
+"""What is drawn: the paper's accuracy."""
 
 
 def evaluate(model: str, recipe: Recipe) -> Path:
     """Answer the questions of `eval.sources`; write the report and each mode's predictions to `eval.out`.
 
+    Answers are kept beside it batch by batch: after a kill the same command goes on, and the report is that
+    of an evaluation that was never killed.
+
     Raises:
-        UserError: the recipe has no `eval`; `eval.out` exists; a question without answers; see `Engine.load`.
+        UserError: the recipe has no `eval`; `eval.out` exists, or was begun otherwise; a question without
+            answers; see `Engine.load`.
     """
     settings = recipe.eval
     if settings is None:
         raise UserError("the recipe has no eval: add eval.out and eval.sources")
     out = Path(settings.out)
     refuse_existing(out, "choose another eval.out")
-    samples = _questions(recipe)
+    samples = read_questions(recipe)
     revision = recipe.model.revision if model == recipe.model.path else None
     dtype = None if recipe.model.dtype is Precision.auto else getattr(torch, recipe.model.dtype.value)
     engine = Engine.load(model, revision=revision, dtype=dtype)
-    predictions = {}
-    for mode in settings.modes:
-        predictions[mode.value] = _answer(
-            engine,
-            samples,
-            mode.value,
-            batch_size=settings.batch_size,
-            max_new_tokens=settings.max_new_tokens,
-        )
-    options = {
-        "max_new_tokens": settings.max_new_tokens,
-        "order": recipe.data.order.value,
-        "num_documents": recipe.data.num_documents,
-        "dtype": str(engine.model.dtype).removeprefix("torch."),
-        "sources": [source.path for source in settings.sources],
-    }
-    report = build_report(model, predictions, options)
-    with whole_folder(out) as draft:
-        (draft / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        for mode, answered in predictions.items():
-            lines = (json.dumps(p.to_record(), ensure_ascii=False) for p in answered)
-            (draft / f"predictions-{mode}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    options = _options(recipe, engine, samples, revision)
+    with partial_folder(out, {"model": model, **options}) as partial:
+        answered = {
+            mode.value: _answer(engine, samples, mode.value, recipe, partial)
+            for mode in dict.fromkeys(settings.modes)
+        }
+        report = build_report(model, answered, options)
+        _write(out, report, answered)
     _print(report)
     return out
 
 
-def _questions(recipe: Recipe) -> list[Sample]:
-    assert recipe.eval is not None
-    sources = [read_source(source, recipe.data, Tally()) for source in recipe.eval.sources]
-    samples = list(islice(chain.from_iterable(sources), recipe.eval.max_samples))
-    if not samples:
-        raise UserError("eval.sources hold no question")
-    for sample in samples:
-        if not sample.answers:
-            raise UserError(f"question {sample.id} of {sample.source} has no answers to be scored against")
-    return samples
+def _options(recipe: Recipe, engine: Engine, samples: list[Sample], revision: str | None) -> dict[str, Any]:
+    """Everything that decides an answer."""
+    settings, data = recipe.eval, recipe.data
+    assert settings
+    worded = any(LAYOUTS[source.format].question for source in settings.sources)
+    questions = "".join(json.dumps(to_record(sample), sort_keys=True) + "\n" for sample in samples)
+    return {
+        "revision": revision,
+        "model fingerprint": model_fingerprint(engine.model),
+        "tokenizer fingerprint": fingerprint(engine.tokenizer),
+        "positions of blocks": "reencoded" if reencodes(engine.model.config) else "local",
+        "dtype": str(engine.model.dtype).removeprefix("torch."),
+        "device": engine.model.device.type,
+        "output limit, tokens": settings.max_new_tokens,
+        "prompts in a batch": settings.batch_size,
+        "questions": len(samples),
+        "hash of the questions": hashlib.sha256(questions.encode()).hexdigest(),
+        "sources": [
+            {
+                "path": s.path,
+                "format": s.format.value,
+                "max_samples": s.max_samples,
+                "retrieve": s.retrieve.value,
+            }
+            for s in settings.sources
+        ],
+        "order of documents": data.order.value if worded else "as in the samples",
+        "seed of the order": data.seed,
+        "number of documents": data.num_documents if worded and data.num_documents is not None else "all",
+        "shared context": worded and data.shared_context,
+        "documents per prompt": histogram(len(sample.documents) for sample in samples),
+        "blockft": __version__,
+        **{name: version(name) for name in ("torch", "transformers")},
+    }
 
 
 def _answer(
-    engine: Engine, samples: list[Sample], mode: str, *, batch_size: int, max_new_tokens: int
+    engine: Engine, samples: list[Sample], mode: str, recipe: Recipe, folder: Path
 ) -> list[Prediction]:
-    batches = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
-    console = Console(stderr=True)
-    predictions = []
-    for batch in track(batches, f"{mode} mode", console=console, disable=not sys.stderr.isatty()):
-        answers = engine.generate(batch, mode=mode, max_new_tokens=max_new_tokens)
-        for sample, answer in zip(batch, answers, strict=True):
-            groups = dict.fromkeys(
-                [sample.source, *(str(sample.meta[k]) for k in GROUPS if k in sample.meta)]
-            )
-            predictions.append(Prediction(sample.id, answer.text, sample.answers, tuple(groups)))
-    return predictions
+    """The predictions of a mode; what `folder` holds of them already is not asked again."""
+    assert recipe.eval
+    limit, console = recipe.eval.max_new_tokens, Console(stderr=True)
+    answers = AnswerFile(folder / f"answers-{mode}.jsonl", plan_batches(samples, recipe.eval.batch_size))
+    if answers.done:
+        console.print(f"{mode} mode: going on after {len(answers.done)} of {len(samples)} answers")
+    for batch in track(answers.left, f"{mode} mode", console=console, disable=not sys.stderr.isatty()):
+        answers.add(answer_batch(engine, samples, batch, mode=mode, max_new_tokens=limit))
+    return predictions(samples, answers.done, limit)
+
+
+def _write(out: Path, report: dict[str, Any], answered: Mapping[str, list[Prediction]]) -> None:
+    with whole_folder(out) as draft:
+        (draft / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        (draft / "report.md").write_text(markdown(report), encoding="utf-8")
+        modes = report["modes"]
+        save_figure(draw(modes, list(next(iter(modes.values()))), METRIC), draft / "report.png")
+        for mode, some in answered.items():
+            lines = (json.dumps(p.to_record(), ensure_ascii=False) + "\n" for p in some)
+            (draft / f"predictions-{mode}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def _print(report: dict[str, Any]) -> None:
-    table = Table("mode", "group", "questions", *METRICS, title=report["model"])
-    for mode, groups in report["modes"].items():
+    names = (Column(name, overflow="fold") for name in METRICS)
+    table = Table("mode", "group", "questions", *names, title=report["model"])
+    columns = report["modes"] | ({DIFFERENCE: report[DIFFERENCE]} if DIFFERENCE in report else {})
+    for mode, groups in columns.items():
         for group, scores in groups.items():
-            table.add_row(mode, group, str(scores["questions"]), *(f"{scores[name]:.1f}" for name in METRICS))
+            cells = [cell(scores, name, signed=mode == DIFFERENCE) for name in METRICS]
+            table.add_row(mode, group, str(scores["questions"]), *(c.replace(" [", "\n[") for c in cells))
     Console().print(table)

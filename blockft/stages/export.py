@@ -89,7 +89,7 @@ def _block_attention(recipe: Recipe) -> dict[str, Any]:
     """How prompts were cut into blocks."""
     return {
         "version": 1,
-        "position_scheme": "reencoded",
+        "position_scheme": recipe.data.positions.value,
         "sink_tokens": 0,
         "local_sees_first": False,
         "documents_in": recipe.data.prompt.documents_in.value,

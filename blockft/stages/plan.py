@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from blockft.config import Attention, Precision, Recipe
+from blockft.config import Attention, Positions, Precision, Recipe
 from blockft.data.encode import Example
 from blockft.data.prepared import Chosen, load_prepared
 from blockft.data.tokenizer import fingerprint
@@ -67,7 +67,8 @@ def make_plan(recipe: Recipe, num_processes: int) -> Plan:
         )
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     training, held_out = _hold_out(prepared.examples, settings.eval_examples, settings.seed)
-    packed = partial(Rows, row_len=data.row_len, seed=settings.seed, pad_id=pad_id)
+    reencoded = data.positions is Positions.reencoded
+    packed = partial(Rows, row_len=data.row_len, seed=settings.seed, pad_id=pad_id, reencoded=reencoded)
     views = [view.value for view in data.views]
     rows = packed(training, views, batch_rows=settings.batch_rows, epochs=settings.epochs)
     eval_views = views if held_out else []
@@ -89,6 +90,7 @@ def make_plan(recipe: Recipe, num_processes: int) -> Plan:
             "data": prepared.manifest["content_hash"],
             "data.row_len": data.row_len,
             "data.views": views,
+            "data.positions": data.positions.value,
             "train.batch_rows": settings.batch_rows,
             "train.seed": settings.seed,
             "train.eval_examples": settings.eval_examples,

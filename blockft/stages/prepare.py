@@ -34,7 +34,7 @@ from blockft.stages.prompt import read_source
 TASK_SAMPLES = 64
 """Samples that a worker encodes at a time."""
 
-NOT_IN_MANIFEST = ("out", "num_workers")
+NOT_IN_MANIFEST = ("out", "num_workers", "positions")
 """Settings that do not change what is written (law 12)."""
 
 

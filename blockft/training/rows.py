@@ -1,6 +1,7 @@
 """The rows of a whole run, in the order in which they are trained on."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch.utils.data import Dataset
@@ -27,8 +28,10 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
         epochs: int,
         seed: int,
         pad_id: int,
+        reencoded: bool = True,
     ) -> None:
-        self._examples, self._row_len, self._pad_id = examples, row_len, pad_id
+        self._examples = examples
+        self._row = partial(collate_row, row_len=row_len, pad_id=pad_id, reencoded=reencoded)
         self.items = list_items([example.splits for example in examples], views)
         self._lengths = [len(examples[index]) for index, _ in self.items]
         self.epochs = [
@@ -42,7 +45,7 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         chosen = [self.items[item] for item in self._rows[index]]
-        return collate_row([(self._examples[i], view) for i, view in chosen], self._row_len, self._pad_id)
+        return self._row([(self._examples[i], view) for i, view in chosen])
 
     @property
     def fill(self) -> float:

@@ -39,6 +39,15 @@ def test_questions_that_share_a_context_are_blind_to_each_other() -> None:
     assert lay_out([Layout((1, 1, 2, 2), 2)]).position_ids.tolist() == [[0, 1, 2, 3, 2, 3]]
 
 
+def test_without_reencoding_local_blocks_stay_where_they_were_cached() -> None:
+    layouts = [Layout((2, 3, 2)), Layout((2, 1, 2, 1), 2), Layout((3,))]
+    vectors, moved = lay_out(layouts, 18, reencoded=False), lay_out(layouts, 18)
+    first, second, third = [0, 1, 0, 1, 2, 5, 6], [0, 1, 0, 3, 4, 3], [0, 1, 2]
+    assert vectors.position_ids.tolist() == [[*first, *second, *third, 0, 1]]
+    for name in ("example_ids", "block_ids", "is_final"):
+        assert torch.equal(getattr(vectors, name), getattr(moved, name))
+
+
 def test_windows_compare_positions_not_places() -> None:
     mask = dense_mask((2, 1, 2), num_final=2, window=2)
     # the second question stands at row index 3 but at position 2, one after the last token of the context

@@ -20,6 +20,14 @@ def test_a_row_holds_examples_each_in_its_view(encoder: Encoder) -> None:
     assert all(row[name].shape == (1, 256) for name in ("input_ids", "labels"))
 
 
+def test_positions_may_be_those_of_blocks_that_stay(encoder: Encoder) -> None:
+    a, b = encoder.encode([rag_sample(), rag_sample("Which?", ("Other.",))])
+    row = collate_row([(a, "block"), (b, "full")], 256, pad_id=7, reencoded=False)
+    expected = lay_out([a.layout, b.layout.full()], 256, reencoded=False)
+    assert torch.equal(row["position_ids"], expected.position_ids)
+    assert not torch.equal(row["position_ids"], lay_out([a.layout, b.layout.full()], 256).position_ids)
+
+
 def test_kept_positions_predict_the_labels(encoder: Encoder) -> None:
     a, b = share_context(iter(encoder.encode([rag_sample(), rag_sample("Hm?"), rag_sample("Hm?", ())])), 256)
     row = collate_row([(a, "block"), (b, "full")], 256, pad_id=0)

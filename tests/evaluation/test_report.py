@@ -1,28 +1,61 @@
-"""What a report counts."""
+"""What a report counts, and how it is shown."""
+
+import json
 
 import pytest
 
-from blockft.evaluation.report import Prediction, build_report, summarize
+from blockft.evaluation.render import draw, markdown
+from blockft.evaluation.report import DIFFERENCE, Prediction, build_report, difference, summarize
+
+
+def prediction(id: str, answer: str, *groups: str, cut_off: bool = False) -> Prediction:
+    return Prediction(id, answer, ("Paris",), groups, 3, 20, len(answer.split()), cut_off)
+
 
 ANSWERS = [
-    Prediction("1", "Paris", ("Paris",), ("world", "1 hops")),
-    Prediction("2", "in Paris", ("Paris",), ("world", "2 hops")),
-    Prediction("3", "Rome", ("Paris",), ("world", "2 hops")),
+    prediction("1", "Paris", "world", "world: 1 hop"),
+    prediction("2", "in Paris", "world", "world: 2 hops", "world: hard"),
+    prediction("3", "Rome", "world", "world: 2 hops", "world: hard", cut_off=True),
+]
+OTHERS = [
+    prediction(p.id, answer, *p.groups)
+    for p, answer in zip(ANSWERS, ("Paris", "Paris", "Paris"), strict=True)
 ]
 
 
 def test_groups_are_counted_apart() -> None:
     summary = summarize(ANSWERS)
-    assert set(summary) == {"all", "1 hops", "2 hops"}, "the group of all is said once"
+    assert list(summary) == ["all", "world: 1 hop", "world: 2 hops"], "the same questions are said once"
     assert summary["all"]["questions"] == 3
     assert summary["all"]["substring_match"] == pytest.approx(200 / 3)
-    assert summary["1 hops"]["exact_match"] == 100
-    assert summary["2 hops"] == pytest.approx(
-        {"questions": 2, "substring_match": 50, "exact_match": 0, "token_f1": 100 / 3}
-    )
+    assert summary["world: 1 hop"]["exact_match"] == 100
+    two = summary["world: 2 hops"]
+    assert (two["questions"], two["substring_match"], two["exact_match"]) == (2, 50, 0)
+    assert two["token_f1"] == pytest.approx(100 / 3)
+    assert two["intervals"]["substring_match"] == (0, 100)
 
 
-def test_a_report_names_its_options() -> None:
-    report = build_report("m", {"block": ANSWERS}, {"max_new_tokens": 8})
-    assert report["options"]["max_new_tokens"] == 8
-    assert set(report["modes"]) == {"block"}
+def test_modes_are_compared_question_by_question() -> None:
+    apart = difference(ANSWERS, OTHERS)
+    assert apart["all"]["exact_match"] == pytest.approx(-200 / 3)
+    assert apart["world: 1 hop"]["intervals"]["exact_match"] == (0, 0)
+    with pytest.raises(AssertionError):
+        difference(ANSWERS, OTHERS[::-1])
+
+
+def test_a_report_names_its_options_and_counts_its_prompts() -> None:
+    report = build_report("m", {"block": ANSWERS, "full": OTHERS}, {"order": "ascending"})
+    assert report["options"]["order"] == "ascending"
+    assert set(report["modes"]) == {"block", "full"} and DIFFERENCE in report
+    assert report["prompts"]["block"]["blocks_per_prompt"] == {"3": 3}
+    assert report["prompts"]["block"]["answers_cut_off"] == 1
+    assert DIFFERENCE not in build_report("m", {"block": ANSWERS}, {})
+
+
+def test_a_report_can_be_read_as_a_page_and_as_a_picture() -> None:
+    report = json.loads(json.dumps(build_report("m", {"block": ANSWERS, "full": OTHERS}, {"order": "given"})))
+    page = markdown(report)
+    assert "| world: 2 hops | 2 | 50.0 [0.0, 100.0] | 100.0 [100.0, 100.0] | -50.0 [-100.0, +0.0] |" in page
+    assert "| order | given |" in page and "| answers cut off, block mode | 1 |" in page
+    figure = draw(report["modes"], ["all", "world: 1 hop"], "token_f1")
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["block", "full"]

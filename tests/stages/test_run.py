@@ -110,6 +110,18 @@ def test_an_export_carries_its_card_and_how_prompts_were_cut(exported: Path) -> 
     assert "content_hash" in (exported / "README.md").read_text()
 
 
+def test_a_run_without_reencoding_says_so_in_its_export(toy: Path) -> None:
+    words = ("train", toy / "recipe.yaml", f"train.out={toy}/local", "train.max_steps=1")
+    done = blockft(*words, "data.positions=local")
+    assert done.returncode == 0, done.stderr
+    assert losses(toy / "local")[0] != losses(toy / "run")[0]
+    out = export(toy / "local", toy / "local-export")
+    entry = json.loads((out / "config.json").read_text())["block_attention"]
+    assert entry["position_scheme"] == "local"
+    done = blockft(*words, "train.max_steps=2", "--resume")
+    assert done.returncode == 2 and "another data.positions (local)" in done.stderr
+
+
 def test_a_16_bit_export_is_within_its_tolerance(toy: Path) -> None:
     export(toy / "run", toy / "export16", dtype="bfloat16")
     assert AutoModelForCausalLM.from_pretrained(toy / "export16").dtype is torch.bfloat16

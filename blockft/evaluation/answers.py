@@ -1,0 +1,126 @@
+"""The answers of an evaluation, batch by batch, kept on disk so that one that was killed goes on."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from blockft.data.sample import Sample
+from blockft.evaluation.report import Prediction
+from blockft.inference.engine import Engine
+
+GROUPS = ("type", "level")
+"""Entries of a sample's meta data by which the questions of a source are also counted apart."""
+
+WINDOW_BATCHES = 16
+"""Batches whose questions are sorted by length together."""
+
+Batch = tuple[int, ...]
+"""The places of a batch's samples in the data."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One line of the file: the answer to the sample at `index`."""
+
+    index: int
+    answer: str
+    num_blocks: int
+    prompt_tokens: int
+    num_tokens: int
+
+
+def plan_batches(samples: Sequence[Sample], batch_size: int) -> list[Batch]:
+    """Batches of prompts of like length: sorted inside windows of the data, always in the same way."""
+    lengths = [sum(map(len, sample.blocks)) for sample in samples]
+    window, batches = WINDOW_BATCHES * batch_size, []
+    for start in range(0, len(samples), window):
+        places = sorted(range(start, min(start + window, len(samples))), key=lengths.__getitem__)
+        batches += [tuple(places[i : i + batch_size]) for i in range(0, len(places), batch_size)]
+    return batches
+
+
+def answer_batch(
+    engine: Engine, samples: Sequence[Sample], batch: Batch, *, mode: str, max_new_tokens: int
+) -> list[Answered]:
+    answers = engine.generate([samples[i] for i in batch], mode=mode, max_new_tokens=max_new_tokens)
+    return [
+        Answered(index, answer.text, answer.num_blocks, answer.prompt_tokens, len(answer.ids))
+        for index, answer in zip(batch, answers, strict=True)
+    ]
+
+
+class AnswerFile:
+    """The answers in one mode, in the order of the batches; only whole batches count.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+
+    def __init__(self, path: Path, batches: Sequence[Batch]) -> None:
+        self._path, self._batches = path, batches
+        self.done: list[Answered] = []
+        kept = 0
+        if path.is_file():
+            lines = _whole_lines(path.read_bytes())
+            for batch in batches:
+                answered = [Answered(**record) for _, record in zip(batch, lines, strict=False)]
+                if tuple(one.index for one in answered) != batch:
+                    break
+                self.done += answered
+                kept += sum(len(_line(one)) for one in answered)
+            os.truncate(path, kept)
+
+    @property
+    def left(self) -> Sequence[Batch]:
+        """The batches to be answered still."""
+        answered = {one.index for one in self.done}
+        return [batch for batch in self._batches if batch[0] not in answered]
+
+    def add(self, answered: Sequence[Answered]) -> None:
+        """Append a batch; on return it is on the disk."""
+        with self._path.open("ab") as file:
+            file.write(b"".join(map(_line, answered)))
+            file.flush()
+            os.fsync(file.fileno())
+        self.done += answered
+
+
+def predictions(
+    samples: Sequence[Sample], answered: Iterable[Answered], max_new_tokens: int
+) -> list[Prediction]:
+    """The predictions in the order of the data."""
+    return [
+        Prediction(
+            id=samples[one.index].id,
+            answer=one.answer,
+            golds=samples[one.index].answers,
+            groups=groups_of(samples[one.index]),
+            num_blocks=one.num_blocks,
+            prompt_tokens=one.prompt_tokens,
+            num_tokens=one.num_tokens,
+            cut_off=one.num_tokens == max_new_tokens,
+        )
+        for one in sorted(answered, key=lambda one: one.index)
+    ]
+
+
+def groups_of(sample: Sample) -> tuple[str, ...]:
+    """The source of a question, and its kinds within that source."""
+    kinds = (f"{sample.source}: {sample.meta[name]}" for name in GROUPS if name in sample.meta)
+    return tuple(dict.fromkeys([sample.source, *kinds]))
+
+
+def _line(answered: Answered) -> bytes:
+    return json.dumps(asdict(answered), ensure_ascii=False).encode() + b"\n"
+
+
+def _whole_lines(content: bytes) -> Iterator[Any]:
+    """The records up to the first line that a kill or a power cut left damaged."""
+    for line in content.split(b"\n")[:-1]:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return

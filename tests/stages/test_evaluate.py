@@ -1,0 +1,175 @@
+"""Evaluations: of data alone, killed and continued; one block is full attention; reports side by side."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from blockft.errors import UserError
+from blockft.evaluation import answers
+from blockft.stages.evaluate import evaluate
+from blockft.stages.questions import recipe_for
+from tests.run import save_model, save_samples
+
+ROOT = Path(__file__).parents[2]
+MODEL = "data/demo/model"
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("eval")
+    save_model(folder / "model")
+    save_samples(folder / "questions.jsonl", 21)
+    return folder
+
+
+def run(toy: Path, out: str, *overrides: str, data: str = "questions.jsonl") -> Path:
+    words = (f"eval.out={toy / out}", "eval.max_new_tokens=4", "eval.batch_size=4", *overrides)
+    return evaluate(str(toy / "model"), recipe_for(str(toy / "model"), str(toy / data), words))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_data_alone_are_scored_in_both_modes(toy: Path) -> None:
+    out = run(toy, "both")
+    report = json.loads((out / "report.json").read_text())
+    assert set(report["modes"]) == {"block", "full"} and report["modes"]["full"]["all"]["questions"] == 21
+    options = report["options"]
+    assert options["output limit, tokens"] == 4 and options["order of documents"] == "as in the samples"
+    assert sum(options["documents per prompt"].values()) == 21
+    assert sum(report["prompts"]["block"]["blocks_per_prompt"].values()) == 21
+    assert report["prompts"]["full"]["blocks_per_prompt"] == {"1": 21}
+    ids = [json.loads(line)["id"] for line in (out / "predictions-full.jsonl").read_text().splitlines()]
+    assert ids == [f"q{i}" for i in range(21)]
+    assert {p.name for p in out.iterdir()} == {
+        "report.json",
+        "report.md",
+        "report.png",
+        "predictions-block.jsonl",
+        "predictions-full.jsonl",
+    }
+    assert not list(toy.glob(".both*"))
+
+
+def test_answers_do_not_depend_on_the_batches(toy: Path) -> None:
+    one, many = run(toy, "one", "eval.batch_size=1"), run(toy, "many", "eval.batch_size=8")
+    for mode in ("block", "full"):
+        assert contents(one)[f"predictions-{mode}.jsonl"] == contents(many)[f"predictions-{mode}.jsonl"]
+
+
+def test_one_block_is_answered_alike_in_both_modes(toy: Path) -> None:
+    lines = []
+    for line in (toy / "questions.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        (message,) = record["messages"]
+        message["content"] = ["".join(message["content"])]
+        lines.append(json.dumps(record | {"meta": {}}))
+    (toy / "plain.jsonl").write_text("\n".join(lines))
+    out = run(toy, "plain", data="plain.jsonl")
+    assert contents(out)["predictions-block.jsonl"] == contents(out)["predictions-full.jsonl"]
+    report = json.loads((out / "report.json").read_text())
+    assert report["block - full"]["all"]["intervals"]["token_f1"] == [0, 0]
+
+
+def test_an_evaluation_that_failed_goes_on(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, calls = contents(run(toy, "never")), []
+
+    def failing(*given: object, **named: object) -> list[answers.Answered]:
+        calls.append(given)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return asked(*given, **named)  # type: ignore[arg-type]
+
+    asked = answers.answer_batch
+    monkeypatch.setattr("blockft.stages.evaluate.answer_batch", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run(toy, "failed")
+    assert not (toy / "failed").exists()
+    with pytest.raises(UserError, match="another output limit, tokens"):
+        run(toy, "failed", "eval.max_new_tokens=3")
+    with pytest.raises(UserError, match="another questions"):
+        run(toy, "failed", "eval.max_samples=20")
+    assert contents(run(toy, "failed")) == whole
+    assert len(calls) == 4 + 12 - 3, "three batches of twelve were kept"
+
+
+def test_show_4_an_evaluation_that_was_killed_gives_the_report_of_one_that_was_not(tmp_path: Path) -> None:
+    world = [sys.executable, "data/demo/world.py", str(tmp_path / "world"), "--scenes", "1"]
+    subprocess.run(world, cwd=ROOT, check=True)
+    command = [sys.executable, "-m", "blockft", "eval", MODEL, str(tmp_path / "world" / "heldout.jsonl")]
+    command += ["eval.max_samples=48", "eval.batch_size=4", "eval.max_new_tokens=4"]
+
+    def start(out: str) -> subprocess.Popen[bytes]:
+        words = [*command, f"eval.out={tmp_path / out}"]
+        return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    killed = start("killed")
+    kept = tmp_path / ".killed.partial" / "answers-full.jsonl"
+    while killed.poll() is None and not (kept.is_file() and kept.stat().st_size):
+        time.sleep(0.002)
+    os.kill(killed.pid, signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL and not (tmp_path / "killed").exists()
+    assert 0 < len(kept.read_bytes().splitlines()) < 48
+    for out in ("killed", "never"):
+        _, said = (done := start(out)).communicate()
+        assert done.returncode == 0, said
+        assert (b"going on after" in said) == (out == "killed")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "never")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_export_is_asked_as_it_was_trained(toy: Path) -> None:
+    config = json.loads((toy / "model" / "config.json").read_text())
+    wording = {"instruction": "Read.", "document": "\n{text}", "question": "\n{question}"}
+    config["block_attention"] = {"order": "descending", "documents_in": "system", "prompt": wording}
+    export = save_model(toy / "export")
+    (export / "config.json").write_text(json.dumps(config))
+    questions = toy / "h.json"
+    questions.write_text("[]")
+    recipe = recipe_for(str(export), str(questions), format="hotpotqa")
+    assert recipe.data.order == "descending" and recipe.data.prompt.documents_in == "system"
+    assert recipe.data.prompt.document == "\n{text}" and recipe.eval
+    assert recipe.eval.out == f"out/eval/{toy.name}-export-{toy.name}-h"
+
+
+@pytest.mark.parametrize(
+    ("data", "format", "said"),
+    [
+        ("demmo", None, "did you mean demo"),
+        ("no/such.jsonl", None, "neither a file"),
+        ("no/such.jsonl", "squad", "does not exist"),
+        ("README.md", "csv", "allowed are samples"),
+    ],
+)
+def test_questions_that_are_not_there(toy: Path, data: str, format: str | None, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        recipe_for(str(toy / "model"), data, format=format)
+
+
+def test_reports_stand_side_by_side(toy: Path) -> None:
+    a, b = run(toy, "a", "eval.modes=[block]"), run(toy, "b", "eval.modes=[block]", "eval.batch_size=5")
+    command = [sys.executable, "-m", "blockft", "compare", str(a), str(b)]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    compared = json.loads(done.stdout)
+    assert list(compared["scores"]) == ["block a", "block b"]
+    assert compared["differing options"] == {"prompts in a batch": {"a": 4, "b": 5}}
+    png = toy / "compared.png"
+    done = subprocess.run([*command, "--png", str(png)], capture_output=True, text=True, cwd=ROOT)
+    assert "not asked alike: prompts in a batch" in done.stdout and png.stat().st_size > 0
+
+
+def test_a_report_of_another_version_is_refused(toy: Path) -> None:
+    old = toy / "old.json"
+    old.write_text('{"modes": {"block": {}}}')
+    done = subprocess.run(
+        [sys.executable, "-m", "blockft", "compare", str(old)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 2 and "evaluate again" in done.stderr
