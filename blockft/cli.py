@@ -32,6 +32,16 @@ Overrides = Annotated[
 ]
 
 
+CacheFolderOption = Annotated[
+    Path | None, typer.Option("--cache", help="A folder that keeps blocks for later processes.")
+]
+CacheBytes = Annotated[str | None, typer.Option(help="What that folder may take, as 100GB; no limit.")]
+HostBytes = Annotated[str | None, typer.Option(help="Memory for blocks, as 8GB; a quarter of what is free.")]
+DeviceBytes = Annotated[
+    str | None, typer.Option(help="GPU memory for blocks, as 20GB; half of what the model leaves free.")
+]
+
+
 @app.command()
 def prepare(
     recipe: RecipeName,
@@ -147,13 +157,52 @@ def generate(
     model: Annotated[str, typer.Argument(help="An export, any model folder, or a Hub id.")],
     source: Annotated[str, typer.Option("--input", help="JSON lines with prompts; - is standard input.")],
     mode: Annotated[str, typer.Option(help="block or full attention.")] = "block",
-    max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.")] = 128,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of text.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens of this probability.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of drawing; the next prompt has the next one.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End an answer before this text; may be given several times.")
+    ] = None,
+    trim: Annotated[
+        bool, typer.Option("--trim", help="Long prompts lose the documents of the lowest score.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered together.")] = 1,
+    stream: Annotated[bool, typer.Option("--stream", help="Print text as it is written.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON lines: answers, blocks reused, times.")
+    ] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Half a minute at the start, less time for each token (GPU).")
+    ] = False,
+    cache: CacheFolderOption = None,
+    cache_bytes: CacheBytes = None,
+    host_bytes: HostBytes = None,
+    device_bytes: DeviceBytes = None,
 ) -> None:
-    """Answer prompts: {"documents", "question"} or {"messages"}, one JSON object a line."""
-    from blockft.stages.generate import generate
+    """Answer requests, one JSON object a line.
 
-    generate(model, source, mode=mode, max_new_tokens=max_new_tokens, as_json=as_json)
+    {"documents": [{"title", "text"}, ...], "question"}, {"messages": [...]}, or {"blocks": [...]} of a prompt
+    that is already templated.
+    """
+    from blockft.stages.generate import CacheWords, generate
+
+    generate(
+        model,
+        source,
+        mode=mode,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop=stop or (),
+        trims=trim,
+        batch_size=batch_size,
+        streams=stream,
+        as_json=as_json,
+        compile=compile,
+        cache=CacheWords(folder=cache, disk=cache_bytes, host=host_bytes, device=device_bytes),
+    )
 
 
 @app.command("eval")
@@ -212,6 +261,20 @@ def bench_attention(
     from blockft.stages.bench import bench_attention
 
     bench_attention(row_len=row_len, num_layouts=num_layouts, out=out)
+
+
+@cache.command("build")
+def cache_build(
+    model: Annotated[str, typer.Argument(help="An export, any model folder, or a Hub id.")],
+    corpus: Annotated[Path, typer.Argument(help='JSON lines: {"title", "text"}, or texts.')],
+    folder: Annotated[Path, typer.Option("--cache", help="The folder of the cache; made if need be.")],
+    cache_bytes: CacheBytes = None,
+) -> None:
+    """Encode the documents of a corpus before anybody asks about them; goes on after a kill."""
+    from blockft.stages.build import build
+    from blockft.stages.generate import CacheWords
+
+    build(model, corpus, CacheWords(folder=folder, disk=cache_bytes, host="0", device="0"))
 
 
 @cache.command("stats")

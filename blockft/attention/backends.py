@@ -130,7 +130,7 @@ def block_flex(
     return out_BHTD.transpose(1, 2).contiguous(), None
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def block_cached(
     module: torch.nn.Module,
     q_BHTD: torch.Tensor,

@@ -7,8 +7,9 @@ For a block that stands at position d, with RoPE as the rotation R,
 so the scores of a final block's queries over a cached block need its keys as they were encoded, at positions
 0..n-1. Each block gives a partial result and its log-sum-exp, and these merge to softmax attention exactly.
 
-Shapes: B prompts, N pieces of a prompt's context, T query tokens, S key tokens, H query heads, K key/value heads, D head
-size, L layers. Tokens of a prompt are left padded: query t stands in column `column + t` of its final block.
+Shapes: B prompts, N pieces of a prompt's context, T query tokens, S key tokens, H query heads, K key/value
+heads, D head size, L layers. Tokens of a prompt are left padded: query t stands in column `column + t` of
+its final block.
 """
 
 from collections.abc import Callable, Sequence
@@ -123,7 +124,7 @@ def attend_plainly(
 ) -> torch.Tensor:
     """Attention of final blocks over cached ones, block by block: what every kernel is compared with.
 
-    `cache_S2KD` holds a layer's keys and values of all cached blocks, `final_BS2KD` those of the final blocks,
+    `cache_S2KD` holds a layer's keys and values of cached blocks, `final_BS2KD` those of the final blocks,
     the queries' own tokens among them. Returns (B, H, T, D); queries that are padding get anything.
     """
     group = q_BHTD.shape[1] // cache_S2KD.shape[2]

@@ -45,7 +45,7 @@ def plan_batches(samples: Sequence[Sample], batch_size: int) -> list[Batch]:
 def answer_batch(
     engine: Engine, samples: Sequence[Sample], batch: Batch, *, mode: str, max_new_tokens: int
 ) -> list[Answered]:
-    answers = engine.generate([samples[i] for i in batch], mode=mode, max_new_tokens=max_new_tokens)
+    answers = engine.generate_batch([samples[i] for i in batch], mode=mode, max_new_tokens=max_new_tokens)
     return [
         Answered(index, answer.text, answer.num_blocks, answer.prompt_tokens, len(answer.ids))
         for index, answer in zip(batch, answers, strict=True)

@@ -1,41 +1,53 @@
-"""Answers from blocks: greedy decoding over joined blocks, every different block of a batch encoded once."""
+"""Answers from blocks: what was encoded for one prompt is found again for every other that holds it."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockft.data.encode import Encoder
-from blockft.data.sample import Sample
+from blockft.data.rag import Document, RagPrompt, trim
+from blockft.data.request import request_of
+from blockft.data.sample import RecordError, Sample
+from blockft.data.tokenizer import fingerprint
 from blockft.errors import UserError
-from blockft.inference.keyside import Ids, JoinedPrompts, encode_blocks
-from blockft.model.load import load_model, load_tokenizer, reencodes, rotations
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model answered to one prompt.
-
-    ttft_ms counts from token ids on the host to the first new token of the whole batch on the host.
-    """
-
-    text: str
-    ids: Ids
-    num_blocks: int
-    prompt_tokens: int
-    ttft_ms: float
+from blockft.inference.answer import Answer, answer_of
+from blockft.inference.block import Key, key_of
+from blockft.inference.runner import BlockRunner, CacheOptions
+from blockft.inference.sampling import Sampler
+from blockft.inference.text import TextStream
+from blockft.model.load import load_model, load_tokenizer
 
 
 class Engine:
-    """A model that answers prompts cut into blocks. The key-side path: any device, every supported family."""
+    """A model that answers prompts cut into blocks, with its block cache. It answers one request at a time.
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    prompt: how questions over documents are worded; the model's own if it is an export. See `BlockRunner`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str = "",
+        prompt: RagPrompt | None = None,
+        cache: CacheOptions | None = None,
+        side: str = "auto",
+        compile: bool = False,
+    ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self._rotations = rotations(model)
-        self._reencoded = reencodes(model.config)
+        self.runner = BlockRunner(
+            model,
+            name=name or model.name_or_path,
+            tokenizer=fingerprint(tokenizer),
+            cache=cache,
+            side=side,
+            compile=compile,
+        )
+        self.prompt = _own_prompt(model) or prompt
         self._encoder = Encoder(tokenizer)
         ends = model.generation_config.eos_token_id
         given = ends if isinstance(ends, list) else [ends]
@@ -49,74 +61,241 @@ class Engine:
         revision: str | None = None,
         device: str | None = None,
         dtype: torch.dtype | None = None,
+        prompt: RagPrompt | None = None,
+        cache: CacheOptions | None = None,
+        side: str = "auto",
+        compile: bool = False,
     ) -> "Engine":
         """Open an export, a model folder or a Hub id; on a GPU in bfloat16 if there is one.
 
         Raises:
-            UserError: there is no such model, or it is not supported.
+            UserError: there is no such model, or it is not supported; see `BlockRunner`.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
-        model = load_model(path, backend="sdpa", dtype=dtype, revision=revision)
-        return cls(model.to(device), load_tokenizer(path, revision))
-
-    @property
-    def block_attention(self) -> dict[str, Any] | None:
-        """How the model's training cut prompts into blocks, if it is an export."""
-        return getattr(self.model.config, "block_attention", None)
+        model = load_model(path, backend="cached", dtype=dtype, revision=revision)
+        tokenizer = load_tokenizer(path, revision)
+        return cls(
+            model.to(device), tokenizer, name=path, prompt=prompt, cache=cache, side=side, compile=compile
+        )
 
     def generate(
-        self, prompts: Sequence[Sample], *, mode: str = "block", max_new_tokens: int = 128
-    ) -> list[Answer]:
-        """Greedy answers to a batch of prompts in block or full attention; responses of samples are ignored.
+        self,
+        *,
+        documents: Sequence[Mapping[str, Any] | str] | None = None,
+        question: str | None = None,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        blocks: Sequence[str] | None = None,
+        **settings: Any,
+    ) -> Answer:
+        """Answer one request: documents and a question, or a chat, or the blocks of a templated prompt.
+
+        The three kinds are those of `data.request.request_of`, `settings` those of `generate_batch`.
 
         Raises:
-            UserError: a prompt and its answer are longer than the model's positions.
+            UserError: no request, or none of these kinds; see `generate_batch`.
         """
-        blocks = [self._encoder.encode_prompt(prompt) for prompt in prompts]
-        return self.generate_ids(blocks, mode=mode, max_new_tokens=max_new_tokens)
+        given = {"documents": documents, "question": question, "messages": messages, "blocks": blocks}
+        record = {name: value for name, value in given.items() if value is not None}
+        return self.generate_batch([self.request(record)], **settings)[0]
+
+    def request(self, record: Mapping[str, Any], id: str = "request") -> Sample:
+        """The prompt that a record asks to answer; see `request_of`.
+
+        Raises:
+            UserError: it asks nothing, or the model does not say how its questions are worded.
+        """
+        try:
+            return request_of(record, self._wording(), id)
+        except RecordError as error:
+            raise UserError(f"{id}: {error}") from error
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Sample],
+        *,
+        mode: str = "block",
+        max_new_tokens: int = 128,
+        temperature: float = 0,
+        top_p: float = 1,
+        seed: int | None = 0,
+        stop: Sequence[str] = (),
+        trims: bool = False,
+    ) -> list[Answer]:
+        """Answers to a batch of prompts in block or full attention; responses of samples are ignored.
+
+        Prompts of a batch share the blocks that they have in common. Prompt i is sampled with `seed + i`, see
+        `Sampler`. An answer ends before the first text of `stop`. If `trims`, a prompt that is too long loses
+        its least relevant documents.
+
+        Raises:
+            UserError: a prompt and its answer are longer than the model's positions; see `Sampler`.
+        """
+        ids = [self.encode(prompt, max_new_tokens, trims=trims) for prompt in prompts]
+        sampler = Sampler(temperature, top_p, seed)
+        return self.generate_ids(ids, mode=mode, max_new_tokens=max_new_tokens, sampler=sampler, stop=stop)
+
+    def close(self) -> None:
+        """Wait until the cache's folder has all blocks; at the end of a process that happens by itself."""
+        self.runner.store.flush()
+
+    def document_keys(self, documents: Sequence[Document]) -> list[Key]:
+        """The blocks that stand before the question in a prompt over these documents, theirs among them.
+
+        Raises:
+            UserError: the model does not say how its prompts are worded, or one is too long for it.
+        """
+        messages, meta = self._wording().build("?", documents, "documents")
+        blocks = self._encoder.encode_prompt(
+            Sample(id="documents", source="documents", messages=messages, response="", meta=meta)
+        )[:-1]
+        limit = self.model.config.max_position_embeddings
+        if (longest := max(map(len, blocks))) >= limit:
+            raise UserError(f"a document has {longest} tokens, the model has {limit} positions: cut it")
+        return [key_of(block) for block in blocks]
 
     def generate_ids(
-        self, prompts: Sequence[Sequence[Sequence[int]]], *, mode: str = "block", max_new_tokens: int = 128
+        self,
+        prompts: Sequence[Sequence[Sequence[int]]],
+        *,
+        mode: str = "block",
+        max_new_tokens: int = 128,
+        sampler: Sampler | None = None,
+        stop: Sequence[str] = (),
     ) -> list[Answer]:
-        """As `generate`, from the token ids of each prompt's blocks."""
-        blocks = [[tuple(block) for block in prompt] for prompt in prompts]
-        if mode == "full":
-            # full attention is the layout of one block
-            blocks = [[tuple(token for block in prompt for token in block)] for prompt in blocks]
-        lengths = [sum(map(len, prompt)) for prompt in blocks]
-        self._check_length(max(lengths) + max_new_tokens)
+        """As `generate_batch`, from the token ids of each prompt's blocks."""
+        steps = self._answer(prompts, mode, max_new_tokens, sampler or Sampler(), stop)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                answers: list[Answer] = end.value
+                return answers
+
+    def stream(
+        self,
+        prompt: Sample,
+        *,
+        mode: str = "block",
+        max_new_tokens: int = 128,
+        temperature: float = 0,
+        top_p: float = 1,
+        seed: int | None = 0,
+        stop: Sequence[str] = (),
+        trims: bool = False,
+    ) -> Generator[str, None, Answer]:
+        """The answer to one prompt as it is written, in pieces that stay as they are; returns the `Answer`.
+
+        Raises:
+            UserError: as `generate_batch`.
+        """
+        ids = self.encode(prompt, max_new_tokens, trims=trims)
+        sampler = Sampler(temperature, top_p, seed)
+        answer = yield from self.stream_ids(
+            ids, mode=mode, max_new_tokens=max_new_tokens, sampler=sampler, stop=stop
+        )
+        return answer
+
+    def stream_ids(
+        self,
+        prompt: Sequence[Sequence[int]],
+        *,
+        mode: str = "block",
+        max_new_tokens: int = 128,
+        sampler: Sampler | None = None,
+        stop: Sequence[str] = (),
+    ) -> Generator[str, None, Answer]:
+        """As `stream`, from the token ids of the prompt's blocks."""
+        steps = self._answer([prompt], mode, max_new_tokens, sampler or Sampler(), stop)
+        while True:
+            try:
+                (piece,) = next(steps)
+            except StopIteration as end:
+                (answer,) = end.value
+                return answer
+            if piece:
+                yield piece
+
+    def encode(self, prompt: Sample, max_new_tokens: int, *, trims: bool = False) -> list[list[int]]:
+        """The token ids of a prompt's blocks, few enough for an answer to fit.
+
+        Raises:
+            UserError: they are too many for the model's positions, and not to be trimmed, or not enough.
+        """
+        ids = self._encoder.encode_prompt(prompt)
+        limit, rest = self.model.config.max_position_embeddings, prompt
+        while sum(map(len, ids)) + max_new_tokens > limit and trims and (shorter := trim(rest)):
+            rest, ids = shorter, self._encoder.encode_prompt(shorter)
+        if (needed := sum(map(len, ids)) + max_new_tokens) > limit:
+            few = "no document can be spared" if trims else "use fewer documents or fewer new tokens"
+            raise UserError(
+                f"prompt {prompt.id}: it and its answer need {needed} tokens, "
+                f"the model has {limit} positions: {few}"
+            )
+        return ids
+
+    def _wording(self) -> RagPrompt:
+        if self.prompt is None:
+            raise UserError(
+                f"{self.model.name_or_path} does not say how it is asked, as exports do: give a prompt"
+            )
+        return self.prompt
+
+    def _answer(
+        self,
+        prompts: Sequence[Sequence[Sequence[int]]],
+        mode: str,
+        max_new_tokens: int,
+        sampler: Sampler,
+        stop: Sequence[str],
+    ) -> Generator[list[str], None, list[Answer]]:
+        """Yields the new text of every prompt after each step, and returns their answers."""
+        if mode not in ("block", "full"):
+            raise UserError(f"mode is {mode!r}, allowed are block and full")
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens}, it should be at least 1")
+        limit = self.model.config.max_position_embeddings
+        for prompt in prompts:
+            if not prompt or not all(len(block) for block in prompt):
+                raise UserError("a prompt has no block, or an empty one: each needs at least one token")
+            if (needed := sum(map(len, prompt)) + max_new_tokens) > limit:
+                raise UserError(
+                    f"a prompt and its answer need {needed} tokens, the model has {limit} positions"
+                )
         start = time.perf_counter()
-        encoded = encode_blocks(self.model, (block for prompt in blocks for block in prompt[:-1]))
-        contexts = [prompt[:-1] for prompt in blocks]
-        joined = JoinedPrompts(self.model, self._rotations, contexts, encoded, reencoded=self._reencoded)
-        next_ids = joined.advance([prompt[-1] for prompt in blocks])[:, -1].argmax(dim=-1).tolist()
-        ttft_ms = (time.perf_counter() - start) * 1000
-        answers: list[list[int]] = [[] for _ in blocks]
+        # full attention is the layout of one block
+        blocks = prompts if mode == "block" else [[[id for block in p for id in block]] for p in prompts]
+        contexts = [[key_of(block) for block in prompt[:-1]] for prompt in blocks]
+        begun = self.runner.begin(contexts, [prompt[-1] for prompt in blocks], max_new_tokens)
+        next_ids = sampler(begun.logits).tolist()
+        first = time.perf_counter()
+        written: list[list[int]] = [[] for _ in blocks]
+        texts = [TextStream(self.tokenizer, stop) for _ in blocks]
         ended = [False] * len(blocks)
-        for step in range(max_new_tokens):
+        for step in range(1, max_new_tokens + 1):
+            pieces = []
             for row, token in enumerate(next_ids):
                 ended[row] = ended[row] or token in self._ends
                 if not ended[row]:
-                    answers[row].append(token)
-            if all(ended) or step == max_new_tokens - 1:
+                    written[row].append(token)
+                pieces.append("" if ended[row] else texts[row].push(token))
+                ended[row] = ended[row] or texts[row].stopped
+            yield pieces
+            if all(ended) or step == max_new_tokens:
                 break
-            next_ids = joined.advance([[token] for token in next_ids])[:, -1].argmax(dim=-1).tolist()
+            logits = begun.prompts.advance([[token] for token in next_ids])[:, -1]
+            next_ids = sampler(logits).tolist()
+        seconds = time.perf_counter() - first
+        yield [text.close() for text in texts]
         return [
-            Answer(
-                text=self.tokenizer.decode(ids, skip_special_tokens=True).strip(),
-                ids=tuple(ids),
-                num_blocks=len(prompt),
-                prompt_tokens=length,
-                ttft_ms=ttft_ms,
-            )
-            for ids, prompt, length in zip(answers, blocks, lengths, strict=True)
+            answer_of(text.text.strip(), ids, context, prompt, begun, (first - start) * 1000, seconds)
+            for text, ids, context, prompt in zip(texts, written, contexts, prompts, strict=True)
         ]
 
-    def _check_length(self, num_tokens: int) -> None:
-        limit = self.model.config.max_position_embeddings
-        if num_tokens > limit:
-            raise UserError(
-                f"a prompt and its answer need {num_tokens} tokens, the model has {limit} positions: "
-                f"use fewer documents or fewer new tokens"
-            )
+
+def _own_prompt(model: PreTrainedModel) -> RagPrompt | None:
+    """How the model's training worded questions, if it is an export; documents stand as they are given."""
+    known = getattr(model.config, "block_attention", None)
+    if not known or "prompt" not in known:
+        return None
+    return RagPrompt(**known["prompt"], documents_in=known["documents_in"], order="given")

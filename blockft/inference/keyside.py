@@ -1,11 +1,12 @@
 """The key-side path: blocks encoded alone, keys moved to where the blocks stand, joined with the final block.
 
 The reference that every faster path is compared with; it runs on any device and for every supported family.
-Shapes: B prompts of a batch, T query tokens, S key tokens, K key/value heads, D head size.
+Shapes: B prompts of a batch, T query tokens, S key tokens, n tokens of a block, L layers, K key/value heads,
+D head size.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -13,29 +14,21 @@ from transformers import DynamicCache, PreTrainedModel
 from blockft.attention.backends import BlockMasks
 from blockft.attention.layout import PADDING, Layout, Vectors, lay_out
 from blockft.attention.positions import Rotation
-
-Ids = tuple[int, ...]
-"""The token ids of a block."""
-
-
-@dataclass(frozen=True)
-class BlockKV:
-    """The keys and values of one block at positions 0..n-1: a (K, n, D) tensor each, per layer."""
-
-    keys: tuple[torch.Tensor, ...]
-    values: tuple[torch.Tensor, ...]
+from blockft.inference.block import Key, ids_of, num_tokens
 
 
 @torch.inference_mode()
 def encode_blocks(
-    model: PreTrainedModel, blocks: Iterable[Ids], max_tokens: int = 4096
-) -> dict[Ids, BlockKV]:
-    """Encode each different block alone, several to a forward pass of at most `max_tokens` tokens."""
-    encoded: dict[Ids, BlockKV] = {}
-    for group in _groups(dict.fromkeys(blocks), max_tokens):
+    model: PreTrainedModel, keys: Iterable[Key], max_tokens: int = 4096
+) -> Iterator[tuple[Key, torch.Tensor]]:
+    """Encode each different block alone, several to a forward pass of at most `max_tokens` tokens.
+
+    Yields a block's keys, at positions 0..n-1, and values: (L, n, 2, K, D), of memory that nobody overwrites.
+    """
+    for group in _groups(dict.fromkeys(keys), max_tokens):
         # a block that is an example of its own is encoded at positions 0..n-1 and sees nothing else
-        vectors = lay_out([Layout((len(block),)) for block in group]).to(model.device)
-        ids = torch.tensor([[token for block in group for token in block]], device=model.device)
+        vectors = lay_out([Layout((num_tokens(key),)) for key in group]).to(model.device)
+        ids = torch.tensor([[token for key in group for token in ids_of(key)]], device=model.device)
         cache = DynamicCache()
         model.base_model(
             input_ids=ids,
@@ -44,14 +37,11 @@ def encode_blocks(
             past_key_values=cache,
             use_cache=True,
         )
+        layers = [torch.stack((layer.keys[0], layer.values[0])) for layer in cache.layers]
         start = 0
-        for block in group:
-            tokens = slice(start, start := start + len(block))
-            encoded[block] = BlockKV(
-                tuple(layer.keys[0, :, tokens].clone() for layer in cache.layers),
-                tuple(layer.values[0, :, tokens].clone() for layer in cache.layers),
-            )
-    return encoded
+        for key in group:
+            tokens = slice(start, start := start + num_tokens(key))
+            yield key, torch.stack([layer[:, :, tokens].permute(2, 0, 1, 3) for layer in layers])
 
 
 class JoinedPrompts:
@@ -70,13 +60,13 @@ class JoinedPrompts:
         self,
         model: PreTrainedModel,
         layer_rotations: Sequence[Rotation],
-        contexts: Sequence[Sequence[Ids]],
-        encoded: dict[Ids, BlockKV],
+        contexts: Sequence[Sequence[Key]],
+        encoded: Mapping[Key, torch.Tensor],
         *,
         reencoded: bool = True,
     ) -> None:
         self._model = model
-        self._lengths = torch.tensor([sum(map(len, context)) for context in contexts])
+        self._lengths = torch.tensor([sum(map(num_tokens, context)) for context in contexts])
         self._vectors = _columns(torch.zeros_like(self._lengths), self._lengths, is_final=False)
         if not reencoded:
             self._vectors = replace(self._vectors, position_ids=_local_positions(contexts))
@@ -126,16 +116,16 @@ def _columns(starts: torch.Tensor, lengths: torch.Tensor, is_final: bool) -> Vec
     )
 
 
-def _local_positions(contexts: Sequence[Sequence[Ids]]) -> torch.Tensor:
+def _local_positions(contexts: Sequence[Sequence[Key]]) -> torch.Tensor:
     """Positions of blocks that stay at 0..n-1, right aligned: (B, S)."""
-    rows = [[position for block in context for position in range(len(block))] for context in contexts]
+    rows = [[position for key in context for position in range(num_tokens(key))] for context in contexts]
     longest = max(map(len, rows))
     return torch.tensor([[0] * (longest - len(row)) + row for row in rows], dtype=torch.int64)
 
 
 def _join(
-    context: Sequence[Ids],
-    encoded: dict[Ids, BlockKV],
+    context: Sequence[Key],
+    encoded: Mapping[Key, torch.Tensor],
     layer: int,
     rotation: Rotation | None,
     length: int,
@@ -144,26 +134,26 @@ def _join(
 
     They are padded on the left.
     """
-    some = next(iter(encoded.values()))
-    missing = length - sum(map(len, context))
-    keys = [torch.zeros_like(some.keys[layer][:, :1]).expand(-1, missing, -1)]
-    values = [torch.zeros_like(some.values[layer][:, :1]).expand(-1, missing, -1)]
+    some_n2KD = next(iter(encoded.values()))[layer]
+    missing = length - sum(map(num_tokens, context))
+    padding = some_n2KD.new_zeros((some_n2KD.shape[2], missing, some_n2KD.shape[3]))
+    keys, values = [padding], [padding]
     offset = 0
-    for block in context:
-        cached = encoded[block].keys[layer]
+    for key in context:
+        cached, block_values = (part.transpose(0, 1) for part in encoded[key][layer].unbind(dim=1))
         keys.append(rotation.shift(cached, by=offset) if rotation else cached)
-        values.append(encoded[block].values[layer])
-        offset += len(block)
+        values.append(block_values)
+        offset += num_tokens(key)
     return torch.cat(keys, dim=1), torch.cat(values, dim=1)
 
 
-def _groups(blocks: Iterable[Ids], max_tokens: int) -> Iterator[list[Ids]]:
+def _groups(keys: Iterable[Key], max_tokens: int) -> Iterator[list[Key]]:
     """Blocks in order, in groups of at most `max_tokens` tokens; a longer block is a group of its own."""
-    group: list[Ids] = []
-    for block in blocks:
-        if group and sum(map(len, group)) + len(block) > max_tokens:
+    group: list[Key] = []
+    for key in keys:
+        if group and sum(map(num_tokens, group)) + num_tokens(key) > max_tokens:
             yield group
             group = []
-        group.append(block)
+        group.append(key)
     if group:
         yield group

@@ -1,13 +1,14 @@
 """The query side of a batch of prompts: blocks stay where the device tier holds them, queries turn to each.
 
-Shapes: B prompts, T query tokens, N pieces of a prompt's context, P programs that share it, L layers, S columns
-of a final block, K key/value heads, D head size.
+Shapes: B prompts, T query tokens, N pieces of a prompt's context, P programs that share it, L layers, S
+columns of a final block, K key/value heads, D head size.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
+from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -15,9 +16,11 @@ import torch
 from transformers import PreTrainedModel
 
 from blockft.attention.positions import Rotation
-from blockft.attention.queryside import CachedAttention, CachedContext, turns
+from blockft.attention.queryside import CachedAttention, turns
+from blockft.errors import UserError
 from blockft.inference.block import Key, num_tokens
 from blockft.inference.device import DeviceTier
+from blockft.inference.frame import Frame, Size
 
 PIECE = 512
 """Longer blocks are read in pieces of so many tokens, which programs share evenly."""
@@ -27,18 +30,6 @@ GRAPH_TOKENS = 1024
 
 GRAPHS = 24
 """Graphs kept, the least recently used making way; each holds the activations of its shape."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """What a graph is captured for: prompts, query tokens, columns of a final block, pieces, logits, programs."""
-
-    prompts: int
-    queries: int
-    columns: int
-    pieces: int
-    logits: int
-    programs: int
 
 
 class QuerySide:
@@ -52,12 +43,16 @@ class QuerySide:
         *,
         use_kernel: bool,
         use_graphs: bool,
+        reencoded: bool = True,
+        eagerly: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.model, self.tier = model, tier
-        self.use_kernel, self.use_graphs = use_kernel, use_graphs
+        self.use_kernel, self.use_graphs, self.reencoded = use_kernel, use_graphs, reencoded
+        self._eagerly = eagerly
+        self.running: CachedPrompts | None = None
         self._rotations = rotations
         self._finals: WeakValueDictionary[tuple[int, int], torch.Tensor] = WeakValueDictionary()
-        self._frames: OrderedDict[Size, _Frame] = OrderedDict()
+        self._frames: OrderedDict[Size, Frame] = OrderedDict()
         config = model.config
         self._group = config.num_attention_heads // tier.shape.num_kv_heads
 
@@ -65,12 +60,12 @@ class QuerySide:
         """A batch of prompts over blocks that are in the tier, with final blocks of at most `num_columns`."""
         return CachedPrompts(self, contexts, num_columns)
 
-    def frame(self, size: Size) -> "_Frame":
+    def frame(self, size: Size) -> Frame:
         """The inputs of passes of one size, kept with their graph if they run from one."""
         if size in self._frames:
             self._frames.move_to_end(size)
             return self._frames[size]
-        frame = _Frame(size, self.model.device, self._final(size.prompts, size.columns))
+        frame = Frame(size, self.model.device, self._final(size.prompts, size.columns))
         if self.use_graphs and size.prompts * size.queries <= GRAPH_TOKENS:
             while len(self._frames) >= GRAPHS:
                 self._frames.popitem(last=False)
@@ -97,20 +92,21 @@ class QuerySide:
         heads = num_prompts * self.tier.shape.num_kv_heads
         return num_programs(self._group * num_queries, heads, self.model.device)
 
-    def run(self, frame: "_Frame", ready: Callable[[int], None] | None) -> torch.Tensor:
+    def run(self, frame: Frame, ready: Callable[[int], None] | None) -> torch.Tensor:
         """One forward pass over a frame's inputs; returns logits (B, num_logits, vocabulary).
 
         With `ready`, called before each layer's part of the cache is read, it runs without a graph.
         """
         if ready or frame.size not in self._frames:
-            return self._forward(frame, ready)
+            with self._eagerly():
+                return self._forward(frame, ready)
         if frame.graph is None:
             frame.capture(lambda: self._forward(frame, None))
         assert frame.graph and frame.logits is not None
         frame.graph.replay()
         return frame.logits
 
-    def _forward(self, frame: "_Frame", ready: Callable[[int], None] | None) -> torch.Tensor:
+    def _forward(self, frame: Frame, ready: Callable[[int], None] | None) -> torch.Tensor:
         kinds = {id(rotation): rotation for rotation in self._rotations}
         turned = {kind: turns(rotation, frame.context.offsets) for kind, rotation in kinds.items()}
         cached = CachedAttention(
@@ -143,7 +139,8 @@ class CachedPrompts:
 
     def __init__(self, side: QuerySide, contexts: Sequence[Sequence[Key]], num_columns: int) -> None:
         self._side, self._num_columns = side, num_columns
-        self._pieces = [_pieces(context, side.tier) for context in contexts]
+        self._contexts = contexts
+        self._pieces: list[np.ndarray] = []
         self._context_lens = [sum(map(num_tokens, context)) for context in contexts]
         self._column = 0
         self._first: list[int] = []
@@ -159,121 +156,46 @@ class CachedPrompts:
 
         Returns the logits after the last `num_logits` columns: (B, num_logits, vocabulary). They are
         overwritten by the next call. `ready`: see `QuerySide.run`.
+
+        Raises:
+            UserError: other prompts have begun since.
         """
+        if self._first and self._side.running is not self:
+            raise UserError(
+                "another request has begun before this one was finished: an engine answers one at a time"
+            )
+        self._side.running = self
         side, longest = self._side, max(map(len, new_ids))
         width = _bucket(longest) if side.use_graphs and not self._first else longest
         self._first = self._first or [width - len(ids) for ids in new_ids]
+        programs = side.programs(len(new_ids), width)
+        if not self._pieces:
+            self._pieces = [
+                _pieces(context, side.tier, programs, side.reencoded) for context in self._contexts
+            ]
         num_pieces = max(16, _bucket(max(map(len, self._pieces))))
         columns = _columns(self._num_columns)
-        frame = side.frame(
-            Size(len(new_ids), width, columns, num_pieces, num_logits, side.programs(len(new_ids), width))
-        )
+        frame = side.frame(Size(len(new_ids), width, columns, num_pieces, num_logits, programs))
         frame.fill(new_ids, self._pieces, self._column, self._first, self._context_lens)
         self._column += width
         self._frame = frame  # holds the final blocks until the next call finds them
         return side.run(frame, ready)
 
 
-@dataclass
-class _Frame:
-    """The inputs of forward passes of one size: one int32 tensor, filled with one copy."""
+def _pieces(context: Sequence[Key], tier: DeviceTier, programs: int, reencoded: bool) -> np.ndarray:
+    """Slot, length, start in its block and offset of every piece of a context: (N, 4) int32.
 
-    size: Size
-    device: torch.device
-    final_LBS2KD: torch.Tensor
-    graph: torch.cuda.CUDAGraph | None = None
-    logits: torch.Tensor | None = None
-    _parts: dict[str, tuple[int, ...]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        b, n = self.size.prompts, self.size.pieces
-        self._parts = {
-            "ids": (b, self.size.queries),
-            "positions": (b, self.size.queries),
-            "slots": (b, n),
-            "lengths": (b, n),
-            "starts": (b, n),
-            "offsets": (b, n),
-            "shares": (b, self.size.programs + 1),
-            "column": (1,),
-            "first": (b,),
-            "shift": (b,),
-        }
-        total = sum(int(np.prod(shape)) for shape in self._parts.values())
-        self._staged = torch.zeros(total, dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        self._held = self._staged.to(self.device)
-        self._host = {name: part.numpy() for name, part in self._views(self._staged).items()}
-        views = self._views(self._held)
-        self.ids, self.positions = views.pop("ids"), views.pop("positions")
-        self.context = CachedContext(**views)
-
-    def fill(
-        self,
-        new_ids: Sequence[Sequence[int]],
-        pieces: Sequence[np.ndarray],
-        column: int,
-        first: Sequence[int],
-        context_lens: Sequence[int],
-    ) -> None:
-        """Write the inputs of a pass; `pieces` are (N, 4) int32 each: slot, length, start, offset."""
-        host, width = self._host, self.size.queries
-        for b, ids in enumerate(new_ids):
-            host["ids"][b, : width - len(ids)] = 0
-            host["ids"][b, width - len(ids) :] = ids
-            shift = context_lens[b] - first[b]
-            place = np.arange(column + shift, column + shift + width)
-            host["positions"][b] = np.maximum(place, 0)
-            host["first"][b], host["shift"][b] = first[b], shift
-            num_pieces = len(pieces[b])
-            for i, name in enumerate(("slots", "lengths", "starts", "offsets")):
-                host[name][b, :num_pieces] = pieces[b][:, i]
-                host[name][b, num_pieces:] = 0
-            host["shares"][b] = _shares(pieces[b][:, 1], self.size.programs)
-        host["column"][0] = column
-        self._held.copy_(self._staged, non_blocking=True)
-
-    def capture(self, forward: Callable[[], torch.Tensor]) -> None:
-        """Record the kernels of a pass, after running it so that everything is compiled and allocated."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                forward()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.logits = forward()
-        self.graph = graph
-
-    def _views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        views, start = {}, 0
-        for name, shape in self._parts.items():
-            end = start + int(np.prod(shape))
-            views[name] = flat[start:end].view(shape)
-            start = end
-        return views
-
-
-def _pieces(context: Sequence[Key], tier: DeviceTier) -> np.ndarray:
-    """Slot, length, start in its block and offset of every piece of a context: (N, 4) int32."""
+    A context too short for all programs is cut finer. Blocks that are not re-encoded all stand at 0.
+    """
     lengths = [num_tokens(key) for key in context]
     offsets = accumulate(lengths, initial=0)
+    piece = min(PIECE, max(64, sum(lengths) // programs // 64 * 64))
     rows = [
-        (slot + start, min(PIECE, length - start), start, offset)
+        (slot + start, min(piece, length - start), start, offset if reencoded else 0)
         for slot, length, offset in zip(map(tier.slot, context), lengths, offsets, strict=False)
-        for start in range(0, length, PIECE)
+        for start in range(0, length, piece)
     ]
     return np.array(rows, np.int32).reshape(-1, 4)
-
-
-def _shares(lengths: np.ndarray, num_programs: int) -> np.ndarray:
-    """Where each program's pieces begin, and the last one's end, for about as many tokens each."""
-    ends = np.cumsum(lengths)
-    total = ends[-1] if len(ends) else 0
-    targets = total * np.arange(1, num_programs) / num_programs
-    # a piece goes to the program in whose part its middle lies
-    inner = np.searchsorted(ends - lengths / 2, targets)
-    return np.concatenate(([0], inner, [len(lengths)])).astype(np.int32)
 
 
 def _bucket(count: int) -> int:

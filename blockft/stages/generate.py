@@ -1,47 +1,112 @@
-"""`blockft generate`: prompts from JSON lines, answers as text or JSON."""
+"""`blockft generate`: requests from JSON lines, answers as text or JSON, and what was reused for them."""
 
 import json
+import statistics
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from blockft.config import PromptSettings, View
 from blockft.data.rag import RagPrompt
-from blockft.data.request import request_of
-from blockft.data.sample import RecordError, Sample
+from blockft.data.sample import Sample
 from blockft.errors import UserError
+from blockft.inference.answer import Answer
 from blockft.inference.engine import Engine
+from blockft.inference.runner import CacheOptions
+from blockft.inference.sampling import Sampler
+from blockft.inference.size import parse_bytes
 
 
-def generate(model: str, source: str, *, mode: str, max_new_tokens: int, as_json: bool) -> None:
-    """Answer every line of `source`, a request as `data.request` reads it.
+@dataclass(frozen=True, kw_only=True)
+class CacheWords:
+    """The block cache as the command line spells it; see `CacheOptions`."""
+
+    folder: Path | None = None
+    disk: str | None = None
+    host: str | None = None
+    device: str | None = None
+
+    def options(self) -> CacheOptions:
+        """Raises:
+        UserError: one is no size, or there is a budget for a disk without a folder.
+        """
+        if self.disk and not self.folder:
+            raise UserError("--cache-bytes needs --cache FOLDER, the folder that they are for")
+        disk, host, device = (text and parse_bytes(text) for text in (self.disk, self.host, self.device))
+        return CacheOptions(folder=self.folder, disk_bytes=disk or None, host_bytes=host, device_bytes=device)
+
+
+def open_engine(model: str, cache: CacheWords, *, compile: bool = False) -> Engine:
+    """A model with its block cache; one that is no export words questions as recipes do by default.
 
     Raises:
-        UserError: an unknown mode; a line that is no prompt, by its number; see `Engine`.
+        UserError: see `CacheWords` and `Engine`.
+    """
+    options, default = cache.options(), PromptSettings()
+    wording = {name: getattr(default, name) for name in ("instruction", "document", "question")}
+    prompt = RagPrompt(**wording, documents_in=default.documents_in.value, order="given")
+    return Engine.load(model, prompt=prompt, cache=options, compile=compile)
+
+
+def generate(
+    model: str,
+    source: str,
+    *,
+    mode: str = "block",
+    max_new_tokens: int = 128,
+    temperature: float = 0,
+    top_p: float = 1,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    trims: bool = False,
+    batch_size: int = 1,
+    streams: bool = False,
+    as_json: bool = False,
+    compile: bool = False,
+    cache: CacheWords | None = None,
+) -> None:
+    """Answer every line of `source`, a request as `data.request` reads it; all are read before the first one.
+
+    Raises:
+        UserError: an unknown mode; settings that do not go together; a line that is no request, by its
+            number, or is too long; see `open_engine`.
     """
     if mode not in View.__members__:
         raise UserError(f"--mode is {mode!r}, allowed are {', '.join(View.__members__)}")
-    if max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens is {max_new_tokens}, it should be at least 1")
+    if streams and (as_json or batch_size > 1):
+        raise UserError("--stream writes one text after the other: leave out --json and --batch-size")
+    Sampler(temperature, top_p, seed)
     lines = _lines(source)
-    engine = Engine.load(model)
-    rag = _rag_prompt(engine)
-    prompts = [_prompt(line, rag, f"{source}, line {number}") for number, line in lines]
-    for prompt in prompts:
-        (answer,) = engine.generate([prompt], mode=mode, max_new_tokens=max_new_tokens)
-        if as_json:
-            facts = {
-                "id": prompt.id,
-                "answer": answer.text,
-                "answer_ids": answer.ids,
-                "blocks": answer.num_blocks,
-            }
-            print(
-                json.dumps(
-                    facts | {"prompt_tokens": answer.prompt_tokens, "ttft_ms": round(answer.ttft_ms, 1)}
-                )
-            )
-        else:
-            print(answer.text, flush=True)
+    engine = open_engine(model, cache or CacheWords(), compile=compile)
+    prompts = [_prompt(line, engine, f"{source}, line {number}") for number, line in lines]
+    ids = [engine.encode(prompt, max_new_tokens, trims=trims) for prompt in prompts]
+    answers: list[Answer] = []
+    for start in range(0, len(prompts), batch_size):
+        # prompt i is sampled with the seed `seed + i`, whatever the batch
+        sampler = Sampler(temperature, top_p, seed + start)
+        batch = ids[start : start + batch_size]
+        settings = {"mode": mode, "max_new_tokens": max_new_tokens, "sampler": sampler, "stop": stop}
+        if streams:
+            answers.append(_stream(engine, batch[0], settings))
+            continue
+        new = engine.generate_ids(batch, **settings)
+        answers += new
+        for prompt, answer in zip(prompts[start:], new, strict=False):
+            print(_as_json(prompt, answer) if as_json else answer.text, flush=True)
+    engine.close()
+    print(_summary(answers), file=sys.stderr)
+
+
+def _stream(engine: Engine, ids: Sequence[Sequence[int]], settings: dict[str, object]) -> Answer:
+    pieces = engine.stream_ids(ids, **settings)
+    while True:
+        try:
+            print(next(pieces), end="", flush=True)
+        except StopIteration as end:
+            print(flush=True)
+            answer: Answer = end.value
+            return answer
 
 
 def _lines(source: str) -> list[tuple[int, str]]:
@@ -49,31 +114,38 @@ def _lines(source: str) -> list[tuple[int, str]]:
         text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--input {source} cannot be read: {error}") from error
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise UserError(f"--input {source} holds no prompt")
     return lines
 
 
-def _rag_prompt(engine: Engine) -> RagPrompt:
-    """How the model's training worded prompts, or the defaults for a model that is no export."""
-    known = engine.block_attention
-    if known is None:
-        default = PromptSettings()
-        wording = {name: getattr(default, name) for name in ("instruction", "document", "question")}
-        return RagPrompt(**wording, documents_in=default.documents_in.value, order="given")
-    return RagPrompt(**known["prompt"], documents_in=known["documents_in"], order="given")
-
-
-def _prompt(line: str, rag: RagPrompt, at: str) -> Sample:
+def _prompt(line: str, engine: Engine, at: str) -> Sample:
     """The prompt of one line of input.
 
     Raises:
         UserError: it is none.
     """
     try:
-        return request_of(json.loads(line), rag, at)
-    except json.JSONDecodeError as error:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{at} is not JSON: {error}") from error
-    except RecordError as error:
-        raise UserError(f"{at}: {error}") from error
+    return engine.request(record, at)
+
+
+def _as_json(prompt: Sample, answer: Answer) -> str:
+    facts = asdict(answer)
+    renamed = {"id": prompt.id, "answer": facts.pop("text"), "answer_ids": facts.pop("ids")}
+    rounded = {name: round(v, 2) if isinstance(v, float) else v for name, v in facts.items()}
+    return json.dumps(renamed | {"blocks": rounded.pop("num_blocks")} | rounded, ensure_ascii=False)
+
+
+def _summary(answers: Sequence[Answer]) -> str:
+    blocks = sum(answer.num_blocks - 1 for answer in answers)
+    tokens = sum(answer.prompt_tokens for answer in answers)
+    reused, saved = (sum(getattr(a, f"{name}_reused") for a in answers) for name in ("blocks", "tokens"))
+    ttft = statistics.median(answer.ttft_ms for answer in answers)
+    return (
+        f"{len(answers)} answers; {reused} of {blocks} context blocks reused, {saved:,} of {tokens:,} prompt "
+        f"tokens ({100 * saved / tokens:.0f} %); median time to first token {ttft:.1f} ms"
+    )

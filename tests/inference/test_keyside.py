@@ -2,6 +2,7 @@
 
 import json
 import random
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,20 @@ from transformers import PreTrainedModel
 from blockft.attention.backends import BlockMasks
 from blockft.attention.layout import Layout, lay_out
 from blockft.errors import UserError
+from blockft.inference.block import Key, key_of
 from blockft.inference.engine import Engine
-from blockft.inference.keyside import Ids, JoinedPrompts, encode_blocks
+from blockft.inference.keyside import JoinedPrompts, encode_blocks
 from blockft.model.load import rotations
 from tests.run import save_model
 from tests.tiny import CONFIGS, build_model, random_ids, random_layout
 
 
-def cut(ids: torch.Tensor, layout: Layout) -> list[Ids]:
-    return [tuple(part.tolist()) for part in ids.split(layout.block_lengths)]
+def cut(ids: torch.Tensor, layout: Layout) -> list[list[int]]:
+    return [part.tolist() for part in ids.split(layout.block_lengths)]
+
+
+def keys_of(prompts: list[list[list[int]]]) -> list[list[Key]]:
+    return [[key_of(block) for block in prompt[:-1]] for prompt in prompts]
 
 
 @torch.inference_mode()
@@ -39,10 +45,10 @@ def masked_logits(
 
 
 def joined_logits(
-    model: PreTrainedModel, prompts: list[list[Ids]], *, reencoded: bool = True
+    model: PreTrainedModel, prompts: list[list[list[int]]], *, reencoded: bool = True
 ) -> list[torch.Tensor]:
-    encoded = encode_blocks(model, [block for prompt in prompts for block in prompt[:-1]], max_tokens=512)
-    contexts = [prompt[:-1] for prompt in prompts]
+    contexts = keys_of(prompts)
+    encoded = dict(encode_blocks(model, chain.from_iterable(contexts), max_tokens=512))
     joined = JoinedPrompts(model, rotations(model), contexts, encoded, reencoded=reencoded)
     finals = [prompt[-1] for prompt in prompts]
     logits = joined.advance(finals, num_logits=max(map(len, finals)))
@@ -55,8 +61,8 @@ def test_law_4_joined_blocks_give_the_masked_forward(name: str, reencoded: bool)
     """The same holds of blocks that stay at 0..n-1, for a masked forward with such positions."""
     rng, model = random.Random(name), build_model(name)
     prompts, expected = [], []
-    for num_tokens, num_blocks in [(60, 5), (24, 1), (90, 50), (37, 2)]:
-        ids, layout = random_ids(rng, num_tokens), random_layout(rng, num_tokens, num_blocks)
+    for length, num_blocks in [(60, 5), (24, 1), (90, 50), (37, 2)]:
+        ids, layout = random_ids(rng, length), random_layout(rng, length, num_blocks)
         prompts.append(cut(ids, layout))
         expected.append(masked_logits(model, ids, layout, reencoded=reencoded))
     for got, want in zip(joined_logits(model, prompts, reencoded=reencoded), expected, strict=True):
@@ -74,8 +80,9 @@ def test_law_4_holds_to_2048_tokens(name: str) -> None:
 def test_decoding_continues_the_masked_forward() -> None:
     model, layout = build_model("gemma3"), Layout((12, 7, 9, 11))
     ids = random_ids(random.Random(3), layout.num_tokens)
-    *context, final = cut(ids, layout)
-    joined = JoinedPrompts(model, rotations(model), [context], encode_blocks(model, context))
+    prompt = cut(ids, layout)
+    (context,), final = keys_of([prompt]), prompt[-1]
+    joined = JoinedPrompts(model, rotations(model), [context], dict(encode_blocks(model, context)))
     steps = [joined.advance([final[:2]]), *(joined.advance([[token]]) for token in final[2:])]
     got = torch.cat([step[0] for step in steps])
     assert_close(got, masked_logits(model, ids, layout)[1:], rtol=1e-5, atol=1e-5)
@@ -101,5 +108,5 @@ def test_the_engine_leaves_blocks_where_training_left_them(tmp_path: Path) -> No
 
 def test_a_repeated_block_is_encoded_once() -> None:
     model = build_model("llama")
-    encoded = encode_blocks(model, [(1, 2, 3), (4, 5), (1, 2, 3)])
-    assert list(encoded) == [(1, 2, 3), (4, 5)]
+    blocks = [key_of(ids) for ids in ([1, 2, 3], [4, 5], [1, 2, 3])]
+    assert [key for key, _ in encode_blocks(model, blocks)] == blocks[:2]

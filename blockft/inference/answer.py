@@ -1,0 +1,59 @@
+"""What an engine answers, and where the blocks of the prompt came from."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from blockft.inference.block import Key, num_tokens
+from blockft.inference.runner import Begun
+
+ENCODED = "encoded"
+"""Where a block came from that no tier had."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the model answered to one prompt.
+
+    ids              the tokens that it wrote, without one that ends a turn
+    num_blocks       blocks of the prompt, the final one among them; prompt_tokens are theirs
+    sources          how many local blocks came from the tiers device, host and disk, or were encoded
+    blocks_reused    local blocks that needed not be encoded, of tokens_reused tokens
+    ttft_ms          from token ids on the host to the first new id of the whole batch on the host
+    tokens_per_s     after the first one; None if there is none
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    num_blocks: int
+    prompt_tokens: int
+    sources: Mapping[str, int]
+    blocks_reused: int
+    tokens_reused: int
+    ttft_ms: float
+    tokens_per_s: float | None
+
+
+def answer_of(
+    text: str,
+    ids: Sequence[int],
+    context: Sequence[Key],
+    prompt: Sequence[Sequence[int]],
+    begun: Begun,
+    ttft_ms: float,
+    seconds: float,
+) -> Answer:
+    """The answer to a prompt that was read over a context; `seconds` passed after the first token."""
+    reused = [key for key in context if key in begun.found]
+    sources = Counter(begun.found[key].tier.value if key in begun.found else ENCODED for key in context)
+    return Answer(
+        text=text,
+        ids=tuple(ids),
+        num_blocks=len(context) + 1,
+        prompt_tokens=sum(map(len, prompt)),
+        sources=dict(sources),
+        blocks_reused=len(reused),
+        tokens_reused=sum(map(num_tokens, reused)),
+        ttft_ms=ttft_ms,
+        tokens_per_s=(len(ids) - 1) / seconds if len(ids) > 1 else None,
+    )

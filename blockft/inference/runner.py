@@ -1,0 +1,233 @@
+"""A model and its block cache: contexts are found or encoded, then final blocks read them.
+
+Two paths with equal results: the key side (any device) and the query side (made for GPUs).
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from blockft.errors import UserError
+from blockft.inference.block import Key
+from blockft.inference.device import DeviceTier, KVShape
+from blockft.inference.disk import CacheModel, DiskTier
+from blockft.inference.host import HostTier
+from blockft.inference.keyside import JoinedPrompts, encode_blocks
+from blockft.inference.queryside import CachedPrompts, QuerySide
+from blockft.inference.store import BlockStore, DamagedBlocks, Found
+from blockft.model.identity import model_fingerprint
+from blockft.model.load import compile_layers, reencodes, rotations
+
+SLACK = 128
+"""Slots after the device tier's last one: kernels load whole tiles (see `attention.kernel`)."""
+
+SIDES = ("auto", "key", "query")
+"""Ways to read cached blocks; auto is query on a GPU and key elsewhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """Where blocks are kept, and how much of each tier they may take.
+
+    folder        of the disk tier; None keeps nothing on the disk
+    disk_bytes    of the whole folder; None sets no limit
+    host_bytes    None is a quarter of the memory that is free
+    device_bytes  None is half of the GPU memory that is free once the model is there
+    """
+
+    folder: Path | None = None
+    disk_bytes: int | None = None
+    host_bytes: int | None = None
+    device_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A batch of prompts whose final blocks have been read.
+
+    prompts  takes what is generated, by `advance`
+    logits   after the last token of every prompt: (B, vocabulary)
+    found    where each block of their contexts was; those that had to be encoded are missing
+    """
+
+    prompts: JoinedPrompts | CachedPrompts
+    logits: torch.Tensor
+    found: Mapping[Key, Found]
+
+
+class BlockRunner:
+    """A model with attention over cached blocks. Not for several threads at once.
+
+    name: of the model, for people who look at the folder of its cache.
+    tokenizer: identifies the one that makes its token ids; a part of what identifies cached blocks.
+    compile: compile the layers that CUDA graphs record; half a minute once, less time for every token.
+
+    Raises:
+        UserError: an unknown `side`; a cache folder or budget that cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        name: str,
+        tokenizer: str = "",
+        cache: CacheOptions | None = None,
+        side: str = "auto",
+        compile: bool = False,
+    ) -> None:
+        if side not in SIDES:
+            raise UserError(f"side is {side!r}, allowed are {', '.join(SIDES)}")
+        self.model = model
+        self._rotations, self._reencoded = rotations(model), reencodes(model.config)
+        self._is_cuda, self._is_compiled = model.device.type == "cuda", compile
+        cache = cache or CacheOptions()
+        uses_query_side = side == "query" or side == "auto" and self._is_cuda
+        shape = kv_shape(model)
+        device = (
+            DeviceTier(shape, model.device, self._device_bytes(cache), SLACK) if uses_query_side else None
+        )
+        disk = _disk_tier(model, name, tokenizer, cache) if cache.folder else None
+        host_bytes = cache.host_bytes
+        if host_bytes is None:
+            host_bytes = psutil.virtual_memory().available // 4
+        self.store = BlockStore(shape, host=HostTier(host_bytes), device=device, disk=disk)
+        self._query_side = device and QuerySide(
+            model,
+            self._rotations,
+            device,
+            use_kernel=self._is_cuda,
+            use_graphs=self._is_cuda,
+            reencoded=self._reencoded,
+            eagerly=self._eagerly,
+        )
+        if compile:
+            compile_layers(model)
+
+    def begin(
+        self, contexts: Sequence[Sequence[Key]], finals: Sequence[Sequence[int]], num_new: int
+    ) -> Begun:
+        """Read each prompt's final block over its context; up to `num_new` tokens may follow.
+
+        Raises:
+            UserError: the contexts do not fit on the device together.
+        """
+        keys = list(dict.fromkeys(chain.from_iterable(contexts)))
+        begin = self._begin_query_side if self._query_side else self._begin_key_side
+        while True:
+            found = self.store.find(keys)
+            try:
+                begun = begin(keys, found, contexts, finals, num_new)
+            except DamagedBlocks:
+                continue  # an entry less that is trusted each time
+            self.store.count(keys, begun.found)
+            return begun
+
+    def encode(self, keys: Sequence[Key]) -> int:
+        """Put blocks into the host and disk tiers that are in none; returns how many had to be encoded."""
+        found = self.store.find(dict.fromkeys(keys))
+        for at in found.values():
+            if at.entry:
+                at.entry.close()
+        missing = [key for key in dict.fromkeys(keys) if key not in found]
+        with self._eagerly():
+            for key, kv in encode_blocks(self.model, missing):
+                self.store.keep(key, kv)
+        return len(missing)
+
+    def _begin_key_side(
+        self,
+        keys: Sequence[Key],
+        found: Mapping[Key, Found],
+        contexts: Sequence[Sequence[Key]],
+        finals: Sequence[Sequence[int]],
+        num_new: int,
+    ) -> Begun:
+        blocks = {key: kv.to(self.model.device) for key, kv in self.store.load(found).items()}
+        found = {key: at for key, at in found.items() if key in blocks}
+        for key, kv in encode_blocks(self.model, (key for key in keys if key not in blocks)):
+            self.store.keep(key, kv)
+            blocks[key] = kv
+        prompts = JoinedPrompts(self.model, self._rotations, contexts, blocks, reencoded=self._reencoded)
+        return Begun(prompts, prompts.advance(finals)[:, -1], found)
+
+    def _begin_query_side(
+        self,
+        keys: Sequence[Key],
+        found: Mapping[Key, Found],
+        contexts: Sequence[Sequence[Key]],
+        finals: Sequence[Sequence[int]],
+        num_new: int,
+    ) -> Begun:
+        side, device = self._query_side, self.store.device
+        assert side and device
+        new = [key for key in keys if key not in device]
+        device.add(new, keep=keys)
+        loading = None
+        try:
+            missing = [key for key in new if key not in found]
+            if missing:
+                with self._eagerly():
+                    for key, kv in encode_blocks(self.model, missing):
+                        device.block(key).copy_(kv)
+                        self.store.keep(key, kv)
+            loading = self.store.load_layers(found) if new else None
+            prompts = side.prompts(contexts, max(map(len, finals)) + num_new)
+            logits = prompts.advance(finals, ready=loading.ready if loading else None)
+        except BaseException:
+            # what is in these slots now is not what their keys say
+            for key in new:
+                device.drop(key)
+            if loading:
+                loading.abandon()
+            raise
+        return Begun(prompts, logits[:, -1], found)
+
+    def _eagerly(self) -> AbstractContextManager[Any]:
+        """Layers run uncompiled within: blocks have as many lengths as there are documents."""
+        return torch.compiler.set_stance("force_eager") if self._is_compiled else nullcontext()
+
+    def _device_bytes(self, cache: CacheOptions) -> int:
+        if cache.device_bytes is not None:
+            return cache.device_bytes
+        if self._is_cuda:
+            free, _ = torch.cuda.mem_get_info(self.model.device)
+            return free // 2
+        return psutil.virtual_memory().available // 4
+
+
+def head_size(config: PreTrainedConfig) -> int:
+    """The size of an attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def kv_shape(model: PreTrainedModel) -> KVShape:
+    """What a model's keys and values of one token take."""
+    config = model.config
+    return KVShape(
+        num_layers=config.num_hidden_layers,
+        num_kv_heads=config.num_key_value_heads,
+        head_size=head_size(config),
+        dtype=model.dtype,
+    )
+
+
+def _disk_tier(model: PreTrainedModel, name: str, tokenizer: str, cache: CacheOptions) -> DiskTier:
+    shape = kv_shape(model)
+    assert cache.folder
+    belongs_to = CacheModel(
+        fingerprint=model_fingerprint(model, tokenizer),
+        name=name,
+        dtype=str(shape.dtype).removeprefix("torch."),
+        num_layers=shape.num_layers,
+        num_kv_heads=shape.num_kv_heads,
+        head_size=shape.head_size,
+    )
+    return DiskTier(cache.folder, belongs_to, cache.disk_bytes)

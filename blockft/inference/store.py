@@ -1,0 +1,256 @@
+"""The block cache: blocks by content in three tiers, device, host and disk.
+
+A block is looked up in the nearest tier first. What is encoded goes into all of them, so a tier that makes
+room forgets what the next one still has. Tensors of blocks are (L, n, 2, K, D): L layers, n tokens, K
+key/value heads, D head size.
+"""
+
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import torch
+
+from blockft.inference.block import Key, num_tokens
+from blockft.inference.device import DeviceTier, KVShape
+from blockft.inference.disk import DamagedEntry, DiskEntry, DiskTier
+from blockft.inference.host import HostTier
+
+READERS = 8
+"""Threads that read and verify entries of the disk: one does not reach the speed of a fast drive."""
+
+PENDING_WRITES = 64
+"""Blocks that may wait for the disk; encoding more waits, too, or they would fill the memory."""
+
+
+class Tier(StrEnum):
+    """Where a block was found."""
+
+    device = "device"
+    host = "host"
+    disk = "disk"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A block that needs not be encoded; `entry` is its file, if it is on the disk alone."""
+
+    tier: Tier
+    entry: DiskEntry | None = None
+
+
+@dataclass
+class StoreStatistics:
+    """What a store has done since it was made: blocks and tokens asked for, and found in each tier."""
+
+    blocks: int = 0
+    tokens: int = 0
+    found_blocks: Counter[str] = field(default_factory=Counter)
+    found_tokens: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def reused_percent(self) -> float:
+        """The share of tokens that were not encoded again."""
+        return 100 * self.found_tokens.total() / self.tokens if self.tokens else 0.0
+
+
+class DamagedBlocks(Exception):
+    """Entries turned out to be damaged while they were read: look the blocks up and start again."""
+
+
+class BlockStore:
+    """The tiers of one process. Not for several threads at once."""
+
+    def __init__(
+        self,
+        shape: KVShape,
+        *,
+        host: HostTier,
+        device: DeviceTier | None = None,
+        disk: DiskTier | None = None,
+    ) -> None:
+        self.shape, self.host, self.device, self.disk = shape, host, device, disk
+        self.statistics = StoreStatistics()
+        self.readers = ThreadPoolExecutor(READERS, thread_name_prefix="blockft-read")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="blockft-write")
+        self._writes: deque[Future[None]] = deque()
+        self._distrusted: set[Key] = set()
+        self._copies = torch.cuda.Stream() if device is not None and device.cache_LS2KD.is_cuda else None
+
+    def find(self, keys: Iterable[Key]) -> dict[Key, Found]:
+        """Where each of these different blocks is, without those that are nowhere."""
+        found, elsewhere = {}, []
+        for key in keys:
+            if self.device is not None and key in self.device:
+                found[key] = Found(Tier.device)
+            elif key in self.host:
+                found[key] = Found(Tier.host)
+            elif self.disk is not None and key not in self._distrusted:
+                elsewhere.append(key)
+        if self.disk is not None and elsewhere:
+            entries = zip(elsewhere, self.readers.map(self.disk.open, elsewhere), strict=True)
+            found |= {key: Found(Tier.disk, entry) for key, entry in entries if entry}
+        return found
+
+    def count(self, keys: Iterable[Key], found: Mapping[Key, Found]) -> None:
+        """Add a request to the statistics."""
+        statistics = self.statistics
+        for key in keys:
+            statistics.blocks += 1
+            statistics.tokens += num_tokens(key)
+            if key in found:
+                statistics.found_blocks[found[key].tier] += 1
+                statistics.found_tokens[found[key].tier] += num_tokens(key)
+
+    def keep(self, key: Key, kv: torch.Tensor) -> None:
+        """Keep a block that was just encoded, in the host tier and on the disk; both may be behind.
+
+        `kv` must not be overwritten.
+        """
+        if not self.host.max_bytes and self.disk is None:
+            return
+        copy, done = self._copied(kv)
+        self.host.put(key, copy)
+        if self.disk is not None:
+            self._distrusted.discard(key)
+            while self._writes and (len(self._writes) >= PENDING_WRITES or self._writes[0].done()):
+                self._writes.popleft().result()
+            self._writes.append(self._writer.submit(_write, self.disk, key, copy, done))
+
+    def flush(self) -> None:
+        """Wait until the disk has all blocks."""
+        while self._writes:
+            self._writes.popleft().result()
+
+    def load(self, found: Mapping[Key, Found]) -> dict[Key, torch.Tensor]:
+        """The blocks of the host and the disk, on the host; those that turn out to be damaged are missing."""
+        if self._copies:
+            self._copies.synchronize()
+        blocks = {key: self.on_host(key) for key, at in found.items() if at.tier is Tier.host}
+        entries = _entries(found)
+        read = self.readers.map(self._read, entries.keys(), entries.values())
+        for key, kv in zip(entries, read, strict=True):
+            if kv is not None:
+                blocks[key] = kv
+                self.host.put(key, kv)
+        return blocks
+
+    def load_layers(self, found: Mapping[Key, Found]) -> "Loading | None":
+        """Start to copy blocks into their slots on the device; None if they all are there."""
+        if all(at.tier is Tier.device for at in found.values()):
+            return None
+        return Loading(self, found, after=self._copies)
+
+    def on_host(self, key: Key) -> torch.Tensor:
+        """A block of the host tier."""
+        kv = self.host.get(key)
+        assert kv is not None
+        return kv
+
+    def empty(self, length: int) -> torch.Tensor:
+        """Room on the host for a block of `length` tokens, pinned where it will be copied to a GPU."""
+        shape = self.shape
+        size = (shape.num_layers, length, 2, shape.num_kv_heads, shape.head_size)
+        return torch.empty(size, dtype=shape.dtype, pin_memory=self._copies is not None)
+
+    def distrust(self, key: Key) -> None:
+        """Do not look for a block on the disk until it was encoded again: a damaged entry may stay."""
+        self._distrusted.add(key)
+
+    def _copied(self, kv: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """A copy of a block on the host, and what to wait for before it can be read there."""
+        copy = self.empty(kv.shape[1])
+        if not kv.is_cuda:
+            return copy.copy_(kv), None
+        stream = self._copies or torch.cuda.current_stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            copy.copy_(kv, non_blocking=True)
+        kv.record_stream(stream)
+        return copy, stream.record_event()
+
+    def _read(self, key: Key, entry: DiskEntry) -> torch.Tensor | None:
+        kv = self.empty(num_tokens(key))
+        with entry:
+            try:
+                for layer in range(self.shape.num_layers):
+                    entry.layer(layer, kv[layer])
+            except DamagedEntry:
+                self.distrust(key)
+                return None
+        return kv
+
+
+class Loading:
+    """Blocks of the host and the disk on their way to the device, layer by layer.
+
+    The disk's threads read ahead; the copies of a layer are started when the one before is about to compute.
+    """
+
+    def __init__(
+        self, store: BlockStore, found: Mapping[Key, Found], after: torch.cuda.Stream | None = None
+    ) -> None:
+        assert store.device is not None
+        self._store, self._device = store, store.device
+        self._stream = torch.cuda.Stream() if self._device.cache_LS2KD.is_cuda else None
+        if self._stream:
+            # the slots may still be read for the blocks that were there before, or the host be written
+            self._stream.wait_stream(torch.cuda.current_stream())
+            if after:
+                self._stream.wait_stream(after)
+        self._blocks = {key: store.on_host(key) for key, at in found.items() if at.tier is Tier.host}
+        self._entries = _entries(found)
+        self._new = {key: store.empty(num_tokens(key)) for key in self._entries}
+        self._reads = {
+            (layer, key): store.readers.submit(self._read, layer, key)
+            for layer in range(store.shape.num_layers)
+            for key in self._entries
+        }
+
+    def ready(self, layer: int) -> None:
+        """Called before a layer's part of the cache is read: waits for the disk, and lets the GPU wait.
+
+        Raises:
+            DamagedBlocks: an entry is not what was written.
+        """
+        for key in self._entries:
+            self._reads.pop((layer, key)).result()
+        with torch.cuda.stream(self._stream):
+            for key, kv in (self._blocks | self._new).items():
+                self._device.block(key)[layer].copy_(kv[layer], non_blocking=True)
+        if self._stream:
+            torch.cuda.current_stream().wait_stream(self._stream)
+        if layer == self._store.shape.num_layers - 1:
+            for key, kv in self._new.items():
+                self._store.host.put(key, kv)
+            self._close()
+
+    def abandon(self) -> None:
+        """Stop reading; what has arrived is of no use."""
+        for read in self._reads.values():
+            read.cancel()
+        wait(self._reads.values())
+        self._close()
+
+    def _read(self, layer: int, key: Key) -> None:
+        try:
+            self._entries[key].layer(layer, self._new[key][layer])
+        except DamagedEntry as error:
+            self._store.distrust(key)
+            raise DamagedBlocks from error
+
+    def _close(self) -> None:
+        for entry in self._entries.values():
+            entry.close()
+
+
+def _entries(found: Mapping[Key, Found]) -> dict[Key, DiskEntry]:
+    return {key: at.entry for key, at in found.items() if at.entry is not None}
+
+
+def _write(disk: DiskTier, key: Key, kv: torch.Tensor, done: torch.cuda.Event | None) -> None:
+    if done is not None:
+        done.synchronize()
+    disk.write(key, kv)
