@@ -4,11 +4,9 @@ L tokens are a prompt: its context in blocks, and a question at the end.
 """
 
 import json
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,11 +21,11 @@ from blockft.attention.layout import Layout, lay_out
 from blockft.errors import UserError
 from blockft.inference.block import Key, key_of
 from blockft.inference.runner import BlockRunner, CacheOptions, kv_shape
-from blockft.inference.size import parse_bytes
 from blockft.model.load import load_model
 from blockft.model.shape import SHAPES, random_model, shape_config
 from blockft.rundir import write_whole
 from blockft.stages.bench import provenance
+from blockft.stages.timing import copy_bandwidth, times_of
 from blockft.stages.ttft_report import draw, print_table
 
 PREFILLS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
@@ -53,8 +51,8 @@ def bench_ttft(
 ) -> None:
     """Measure a model, or random weights of a shape, and print a table; JSON to `out`, a picture to `png`.
 
-    Tiers: device, host, disk (a temporary folder in `folder`, or where such folders go) and none, which encodes
-    every block. Before each run the tiers nearer than the one measured are emptied.
+    Tiers: device, host, disk (a temporary folder in `folder`, or where such folders go) and none, which
+    encodes every block. Before each run the tiers nearer than the one measured are emptied.
 
     Raises:
         UserError: no such model or shape, or lengths that do not hold the question or exceed the model.
@@ -67,7 +65,7 @@ def bench_ttft(
     if max(lengths) + 1 > (limit := model.config.max_position_embeddings):
         raise UserError(f"--lengths has {max(lengths)}, the model has {limit} positions")
     is_cuda = model.device.type == "cuda"
-    bandwidth = _bandwidth(model.device)
+    bandwidth = copy_bandwidth(model.device)
     stream = torch.randint(
         model.config.vocab_size, (max(lengths),), generator=torch.Generator().manual_seed(0)
     )
@@ -197,7 +195,7 @@ def _full(model: PreTrainedModel, prompt: _Prompt, warmups: int, runs: int) -> d
                 return int(logits[0, -1].argmax())
 
             with sdpa_kernel(backend) if backend else nullcontext():
-                measured[name] = _times(prefill, warmups, runs)
+                measured[name] = times_of(prefill, warmups, runs)
     model.set_attn_implementation("block_cached")
     best = min(measured, key=lambda name: measured[name]["median"])
     return measured[best] | {"kernel": best, "kernels": {n: m["median"] for n, m in measured.items()}}
@@ -226,7 +224,7 @@ def _cached(runner: BlockRunner, prompt: _Prompt, tier: str, warmups: int, runs:
             runner.begin([prompt.keys()], [prompt.question], 1)
     elif store.disk:
         raise UserError("--tiers none encodes every block, which a disk would know: measure it without disk")
-    return _times(prefill, warmups, runs, before=forget)
+    return times_of(prefill, warmups, runs, before=forget)
 
 
 def _bare_copy(runner: BlockRunner, prompt: _Prompt, warmups: int, runs: int) -> dict[str, Any]:
@@ -246,7 +244,7 @@ def _bare_copy(runner: BlockRunner, prompt: _Prompt, warmups: int, runs: int) ->
             start += block.numel()
         torch.cuda.synchronize()
 
-    return _times(copy, warmups, runs)
+    return times_of(copy, warmups, runs)
 
 
 def _agreement(
@@ -284,35 +282,6 @@ def _masked(model: PreTrainedModel, prompt: _Prompt, backend: str) -> torch.Tens
     model.set_attn_implementation("block_cached")
     logits: torch.Tensor = out.logits[0, -1].float()
     return logits
-
-
-def _times(
-    run: Callable[[], Any], warmups: int, runs: int, before: Callable[[], None] = lambda: None
-) -> dict[str, Any]:
-    times = []
-    for _ in range(warmups + runs):
-        before()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - start) * 1000)
-    times = times[warmups:]
-    return {"median": statistics.median(times), "p95": float(np.percentile(times, 95)), "runs": len(times)}
-
-
-def _bandwidth(device: torch.device) -> float:
-    """Bytes read and written each second by a large copy on the device."""
-    size = parse_bytes("2GiB" if device.type == "cuda" else "256MiB")
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-
-    def copy() -> None:
-        target.copy_(source)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    return 2 * size / _times(copy, 3, 10)["median"] * 1000
 
 
 def _conclude(line: dict[str, Any]) -> None:
