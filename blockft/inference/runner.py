@@ -99,15 +99,17 @@ class BlockRunner:
         if host_bytes is None:
             host_bytes = psutil.virtual_memory().available // 4
         self.store = BlockStore(shape, host=HostTier(host_bytes), device=device, disk=disk)
-        self._query_side = device and QuerySide(
-            model,
-            self._rotations,
-            device,
-            use_kernel=self._is_cuda,
-            use_graphs=self._is_cuda,
-            reencoded=self._reencoded,
-            eagerly=self._eagerly,
-        )
+        self._query_side = None
+        if device is not None:
+            self._query_side = QuerySide(
+                model,
+                self._rotations,
+                device,
+                use_kernel=self._is_cuda,
+                use_graphs=self._is_cuda,
+                reencoded=self._reencoded,
+                eagerly=self._eagerly,
+            )
         if compile:
             compile_layers(model)
 
@@ -167,7 +169,7 @@ class BlockRunner:
         num_new: int,
     ) -> Begun:
         side, device = self._query_side, self.store.device
-        assert side and device
+        assert side is not None and device is not None
         new = [key for key in keys if key not in device]
         device.add(new, keep=keys)
         loading = None

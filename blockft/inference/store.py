@@ -203,6 +203,11 @@ class Loading:
         self._blocks = {key: store.on_host(key) for key, at in found.items() if at.tier is Tier.host}
         self._entries = _entries(found)
         self._new = {key: store.empty(num_tokens(key)) for key in self._entries}
+        pairs = {key: (self._device.block(key), kv) for key, kv in (self._blocks | self._new).items()}
+        # views are made here, for the copies of a layer are waited for
+        self._layers = list(
+            zip(*(zip(*map(torch.unbind, pair), strict=True) for pair in pairs.values()), strict=True)
+        )
         self._reads = {
             (layer, key): store.readers.submit(self._read, layer, key)
             for layer in range(store.shape.num_layers)
@@ -218,8 +223,8 @@ class Loading:
         for key in self._entries:
             self._reads.pop((layer, key)).result()
         with torch.cuda.stream(self._stream):
-            for key, kv in (self._blocks | self._new).items():
-                self._device.block(key)[layer].copy_(kv[layer], non_blocking=True)
+            for place, kv in self._layers[layer]:
+                place.copy_(kv, non_blocking=True)
         if self._stream:
             torch.cuda.current_stream().wait_stream(self._stream)
         if layer == self._store.shape.num_layers - 1:

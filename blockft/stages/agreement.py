@@ -46,7 +46,7 @@ def bench_agreement(
     result = provenance() | {
         "model": model,
         "dtype": str(engine.model.dtype).removeprefix("torch."),
-        "side": "query" if engine.runner.store.device else "key",
+        "side": "query" if engine.runner.store.device is not None else "key",
         "prompts": num_prompts,
         "max_new_tokens": max_new_tokens,
         "equal_answers": num_prompts - len(parted),
