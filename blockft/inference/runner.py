@@ -172,7 +172,6 @@ class BlockRunner:
         assert side is not None and device is not None
         new = [key for key in keys if key not in device]
         device.add(new, keep=keys)
-        loading = None
         try:
             missing = [key for key in new if key not in found]
             if missing:
@@ -180,15 +179,13 @@ class BlockRunner:
                     for key, kv in encode_blocks(self.model, missing):
                         device.block(key).copy_(kv)
                         self.store.keep(key, kv)
-            loading = self.store.load_layers(found) if new else None
+            self.store.load_layers(found, side.arrived)
             prompts = side.prompts(contexts, max(map(len, finals)) + num_new)
-            logits = prompts.advance(finals, ready=loading.ready if loading else None)
+            logits = prompts.advance(finals)
         except BaseException:
             # what is in these slots now is not what their keys say
             for key in new:
                 device.drop(key)
-            if loading:
-                loading.abandon()
             raise
         return Begun(prompts, logits[:, -1], found)
 
