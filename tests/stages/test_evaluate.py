@@ -58,6 +58,16 @@ def test_data_alone_are_scored_in_both_modes(toy: Path) -> None:
     assert not list(toy.glob(".both*"))
 
 
+def test_questions_that_are_left_out_are_counted(toy: Path) -> None:
+    lines = (toy / "questions.jsonl").read_text().splitlines()
+    (toy / "faulty.jsonl").write_text("\n".join([*lines[:3], "{}", lines[3]]))
+    with pytest.raises(UserError, match="line 4"):
+        run(toy, "faulty", data="faulty.jsonl")
+    report = run(toy, "skipped", "data.on_bad_record=skip", data="faulty.jsonl") / "report.json"
+    options = json.loads(report.read_text())["options"]
+    assert options["questions"] == 4 and options["records dropped"] == {"bad record": 1}
+
+
 def test_answers_do_not_depend_on_the_batches(toy: Path) -> None:
     one, many = run(toy, "one", "eval.batch_size=1"), run(toy, "many", "eval.batch_size=8")
     for mode in ("block", "full"):
