@@ -34,7 +34,7 @@ METRIC = "substring_match"
 """What is drawn: the paper's accuracy."""
 
 
-def evaluate(model: str, recipe: Recipe) -> Path:
+def evaluate(model: str, recipe: Recipe, *, as_json: bool = False) -> Path:
     """Answer the questions of `eval.sources`; write the report and each mode's predictions to `eval.out`.
 
     Answers are kept beside it batch by batch: after a kill the same command goes on, and the report is that
@@ -61,7 +61,10 @@ def evaluate(model: str, recipe: Recipe) -> Path:
         }
         report = build_report(model, answered, options)
         _write(out, report, answered)
-    _print(report)
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print(report)
     return out
 
 

@@ -17,6 +17,9 @@ from blockft.rundir import RECIPE, read_metrics
 from blockft.stages.bench import provenance
 
 METRIC = "substring_match"
+SOURCES = {"squad": "SQuAD-new-wiki", "fid": "NQ", "hotpotqa": "HotpotQA", ALL: "all"}
+"""The names of the recipe's development files, in the order of the columns."""
+
 REFERENCE = "full fine-tuned, full attention"
 ROWS = {
     "before, full attention": ("before", "full", None),
@@ -39,8 +42,7 @@ def main(out: Path, results: Path) -> None:
         row: _hits(out / name / "eval" / f"predictions-{mode}.jsonl") for row, (name, mode, _) in ROWS.items()
     }
     scores = {row: reports[name]["modes"][mode] for row, (name, mode, _) in ROWS.items()}
-    groups = [group for group in scores[REFERENCE] if ": " not in group]
-    groups.sort(key=lambda group: group == ALL)
+    groups = [group for group in SOURCES if group in scores[REFERENCE]]
     differences = {row: _difference(hits[row], hits[REFERENCE]) for row in ROWS}
     table: dict[str, Any] = {
         **provenance(),
@@ -63,7 +65,7 @@ def main(out: Path, results: Path) -> None:
     results.parent.mkdir(parents=True, exist_ok=True)
     results.with_suffix(".json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     page = markdown_table(
-        ["model and mode", *groups, f"{ALL}, difference to full", "paper, mean"],
+        ["model and mode", *(SOURCES[group] for group in groups), "all, difference to full", "paper, mean"],
         [
             [
                 row,
@@ -75,7 +77,8 @@ def main(out: Path, results: Path) -> None:
         ],
     )
     results.with_suffix(".md").write_text(page + "\n", encoding="utf-8")
-    draw(scores, groups, METRIC).savefig(results.with_suffix(".png"), dpi=120)
+    named = {row: {SOURCES[group]: scores[row][group] for group in groups} for row in scores}
+    draw(named, [SOURCES[group] for group in groups], METRIC).savefig(results.with_suffix(".png"), dpi=120)
     print(page)
 
 
