@@ -80,22 +80,24 @@ class BlockLM(LM):
         Raises:
             UserError: the template changes a text, so that it cannot be cut.
         """
-        rendered = self._tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
-        blocks, rest = [""], str(rendered)
-        for message in (m for m in chat_history if m["role"] == "user"):
-            for piece in self._pieces(message["content"].strip()):
-                before, found, rest = rest.partition(piece)
-                if not found:
-                    raise UserError(f"the chat template changes {piece[:60]!r}: it cannot be cut into blocks")
+        marks = [{**message, "content": f"\ue000{i}\ue001"} for i, message in enumerate(chat_history)]
+        stripped = [{**message, "content": message["content"].strip()} for message in chat_history]
+        rendered, outline = (self._render(chat, add_generation_prompt) for chat in (chat_history, marks))
+        for history in (chat_history, stripped):
+            blocks, rest = [""], outline
+            for message, mark in zip(history, marks, strict=True):
+                before, _, rest = rest.partition(mark["content"])
                 blocks[-1] += before
-                blocks.append(piece)
-        blocks[-1] += rest
-        return CUT + CUT.join(blocks)
+                if message["role"] == "user":
+                    blocks += self._pieces(message["content"])
+                else:
+                    blocks[-1] += message["content"]
+            blocks[-1] += rest
+            if "".join(blocks) == rendered:
+                return CUT + CUT.join(blocks)
+        raise UserError(
+            f"the chat template of {self.tokenizer_name} changes texts: it cannot be cut into blocks"
+        )
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """The log probability of each continuation, and whether it is the greedy one.
@@ -149,6 +151,15 @@ class BlockLM(LM):
                 answers[i] = _cut_off(text, requests[i].args[1].get("until") or ())
                 self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
         return answers
+
+    def _render(self, history: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        rendered = self._tokenizer.apply_chat_template(
+            history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return str(rendered)
 
     def _generate(self, prompts: Sequence[Sequence[Ids]], max_new_tokens: int) -> list[Ids]:
         answers = self._engine.generate_ids(prompts, mode=self._mode, max_new_tokens=max_new_tokens)

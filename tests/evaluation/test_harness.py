@@ -129,6 +129,13 @@ def test_shots_are_blocks(models: dict[str, BlockLM], monkeypatch: pytest.Monkey
     assert_close(torch.tensor(again), torch.tensor(scores), rtol=1e-4, atol=1e-4)
 
 
+def test_a_turn_that_spells_markup_is_cut_where_it_stands(models: dict[str, BlockLM]) -> None:
+    history = [{"role": "user", "content": content} for content in ("user", " |>\n\nend ")]
+    prompt = models["full"].apply_chat_template(history)
+    expected = ["", "<|user|>", "user<|end|><|user|>", " |>\n\n", "end <|end|><|assistant|>"]
+    assert prompt.split(CUT) == expected
+
+
 def test_turns_of_a_chat_are_blocks(models: dict[str, BlockLM]) -> None:
     turns = [("system", "Capitals."), ("user", "Peru?"), ("assistant", "Lima"), ("user", "Norway?\n\nSay.")]
     history = [{"role": role, "content": content} for role, content in turns]
