@@ -5,8 +5,8 @@
 
 The description, each few-shot example and the question are a block each, as in Ma et al. 2025. They are told
 apart by the `fewshot_delimiter` of most tasks, a blank line (another one: `delimiter=...`), which belongs to
-what stands before it, and under a chat template also by turns. A question that holds blank lines is cut there
-as well. Both modes see the same token ids.
+what follows it, and under a chat template also by turns. A question that holds blank lines is cut there, too.
+Both modes see the same token ids.
 """
 
 import sys
@@ -75,7 +75,7 @@ class BlockLM(LM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The prompt that the template renders, cut where a user's turn begins, and behind delimiters in it.
+        """The prompt that the template renders, cut where a user's turn begins, and before delimiters in it.
 
         Raises:
             UserError: the template changes a text, so that it cannot be cut.
@@ -172,9 +172,15 @@ class BlockLM(LM):
         return int(self._tokenizer.eos_token_id if bos is None else bos)
 
     def _pieces(self, text: str) -> list[str]:
-        """The text cut behind each delimiter."""
-        parts = text.split(self._delimiter)
-        return [piece for piece in [*(part + self._delimiter for part in parts[:-1]), parts[-1]] if piece]
+        """The text cut before each delimiter, where most tokenizers cut anyway; no piece is blank."""
+        first, *others = text.split(self._delimiter)
+        pieces = [first]
+        for part in others:
+            if part.strip() and pieces[-1].strip():
+                pieces.append(self._delimiter + part)
+            else:
+                pieces[-1] += self._delimiter + part
+        return [piece for piece in pieces if piece]
 
     def _encode(self, context: str, continuation: str = "") -> list[Ids]:
         """The ids of each block; the continuation is the end of the last."""

@@ -111,7 +111,7 @@ def test_shots_are_blocks(models: dict[str, BlockLM], monkeypatch: pytest.Monkey
     """By the masked forward, one prompt at a time; the two modes differ."""
     model, asked = models["block"], [" Oslo", " Riga"]
     scores = model.loglikelihood(pairs(*((SHOTS, answer) for answer in asked)), disable_tqdm=True)
-    texts = ["Capitals.\n\n", "Q: Peru\nA: Lima\n\n", "Q: Kenya\nA: Nairobi\n\n", "Q: Norway\nA:"]
+    texts = ["Capitals.", "\n\nQ: Peru\nA: Lima", "\n\nQ: Kenya\nA: Nairobi", "\n\nQ: Norway\nA:"]
     for answer, (total, _) in zip(asked, scores, strict=True):
         blocks = model._plain.encode([*texts[:-1], texts[-1] + answer])
         vectors = lay_out([Layout(tuple(map(len, blocks)))])
@@ -132,7 +132,7 @@ def test_shots_are_blocks(models: dict[str, BlockLM], monkeypatch: pytest.Monkey
 def test_a_turn_that_spells_markup_is_cut_where_it_stands(models: dict[str, BlockLM]) -> None:
     history = [{"role": "user", "content": content} for content in ("user", " |>\n\nend ")]
     prompt = models["full"].apply_chat_template(history)
-    expected = ["", "<|user|>", "user<|end|><|user|>", " |>\n\n", "end <|end|><|assistant|>"]
+    expected = ["", "<|user|>", "user<|end|><|user|>", " |>", "\n\nend <|end|><|assistant|>"]
     assert prompt.split(CUT) == expected
 
 
@@ -144,14 +144,20 @@ def test_turns_of_a_chat_are_blocks(models: dict[str, BlockLM]) -> None:
         "",
         "<|system|>Capitals.<|end|><|user|>",
         "Peru?<|end|><|assistant|>Lima<|end|><|user|>",
-        "Norway?\n\n",
-        "Say.<|end|><|assistant|>",
+        "Norway?",
+        "\n\nSay.<|end|><|assistant|>",
     ]
     tokenizer = models["block"]._tokenizer
     blocks = models["block"]._encode(prompt)
     rendered = tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True)
     assert tokenizer.decode([id for block in blocks for id in block]) == rendered
     assert blocks[0][0] == tokenizer.convert_tokens_to_ids("<|system|>")
+
+
+def test_no_block_is_blank(models: dict[str, BlockLM]) -> None:
+    for text, number in {"\n\nA\n\n\n\nB\n\n": 2, "A\n\nB": 2, "A": 1, "": 0}.items():
+        pieces = models["block"]._pieces(text)
+        assert "".join(pieces) == text and len(pieces) == number and all(piece.strip() for piece in pieces)
 
 
 def test_a_context_that_is_empty_or_ends_in_space(models: dict[str, BlockLM]) -> None:
