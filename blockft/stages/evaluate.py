@@ -34,7 +34,7 @@ METRIC = "substring_match"
 """What is drawn: the paper's accuracy."""
 
 
-def evaluate(model: str, recipe: Recipe) -> Path:
+def evaluate(model: str, recipe: Recipe, *, as_json: bool = False) -> Path:
     """Answer the questions of `eval.sources`; write the report and each mode's predictions to `eval.out`.
 
     Answers are kept beside it batch by batch: after a kill the same command goes on, and the report is that
@@ -49,11 +49,11 @@ def evaluate(model: str, recipe: Recipe) -> Path:
         raise UserError("the recipe has no eval: add eval.out and eval.sources")
     out = Path(settings.out)
     refuse_existing(out, "choose another eval.out")
-    samples = read_questions(recipe)
+    samples, dropped = read_questions(recipe)
     revision = recipe.model.revision if model == recipe.model.path else None
     dtype = None if recipe.model.dtype is Precision.auto else getattr(torch, recipe.model.dtype.value)
     engine = Engine.load(model, revision=revision, dtype=dtype)
-    options = _options(recipe, engine, samples, revision)
+    options = {**_options(recipe, engine, samples, revision), "records dropped": dropped}
     with partial_folder(out, {"model": model, **options}) as partial:
         answered = {
             mode.value: _answer(engine, samples, mode.value, recipe, partial)
@@ -61,7 +61,10 @@ def evaluate(model: str, recipe: Recipe) -> Path:
         }
         report = build_report(model, answered, options)
         _write(out, report, answered)
-    _print(report)
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print(report)
     return out
 
 
