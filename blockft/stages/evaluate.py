@@ -24,6 +24,7 @@ from blockft.evaluation.metrics import METRICS
 from blockft.evaluation.render import cell, draw, markdown
 from blockft.evaluation.report import DIFFERENCE, Prediction, build_report, histogram
 from blockft.inference.engine import Engine
+from blockft.inference.runner import CacheOptions
 from blockft.model.identity import model_fingerprint
 from blockft.model.load import reencodes
 from blockft.rundir import partial_folder, refuse_existing, save_figure, whole_folder
@@ -52,7 +53,9 @@ def evaluate(model: str, recipe: Recipe, *, as_json: bool = False) -> Path:
     samples, dropped = read_questions(recipe)
     revision = recipe.model.revision if model == recipe.model.path else None
     dtype = None if recipe.model.dtype is Precision.auto else getattr(torch, recipe.model.dtype.value)
-    engine = Engine.load(model, revision=revision, dtype=dtype)
+    # blocks are used within a batch, which the first tier holds
+    cache = CacheOptions(host_bytes=0) if torch.cuda.is_available() else None
+    engine = Engine.load(model, revision=revision, dtype=dtype, cache=cache)
     options = {**_options(recipe, engine, samples, revision), "records dropped": dropped}
     with partial_folder(out, {"model": model, **options}) as partial:
         answered = {
