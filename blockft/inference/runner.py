@@ -169,16 +169,18 @@ class BlockRunner:
         side, device = self._query_side, self.store.device
         assert side and device
         new = [key for key in keys if key not in device]
+        side.running = None  # the slots of prompts that run may be taken, even if these come to nothing
         device.add(new, keep=keys)
         loading = None
         try:
+            # first, for what is encoded may push what was found out of the host tier
+            loading = self.store.load_layers(found)
             missing = [key for key in new if key not in found]
             if missing:
                 with self._eagerly():
                     for key, kv in encode_blocks(self.model, missing):
                         device.block(key).copy_(kv)
                         self.store.keep(key, kv)
-            loading = self.store.load_layers(found) if new else None
             prompts = side.prompts(contexts, max(map(len, finals)) + num_new)
             logits = prompts.advance(finals, ready=loading.ready if loading else None)
         except BaseException:
