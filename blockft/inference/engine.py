@@ -150,7 +150,7 @@ class Engine:
         blocks = self._encoder.encode_prompt(
             Sample(id="documents", source="documents", messages=messages, response="", meta=meta)
         )[:-1]
-        if (longest := max(map(len, blocks))) >= self._limit:
+        if (longest := max(map(len, blocks), default=0)) >= self._limit:
             raise UserError(f"a document has {longest} tokens, the model has {self._limit} positions: cut it")
         return [key_of(block) for block in blocks]
 
@@ -169,8 +169,7 @@ class Engine:
             try:
                 next(steps)
             except StopIteration as end:
-                answers: list[Answer] = end.value
-                return answers
+                return list(end.value)
 
     def stream(
         self,
