@@ -300,6 +300,23 @@ def bench_ttft(
     )
 
 
+@bench.command("agreement")
+def bench_agreement(
+    model: Annotated[str, typer.Argument(help="An export, any model folder, or a Hub id.")],
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Questions of the recipe that are asked.")] = 100,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 24,
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON into this file.")] = None,
+) -> None:
+    """Greedy answers over cached blocks against those of the masked forward."""
+    from blockft.recipe import load_recipe
+    from blockft.stages.agreement import bench_agreement
+
+    settings = load_recipe(recipe, overrides or ())
+    bench_agreement(model, settings, num_prompts=num_prompts, max_new_tokens=max_new_tokens, out=out)
+
+
 @cache.command("build")
 def cache_build(
     model: Annotated[str, typer.Argument(help="An export, any model folder, or a Hub id.")],

@@ -50,7 +50,8 @@ class DeviceTier:
     def __contains__(self, key: Key) -> bool:
         return key in self._slots
 
-    def __len__(self) -> int:
+    @property
+    def num_blocks(self) -> int:
         return len(self._slots)
 
     @property

@@ -52,7 +52,7 @@ class Engine:
         self._encoder = Encoder(tokenizer)
         ends = model.generation_config.eos_token_id
         given = ends if isinstance(ends, list) else [ends]
-        self._ends = {*given, self._encoder.end_of_turn_id} - {None}
+        self.ends = {*given, self._encoder.end_of_turn_id} - {None}
 
     @classmethod
     def load(
@@ -274,7 +274,7 @@ class Engine:
         for step in range(1, max_new_tokens + 1):
             pieces = []
             for row, token in enumerate(next_ids):
-                ended[row] = ended[row] or token in self._ends
+                ended[row] = ended[row] or token in self.ends
                 if not ended[row]:
                     written[row].append(token)
                 pieces.append("" if ended[row] else texts[row].push(token))

@@ -27,7 +27,8 @@ class HostTier:
     def __contains__(self, key: Key) -> bool:
         return key in self._blocks
 
-    def __len__(self) -> int:
+    @property
+    def num_blocks(self) -> int:
         return len(self._blocks)
 
     def get(self, key: Key) -> torch.Tensor | None:

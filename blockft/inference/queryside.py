@@ -33,7 +33,10 @@ GRAPHS = 24
 
 
 class QuerySide:
-    """Runs a model's final blocks over the blocks of a device tier, on a GPU from CUDA graphs."""
+    """Runs a model's final blocks over the blocks of a device tier, on a GPU from CUDA graphs.
+
+    arrived: an event per layer, on a GPU; passes wait for it before they read the layer's part of the cache.
+    """
 
     def __init__(
         self,
@@ -49,6 +52,12 @@ class QuerySide:
         self.model, self.tier = model, tier
         self.use_kernel, self.use_graphs, self.reencoded = use_kernel, use_graphs, reencoded
         self._eagerly = eagerly
+        # external: graphs wait for what is recorded each time, not for what was when they were captured
+        on_gpu = model.device.type == "cuda"
+        num_events = tier.shape.num_layers if on_gpu else 0
+        self.arrived = [torch.cuda.Event(external=True) for _ in range(num_events)]
+        for event in self.arrived:
+            event.record()
         self.running: CachedPrompts | None = None
         self._rotations = rotations
         self._finals: WeakValueDictionary[tuple[int, int], torch.Tensor] = WeakValueDictionary()
@@ -83,6 +92,9 @@ class QuerySide:
             self._finals[num_prompts, num_columns] = final
         return final
 
+    def _wait(self, layer: int) -> None:
+        torch.cuda.current_stream().wait_event(self.arrived[layer])
+
     def programs(self, num_prompts: int, num_queries: int) -> int:
         """Among how many programs to share each prompt's context."""
         if not self.use_kernel:
@@ -92,21 +104,18 @@ class QuerySide:
         heads = num_prompts * self.tier.shape.num_kv_heads
         return num_programs(self._group * num_queries, heads, self.model.device)
 
-    def run(self, frame: Frame, ready: Callable[[int], None] | None) -> torch.Tensor:
-        """One forward pass over a frame's inputs; returns logits (B, num_logits, vocabulary).
-
-        With `ready`, called before each layer's part of the cache is read, it runs without a graph.
-        """
-        if ready or frame.size not in self._frames:
+    def run(self, frame: Frame) -> torch.Tensor:
+        """One forward pass over a frame's inputs; returns logits (B, num_logits, vocabulary)."""
+        if frame.size not in self._frames:
             with self._eagerly():
-                return self._forward(frame, ready)
+                return self._forward(frame)
         if frame.graph is None:
-            frame.capture(lambda: self._forward(frame, None))
+            frame.capture(lambda: self._forward(frame))
         assert frame.graph and frame.logits is not None
         frame.graph.replay()
         return frame.logits
 
-    def _forward(self, frame: Frame, ready: Callable[[int], None] | None) -> torch.Tensor:
+    def _forward(self, frame: Frame) -> torch.Tensor:
         kinds = {id(rotation): rotation for rotation in self._rotations}
         turned = {kind: turns(rotation, frame.context.offsets) for kind, rotation in kinds.items()}
         cached = CachedAttention(
@@ -115,7 +124,7 @@ class QuerySide:
             context=frame.context,
             layer_turns=[turned[id(rotation)] for rotation in self._rotations],
             use_kernel=self.use_kernel,
-            ready=ready,
+            ready=self._wait if self.arrived else None,
         )
         logits: torch.Tensor = self.model(
             input_ids=frame.ids,
@@ -150,12 +159,11 @@ class CachedPrompts:
         self,
         new_ids: Sequence[Sequence[int]],
         num_logits: int = 1,
-        ready: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
         """Append at least one token to every final block; after the first time, the same number to all.
 
         Returns the logits after the last `num_logits` columns: (B, num_logits, vocabulary). They are
-        overwritten by the next call. `ready`: see `QuerySide.run`.
+        overwritten by the next call.
 
         Raises:
             UserError: other prompts have begun since.
@@ -181,7 +189,7 @@ class CachedPrompts:
         frame.fill(new_ids, self._pieces, self._column, self._first, self._context_lens)
         self._column += width
         self._frame = frame  # holds the final blocks until the next call finds them
-        return side.run(frame, ready)
+        return side.run(frame)
 
 
 def _pieces(context: Sequence[Key], tier: DeviceTier, programs: int, reencoded: bool) -> np.ndarray:

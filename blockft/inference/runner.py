@@ -99,15 +99,17 @@ class BlockRunner:
         if host_bytes is None:
             host_bytes = psutil.virtual_memory().available // 4
         self.store = BlockStore(shape, host=HostTier(host_bytes), device=device, disk=disk)
-        self._query_side = device and QuerySide(
-            model,
-            self._rotations,
-            device,
-            use_kernel=self._is_cuda,
-            use_graphs=self._is_cuda,
-            reencoded=self._reencoded,
-            eagerly=self._eagerly,
-        )
+        self._query_side = None
+        if device is not None:
+            self._query_side = QuerySide(
+                model,
+                self._rotations,
+                device,
+                use_kernel=self._is_cuda,
+                use_graphs=self._is_cuda,
+                reencoded=self._reencoded,
+                eagerly=self._eagerly,
+            )
         if compile:
             compile_layers(model)
 
@@ -167,14 +169,13 @@ class BlockRunner:
         num_new: int,
     ) -> Begun:
         side, device = self._query_side, self.store.device
-        assert side and device
+        assert side is not None and device is not None
         new = [key for key in keys if key not in device]
         side.running = None  # the slots of prompts that run may be taken, even if these come to nothing
         device.add(new, keep=keys)
-        loading = None
         try:
             # first, for what is encoded may push what was found out of the host tier
-            loading = self.store.load_layers(found)
+            self.store.load_layers(found, side.arrived)
             missing = [key for key in new if key not in found]
             if missing:
                 with self._eagerly():
@@ -182,13 +183,13 @@ class BlockRunner:
                         device.block(key).copy_(kv)
                         self.store.keep(key, kv)
             prompts = side.prompts(contexts, max(map(len, finals)) + num_new)
-            logits = prompts.advance(finals, ready=loading.ready if loading else None)
+            logits = prompts.advance(finals)
         except BaseException:
+            if self._is_cuda:
+                torch.cuda.synchronize()  # copies may be under way to slots that others will get
             # what is in these slots now is not what their keys say
             for key in new:
                 device.drop(key)
-            if loading:
-                loading.abandon()
             raise
         return Begun(prompts, logits[:, -1], found)
 

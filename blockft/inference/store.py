@@ -6,7 +6,7 @@ key/value heads, D head size.
 """
 
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -137,11 +137,55 @@ class BlockStore:
                 self.host.put(key, kv)
         return blocks
 
-    def load_layers(self, found: Mapping[Key, Found]) -> "Loading | None":
-        """Start to copy blocks into their slots on the device; None if they all are there."""
-        if all(at.tier is Tier.device for at in found.values()):
-            return None
-        return Loading(self, found, after=self._copies)
+    def load_layers(self, found: Mapping[Key, Found], arrived: Sequence[torch.cuda.Event]) -> None:
+        """Copy blocks of the host and the disk into their slots on the device, layer by layer.
+
+        On a GPU copies are under way when this returns; `arrived` has an event per layer that says when it is
+        there. The disk's threads read ahead of the copies.
+
+        Raises:
+            DamagedBlocks: an entry is not what was written; the slots of all blocks hold nothing of use.
+        """
+        assert self.device is not None
+        blocks = {key: self.on_host(key) for key, at in found.items() if at.tier is Tier.host}
+        entries = _entries(found)
+        new = {key: self.empty(num_tokens(key)) for key in entries}
+        pairs = [(self.device.block(key), kv) for key, kv in (blocks | new).items()]
+        stream = torch.cuda.Stream() if self._copies else None
+        if stream:
+            # the slots may still be read for the blocks that were there before, or the host be written
+            stream.wait_stream(torch.cuda.current_stream())
+            stream.wait_stream(self._copies)
+        num_layers = self.shape.num_layers if pairs else 0
+        reads = [
+            [
+                self.readers.submit(self._read_layer, key, entry, layer, new[key])
+                for key, entry in entries.items()
+            ]
+            for layer in range(num_layers)
+        ]
+        try:
+            for layer in range(num_layers):
+                for read in reads[layer]:
+                    read.result()
+                with torch.cuda.stream(stream):
+                    for place, kv in pairs:
+                        place[layer].copy_(kv[layer], non_blocking=True)
+                if stream:
+                    arrived[layer].record(stream)
+        except BaseException:
+            if stream:
+                stream.synchronize()  # these slots will be given to others
+            raise
+        finally:
+            unread = [read for layer_reads in reads for read in layer_reads]
+            for read in unread:
+                read.cancel()
+            wait(unread)
+            for entry in entries.values():
+                entry.close()
+        for key, kv in new.items():
+            self.host.put(key, kv)
 
     def on_host(self, key: Key) -> torch.Tensor:
         """A block of the host tier."""
@@ -171,6 +215,13 @@ class BlockStore:
         kv.record_stream(stream)
         return copy, stream.record_event()
 
+    def _read_layer(self, key: Key, entry: DiskEntry, layer: int, kv: torch.Tensor) -> None:
+        try:
+            entry.layer(layer, kv[layer])
+        except DamagedEntry as error:
+            self.distrust(key)
+            raise DamagedBlocks from error
+
     def _read(self, key: Key, entry: DiskEntry) -> torch.Tensor | None:
         kv = self.empty(num_tokens(key))
         with entry:
@@ -181,69 +232,6 @@ class BlockStore:
                 self.distrust(key)
                 return None
         return kv
-
-
-class Loading:
-    """Blocks of the host and the disk on their way to the device, layer by layer.
-
-    The disk's threads read ahead; the copies of a layer are started when the one before is about to compute.
-    """
-
-    def __init__(
-        self, store: BlockStore, found: Mapping[Key, Found], after: torch.cuda.Stream | None = None
-    ) -> None:
-        assert store.device is not None
-        self._store, self._device = store, store.device
-        self._stream = torch.cuda.Stream() if self._device.cache_LS2KD.is_cuda else None
-        if self._stream:
-            # the slots may still be read for the blocks that were there before, or the host be written
-            self._stream.wait_stream(torch.cuda.current_stream())
-            if after:
-                self._stream.wait_stream(after)
-        self._blocks = {key: store.on_host(key) for key, at in found.items() if at.tier is Tier.host}
-        self._entries = _entries(found)
-        self._new = {key: store.empty(num_tokens(key)) for key in self._entries}
-        self._reads = {
-            (layer, key): store.readers.submit(self._read, layer, key)
-            for layer in range(store.shape.num_layers)
-            for key in self._entries
-        }
-
-    def ready(self, layer: int) -> None:
-        """Called before a layer's part of the cache is read: waits for the disk, and lets the GPU wait.
-
-        Raises:
-            DamagedBlocks: an entry is not what was written.
-        """
-        for key in self._entries:
-            self._reads.pop((layer, key)).result()
-        with torch.cuda.stream(self._stream):
-            for key, kv in (self._blocks | self._new).items():
-                self._device.block(key)[layer].copy_(kv[layer], non_blocking=True)
-        if self._stream:
-            torch.cuda.current_stream().wait_stream(self._stream)
-        if layer == self._store.shape.num_layers - 1:
-            for key, kv in self._new.items():
-                self._store.host.put(key, kv)
-            self._close()
-
-    def abandon(self) -> None:
-        """Stop reading; what has arrived is of no use."""
-        for read in self._reads.values():
-            read.cancel()
-        wait(self._reads.values())
-        self._close()
-
-    def _read(self, layer: int, key: Key) -> None:
-        try:
-            self._entries[key].layer(layer, self._new[key][layer])
-        except DamagedEntry as error:
-            self._store.distrust(key)
-            raise DamagedBlocks from error
-
-    def _close(self) -> None:
-        for entry in self._entries.values():
-            entry.close()
 
 
 def _entries(found: Mapping[Key, Found]) -> dict[Key, DiskEntry]:

@@ -4,12 +4,9 @@ L tokens are a prompt: its context in blocks, and a question at the end.
 """
 
 import json
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +20,19 @@ from blockft.attention.layout import Layout, lay_out
 from blockft.errors import UserError
 from blockft.inference.block import Key, key_of
 from blockft.inference.runner import BlockRunner, CacheOptions, kv_shape
-from blockft.inference.size import parse_bytes
 from blockft.model.load import load_model
 from blockft.model.shape import SHAPES, random_model, shape_config
 from blockft.rundir import write_whole
 from blockft.stages.bench import provenance
+from blockft.stages.timing import copy_bandwidth, times_of
 from blockft.stages.ttft_report import draw, print_table
 
-PREFILLS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-"""The stock kernels of full attention on a GPU; the faster one counts."""
+PREFILLS = {
+    "flash": [SDPBackend.FLASH_ATTENTION],
+    "cudnn": [SDPBackend.CUDNN_ATTENTION],
+    "default": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+}
+"""The stock kernels of full attention, two for GPUs; the faster one counts."""
 
 CHECK_LEN = 4096
 """The longest prompt that is compared with the masked forward, whose mask is dense."""
@@ -53,8 +54,8 @@ def bench_ttft(
 ) -> None:
     """Measure a model, or random weights of a shape, and print a table; JSON to `out`, a picture to `png`.
 
-    Tiers: device, host, disk (a temporary folder in `folder`, or where such folders go) and none, which encodes
-    every block. Before each run the tiers nearer than the one measured are emptied.
+    Tiers: device, host, disk (a temporary folder in `folder`, or where such folders go) and none, which
+    encodes every block. Before each run the tiers nearer than the one measured are emptied.
 
     Raises:
         UserError: no such model or shape, or lengths that do not hold the question or exceed the model.
@@ -67,7 +68,7 @@ def bench_ttft(
     if max(lengths) + 1 > (limit := model.config.max_position_embeddings):
         raise UserError(f"--lengths has {max(lengths)}, the model has {limit} positions")
     is_cuda = model.device.type == "cuda"
-    bandwidth = _bandwidth(model.device)
+    bandwidth = copy_bandwidth(model.device)
     stream = torch.randint(
         model.config.vocab_size, (max(lengths),), generator=torch.Generator().manual_seed(0)
     )
@@ -82,10 +83,10 @@ def bench_ttft(
         for line, prompt in zip(lines, prompts, strict=True):
             line["full_ms"] = _full(model, prompt, warmups, runs)
             _say(line)
-        runner = BlockRunner(
-            model, name=target, cache=options, side="query" if is_cuda else "auto", compile=compile
-        )
-        agreement = _agreement(model, runner, prompts)
+        short = [prompt for prompt in prompts if prompt.length <= CHECK_LEN][-1:]
+        masked = [(prompt, _masked_logits(model, prompt)) for prompt in short]
+        runner = BlockRunner(model, name=target, cache=options, compile=compile and is_cuda)
+        agreement = [_agreement(runner, prompt, logits) for prompt, logits in masked]
         for line, prompt in zip(lines, prompts, strict=True):
             for tier in tiers:
                 line[f"{tier}_ms"] = _cached(runner, prompt, tier, warmups, runs)
@@ -184,23 +185,24 @@ def _facts(prompt: _Prompt, model: PreTrainedModel, bandwidth: float) -> dict[st
 
 
 def _full(model: PreTrainedModel, prompt: _Prompt, warmups: int, runs: int) -> dict[str, Any]:
-    """Full prefill with each stock kernel."""
-    is_cuda = model.device.type == "cuda"
+    """Full prefill by the stock kernel that a few runs show to be the fastest."""
+
+    def prefill() -> int:
+        ids = torch.from_numpy(prompt.ids)[None].to(model.device)
+        logits = model(input_ids=ids, use_cache=True, logits_to_keep=1).logits
+        return int(logits[0, -1].argmax())
+
+    def measure(kernel: str, warmups: int, runs: int) -> dict[str, Any]:
+        with torch.inference_mode(), sdpa_kernel(PREFILLS[kernel]):
+            return times_of(prefill, warmups, runs)
+
     model.set_attn_implementation("sdpa")
-    measured = {}
-    with torch.inference_mode():
-        for name, backend in PREFILLS.items() if is_cuda else [("default", None)]:
-
-            def prefill() -> int:
-                ids = torch.from_numpy(prompt.ids)[None].to(model.device)
-                logits = model(input_ids=ids, use_cache=True, logits_to_keep=1).logits
-                return int(logits[0, -1].argmax())
-
-            with sdpa_kernel(backend) if backend else nullcontext():
-                measured[name] = _times(prefill, warmups, runs)
+    there = [name for name in PREFILLS if (name == "default") == (model.device.type != "cuda")]
+    tried = {name: measure(name, 2, 3)["median"] for name in there}
+    kernel = min(tried, key=tried.__getitem__)
+    measured = measure(kernel, warmups, runs)
     model.set_attn_implementation("block_cached")
-    best = min(measured, key=lambda name: measured[name]["median"])
-    return measured[best] | {"kernel": best, "kernels": {n: m["median"] for n, m in measured.items()}}
+    return measured | {"kernel": kernel, "kernels_tried": tried}
 
 
 def _cached(runner: BlockRunner, prompt: _Prompt, tier: str, warmups: int, runs: int) -> dict[str, Any]:
@@ -213,7 +215,7 @@ def _cached(runner: BlockRunner, prompt: _Prompt, tier: str, warmups: int, runs:
         return int(begun.logits[0].argmax())
 
     def forget() -> None:
-        if store.device and tier != "device":
+        if store.device is not None and tier != "device":
             store.device.clear()
         if tier in ("disk", "none"):
             store.host.clear()
@@ -224,9 +226,9 @@ def _cached(runner: BlockRunner, prompt: _Prompt, tier: str, warmups: int, runs:
         store.flush()
         if tier == "device":
             runner.begin([prompt.keys()], [prompt.question], 1)
-    elif store.disk:
+    elif store.disk is not None:
         raise UserError("--tiers none encodes every block, which a disk would know: measure it without disk")
-    return _times(prefill, warmups, runs, before=forget)
+    return times_of(prefill, warmups, runs, before=forget)
 
 
 def _bare_copy(runner: BlockRunner, prompt: _Prompt, warmups: int, runs: int) -> dict[str, Any]:
@@ -246,73 +248,39 @@ def _bare_copy(runner: BlockRunner, prompt: _Prompt, warmups: int, runs: int) ->
             start += block.numel()
         torch.cuda.synchronize()
 
-    return _times(copy, warmups, runs)
-
-
-def _agreement(
-    model: PreTrainedModel, runner: BlockRunner, prompts: Sequence[_Prompt]
-) -> dict[str, Any] | None:
-    """How far the logits after the question are from those of the masked forward, in parts of their norm."""
-    short = [prompt for prompt in prompts if prompt.length <= CHECK_LEN]
-    if not short:
-        return None
-    prompt = short[-1]
-    begun = runner.begin([prompt.keys()], [prompt.question], 1)
-    got = begun.logits[0].float()
-    masked = {"sdpa": _masked(model, prompt, "sdpa")}
-    if model.device.type == "cuda":
-        masked["flex"] = _masked(model, prompt, "flex")
-    want = masked["sdpa"]
-    errors = {"cached_against_masked": float((got - want).norm() / want.norm())}
-    if "flex" in masked:
-        errors["masked_flex_against_masked_sdpa"] = float((masked["flex"] - want).norm() / want.norm())
-    return {"length": prompt.length, **errors}
+    return times_of(copy, warmups, runs)
 
 
 @torch.inference_mode()
-def _masked(model: PreTrainedModel, prompt: _Prompt, backend: str) -> torch.Tensor:
-    """The logits after the question of one forward pass under the block mask: (vocabulary,)."""
+def _masked_logits(model: PreTrainedModel, prompt: _Prompt) -> dict[str, torch.Tensor]:
+    """The logits after the question of a forward pass under the block mask, by backend: (vocabulary,)."""
     vectors = lay_out([prompt.layout]).to(model.device)
-    model.set_attn_implementation(f"block_{backend}")
-    out = model(
-        input_ids=torch.from_numpy(prompt.ids)[None].to(model.device),
-        position_ids=vectors.position_ids,
-        block_masks=BlockMasks(vectors),
-        use_cache=False,
-        logits_to_keep=1,
-    )
+    ids = torch.from_numpy(prompt.ids)[None].to(model.device)
+    logits = {}
+    for backend in ("sdpa", "flex") if model.device.type == "cuda" else ("sdpa",):
+        model.set_attn_implementation(f"block_{backend}")
+        out = model(
+            input_ids=ids,
+            position_ids=vectors.position_ids,
+            block_masks=BlockMasks(vectors),
+            use_cache=False,
+            logits_to_keep=1,
+        )
+        logits[backend] = out.logits[0, -1].float()
     model.set_attn_implementation("block_cached")
-    logits: torch.Tensor = out.logits[0, -1].float()
     return logits
 
 
-def _times(
-    run: Callable[[], Any], warmups: int, runs: int, before: Callable[[], None] = lambda: None
-) -> dict[str, Any]:
-    times = []
-    for _ in range(warmups + runs):
-        before()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - start) * 1000)
-    times = times[warmups:]
-    return {"median": statistics.median(times), "p95": float(np.percentile(times, 95)), "runs": len(times)}
+def _agreement(runner: BlockRunner, prompt: _Prompt, masked: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """How far logits over cached blocks are from the masked forward's, in parts of their norm.
 
-
-def _bandwidth(device: torch.device) -> float:
-    """Bytes read and written each second by a large copy on the device."""
-    size = parse_bytes("2GiB" if device.type == "cuda" else "256MiB")
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-
-    def copy() -> None:
-        target.copy_(source)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    return 2 * size / _times(copy, 3, 10)["median"] * 1000
+    Two backends of the masked forward say how much of that is rounding.
+    """
+    want = masked["sdpa"]
+    others = {"cached": runner.begin([prompt.keys()], [prompt.question], 1).logits[0].float()}
+    others |= {f"masked_{name}": logits for name, logits in masked.items() if name != "sdpa"}
+    errors = {f"{name}_to_masked_sdpa": float((x - want).norm() / want.norm()) for name, x in others.items()}
+    return {"length": prompt.length, **errors}
 
 
 def _conclude(line: dict[str, Any]) -> None:

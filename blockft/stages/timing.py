@@ -1,0 +1,41 @@
+"""Times of runs and the speed of memory, for benchmarks."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from blockft.inference.size import parse_bytes
+
+
+def times_of(
+    run: Callable[[], Any], warmups: int, runs: int, before: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """Milliseconds that `run` takes, each time after `before`: the median and the 95th percentile."""
+    times = []
+    for _ in range(warmups + runs):
+        before()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - start) * 1000)
+    times = times[warmups:]
+    return {"median": statistics.median(times), "p95": float(np.percentile(times, 95)), "runs": len(times)}
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read and written each second by a large copy on the device."""
+    size = parse_bytes("2GiB" if device.type == "cuda" else "256MiB")
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def copy() -> None:
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return 2 * size / times_of(copy, 3, 10)["median"] * 1000
