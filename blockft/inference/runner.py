@@ -185,11 +185,11 @@ class BlockRunner:
             prompts = side.prompts(contexts, max(map(len, finals)) + num_new)
             logits = prompts.advance(finals)
         except BaseException:
-            if self._is_cuda:
-                torch.cuda.synchronize()  # copies may be under way to slots that others will get
             # what is in these slots now is not what their keys say
             for key in new:
                 device.drop(key)
+            if self._is_cuda:
+                torch.cuda.synchronize()  # copies may be under way to slots that others will get
             raise
         return Begun(prompts, logits[:, -1], found)
 

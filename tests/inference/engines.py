@@ -54,7 +54,7 @@ def forget(engine: Engine) -> None:
     store = engine.runner.store
     store.flush()
     store.host.clear()
-    if store.device:
+    if store.device is not None:
         store.device.clear()
 
 

@@ -79,7 +79,7 @@ class AnyUse(RuleBasedStateMachine):
 
     @invariant()
     def every_block_is_what_was_written(self) -> None:
-        assert len(self.tier) == len(self.queue)
+        assert self.tier.num_blocks == len(self.queue)
         assert all(holds(self.tier, key) for key in self.queue)
         assert self.tier.used_bytes == sum(map(SHAPE.block_bytes, self.queue))
 
@@ -99,6 +99,15 @@ def test_holes_that_are_too_small_are_joined_by_moving_blocks() -> None:
     assert tier.evicted == 0 and all(holds(tier, key) for key in (*kept, KEYS[9]))
     places = sorted((tier.slot(key), num_tokens(key)) for key in (*kept, KEYS[9]))
     assert places[0][0] == 0 and all(a + n == b for (a, n), (b, _) in pairwise(places))
+
+
+def test_slots_that_were_freed_beside_each_other_are_one_hole() -> None:
+    tier = open_tier()
+    fill(tier, KEYS[5], KEYS[4], KEYS[9])  # 5, 4 and 11 tokens
+    tier.drop(KEYS[4])
+    tier.drop(KEYS[5])
+    fill(tier, KEYS[8])
+    assert tier.evicted == 0 and holds(tier, KEYS[9]) and holds(tier, KEYS[8])
 
 
 def test_the_least_recently_used_make_way() -> None:

@@ -42,7 +42,7 @@ def test_it_is_a_queue_within_a_budget(uses: list[tuple[str, Key, int]]) -> None
                 queue[key] = kv
         assert [key for key in KEYS if key in tier] == [key for key in KEYS if key in queue]
         assert tier.used_bytes == sum(map(len, queue.values())) <= 10
-        assert len(tier) == len(queue) and tier.evicted == evicted
+        assert tier.num_blocks == len(queue) and tier.evicted == evicted
 
 
 def test_a_block_above_the_budget_is_not_kept_which_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -66,7 +66,7 @@ def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]
 def test_the_nearest_tier_that_has_a_block_gives_it(folder: Path) -> None:
     store = open_store(folder, device=20 * SHAPE.token_bytes)
     keep(store, *KEYS[:3])
-    assert store.device
+    assert store.device is not None
     store.device.add(KEYS[:1], keep=())
     store.host.clear()
     store.host.put(KEYS[1], kv_of(KEYS[1]))
@@ -107,7 +107,7 @@ def test_blocks_are_loaded_together_even_if_the_host_cannot_hold_them_together(f
 def test_without_room_anywhere_nothing_is_kept() -> None:
     store = open_store(None, host=0)
     keep(store, *KEYS)
-    assert not store.find(KEYS) and not len(store.host)
+    assert not store.find(KEYS) and not store.host.num_blocks
 
 
 def test_more_blocks_than_may_wait_for_the_disk_all_arrive(
@@ -166,65 +166,44 @@ def test_a_damaged_entry_that_cannot_be_removed_is_not_looked_for_twice(
     assert len(said.records) == 2 and "blocks stay in memory alone" in said.text
 
 
-# on their way to the device
+# to the device
 
 
 def load_all(store: BlockStore, keys: list[Key]) -> None:
-    assert store.device
-    loading = store.load_layers(store.find(keys))
-    store.device.add(keys, keep=())
-    assert loading
-    for layer in range(SHAPE.num_layers):
-        loading.ready(layer)
+    assert store.device is not None
+    found = store.find(keys)
+    store.device.add([key for key in keys if key not in store.device], keep=keys)
+    store.load_layers(found, arrived=())
 
 
-def test_blocks_come_to_the_device_layer_by_layer(folder: Path) -> None:
+def test_blocks_come_to_the_device_from_wherever_they_are(folder: Path) -> None:
     keep(open_store(folder), *KEYS)
     store = open_store(folder, device=2**16)
     keep(store, KEYS[2])
-    loading = store.load_layers(store.find(KEYS))
-    assert loading and store.device
-    store.device.add(KEYS, keep=())
-    for layer in range(SHAPE.num_layers):
-        loading.ready(layer)
-        for key in KEYS:
-            assert torch.equal(store.device.block(key)[: layer + 1], kv_of(key)[: layer + 1])
-            assert layer == SHAPE.num_layers - 1 or not store.device.block(key)[layer + 1 :].any()
+    load_all(store, KEYS[3:4])
+    assert tiers(store)[2:4] == [Tier.host, Tier.device]
+    load_all(store, KEYS)
+    assert store.device is not None
+    assert all(torch.equal(store.device.block(key), kv_of(key)) for key in KEYS)
     assert tiers(store) == [Tier.device] * len(KEYS)
-    assert store.load_layers(store.find(KEYS)) is None
     store.device.clear()
     assert tiers(store) == [Tier.host] * len(KEYS)
 
 
 @pytest.mark.parametrize("layer", range(TOY.num_layers))
-def test_damage_on_the_way_stops_it(folder: Path, layer: int, said: pytest.LogCaptureFixture) -> None:
+def test_damage_on_the_way_to_the_device_stops_it(
+    folder: Path, layer: int, said: pytest.LogCaptureFixture
+) -> None:
     keep(open_store(folder), *KEYS)
     spoil(folder, KEYS[1], layer)
     store = open_store(folder, device=2**16)
-    loading = store.load_layers(store.find(KEYS))
-    assert loading and store.device
-    store.device.add(KEYS, keep=())
-    for whole in range(layer):
-        loading.ready(whole)
     with pytest.raises(DamagedBlocks):
-        loading.ready(layer)
-    loading.abandon()
+        load_all(store, KEYS)
+    assert store.device is not None
     store.device.clear()
     assert len(said.records) == 1
     assert tiers(store) == [Tier.disk, None, *[Tier.disk] * 4]
-    assert not len(store.host), "nothing of it is kept, for layers are missing"
+    assert not store.host.used_bytes, "nothing of it is kept, for layers may be missing"
     keep(store, KEYS[1])
     load_all(store, KEYS)
     assert all(torch.equal(store.device.block(key), kv_of(key)) for key in KEYS)
-
-
-def test_what_was_found_stays_while_others_push_it_out_of_the_host_tier() -> None:
-    store = open_store(None, host=9 * SHAPE.token_bytes, device=2**16)
-    keep(store, KEYS[0])
-    loading = store.load_layers(store.find(KEYS[:1]))
-    keep(store, KEYS[2])
-    assert loading and store.device and KEYS[0] not in store.host
-    store.device.add(KEYS[:1], keep=())
-    for layer in range(SHAPE.num_layers):
-        loading.ready(layer)
-    assert torch.equal(store.device.block(KEYS[0]), kv_of(KEYS[0]))
