@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo demo-base test test-slow test-gpu lint format check clean
+.PHONY: setup demo demo-base paper-mini test test-slow test-gpu lint format check clean
 
 setup: $(READY)
 
@@ -21,6 +21,9 @@ demo: setup                ## a model loses accuracy under the block mask and wi
 
 demo-base: setup           ## train the demo's base model again, from nothing
 	bash data/demo/base.sh
+
+paper-mini: setup          ## the paper's table with SmolLM2-135M on one GPU (20 minutes); call it again to go on
+	bash data/paper-mini/paper-mini.sh $(OVERRIDES)
 
 test: setup                ## the laws and all other quick tests
 	pytest

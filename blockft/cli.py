@@ -219,6 +219,7 @@ def evaluate(
     format: Annotated[
         str | None, typer.Option(help="Questions, and how they are laid out; samples unless given.")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report instead of a table.")] = False,
 ) -> None:
     """Answer held-out questions in block and full mode, and score the answers; goes on after a kill."""
     from blockft.recipe import is_recipe, load_recipe
@@ -233,7 +234,7 @@ def evaluate(
 
     from blockft.stages.evaluate import evaluate
 
-    evaluate(model, settings)
+    evaluate(model, settings, as_json=as_json)
 
 
 @app.command()

@@ -45,6 +45,8 @@ def plan_batches(samples: Sequence[Sample], batch_size: int) -> list[Batch]:
 def answer_batch(
     engine: Engine, samples: Sequence[Sample], batch: Batch, *, mode: str, max_new_tokens: int
 ) -> list[Answered]:
+    # which blocks are packed together decides their last bits: after a kill it must be the same ones
+    engine.forget()
     answers = engine.generate_batch([samples[i] for i in batch], mode=mode, max_new_tokens=max_new_tokens)
     return [
         Answered(index, answer.text, answer.num_blocks, answer.prompt_tokens, len(answer.ids))

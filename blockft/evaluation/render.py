@@ -70,7 +70,7 @@ def draw(columns: Mapping[str, Groups], groups: Sequence[str], metric: str) -> F
     """Bars with intervals, one for each column in each group."""
     figure = Figure(figsize=(max(7, 1.2 + 0.45 * len(columns) * len(groups)), 4.5), layout="constrained")
     axes = figure.subplots()
-    width = 0.8 / len(columns)
+    width, highest = 0.8 / len(columns), 0.0
     for i, (name, scores) in enumerate(columns.items()):
         heights = [scores[group][metric] for group in groups]
         ends = [scores[group][INTERVALS][metric] for group in groups]
@@ -80,10 +80,12 @@ def draw(columns: Mapping[str, Groups], groups: Sequence[str], metric: str) -> F
             [max(0.0, high - height) for height, (_, high) in zip(heights, ends, strict=True)],
         ]
         places = [x + i * width for x in range(len(groups))]
-        bars = axes.bar(places, heights, width, label=name)
+        axes.bar(places, heights, width, label=name)
         axes.errorbar(places, heights, yerr=errors, fmt="none", ecolor="black", elinewidth=0.8, capsize=2)
-        axes.bar_label(bars, fmt="%.0f", fontsize=8, label_type="center", color="white")
+        for place, height, (_, high) in zip(places, heights, ends, strict=True):
+            axes.text(place, high + 0.5, f"{height:.0f}", ha="center", va="bottom", fontsize=8)
+        highest = max(highest, *(high for _, high in ends))
     axes.set_xticks([x + 0.4 - width / 2 for x in range(len(groups))], groups, fontsize=8)
-    axes.set(ylim=(0, 104), ylabel=TITLES[metric])
+    axes.set(ylim=(0, max(5.0, 1.08 * highest)), ylabel=TITLES[metric])
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=min(3, len(columns)), frameon=False)
     return figure

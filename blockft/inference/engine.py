@@ -136,6 +136,10 @@ class Engine:
         sampler = Sampler(temperature, top_p, seed)
         return self.generate_ids(ids, mode=mode, max_new_tokens=max_new_tokens, sampler=sampler, stop=stop)
 
+    def forget(self) -> None:
+        """Empty the cache's memory: the next request is computed as by an engine that was just loaded."""
+        self.runner.store.clear()
+
     def close(self) -> None:
         """Wait until the cache's folder has all blocks; at the end of a process that happens by itself."""
         self.runner.store.flush()

@@ -119,6 +119,12 @@ class BlockStore:
                 self._writes.popleft().result()
             self._writes.append(self._writer.submit(_write, self.disk, key, copy, done))
 
+    def clear(self) -> None:
+        """Forget what is in memory, on the device and the host."""
+        if self.device is not None:
+            self.device.clear()
+        self.host.clear()
+
     def flush(self) -> None:
         """Wait until the disk has all blocks."""
         while self._writes:

@@ -24,6 +24,7 @@ from blockft.evaluation.metrics import METRICS
 from blockft.evaluation.render import cell, draw, markdown
 from blockft.evaluation.report import DIFFERENCE, Prediction, build_report, histogram
 from blockft.inference.engine import Engine
+from blockft.inference.runner import CacheOptions
 from blockft.model.identity import model_fingerprint
 from blockft.model.load import reencodes
 from blockft.rundir import partial_folder, refuse_existing, save_figure, whole_folder
@@ -34,7 +35,7 @@ METRIC = "substring_match"
 """What is drawn: the paper's accuracy."""
 
 
-def evaluate(model: str, recipe: Recipe) -> Path:
+def evaluate(model: str, recipe: Recipe, *, as_json: bool = False) -> Path:
     """Answer the questions of `eval.sources`; write the report and each mode's predictions to `eval.out`.
 
     Answers are kept beside it batch by batch: after a kill the same command goes on, and the report is that
@@ -49,11 +50,13 @@ def evaluate(model: str, recipe: Recipe) -> Path:
         raise UserError("the recipe has no eval: add eval.out and eval.sources")
     out = Path(settings.out)
     refuse_existing(out, "choose another eval.out")
-    samples = read_questions(recipe)
+    samples, dropped = read_questions(recipe)
     revision = recipe.model.revision if model == recipe.model.path else None
     dtype = None if recipe.model.dtype is Precision.auto else getattr(torch, recipe.model.dtype.value)
-    engine = Engine.load(model, revision=revision, dtype=dtype)
-    options = _options(recipe, engine, samples, revision)
+    # blocks are used within a batch, which the first tier holds
+    cache = CacheOptions(host_bytes=0) if torch.cuda.is_available() else None
+    engine = Engine.load(model, revision=revision, dtype=dtype, cache=cache)
+    options = {**_options(recipe, engine, samples, revision), "records dropped": dropped}
     with partial_folder(out, {"model": model, **options}) as partial:
         answered = {
             mode.value: _answer(engine, samples, mode.value, recipe, partial)
@@ -61,7 +64,10 @@ def evaluate(model: str, recipe: Recipe) -> Path:
         }
         report = build_report(model, answered, options)
         _write(out, report, answered)
-    _print(report)
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print(report)
     return out
 
 

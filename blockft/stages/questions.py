@@ -1,5 +1,6 @@
 """What `blockft eval` asks: the eval part of a recipe, or a file of questions alone."""
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -43,21 +44,26 @@ def recipe_for(model: str, data: str, overrides: Sequence[str] = (), *, format: 
     return make_recipe(given, overrides, f"the evaluation of {data}")
 
 
-def read_questions(recipe: Recipe) -> list[Sample]:
-    """The samples of `eval.sources`.
+def read_questions(recipe: Recipe) -> tuple[list[Sample], dict[str, int]]:
+    """The samples of `eval.sources`, and how many records gave none, by reason.
 
     Raises:
         UserError: there are none, or one has no answers; see `read_source`.
     """
     assert recipe.eval
-    sources = [read_source(source, recipe.data, Tally()) for source in recipe.eval.sources]
+    tallies = [Tally() for _ in recipe.eval.sources]
+    sources = [
+        read_source(source, recipe.data, tally)
+        for source, tally in zip(recipe.eval.sources, tallies, strict=True)
+    ]
     samples = list(islice(chain.from_iterable(sources), recipe.eval.max_samples))
     if not samples:
         raise UserError("eval.sources hold no question")
     for sample in samples:
         if not sample.answers:
             raise UserError(f"question {sample.id} of {sample.source} has no answers to be scored against")
-    return samples
+    dropped = sum((tally.dropped for tally in tallies), Counter[str]())
+    return samples, dict(sorted(dropped.items()))
 
 
 def _wording(model: str) -> dict[str, Any]:

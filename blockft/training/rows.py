@@ -30,7 +30,7 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
         pad_id: int,
         reencoded: bool = True,
     ) -> None:
-        self._examples = examples
+        self._examples, self._row_len = examples, row_len
         self._row = partial(collate_row, row_len=row_len, pad_id=pad_id, reencoded=reencoded)
         self.items = list_items([example.splits for example in examples], views)
         self._lengths = [len(examples[index]) for index, _ in self.items]

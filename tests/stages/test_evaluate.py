@@ -13,7 +13,7 @@ import pytest
 from blockft.errors import UserError
 from blockft.evaluation import answers
 from blockft.stages.evaluate import evaluate
-from blockft.stages.questions import recipe_for
+from blockft.stages.questions import read_questions, recipe_for
 from tests.run import save_model, save_samples
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +56,16 @@ def test_data_alone_are_scored_in_both_modes(toy: Path) -> None:
         "predictions-full.jsonl",
     }
     assert not list(toy.glob(".both*"))
+
+
+def test_questions_that_are_left_out_are_counted(toy: Path) -> None:
+    lines = (toy / "questions.jsonl").read_text().splitlines()
+    (toy / "faulty.jsonl").write_text("\n".join([*lines[:3], "{}", lines[3]]))
+    with pytest.raises(UserError, match="line 4"):
+        run(toy, "faulty", data="faulty.jsonl")
+    report = run(toy, "skipped", "data.on_bad_record=skip", data="faulty.jsonl") / "report.json"
+    options = json.loads(report.read_text())["options"]
+    assert options["questions"] == 4 and options["records dropped"] == {"bad record": 1}
 
 
 def test_answers_do_not_depend_on_the_batches(toy: Path) -> None:
@@ -137,6 +147,17 @@ def test_an_export_is_asked_as_it_was_trained(toy: Path) -> None:
     assert recipe.data.order == "descending" and recipe.data.prompt.documents_in == "system"
     assert recipe.data.prompt.document == "\n{text}" and recipe.eval
     assert recipe.eval.out == f"out/eval/{toy.name}-export-{toy.name}-h"
+
+
+@pytest.mark.real_data
+def test_published_questions_are_counted_by_their_hops(toy: Path) -> None:
+    path = Path(os.environ.get("BLOCKFT_REAL_DATA", "../shared/data")) / "hotpotqa_distractor_dev.json"
+    if not path.exists():
+        pytest.skip(f"{path} is not there (set BLOCKFT_REAL_DATA)")
+    samples, dropped = read_questions(recipe_for(str(toy / "model"), str(path), format="hotpotqa"))
+    groups = {group for sample in samples for group in answers.groups_of(sample)}
+    assert len(samples) == 200 and not dropped
+    assert groups == {"hotpotqa", "hotpotqa: bridge", "hotpotqa: comparison", "hotpotqa: hard"}
 
 
 @pytest.mark.parametrize(

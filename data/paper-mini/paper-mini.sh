@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# The paper's table at small scale: SmolLM2-135M fine-tuned in four ways on the same data, steps and seeds.
+# Hardware: one GPU, about 20 minutes on an H100; a CPU for a try, with overrides that make everything small.
+# Run at the top of the project. Call it again after a kill: what is finished is skipped, what is not goes on.
+#
+#   make paper-mini MODEL=folder/of/SmolLM2-135M-Instruct
+#   bash data/paper-mini/paper-mini.sh [KEY=VALUE ...]      overrides of recipes/smollm2-135m.yaml, for all parts
+set -euo pipefail
+model=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
+out=${OUT:-out/paper-mini}
+common=(smollm2-135m "model.path=$model" "data.out=$out/data" train.max_steps=160 train.save_steps=80
+  train.eval_examples=0 eval.batch_size=64 "$@")
+step() { printf '\n== %s\n' "$*"; }
+
+mkdir -p "$out"
+printf '%s\n' "${common[@]}" > "$out/.settings"
+if ! cmp -s "$out/.settings" "$out/settings" && [ -e "$out/settings" ]; then
+  echo "$out was begun with other settings (see $out/settings): repeat those, or choose another OUT" >&2
+  exit 2
+fi
+mv "$out/.settings" "$out/settings"
+
+prepare() {
+  [ -e "$out/data/manifest.json" ] && return
+  step "the data of all four"
+  blockft prepare "${common[@]}"
+}
+train() { # NAME [KEY=VALUE ...]
+  local name=$1 run=$out/$1/run model=$out/$1/model resume=()
+  shift
+  [ -e "$model" ] && return
+  step "training: $name"
+  [ -e "$run" ] && resume=(--resume)
+  blockft train "${common[@]}" "train.out=$run" "$@" "${resume[@]}"
+  blockft export "$run" "$model"
+}
+evaluate() { # NAME MODEL MODES
+  [ -e "$out/$1/eval" ] && return
+  step "evaluation: $1"
+  blockft eval "$2" "${common[@]}" "eval.out=$out/$1/eval" --modes "$3"
+}
+
+prepare
+evaluate before "$model" full,block
+train full "data.views=[full]"
+evaluate full "$out/full/model" full,block
+train both
+evaluate both "$out/both/model" full,block
+train local data.positions=local
+evaluate local "$out/local/model" block
+train block-only "data.views=[block]"
+evaluate block-only "$out/block-only/model" block
+step "the table"
+# a try with overrides is no result
+results=${RESULTS:-$([ $# -eq 0 ] && echo data/results/paper-mini || echo "$out/paper-mini")}
+python data/paper-mini/table.py "$out" "$results"

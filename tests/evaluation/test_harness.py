@@ -1,0 +1,210 @@
+"""lm-evaluation-harness: both modes finish a local task, and full mode scores as its own wrapper."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from blockft.attention.backends import BlockMasks
+from blockft.attention.layout import Layout, lay_out
+from blockft.errors import UserError
+from tests.run import save_model
+
+if importlib.util.find_spec("lm_eval") is None:
+    pytest.skip("lm_eval is not installed (pip install 'blockft[lm-eval]')", allow_module_level=True)
+
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.evaluator import simple_evaluate  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+
+from blockft.evaluation import scoring  # noqa: E402
+from blockft.evaluation.harness import CUT, BlockLM  # noqa: E402
+
+HERE = Path(__file__).parent / "harness"
+SHOTS = "Capitals.\n\nQ: Peru\nA: Lima\n\nQ: Kenya\nA: Nairobi\n\nQ: Norway\nA:"
+
+
+def task(kind: str) -> dict[str, Any]:
+    """A task over the six lines beside this file."""
+    common: dict[str, Any] = {
+        "task": f"capitals_{kind}",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(HERE / "capitals.jsonl")}},
+        "test_split": "test",
+        "doc_to_text": "Q: {{country}}\nA:",
+        "num_fewshot": 2,
+    }
+    kinds: dict[str, dict[str, Any]] = {
+        "choice": {
+            "output_type": "multiple_choice",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "{{answer}}",
+            "metric_list": [{"metric": "acc"}],
+        },
+        "answer": {
+            "output_type": "generate_until",
+            "doc_to_target": "{{choices[answer]}}",
+            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4, "do_sample": False},
+            "metric_list": [{"metric": "exact_match"}],
+        },
+        "text": {
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{country}} {{choices}}",
+            "num_fewshot": 0,
+            "metric_list": [{"metric": "byte_perplexity"}],
+        },
+    }
+    return common | kinds[kind]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"), initializer_range=0.5)
+
+
+@pytest.fixture(scope="module")
+def models(folder: Path) -> dict[str, BlockLM]:
+    return {mode: BlockLM(str(folder), mode=mode, device="cpu", batch_size=4) for mode in ("block", "full")}
+
+
+def pairs(*given: tuple[str, Any], kind: str = "loglikelihood") -> list[Instance]:
+    return [Instance(request_type=kind, doc={}, arguments=pair, idx=i) for i, pair in enumerate(given)]
+
+
+@pytest.mark.parametrize("mode", ["block", "full"])
+def test_a_local_task_is_finished(models: dict[str, BlockLM], mode: str) -> None:
+    results = simple_evaluate(models[mode], tasks=[task("choice"), task("answer")], bootstrap_iters=0)
+    assert results and set(results["results"]) == {"capitals_choice", "capitals_answer"}
+    assert all(len(samples) == 6 for samples in results["samples"].values())
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_full_mode_scores_as_the_harness_itself(folder: Path, models: dict[str, BlockLM], chat: bool) -> None:
+    own = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
+    kinds = ["choice", "answer", *([] if chat else ["text"])]
+    options = {"bootstrap_iters": 0, "apply_chat_template": chat, "fewshot_as_multiturn": chat}
+    got, want = (
+        simple_evaluate(model, tasks=[task(kind) for kind in kinds], **options)
+        for model in (models["full"], own)
+    )
+    assert got and want
+    for name, samples in want["samples"].items():
+        for mine, theirs in zip(got["samples"][name], samples, strict=True):
+            if name == "capitals_answer":
+                assert mine["resps"] == theirs["resps"]
+            else:
+                assert_close(
+                    *(torch.tensor(s["resps"], dtype=torch.float64) for s in (mine, theirs)),
+                    rtol=1e-4,
+                    atol=1e-4,
+                )
+
+
+def test_shots_are_blocks(models: dict[str, BlockLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the masked forward, one prompt at a time; the two modes differ."""
+    model, asked = models["block"], [" Oslo", " Riga"]
+    scores = model.loglikelihood(pairs(*((SHOTS, answer) for answer in asked)), disable_tqdm=True)
+    texts = ["Capitals.", "\n\nQ: Peru\nA: Lima", "\n\nQ: Kenya\nA: Nairobi", "\n\nQ: Norway\nA:"]
+    for answer, (total, _) in zip(asked, scores, strict=True):
+        blocks = model._plain.encode([*texts[:-1], texts[-1] + answer])
+        vectors = lay_out([Layout(tuple(map(len, blocks)))])
+        ids = torch.tensor([[id for block in blocks for id in block]])
+        logits = model._engine.model(
+            input_ids=ids, position_ids=vectors.position_ids, block_masks=BlockMasks(vectors), use_cache=False
+        ).logits[0, :-1]
+        own = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[-len(answer) :]
+        assert total == pytest.approx(float(own.detach().sum()), abs=1e-4)
+    full = models["full"].loglikelihood(pairs(*((SHOTS, answer) for answer in asked)), disable_tqdm=True)
+    assert all(abs(a[0] - b[0]) > 1e-3 for a, b in zip(scores, full, strict=True))
+    # rows of any size give the same scores
+    monkeypatch.setattr(scoring, "ROW_TOKENS", 10)
+    again = model.loglikelihood(pairs(*((SHOTS, answer) for answer in asked)), disable_tqdm=True)
+    assert_close(torch.tensor(again), torch.tensor(scores), rtol=1e-4, atol=1e-4)
+
+
+def test_a_turn_that_spells_markup_is_cut_where_it_stands(models: dict[str, BlockLM]) -> None:
+    history = [{"role": "user", "content": content} for content in ("user", " |>\n\nend ")]
+    prompt = models["full"].apply_chat_template(history)
+    expected = ["", "<|user|>", "user<|end|><|user|>", " |>", "\n\nend <|end|><|assistant|>"]
+    assert prompt.split(CUT) == expected
+
+
+def test_turns_of_a_chat_are_blocks(models: dict[str, BlockLM]) -> None:
+    turns = [("system", "Capitals."), ("user", "Peru?"), ("assistant", "Lima"), ("user", "Norway?\n\nSay.")]
+    history = [{"role": role, "content": content} for role, content in turns]
+    prompt = models["block"].apply_chat_template(history)
+    assert prompt.split(CUT) == [
+        "",
+        "<|system|>Capitals.<|end|><|user|>",
+        "Peru?<|end|><|assistant|>Lima<|end|><|user|>",
+        "Norway?",
+        "\n\nSay.<|end|><|assistant|>",
+    ]
+    tokenizer = models["block"]._tokenizer
+    blocks = models["block"]._encode(prompt)
+    rendered = tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode([id for block in blocks for id in block]) == rendered
+    assert blocks[0][0] == tokenizer.convert_tokens_to_ids("<|system|>")
+
+
+def test_no_block_is_blank(models: dict[str, BlockLM]) -> None:
+    for text, number in {"\n\nA\n\n\n\nB\n\n": 2, "A\n\nB": 2, "A": 1, "": 0}.items():
+        pieces = models["block"]._pieces(text)
+        assert "".join(pieces) == text and len(pieces) == number and all(piece.strip() for piece in pieces)
+
+
+def test_a_context_that_is_empty_or_ends_in_space(models: dict[str, BlockLM]) -> None:
+    model = models["block"]
+    (empty, _), (spaced, _), (unspaced, _) = model.loglikelihood(
+        pairs(("", "Oslo"), (SHOTS + " ", "Oslo"), (SHOTS, " Oslo")), disable_tqdm=True
+    )
+    assert empty < 0 and spaced == pytest.approx(unspaced)
+
+
+def test_answers_end_where_the_task_stops(models: dict[str, BlockLM]) -> None:
+    settings: dict[str, Any] = {"max_gen_toks": 6}
+    (whole,) = models["full"].generate_until(pairs((SHOTS, settings)), disable_tqdm=True)
+    stop = whole[3]
+    (cut,) = models["full"].generate_until(pairs((SHOTS, settings | {"until": [stop]})), disable_tqdm=True)
+    assert cut == whole[: whole.index(stop)]
+
+
+def test_what_cannot_be_asked(folder: Path, models: dict[str, BlockLM]) -> None:
+    with pytest.raises(UserError, match="mode=full"):
+        models["block"].loglikelihood_rolling(pairs(("text",)), disable_tqdm=True)
+    with pytest.raises(UserError, match="do_sample"):
+        models["block"].generate_until(pairs((SHOTS, {"do_sample": True})), disable_tqdm=True)
+    with pytest.raises(UserError, match="positions"):
+        models["block"].loglikelihood(pairs((SHOTS + "x" * 5000, "y")), disable_tqdm=True)
+    with pytest.raises(UserError, match="allowed are block, full"):
+        BlockLM(str(folder), mode="half")
+
+
+def test_it_runs_from_the_command_line(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "capitals.yaml").write_text(json.dumps(task("choice")))  # JSON is YAML
+    words = ["run", "--model", "blockft", "--model_args", f"pretrained={folder},mode=block"]
+    words += [
+        "--tasks",
+        "capitals_choice",
+        "--include_path",
+        str(tmp_path),
+        "--device",
+        "cpu",
+        "--output_path",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "blockft.evaluation.harness", *words],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "capitals_choice" in done.stdout and list((tmp_path / "out").rglob("results*.json"))

@@ -1,0 +1,141 @@
+"""The script of the small table: what it asks of blockft, that it goes on, and the table that it ends in."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from blockft.evaluation.report import Prediction, build_report
+from blockft.recipe import load_recipe
+from tests.test_cli import ROOT
+
+SCRIPT = "data/paper-mini/paper-mini.sh"
+
+STAND_IN = f"""#!{sys.executable}
+import json, os, sys
+from pathlib import Path
+words = sys.argv[1:]
+with open(os.environ["CALLS"], "a") as calls:
+    print(json.dumps(words), file=calls)
+if os.environ.get("DIES_AT") in words[1:]:
+    sys.exit(1)
+keys = dict(word.split("=", 1) for word in words if "=" in word)
+made = {{"prepare": "data.out", "train": "train.out", "eval": "eval.out"}}
+folder = Path(keys[made[words[0]]]) if words[0] in made else Path(words[2])
+folder.mkdir(parents=True, exist_ok="--resume" in words)
+if words[0] == "prepare":
+    (folder / "manifest.json").touch()
+if words[0] == "eval":
+    sys.path.insert(0, {str(ROOT)!r})
+    from tests.test_paper_mini import save_report
+    save_report(folder, words[words.index("--modes") + 1].split(","))
+if words[0] == "train":
+    (folder / "recipe.yaml").write_text(open({str(ROOT / "recipes/smollm2-135m.yaml")!r}).read())
+    (folder / "metrics.jsonl").write_text('{{"step": 160, "loss": 1.0, "tokens_per_s": 5.0}}\\n')
+"""
+
+
+def save_report(folder: Path, modes: list[str]) -> None:
+    """Two sources of two questions; block mode fails one of them."""
+    answered = {
+        mode: [
+            Prediction(
+                id=str(i % 2),
+                answer="no" if mode == "block" and i == 3 else "yes",
+                golds=("yes",),
+                groups=(("squad", "squad: easy"), ("fid",))[i // 2],
+                num_blocks=3,
+                prompt_tokens=9,
+                num_tokens=1,
+                cut_off=False,
+            )
+            for i in range(4)
+        ]
+        for mode in modes
+    }
+    (folder / "report.json").write_text(json.dumps(build_report("m", answered, {})))
+    for mode, some in answered.items():
+        lines = "".join(json.dumps(p.to_record()) + "\n" for p in some)
+        (folder / f"predictions-{mode}.jsonl").write_text(lines)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    (tmp_path / "bin").mkdir()
+    for name, text in (("blockft", STAND_IN), ("python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "paper-mini").symlink_to(ROOT / "data" / "paper-mini")
+    return tmp_path
+
+
+def run(workplace: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    added = {"PATH": f"{workplace / 'bin'}:{os.environ['PATH']}", "CALLS": str(workplace / "calls")}
+    added |= {"MODEL": "some/model", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(
+        ["bash", SCRIPT, *words],
+        cwd=workplace,
+        capture_output=True,
+        text=True,
+        env=os.environ | added | environment,
+    )
+
+
+def calls(workplace: Path) -> list[list[str]]:
+    return [json.loads(line) for line in (workplace / "calls").read_text().splitlines()]
+
+
+def test_a_table_is_made_of_four_runs_and_five_evaluations(workplace: Path) -> None:
+    done = run(workplace)
+    assert done.returncode == 0, done.stderr
+    asked = calls(workplace)
+    verbs = [words[0] for words in asked]
+    assert {verb: verbs.count(verb) for verb in verbs} == {"prepare": 1, "train": 4, "export": 4, "eval": 5}
+    recipes = {}
+    for words in (words for words in asked if words[0] == "train"):
+        assert words[1] == "smollm2-135m"
+        recipe = load_recipe(words[1], words[2:])
+        recipes[Path(recipe.train.out).parent.name] = recipe
+    assert {name: (*r.data.views, r.data.positions) for name, r in recipes.items()} == {
+        "full": ("full", "reencoded"),
+        "both": ("block", "full", "reencoded"),
+        "local": ("block", "full", "local"),
+        "block-only": ("block", "reencoded"),
+    }
+    # the runs differ in nothing else
+    assert len({(r.data.out, r.train.max_steps, r.train.seed, r.model.path) for r in recipes.values()}) == 1
+    table = json.loads((workplace / "data/results/paper-mini.json").read_text())
+    assert len(table["rows"]) == 8 and len(table["runs"]) == 4
+    block = table["rows"]["block fine-tuned, block mode"]
+    assert block["scores"]["all"]["substring_match"] == 75 and block["scores"]["squad"]["questions"] == 2
+    assert block["difference to full fine-tuning"]["substring_match"] == -25
+    assert "| full fine-tuned, block mask | 100.0" in (workplace / "data/results/paper-mini.md").read_text()
+    assert (workplace / "data/results/paper-mini.png").stat().st_size > 0
+
+
+def test_what_is_finished_is_skipped_and_what_is_not_goes_on(workplace: Path) -> None:
+    assert run(workplace, "train.seed=3", DIES_AT="out/paper-mini/both/run").returncode == 1
+    before = calls(workplace)
+    assert before[-1][:2] == ["export", "out/paper-mini/both/run"]
+    done = run(workplace, "train.seed=3")
+    assert done.returncode == 0, done.stderr
+    after = calls(workplace)[len(before) :]
+    assert after[0][0] == "train" and after[0][-1] == "--resume" and "train.seed=3" in after[0]
+    assert [words[0] for words in after].count("train") == 3
+    assert run(workplace, "train.seed=3").returncode == 0 and len(calls(workplace)) == len(before) + len(
+        after
+    )
+    # a try with overrides is no result
+    assert (workplace / "out/paper-mini/paper-mini.json").is_file() and not (
+        workplace / "data/results"
+    ).exists()
+
+
+def test_parts_of_different_tables_are_not_mixed(workplace: Path) -> None:
+    assert run(workplace).returncode == 0
+    done = run(workplace, "train.max_steps=5")
+    assert done.returncode == 2 and "other settings" in done.stderr
