@@ -95,7 +95,7 @@ def test_the_readme_names_commands() -> None:
 def test_every_command_of_the_readme_exists(command: str) -> None:
     """Its verb, its options and the recipe it names; `make test-slow` runs those that need no GPU."""
     words = shlex.split(command)[1:]
-    verb = words[:2] if words[0] == "bench" else words[:1]
+    verb = words[:2] if words[0] in ("bench", "cache") else words[:1]
     helped = blockft(*verb, "--help")
     assert helped.returncode == 0, helped.stderr
     for option in (word for word in words if word.startswith("--")):

@@ -7,8 +7,8 @@ from typing import Any, NoReturn
 
 import typer
 
-# isort: split  (--help lists verbs in the order in which they are defined)
-from blockft.cli import answers, bench, cache, verbs, words
+from blockft.cli import verbs  # isort: skip  (--help lists verbs in the order in which they are defined)
+from blockft.cli import answers, bench, cache, words
 from blockft.errors import UserError
 
 __all__ = ["answers", "bench", "cache", "main", "verbs", "words"]

@@ -123,7 +123,7 @@ class RagPrompt:
 
 
 def trained_prompt(export: Mapping[str, Any] | None) -> RagPrompt | None:
-    """How a model's training worded questions, from the `block_attention` of an export; documents as given."""
+    """How training worded questions, from the `block_attention` of an export; documents stand as given."""
     if not export or "prompt" not in export:
         return None
     return RagPrompt(**export["prompt"], documents_in=export["documents_in"], order="given")

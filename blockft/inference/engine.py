@@ -22,7 +22,7 @@ from blockft.model.load import load_model, load_tokenizer
 
 
 class Engine:
-    """A model that answers prompts cut into blocks, with its block cache. It answers one request at a time.
+    """A model that answers prompts cut into blocks, with its block cache; one request at a time.
 
     prompt: how questions over documents are worded; the model's own if it is an export. See `BlockRunner`.
     """
@@ -48,6 +48,7 @@ class Engine:
             compile=compile,
         )
         self.prompt = trained_prompt(getattr(model.config, "block_attention", None)) or prompt
+        self._limit = model.config.max_position_embeddings
         self._encoder = Encoder(tokenizer)
         ends = model.generation_config.eos_token_id
         given = ends if isinstance(ends, list) else [ends]
@@ -153,9 +154,8 @@ class Engine:
         blocks = self._encoder.encode_prompt(
             Sample(id="documents", source="documents", messages=messages, response="", meta=meta)
         )[:-1]
-        limit = self.model.config.max_position_embeddings
-        if (longest := max(map(len, blocks))) >= limit:
-            raise UserError(f"a document has {longest} tokens, the model has {limit} positions: cut it")
+        if (longest := max(map(len, blocks), default=0)) >= self._limit:
+            raise UserError(f"a document has {longest} tokens, the model has {self._limit} positions: cut it")
         return [key_of(block) for block in blocks]
 
     def generate_ids(
@@ -173,8 +173,7 @@ class Engine:
             try:
                 next(steps)
             except StopIteration as end:
-                answers: list[Answer] = end.value
-                return answers
+                return list(end.value)
 
     def stream(
         self,
@@ -226,15 +225,14 @@ class Engine:
         Raises:
             UserError: they are too many for the model's positions, and not to be trimmed, or not enough.
         """
-        ids = self._encoder.encode_prompt(prompt)
-        limit, rest = self.model.config.max_position_embeddings, prompt
-        while sum(map(len, ids)) + max_new_tokens > limit and trims and (shorter := trim(rest)):
+        ids, rest = self._encoder.encode_prompt(prompt), prompt
+        while sum(map(len, ids)) + max_new_tokens > self._limit and trims and (shorter := trim(rest)):
             rest, ids = shorter, self._encoder.encode_prompt(shorter)
-        if (needed := sum(map(len, ids)) + max_new_tokens) > limit:
+        if (needed := sum(map(len, ids)) + max_new_tokens) > self._limit:
             few = "no document can be spared" if trims else "use fewer documents or fewer new tokens"
             raise UserError(
                 f"prompt {prompt.id}: it and its answer need {needed} tokens, "
-                f"the model has {limit} positions: {few}"
+                f"the model has {self._limit} positions: {few}"
             )
         return ids
 
@@ -258,13 +256,14 @@ class Engine:
             raise UserError(f"mode is {mode!r}, allowed are block and full")
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {max_new_tokens}, it should be at least 1")
-        limit = self.model.config.max_position_embeddings
+        if not prompts:
+            return []
         for prompt in prompts:
             if not prompt or not all(len(block) for block in prompt):
                 raise UserError("a prompt has no block, or an empty one: each needs at least one token")
-            if (needed := sum(map(len, prompt)) + max_new_tokens) > limit:
+            if (needed := sum(map(len, prompt)) + max_new_tokens) > self._limit:
                 raise UserError(
-                    f"a prompt and its answer need {needed} tokens, the model has {limit} positions"
+                    f"a prompt and its answer need {needed} tokens, the model has {self._limit} positions"
                 )
         start = time.perf_counter()
         # full attention is the layout of one block

@@ -175,7 +175,9 @@ class CachedPrompts:
         self._side.running = self
         side, longest = self._side, max(map(len, new_ids))
         width = _bucket(longest) if side.use_graphs and not self._first else longest
-        self._first = self._first or [width - len(ids) for ids in new_ids]
+        if not self._first:
+            self._first = [width - len(ids) for ids in new_ids]
+            self._num_columns += width - longest
         programs = side.programs(len(new_ids), width)
         if not self._pieces:
             self._pieces = [

@@ -171,21 +171,25 @@ class BlockRunner:
         side, device = self._query_side, self.store.device
         assert side is not None and device is not None
         new = [key for key in keys if key not in device]
+        side.running = None  # the slots of prompts that run may be taken, even if these come to nothing
         device.add(new, keep=keys)
         try:
+            # first, for what is encoded may push what was found out of the host tier
+            self.store.load_layers(found, side.arrived)
             missing = [key for key in new if key not in found]
             if missing:
                 with self._eagerly():
                     for key, kv in encode_blocks(self.model, missing):
                         device.block(key).copy_(kv)
                         self.store.keep(key, kv)
-            self.store.load_layers(found, side.arrived)
             prompts = side.prompts(contexts, max(map(len, finals)) + num_new)
             logits = prompts.advance(finals)
         except BaseException:
             # what is in these slots now is not what their keys say
             for key in new:
                 device.drop(key)
+            if self._is_cuda:
+                torch.cuda.synchronize()  # copies may be under way to slots that others will get
             raise
         return Begun(prompts, logits[:, -1], found)
 

@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,21 @@ from blockft.data.rag import Document
 from blockft.data.request import document_of
 from blockft.data.sample import RecordError
 from blockft.errors import UserError
+from blockft.inference.block import Key
+from blockft.inference.engine import Engine
 from blockft.stages.generate import CacheWords, open_engine
 
 BATCH = 64
 """Documents that are looked up and encoded together."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A document of a corpus; `at` names its place there."""
+
+    at: str
+    num_bytes: int
+    document: Document
 
 
 def build(model: str, corpus: Path, cache: CacheWords) -> None:
@@ -26,7 +38,8 @@ def build(model: str, corpus: Path, cache: CacheWords) -> None:
     What the folder holds already is passed over, so a build that was interrupted goes on.
 
     Raises:
-        UserError: a line is no document, by its number; see `open_engine`.
+        UserError: a line is no document, or one that is unfit for the model, by its number; the folder did
+            not take all blocks; see `open_engine`.
     """
     assert cache.folder
     num_bytes = sum(len(line) for line in _open(corpus))
@@ -39,23 +52,44 @@ def build(model: str, corpus: Path, cache: CacheWords) -> None:
     with Progress(console=console, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("encode", total=num_bytes)
         while batch := list(islice(documents, BATCH)):
-            keys = engine.document_keys([document for document, _ in batch])
+            keys = _keys(engine, batch)
             num_blocks += len(keys)
             num_encoded += engine.runner.encode(keys)
-            progress.advance(task, sum(size for _, size in batch))
+            progress.advance(task, sum(line.num_bytes for line in batch))
     engine.close()
+    disk = engine.runner.store.disk
+    assert disk
+    if lost := disk.statistics.entries_lost:
+        raise UserError(
+            f"{cache.folder} did not take {lost:,} of {num_encoded:,} new blocks: make room or name another "
+            "folder, and go on by the same command"
+        )
     print(f"{num_blocks:,} blocks, {num_encoded:,} of them encoded now, in {cache.folder}")
+    if evicted := disk.statistics.entries_evicted:
+        print(f"{evicted:,} blocks had to make way: allow more by --cache-bytes")
 
 
-def _documents(corpus: Path) -> Iterator[tuple[Document, int]]:
-    """Every document and the bytes of its line."""
+def _keys(engine: Engine, lines: Sequence[Line]) -> list[Key]:
+    """The blocks of documents, which are told apart only if one of them is unfit."""
+    try:
+        return engine.document_keys([line.document for line in lines])
+    except UserError:
+        for line in lines:
+            try:
+                engine.document_keys([line.document])
+            except UserError as error:
+                raise UserError(f"{line.at}: {error}") from error
+        raise
+
+
+def _documents(corpus: Path) -> Iterator[Line]:
     for number, line in enumerate(_open(corpus), start=1):
         if not line.strip():
             continue
         at = f"{corpus}, line {number}"
         try:
             record: Any = json.loads(line)
-            yield document_of(record, "the document"), len(line)
+            yield Line(at, len(line), document_of(record, "the document"))
         except (json.JSONDecodeError, RecursionError, UnicodeDecodeError) as error:
             raise UserError(f"{at} is not JSON: {error}") from error
         except RecordError as error:

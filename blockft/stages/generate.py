@@ -31,10 +31,12 @@ class CacheWords:
         """Raises:
         UserError: one is no size, or there is a budget for a disk without a folder.
         """
-        if self.disk and not self.folder:
+        if self.disk is not None and not self.folder:
             raise UserError("--cache-bytes needs --cache FOLDER, the folder that they are for")
-        disk, host, device = (text and parse_bytes(text) for text in (self.disk, self.host, self.device))
-        return CacheOptions(folder=self.folder, disk_bytes=disk or None, host_bytes=host, device_bytes=device)
+        disk, host, device = (
+            None if text is None else parse_bytes(text) for text in (self.disk, self.host, self.device)
+        )
+        return CacheOptions(folder=self.folder, disk_bytes=disk, host_bytes=host, device_bytes=device)
 
 
 def open_engine(model: str, cache: CacheWords, *, compile: bool = False) -> Engine:

@@ -1,0 +1,68 @@
+"""Engines over tiny models, and what they should answer."""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from blockft.attention.layout import Layout
+from blockft.data.rag import RagPrompt
+from blockft.inference.engine import Engine
+from blockft.inference.runner import CacheOptions
+from tests.inference.test_keyside import masked_logits
+from tests.run import save_tokenizer
+
+MIB = 2**20
+SIDES = ("key", "query")
+PROMPT = RagPrompt(
+    instruction="Read.\n",
+    document="{title} {text}\n",
+    question="{question}",
+    documents_in="user",
+    order="given",
+)
+
+Prompt = list[list[int]]
+"""The ids of a prompt's blocks."""
+
+
+@cache
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    with TemporaryDirectory() as folder:
+        return save_tokenizer(Path(folder))
+
+
+def options(
+    folder: Path | None = None, *, host: int = MIB, device: int = MIB, disk: int | None = None
+) -> CacheOptions:
+    return CacheOptions(folder=folder, disk_bytes=disk, host_bytes=host, device_bytes=device)
+
+
+def load_engine(path: Path, side: str = "key", cache: CacheOptions | None = None) -> Engine:
+    return Engine.load(str(path), device="cpu", prompt=PROMPT, cache=cache or options(), side=side)
+
+
+def make_engine(model: PreTrainedModel, side: str, cache: CacheOptions | None = None) -> Engine:
+    return Engine(model, byte_tokenizer(), name="tiny", cache=cache or options(), side=side)
+
+
+def forget(engine: Engine) -> None:
+    """Empty the tiers of the process."""
+    store = engine.runner.store
+    store.flush()
+    store.host.clear()
+    if store.device is not None:
+        store.device.clear()
+
+
+def greedy(model: PreTrainedModel, prompt: Sequence[Sequence[int]], num_new: int) -> tuple[int, ...]:
+    """The oracle: every token from a masked forward over all that stands before it."""
+    blocks = [list(block) for block in prompt]
+    for _ in range(num_new):
+        layout = Layout(tuple(map(len, blocks)))
+        ids = torch.tensor([token for block in blocks for token in block])
+        blocks[-1].append(int(masked_logits(model, ids, layout)[-1].argmax()))
+    return tuple(blocks[-1][-num_new:])

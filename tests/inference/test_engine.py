@@ -1,0 +1,228 @@
+"""The engine as services embed it: requests of every kind, answers whatever their company."""
+
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blockft.data.rag import Document
+from blockft.data.sample import Sample
+from blockft.errors import UserError
+from blockft.inference.answer import Answer
+from blockft.inference.engine import Engine
+from blockft.inference.sampling import Sampler
+from tests.inference.engines import PROMPT, SIDES, greedy, load_engine, options
+from tests.run import save_model
+
+DOCUMENTS = [{"title": "Foxes", "text": "They are red."}, {"text": "Dogs bark."}, "Cows are large."]
+REQUESTS: list[dict[str, Any]] = [
+    {"documents": DOCUMENTS, "question": "What barks?"},
+    {"documents": DOCUMENTS[:1], "question": "Who?"},
+    {"messages": [{"role": "user", "content": ["Read.\n", "Dogs bark.\n", "What barks?"]}]},
+    {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]},
+    {"blocks": ["<|user|>one ", "two ", "three?<|end|><|assistant|>"]},
+]
+
+
+@pytest.fixture(params=SIDES)
+def engine(request: pytest.FixtureRequest, toy_model: Path) -> Engine:
+    return load_engine(toy_model, request.param)
+
+
+def drain(pieces: Generator[str, None, Answer]) -> tuple[list[str], Answer]:
+    texts = []
+    while True:
+        try:
+            texts.append(next(pieces))
+        except StopIteration as end:
+            return texts, end.value
+
+
+def samples(engine: Engine) -> list[Sample]:
+    return [engine.request(record, str(i)) for i, record in enumerate(REQUESTS)]
+
+
+def test_every_kind_of_request_is_answered_as_by_the_masked_forward(engine: Engine) -> None:
+    engine.ends = set()
+    for record, prompt in zip(REQUESTS, samples(engine), strict=True):
+        answer = engine.generate(**record, max_new_tokens=4)
+        blocks = engine.encode(prompt, 4)
+        assert answer.ids == greedy(engine.model, blocks, 4)
+        assert answer.num_blocks == len(blocks) and answer.prompt_tokens == sum(map(len, blocks))
+        decoded = engine.tokenizer.decode(answer.ids, skip_special_tokens=True)
+        assert answer.text == decoded.strip()
+
+
+def test_a_document_is_reused_wherever_it_stands(engine: Engine) -> None:
+    engine.generate(documents=DOCUMENTS, question="Who?", max_new_tokens=2)
+    answer = engine.generate(documents=DOCUMENTS[::-1], question="Which one?", max_new_tokens=2)
+    assert answer.blocks_reused == answer.num_blocks - 1 > len(DOCUMENTS)
+    keys = engine.document_keys(
+        [Document(title="Foxes", text="They are red."), Document(title="", text="New")]
+    )
+    assert len(engine.runner.store.find(keys)) == len(keys) - 1
+
+
+def test_a_batch_answers_as_its_prompts_do_alone(engine: Engine) -> None:
+    for settings in ({}, {"mode": "full"}):
+        together = engine.generate_batch(samples(engine), max_new_tokens=6, **settings)
+        alone = [engine.generate(**record, max_new_tokens=6, **settings) for record in REQUESTS]
+        assert [answer.ids for answer in together] == [answer.ids for answer in alone]
+    assert engine.generate_batch([]) == []
+
+
+def test_draws_do_not_depend_on_the_batch(engine: Engine) -> None:
+    drawn = {"temperature": 8.0, "top_p": 0.99, "max_new_tokens": 6}
+    together = engine.generate_batch(samples(engine), seed=5, **drawn)
+    alone = [engine.generate(**record, seed=5 + i, **drawn) for i, record in enumerate(REQUESTS)]
+    assert [answer.ids for answer in together] == [answer.ids for answer in alone]
+    assert engine.generate(**REQUESTS[0], seed=6, **drawn).ids != alone[0].ids
+    assert engine.generate(**REQUESTS[0], seed=5, **drawn).ids == alone[0].ids
+
+
+def test_law_1_full_and_block_attention_to_one_block_are_the_same(engine: Engine) -> None:
+    prompt = [[*range(40, 90)]]
+    block, full = (
+        engine.generate_ids([prompt], mode=mode, max_new_tokens=8)[0] for mode in ("block", "full")
+    )
+    assert block.ids == full.ids and full.sources == {}
+
+
+def test_full_attention_is_the_layout_of_one_block(engine: Engine) -> None:
+    engine.ends = set()
+    for prompt in samples(engine):
+        blocks = engine.encode(prompt, 5)
+        (full,) = engine.generate_ids([blocks], mode="full", max_new_tokens=5)
+        assert full.ids == greedy(engine.model, [[id for block in blocks for id in block]], 5)
+        assert full.num_blocks == 1 and full.prompt_tokens == sum(map(len, blocks))
+    assert not engine.runner.store.statistics.blocks
+
+
+# where an answer ends
+
+
+def test_an_answer_ends_at_an_end_token_which_is_no_part_of_it(engine: Engine) -> None:
+    engine.ends = set()
+    whole = engine.generate(**REQUESTS[0], max_new_tokens=8)
+    at = next(i for i in range(1, 8) if whole.ids[i] not in whole.ids[:i])
+    engine.ends = {whole.ids[at]}
+    cut = engine.generate(**REQUESTS[0], max_new_tokens=8)
+    assert cut.ids == whole.ids[:at]
+    engine.ends = {whole.ids[0]}
+    empty = engine.generate(**REQUESTS[0], max_new_tokens=8)
+    assert empty.ids == () and empty.text == "" and empty.tokens_per_s is None
+    together = engine.generate_batch(samples(engine)[:2], max_new_tokens=8)
+    assert together[0].ids == () and together[1].ids
+
+
+def test_end_tokens_are_the_templates_and_those_of_the_generation_config(toy_model: Path) -> None:
+    engine = load_engine(toy_model)
+    assert engine.ends == {engine.tokenizer.eos_token_id}
+    engine.model.generation_config.eos_token_id = [7, 8]
+    again = Engine(engine.model, engine.tokenizer, cache=options())
+    assert again.ends == {7, 8, engine.tokenizer.eos_token_id}
+
+
+@pytest.mark.parametrize("num_new", [1, 3])
+def test_no_more_tokens_than_asked_for(engine: Engine, num_new: int) -> None:
+    engine.ends = set()
+    for answer in engine.generate_batch(samples(engine), max_new_tokens=num_new):
+        assert len(answer.ids) == num_new
+        assert (answer.tokens_per_s is None) == (num_new == 1)
+
+
+def test_a_stop_string_cuts_one_answer_and_no_other(engine: Engine) -> None:
+    engine.ends = set()
+    whole = engine.generate_batch(samples(engine), max_new_tokens=12)
+    stop = whole[0].text[3:5]
+    cut = engine.generate_batch(samples(engine), max_new_tokens=12, stop=[stop])
+    assert cut[0].text == whole[0].text[: whole[0].text.index(stop)].strip() and len(cut[0].ids) < 12
+    for before, after in zip(whole, cut, strict=True):
+        assert after.text == before.text.partition(stop)[0].strip()
+
+
+# streams
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 3.0, "seed": 4}, {"mode": "full"}, {"stop": ["e"]}])
+def test_pieces_of_a_stream_join_to_the_text(engine: Engine, settings: dict[str, Any]) -> None:
+    for record, prompt in zip(REQUESTS, samples(engine), strict=True):
+        pieces, answer = drain(engine.stream(prompt, max_new_tokens=10, **settings))
+        assert "".join(pieces).strip() == answer.text and all(pieces)
+        plain = engine.generate(**record, max_new_tokens=10, **settings)
+        assert (answer.text, answer.ids) == (plain.text, plain.ids)
+
+
+def test_the_first_piece_comes_before_the_last_token(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.ends, steps = set(), []
+    monkeypatch.setattr(Sampler, "__call__", lambda *given: steps.append(1) or given[1].argmax(dim=-1))
+    pieces = engine.stream_ids([[65, 66], [67]], max_new_tokens=50)
+    next(pieces)
+    assert len(steps) < 25
+
+
+# mistakes
+
+
+def test_a_prompt_that_is_too_long_is_named(engine: Engine) -> None:
+    prompt = engine.request({"documents": ["x" * 5000], "question": "?"}, "the third")
+    with pytest.raises(UserError, match=r"prompt the third: .* the model has 4096 positions: use fewer"):
+        engine.generate_batch([prompt])
+    with pytest.raises(UserError, match="no document can be spared"):
+        engine.generate_batch([prompt], trims=True)
+    with pytest.raises(UserError, match="need 4097 tokens"):
+        engine.generate_ids([[[1] * 4000, [2]]], max_new_tokens=96)
+    engine.ends = set()
+    assert len(engine.generate_ids([[[1] * 4000, [2] * 92]], max_new_tokens=4)[0].ids) == 4
+
+
+def test_long_prompts_lose_the_documents_of_the_lowest_score(engine: Engine) -> None:
+    scores = [0.3, 0.1, 0.9, 0.2]
+    documents = [{"text": str(i) * 1500, "score": score} for i, score in enumerate(scores)]
+    prompt = engine.request({"documents": documents, "question": "?"})
+    blocks = engine.encode(prompt, 100, trims=True)
+    texts = [engine.tokenizer.decode(block) for block in blocks]
+    assert [text[1] for text in texts if len(text) > 1000] == ["0", "2"]
+    with pytest.raises(UserError, match="no document can be spared"):
+        engine.encode(prompt, 3500, trims=True)
+
+
+def test_a_prompt_without_a_token_is_refused(engine: Engine) -> None:
+    for prompt in ([], [[]], [[1, 2], []], [[], [1, 2]]):
+        with pytest.raises(UserError, match="at least one token"):
+            engine.generate_ids([prompt])
+    with pytest.raises(UserError, match="blocks"):
+        engine.generate(blocks=["", "who?"])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "have 'documents' and 'question'"),
+        ({"documents": ["a"]}, "question"),
+        ({"question": "a", "blocks": ["b"]}, "have 'documents' and 'question'"),
+        ({"messages": []}, "messages"),
+        ({"blocks": ["a"], "mode": "half"}, "mode is 'half', allowed are block and full"),
+        ({"blocks": ["a"], "max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"blocks": ["a"], "temperature": -1}, "temperature is -1"),
+        ({"blocks": ["a"], "top_p": 0}, "top_p is 0"),
+        ({"blocks": ["a"], "stop": "a"}, "stop is 'a'"),
+        ({"blocks": ["a"], "stop": [""]}, "not empty"),
+    ],
+)
+def test_a_mistake_is_told_in_one_sentence(toy_model: Path, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as raised:
+        load_engine(toy_model).generate(**given)
+    assert said in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_model_that_does_not_say_how_it_is_asked_needs_a_prompt(tmp_path: Path) -> None:
+    path = save_model(tmp_path / "model")
+    engine = Engine.load(str(path), device="cpu", cache=options())
+    with pytest.raises(UserError, match="give a prompt"):
+        engine.generate(documents=["a"], question="b")
+    own = {"instruction": "Own.\n", "document": "{text}\n", "question": "{question}"}
+    engine.model.config.block_attention = {"prompt": own, "documents_in": "user", "order": "ascending"}
+    again = Engine(engine.model, engine.tokenizer, prompt=PROMPT, cache=options())
+    assert again.prompt is not None and again.prompt.instruction == "Own.\n"

@@ -1,0 +1,465 @@
+"""Contexts from three tiers, on both sides: what is reused is said, and no trouble makes a wrong answer."""
+
+import logging
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+import blockft.inference.runner as runner_module
+from blockft.errors import UserError
+from blockft.inference.answer import Answer
+from blockft.inference.engine import Engine
+from blockft.inference.folder import CacheFolder
+from blockft.inference.queryside import QuerySide
+from blockft.inference.runner import CacheOptions
+from tests.inference.engines import SIDES, Prompt, forget, greedy, load_engine, options
+from tests.inference.test_keyside import keys_of
+from tests.run import save_model
+
+NUM_NEW = 5
+
+
+def some_prompt(seed: int, *lengths: int) -> Prompt:
+    rng = random.Random(seed)
+    return [[rng.randrange(256) for _ in range(length)] for length in lengths]
+
+
+PROMPT = some_prompt(1, 9, 14, 3, 20, 6)
+LARGER = [*some_prompt(2, 30, 25), *PROMPT]
+TOKEN_BYTES = 2 * 2 * 2 * 8 * 4
+
+
+def ask(engine: Engine, prompt: Prompt = PROMPT) -> Answer:
+    return engine.generate_ids([prompt], max_new_tokens=NUM_NEW)[0]
+
+
+def spoil(folder: Path) -> int:
+    """Flip the last bit of every entry, which is found while the last layer is read."""
+    paths = [entry.path for entry in CacheFolder(folder).entries()]
+    for path in paths:
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    return len(paths)
+
+
+@pytest.fixture(scope="module")
+def wanted(toy_model: Path) -> dict[str, tuple[int, ...]]:
+    model = load_engine(toy_model).model
+    return {"prompt": greedy(model, PROMPT, NUM_NEW), "larger": greedy(model, LARGER, NUM_NEW)}
+
+
+@pytest.fixture
+def right(wanted: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    return wanted["prompt"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    with caplog.at_level(logging.WARNING, logger="blockft.cache"):
+        yield caplog
+
+
+@pytest.fixture(params=SIDES)
+def side(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_every_answer_says_where_its_blocks_were(
+    toy_model: Path, folder: Path, side: str, right: tuple[int, ...]
+) -> None:
+    engine = load_engine(toy_model, side, options(folder))
+    nearest = "device" if side == "query" else "host"
+    answers = [ask(engine), ask(engine)]
+    if side == "query":
+        assert engine.runner.store.device is not None
+        engine.runner.store.device.clear()
+        answers.append(ask(engine))
+    forget(engine)
+    answers += [ask(engine), ask(engine)]
+    ways = ["encoded", nearest, *(["host"] if side == "query" else []), "disk", nearest]
+    assert [answer.sources for answer in answers] == [{way: 4} for way in ways]
+    for answer, way in zip(answers, ways, strict=True):
+        reused = 0 if way == "encoded" else 4
+        assert answer.ids == right
+        assert (answer.blocks_reused, answer.tokens_reused) == (reused, 46 if reused else 0)
+        assert (answer.num_blocks, answer.prompt_tokens) == (5, 52)
+        assert answer.ttft_ms > 0 and (answer.tokens_per_s or 0) > 0
+    found = engine.runner.store.statistics.found_blocks
+    assert found.total() == 4 * (len(ways) - 1) and found["disk"] == 4
+
+
+def test_another_engine_finds_what_one_has_left(
+    toy_model: Path, folder: Path, right: tuple[int, ...]
+) -> None:
+    for side in SIDES:  # both sides read and write the same entries
+        shutil.rmtree(folder, ignore_errors=True)
+        writer = load_engine(toy_model, side, options(folder))
+        ask(writer)
+        writer.close()
+        for reader in SIDES:
+            answer = ask(load_engine(toy_model, reader, options(folder)))
+            assert answer.sources == {"disk": 4} and answer.ids == right
+
+
+def test_some_blocks_are_found_and_others_encoded(
+    toy_model: Path, side: str, wanted: dict[str, tuple[int, ...]]
+) -> None:
+    engine = load_engine(toy_model, side)
+    assert ask(engine).ids == wanted["prompt"]
+    answer = ask(engine, LARGER)
+    assert answer.ids == wanted["larger"]
+    assert answer.sources == {"encoded": 2, "device" if side == "query" else "host": 4}
+    assert ask(engine, [PROMPT[1], PROMPT[0], PROMPT[1], *PROMPT[-1:]]).blocks_reused == 3
+
+
+def test_prompts_of_a_batch_share_their_blocks(
+    toy_model: Path, side: str, wanted: dict[str, tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, encoded = load_engine(toy_model, side), []
+
+    def counted(model: Any, keys: Any) -> Any:
+        keys = [*keys]
+        encoded.extend(keys)
+        return runner_module_encode(model, keys)
+
+    runner_module_encode = runner_module.encode_blocks
+    monkeypatch.setattr(runner_module, "encode_blocks", counted)
+    answers = engine.generate_ids([PROMPT, LARGER, PROMPT[-1:]], max_new_tokens=NUM_NEW)
+    assert [answer.ids for answer in answers[:2]] == [wanted["prompt"], wanted["larger"]]
+    assert len(encoded) == len(set(encoded)) == 6
+    assert engine.runner.store.statistics.blocks == 6
+    assert answers[2].sources == {} and answers[2].num_blocks == 1
+
+
+def test_encoding_ahead_fills_host_and_disk(toy_model: Path, folder: Path, right: tuple[int, ...]) -> None:
+    engine = load_engine(toy_model, "query", options(folder))
+    (keys,) = keys_of([PROMPT])
+    assert engine.runner.encode([*keys, *keys]) == 4
+    assert engine.runner.encode(keys) == 0
+    answer = ask(engine)
+    assert answer.sources == {"host": 4} and answer.ids == right
+    forget(engine)
+    assert engine.runner.encode(keys) == 0
+
+
+# budgets
+
+
+@pytest.mark.parametrize("host_tokens", [0, 1, 25, 40])
+def test_a_small_host_tier_costs_speed_alone(
+    toy_model: Path, side: str, host_tokens: int, wanted: dict[str, tuple[int, ...]]
+) -> None:
+    """Blocks that were found there may be pushed out by those that are encoded for the same prompt."""
+    engine = load_engine(toy_model, side, options(host=host_tokens * TOKEN_BYTES))
+    for name, prompt in [("prompt", PROMPT), ("larger", LARGER), ("prompt", PROMPT)]:
+        if engine.runner.store.device is not None:
+            engine.runner.store.device.clear()
+        assert ask(engine, prompt).ids == wanted[name]
+        assert engine.runner.store.host.used_bytes <= host_tokens * TOKEN_BYTES
+
+
+def test_without_a_host_tier_the_disk_serves(
+    toy_model: Path, folder: Path, side: str, right: tuple[int, ...]
+) -> None:
+    engine = load_engine(toy_model, side, options(folder, host=0))
+    ask(engine)
+    forget(engine)
+    answer = ask(engine)
+    assert answer.sources == {"disk": 4} and answer.ids == right
+
+
+def test_a_small_disk_keeps_what_it_can(
+    toy_model: Path, folder: Path, side: str, right: tuple[int, ...]
+) -> None:
+    entry_bytes = 4096 + 14 * (TOKEN_BYTES + 4)
+    budget = 2 * entry_bytes
+    engine = load_engine(toy_model, side, options(folder, disk=budget))
+    for _ in range(3):
+        answer = ask(engine)
+        assert answer.ids == right
+        forget(engine)
+        assert sum(entry.num_bytes for entry in CacheFolder(folder).entries()) <= budget
+    disk = engine.runner.store.disk
+    assert disk is not None and disk.statistics.entries_evicted and 0 < answer.sources["disk"] < 4
+
+
+def test_a_small_device_lets_the_least_recently_used_go(
+    toy_model: Path, wanted: dict[str, tuple[int, ...]]
+) -> None:
+    engine = load_engine(toy_model, "query", options(device=101 * TOKEN_BYTES))
+    ask(engine, [*some_prompt(3, 50, 40), [1]])
+    for name, prompt in [("larger", LARGER), ("prompt", PROMPT)]:
+        assert ask(engine, prompt).ids == wanted[name]
+    assert ask(engine).sources == {"device": 4}
+    device = engine.runner.store.device
+    assert device is not None and device.evicted == 2
+
+
+def test_prompts_that_the_device_cannot_hold_are_refused_and_others_answered(
+    toy_model: Path, right: tuple[int, ...]
+) -> None:
+    engine = load_engine(toy_model, "query", options(device=46 * TOKEN_BYTES))
+    for prompts in ([LARGER], [PROMPT, [[1, 2, 3], [4]]]):
+        with pytest.raises(UserError, match="raise the device budget, or ask fewer prompts at once"):
+            engine.generate_ids(prompts, max_new_tokens=NUM_NEW)
+    assert ask(engine).ids == right
+
+
+# damage
+
+
+def test_a_flipped_byte_is_reported_and_the_answer_the_same(
+    toy_model: Path, folder: Path, side: str, right: tuple[int, ...], said: pytest.LogCaptureFixture
+) -> None:
+    writer = load_engine(toy_model, side, options(folder))
+    ask(writer)
+    writer.close()
+    assert spoil(folder) == 4
+    engine = load_engine(toy_model, side, options(folder))
+    answer = ask(engine)
+    assert answer.ids == right and answer.sources == {"encoded": 4} and answer.tokens_reused == 0
+    assert engine.runner.store.disk is not None
+    assert engine.runner.store.disk.statistics.entries_damaged == 4
+    assert len(said.records) == 1 and "has changed since it was written" in said.text
+    forget(engine)
+    assert ask(engine).sources == {"disk": 4}, "they were written again"
+
+
+def test_one_flipped_byte_costs_one_block(
+    toy_model: Path, folder: Path, side: str, right: tuple[int, ...]
+) -> None:
+    writer = load_engine(toy_model, side, options(folder))
+    ask(writer, [PROMPT[1], [1]])
+    forget(writer)
+    spoil(folder)
+    ask(writer, [PROMPT[0], PROMPT[2], PROMPT[3], [1]])
+    forget(writer)
+    answer = ask(writer)
+    assert answer.ids == right and answer.sources == {"encoded": 1, "disk": 3}
+
+
+@pytest.mark.parametrize("host", [2**20, 0])
+def test_damage_in_a_folder_that_cannot_be_changed(
+    toy_model: Path,
+    folder: Path,
+    side: str,
+    host: int,
+    right: tuple[int, ...],
+    said: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every later request finds it damaged anew, and is answered all the same."""
+    writer = load_engine(toy_model, side, options(folder))
+    ask(writer)
+    writer.close()
+    spoil(folder)
+
+    def refuse(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    for name in ("remove", "draft"):
+        monkeypatch.setattr(CacheFolder, name, refuse)
+    engine = load_engine(toy_model, side, options(folder, host=host))
+    for _ in range(2):
+        answer = ask(engine)
+        assert answer.ids == right and answer.sources == {"encoded": 4}
+        forget(engine)
+    assert len(said.records) == 2, "once that they are damaged, once that the folder cannot be written"
+
+
+def test_a_folder_that_cannot_be_written_is_said_once_and_memory_serves(
+    toy_model: Path,
+    tmp_path: Path,
+    side: str,
+    right: tuple[int, ...],
+    said: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(CacheFolder, "draft", refuse)
+    engine = load_engine(toy_model, side, options(tmp_path / "full"))
+    assert ask(engine).ids == ask(engine).ids == right
+    engine.close()
+    assert len(said.records) == 1 and "the disk is full" in said.text
+
+
+def test_a_folder_that_is_no_cache_is_refused(toy_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="name a cache or a new folder"):
+        load_engine(toy_model, cache=options(tmp_path))
+    with pytest.raises(UserError, match="cannot hold a block"):
+        load_engine(toy_model, cache=options(tmp_path / "new", disk=100))
+
+
+# failures on our side
+
+
+class Failure(Exception):
+    pass
+
+
+@pytest.mark.parametrize("num_whole", [0, 1, 3])
+def test_a_failure_while_encoding_leaves_no_wrong_block(
+    toy_model: Path,
+    folder: Path,
+    side: str,
+    num_whole: int,
+    right: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = load_engine(toy_model, side, options(folder))
+    encode = runner_module.encode_blocks
+
+    def fail(*given: Any) -> Any:
+        for number, encoded in enumerate(encode(*given)):
+            if number == num_whole:
+                raise Failure
+            yield encoded
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runner_module, "encode_blocks", fail)
+        with pytest.raises(Failure):
+            ask(engine)
+    device = engine.runner.store.device
+    assert device is None or device.num_blocks == 0
+    answer = ask(engine)
+    assert answer.ids == right and answer.blocks_reused == num_whole
+    forget(engine)
+    assert ask(engine).ids == right
+
+
+@pytest.mark.parametrize("error", [Failure, KeyboardInterrupt, torch.OutOfMemoryError])
+def test_a_failure_while_blocks_are_read_leaves_no_wrong_block(
+    toy_model: Path,
+    folder: Path,
+    right: tuple[int, ...],
+    error: type[BaseException],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = load_engine(toy_model, "query", options(folder))
+    ask(engine, [PROMPT[2], [1]])
+
+    def fail(*_: Any) -> Any:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(QuerySide, "run", fail)
+        with pytest.raises(error):
+            ask(engine)
+    assert engine.runner.store.device is not None and engine.runner.store.device.num_blocks == 1
+    assert ask(engine).ids == right
+
+
+# one request at a time
+
+
+def test_two_streams_at_once_are_refused_or_right(
+    toy_model: Path, side: str, wanted: dict[str, tuple[int, ...]]
+) -> None:
+    engine = load_engine(toy_model, side)
+    first, second = (engine.stream_ids(prompt, max_new_tokens=NUM_NEW) for prompt in (PROMPT, LARGER))
+    next(first)
+    next(second)
+    if side == "query":
+        with pytest.raises(UserError, match="one at a time"):
+            finish(first)
+    else:
+        assert finish(first).ids == wanted["prompt"]
+    assert finish(second).ids == wanted["larger"]
+    assert ask(engine).ids == wanted["prompt"]
+
+
+def test_a_request_that_fails_ends_the_one_before_it(
+    toy_model: Path, wanted: dict[str, tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have taken the slots of its blocks."""
+    engine = load_engine(toy_model, "query", options(device=101 * TOKEN_BYTES, host=0))
+    first = engine.stream_ids(PROMPT, max_new_tokens=NUM_NEW)
+    next(first)
+
+    def fail(*_: Any) -> Any:
+        raise Failure
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runner_module, "encode_blocks", fail)
+        with pytest.raises(Failure):
+            ask(engine, [*some_prompt(4, 60, 40), [1]])
+    with pytest.raises(UserError, match="one at a time"):
+        finish(first)
+    assert ask(engine).ids == wanted["prompt"]
+
+
+def finish(pieces: Any) -> Answer:
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            answer: Answer = end.value
+            return answer
+
+
+# models
+
+
+def test_a_model_that_was_changed_in_place_finds_nothing(tmp_path: Path, folder: Path, side: str) -> None:
+    path = save_model(tmp_path / "model", initializer_range=1.0)
+    before = load_engine(path, side, options(folder))
+    old = ask(before)
+    before.close()
+    model = LlamaForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight[3, 5] += 0.5
+    model.save_pretrained(path)
+    after = load_engine(path, side, options(folder))
+    answer = ask(after)
+    after.close()
+    assert answer.sources == {"encoded": 4} and answer.ids == greedy(after.model, PROMPT, NUM_NEW)
+    assert len(CacheFolder(folder).models()) == 2
+    forget(before)
+    again = ask(before)
+    assert again.sources == {"disk": 4} and again.ids == old.ids
+
+
+def test_a_models_copy_finds_everything(toy_model: Path, tmp_path: Path, folder: Path) -> None:
+    engine = load_engine(toy_model, cache=options(folder))
+    ask(engine)
+    engine.close()
+    shutil.copytree(toy_model, tmp_path / "elsewhere")
+    assert ask(load_engine(tmp_path / "elsewhere", cache=options(folder))).sources == {"disk": 4}
+
+
+def test_another_type_or_tokenizer_finds_nothing(toy_model: Path, tmp_path: Path, folder: Path) -> None:
+    engine = load_engine(toy_model, cache=options(folder))
+    ask(engine)
+    engine.close()
+    cache = options(folder)
+    in_16_bits = Engine.load(str(toy_model), device="cpu", dtype=torch.bfloat16, cache=cache)
+    assert ask(in_16_bits).sources == {"encoded": 4}
+    other = Path(shutil.copytree(toy_model, tmp_path / "other"))
+    file = other / "tokenizer.json"
+    file.write_text(file.read_text().replace('"a":', '"?":').replace('"b":', '"a":').replace('"?":', '"b":'))
+    assert ask(load_engine(other, cache=cache)).sources == {"encoded": 4}
+
+
+def test_an_unknown_side_is_refused(toy_model: Path) -> None:
+    with pytest.raises(UserError, match="allowed are auto, key, query"):
+        load_engine(toy_model, "far", CacheOptions())
+
+
+def test_budgets_are_a_part_of_what_is_free_unless_given(toy_model: Path) -> None:
+    engine = Engine.load(str(toy_model), device="cpu", side="key")
+    assert engine.runner.store.host.max_bytes > 2**20 and engine.runner.store.device is None

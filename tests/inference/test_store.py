@@ -1,0 +1,209 @@
+"""The block cache: the nearest tier first, and never a block that is not what was encoded."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import blockft.inference.store as store_module
+from blockft.inference.block import Key, num_tokens
+from blockft.inference.device import DeviceTier, KVShape
+from blockft.inference.disk import DiskTier
+from blockft.inference.host import HostTier
+from blockft.inference.store import BlockStore, DamagedBlocks, Tier
+from tests.inference.cached import TOY, kv_of, some_key
+from tests.inference.test_disk import flip, path_of
+
+KEYS = [some_key(seed, length) for seed, length in enumerate([5, 3, 8, 1, 5, 5])]
+SHAPE = KVShape(
+    num_layers=TOY.num_layers,
+    num_kv_heads=TOY.num_kv_heads,
+    head_size=TOY.head_size,
+    dtype=TOY.torch_dtype,
+)
+
+
+def open_store(folder: Path | None, *, host: int = 2**20, device: int | None = None) -> BlockStore:
+    return BlockStore(
+        SHAPE,
+        host=HostTier(host),
+        device=None if device is None else DeviceTier(SHAPE, torch.device("cpu"), device),
+        disk=DiskTier(folder, TOY) if folder else None,
+    )
+
+
+def keep(store: BlockStore, *keys: Key) -> None:
+    for key in keys:
+        store.keep(key, kv_of(key))
+    store.flush()
+
+
+def tiers(store: BlockStore, keys: list[Key] = KEYS) -> list[Tier | None]:
+    found = store.find(keys)
+    return [found[key].tier if key in found else None for key in keys]
+
+
+def spoil(folder: Path, key: Key, layer: int = TOY.num_layers - 1) -> None:
+    """Flip a bit of a layer, which is found when the layer is read."""
+    path = path_of(folder, key)
+    after = (TOY.num_layers - layer) * num_tokens(key) * TOY.layer_bytes
+    flip(path, path.stat().st_size - after)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    with caplog.at_level(logging.WARNING, logger="blockft.cache"):
+        yield caplog
+
+
+def test_the_nearest_tier_that_has_a_block_gives_it(folder: Path) -> None:
+    store = open_store(folder, device=20 * SHAPE.token_bytes)
+    keep(store, *KEYS[:3])
+    assert store.device is not None
+    store.device.add(KEYS[:1], keep=())
+    store.host.clear()
+    store.host.put(KEYS[1], kv_of(KEYS[1]))
+    assert tiers(store) == [Tier.device, Tier.host, Tier.disk, None, None, None]
+    assert tiers(open_store(folder)) == [Tier.disk] * 3 + [None] * 3
+    assert tiers(open_store(None)) == [None] * 6
+
+
+def test_what_is_kept_is_a_copy(folder: Path) -> None:
+    store, kv = open_store(folder), kv_of(KEYS[0])
+    store.keep(KEYS[0], kv)
+    kv.zero_()
+    store.flush()
+    assert torch.equal(store.on_host(KEYS[0]), kv_of(KEYS[0]))
+    (loaded,) = open_store(folder).load(open_store(folder).find(KEYS[:1])).values()
+    assert torch.equal(loaded, kv_of(KEYS[0]))
+
+
+def test_blocks_of_the_disk_come_into_the_host_tier(folder: Path) -> None:
+    keep(open_store(folder), *KEYS)
+    store = open_store(folder)
+    blocks = store.load(store.find(KEYS))
+    assert all(torch.equal(blocks[key], kv_of(key)) for key in KEYS)
+    assert tiers(store) == [Tier.host] * len(KEYS)
+
+
+def test_blocks_are_loaded_together_even_if_the_host_cannot_hold_them_together(folder: Path) -> None:
+    keep(open_store(folder), *KEYS)
+    store = open_store(folder, host=9 * SHAPE.token_bytes)
+    keep(store, KEYS[1])
+    found = store.find(KEYS)
+    assert found[KEYS[1]].tier is Tier.host
+    blocks = store.load(found)
+    assert all(torch.equal(blocks[key], kv_of(key)) for key in KEYS)
+    assert store.host.used_bytes <= 9 * SHAPE.token_bytes
+
+
+def test_without_room_anywhere_nothing_is_kept() -> None:
+    store = open_store(None, host=0)
+    keep(store, *KEYS)
+    assert not store.find(KEYS) and not store.host.num_blocks
+
+
+def test_more_blocks_than_may_wait_for_the_disk_all_arrive(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "PENDING_WRITES", 2)
+    keep(open_store(folder, host=0), *KEYS)
+    assert tiers(open_store(folder)) == [Tier.disk] * len(KEYS)
+
+
+def test_statistics_count_blocks_and_tokens_by_tier(folder: Path) -> None:
+    keep(open_store(folder), *KEYS[:2])
+    store = open_store(folder)
+    store.count(KEYS, store.find(KEYS))
+    store.load(store.find(KEYS[:1]))
+    store.count(KEYS[:3], store.find(KEYS[:3]))
+    statistics = store.statistics
+    assert statistics.blocks == 9 and statistics.tokens == 27 + 16
+    assert statistics.found_blocks == {"disk": 3, "host": 1}
+    assert statistics.found_tokens == {"disk": 5 + 3 + 3, "host": 5}
+    assert statistics.reused_percent == pytest.approx(100 * 16 / 43)
+    assert open_store(None).statistics.reused_percent == 0
+
+
+# damage
+
+
+def test_a_block_whose_entry_is_damaged_is_missing_until_it_was_encoded_again(
+    folder: Path, said: pytest.LogCaptureFixture
+) -> None:
+    keep(open_store(folder), *KEYS[:2])
+    spoil(folder, KEYS[0])
+    store = open_store(folder)
+    blocks = store.load(store.find(KEYS[:2]))
+    assert list(blocks) == [KEYS[1]]
+    assert len(said.records) == 1 and "damaged" in said.text
+    assert tiers(store, KEYS[:2]) == [None, Tier.host]
+    keep(store, KEYS[0])
+    store.host.clear()
+    assert torch.equal(store.load(store.find(KEYS[:1]))[KEYS[0]], kv_of(KEYS[0]))
+
+
+def test_a_damaged_entry_that_cannot_be_removed_is_not_looked_for_twice(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
+) -> None:
+    keep(open_store(folder), KEYS[0])
+    spoil(folder, KEYS[0])
+    store = open_store(folder)
+
+    def refuse(*_: object) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("blockft.inference.folder.CacheFolder.remove", refuse)
+    assert not store.load(store.find(KEYS[:1]))
+    assert path_of(folder, KEYS[0]).exists() and not store.find(KEYS[:1])
+    assert len(said.records) == 2 and "blocks stay in memory alone" in said.text
+
+
+# to the device
+
+
+def load_all(store: BlockStore, keys: list[Key]) -> None:
+    assert store.device is not None
+    found = store.find(keys)
+    store.device.add([key for key in keys if key not in store.device], keep=keys)
+    store.load_layers(found, arrived=())
+
+
+def test_blocks_come_to_the_device_from_wherever_they_are(folder: Path) -> None:
+    keep(open_store(folder), *KEYS)
+    store = open_store(folder, device=2**16)
+    keep(store, KEYS[2])
+    load_all(store, KEYS[3:4])
+    assert tiers(store)[2:4] == [Tier.host, Tier.device]
+    load_all(store, KEYS)
+    assert store.device is not None
+    assert all(torch.equal(store.device.block(key), kv_of(key)) for key in KEYS)
+    assert tiers(store) == [Tier.device] * len(KEYS)
+    store.device.clear()
+    assert tiers(store) == [Tier.host] * len(KEYS)
+
+
+@pytest.mark.parametrize("layer", range(TOY.num_layers))
+def test_damage_on_the_way_to_the_device_stops_it(
+    folder: Path, layer: int, said: pytest.LogCaptureFixture
+) -> None:
+    keep(open_store(folder), *KEYS)
+    spoil(folder, KEYS[1], layer)
+    store = open_store(folder, device=2**16)
+    with pytest.raises(DamagedBlocks):
+        load_all(store, KEYS)
+    assert store.device is not None
+    store.device.clear()
+    assert len(said.records) == 1
+    assert tiers(store) == [Tier.disk, None, *[Tier.disk] * 4]
+    assert not store.host.used_bytes, "nothing of it is kept, for layers may be missing"
+    keep(store, KEYS[1])
+    load_all(store, KEYS)
+    assert all(torch.equal(store.device.block(key), kv_of(key)) for key in KEYS)

@@ -1,0 +1,146 @@
+"""`blockft cache build`: a corpus is encoded once, whoever interrupts it, and `generate` finds all of it."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blockft.errors import UserError
+from blockft.inference.folder import CacheFolder
+from blockft.stages.build import build
+from blockft.stages.cache import verify
+from blockft.stages.generate import CacheWords, generate
+from tests.run import save_model
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def document(number: int) -> dict[str, str]:
+    return {"title": f"Animal {number}", "text": f"It has {number} legs."}
+
+
+def write(path: Path, records: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def corpus_of(tmp_path: Path, number: int) -> Path:
+    return write(tmp_path / "corpus.jsonl", [*map(document, range(number - 1)), "A text alone."])
+
+
+def words(folder: Path, **more: str) -> CacheWords:
+    """As the command line passes them."""
+    return CacheWords(folder=folder, host="0", device="0", **more)
+
+
+def num_entries(folder: Path) -> int:
+    return len(list(CacheFolder(folder).entries())) if (folder / "format.json").exists() else 0
+
+
+def test_a_second_build_encodes_nothing(
+    model: Path, tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = corpus_of(tmp_path, 70)
+    build(str(model), corpus, words(folder))
+    first = capsys.readouterr().out
+    build(str(model), corpus, words(folder))
+    second = capsys.readouterr().out
+    before = num_entries(folder)
+    assert f" {before} of them encoded now" in first and " 0 of them encoded now" in second
+    write(corpus, [document(0), document(1000)])
+    build(str(model), corpus, words(folder))
+    assert " 1 of them encoded now" in capsys.readouterr().out and num_entries(folder) == before + 1
+
+
+def test_generate_finds_every_block_of_the_documents(
+    model: Path, tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(str(model), corpus_of(tmp_path, 9), words(folder))
+    capsys.readouterr()
+    requests = [
+        {"documents": [document(5), document(2), "A text alone."], "question": "How many legs?"},
+        {"documents": [document(7)], "question": "Which?"},
+    ]
+    source = write(tmp_path / "requests.jsonl", requests)
+    generate(str(model), str(source), max_new_tokens=2, as_json=True, cache=words(folder))
+    for line in map(json.loads, capsys.readouterr().out.splitlines()):
+        assert line["sources"] == {"disk": line["blocks"] - 1}
+
+
+def test_a_build_that_was_killed_goes_on(
+    model: Path, tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = corpus_of(tmp_path, 1500)
+    command = [sys.executable, "-m", "blockft", "cache", "build", str(model), str(corpus)]
+    process = subprocess.Popen([*command, "--cache", str(folder)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while num_entries(folder) < 100 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it should not have ended by itself"
+    kept = num_entries(folder)
+    verify(folder, remove=False, as_json=True)
+    capsys.readouterr()
+    build(str(model), corpus, words(folder))
+    whole = num_entries(folder)
+    assert 100 <= kept < whole
+    assert f" {whole - kept:,} of them encoded now" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "line 3 is not JSON"),
+        ('{"title": "a"}', "line 3: the document"),
+        ('{"title": "a", "text": " "}', "line 3: "),
+        ("7", "line 3: "),
+        (json.dumps("a" * 5000), "line 3: a document has 50"),
+    ],
+)
+def test_a_bad_line_is_named(model: Path, tmp_path: Path, folder: Path, line: str, said: str) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text(f"{json.dumps(document(1))}\n\n{line}\n{json.dumps(document(2))}\n")
+    with pytest.raises(UserError) as raised:
+        build(str(model), corpus, words(folder))
+    assert f"{corpus}, {said}" in str(raised.value) and not num_entries(folder)
+
+
+def test_a_corpus_that_is_not_there_is_named(model: Path, tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(UserError, match="corpus.jsonl cannot be read"):
+        build(str(model), tmp_path / "corpus.jsonl", words(folder))
+
+
+def test_a_folder_that_does_not_take_the_blocks_is_no_success(
+    model: Path, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(CacheFolder, "draft", refuse)
+    with pytest.raises(UserError, match="did not take 5 of 5 new blocks: make room"):
+        build(str(model), corpus_of(tmp_path, 3), words(folder))
+
+
+def test_blocks_that_had_to_make_way_are_counted(
+    model: Path, tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(str(model), corpus_of(tmp_path, 20), words(folder, disk="100kB"))
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and "had to make way: allow more by --cache-bytes" in said[1]
+    with pytest.raises(UserError, match="cannot hold a block"):
+        build(str(model), corpus_of(tmp_path, 20), words(folder, disk="0"))

@@ -1,0 +1,245 @@
+"""`blockft generate`: answers, what was reused for them, and mistakes found before the first one."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blockft.errors import UserError
+from blockft.inference.folder import CacheFolder
+from blockft.stages.generate import CacheWords, generate
+from tests.run import save_model
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [{"title": "Foxes", "text": "They are red."}, {"text": "Dogs bark."}, "Cows are large."]
+REQUESTS: list[dict[str, Any]] = [
+    {"id": "a", "documents": DOCUMENTS, "question": "What barks?"},
+    {"documents": DOCUMENTS[1:], "question": "Which animal is large?"},
+    {"id": 7, "messages": [{"role": "user", "content": ["Read.\n", "Dogs bark.\n", "What barks?"]}]},
+    {"blocks": ["<|user|>one ", "two ", "three?<|end|><|assistant|>"]},
+]
+SMALL = CacheWords(host="1MB", device="1MB")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"), initializer_range=1.0)
+
+
+@pytest.fixture
+def requests(tmp_path: Path) -> Path:
+    return write(tmp_path / "requests.jsonl", REQUESTS)
+
+
+def write(path: Path, records: list[Any]) -> Path:
+    path.write_text("\n\n".join(map(json.dumps, records)) + "\n", encoding="utf-8")
+    return path
+
+
+def cached_in(folder: Path, **words: str) -> CacheWords:
+    return CacheWords(folder=folder, **{"host": "1MB", "device": "1MB"} | words)
+
+
+def answered(model: Path, source: Path, capsys: pytest.CaptureFixture[str], **given: Any) -> list[Any]:
+    generate(str(model), str(source), as_json=True, **{"max_new_tokens": 6, "cache": SMALL} | given)
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_json_says_what_was_answered_and_what_was_reused(
+    model: Path, requests: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = answered(model, requests, capsys)
+    assert [line["id"] for line in lines] == ["a", f"{requests}, line 3", "7", f"{requests}, line 7"]
+    first, second, *_ = lines
+    assert set(first) == {
+        "id",
+        "answer",
+        "answer_ids",
+        "blocks",
+        "prompt_tokens",
+        "sources",
+        "blocks_reused",
+        "tokens_reused",
+        "ttft_ms",
+        "tokens_per_s",
+    }
+    assert first["sources"] == {"encoded": 5} and first["blocks_reused"] == first["tokens_reused"] == 0
+    assert first["blocks"] == 6 and len(first["answer_ids"]) <= 6 and first["ttft_ms"] > 0
+    assert second["sources"] == {"host": 4} and 0 < second["tokens_reused"] < second["prompt_tokens"]
+
+
+def test_the_texts_are_those_of_the_json_and_a_summary_ends_it(
+    model: Path, requests: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [line["answer"] for line in answered(model, requests, capsys)]
+    generate(str(model), str(requests), max_new_tokens=6, cache=SMALL)
+    out, err = capsys.readouterr()
+    assert out == "".join(text + "\n" for text in texts)
+    assert (
+        err.startswith("4 answers; 5 of 14 context blocks reused, ") and "median time to first token" in err
+    )
+
+
+@pytest.mark.parametrize("given", [{}, {"mode": "full"}, {"temperature": 5.0, "top_p": 0.9, "seed": 3}])
+@pytest.mark.parametrize("batch_size", [3, 10])
+def test_the_size_of_batches_changes_no_answer(
+    model: Path,
+    requests: Path,
+    capsys: pytest.CaptureFixture[str],
+    given: dict[str, Any],
+    batch_size: int,
+) -> None:
+    alone = answered(model, requests, capsys, **given)
+    together = answered(model, requests, capsys, **given, batch_size=batch_size)
+    for a, b in zip(alone, together, strict=True):
+        assert (a["id"], a["answer_ids"], a["answer"]) == (b["id"], b["answer_ids"], b["answer"])
+
+
+def test_a_stream_writes_the_same_texts(
+    model: Path, requests: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [line["answer"] for line in answered(model, requests, capsys, stop=["e"], max_new_tokens=20)]
+    generate(str(model), str(requests), streams=True, max_new_tokens=20, stop=["e"], cache=SMALL)
+    out, err = capsys.readouterr()
+    rest = out
+    for text in texts:
+        assert rest.lstrip().startswith(text)
+        rest = rest.lstrip()[len(text) :]
+    assert not rest.strip() and err.startswith("4 answers")
+
+
+def test_requests_may_come_from_standard_input(
+    model: Path, requests: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = answered(model, requests, capsys)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(requests.read_text()))
+    got = answered(model, Path("-"), capsys)
+    assert [line["answer_ids"] for line in got] == [line["answer_ids"] for line in want]
+    assert got[1]["id"] == "-, line 3"
+
+
+def test_long_prompts_lose_documents_if_asked(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    documents = [{"text": str(i) * 1500, "score": i} for i in range(4)]
+    source = write(tmp_path / "long.jsonl", [{"documents": documents, "question": "?"}])
+    with pytest.raises(UserError, match="long.jsonl, line 1: .* the model has 4096 positions"):
+        answered(model, source, capsys)
+    (line,) = answered(model, source, capsys, trims=True)
+    assert line["blocks"] == 5
+
+
+# the cache's folder
+
+
+def test_a_second_process_reuses_every_block(
+    model: Path, requests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "cache"
+    first = answered(model, requests, capsys, cache=cached_in(folder))
+    options = ["--json", "--max-new-tokens", "6", "--cache", str(folder), "--host-bytes", "1MB"]
+    command = [sys.executable, "-m", "blockft", "generate", str(model), "--input", str(requests), *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    second = [json.loads(line) for line in done.stdout.splitlines()]
+    for a, b in zip(first, second, strict=True):
+        assert b["answer_ids"] == a["answer_ids"] and b["answer"] == a["answer"]
+        assert b["blocks_reused"] == b["blocks"] - 1 and "encoded" not in b["sources"]
+    assert second[0]["sources"] == {"disk": 5} and second[1]["sources"] == {"host": 4}
+    assert done.stderr.startswith("4 answers; 14 of 14 context blocks reused")
+
+
+def test_a_flipped_byte_is_reported_and_changes_no_answer(
+    model: Path, requests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "cache"
+    first = answered(model, requests, capsys, cache=cached_in(folder))
+    victim = next(CacheFolder(folder).entries()).path
+    content = bytearray(victim.read_bytes())
+    content[-2] ^= 4
+    victim.write_bytes(content)
+    second = answered(model, requests, capsys, cache=cached_in(folder))
+    assert [line["answer_ids"] for line in first] == [line["answer_ids"] for line in second]
+    assert sum(line["sources"].get("encoded", 0) for line in second) == 1
+    third = answered(model, requests, capsys, cache=cached_in(folder))
+    assert not any("encoded" in line["sources"] for line in third)
+
+
+def test_the_folder_stays_within_its_budget(
+    model: Path, requests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = cached_in(tmp_path / "cache", disk="40kB")
+    want, got = answered(model, requests, capsys), answered(model, requests, capsys, cache=cache)
+    assert [line["answer_ids"] for line in got] == [line["answer_ids"] for line in want]
+    assert 0 < sum(entry.num_bytes for entry in CacheFolder(tmp_path / "cache").entries()) <= 40_000
+
+
+# mistakes
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"mode": "half"}, "--mode is 'half', allowed are block, full"),
+        ({"streams": True}, "leave out --json"),
+        ({"as_json": False, "streams": True, "batch_size": 2}, "leave out --json and --batch-size"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"stop": [""]}, "not empty"),
+        ({"cache": CacheWords(disk="1GB")}, "--cache-bytes needs --cache FOLDER"),
+        ({"cache": CacheWords(host="much")}, "'much' is no size"),
+        ({"cache": CacheWords(device="")}, "'' is no size"),
+        ({"cache": CacheWords(folder=Path("no/such"), disk="0")}, "cannot hold a block"),
+    ],
+)
+def test_a_mistake_is_found_before_the_first_answer(
+    model: Path, requests: Path, given: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError) as raised:
+        generate(str(model), str(requests), **{"as_json": True, "max_new_tokens": 2} | given)
+    assert said in str(raised.value) and not capsys.readouterr().out
+    assert not Path("no/such").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "line 3 is not JSON"),
+        ("[1]", "line 3: the request"),
+        ('{"documents": ["a"]}', "line 3: "),
+        ('{"documents": ["a", ""], "question": "b"}', "line 3: "),
+        ('{"blocks": ["a", ""]}', "line 3: "),
+        ('{"blocks": ["a"], "colour": 1}', "line 3: unknown field 'colour'"),
+        ('{"id": "long", "blocks": ["' + "a" * 5000 + '"]}', "prompt long: "),
+    ],
+)
+def test_a_bad_line_is_named_before_the_first_answer(
+    model: Path, tmp_path: Path, line: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "bad.jsonl"
+    source.write_text(f"{json.dumps(REQUESTS[0])}\n\n{line}\n")
+    with pytest.raises(UserError) as raised:
+        generate(str(model), str(source), max_new_tokens=2, cache=SMALL)
+    assert said in str(raised.value) and not capsys.readouterr().out
+
+
+def test_input_without_a_prompt_is_refused(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n \n")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"question": "\xe9"}')
+    for name, said in [("empty", "holds no prompt"), ("latin", "cannot be read"), ("none", "cannot be read")]:
+        with pytest.raises(UserError, match=said):
+            generate(str(model), str(tmp_path / f"{name}.jsonl"))
+
+
+def test_the_command_line_ends_with_2_and_prints_nothing(model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "bad.jsonl"
+    source.write_text(json.dumps(REQUESTS[0]) + '\n{"question": "Who?"}\n')
+    command = [sys.executable, "-m", "blockft", "generate", str(model), "--input", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and not done.stdout
+    assert len(done.stderr.splitlines()) == 1 and f"{source}, line 2" in done.stderr
