@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo demo-base paper-mini test test-slow test-gpu lint format check clean
+.PHONY: setup demo demo-base paper-mini test test-slow test-gpu bench-ttft bench-attention lint format check clean
 
 setup: $(READY)
 
@@ -33,6 +33,13 @@ test-slow: setup           ## the demo's claims, launched runs, real data
 
 test-gpu: setup            ## what only a GPU can show
 	pytest -m gpu
+
+bench-ttft: setup          ## time to the first token, 8B shape, on a GPU (5 minutes)
+	blockft bench ttft llama-3-8b --lengths 512,1024,2048,4096,8192,16384,32818 \
+	  --out data/results/ttft-llama-3-8b.json --png data/results/ttft-llama-3-8b.png
+
+bench-attention: setup     ## flex against the dense oracle, on a GPU
+	blockft bench attention --out data/results/flex.json
 
 lint: setup
 	ruff check .

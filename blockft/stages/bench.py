@@ -1,6 +1,7 @@
 """`blockft bench`: what a backend computes and how long it takes, measured side by side in one process."""
 
 import json
+import os
 import platform
 import random
 import shutil
@@ -27,6 +28,12 @@ LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """The largest relative error (norm of the difference over the oracle's norm) that counts as agreement."""
 
 
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU: {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
 def provenance() -> dict[str, Any]:
     """Where and with what a figure was measured."""
     git = shutil.which("git")
@@ -35,7 +42,7 @@ def provenance() -> dict[str, Any]:
     )
     return {
         "command": " ".join(["blockft", *sys.argv[1:]]),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
+        "device": _device(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "commit": head.stdout.strip() or None if head else None,

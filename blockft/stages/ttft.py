@@ -65,7 +65,7 @@ def bench_ttft(
             f"--lengths has {min(lengths)}, which does not hold a question of {question_len} tokens"
         )
     model = _model(target)
-    if max(lengths) + 1 > (limit := model.config.max_position_embeddings):
+    if max(lengths) > (limit := model.config.max_position_embeddings):
         raise UserError(f"--lengths has {max(lengths)}, the model has {limit} positions")
     is_cuda = model.device.type == "cuda"
     bandwidth = copy_bandwidth(model.device)
