@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
 from typing import Any
@@ -120,6 +120,13 @@ class RagPrompt:
         keys = [(not d.supports, -d.relevance, lots.random()) for d in documents]
         ranked = sorted(range(len(documents)), key=keys.__getitem__)
         return [documents[i] for i in sorted(ranked[:limit])]
+
+
+def trained_prompt(export: Mapping[str, Any] | None) -> RagPrompt | None:
+    """How training worded questions, from the `block_attention` of an export; documents stand as given."""
+    if not export or "prompt" not in export:
+        return None
+    return RagPrompt(**export["prompt"], documents_in=export["documents_in"], order="given")
 
 
 def trim(sample: Sample) -> Sample | None:

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockft.data.encode import Encoder
-from blockft.data.rag import Document, RagPrompt, trim
+from blockft.data.rag import Document, RagPrompt, trained_prompt, trim
 from blockft.data.request import request_of
 from blockft.data.sample import RecordError, Sample
 from blockft.data.tokenizer import fingerprint
@@ -47,7 +47,7 @@ class Engine:
             side=side,
             compile=compile,
         )
-        self.prompt = _own_prompt(model) or prompt
+        self.prompt = trained_prompt(getattr(model.config, "block_attention", None)) or prompt
         self._limit = model.config.max_position_embeddings
         self._encoder = Encoder(tokenizer)
         ends = model.generation_config.eos_token_id
@@ -285,11 +285,3 @@ class Engine:
             answer_of(writing, context, prompt, begun, (first - start) * 1000, seconds)
             for writing, context, prompt in zip(writings, contexts, prompts, strict=True)
         ]
-
-
-def _own_prompt(model: PreTrainedModel) -> RagPrompt | None:
-    """How the model's training worded questions, if it is an export; documents stand as they are given."""
-    known = getattr(model.config, "block_attention", None)
-    if not known or "prompt" not in known:
-        return None
-    return RagPrompt(**known["prompt"], documents_in=known["documents_in"], order="given")

@@ -1,0 +1,43 @@
+"""The command line: parses words, calls a verb, turns errors into exit codes. Heavy imports happen inside."""
+
+import os
+import signal
+import sys
+from typing import Any, NoReturn
+
+import typer
+
+from blockft.cli import verbs  # isort: skip  (--help lists verbs in the order in which they are defined)
+from blockft.cli import answers, bench, cache, words
+from blockft.errors import UserError
+
+__all__ = ["answers", "bench", "cache", "main", "verbs", "words"]
+
+words.app.add_typer(words.bench, name="bench")
+words.app.add_typer(words.cache, name="cache")
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 our mistake, 2 the user's, 130 interrupted."""
+    # the deepspeed launcher puts --local_rank=N first unless it is told not to
+    given = [word for word in sys.argv[1:] if not word.startswith(("--local_rank=", "--local-rank="))]
+    if "RANK" not in os.environ:  # a worker of a launcher ends at once until it has something to save
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        sys.exit(words.app(given or ["--help"], standalone_mode=False))
+    except _UsageError as error:
+        _fail(f"{error.format_message()} (see blockft --help)")
+    except UserError as error:
+        _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+
+
+def _fail(sentence: str) -> NoReturn:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once on every host, for each may have a mistake of its own
+        print("blockft:", " ".join(sentence.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+_UsageError: Any = typer.BadParameter.__base__
+"""What typer raises for unknown commands and options; it has no public name of its own."""

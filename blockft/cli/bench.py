@@ -1,0 +1,74 @@
+"""`blockft bench`: what is measured side by side."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from blockft.cli.words import Overrides, RecipeName, bench
+
+
+@bench.command("attention")
+def bench_attention(
+    row_len: Annotated[int, typer.Option(help="Tokens in a row.")] = 4096,
+    num_layouts: Annotated[int, typer.Option(help="Random layouts per type.")] = 4,
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON into this file.")] = None,
+) -> None:
+    """Compare flex with the dense oracle on a GPU."""
+    from blockft.stages.bench import bench_attention
+
+    bench_attention(row_len=row_len, num_layouts=num_layouts, out=out)
+
+
+@bench.command("ttft")
+def bench_ttft(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="MODEL_OR_SHAPE", help="A model, or a shape with random weights: llama-3-8b."),
+    ],
+    lengths: Annotated[
+        str, typer.Option(help="Tokens of the prompts, question included.")
+    ] = "512,1024,2048,4096,8192,16384,32768",
+    question_len: Annotated[int, typer.Option(min=1, help="Tokens of the question.")] = 50,
+    block_len: Annotated[int, typer.Option(min=1, help="Tokens of a block.")] = 512,
+    tiers: Annotated[str, typer.Option(help="Some of device,host,disk,none; on a CPU host,disk,none.")] = "",
+    warmups: Annotated[int, typer.Option(min=0, help="Runs before those that count.")] = 10,
+    runs: Annotated[int, typer.Option(min=1, help="Runs that count.")] = 30,
+    folder: Annotated[Path | None, typer.Option(help="Where to put the disk tier's files.")] = None,
+    compile: Annotated[bool, typer.Option(help="Compile the layers that read cached blocks (GPU).")] = True,
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON into this file.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw them into this file.")] = None,
+) -> None:
+    """Time to the first token: full prefill against blocks cached on the device, the host and the disk."""
+    from blockft.stages.ttft import bench_ttft, read_lengths, read_tiers
+
+    bench_ttft(
+        target,
+        lengths=read_lengths(lengths),
+        question_len=question_len,
+        block_len=block_len,
+        tiers=read_tiers(tiers),
+        warmups=warmups,
+        runs=runs,
+        folder=folder,
+        compile=compile,
+        out=out,
+        png=png,
+    )
+
+
+@bench.command("agreement")
+def bench_agreement(
+    model: Annotated[str, typer.Argument(help="An export, any model folder, or a Hub id.")],
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Questions of the recipe that are asked.")] = 100,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 24,
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON into this file.")] = None,
+) -> None:
+    """Greedy answers over cached blocks against those of the masked forward."""
+    from blockft.recipe import load_recipe
+    from blockft.stages.agreement import bench_agreement
+
+    settings = load_recipe(recipe, overrides or ())
+    bench_agreement(model, settings, num_prompts=num_prompts, max_new_tokens=max_new_tokens, out=out)
