@@ -1,11 +1,12 @@
 """What an engine answers, and where the blocks of the prompt came from."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from blockft.inference.block import Key, num_tokens
 from blockft.inference.runner import Begun
+from blockft.inference.text import TextStream
 
 ENCODED = "encoded"
 """Where a block came from that no tier had."""
@@ -34,9 +35,28 @@ class Answer:
     tokens_per_s: float | None
 
 
+@dataclass
+class Writing:
+    """An answer that is being written, token by token, up to one of `ends` or a stop string."""
+
+    stream: TextStream
+    ends: Collection[int]
+    ids: list[int] = field(default_factory=list)
+    ended: bool = False
+
+    def take(self, token: int) -> str:
+        """The text that is now certain, perhaps none; after the end always none."""
+        if self.ended or token in self.ends:
+            self.ended = True
+            return ""
+        self.ids.append(token)
+        piece = self.stream.push(token)
+        self.ended = self.stream.stopped
+        return piece
+
+
 def answer_of(
-    text: str,
-    ids: Sequence[int],
+    writing: Writing,
     context: Sequence[Key],
     prompt: Sequence[Sequence[int]],
     begun: Begun,
@@ -47,13 +67,13 @@ def answer_of(
     reused = [key for key in context if key in begun.found]
     sources = Counter(begun.found[key].tier.value if key in begun.found else ENCODED for key in context)
     return Answer(
-        text=text,
-        ids=tuple(ids),
+        text=writing.stream.text.strip(),
+        ids=tuple(writing.ids),
         num_blocks=len(context) + 1,
         prompt_tokens=sum(map(len, prompt)),
         sources=dict(sources),
         blocks_reused=len(reused),
         tokens_reused=sum(map(num_tokens, reused)),
         ttft_ms=ttft_ms,
-        tokens_per_s=(len(ids) - 1) / seconds if len(ids) > 1 else None,
+        tokens_per_s=(len(writing.ids) - 1) / seconds if len(writing.ids) > 1 else None,
     )

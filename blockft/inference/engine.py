@@ -13,7 +13,7 @@ from blockft.data.request import request_of
 from blockft.data.sample import RecordError, Sample
 from blockft.data.tokenizer import fingerprint
 from blockft.errors import UserError
-from blockft.inference.answer import Answer, answer_of
+from blockft.inference.answer import Answer, Writing, answer_of
 from blockft.inference.block import Key, key_of
 from blockft.inference.runner import BlockRunner, CacheOptions
 from blockft.inference.sampling import Sampler
@@ -272,25 +272,16 @@ class Engine:
         begun = self.runner.begin(contexts, [prompt[-1] for prompt in blocks], max_new_tokens)
         next_ids = sampler(begun.logits).tolist()
         first = time.perf_counter()
-        written: list[list[int]] = [[] for _ in blocks]
-        texts = [TextStream(self.tokenizer, stop) for _ in blocks]
-        ended = [False] * len(blocks)
+        writings = [Writing(TextStream(self.tokenizer, stop), self.ends) for _ in blocks]
         for step in range(1, max_new_tokens + 1):
-            pieces = []
-            for row, token in enumerate(next_ids):
-                ended[row] = ended[row] or token in self.ends
-                if not ended[row]:
-                    written[row].append(token)
-                pieces.append("" if ended[row] else texts[row].push(token))
-                ended[row] = ended[row] or texts[row].stopped
-            yield pieces
-            if all(ended) or step == max_new_tokens:
+            yield [writing.take(token) for writing, token in zip(writings, next_ids, strict=True)]
+            if all(writing.ended for writing in writings) or step == max_new_tokens:
                 break
             logits = begun.prompts.advance([[token] for token in next_ids])[:, -1]
             next_ids = sampler(logits).tolist()
         seconds = time.perf_counter() - first
-        yield [text.close() for text in texts]
+        yield [writing.stream.close() for writing in writings]
         return [
-            answer_of(text.text.strip(), ids, context, prompt, begun, (first - start) * 1000, seconds)
-            for text, ids, context, prompt in zip(texts, written, contexts, prompts, strict=True)
+            answer_of(writing, context, prompt, begun, (first - start) * 1000, seconds)
+            for writing, context, prompt in zip(writings, contexts, prompts, strict=True)
         ]

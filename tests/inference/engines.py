@@ -50,12 +50,9 @@ def make_engine(model: PreTrainedModel, side: str, cache: CacheOptions | None = 
 
 
 def forget(engine: Engine) -> None:
-    """Empty the tiers of the process."""
-    store = engine.runner.store
-    store.flush()
-    store.host.clear()
-    if store.device is not None:
-        store.device.clear()
+    """Leave blocks on the disk alone."""
+    engine.close()
+    engine.forget()
 
 
 def greedy(model: PreTrainedModel, prompt: Sequence[Sequence[int]], num_new: int) -> tuple[int, ...]:
