@@ -1,6 +1,7 @@
 """Retrieval: the documents that a search would set before a question, its distractors among them."""
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -107,9 +108,21 @@ def _searched(document: Document) -> str:
     return "\n".join(document.key)
 
 
-def _index_bm25(texts: Sequence[str]) -> Scorer:
-    from bm25s import BM25
+def _import_bm25() -> Any:
+    """bm25s without JAX, of which it has no use here: importing it would take most of a GPU's memory."""
+    hidden = "jax" not in sys.modules
+    if hidden:
+        sys.modules["jax"] = None  # type: ignore[assignment]
+    try:
+        from bm25s import BM25
+    finally:
+        if hidden:
+            del sys.modules["jax"]
+    return BM25
 
+
+def _index_bm25(texts: Sequence[str]) -> Scorer:
+    BM25 = _import_bm25()
     ids_of: dict[str, int] = {}
     ids = [[ids_of.setdefault(word, len(ids_of)) for word in _words(text)] for text in texts]
     scores = BM25()

@@ -4,6 +4,7 @@ Shapes: B prompts, T query tokens, N pieces of a prompt's context, P programs th
 columns of a final block, K key/value heads, D head size.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -82,11 +83,17 @@ class QuerySide:
         return frame
 
     def _final(self, num_prompts: int, num_columns: int) -> torch.Tensor:
-        """Room for the keys and values of final blocks, shared by frames that live: (L, B, S, 2, K, D)."""
+        """Room for the keys and values of final blocks, shared by frames that live: (L, B, S, 2, K, D).
+
+        Kept graphs hold theirs, up to half of what the device tier takes.
+        """
         final = self._finals.get((num_prompts, num_columns))
         if final is None:
             shape = self.tier.shape
             size = (shape.num_layers, num_prompts, num_columns, 2, shape.num_kv_heads, shape.head_size)
+            room = self.tier.cache_LS2KD.nbytes // 2 - math.prod(size) * shape.dtype.itemsize
+            while self._frames and sum(other.nbytes for other in self._finals.values()) > room:
+                self._frames.popitem(last=False)
             # zeros, as in the device tier
             final = torch.zeros(size, dtype=shape.dtype, device=self.model.device)
             self._finals[num_prompts, num_columns] = final

@@ -7,15 +7,15 @@
 #   bash data/paper-mini/paper-mini.sh [KEY=VALUE ...]      overrides of recipes/smollm2-135m.yaml, for all parts
 set -euo pipefail
 model=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
-out=${OUT:-out/paper-mini}
+out=${FOLDER:-out/paper-mini}
 common=(smollm2-135m "model.path=$model" "data.out=$out/data" train.max_steps=160 train.save_steps=80
-  train.eval_examples=0 eval.batch_size=64 "$@")
+  train.eval_examples=0 eval.batch_size=32 "$@")
 step() { printf '\n== %s\n' "$*"; }
 
 mkdir -p "$out"
 printf '%s\n' "${common[@]}" > "$out/.settings"
 if ! cmp -s "$out/.settings" "$out/settings" && [ -e "$out/settings" ]; then
-  echo "$out was begun with other settings (see $out/settings): repeat those, or choose another OUT" >&2
+  echo "$out was begun with other settings (see $out/settings): repeat those, or choose another FOLDER" >&2
   exit 2
 fi
 mv "$out/.settings" "$out/settings"

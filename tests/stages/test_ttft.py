@@ -128,7 +128,7 @@ def test_a_model_is_measured_like_a_shape(tmp_path: Path) -> None:
     ("given", "said"),
     [
         ({"lengths": [72, 10]}, "--lengths has 10, which does not hold a question of 10 tokens"),
-        ({"lengths": [131072]}, "--lengths has 131072, the model has 131072 positions"),
+        ({"lengths": [131073]}, "--lengths has 131073, the model has 131072 positions"),
     ],
 )
 def test_lengths_that_cannot_be_are_refused(given: dict[str, Any], said: str) -> None:
