@@ -23,6 +23,7 @@ from blockft.inference.keyside import JoinedPrompts, encode_blocks
 from blockft.inference.queryside import CachedPrompts, QuerySide
 from blockft.inference.store import BlockStore, DamagedBlocks, Found
 from blockft.model.identity import model_fingerprint
+from blockft.model.join import join_projections
 from blockft.model.load import compile_layers, reencodes, rotations
 
 SLACK = 128
@@ -110,6 +111,8 @@ class BlockRunner:
                 reencoded=self._reencoded,
                 eagerly=self._eagerly,
             )
+        if self._is_cuda:
+            join_projections(model)
         if compile:
             compile_layers(model)
 
