@@ -63,7 +63,7 @@ def attend(
     group = num_heads // kv_heads
     tiles = tiles or tiles_for(group * num_queries)
     row_tiles = triton.cdiv(group * num_queries, tiles.rows)
-    num_parts = context.shares.shape[1]  # the shares of the context, and the final block
+    num_parts = context.shares.shape[1] - 1
     half = turned.cos.shape[-1]
     rest = head_size - 2 * half
     parts = q_BHTD.new_empty((num_prompts, num_parts, num_heads, num_queries, head_size), dtype=torch.float32)

@@ -3,7 +3,7 @@
 
 The G = H / K query heads of a key/value head stand as rows of one matrix, so that a block's keys are read
 once for all of them. A program reads its share of a prompt's context, turning its queries to each block in
-registers; the first program of a prompt reads the final block. `merge` joins their partial results.
+registers; the last program of a prompt reads the final block, too. `merge` joins their partial results.
 
 Shapes: as in `queryside`. Logarithms are binary: exp2 is what the hardware has. (Triton's
 language has no types to be checked.)
@@ -50,7 +50,25 @@ def attend(
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, PADDED), tl.float32)
 
-    if part == 0:
+    share = shares + b * (tl.num_programs(0) + 1) + part
+    for n in range(tl.load(share), tl.load(share + 1)):
+        entry = b * num_pieces + n
+        first_position = tl.load(offsets + entry) + tl.load(starts + entry)
+        begin = 0
+        if WINDOW > 0:
+            oldest = tl.load(column) + tl.load(shift + b) - WINDOW + 1
+            begin = tl.maximum(0, (oldest - first_position) // KEYS * KEYS)
+        block_cos = tl.load(cos + entry * HALF + pair, mask=is_pair, other=0.0)[None, :]
+        block_sin = tl.load(sin + entry * HALF + pair, mask=is_pair, other=0.0)[None, :]
+        acc, total, highest = _read(
+            (low * block_cos + high * block_sin).to(kind),
+            (high * block_cos - low * block_sin).to(kind), unturned, acc, total, highest,
+            cache + tl.load(slots + entry).to(tl.int64) * TOKEN + kv_head * HEAD_SIZE, begin,
+            tl.load(lengths + entry), position, 0, first_position, KV_HEADS, HEAD_SIZE, PADDED, HALF,
+            PADDED_HALF, REST, PADDED_REST, False, WINDOW, PRECISION, KEYS,
+        )  # fmt: skip
+
+    if part == tl.num_programs(0) - 1:
         lowest = tl.load(first + b)
         acc, total, highest = _read(
             low.to(kind), high.to(kind), unturned, acc, total, highest,
@@ -58,24 +76,6 @@ def attend(
             tl.load(column) + num_queries, query_column, lowest, 0, KV_HEADS, HEAD_SIZE, PADDED, HALF,
             PADDED_HALF, REST, PADDED_REST, True, WINDOW, PRECISION, KEYS,
         )  # fmt: skip
-    else:
-        share = shares + b * tl.num_programs(0) + part - 1
-        for n in range(tl.load(share), tl.load(share + 1)):
-            entry = b * num_pieces + n
-            first_position = tl.load(offsets + entry) + tl.load(starts + entry)
-            begin = 0
-            if WINDOW > 0:
-                oldest = tl.load(column) + tl.load(shift + b) - WINDOW + 1
-                begin = tl.maximum(0, (oldest - first_position) // KEYS * KEYS)
-            block_cos = tl.load(cos + entry * HALF + pair, mask=is_pair, other=0.0)[None, :]
-            block_sin = tl.load(sin + entry * HALF + pair, mask=is_pair, other=0.0)[None, :]
-            acc, total, highest = _read(
-                (low * block_cos + high * block_sin).to(kind),
-                (high * block_cos - low * block_sin).to(kind), unturned, acc, total, highest,
-                cache + tl.load(slots + entry).to(tl.int64) * TOKEN + kv_head * HEAD_SIZE, begin,
-                tl.load(lengths + entry), position, 0, first_position, KV_HEADS, HEAD_SIZE, PADDED, HALF,
-                PADDED_HALF, REST, PADDED_REST, False, WINDOW, PRECISION, KEYS,
-            )  # fmt: skip
 
     is_empty = total == 0.0
     acc = acc / tl.where(is_empty, 1.0, total)[:, None]

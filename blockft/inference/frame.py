@@ -78,7 +78,7 @@ class Frame:
             for i, name in enumerate(("slots", "lengths", "starts", "offsets")):
                 host[name][b, :num_pieces] = pieces[b][:, i]
                 host[name][b, num_pieces:] = 0
-            host["shares"][b] = _shares(pieces[b][:, 1], self.size.programs)
+            host["shares"][b] = _shares(pieces[b][:, 1], self.size.programs, column + width - first[b])
         host["column"][0] = column
         self._held.copy_(self._staged, non_blocking=True)
         if self._copied:
@@ -106,10 +106,13 @@ class Frame:
         return views
 
 
-def _shares(lengths: np.ndarray, num_programs: int) -> np.ndarray:
-    """Where each program's pieces begin, and the last one's end, for about as many tokens each."""
+def _shares(lengths: np.ndarray, num_programs: int, final_len: int) -> np.ndarray:
+    """Where each program's pieces begin, and the last one's end, for about as many tokens each.
+
+    The last program reads the final block, too.
+    """
     ends = np.cumsum(lengths)
-    total = ends[-1] if len(ends) else 0
+    total = final_len + (ends[-1] if len(ends) else 0)
     targets = total * np.arange(1, num_programs) / num_programs
     # a piece goes to the program in whose part its middle lies
     inner = np.searchsorted(ends - lengths / 2, targets)

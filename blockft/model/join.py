@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 TOGETHER = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj")))
-"""Linear layers that read the same input, by their place in a decoder layer; some families have them joined."""
+"""Linear layers that read the same input, by their place in a decoder layer; Phi-3 has them joined."""
 
 
 class JoinedLinear:
