@@ -41,8 +41,11 @@ def blockft(*words: str) -> subprocess.CompletedProcess[str]:
         (("train", "demo", "train.batch_rows=0"), "at least 1"),
         (("train", "demo", "data.views=[]"), "at least 1"),
         (("train", "demo", "--num-gpus", "0"), "--num-gpus"),
-        (("prepare", "demo", "data.sources.0.path=no/such.jsonl"), "no/such.jsonl"),
-        (("prepare", "demo", "model.path=no/such", "data.sources.0.path=README.md"), "no/such"),
+        (("prepare", "demo", "data.out=out/x", "data.sources.0.path=no/such.jsonl"), "no/such.jsonl"),
+        (
+            ("prepare", "demo", "data.out=out/x", "model.path=no/such", "data.sources.0.path=README.md"),
+            "no/such",
+        ),
         (("generate", "no/such", "--input", "no/such.jsonl"), "no/such.jsonl"),
         (("generate", "no/such", "--input", "README.md", "--mode", "half"), "half"),
         (("eval", "no/such", "demo", "eval.sources.0.path=no/such.jsonl"), "no/such.jsonl"),
