@@ -125,7 +125,7 @@ def read_lengths(text: str) -> list[int]:
         UserError: one is no number.
     """
     words = [word.strip() for word in text.split(",")]
-    if bad := [word for word in words if not word.isdigit()]:
+    if bad := [word for word in words if not word.isdecimal()]:
         raise UserError(f"--lengths has {bad[0]!r}, it should be numbers separated by commas")
     return [int(word) for word in words]
 

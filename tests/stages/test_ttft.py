@@ -143,7 +143,7 @@ def test_an_unknown_shape_is_refused_with_those_that_there_are() -> None:
 
 def test_lengths_and_tiers_are_read_from_words() -> None:
     assert read_lengths("512, 1024") == [512, 1024]
-    for text, bad in [("512,", "''"), ("4K", "'4K'"), ("-1", "'-1'")]:
+    for text, bad in [("512,", "''"), ("4K", "'4K'"), ("-1", "'-1'"), ("5²", "'5²'")]:
         with pytest.raises(UserError, match=f"--lengths has {bad}"):
             read_lengths(text)
     assert read_tiers("disk,none") == ["disk", "none"]
