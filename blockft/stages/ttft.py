@@ -64,6 +64,8 @@ def bench_ttft(
         raise UserError("--tiers none encodes every block, which a disk would know: measure it without disk")
     if folder and not folder.is_dir():
         raise UserError(f"--folder {folder} is no folder")
+    if lost := [file for file in (out, png) if file and not file.parent.is_dir()]:
+        raise UserError(f"{lost[0]} cannot be written: there is no folder {lost[0].parent}")
     if min(lengths) <= question_len:
         raise UserError(
             f"--lengths has {min(lengths)}, which does not hold a question of {question_len} tokens"
