@@ -21,7 +21,8 @@ class Answer:
     sources          how many local blocks came from the tiers device, host and disk, or were encoded
     blocks_reused    local blocks that needed not be encoded, of tokens_reused tokens
     ttft_ms          from token ids on the host to the first new id of the whole batch on the host
-    tokens_per_s     after the first one; None if there is none
+    tokens_per_s     after the first one and up to its last, without what a stream's reader took; None if
+                     there is none
     """
 
     text: str
@@ -37,19 +38,27 @@ class Answer:
 
 @dataclass
 class Writing:
-    """An answer that is being written, token by token, up to one of `ends` or a stop string."""
+    """An answer that is being written, token by token, up to one of `ends` or a stop string.
+
+    seconds: from its first token to its last.
+    """
 
     stream: TextStream
     ends: Collection[int]
     ids: list[int] = field(default_factory=list)
     ended: bool = False
+    seconds: float = 0
 
-    def take(self, token: int) -> str:
-        """The text that is now certain, perhaps none; after the end always none."""
+    def take(self, token: int, seconds: float) -> str:
+        """The text that is now certain, perhaps none; after the end always none.
+
+        `seconds` have passed since the first token.
+        """
         if self.ended or token in self.ends:
             self.ended = True
             return ""
         self.ids.append(token)
+        self.seconds = seconds
         piece = self.stream.push(token)
         self.ended = self.stream.stopped
         return piece
@@ -61,9 +70,8 @@ def answer_of(
     prompt: Sequence[Sequence[int]],
     begun: Begun,
     ttft_ms: float,
-    seconds: float,
 ) -> Answer:
-    """The answer to a prompt that was read over a context; `seconds` passed after the first token."""
+    """The answer to a prompt that was read over a context."""
     reused = [key for key in context if key in begun.found]
     sources = Counter(begun.found[key].tier.value if key in begun.found else ENCODED for key in context)
     return Answer(
@@ -75,5 +83,5 @@ def answer_of(
         blocks_reused=len(reused),
         tokens_reused=sum(map(num_tokens, reused)),
         ttft_ms=ttft_ms,
-        tokens_per_s=(len(writing.ids) - 1) / seconds if len(writing.ids) > 1 else None,
+        tokens_per_s=(len(writing.ids) - 1) / writing.seconds if len(writing.ids) > 1 else None,
     )

@@ -5,12 +5,15 @@ Shapes: L layers, S token slots, n tokens of a block, K key/value heads, D head 
 
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from blockft.errors import UserError
 from blockft.inference.block import Key, num_tokens
+from blockft.inference.size import format_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +33,19 @@ class KVShape:
         return num_tokens(key) * self.token_bytes
 
 
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """A GPU that is not the current one is so within: streams, events and kernels go by the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 class DeviceTier:
     """Blocks in slots of one (L, S, 2, K, D) tensor, the least recently used making way.
 
     A block takes consecutive slots, so a layer of it is one copy. `slack` more slots follow the last one that
     a block may take, for kernels that load whole tiles.
+
+    Raises:
+        UserError: the device does not have so much memory.
     """
 
     def __init__(self, shape: KVShape, device: torch.device, max_bytes: int, slack: int = 0) -> None:
@@ -42,7 +53,11 @@ class DeviceTier:
         self.num_slots = max_bytes // shape.token_bytes
         size = (shape.num_layers, self.num_slots + slack, 2, shape.num_kv_heads, shape.head_size)
         # zeros: what a tile reads beyond a block is weighted with 0, and 0 times NaN would be NaN
-        self.cache_LS2KD = torch.zeros(size, dtype=shape.dtype, device=device)
+        try:
+            self.cache_LS2KD = torch.zeros(size, dtype=shape.dtype, device=device)
+        except RuntimeError as error:  # out of memory has a class of its own on GPUs alone
+            size_text = format_bytes(max_bytes)
+            raise UserError(f"{device} has no {size_text} for blocks: lower the device budget") from error
         self.evicted = 0
         self._slots: OrderedDict[Key, int] = OrderedDict()
         self._holes = [(0, self.num_slots)]

@@ -112,7 +112,7 @@ class DiskTier:
         try:
             if not self._is_there(path, num_bytes) and self._write(path, key, kv, num_bytes):
                 self._count(entries_written=1, bytes_written=num_bytes)
-        except OSError as error:
+        except (OSError, UserError) as error:  # UserError: another version has taken the folder over
             self._count(entries_lost=1)
             self._say_unwritable(error)
 
@@ -182,8 +182,10 @@ class DiskTier:
         if error.errno != errno.ESTALE:  # another host has evicted it
             self._say("read", f"{path} cannot be read ({error.strerror}): such blocks are encoded again")
 
-    def _say_unwritable(self, error: OSError) -> None:
-        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
+    def _say_unwritable(self, error: OSError | UserError) -> None:
+        reason = str(error)
+        if isinstance(error, OSError):
+            reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
         self._say("write", f"{self._folder.path} cannot be written ({reason}): blocks stay in memory alone")
 
     def _say(self, kind: str, text: str) -> None:

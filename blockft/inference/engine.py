@@ -271,17 +271,18 @@ class Engine:
         contexts = [[key_of(block) for block in prompt[:-1]] for prompt in blocks]
         begun = self.runner.begin(contexts, [prompt[-1] for prompt in blocks], max_new_tokens)
         next_ids = sampler(begun.logits).tolist()
-        first = time.perf_counter()
+        ttft_ms, seconds = (time.perf_counter() - start) * 1000, 0.0
         writings = [Writing(TextStream(self.tokenizer, stop), self.ends) for _ in blocks]
         for step in range(1, max_new_tokens + 1):
-            yield [writing.take(token) for writing, token in zip(writings, next_ids, strict=True)]
+            yield [writing.take(token, seconds) for writing, token in zip(writings, next_ids, strict=True)]
             if all(writing.ended for writing in writings) or step == max_new_tokens:
                 break
+            start = time.perf_counter()
             logits = begun.prompts.advance([[token] for token in next_ids])[:, -1]
             next_ids = sampler(logits).tolist()
-        seconds = time.perf_counter() - first
+            seconds += time.perf_counter() - start
         yield [writing.stream.close() for writing in writings]
         return [
-            answer_of(writing, context, prompt, begun, (first - start) * 1000, seconds)
+            answer_of(writing, context, prompt, begun, ttft_ms)
             for writing, context, prompt in zip(writings, contexts, prompts, strict=True)
         ]

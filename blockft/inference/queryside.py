@@ -20,7 +20,7 @@ from blockft.attention.positions import Rotation
 from blockft.attention.queryside import CachedAttention, turns
 from blockft.errors import UserError
 from blockft.inference.block import Key, num_tokens
-from blockft.inference.device import DeviceTier
+from blockft.inference.device import DeviceTier, on_device
 from blockft.inference.frame import Frame, Size
 
 PIECE = 512
@@ -192,11 +192,12 @@ class CachedPrompts:
             ]
         num_pieces = max(16, _bucket(max(map(len, self._pieces))))
         columns = _columns(self._num_columns)
-        frame = side.frame(Size(len(new_ids), width, columns, num_pieces, num_logits, programs))
-        frame.fill(new_ids, self._pieces, self._column, self._first, self._context_lens)
-        self._column += width
-        self._frame = frame  # holds the final blocks until the next call finds them
-        return side.run(frame)
+        with on_device(side.model.device):
+            frame = side.frame(Size(len(new_ids), width, columns, num_pieces, num_logits, programs))
+            frame.fill(new_ids, self._pieces, self._column, self._first, self._context_lens)
+            self._column += width
+            self._frame = frame  # holds the final blocks until the next call finds them
+            return side.run(frame)
 
 
 def _pieces(context: Sequence[Key], tier: DeviceTier, programs: int, reencoded: bool) -> np.ndarray:

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from blockft.errors import UserError
 from blockft.inference.block import Key
-from blockft.inference.device import DeviceTier, KVShape
+from blockft.inference.device import DeviceTier, KVShape, on_device
 from blockft.inference.disk import CacheModel, DiskTier
 from blockft.inference.host import HostTier
 from blockft.inference.keyside import JoinedPrompts, encode_blocks
@@ -28,6 +28,9 @@ from blockft.model.load import compile_layers, reencodes, rotations
 
 SLACK = 128
 """Slots after the device tier's last one: kernels load whole tiles (see `attention.kernel`)."""
+
+ATTENTION = "block_cached"
+"""The backend that reads cached blocks, and encodes them."""
 
 SIDES = ("auto", "key", "query")
 """Ways to read cached blocks; auto is query on a GPU and key elsewhere."""
@@ -70,8 +73,11 @@ class BlockRunner:
     tokenizer: identifies the one that makes its token ids; a part of what identifies cached blocks.
     compile: compile the layers that CUDA graphs record; half a minute once, less time for every token.
 
+    The weights of the model must stay as they are from here on: blocks in memory are not looked at again.
+
     Raises:
-        UserError: an unknown `side`; a cache folder or budget that cannot be used.
+        UserError: an unknown `side`; a model that attends otherwise; a cache folder or budget that cannot be
+            used.
     """
 
     def __init__(
@@ -86,6 +92,7 @@ class BlockRunner:
     ) -> None:
         if side not in SIDES:
             raise UserError(f"side is {side!r}, allowed are {', '.join(SIDES)}")
+        _check_attends(model)
         self.model = model
         self._rotations, self._reencoded = rotations(model), reencodes(model.config)
         self._is_cuda, self._is_compiled = model.device.type == "cuda", compile
@@ -99,18 +106,19 @@ class BlockRunner:
         host_bytes = cache.host_bytes
         if host_bytes is None:
             host_bytes = psutil.virtual_memory().available // 4
-        self.store = BlockStore(shape, host=HostTier(host_bytes), device=device, disk=disk)
-        self._query_side = None
-        if device is not None:
-            self._query_side = QuerySide(
-                model,
-                self._rotations,
-                device,
-                use_kernel=self._is_cuda,
-                use_graphs=self._is_cuda,
-                reencoded=self._reencoded,
-                eagerly=self._eagerly,
-            )
+        with on_device(model.device):
+            self.store = BlockStore(shape, host=HostTier(host_bytes), device=device, disk=disk)
+            self._query_side = None
+            if device is not None:
+                self._query_side = QuerySide(
+                    model,
+                    self._rotations,
+                    device,
+                    use_kernel=self._is_cuda,
+                    use_graphs=self._is_cuda,
+                    reencoded=self._reencoded,
+                    eagerly=self._eagerly,
+                )
         if self._is_cuda:
             join_projections(model)
         if compile:
@@ -129,7 +137,8 @@ class BlockRunner:
         while True:
             found = self.store.find(keys)
             try:
-                begun = begin(keys, found, contexts, finals, num_new)
+                with on_device(self.model.device):
+                    begun = begin(keys, found, contexts, finals, num_new)
             except DamagedBlocks:
                 continue  # an entry less that is trusted each time
             self.store.count(keys, begun.found)
@@ -142,7 +151,7 @@ class BlockRunner:
             if at.entry:
                 at.entry.close()
         missing = [key for key in dict.fromkeys(keys) if key not in found]
-        with self._eagerly():
+        with on_device(self.model.device), self._eagerly():
             for key, kv in encode_blocks(self.model, missing):
                 self.store.keep(key, kv)
         return len(missing)
@@ -207,6 +216,16 @@ class BlockRunner:
             free, _ = torch.cuda.mem_get_info(self.model.device)
             return free // 2
         return psutil.virtual_memory().available // 4
+
+
+def _check_attends(model: PreTrainedModel) -> None:
+    """Other attention would not see where blocks end, and answer all the same."""
+    found = model.config._attn_implementation
+    if found != ATTENTION:
+        raise UserError(
+            f"{model.name_or_path or 'the model'} attends by {found!r}, cached blocks need {ATTENTION!r}: "
+            "open it by Engine.load"
+        )
 
 
 def head_size(config: PreTrainedConfig) -> int:

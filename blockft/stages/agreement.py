@@ -30,6 +30,8 @@ def bench_agreement(
     Raises:
         UserError: fewer questions than prompts; see `read_questions` and `Engine`.
     """
+    if out and not out.parent.is_dir():
+        raise UserError(f"{out} cannot be written: there is no folder {out.parent}")
     samples = read_questions(recipe)
     if num_prompts > len(samples):
         raise UserError(f"the recipe has {len(samples)} questions, --num-prompts asks for {num_prompts}")

@@ -64,6 +64,8 @@ def bench_ttft(
         raise UserError("--tiers none encodes every block, which a disk would know: measure it without disk")
     if folder and not folder.is_dir():
         raise UserError(f"--folder {folder} is no folder")
+    if lost := [file for file in (out, png) if file and not file.parent.is_dir()]:
+        raise UserError(f"{lost[0]} cannot be written: there is no folder {lost[0].parent}")
     if min(lengths) <= question_len:
         raise UserError(
             f"--lengths has {min(lengths)}, which does not hold a question of {question_len} tokens"
@@ -125,7 +127,7 @@ def read_lengths(text: str) -> list[int]:
         UserError: one is no number.
     """
     words = [word.strip() for word in text.split(",")]
-    if bad := [word for word in words if not word.isdigit()]:
+    if bad := [word for word in words if not word.isdecimal()]:
         raise UserError(f"--lengths has {bad[0]!r}, it should be numbers separated by commas")
     return [int(word) for word in words]
 

@@ -123,3 +123,22 @@ def test_full_attention_without_a_graph_is_that_of_the_key_side(toy_model: Path)
         for side in ("key", "query")
     )
     assert [answer.ids for answer in got] == [answer.ids for answer in want]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a GPU that is not the current one")
+def test_another_gpu_than_the_current_one(toy_model: Path, tmp_path: Path) -> None:
+    prompts = some_prompts(random.Random(1), (60, 5), (300, 3))
+    right = on_gpu(toy_model, "key").generate_ids(prompts, max_new_tokens=NUM_NEW)
+    for _ in range(2):
+        engine = Engine.load(
+            str(toy_model),
+            device="cuda:1",
+            dtype=torch.float32,
+            cache=CacheOptions(folder=tmp_path / "cache", host_bytes=2**24, device_bytes=2**24),
+        )
+        engine.ends = set()
+        for _ in range(2):
+            found = engine.generate_ids(prompts, max_new_tokens=NUM_NEW)
+            assert [answer.ids for answer in found] == [answer.ids for answer in right]
+            forget(engine)
+        assert not engine.runner.store.disk.statistics.entries_damaged

@@ -134,6 +134,11 @@ def test_a_budget_below_one_token_holds_nothing() -> None:
         tier.add([KEYS[0]], keep=[])
 
 
+def test_a_budget_that_the_device_does_not_have_is_refused() -> None:
+    with pytest.raises(UserError, match="cpu has no 1000 TB for blocks: lower the device budget"):
+        DeviceTier(SHAPE, torch.device("cpu"), 10**15)
+
+
 def test_what_lies_beyond_the_last_block_is_no_number_that_spreads() -> None:
     assert not open_tier().cache_LS2KD.any()
     assert open_tier().cache_LS2KD.shape == (2, NUM_SLOTS + 2, 2, 1, 2)

@@ -243,6 +243,18 @@ def test_a_folder_that_was_emptied_is_filled_again(folder: Path, tier: DiskTier)
     assert holds(tier, KEYS[0]) and CacheFolder(folder).models() == {TOY.fingerprint: TOY}
 
 
+def test_a_folder_that_another_version_takes_over_costs_one_warning(
+    folder: Path, tier: DiskTier, said: list[str]
+) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "format.json").write_text('{"format": "blockft cache", "version": 99}')
+    for key in KEYS[:2]:
+        tier.write(key, kv_of(key))
+        assert tier.open(key) is None
+    assert len(said) == 1 and "version 99" in said[0] and tier.statistics.entries_lost == 2
+
+
 # the budget
 
 

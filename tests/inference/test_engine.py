@@ -1,11 +1,14 @@
 """The engine as services embed it: requests of every kind, answers whatever their company."""
 
 from collections.abc import Generator
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import blockft.inference.engine as engine_module
 from blockft.data.rag import Document
 from blockft.data.sample import Sample
 from blockft.errors import UserError
@@ -114,6 +117,30 @@ def test_an_answer_ends_at_an_end_token_which_is_no_part_of_it(engine: Engine) -
     assert empty.ids == () and empty.text == "" and empty.tokens_per_s is None
     together = engine.generate_batch(samples(engine)[:2], max_new_tokens=8)
     assert together[0].ids == () and together[1].ids
+
+
+def test_speed_is_that_of_an_answer_and_not_of_its_reader_or_company(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = count()
+    monkeypatch.setattr(engine_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    engine.ends = set()
+    blocks = [engine.encode(prompt, 60) for prompt in samples(engine)[:2]]
+    (whole,) = engine.generate_ids(blocks[:1], max_new_tokens=4)
+    engine.ends = {whole.ids[3]}
+    together = engine.generate_ids(blocks, max_new_tokens=60)
+    assert len(together[0].ids) < 4 < len(together[1].ids)
+    # every step takes one second by this clock
+    assert [answer.tokens_per_s for answer in together] == [1, 1]
+
+    pieces = engine.stream_ids(blocks[1], max_new_tokens=60)
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            assert end.value.tokens_per_s == 1
+            break
+        next(clock)  # the reader takes its time
 
 
 def test_end_tokens_are_the_templates_and_those_of_the_generation_config(toy_model: Path) -> None:

@@ -18,7 +18,7 @@ from blockft.inference.engine import Engine
 from blockft.inference.folder import CacheFolder
 from blockft.inference.queryside import QuerySide
 from blockft.inference.runner import CacheOptions
-from tests.inference.engines import SIDES, Prompt, forget, greedy, load_engine, options
+from tests.inference.engines import SIDES, Prompt, forget, greedy, load_engine, make_engine, options
 from tests.inference.test_keyside import keys_of
 from tests.run import save_model
 
@@ -458,6 +458,14 @@ def test_another_type_or_tokenizer_finds_nothing(toy_model: Path, tmp_path: Path
 def test_an_unknown_side_is_refused(toy_model: Path) -> None:
     with pytest.raises(UserError, match="allowed are auto, key, query"):
         load_engine(toy_model, "far", CacheOptions())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "block_sdpa"])
+def test_a_model_that_attends_otherwise_is_refused(toy_model: Path, attention: str) -> None:
+    model = load_engine(toy_model).model
+    model.set_attn_implementation(attention)
+    with pytest.raises(UserError, match=f"attends by '{attention}', .* open it by Engine.load"):
+        make_engine(model, "key")
 
 
 def test_budgets_are_a_part_of_what_is_free_unless_given(toy_model: Path) -> None:

@@ -136,6 +136,14 @@ def test_lengths_that_cannot_be_are_refused(given: dict[str, Any], said: str) ->
         bench_ttft("tiny", **GIVEN | given)
 
 
+@pytest.mark.parametrize("name", ["out", "png"])
+def test_files_that_cannot_be_written_are_refused_before_anything_is_measured(
+    name: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="file cannot be written: there is no folder"):
+        bench_ttft("tiny", **GIVEN | {name: tmp_path / "none" / "file"})
+
+
 def test_an_unknown_shape_is_refused_with_those_that_there_are() -> None:
     with pytest.raises(UserError, match="llama-3-8b, llama-3.2-1b, tiny"):
         bench_ttft("llama-9", **GIVEN)
@@ -143,7 +151,7 @@ def test_an_unknown_shape_is_refused_with_those_that_there_are() -> None:
 
 def test_lengths_and_tiers_are_read_from_words() -> None:
     assert read_lengths("512, 1024") == [512, 1024]
-    for text, bad in [("512,", "''"), ("4K", "'4K'"), ("-1", "'-1'")]:
+    for text, bad in [("512,", "''"), ("4K", "'4K'"), ("-1", "'-1'"), ("5²", "'5²'")]:
         with pytest.raises(UserError, match=f"--lengths has {bad}"):
             read_lengths(text)
     assert read_tiers("disk,none") == ["disk", "none"]
