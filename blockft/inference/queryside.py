@@ -102,6 +102,11 @@ class QuerySide:
     def _wait(self, layer: int) -> None:
         torch.cuda.current_stream().wait_event(self.arrived[layer])
 
+    def width(self, num_prompts: int, num_queries: int) -> int:
+        """Columns for the first tokens of final blocks: few different numbers, where a graph is captured."""
+        padded = _bucket(num_queries)
+        return padded if self.use_graphs and num_prompts * padded <= GRAPH_TOKENS else num_queries
+
     def programs(self, num_prompts: int, num_queries: int) -> int:
         """Among how many programs to share each prompt's context."""
         if not self.use_kernel:
@@ -181,7 +186,7 @@ class CachedPrompts:
             )
         self._side.running = self
         side, longest = self._side, max(map(len, new_ids))
-        width = _bucket(longest) if side.use_graphs and not self._first else longest
+        width = longest if self._first else side.width(len(new_ids), longest)
         if not self._first:
             self._first = [width - len(ids) for ids in new_ids]
             self._num_columns += width - longest
