@@ -23,8 +23,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "data").symlink_to(ROOT / "data")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     subprocess.run(["bash", "data/demo/demo.sh"], cwd=folder, check=True, env=os.environ | {"PATH": path})
-    prompt = {"messages": [{"role": "user", "content": ["The mayor of Heneomouth is Bidak.\n", "Who?"]}]}
-    (folder / "prompts.jsonl").write_text(json.dumps(prompt))
+    document = "The mayor of Heneomouth is Bidak."
+    request = {"messages": [{"role": "user", "content": [f"{document}\n", "Who?"]}]}
+    (folder / "requests.jsonl").write_text(json.dumps(request))
+    (folder / "corpus.jsonl").write_text(json.dumps({"title": "Heneomouth", "text": document}))
     return folder
 
 
@@ -47,7 +49,7 @@ def test_accuracy_is_lost_under_the_block_mask_and_won_back(demo: Path) -> None:
 def test_the_readmes_python_answers(demo: Path) -> None:
     (code,) = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
     done = subprocess.run([sys.executable, "-c", code], cwd=demo, capture_output=True, text=True)
-    assert done.stdout.strip() == "Brosuk", done.stderr
+    assert done.stdout.split("\n") == ["Brosuk 0", "Brosuk 4", ""], done.stderr
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if "bench" not in command])
