@@ -22,7 +22,7 @@ demo: setup                ## a model loses accuracy under the block mask and wi
 demo-base: setup           ## train the demo's base model again, from nothing
 	bash data/demo/base.sh
 
-paper-mini: setup          ## the paper's table with SmolLM2-135M on one GPU (20 minutes); call it again to go on
+paper-mini: setup          ## the paper's table with SmolLM2-135M on one GPU; call it again to go on
 	bash data/paper-mini/paper-mini.sh $(OVERRIDES)
 
 test: setup                ## the laws and all other quick tests

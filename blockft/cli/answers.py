@@ -29,7 +29,7 @@ def generate(
         bool, typer.Option("--json", help="Print JSON lines: answers, blocks reused, times.")
     ] = False,
     compile: Annotated[
-        bool, typer.Option("--compile", help="Half a minute at the start, less time for each token (GPU).")
+        bool, typer.Option("--compile", help="A slower start, and less time for each token (GPU).")
     ] = False,
     cache: CacheFolderOption = None,
     cache_bytes: CacheBytes = None,

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The paper's table at small scale: SmolLM2-135M fine-tuned in four ways on the same data, steps and seeds.
-# Hardware: one GPU, about 20 minutes on an H100; a CPU for a try, with overrides that make everything small.
+# Hardware: one GPU; a CPU for a try, with overrides that make everything small.
 # Run at the top of the project. Call it again after a kill: what is finished is skipped, what is not goes on.
 #
 #   make paper-mini MODEL=folder/of/SmolLM2-135M-Instruct
