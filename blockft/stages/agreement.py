@@ -32,7 +32,7 @@ def bench_agreement(
     """
     if out and not out.parent.is_dir():
         raise UserError(f"{out} cannot be written: there is no folder {out.parent}")
-    samples = read_questions(recipe)
+    samples, _ = read_questions(recipe)
     if num_prompts > len(samples):
         raise UserError(f"the recipe has {len(samples)} questions, --num-prompts asks for {num_prompts}")
     dtype = None if recipe.model.dtype is Precision.auto else getattr(torch, recipe.model.dtype.value)
