@@ -27,20 +27,42 @@ class Tiles:
     stages: int
 
 
-FEW_ROWS = Tiles(rows=16, keys=64, warps=4, stages=3)
-MANY_ROWS = Tiles(rows=128, keys=64, warps=8, stages=3)
-"""What measured best on an H100 for heads of size 128: decoding, and a question of 64 tokens (256 rows)."""
+FEW_ROWS = (
+    Tiles(rows=16, keys=64, warps=4, stages=3),
+    Tiles(rows=16, keys=32, warps=4, stages=2),
+)
+MANY_ROWS = (
+    Tiles(rows=128, keys=64, warps=8, stages=3),
+    Tiles(rows=128, keys=32, warps=8, stages=2),
+    Tiles(rows=64, keys=32, warps=4, stages=2),
+    Tiles(rows=16, keys=32, warps=4, stages=2),
+)
+"""For decoding, and for a question of 64 tokens (256 rows). First what measured best on an H100 for heads of
+128 in bfloat16; the others take less shared memory, for larger heads, float32 and smaller GPUs."""
 
 
-def tiles_for(num_rows: int) -> Tiles:
-    """The tiles for that many rows of a key/value head."""
-    return FEW_ROWS if num_rows <= FEW_ROWS.rows else MANY_ROWS
+def tiles_for(num_rows: int, head_size: int, half: int, dtype: torch.dtype, device: torch.device) -> Tiles:
+    """The tiles for that many rows of a key/value head, of whose dimensions 2 x `half` turn: the first ones
+    for which the device has the shared memory."""
+    properties = torch.cuda.get_device_properties(device)
+    shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    # a key as the programs cut it, and a value; Triton takes at most so much for the tiles of keys in flight
+    # and for the rows (seen in what it compiles for sm_80, sm_89 and sm_90)
+    rest = head_size - 2 * half
+    width = 2 * _padded(half) + (_padded(rest) if rest else 0) + _padded(head_size)
+    choices = FEW_ROWS if num_rows <= FEW_ROWS[0].rows else MANY_ROWS
+    for tiles in choices:
+        if (tiles.stages * tiles.keys + tiles.rows) * width * dtype.itemsize + 1024 <= shared:
+            return tiles
+    return choices[-1]
 
 
-def num_programs(num_rows: int, num_heads: int, device: torch.device) -> int:
+def num_programs(
+    num_rows: int, num_heads: int, head_size: int, dtype: torch.dtype, device: torch.device
+) -> int:
     """Among how many programs to share each prompt's blocks, if `num_heads` key/value heads of all prompts
     have that many rows each: as many as the GPU runs at once."""
-    tiles = tiles_for(num_rows)
+    tiles = tiles_for(num_rows, head_size, head_size // 2, dtype, device)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     at_once = processors * (8 // tiles.warps)
     return int(max(1, min(64, at_once // (num_heads * triton.cdiv(num_rows, tiles.rows)))))
@@ -61,10 +83,10 @@ def attend(
     num_prompts, num_heads, num_queries, head_size = q_BHTD.shape
     kv_heads = cache_S2KD.shape[2]
     group = num_heads // kv_heads
-    tiles = tiles or tiles_for(group * num_queries)
+    half = turned.cos.shape[-1]
+    tiles = tiles or tiles_for(group * num_queries, head_size, half, q_BHTD.dtype, q_BHTD.device)
     row_tiles = triton.cdiv(group * num_queries, tiles.rows)
     num_parts = context.shares.shape[1] - 1
-    half = turned.cos.shape[-1]
     rest = head_size - 2 * half
     parts = q_BHTD.new_empty((num_prompts, num_parts, num_heads, num_queries, head_size), dtype=torch.float32)
     lses = parts.new_empty(parts.shape[:-1])

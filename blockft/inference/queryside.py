@@ -113,8 +113,9 @@ class QuerySide:
             return 1
         from blockft.attention.kernel import num_programs
 
-        heads = num_prompts * self.tier.shape.num_kv_heads
-        return num_programs(self._group * num_queries, heads, self.model.device)
+        shape = self.tier.shape
+        rows, heads = self._group * num_queries, num_prompts * shape.num_kv_heads
+        return num_programs(rows, heads, shape.head_size, shape.dtype, self.model.device)
 
     def run(self, frame: Frame) -> torch.Tensor:
         """One forward pass over a frame's inputs; returns logits (B, num_logits, vocabulary)."""

@@ -1,5 +1,6 @@
 """The fused kernels compute what `attend_plainly` computes."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ pytestmark = [
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """The largest relative error, in norms."""
 
-HEADS = [{"head_size": 64}, {"head_size": 96}, {"head_size": 128}]
+HEADS = [{"head_size": 64}, {"head_size": 96}, {"head_size": 128}, {"head_size": 256}]
 OTHERS = {
     "a quarter rotated": {"head_size": 128, "num_rotated": 32},
     "three quarters rotated": {"head_size": 128, "num_rotated": 96},
@@ -31,12 +32,12 @@ OTHERS = {
 """Beside the sizes of heads; each costs a compilation or two."""
 
 
-def relative_error(case: Case, device: torch.device, dtype: torch.dtype) -> float:
+def relative_error(case: Case, device: torch.device, dtype: torch.dtype, **options: Any) -> float:
     from blockft.attention.kernel import attend
 
     on_device = case.to(device).to(dtype)
     want = on_device.to(torch.float32).attend(attend_plainly)
-    got = on_device.attend(attend).transpose(1, 2).float()
+    got = on_device.attend(partial(attend, **options)).transpose(1, 2).float()
     assert got.isfinite().all()
     error = total = 0.0
     for b in range(len(got)):
@@ -67,6 +68,16 @@ def test_law_2_it_attends_like_the_plain_function(
 @pytest.mark.parametrize("shape", OTHERS)
 def test_law_2_whatever_the_shape(shape: str, dtype: torch.dtype) -> None:
     check(dtype, **{"head_size": 64, "num_queries": 20} | OTHERS[shape])
+
+
+@pytest.mark.parametrize("num_queries", [1, 50])
+def test_law_2_whatever_the_tiles_that_a_smaller_gpu_would_need(num_queries: int) -> None:
+    from blockft.attention.kernel import FEW_ROWS, MANY_ROWS
+
+    case = make_case(0, max_len=200, head_size=64, num_queries=num_queries)
+    for tiles in {*FEW_ROWS, *MANY_ROWS}:
+        error = relative_error(case, torch.device("cuda"), torch.bfloat16, tiles=tiles)
+        assert error < LIMITS[torch.bfloat16]
 
 
 @pytest.mark.parametrize("head_size", [64, 96, 128])
