@@ -118,9 +118,9 @@ def test_a_table_is_made_of_four_runs_and_five_evaluations(workplace: Path) -> N
 
 
 def test_what_is_finished_is_skipped_and_what_is_not_goes_on(workplace: Path) -> None:
-    assert run(workplace, "train.seed=3", DIES_AT="out/paper-mini/both/run").returncode == 1
+    assert run(workplace, "train.seed=3", DIES_AT="out/paper-mini/full/run").returncode == 1
     before = calls(workplace)
-    assert before[-1][:2] == ["export", "out/paper-mini/both/run"]
+    assert before[-1][:2] == ["export", "out/paper-mini/full/run"]
     done = run(workplace, "train.seed=3")
     assert done.returncode == 0, done.stderr
     after = calls(workplace)[len(before) :]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blockft.attention.backends import BlockMasks
 from blockft.attention.layout import Layout, lay_out
@@ -18,14 +19,18 @@ from blockft.rundir import write_whole
 from blockft.stages.bench import provenance
 from blockft.stages.questions import read_questions
 
+END = -1
+"""Stands for whichever token ends an answer."""
+
 
 def bench_agreement(
     model: str, recipe: Recipe, *, num_prompts: int, max_new_tokens: int, out: Path | None
 ) -> None:
     """Answer questions of the recipe, evenly spread over them, both ways, and count equal answers.
 
-    The masked forward computes every token of an answer from the whole prompt again. Where the two part, the
-    JSON says by how much the masked forward preferred its own token, beside the spread of its logits.
+    The masked forward computes every token of an answer from the whole prompt again. Where answers part, the
+    JSON says by how much it preferred its own token, beside the spread of its logits. How many answers of the
+    same forward are equal under another attention kernel says how much rounding decides.
 
     Raises:
         UserError: fewer questions than prompts; see `read_questions` and `Engine`.
@@ -37,14 +42,20 @@ def bench_agreement(
         raise UserError(f"the recipe has {len(samples)} questions, --num-prompts asks for {num_prompts}")
     dtype = None if recipe.model.dtype is Precision.auto else getattr(torch, recipe.model.dtype.value)
     engine = Engine.load(model, dtype=dtype)
-    parted = []
+    parted: list[dict[str, Any]] = []
+    parted_by_kernel: list[dict[str, Any]] = []
     chosen = [samples[i * len(samples) // num_prompts] for i in range(num_prompts)]
     console = Console(stderr=True)
     for sample in track(chosen, "answers", console=console, disable=not console.is_terminal):
         blocks = engine.encode(sample, max_new_tokens)
         (answer,) = engine.generate_ids([blocks], max_new_tokens=max_new_tokens)
-        if difference := _first_difference(engine, blocks, answer.ids, max_new_tokens):
-            parted.append({"id": sample.id, "source": sample.source, **difference})
+        ids = answer.ids if len(answer.ids) == max_new_tokens else (*answer.ids, END)
+        masked, logits = _masked_answer(engine, blocks, max_new_tokens)
+        with sdpa_kernel(SDPBackend.MATH):
+            other, _ = _masked_answer(engine, blocks, max_new_tokens)
+        for found, against in ((parted, ids), (parted_by_kernel, other)):
+            if difference := _first_difference(masked, logits, against):
+                found.append({"id": sample.id, "source": sample.source, **difference})
     result = provenance() | {
         "model": model,
         "dtype": str(engine.model.dtype).removeprefix("torch."),
@@ -52,34 +63,46 @@ def bench_agreement(
         "prompts": num_prompts,
         "max_new_tokens": max_new_tokens,
         "equal_answers": num_prompts - len(parted),
+        "equal_by_another_masked_kernel": num_prompts - len(parted_by_kernel),
         "parted": parted,
+        "parted_by_another_masked_kernel": parted_by_kernel,
     }
-    print(f"{num_prompts - len(parted)} of {num_prompts} greedy answers equal those of the masked forward")
+    print(
+        f"{num_prompts - len(parted)} of {num_prompts} greedy answers equal those of the masked forward; "
+        f"{num_prompts - len(parted_by_kernel)} of its own are equal by another attention kernel"
+    )
     if out:
         write_whole(out, json.dumps(result, indent=2) + "\n")
 
 
 @torch.inference_mode()
-def _first_difference(
-    engine: Engine, blocks: Sequence[Sequence[int]], answer: Sequence[int], max_new_tokens: int
-) -> dict[str, Any] | None:
-    """Where the masked forward writes another token than `answer` does, if anywhere."""
-    ids = [id for block in blocks for id in block]
-    for step in range(min(len(answer) + 1, max_new_tokens)):
-        lengths = [*map(len, blocks[:-1]), len(blocks[-1]) + step]
-        vectors = lay_out([Layout(tuple(lengths))]).to(engine.model.device)
-        logits = engine.model(
-            input_ids=torch.tensor([[*ids, *answer[:step]]], device=engine.model.device),
+def _masked_answer(
+    engine: Engine, blocks: Sequence[Sequence[int]], max_new_tokens: int
+) -> tuple[tuple[int, ...], list[torch.Tensor]]:
+    """The tokens of a greedy answer, `END` for what ends it, and the logits (vocabulary,) of each."""
+    prompt, lengths = [id for block in blocks for id in block], [*map(len, blocks)]
+    ids: list[int] = []
+    logits: list[torch.Tensor] = []
+    while len(ids) < max_new_tokens and END not in ids:
+        vectors = lay_out([Layout((*lengths[:-1], lengths[-1] + len(ids)))]).to(engine.model.device)
+        logits += engine.model(
+            input_ids=torch.tensor([[*prompt, *ids]], device=engine.model.device),
             position_ids=vectors.position_ids,
             block_masks=BlockMasks(vectors),
             use_cache=False,
             logits_to_keep=1,
-        ).logits[0, -1]
-        best = int(logits.argmax())
-        if step == len(answer):
-            # the answer ended here
-            return None if best in engine.ends else {"step": step, "margin": None}
-        if best != answer[step]:
-            margin = float(logits[best] - logits[answer[step]])
-            return {"step": step, "margin": margin, "spread": float(logits.float().std())}
+        ).logits[0]
+        best = int(logits[-1].argmax())
+        ids.append(END if best in engine.ends else best)
+    return tuple(ids), logits
+
+
+def _first_difference(
+    masked: Sequence[int], logits: Sequence[torch.Tensor], other: Sequence[int]
+) -> dict[str, Any] | None:
+    """Where another answer parts from the masked forward's, if anywhere."""
+    for step, (id, row) in enumerate(zip(other, logits, strict=False)):
+        if id != masked[step]:
+            margin = float(row.max() - row[id]) if id != END else None
+            return {"step": step, "margin": margin, "spread": float(row.float().std())}
     return None

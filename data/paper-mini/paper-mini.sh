@@ -8,8 +8,8 @@
 set -euo pipefail
 model=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
 out=${FOLDER:-out/paper-mini}
-common=(smollm2-135m "model.path=$model" "data.out=$out/data" train.max_steps=160 train.save_steps=80
-  train.eval_examples=0 eval.batch_size=32 "$@")
+common=(smollm2-135m "model.path=$model" "data.out=$out/data" train.batch_rows=2 train.learning_rate=3e-4
+  train.max_steps=580 train.save_steps=290 train.eval_examples=0 eval.batch_size=32 "$@")
 step() { printf '\n== %s\n' "$*"; }
 
 mkdir -p "$out"
@@ -41,15 +41,15 @@ evaluate() { # NAME MODEL MODES
 }
 
 prepare
-evaluate before "$model" full,block
-train full "data.views=[full]"
-evaluate full "$out/full/model" full,block
 train both
 evaluate both "$out/both/model" full,block
+train full "data.views=[full]"
+evaluate full "$out/full/model" full,block
 train local data.positions=local
 evaluate local "$out/local/model" block
 train block-only "data.views=[block]"
 evaluate block-only "$out/block-only/model" block
+evaluate before "$model" full,block
 step "the table"
 # a try with overrides is no result
 results=${RESULTS:-$([ $# -eq 0 ] && echo data/results/paper-mini || echo "$out/paper-mini")}

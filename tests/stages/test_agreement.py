@@ -37,6 +37,7 @@ def compare(model: str, num_prompts: int = 4) -> dict[str, Any]:
 def test_cached_blocks_answer_like_the_masked_forward(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     result = compare(model)
     assert (result["prompts"], result["equal_answers"], result["parted"]) == (4, 4, [])
+    assert result["equal_by_another_masked_kernel"] == 4
     assert (result["dtype"], result["max_new_tokens"]) == ("float32", 5)
     assert capsys.readouterr().out.startswith("4 of 4 greedy answers")
 
