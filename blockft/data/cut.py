@@ -144,7 +144,7 @@ def _join_shortest(pieces: list[list[str]], count_tokens: CountTokens, max_block
     lengths = np.array(count_tokens(texts), np.float64)
     while len(texts) > max_blocks:
         sums = np.where(messages[:-1] == messages[1:], lengths[:-1] + lengths[1:], np.inf)
-        first = int(sums.argmin())
+        first = int(np.argmin(sums))
         if np.isinf(sums[first]):
             break
         texts[first : first + 2] = [texts[first] + texts[first + 1]]

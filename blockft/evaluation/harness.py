@@ -147,7 +147,7 @@ class BlockLM(LM):
         for limit, batch in tqdm(batches, disable=disable_tqdm):
             prompts = [self._encode(requests[i].args[0]) for i in batch]
             for i, ids in zip(batch, self._generate(prompts, limit), strict=True):
-                text = self._tokenizer.decode(ids, skip_special_tokens=True)
+                text = str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
                 answers[i] = _cut_off(text, requests[i].args[1].get("until") or ())
                 self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
         return answers
@@ -184,6 +184,7 @@ class BlockLM(LM):
 
     def _encode(self, context: str, continuation: str = "") -> list[Ids]:
         """The ids of each block; the continuation is the end of the last."""
+        tokenizer: PlainTokenizer | TemplatedTokenizer
         if context.startswith(CUT):
             texts, tokenizer, opening = [t for t in context.split(CUT) if t], self._templated, ()
         else:

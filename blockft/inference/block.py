@@ -11,7 +11,7 @@ Key = bytes
 ID_BYTES = 4
 
 
-def key_of(ids: Sequence[int]) -> Key:
+def key_of(ids: Sequence[int] | np.ndarray) -> Key:
     """The key of a block; `ids_of` is its inverse."""
     assert len(ids), "a block has at least one token"
     return np.asarray(ids, dtype="<i4").tobytes()

@@ -184,7 +184,7 @@ class DiskTier:
 
     def _say_unwritable(self, error: OSError | UserError) -> None:
         reason = str(error)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.strerror:
             reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
         self._say("write", f"{self._folder.path} cannot be written ({reason}): blocks stay in memory alone")
 

@@ -41,7 +41,7 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.runner = BlockRunner(
             model,
-            name=name or model.name_or_path,
+            name=name or model.name_or_path or "",
             tokenizer=fingerprint(tokenizer),
             cache=cache,
             side=side,
@@ -76,9 +76,8 @@ class Engine:
         dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
         model = load_model(path, backend="cached", dtype=dtype, revision=revision)
         tokenizer = load_tokenizer(path, revision)
-        return cls(
-            model.to(device), tokenizer, name=path, prompt=prompt, cache=cache, side=side, compile=compile
-        )
+        model.to(device)  # type: ignore[arg-type]  # transformers annotates it as if it were unbound
+        return cls(model, tokenizer, name=path, prompt=prompt, cache=cache, side=side, compile=compile)
 
     def generate(
         self,

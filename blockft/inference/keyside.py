@@ -37,7 +37,7 @@ def encode_blocks(
             past_key_values=cache,
             use_cache=True,
         )
-        layers = [torch.stack((layer.keys[0], layer.values[0])) for layer in cache.layers]
+        layers = [torch.stack((keys[0], values[0])) for keys, values, *_ in cache]
         start = 0
         for key in group:
             tokens = slice(start, start := start + num_tokens(key))

@@ -49,7 +49,7 @@ class Sampler:
         if not self._generators:
             self._generators = [self._generator(row, logits_BV.device) for row in range(len(logits_BV))]
         # warpers ask for the ids so far, which these do not read
-        probabilities_BV = self._warpers(torch.empty(0), logits_BV.float()).softmax(dim=-1)
+        probabilities_BV = self._warpers(torch.LongTensor(), logits_BV.float()).softmax(dim=-1)
         drawn = [
             torch.multinomial(probabilities_V, 1, generator=generator)
             for probabilities_V, generator in zip(probabilities_BV, self._generators, strict=True)

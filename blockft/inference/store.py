@@ -157,8 +157,9 @@ class BlockStore:
         entries = _entries(found)
         new = {key: self.empty(num_tokens(key)) for key in entries}
         pairs = [(self.device.block(key), kv) for key, kv in (blocks | new).items()]
-        stream = torch.cuda.Stream() if self._copies else None
-        if stream:
+        stream = None
+        if self._copies:
+            stream = torch.cuda.Stream()
             # the slots may still be read for the blocks that were there before, or the host be written
             stream.wait_stream(torch.cuda.current_stream())
             stream.wait_stream(self._copies)

@@ -56,7 +56,7 @@ class LinearPart(torch.nn.Module):
 
 def join_projections(model: PreTrainedModel) -> None:
     """Put weights that multiply the same input side by side; no number changes, and no memory is taken."""
-    for layer in model.base_model.layers:
+    for layer in model.base_model.get_submodule("layers").children():
         for place, names in TOGETHER:
             module = getattr(layer, place)
             if all(type(getattr(module, name, None)) is torch.nn.Linear for name in names):

@@ -155,7 +155,7 @@ def reencodes(config: PreTrainedConfig) -> bool:
 def compile_layers(model: PreTrainedModel) -> None:
     """Compile each decoder layer when it is first used; layers of one kind share their code."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    for layer in model.base_model.layers:
+    for layer in model.base_model.get_submodule("layers").children():
         layer.compile(dynamic=False)
 
 

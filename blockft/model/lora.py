@@ -36,7 +36,7 @@ def add_adapter(
 
 def with_adapter(base: PreTrainedModel, checkpoint: Path, weights: Mapping[str, torch.Tensor]) -> PeftModel:
     """The base model under a checkpoint's adapter, whose `weights` are named as in the run."""
-    config = LoraConfig.from_pretrained(checkpoint)
+    config = LoraConfig.from_pretrained(str(checkpoint))
     config.inference_mode = False
     model = get_peft_model(base, config)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

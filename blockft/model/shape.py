@@ -1,12 +1,14 @@
 """Models of a well-known shape with random weights: for measuring speed where no weights are at hand."""
 
+from typing import Any
+
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, set_seed
 
 from blockft.errors import UserError
 
 LLAMA_3 = {"vocab_size": 128256, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
         "hidden_size": 4096,
         "intermediate_size": 14336,

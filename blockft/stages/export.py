@@ -55,7 +55,7 @@ def export(
             adapted = with_adapter(
                 _empty(checkpoint, recipe, kind), checkpoint, consolidate(checkpoint, kind)
             )
-            adapted.save_pretrained(draft)
+            adapted.save_pretrained(str(draft))
             entry = json.dumps(_block_attention(recipe), indent=2)
             (draft / BLOCK_ATTENTION).write_text(entry + "\n", encoding="utf-8")
         else:
@@ -115,8 +115,7 @@ def _merged(checkpoint: Path, recipe: Recipe, dtype: torch.dtype) -> PreTrainedM
     """The base model of a run with the run's adapter merged into its weights, in float32 before rounding."""
     base = load_plain(recipe.model.path, recipe.model.revision, torch.float32)
     adapted = with_adapter(base, checkpoint, consolidate(checkpoint, torch.float32))
-    merged: PreTrainedModel = adapted.merge_and_unload()
-    return merged.to(dtype)
+    return adapted.merge_and_unload().to(dtype)
 
 
 def _empty(checkpoint: Path, recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
@@ -147,7 +146,7 @@ def _compare(draft: Path, checkpoint: Path) -> float:
     ids, expected = read_probe(checkpoint)
     if base := adapter_base(str(draft)):
         # transformers' own reader of adapters does not know all kinds (DoRA)
-        model = PeftModel.from_pretrained(load_plain(*base, torch.float32), draft)
+        model: torch.nn.Module = PeftModel.from_pretrained(load_plain(*base, torch.float32), draft)
     else:
         model = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.float32)
     logits = model(input_ids=ids[None], use_cache=False).logits[0]

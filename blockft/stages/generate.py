@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from blockft.config import PromptSettings, View
 from blockft.data.rag import RagPrompt
@@ -37,6 +38,15 @@ class CacheWords:
             None if text is None else parse_bytes(text) for text in (self.disk, self.host, self.device)
         )
         return CacheOptions(folder=self.folder, disk_bytes=disk, host_bytes=host, device_bytes=device)
+
+
+class _Settings(TypedDict):
+    """How `Engine.generate_ids` and `Engine.stream_ids` answer."""
+
+    mode: str
+    max_new_tokens: int
+    sampler: Sampler
+    stop: Sequence[str]
 
 
 def open_engine(model: str, cache: CacheWords, *, compile: bool = False) -> Engine:
@@ -88,7 +98,7 @@ def generate(
         # prompt i is sampled with the seed `seed + i`, whatever the batch
         sampler = Sampler(temperature, top_p, seed + start)
         batch = ids[start : start + batch_size]
-        settings = {"mode": mode, "max_new_tokens": max_new_tokens, "sampler": sampler, "stop": stop}
+        settings = _Settings(mode=mode, max_new_tokens=max_new_tokens, sampler=sampler, stop=stop)
         if streams:
             answers.append(_stream(engine, batch[0], settings))
             continue
@@ -100,7 +110,7 @@ def generate(
     print(_summary(answers), file=sys.stderr)
 
 
-def _stream(engine: Engine, ids: Sequence[Sequence[int]], settings: dict[str, object]) -> Answer:
+def _stream(engine: Engine, ids: Sequence[Sequence[int]], settings: _Settings) -> Answer:
     pieces = engine.stream_ids(ids, **settings)
     while True:
         try:

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from blockft.config import Init, Recipe
 from blockft.errors import UserError
 from blockft.model.checkpoint import read_marker
 from blockft.model.load import compile_layers, load_config, load_model, load_tokenizer
+from blockft.model.lora import add_adapter
 from blockft.recipe import dump_recipe
 from blockft.rundir import (
     DATA,
@@ -50,7 +53,6 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
 
     from transformers import TrainingArguments
 
-    from blockft.model.lora import add_adapter
     from blockft.training.record import RunRecord
     from blockft.training.trainer import BlockTrainer
     from blockft.training.universal import LOAD_UNIVERSAL, UNIVERSAL, StepsApart, convert, remove
@@ -68,17 +70,7 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
     except (ValueError, ImportError) as error:
         raise UserError(f"the settings of train cannot be used: {str(error).splitlines()[0]}") from error
     check_ranks(run, {"recipe": dump_recipe(recipe), "checkpoint": str(checkpoint), **plan.facts})
-    model = load_model(
-        recipe.model.path,
-        revision=recipe.model.revision,
-        backend=plan.backend,
-        dtype=plan.dtype,
-        random_seed=recipe.train.seed if recipe.model.init is Init.random else None,
-    )
-    if recipe.train.compile:
-        compile_layers(model)
-    if recipe.train.lora is not None:
-        model = add_adapter(model, recipe.train.lora, seed=recipe.train.seed, revision=recipe.model.revision)
+    model = _model(recipe, plan)
     record = RunRecord(
         run,
         tokenizer=load_tokenizer(recipe.model.path, recipe.model.revision),
@@ -121,6 +113,22 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
     return run
 
 
+def _model(recipe: Recipe, plan: Plan) -> PreTrainedModel | PeftModel:
+    """The model to train, compiled and with an adapter if the recipe asks for them."""
+    model = load_model(
+        recipe.model.path,
+        revision=recipe.model.revision,
+        backend=plan.backend,
+        dtype=plan.dtype,
+        random_seed=recipe.train.seed if recipe.model.init is Init.random else None,
+    )
+    if recipe.train.compile:
+        compile_layers(model)
+    if recipe.train.lora is None:
+        return model
+    return add_adapter(model, recipe.train.lora, seed=recipe.train.seed, revision=recipe.model.revision)
+
+
 def _begin(run: Path, recipe: Recipe, plan: Plan, checkpoint: Path | None) -> None:
     """Write what the run's folder says of itself, and forget what was logged after the checkpoint."""
     run.mkdir(parents=True, exist_ok=True)
@@ -135,8 +143,6 @@ def _begin(run: Path, recipe: Recipe, plan: Plan, checkpoint: Path | None) -> No
 def describe(recipe: Recipe, num_processes: int) -> None:
     """Print what the run would do: rows, steps, share of labels, fill, memory (`--dry-run`)."""
     from transformers import AutoModelForCausalLM
-
-    from blockft.model.lora import add_adapter
 
     plan = make_plan(recipe, num_processes)
     with torch.device("meta"):

@@ -166,15 +166,15 @@ def _model(target: str) -> PreTrainedModel:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if target in SHAPES or not Path(target).exists() and "/" not in target:
         return random_model(shape_config(target), device=device, dtype=dtype)
-    return load_model(target, backend="cached", dtype=dtype).to(device)
+    return load_model(target, backend="cached", dtype=dtype).to(device)  # type: ignore[arg-type]
 
 
 def _facts(prompt: _Prompt, model: PreTrainedModel, bandwidth: float) -> dict[str, Any]:
     """What follows from the numbers of tokens and parameters alone (Ma et al. 2025, table 2)."""
     length, asked, config = prompt.length, len(prompt.question), model.config
     # the rows of the embedding are looked up, not read, unless they are the output's too
-    embedded = 0 if config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
-    weight_bytes = (model.num_parameters() - embedded) * model.dtype.itemsize
+    num_read = model.num_parameters(exclude_embeddings=not config.tie_word_embeddings)
+    weight_bytes = num_read * model.dtype.itemsize
     cache_bytes = (length - asked) * kv_shape(model).token_bytes
     # QK and PV are two products of two operations for each pair of tokens, head and dimension
     per_pair = 4 * config.num_hidden_layers * config.num_attention_heads * kv_shape(model).head_size

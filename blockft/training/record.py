@@ -85,22 +85,20 @@ class RunRecord(TrainerCallback):
         control.should_log |= control.should_save or control.should_evaluate
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float],
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **passed: Any
     ) -> None:
         """Raises:
         UserError: loss or gradient are not finite; the last whole checkpoint stays as it is.
         """
+        logs: dict[str, float] = passed["logs"]
         if self._evaluates and any(name.startswith(EVAL_LOSS) for name in logs):
             self._log_eval(state, logs)
         if "loss" not in logs:
             return
         # DeepSpeed passes over steps whose gradient is infinite; ZeRO-0 tells no norm
-        numbers = {name: logs[name] for name in ("loss", "grad_norm", "learning_rate") if name in logs}
+        numbers: dict[str, float] = {
+            name: logs[name] for name in ("loss", "grad_norm", "learning_rate") if name in logs
+        }
         _check_finite(numbers, state.global_step)
         if self._logs_early:
             # what a run that was not stopped would log later, together with the steps to come
@@ -129,15 +127,11 @@ class RunRecord(TrainerCallback):
             metrics.write(json.dumps(line) + "\n")
 
     def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **passed: Any
     ) -> None:
         """The marker comes last, when every rank has written its shards; only then are older ones deleted."""
         checkpoint = self._run / f"checkpoint-{state.global_step}"
+        model = passed["model"]
         logits = probe_logits(model, self._probe_ids)
         if not logits.isfinite().all():
             raise UserError(

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch.utils.data import SequentialSampler
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from blockft.attention.backends import BlockMasks
 from blockft.attention.layout import Vectors
@@ -20,6 +21,9 @@ class BlockTrainer(Trainer):
 
     `eval_rows` gives held-out rows by view, as many for every process.
     """
+
+    model: PreTrainedModel | PeftModel
+    train_dataset: Rows
 
     def __init__(self, *, eval_rows: Mapping[str, Rows], **settings: Any) -> None:
         super().__init__(data_collator=_only_row, compute_loss_func=label_loss, **settings)

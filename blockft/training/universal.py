@@ -53,8 +53,9 @@ class StepsApart(TrainerCallback):
     """
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **passed: Any
     ) -> None:
+        optimizer = passed["optimizer"]
         while hasattr(optimizer, "optimizer"):  # wrapped by accelerate and by DeepSpeed
             optimizer = optimizer.optimizer
         for adam in optimizer.state.values():
