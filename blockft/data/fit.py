@@ -1,4 +1,4 @@
-"""Examples that fit in rows: what becomes of long samples, and which examples share their context."""
+"""What fits: samples in rows, prompts in a model; what becomes of long ones, which share contexts."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from blockft.data.encode import Encoder, Example
 from blockft.data.rag import trim
 from blockft.data.sample import Sample
 from blockft.data.template import UnfitText
+from blockft.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,41 @@ def _fit(
         name = f"sample {sample.id} of {sample.source}: "
         raise UnfitText(name + str(example).removeprefix(name), example.reason) from example
     return Outcome(sample, None, example.reason, is_unfit=True)
+
+
+class LongPrompt(UserError):
+    """A prompt that does not fit into the model's positions together with its answer; others may."""
+
+
+def fit_prompt(
+    prompt: Sample, encoder: Encoder, num_positions: int, max_new_tokens: int, trims: bool
+) -> tuple[Sample, list[list[int]]]:
+    """A prompt that leaves room for an answer, and the token ids of its blocks.
+
+    If `trims`, one that is too long loses its least relevant documents.
+
+    Raises:
+        LongPrompt: it is too long, and not to be trimmed, or not enough.
+        UnfitText: the template or the tokenizer does not keep a text of it.
+    """
+    ids = encoder.encode_prompt(prompt)
+    while sum(map(len, ids)) + max_new_tokens > num_positions:
+        shorter = trim(prompt) if trims else None
+        if shorter is None:
+            raise LongPrompt(
+                f"prompt {prompt.id}: it and its answer need {sum(map(len, ids)) + max_new_tokens} tokens, "
+                f"the model has {num_positions} positions: "
+                f"{_remedy(prompt, len(ids[-1]) + max_new_tokens > num_positions, trims)}"
+            )
+        prompt, ids = shorter, encoder.encode_prompt(shorter)
+    return prompt, ids
+
+
+def _remedy(prompt: Sample, is_question_too_long: bool, trims: bool) -> str:
+    """What would make a prompt fit."""
+    if is_question_too_long or not prompt.documents:
+        return "shorten its question, or ask for fewer new tokens"
+    return "no document can be spared" if trims else "use fewer documents or fewer new tokens"
 
 
 def share_context(examples: Iterator[Example], row_len: int) -> Iterator[Example]:

@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockft.data.encode import Encoder
-from blockft.data.rag import Document, RagPrompt, trained_prompt, trim
+from blockft.data.fit import fit_prompt
+from blockft.data.rag import Document, RagPrompt, trained_prompt
 from blockft.data.request import request_of
 from blockft.data.sample import RecordError, Sample
 from blockft.data.tokenizer import fingerprint
@@ -219,21 +220,14 @@ class Engine:
                 yield piece
 
     def encode(self, prompt: Sample, max_new_tokens: int, *, trims: bool = False) -> list[list[int]]:
-        """The token ids of a prompt's blocks, few enough for an answer to fit.
+        """The token ids of a prompt's blocks, few enough for an answer to fit; see `data.fit.fit_prompt`."""
+        return self.fit(prompt, max_new_tokens, trims=trims)[1]
 
-        Raises:
-            UserError: they are too many for the model's positions, and not to be trimmed, or not enough.
-        """
-        ids, rest = self._encoder.encode_prompt(prompt), prompt
-        while sum(map(len, ids)) + max_new_tokens > self._limit and trims and (shorter := trim(rest)):
-            rest, ids = shorter, self._encoder.encode_prompt(shorter)
-        if (needed := sum(map(len, ids)) + max_new_tokens) > self._limit:
-            few = "no document can be spared" if trims else "use fewer documents or fewer new tokens"
-            raise UserError(
-                f"prompt {prompt.id}: it and its answer need {needed} tokens, "
-                f"the model has {self._limit} positions: {few}"
-            )
-        return ids
+    def fit(
+        self, prompt: Sample, max_new_tokens: int, *, trims: bool = False
+    ) -> tuple[Sample, list[list[int]]]:
+        """As `encode`, and before the ids the prompt without the documents that it lost."""
+        return fit_prompt(prompt, self._encoder, self._limit, max_new_tokens, trims)
 
     def _wording(self) -> RagPrompt:
         if self.prompt is None:

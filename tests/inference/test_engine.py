@@ -198,6 +198,10 @@ def test_a_prompt_that_is_too_long_is_named(engine: Engine) -> None:
         engine.generate_batch([prompt])
     with pytest.raises(UserError, match="no document can be spared"):
         engine.generate_batch([prompt], trims=True)
+    chat = {"messages": [{"role": "user", "content": "x" * 5000}]}
+    for asked in ({"documents": ["x"], "question": "?" * 5000}, chat):
+        with pytest.raises(UserError, match="shorten its question, or ask for fewer new tokens"):
+            engine.generate_batch([engine.request(asked)])
     with pytest.raises(UserError, match="need 4097 tokens"):
         engine.generate_ids([[[1] * 4000, [2]]], max_new_tokens=96)
     engine.ends = set()
