@@ -29,7 +29,7 @@ from blockft.data.tokenizer import fingerprint
 from blockft.errors import UserError
 from blockft.model.load import load_tokenizer
 from blockft.rundir import refuse_existing, whole_folder
-from blockft.stages.prompt import read_source
+from blockft.stages.prompt import check_wording, read_source
 
 TASK_SAMPLES = 64
 """Samples that a worker encodes at a time."""
@@ -86,6 +86,7 @@ def prepare(recipe: Recipe, overwrite: bool = False) -> Path:
     start = time.monotonic()
     data, out = recipe.data, Path(recipe.data.out)
     _check_out(out, overwrite)
+    check_wording(data.prompt)
     # workers are forked, and the tokenizer's threads would not survive that
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     counts = [SourceCount() for _ in data.sources]

@@ -2,20 +2,21 @@
 
 from collections.abc import Iterator
 
-from blockft.config import BadRecord, DataSettings, Source
+from blockft.config import BadRecord, DataSettings, PromptSettings, Source
 from blockft.data.rag import RagPrompt
 from blockft.data.sample import Sample
 from blockft.data.sources import Tally, read
 from blockft.errors import UserError
 
 
-def rag_prompt(data: DataSettings) -> RagPrompt:
-    """How prompts are worded and which documents stand where.
+def check_wording(prompt: PromptSettings) -> None:
+    """Refuse a wording to train on that would not make the same block of a document everywhere.
+
+    A model that was trained on such a wording is still asked in it, as long as its chat template keeps it.
 
     Raises:
-        UserError: a template is faulty, or would not make the same block of a document everywhere.
+        UserError: no text stands before the documents, or something after the last one.
     """
-    prompt = data.prompt
     if not prompt.instruction.strip():
         raise UserError(
             "data.prompt.instruction is blank: without a text before it the first document would start the "
@@ -26,6 +27,15 @@ def rag_prompt(data: DataSettings) -> RagPrompt:
             f"data.prompt.document ends in {prompt.document[len(prompt.document.rstrip()) :]!r}: a chat "
             "template that trims would make another block of the last document; write it before the document"
         )
+
+
+def rag_prompt(data: DataSettings) -> RagPrompt:
+    """How prompts are worded and which documents stand where.
+
+    Raises:
+        UserError: a template is faulty.
+    """
+    prompt = data.prompt
     return RagPrompt(
         instruction=prompt.instruction,
         document=prompt.document,

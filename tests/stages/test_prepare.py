@@ -274,3 +274,8 @@ def test_laws_5_and_6_on_real_data(make_recipe: Make, toy_model: Path, format: F
         assert "".join(blocks) == f"{prompt}{sample.response}<|im_end|>"
         for text, ids in zip(blocks, example.blocks, strict=True):
             assert ids_of.setdefault(text, ids.tolist()) == ids.tolist()
+
+
+def test_a_wording_that_would_change_documents_is_not_trained(make_recipe: Make) -> None:
+    with pytest.raises(UserError, match="data.prompt.document ends in"):
+        prepare(make_recipe(prompt=PromptSettings(document="{title}\n{text}\n\n")))

@@ -10,7 +10,7 @@ from blockft.data.sample import Sample
 from blockft.data.sources import LAYOUTS, Tally
 from blockft.errors import UserError
 from blockft.recipe import load_recipe
-from blockft.stages.prompt import rag_prompt, read_source
+from blockft.stages.prompt import check_wording, rag_prompt, read_source
 
 REAL_DATA = Path(os.environ.get("BLOCKFT_REAL_DATA", "../shared/data"))
 COUNTS = {
@@ -41,6 +41,7 @@ def settings(**changes: Any) -> DataSettings:
 )
 def test_a_wording_that_would_change_documents_is_refused(wording: dict[str, str], said: str) -> None:
     with pytest.raises(UserError, match=said) as raised:
+        check_wording(PromptSettings(**wording))
         rag_prompt(settings(prompt=PromptSettings(**wording)))
     assert "\n" not in str(raised.value)
 
