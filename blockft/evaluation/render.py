@@ -1,5 +1,6 @@
 """Reports for people: as markdown, and as a picture."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,6 +64,8 @@ def _plain(value: Any) -> str:
         return ", ".join(f"{key}: {_plain(inner)}" for key, inner in value.items())
     if isinstance(value, list):
         return "; ".join(map(_plain, value))
+    if isinstance(value, str):
+        return value if value.isprintable() else json.dumps(value, ensure_ascii=False)
     return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 

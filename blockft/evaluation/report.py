@@ -14,6 +14,8 @@ VERSION = 1
 ALL = "all"
 INTERVALS = "intervals"
 DIFFERENCE = "block - full"
+REPEATED = "same questions"
+"""Groups that hold the same questions as another, under which they are counted: their name -> its name."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,50 @@ def build_report(
         INTERVALS: {"level": LEVEL, "resamples": NUM_RESAMPLES, "seed": SEED},
         "modes": {mode: summarize(answered) for mode, answered in predictions.items()},
         "prompts": {mode: _prompts(answered) for mode, answered in predictions.items()},
+        REPEATED: _repeated(next(iter(predictions.values()), ())),
     }
     if {"block", "full"} <= predictions.keys():
         report[DIFFERENCE] = difference(predictions["block"], predictions["full"])
     return report
+
+
+def check_report(report: Any) -> None:
+    """Refuse what was read as a report and has not the form that `build_report` gives it.
+
+    Raises:
+        ValueError: the sentence says what is missing.
+    """
+    modes = report.get("modes") if isinstance(report, dict) else None
+    if not isinstance(modes, dict) or not modes:
+        raise ValueError("it has no 'modes'")
+    if report.get("version") != VERSION:
+        raise ValueError(
+            f"it is of version {report.get('version')}, this blockft reads version {VERSION}: evaluate again"
+        )
+    if not isinstance(report.get("options"), dict):
+        raise ValueError("it has no 'options'")
+    for mode, groups in modes.items():
+        if not isinstance(groups, dict) or ALL not in groups:
+            raise ValueError(f"mode {mode!r} holds no scores")
+        for group, scores in groups.items():
+            if not _is_summary(scores):
+                raise ValueError(f"mode {mode!r} holds no scores of {group!r}")
+        repeated = report.get(REPEATED, {})
+        if not isinstance(repeated, dict) or not groups.keys() >= set(map(str, repeated.values())):
+            raise ValueError(f"{REPEATED!r} names groups that mode {mode!r} has not")
+
+
+def _is_summary(scores: Any) -> bool:
+    match scores:
+        case {"questions": int(), "intervals": {**intervals}}:
+            return all(
+                isinstance(scores.get(name), int | float)
+                and isinstance(ends := intervals.get(name), list)
+                and len(ends) == 2
+                and all(isinstance(end, int | float) for end in ends)
+                for name in METRICS
+            )
+    return False
 
 
 def histogram(numbers: Iterable[int]) -> dict[str, int]:
@@ -85,14 +127,24 @@ def histogram(numbers: Iterable[int]) -> dict[str, int]:
 
 def _groups(predictions: Sequence[Prediction]) -> dict[str, list[int]]:
     """Which predictions are in each group; one that holds the same as another before it is left out."""
+    repeated = _repeated(predictions)
+    return {group: members for group, members in _members(predictions).items() if group not in repeated}
+
+
+def _repeated(predictions: Sequence[Prediction]) -> dict[str, str]:
+    """The groups that hold the same predictions as another before them, and that one."""
+    first: dict[tuple[int, ...], str] = {}
+    groups = _members(predictions)
+    firsts = {group: first.setdefault(tuple(members), group) for group, members in groups.items()}
+    return {group: other for group, other in firsts.items() if group != other}
+
+
+def _members(predictions: Sequence[Prediction]) -> dict[str, list[int]]:
     groups: dict[str, list[int]] = defaultdict(list)
     for index, prediction in enumerate(predictions):
         for group in (ALL, *prediction.groups):
             groups[group].append(index)
-    first: dict[tuple[int, ...], str] = {}
-    for group, members in groups.items():
-        first.setdefault(tuple(members), group)
-    return {group: list(members) for members, group in first.items()}
+    return groups
 
 
 def _means(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:

@@ -1,11 +1,20 @@
 """What a report counts, and how it is shown."""
 
 import json
+from typing import Any
 
 import pytest
 
 from blockft.evaluation.render import draw, markdown
-from blockft.evaluation.report import DIFFERENCE, Prediction, build_report, difference, summarize
+from blockft.evaluation.report import (
+    DIFFERENCE,
+    REPEATED,
+    Prediction,
+    build_report,
+    check_report,
+    difference,
+    summarize,
+)
 
 
 def prediction(id: str, answer: str, *groups: str, cut_off: bool = False) -> Prediction:
@@ -50,12 +59,39 @@ def test_a_report_names_its_options_and_counts_its_prompts() -> None:
     assert report["prompts"]["block"]["blocks_per_prompt"] == {"3": 3}
     assert report["prompts"]["block"]["answers_cut_off"] == 1
     assert DIFFERENCE not in build_report("m", {"block": ANSWERS}, {})
+    assert report[REPEATED] == {"world": "all", "world: hard": "world: 2 hops"}
+
+
+def test_what_is_no_report_is_told_from_one() -> None:
+    report: dict[str, Any] = json.loads(json.dumps(build_report("m", {"block": ANSWERS}, {})))
+    check_report(report)
+    scores = report["modes"]["block"]["all"]
+    for faulty, said in [
+        ([], "no 'modes'"),
+        ({"version": 1, "modes": {"a": 1}}, "no 'options'"),
+        (report | {"version": 7}, "version 7, .* evaluate again"),
+        (report | {"modes": {}}, "no 'modes'"),
+        (report | {"modes": {"a": 1}}, "mode 'a' holds no scores"),
+        (report | {"modes": {"a": {}}}, "mode 'a' holds no scores"),
+        (report | {"modes": {"a": {"all": {"questions": 3}}}}, "no scores of 'all'"),
+        (report | {"modes": {"a": {"all": scores | {"token_f1": "?"}}}}, "no scores of 'all'"),
+        (report | {"modes": {"a": {"all": scores | {"intervals": {}}}}}, "no scores of 'all'"),
+        (report | {REPEATED: {"x": "y"}}, "same questions"),
+        (report | {REPEATED: ["x"]}, "same questions"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            check_report(faulty)
 
 
 def test_a_report_can_be_read_as_a_page_and_as_a_picture() -> None:
-    report = json.loads(json.dumps(build_report("m", {"block": ANSWERS, "full": OTHERS}, {"order": "given"})))
+    report = json.loads(
+        json.dumps(
+            build_report("m", {"block": ANSWERS, "full": OTHERS}, {"order": "given", "wording": "\n\n{text}"})
+        )
+    )
     page = markdown(report)
     assert "| world: 2 hops | 2 | 50.0 [0.0, 100.0] | 100.0 [100.0, 100.0] | -50.0 [-100.0, +0.0] |" in page
-    assert "| order | given |" in page and "| answers cut off, block mode | 1 |" in page
+    assert "| order | given |" in page and r'| wording | "\n\n{text}" |' in page
+    assert "| answers cut off, block mode | 1 |" in page
     figure = draw(report["modes"], ["all", "world: 1 hop"], "token_f1")
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["block", "full"]
