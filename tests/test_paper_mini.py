@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -139,3 +140,14 @@ def test_parts_of_different_tables_are_not_mixed(workplace: Path) -> None:
     assert run(workplace).returncode == 0
     done = run(workplace, "train.max_steps=5")
     assert done.returncode == 2 and "other settings" in done.stderr
+
+
+def test_a_question_that_is_asked_twice_counts_twice(tmp_path: Path) -> None:
+    table = runpy.run_path(str(ROOT / "data/paper-mini/table.py"))
+    rows = {}
+    for row, scores in {"block": (0, 1, 0), "full": (1, 1, 1)}.items():
+        lines = [{"id": "same", "groups": ["fid"], "scores": {"substring_match": score}} for score in scores]
+        (tmp_path / row).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        rows[row] = table["_hits"](tmp_path / row)
+    difference = table["_difference"](rows["block"], rows["full"])
+    assert difference["substring_match"] == pytest.approx(-200 / 3)

@@ -82,16 +82,16 @@ def main(out: Path, results: Path) -> None:
     print(page)
 
 
-def _hits(path: Path) -> dict[str, float]:
-    """The score of each question."""
+def _hits(path: Path) -> list[tuple[str, float]]:
+    """Each question and its score, in the order of the file: a question may be asked twice."""
     lines = (json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line)
-    return {f"{line['groups'][0]} {line['id']}": 100 * line["scores"][METRIC] for line in lines}
+    return [(f"{line['groups'][0]} {line['id']}", 100 * line["scores"][METRIC]) for line in lines]
 
 
-def _difference(hits: dict[str, float], reference: dict[str, float]) -> dict[str, Any]:
+def _difference(hits: list[tuple[str, float]], reference: list[tuple[str, float]]) -> dict[str, Any]:
     """What a row scores above the reference, with the interval over pairs of answers to one question."""
-    assert hits.keys() == reference.keys(), "the evaluations asked different questions"
-    apart = [hits[question] - reference[question] for question in hits]
+    assert [q for q, _ in hits] == [q for q, _ in reference], "the evaluations asked different questions"
+    apart = [score - other for (_, score), (_, other) in zip(hits, reference, strict=True)]
     return {METRIC: statistics.fmean(apart), INTERVALS: {METRIC: interval(apart)}}
 
 
