@@ -177,7 +177,8 @@ class DataSettings:
     # the views of every example that splits into blocks
     views: list[View] = at_least(1, [View.block, View.full])
     # reencoded: a block's tokens stand where the prompt has them, wherever they were cached; local: they stay
-    # at 0..n-1 (the paper's ablation). Training and its exports alone know of it: prepared data serve both
+    # at 0..n-1 (the paper's ablation). Training alone reads it, for prepared data serve both;
+    # eval and generate go by what an export says
     positions: Positions = Positions.reencoded
     # documents in a RAG prompt, and never less than those that support the answer; null keeps all that the
     # record has, 0 asks without documents
@@ -189,9 +190,11 @@ class DataSettings:
     shared_context: bool = False
     # the sentence-transformers model of `retrieve: dense`, a folder or an id on the Hub
     dense_model: str = "sentence-transformers/all-MiniLM-L6-v2"
-    # error names file, line and field; skip counts and lists the record
+    # error names file, line and field; skip counts and lists the record; to eval a question without answers
+    # is one, too
     on_bad_record: BadRecord = BadRecord.error
-    # drop the sample, or trim its least relevant documents
+    # of a sample longer than a row, or in eval than the model's positions allow: drop it, or trim its least
+    # relevant documents
     too_long: TooLong = TooLong.drop
     # worker processes for tokenising; 0 is one per core
     num_workers: int = at_least(0, 0)
@@ -257,7 +260,7 @@ class EvalSettings:
     modes: list[View] = at_least(1, [View.block, View.full])
     # the longest answer, in tokens
     max_new_tokens: int = at_least(1, 32)
-    # evaluate no more than this many samples; null is all
+    # evaluate no more than this many samples, one of each source in turn; null is all
     max_samples: int | None = at_least(1, None)
     # prompts decoded together
     batch_size: int = at_least(1, 32)

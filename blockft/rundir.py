@@ -96,9 +96,8 @@ def partial_folder(out: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
             for name in asked | found:
                 if asked.get(name) != found.get(name):
                     raise UserError(
-                        f"{partial} was begun with another {name} ({found.get(name)}, "
-                        f"not {asked.get(name)}): go on as it was begun, choose another folder, "
-                        "or remove it to begin anew"
+                        f"{partial} was begun otherwise ({name}: {found.get(name)}, not {asked.get(name)}): "
+                        "go on as it was begun, choose another folder, or remove it to begin anew"
                     )
         else:
             write_whole(partial / FACTS, json.dumps(asked, indent=2) + "\n")

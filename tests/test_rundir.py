@@ -56,7 +56,7 @@ def test_a_partial_folder_is_found_again_by_who_makes_the_same(tmp_path: Path) -
             pass
         raise ZeroDivisionError
     with (
-        pytest.raises(UserError, match=r"another limit \(3, not 4\)"),
+        pytest.raises(UserError, match=r"begun otherwise \(limit: 3, not 4\)"),
         partial_folder(out, facts | {"limit": 4}),
     ):
         pass

@@ -2,23 +2,33 @@
 
 import json
 import os
+from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from blockft.data.fit import LongPrompt
 from blockft.data.sample import Sample
+from blockft.data.template import UnfitText
 from blockft.evaluation.report import Prediction
 from blockft.inference.engine import Engine
 
 GROUPS = ("type", "level")
 """Entries of a sample's meta data by which the questions of a source are also counted apart."""
 
+TOO_LONG = "too long"
+"""Why a question is left out that does not fit into the model."""
+
 WINDOW_BATCHES = 16
 """Batches whose questions are sorted by length together."""
 
 Batch = tuple[int, ...]
 """The places of a batch's samples in the data."""
+
+Blocks = Sequence[Sequence[int]]
+"""The token ids of each block of a prompt."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +52,56 @@ def plan_batches(samples: Sequence[Sample], batch_size: int) -> list[Batch]:
     return batches
 
 
+@dataclass(frozen=True)
+class Asked:
+    """The questions of an evaluation that fit, as asked, each with its prompt; what became of the others."""
+
+    samples: list[Sample]
+    prompts: list[Blocks]
+    dropped: Counter[str]
+    num_trimmed: int
+    first_long: str = ""
+
+
+def encode_questions(
+    engine: Engine, samples: Iterable[Sample], max_new_tokens: int, *, trims: bool, skip_bad: bool
+) -> Asked:
+    """Encode all questions before the first is answered; those that are too long are left out and counted.
+
+    If `trims`, they lose their least relevant documents first. With `skip_bad` those that are unfit for the
+    chat template or the tokenizer are left out, too.
+
+    Raises:
+        UnfitText: the template or the tokenizer does not keep a text of a question, which is named.
+    """
+    fitting: list[Sample] = []
+    prompts: list[Blocks] = []
+    dropped, num_trimmed, first_long = Counter[str](), 0, ""
+    for sample in samples:
+        try:
+            asked, blocks = engine.fit(sample, max_new_tokens, trims=trims)
+        except LongPrompt as error:
+            dropped[TOO_LONG] += 1
+            first_long = first_long or str(error)
+        except UnfitText as error:
+            if not skip_bad:
+                raise
+            dropped[error.reason] += 1
+        else:
+            fitting.append(asked)
+            # all wait in memory: 4 bytes a token, not a list's 36
+            prompts.append([array("i", block) for block in blocks])
+            num_trimmed += asked is not sample
+    return Asked(fitting, prompts, dropped, num_trimmed, first_long)
+
+
 def answer_batch(
-    engine: Engine, samples: Sequence[Sample], batch: Batch, *, mode: str, max_new_tokens: int
+    engine: Engine, prompts: Sequence[Blocks], batch: Batch, *, mode: str, max_new_tokens: int
 ) -> list[Answered]:
+    """The answers to the prompts of a batch."""
     # which blocks are packed together decides their last bits: after a kill it must be the same ones
     engine.forget()
-    answers = engine.generate_batch([samples[i] for i in batch], mode=mode, max_new_tokens=max_new_tokens)
+    answers = engine.generate_ids([prompts[i] for i in batch], mode=mode, max_new_tokens=max_new_tokens)
     return [
         Answered(index, answer.text, answer.num_blocks, answer.prompt_tokens, len(answer.ids))
         for index, answer in zip(batch, answers, strict=True)

@@ -3,23 +3,34 @@
 import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
 from blockft import __version__
-from blockft.config import Precision, Recipe
+from blockft.config import BadRecord, Positions, Precision, Recipe, Retrieve, Source, TooLong
 from blockft.data.sample import Sample, to_record
 from blockft.data.sources import LAYOUTS
 from blockft.data.tokenizer import fingerprint
 from blockft.errors import UserError
-from blockft.evaluation.answers import AnswerFile, answer_batch, plan_batches, predictions
+from blockft.evaluation.answers import (
+    TOO_LONG,
+    AnswerFile,
+    Asked,
+    answer_batch,
+    encode_questions,
+    plan_batches,
+    predictions,
+)
 from blockft.evaluation.metrics import METRICS
 from blockft.evaluation.render import cell, draw, markdown
 from blockft.evaluation.report import DIFFERENCE, Prediction, build_report, histogram
@@ -28,11 +39,14 @@ from blockft.inference.runner import CacheOptions
 from blockft.model.identity import model_fingerprint
 from blockft.model.load import reencodes
 from blockft.rundir import partial_folder, refuse_existing, save_figure, whole_folder
-from blockft.stages.questions import read_questions
+from blockft.stages.questions import read_questions, revision_of
 
 REPORT = "report.json"
 METRIC = "substring_match"
 """What is drawn: the paper's accuracy."""
+
+SOURCES = "sources"
+"""The one option that decides no answer: the hash of the questions does, wherever they were read."""
 
 
 def evaluate(model: str, recipe: Recipe, *, as_json: bool = False) -> Path:
@@ -43,27 +57,39 @@ def evaluate(model: str, recipe: Recipe, *, as_json: bool = False) -> Path:
 
     Raises:
         UserError: the recipe has no `eval`; `eval.out` exists, or was begun otherwise; a question without
-            answers; see `Engine.load`.
+            answers; none that fits into the model; see `revision_of` and `Engine.load`.
+        KeyboardInterrupt: after it was said that the same command goes on.
     """
     settings = recipe.eval
     if settings is None:
         raise UserError("the recipe has no eval: add eval.out and eval.sources")
     out = Path(settings.out)
     refuse_existing(out, "choose another eval.out")
+    revision = revision_of(model, recipe)
     samples, dropped = read_questions(recipe)
-    revision = recipe.model.revision if model == recipe.model.path else None
     dtype = None if recipe.model.dtype is Precision.auto else getattr(torch, recipe.model.dtype.value)
     # blocks are used within a batch, which the first tier holds
     cache = CacheOptions(host_bytes=0) if torch.cuda.is_available() else None
     engine = Engine.load(model, revision=revision, dtype=dtype, cache=cache)
-    options = {**_options(recipe, engine, samples, revision), "records dropped": dropped}
-    with partial_folder(out, {"model": model, **options}) as partial:
-        answered = {
-            mode.value: _answer(engine, samples, mode.value, recipe, partial)
-            for mode in dict.fromkeys(settings.modes)
-        }
-        report = build_report(model, answered, options)
-        _write(out, report, answered)
+    console = Console(stderr=True)
+    if recipe.data.positions is Positions.local and reencodes(engine.model.config):
+        said = "data.positions=local has no effect here: the model does not say that it was trained so"
+        console.print(said, soft_wrap=True)
+    asked = _encode(engine, samples, recipe, console)
+    options = _options(recipe, engine, asked, revision)
+    options["records dropped"] = dict(sorted((asked.dropped + Counter(dropped)).items()))
+    facts = {name: value for name, value in options.items() if name != SOURCES}
+    try:
+        with partial_folder(out, facts) as partial:
+            answered = {
+                mode.value: _answer(engine, asked, mode.value, recipe, partial, console)
+                for mode in dict.fromkeys(settings.modes)
+            }
+            report = build_report(model, answered, options)
+            _write(out, report, answered)
+    except KeyboardInterrupt:
+        console.print("interrupted: the same command goes on where this one stopped")
+        raise
     if as_json:
         print(json.dumps(report, indent=2))
     else:
@@ -71,12 +97,41 @@ def evaluate(model: str, recipe: Recipe, *, as_json: bool = False) -> Path:
     return out
 
 
-def _options(recipe: Recipe, engine: Engine, samples: list[Sample], revision: str | None) -> dict[str, Any]:
+def _encode(engine: Engine, samples: list[Sample], recipe: Recipe, console: Console) -> Asked:
+    """The questions that fit, with their prompts; what is left out is said.
+
+    Raises:
+        UserError: none fits, or one is unfit for the chat template and not to be skipped.
+    """
+    assert recipe.eval
+    asked = encode_questions(
+        engine,
+        track(samples, "prompts", console=console, transient=True, disable=not sys.stderr.isatty()),
+        recipe.eval.max_new_tokens,
+        trims=recipe.data.too_long is TooLong.trim,
+        skip_bad=recipe.data.on_bad_record is BadRecord.skip,
+    )
+    if not asked.samples:
+        raise UserError(f"no question fits: {asked.first_long or next(iter(asked.dropped))}")
+    if asked.first_long:
+        number = f"{asked.dropped[TOO_LONG]} of {len(samples)}"
+        console.print(f"left out as too long: {number}; {asked.first_long}", markup=False, soft_wrap=True)
+    return asked
+
+
+def _options(recipe: Recipe, engine: Engine, asked: Asked, revision: str | None) -> dict[str, Any]:
     """Everything that decides an answer."""
     settings, data = recipe.eval, recipe.data
     assert settings
     worded = any(LAYOUTS[source.format].question for source in settings.sources)
-    questions = "".join(json.dumps(to_record(sample), sort_keys=True) + "\n" for sample in samples)
+    wording = {
+        "wording of the instruction": data.prompt.instruction,
+        "wording of a document": data.prompt.document,
+        "wording of the question": data.prompt.question,
+        "message of the documents": data.prompt.documents_in.value,
+        "order of documents": data.order.value,
+    }
+    questions = "".join(json.dumps(to_record(sample), sort_keys=True) + "\n" for sample in asked.samples)
     return {
         "revision": revision,
         "model fingerprint": model_fingerprint(engine.model),
@@ -86,38 +141,38 @@ def _options(recipe: Recipe, engine: Engine, samples: list[Sample], revision: st
         "device": engine.model.device.type,
         "output limit, tokens": settings.max_new_tokens,
         "prompts in a batch": settings.batch_size,
-        "questions": len(samples),
+        "questions": len(asked.samples),
         "hash of the questions": hashlib.sha256(questions.encode()).hexdigest(),
-        "sources": [
-            {
-                "path": s.path,
-                "format": s.format.value,
-                "max_samples": s.max_samples,
-                "retrieve": s.retrieve.value,
-            }
-            for s in settings.sources
-        ],
-        "order of documents": data.order.value if worded else "as in the samples",
+        SOURCES: [_describe(source, data.dense_model) for source in settings.sources],
+        **(wording if worded else dict.fromkeys(wording, "as in the samples")),
         "seed of the order": data.seed,
         "number of documents": data.num_documents if worded and data.num_documents is not None else "all",
         "shared context": worded and data.shared_context,
-        "documents per prompt": histogram(len(sample.documents) for sample in samples),
+        "documents per prompt": histogram(len(sample.documents) for sample in asked.samples),
+        "prompts that are too long": data.too_long.value,
+        "prompts trimmed": asked.num_trimmed,
         "blockft": __version__,
         **{name: version(name) for name in ("torch", "transformers")},
     }
 
 
+def _describe(source: Source, dense_model: str) -> dict[str, Any]:
+    """What the report says of a source."""
+    searched = {"dense_model": dense_model} if source.retrieve is Retrieve.dense else {}
+    return asdict(source) | {"format": source.format.value, "retrieve": source.retrieve.value} | searched
+
+
 def _answer(
-    engine: Engine, samples: list[Sample], mode: str, recipe: Recipe, folder: Path
+    engine: Engine, asked: Asked, mode: str, recipe: Recipe, folder: Path, console: Console
 ) -> list[Prediction]:
     """The predictions of a mode; what `folder` holds of them already is not asked again."""
     assert recipe.eval
-    limit, console = recipe.eval.max_new_tokens, Console(stderr=True)
+    samples, limit = asked.samples, recipe.eval.max_new_tokens
     answers = AnswerFile(folder / f"answers-{mode}.jsonl", plan_batches(samples, recipe.eval.batch_size))
     if answers.done:
         console.print(f"{mode} mode: going on after {len(answers.done)} of {len(samples)} answers")
     for batch in track(answers.left, f"{mode} mode", console=console, disable=not sys.stderr.isatty()):
-        answers.add(answer_batch(engine, samples, batch, mode=mode, max_new_tokens=limit))
+        answers.add(answer_batch(engine, asked.prompts, batch, mode=mode, max_new_tokens=limit))
     return predictions(samples, answers.done, limit)
 
 
@@ -133,8 +188,17 @@ def _write(out: Path, report: dict[str, Any], answered: Mapping[str, list[Predic
 
 
 def _print(report: dict[str, Any]) -> None:
-    names = (Column(name, overflow="fold") for name in METRICS)
-    table = Table("mode", "group", "questions", *names, title=report["model"])
+    # a score is wider than anything that says whose it is, and never broken
+    names = (Column(name, no_wrap=True) for name in ("number", *(n.replace("_", "\n") for n in METRICS)))
+    table = Table(
+        "mode",
+        Column("questions", overflow="fold"),
+        *names,
+        title=report["model"],
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     columns = report["modes"] | ({DIFFERENCE: report[DIFFERENCE]} if DIFFERENCE in report else {})
     for mode, groups in columns.items():
         for group, scores in groups.items():

@@ -1,12 +1,13 @@
 """What `blockft eval` asks: the eval part of a recipe, or a file of questions alone."""
 
 from collections import Counter
-from collections.abc import Sequence
-from itertools import chain, islice
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice, repeat, zip_longest
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from blockft.config import Format, Recipe
+from blockft.config import BadRecord, Format, Recipe
 from blockft.data.sample import Sample
 from blockft.data.sources import LAYOUTS, Tally, locate
 from blockft.errors import UserError
@@ -35,40 +36,79 @@ def recipe_for(model: str, data: str, overrides: Sequence[str] = (), *, format: 
     format = str(format or Format.samples)
     source, worded = {"format": format, "path": data}, LAYOUTS[format].question is not None
     # what concerns training is not read
-    given = {
+    given: dict[str, Any] = {
         "model": {"path": model},
-        "data": {"out": ".", "sources": [source], **(_wording(model) if worded else {})},
+        "data": {"out": ".", "sources": [source]},
         "train": {"out": "."},
         "eval": {"out": f"out/eval/{_name(model)}-{_name(data)}", "sources": [source]},
     }
-    return make_recipe(given, overrides, f"the evaluation of {data}")
+    recipe = make_recipe(given, overrides, name := f"the evaluation of {data}")
+    if not worded:
+        return recipe
+    given["data"] |= _wording(model, revision_of(model, recipe))
+    return make_recipe(given, overrides, name)
+
+
+def revision_of(model: str, recipe: Recipe) -> str | None:
+    """The revision of a model that a recipe is to be evaluated with; a folder has none.
+
+    Raises:
+        UserError: the recipe has one, but for another model.
+    """
+    if Path(model).is_dir():
+        return None
+    path, revision = recipe.model.path, recipe.model.revision
+    if revision is not None and model != path:
+        raise UserError(
+            f"model.revision is {revision!r}, of {path!r}, but {model!r} is to be evaluated: "
+            "set model.revision=null, or model.path to that model as well"
+        )
+    return revision
 
 
 def read_questions(recipe: Recipe) -> tuple[list[Sample], dict[str, int]]:
     """The samples of `eval.sources`, and how many records gave none, by reason.
 
+    If `eval.max_samples` is less than all, the sources take turns; the order is always that of the sources.
+
     Raises:
-        UserError: there are none, or one has no answers; see `read_source`.
+        UserError: there are none, or one has no answers and is not to be skipped; see `read_source`.
     """
     assert recipe.eval
     tallies = [Tally() for _ in recipe.eval.sources]
+    skips = recipe.data.on_bad_record is BadRecord.skip
     sources = [
-        read_source(source, recipe.data, tally)
+        _with_answers(read_source(source, recipe.data, tally), tally, skips)
         for source, tally in zip(recipe.eval.sources, tallies, strict=True)
     ]
-    samples = list(islice(chain.from_iterable(sources), recipe.eval.max_samples))
-    if not samples:
-        raise UserError("eval.sources hold no question")
-    for sample in samples:
-        if not sample.answers:
-            raise UserError(f"question {sample.id} of {sample.source} has no answers to be scored against")
+    rounds = zip_longest(*(zip(repeat(i), source) for i, source in enumerate(sources)))
+    turns = (turn for turn in chain.from_iterable(rounds) if turn)
+    chosen = sorted(islice(turns, recipe.eval.max_samples), key=itemgetter(0))
     dropped = sum((tally.dropped for tally in tallies), Counter[str]())
-    return samples, dict(sorted(dropped.items()))
+    if not chosen:
+        reasons = ", ".join(f"{reason}: {number}" for reason, number in dropped.items())
+        raise UserError(f"eval.sources hold no question{f' ({reasons})' if reasons else ''}")
+    return [sample for _, sample in chosen], dict(sorted(dropped.items()))
 
 
-def _wording(model: str) -> dict[str, Any]:
-    known = getattr(load_config(model), "block_attention", None)
-    if known is None:
+def _with_answers(samples: Iterable[Sample], tally: Tally, skips: bool) -> Iterator[Sample]:
+    """The samples that have answers; if not `skips`, one without is an error."""
+    for sample in samples:
+        if sample.answers:
+            yield sample
+        elif skips:
+            tally.drop("no answers")
+        else:
+            raise UserError(
+                f"question {sample.id} of {sample.source} has no answers to be scored against "
+                "(data.on_bad_record=skip passes over it)"
+            )
+
+
+def _wording(model: str, revision: str | None) -> dict[str, Any]:
+    """The settings of `data` that an export says; none for a model that does not say how it is asked."""
+    known = getattr(load_config(model, revision), "block_attention", None)
+    if not known or "prompt" not in known:
         return {}
     return {
         "order": known["order"],

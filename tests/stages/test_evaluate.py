@@ -1,7 +1,8 @@
-"""Evaluations: of data alone, killed and continued; one block is full attention; reports side by side."""
+"""Evaluations: of data alone, killed and continued; one block is full attention."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from blockft.config import PromptSettings
 from blockft.errors import UserError
 from blockft.evaluation import answers
 from blockft.stages.evaluate import evaluate
@@ -68,6 +70,73 @@ def test_questions_that_are_left_out_are_counted(toy: Path) -> None:
     assert options["questions"] == 4 and options["records dropped"] == {"bad record": 1}
 
 
+def long_questions(toy: Path) -> Path:
+    """Eight questions; the fourth is itself too long for the model, the sixth has a document that is."""
+    records = [json.loads(line) for line in (toy / "questions.jsonl").read_text().splitlines()[:8]]
+    records[3]["messages"][0]["content"][-1] = "d?" * 2500
+    records[5]["messages"][0]["content"][1] = "d" * 5000
+    meta = records[5]["meta"]
+    meta["relevance"] = list(range(len(meta["documents"])))
+    path = toy / "long.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.mark.parametrize(("too_long", "kept", "trimmed"), [("drop", 6, 0), ("trim", 7, 1)])
+def test_questions_that_are_too_long_are_left_out_before_the_first_answer(
+    toy: Path, capsys: pytest.CaptureFixture[str], too_long: str, kept: int, trimmed: int
+) -> None:
+    data = long_questions(toy).name
+    out = run(toy, too_long, f"data.too_long={too_long}", "eval.modes=[block]", data=data)
+    options = json.loads((out / "report.json").read_text())["options"]
+    assert (options["questions"], options["prompts trimmed"]) == (kept, trimmed)
+    assert options["records dropped"] == {"too long": 8 - kept}
+    assert options["prompts that are too long"] == too_long
+    said = capsys.readouterr().err
+    assert f"left out as too long: {8 - kept} of 8; prompt q3: " in said and "shorten its question" in said
+
+
+def test_an_evaluation_of_nothing_but_long_questions_is_refused(toy: Path) -> None:
+    with pytest.raises(UserError, match="no question fits: prompt q0: .* fewer new tokens"):
+        run(toy, "none", "eval.max_new_tokens=4096")
+    assert not list(toy.glob("*none*"))
+
+
+def test_unfit_questions_are_skipped_if_bad_records_are(toy: Path, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text().replace("m.content", "m.content | trim"))
+    records = [json.loads(line) for line in (toy / "questions.jsonl").read_text().splitlines()[:3]]
+    records[1] |= {"messages": [{"role": "user", "content": ["\na=1", "a?"]}], "meta": {"documents": [0]}}
+    data = tmp_path / "unfit.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    words = ["eval.max_new_tokens=2", f"eval.out={tmp_path / 'out'}", "eval.modes=[block]"]
+    with pytest.raises(UserError, match="sample q1 of toy: .* trims the user message"):
+        evaluate(str(model), recipe_for(str(model), str(data), words))
+    recipe = recipe_for(str(model), str(data), [*words, "data.on_bad_record=skip"])
+    options = json.loads((evaluate(str(model), recipe) / "report.json").read_text())["options"]
+    assert options["questions"] == 2
+    assert options["records dropped"] == {"document trimmed by the chat template": 1}
+
+
+def test_positions_are_those_of_the_model(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run(toy, "local", "data.positions=local", "eval.modes=[block]", "eval.max_samples=2")
+    options = json.loads((report / "report.json").read_text())["options"]
+    assert options["positions of blocks"] == "reencoded"
+    assert "data.positions=local has no effect" in capsys.readouterr().err
+
+
+def test_a_table_of_eighty_columns_breaks_no_word(
+    toy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    run(toy, "table")
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    words = {word for line in lines for word in line.split()}
+    assert {"number", "substring", "match", "exact", "token", "f1"} <= words
+
+
 def test_answers_do_not_depend_on_the_batches(toy: Path) -> None:
     one, many = run(toy, "one", "eval.batch_size=1"), run(toy, "many", "eval.batch_size=8")
     for mode in ("block", "full"):
@@ -88,7 +157,9 @@ def test_one_block_is_answered_alike_in_both_modes(toy: Path) -> None:
     assert report["block - full"]["all"]["intervals"]["token_f1"] == [0, 0]
 
 
-def test_an_evaluation_that_failed_goes_on(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_that_failed_goes_on(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole, calls = contents(run(toy, "never")), []
 
     def failing(*given: object, **named: object) -> list[answers.Answered]:
@@ -101,13 +172,23 @@ def test_an_evaluation_that_failed_goes_on(toy: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("blockft.stages.evaluate.answer_batch", failing)
     with pytest.raises(KeyboardInterrupt):
         run(toy, "failed")
+    assert "the same command goes on" in capsys.readouterr().err
     assert not (toy / "failed").exists()
-    with pytest.raises(UserError, match="another output limit, tokens"):
+    with pytest.raises(UserError, match="output limit, tokens: 4, not 3"):
         run(toy, "failed", "eval.max_new_tokens=3")
-    with pytest.raises(UserError, match="another questions"):
+    with pytest.raises(UserError, match="questions: 21, not 20"):
         run(toy, "failed", "eval.max_samples=20")
-    assert contents(run(toy, "failed")) == whole
+    # model, data and folder by other names
+    again = f"{toy}/../{toy.name}"
+    recipe = recipe_for(
+        f"{again}/model",
+        f"{again}/questions.jsonl",
+        [f"eval.out={again}/failed", "eval.max_new_tokens=4", "eval.batch_size=4"],
+    )
+    goes_on = contents(evaluate(f"{again}/model", recipe))
     assert len(calls) == 4 + 12 - 3, "three batches of twelve were kept"
+    for name in ("predictions-block.jsonl", "predictions-full.jsonl"):
+        assert goes_on[name] == whole[name]
 
 
 def test_show_4_an_evaluation_that_was_killed_gives_the_report_of_one_that_was_not(tmp_path: Path) -> None:
@@ -149,6 +230,40 @@ def test_an_export_is_asked_as_it_was_trained(toy: Path) -> None:
     assert recipe.eval.out == f"out/eval/{toy.name}-export-{toy.name}-h"
 
 
+HOTPOT = [
+    {
+        "_id": f"h{i}",
+        "question": "What is the mayor of Vithumouth?",
+        "answer": "Brosuk",
+        "context": [["Vithumouth", ["The mayor of Vithumouth is Brosuk."]], ["Oremouth", ["Kell."]]],
+        "supporting_facts": [["Vithumouth", 0]],
+        "type": "bridge",
+        "level": "hard",
+    }
+    for i in range(2)
+]
+
+
+@pytest.mark.parametrize("wording", ["today's", "that of exports with separators behind documents"])
+def test_the_demo_model_is_asked_questions_of_a_file(tmp_path: Path, wording: str) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(ROOT / MODEL, model)
+    if wording != "today's":
+        config = json.loads((model / "config.json").read_text())
+        config["block_attention"]["prompt"]["document"] = "{title}\n{text}\n\n"
+        (model / "config.json").write_text(json.dumps(config))
+    (tmp_path / "h.json").write_text(json.dumps(HOTPOT))
+    words = ["eval.max_new_tokens=2", f"eval.out={tmp_path / 'out'}", "eval.modes=[block]"]
+    recipe = recipe_for(str(model), str(tmp_path / "h.json"), words, format="hotpotqa")
+    report = json.loads((evaluate(str(model), recipe) / "report.json").read_text())
+    options = report["options"]
+    if wording == "today's":
+        assert recipe.data.prompt == PromptSettings(), "as an export of the recipe demo-base"
+    assert options["questions"] == 2 and options["message of the documents"] == "user"
+    assert options["wording of a document"] == recipe.data.prompt.document
+    assert options["sources"][0].keys() >= {"split", "name"}
+
+
 @pytest.mark.real_data
 def test_published_questions_are_counted_by_their_hops(toy: Path) -> None:
     path = Path(os.environ.get("BLOCKFT_REAL_DATA", "../shared/data")) / "hotpotqa_distractor_dev.json"
@@ -172,25 +287,3 @@ def test_published_questions_are_counted_by_their_hops(toy: Path) -> None:
 def test_questions_that_are_not_there(toy: Path, data: str, format: str | None, said: str) -> None:
     with pytest.raises(UserError, match=said):
         recipe_for(str(toy / "model"), data, format=format)
-
-
-def test_reports_stand_side_by_side(toy: Path) -> None:
-    a, b = run(toy, "a", "eval.modes=[block]"), run(toy, "b", "eval.modes=[block]", "eval.batch_size=5")
-    command = [sys.executable, "-m", "blockft", "compare", str(a), str(b)]
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    compared = json.loads(done.stdout)
-    assert list(compared["scores"]) == ["block a", "block b"]
-    assert compared["differing options"] == {"prompts in a batch": {"a": 4, "b": 5}}
-    png = toy / "compared.png"
-    done = subprocess.run([*command, "--png", str(png)], capture_output=True, text=True, cwd=ROOT)
-    assert "not asked alike: prompts in a batch" in done.stdout and png.stat().st_size > 0
-
-
-def test_a_report_of_another_version_is_refused(toy: Path) -> None:
-    old = toy / "old.json"
-    old.write_text('{"modes": {"block": {}}}')
-    done = subprocess.run(
-        [sys.executable, "-m", "blockft", "compare", str(old)], capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.returncode == 2 and "evaluate again" in done.stderr
