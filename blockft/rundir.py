@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ def partial_folder(out: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
         raise UserError(f"{out} cannot be written: {error.strerror}") from error
     try:
         if (partial / FACTS).is_file():
-            found = json.loads((partial / FACTS).read_text(encoding="utf-8"))
+            found = _read_facts(partial)
             for name in asked | found:
                 if asked.get(name) != found.get(name):
                     raise UserError(
@@ -112,6 +112,16 @@ def partial_folder(out: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
         raise
     finally:
         os.close(lock)
+
+
+def _read_facts(partial: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((partial / FACTS).read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{partial / FACTS} is damaged: remove {partial} to begin anew")
+    return found
 
 
 def _lock(draft: Path) -> int:
@@ -146,11 +156,45 @@ def _is_disk_full(error: Exception) -> bool:
     return any(f"(os error {number})" in str(error) for number in _DISK_FULL)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file atomically: readers see the old one or the new one."""
+def check_file(path: Path) -> None:
+    """Find out before long work whether a file can be written, or replaced.
+
+    Raises:
+        UserError: a folder or a device is there, or its folder is missing or takes no files.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} cannot be written: it is {'a folder' if path.is_dir() else 'no file'}")
+        if not path.parent.is_dir():
+            raise UserError(f"{path} cannot be written: there is no folder {path.parent}")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[Path]:
+    """A hidden file beside `path` that takes its place at the end; on any error nothing is left."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+    try:
+        yield draft
+        draft.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        with suppress(OSError):
+            draft.unlink()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file atomically: readers see the old one or the new one.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with _whole_file(path) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -169,12 +213,11 @@ def cut_metrics(run: Path, last_step: int) -> None:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a matplotlib figure as PNG.
+    """Write a matplotlib figure as PNG, atomically.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: see `check_file`.
     """
-    try:
-        figure.savefig(path, dpi=120, format="png")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    check_file(path)
+    with _whole_file(path) as draft:
+        figure.savefig(draft, dpi=120, format="png")

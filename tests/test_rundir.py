@@ -1,14 +1,16 @@
 """Output folders that appear whole or not at all."""
 
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from blockft.errors import UserError
-from blockft.rundir import partial_folder, whole_folder
+from blockft.rundir import FACTS, check_file, partial_folder, save_figure, whole_folder, write_whole
 
 WRITER = """
 import sys, time
@@ -63,3 +65,54 @@ def test_a_partial_folder_is_found_again_by_who_makes_the_same(tmp_path: Path) -
     with partial_folder(out, facts) as partial:
         assert (partial / "kept").read_text() == "x"
     assert not list(out.parent.iterdir())
+
+
+def test_a_partial_folder_whose_facts_are_damaged_is_named(tmp_path: Path) -> None:
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    for damaged in (b"{", b"7", b"\xff"):
+        (partial / FACTS).write_bytes(damaged)
+        with (
+            pytest.raises(UserError, match=f"facts.json is damaged: remove {partial}"),
+            partial_folder(tmp_path / "out", {}),
+        ):
+            pass
+    assert partial.exists()
+
+
+def test_a_file_that_cannot_be_written_is_named_before_and_after_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    os.mkfifo(tmp_path / "fifo")
+    places = {
+        tmp_path: "it is a folder",
+        Path("."): "it is a folder",
+        tmp_path / "fifo": "it is no file",
+        tmp_path / "none" / "file": f"there is no folder {tmp_path / 'none'}",
+        tmp_path / "file" / "file": "there is no folder",
+        tmp_path / ("x" * 300): "File name too long",
+        Path("/proc/file"): "",
+    }
+    for path, reason in places.items():
+        with pytest.raises(UserError, match=f"{path} cannot be written: {reason}"):
+            check_file(path)
+        with pytest.raises(UserError, match=f"{path} cannot be written: {reason}"):
+            save_figure(Figure(), path)
+    for path in (tmp_path / "none" / "file", Path("/proc/file")):
+        with pytest.raises(UserError, match=f"{path} cannot be written: "):
+            write_whole(path, "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fifo", "file"]
+
+
+def test_a_file_is_replaced_whole_or_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    for text in ("old", "new"):
+        check_file(file)
+        write_whole(file, text)
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="No space left"):
+        patched.setattr(Path, "replace", full_disk)
+        write_whole(file, "newer")
+    assert file.read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(28, "No space left on device")
