@@ -8,15 +8,16 @@ import pytest
 from blockft.recipe import SHIPPED, load_recipe
 
 ROOT = Path(__file__).parents[1]
-DOORS = {"config", "recipe", "rundir", "errors"}
+DOORS = {"config", "recipe", "rundir", "progress", "errors"}
 MAY_IMPORT = {
     "errors": set(),
     "config": set(),
     "recipe": {"config", "errors"},
     "rundir": {"errors"},
+    "progress": set(),
     "attention": {"errors"},
     "data": {"attention", "errors"},
-    "model": {"attention", "rundir", "errors"},
+    "model": {"attention", "rundir", "progress", "errors"},
     "inference": {"data", "model", "attention", "errors"},
     "training": {"inference", "data", "model", "attention", "rundir", "errors"},
     "evaluation": {"inference", "data", "model", "attention", "errors"},

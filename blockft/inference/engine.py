@@ -18,7 +18,7 @@ from blockft.inference.block import Key, key_of
 from blockft.inference.runner import BlockRunner, CacheOptions
 from blockft.inference.sampling import Sampler
 from blockft.inference.text import TextStream
-from blockft.model.load import load_model, load_tokenizer
+from blockft.model.load import device_of, load_model, load_tokenizer
 
 
 class Engine:
@@ -70,13 +70,13 @@ class Engine:
         """Open an export, a model folder or a Hub id; on a GPU in bfloat16 if there is one.
 
         Raises:
-            UserError: there is no such model, or it is not supported; see `BlockRunner`.
+            UserError: there is no such device or model, or it is not supported; see `BlockRunner`.
         """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+        place = device_of(device)
+        dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
         model = load_model(path, backend="cached", dtype=dtype, revision=revision)
         tokenizer = load_tokenizer(path, revision)
-        model.to(device)  # type: ignore[arg-type]  # transformers annotates it as if it were unbound
+        model.to(place)  # type: ignore[arg-type]  # transformers annotates it as if it were unbound
         return cls(model, tokenizer, name=path, prompt=prompt, cache=cache, side=side, compile=compile)
 
     def generate(

@@ -2,9 +2,8 @@
 
 import json
 import os
-import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import (
@@ -23,6 +22,7 @@ from blockft.attention.backends import BACKENDS
 from blockft.attention.positions import Rotation
 from blockft.errors import UserError
 from blockft.model.lora import merged
+from blockft.progress import is_shown
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3")
 """Values of `config.model_type` for which law 4 is tested."""
@@ -33,10 +33,39 @@ ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 BLOCK_ATTENTION = "block_attention.json"
 """In the folder of an adapter: what other exports say in config.json, which an adapter must not have."""
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Types in which a model's weights may be opened."""
+
+Auto = TypeVar("Auto")
+
 for _name, _backend in BACKENDS.items():
     AttentionInterface.register(_name, _backend)
-if not sys.stderr.isatty():
+if not is_shown():
     disable_progress_bar()
+
+
+def dtype_of(name: str, auto: Auto) -> torch.dtype | Auto:
+    """The type of that name; `auto` if that is its name.
+
+    Raises:
+        UserError: there is none, or not for weights.
+    """
+    if name not in ("auto", *DTYPES):
+        raise UserError(f"dtype is {name!r}, allowed are auto, {', '.join(DTYPES)}")
+    return auto if name == "auto" else DTYPES[name]
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device of that name, as cpu or cuda:1; the GPU, if there is one, for None.
+
+    Raises:
+        UserError: there is none.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # a spelling, a number, or a torch without GPUs
+        raise UserError(f"there is no device {name!r}: {str(error).splitlines()[0]}") from error
 
 
 def check_supported(config: PreTrainedConfig) -> None:

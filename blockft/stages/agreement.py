@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blockft.attention.backends import BlockMasks
 from blockft.attention.layout import Layout, lay_out
-from blockft.config import Precision, Recipe
+from blockft.config import Recipe
 from blockft.errors import UserError
 from blockft.inference.engine import Engine
-from blockft.rundir import write_whole
+from blockft.model.load import dtype_of
+from blockft.progress import track
+from blockft.rundir import check_file, write_whole
 from blockft.stages.bench import provenance
 from blockft.stages.questions import read_questions
 
@@ -33,20 +33,18 @@ def bench_agreement(
     same forward are equal under another attention kernel says how much rounding decides.
 
     Raises:
-        UserError: fewer questions than prompts; see `read_questions` and `Engine`.
+        UserError: fewer questions than prompts; `out` cannot be written; see `read_questions` and `Engine`.
     """
-    if out and not out.parent.is_dir():
-        raise UserError(f"{out} cannot be written: there is no folder {out.parent}")
+    if out:
+        check_file(out)
     samples, _ = read_questions(recipe)
     if num_prompts > len(samples):
         raise UserError(f"the recipe has {len(samples)} questions, --num-prompts asks for {num_prompts}")
-    dtype = None if recipe.model.dtype is Precision.auto else getattr(torch, recipe.model.dtype.value)
-    engine = Engine.load(model, dtype=dtype)
+    engine = Engine.load(model, dtype=dtype_of(recipe.model.dtype, None))
     parted: list[dict[str, Any]] = []
     parted_by_kernel: list[dict[str, Any]] = []
     chosen = [samples[i * len(samples) // num_prompts] for i in range(num_prompts)]
-    console = Console(stderr=True)
-    for sample in track(chosen, "answers", console=console, disable=not console.is_terminal):
+    for sample in track(chosen, "answers"):
         blocks = engine.encode(sample, max_new_tokens)
         (answer,) = engine.generate_ids([blocks], max_new_tokens=max_new_tokens)
         ids = answer.ids if len(answer.ids) == max_new_tokens else (*answer.ids, END)

@@ -22,7 +22,8 @@ from blockft.attention.backends import BlockMasks, block_flex, block_sdpa
 from blockft.attention.layout import Layout, Vectors, lay_out
 from blockft.attention.mask import dense_batch_mask
 from blockft.errors import UserError
-from blockft.rundir import write_whole
+from blockft.progress import track
+from blockft.rundir import check_file, write_whole
 
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """The largest relative error (norm of the difference over the oracle's norm) that counts as agreement."""
@@ -53,24 +54,25 @@ def bench_attention(*, row_len: int, num_layouts: int, out: Path | None) -> None
     """Compare flex with the dense oracle over random layouts: errors of output and gradients, and times.
 
     Raises:
-        UserError: there is no GPU, on which alone flex has a backward pass.
+        UserError: there is no GPU, on which alone flex has a backward pass; `out` cannot be written.
         RuntimeError: they disagree.
     """
+    if out:
+        check_file(out)
     if not torch.cuda.is_available():
         raise UserError("bench attention needs a GPU: FlexAttention has no backward pass on a CPU")
     torch.backends.cuda.matmul.allow_tf32 = False
     rng = random.Random(0)
     lines = []
     table = Table("type", "window", "blocks", "output", "dq", "dk", "dv", "flex ms", "dense ms")
-    for dtype in LIMITS:
-        for index in range(num_layouts):
-            window = 1024 if index == num_layouts - 1 else None
-            line = _compare(rng, row_len, dtype, window)
-            lines.append(line)
-            errors = [f"{line['errors'][name]:.1e}" for name in ("output", "dq", "dk", "dv")]
-            times = [f"{line[name]:.2f}" for name in ("flex_ms", "dense_ms")]
-            table.add_row(line["dtype"], str(window), str(line["num_blocks"]), *errors, *times)
-            print(json.dumps(line), file=sys.stderr, flush=True)
+    cases = [(dtype, index) for dtype in LIMITS for index in range(num_layouts)]
+    for dtype, index in track(cases, "layouts"):
+        window = 1024 if index == num_layouts - 1 else None
+        line = _compare(rng, row_len, dtype, window)
+        lines.append(line)
+        errors = [f"{line['errors'][name]:.1e}" for name in ("output", "dq", "dk", "dv")]
+        times = [f"{line[name]:.2f}" for name in ("flex_ms", "dense_ms")]
+        table.add_row(line["dtype"], str(window), str(line["num_blocks"]), *errors, *times)
     Console().print(table)
     if out:
         write_whole(out, json.dumps(provenance() | {"row_len": row_len, "measured": lines}, indent=2) + "\n")

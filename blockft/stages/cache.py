@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Column, Table
 
 from blockft.errors import UserError
 from blockft.inference.entry import CacheModel, DamagedEntry, Entry
 from blockft.inference.folder import CacheFolder, Stored
 from blockft.inference.size import format_bytes, parse_bytes
+from blockft.progress import track
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _AGE = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])", re.ASCII)
@@ -56,8 +55,7 @@ def verify(folder: Path, *, remove: bool = False, as_json: bool = False) -> None
     with _opened(folder) as cache:
         models = cache.models()
         entries = [entry for name in models for entry in cache.entries(name)]
-        console = Console(stderr=True)
-        for entry in track(entries, "verify", console=console, disable=not sys.stderr.isatty()):
+        for entry in track(entries, "verify"):
             found = _damage(entry, models[entry.fingerprint])
             if found:
                 damaged.append({"path": str(entry.path), "reason": str(found)})

@@ -14,7 +14,7 @@ from blockft.config import Precision, Recipe
 from blockft.errors import UserError
 from blockft.model.card import model_card
 from blockft.model.checkpoint import consolidate, find_checkpoint, read_marker, read_probe
-from blockft.model.load import BLOCK_ATTENTION, adapter_base, load_plain
+from blockft.model.load import BLOCK_ATTENTION, DTYPES, adapter_base, dtype_of, load_plain
 from blockft.model.lora import with_adapter
 from blockft.recipe import load_recipe
 from blockft.rundir import DATA, RECIPE, read_metrics, refuse_existing, whole_folder
@@ -45,7 +45,7 @@ def export(
     has_adapter = facts["train.lora"] is not None
     if adapter_only and not has_adapter:
         raise UserError(f"{path} trained all weights, so there is no adapter: leave out --adapter-only")
-    trained_in: torch.dtype = getattr(torch, facts["type of weights"])
+    trained_in = DTYPES[facts["type of weights"]]
     kind = _dtype(dtype, trained_in)
     recipe = load_recipe(str(checkpoint.parent / RECIPE))
     console = Console(stderr=True)
@@ -82,7 +82,7 @@ def _dtype(name: str, trained_in: torch.dtype) -> torch.dtype:
     """The type asked for; `auto` is the one that the run computed in."""
     if name not in Precision.__members__:
         raise UserError(f"--dtype is {name!r}, allowed are {', '.join(Precision.__members__)}")
-    return trained_in if name == "auto" else getattr(torch, name)
+    return dtype_of(name, trained_in)
 
 
 def _block_attention(recipe: Recipe) -> dict[str, Any]:

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from blockft.config import Attention, Positions, Precision, Recipe
+from blockft.config import Attention, Positions, Recipe
 from blockft.data.encode import Example
 from blockft.data.prepared import Chosen, load_prepared
 from blockft.data.tokenizer import fingerprint
 from blockft.errors import UserError
 from blockft.model.checkpoint import find_checkpoint, read_marker, whole_checkpoints
-from blockft.model.load import load_config, load_tokenizer
+from blockft.model.load import dtype_of, load_config, load_tokenizer
 from blockft.recipe import SHIPPED
 from blockft.rundir import RECIPE, refuse_existing
 from blockft.training.launch import use_cpu
@@ -75,7 +75,7 @@ def make_plan(recipe: Recipe, num_processes: int) -> Plan:
     num_steps = len(rows) // settings.batch_rows
     auto_backend, auto_dtype = ("sdpa", torch.float32) if use_cpu() else ("flex", torch.bfloat16)
     backend, precision = recipe.model.attention, recipe.model.dtype
-    dtype = auto_dtype if precision is Precision.auto else getattr(torch, precision.value)
+    dtype = dtype_of(precision, auto_dtype)
     deepspeed = _deepspeed(settings.deepspeed)
     return Plan(
         rows=rows,

@@ -28,6 +28,7 @@ from blockft.data.sources import Tally
 from blockft.data.tokenizer import fingerprint
 from blockft.errors import UserError
 from blockft.model.load import load_tokenizer
+from blockft.progress import is_shown
 from blockft.rundir import refuse_existing, whole_folder
 from blockft.stages.prompt import read_source
 
@@ -123,8 +124,8 @@ def _encode(
         SpinnerColumn(),
         TextColumn("{task.completed:,.0f} samples"),
         TimeElapsedColumn(),
-        console=(console := Console(stderr=True)),
-        disable=not console.is_terminal,
+        console=Console(stderr=True),
+        disable=not is_shown(),
         # no refresh thread: the workers are forked while the bar is shown
         auto_refresh=False,
         transient=True,

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from blockft.errors import UserError
 from blockft.model.checkpoint import read_marker
 from blockft.model.load import compile_layers, load_config, load_model, load_tokenizer
 from blockft.model.lora import add_adapter
+from blockft.progress import is_shown
 from blockft.recipe import dump_recipe
 from blockft.rundir import (
     DATA,
@@ -222,7 +222,7 @@ def _arguments(recipe: Recipe, plan: Plan, num_processes: int) -> dict[str, Any]
         "use_cpu": use_cpu(),
         "report_to": settings.report_to,
         "run_name": Path(settings.out).name,
-        "disable_tqdm": not sys.stderr.isatty(),
+        "disable_tqdm": not is_shown(),
         # the trainer would drop the block ids, and go on with plain causal attention
         "remove_unused_columns": False,
         "average_tokens_across_devices": True,

@@ -11,11 +11,14 @@ from transformers.models.llama import LlamaConfig
 
 from blockft.attention.backends import BlockMasks
 from blockft.attention.layout import Layout, lay_out
+from blockft.config import Precision
 from blockft.errors import UserError
 from blockft.model.load import (
     attention_windows,
     check_supported,
     compile_layers,
+    device_of,
+    dtype_of,
     load_model,
     load_tokenizer,
     rotations,
@@ -89,3 +92,16 @@ def test_compiled_layers_give_the_same_logits() -> None:
         plain = model(**words, block_masks=masks[0]).logits
         compile_layers(model)
         assert_close(model(**words, block_masks=masks[1]).logits, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_types_and_devices_have_names() -> None:
+    assert dtype_of("bfloat16", None) is torch.bfloat16 and dtype_of("auto", None) is None
+    assert dtype_of(Precision.auto, torch.float32) is torch.float32
+    for name in ("float33", "int8", "load"):
+        with pytest.raises(UserError, match=f"dtype is '{name}', allowed are auto, float32, bfloat16"):
+            dtype_of(name, None)
+    assert device_of("cpu") == torch.device("cpu")
+    assert device_of(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("gpu", "cuda:99"):
+        with pytest.raises(UserError, match=f"there is no device '{name}': "):
+            device_of(name)

@@ -60,3 +60,8 @@ def test_an_engine_that_answers_otherwise_is_found_out(model: str, monkeypatch: 
 def test_more_prompts_than_questions_are_refused(model: str) -> None:
     with pytest.raises(UserError, match="has 5 questions, --num-prompts asks for 6"):
         compare(model, 6)
+
+
+def test_a_file_that_cannot_be_written_is_refused_first(model: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be written: it is a folder"):
+        bench_agreement("no/model", settings(model), num_prompts=1, max_new_tokens=1, out=tmp_path)

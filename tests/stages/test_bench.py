@@ -22,3 +22,8 @@ def test_law_2_flex_agrees_with_the_oracle_and_its_gradients(tmp_path: Path) -> 
 def test_without_a_gpu_it_says_so() -> None:
     with pytest.raises(UserError, match="GPU"):
         bench_attention(row_len=1024, num_layouts=1, out=None)
+
+
+def test_a_file_that_cannot_be_written_is_refused_first(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be written: it is a folder"):
+        bench_attention(row_len=1024, num_layouts=1, out=tmp_path)

@@ -1,0 +1,34 @@
+"""How far long work is, on stderr if that is a terminal; never on stdout, where the results go."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import Progress
+
+Item = TypeVar("Item")
+
+
+def is_shown() -> bool:
+    """Whether anybody watches: bars are for terminals."""
+    return sys.stderr.isatty()
+
+
+@contextmanager
+def progress(label: str, total: float) -> Iterator[Callable[[float], None]]:
+    """A bar; call what this gives with how much more of `total` is done."""
+    console = Console(stderr=True)
+    # rich would send what is printed on stdout to the terminal, past the file that it is meant for
+    with Progress(console=console, disable=not is_shown(), redirect_stdout=False) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda more: bar.advance(task, more)
+
+
+def track(items: Sequence[Item], label: str) -> Iterator[Item]:
+    """The items, with a bar that counts them."""
+    with progress(label, len(items)) as advance:
+        for item in items:
+            yield item
+            advance(1)
