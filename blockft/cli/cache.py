@@ -11,7 +11,9 @@ from blockft.cli.words import CacheBytes, CacheName, cache
 @cache.command("build")
 def cache_build(
     model: Annotated[str, typer.Argument(help="An export, any model folder, or a Hub id.")],
-    corpus: Annotated[Path, typer.Argument(help='JSON lines: {"title", "text"}, or texts.')],
+    corpus: Annotated[
+        Path, typer.Argument(help='JSON lines: {"title", "text"}, or texts; - is standard input.')
+    ],
     folder: Annotated[Path, typer.Option("--cache", help="The folder of the cache; made if need be.")],
     cache_bytes: CacheBytes = None,
 ) -> None:

@@ -88,23 +88,24 @@ def _in_blocks(message: Any, at: str) -> Any:
 
 def _documents(found: Any) -> list[Document]:
     check(isinstance(found, list), "field 'documents'", found, "be a list of documents")
-    return [document_of(document, f"field 'documents[{i}]") for i, document in enumerate(found)]
+    return [document_of(document, f"documents[{i}]") for i, document in enumerate(found)]
 
 
-def document_of(found: Any, at: str) -> Document:
+def document_of(found: Any, field: str = "") -> Document:
     """A document, from `{"title", "text"}`, or a text alone; its `score` is its relevance.
 
     Raises:
-        RecordError: it is none; `at` names the place, and lacks its closing quote.
+        RecordError: it is none; `field` is where it stands, if it is not the whole record.
     """
+    whole, inside = (f"field '{field}'", f"{field}.") if field else ("the document", "")
     if isinstance(found, str):
-        return Document(title="", text=text_of(found, f"{at}'"))
-    check(isinstance(found, Mapping), f"{at}'", found, 'be {"title", "text"} or a text')
-    check("text" in found, f"{at}'", list(found), 'have the key "text"')
-    title = text_of(found.get("title", ""), f"{at}.title'", may_be_blank=True)
+        return Document(title="", text=text_of(found, whole))
+    check(isinstance(found, Mapping), whole, found, 'be {"title", "text"} or a text')
+    check("text" in found, whole, list(found), 'have the key "text"')
+    title = text_of(found.get("title", ""), f"field '{inside}title'", may_be_blank=True)
     score = found.get("score", 0)
-    check(type(score) in (int, float), f"{at}.score'", score, "be a number")
-    return Document(title=title, text=text_of(found["text"], f"{at}.text'"), relevance=score)
+    check(type(score) in (int, float), f"field '{inside}score'", score, "be a number")
+    return Document(title=title, text=text_of(found["text"], f"field '{inside}text'"), relevance=score)
 
 
 def _joined(given: Any, built: dict[str, Any]) -> dict[str, Any]:

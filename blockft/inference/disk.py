@@ -100,9 +100,17 @@ class DiskTier:
         self._count(entries_read=1)
         return DiskEntry(self, entry)
 
+    def num_bytes(self, key: Key) -> int:
+        """What the entry of a block takes."""
+        return self._model.entry_bytes(num_tokens(key))
+
+    def names(self) -> set[str]:
+        """The digests of the blocks that are there."""
+        return {entry.path.stem for entry in self._folder.entries(self._model.fingerprint)}
+
     def write(self, key: Key, kv: torch.Tensor) -> None:
         """Keep a block's keys and values, (layers, n, 2, K, D) on the CPU, unless they are there already."""
-        path, num_bytes = self._path(key), self._model.entry_bytes(num_tokens(key))
+        path, num_bytes = self._path(key), self.num_bytes(key)
         if self._max_bytes is not None and num_bytes > self._max_bytes:
             self._count(entries_lost=1)
             size, budget = format_bytes(num_bytes), format_bytes(self._max_bytes)

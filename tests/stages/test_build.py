@@ -1,9 +1,12 @@
 """`blockft cache build`: a corpus is encoded once, whoever interrupts it, and `generate` finds all of it."""
 
+import io
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,9 @@ from typing import Any
 import pytest
 
 from blockft.errors import UserError
+from blockft.inference.disk import DiskTier
 from blockft.inference.folder import CacheFolder
+from blockft.inference.runner import BlockRunner
 from blockft.stages.build import build
 from blockft.stages.cache import verify
 from blockft.stages.generate import CacheWords, generate
@@ -105,10 +110,12 @@ def test_a_build_that_was_killed_goes_on(
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("{", "line 3 is not JSON"),
-        ('{"title": "a"}', "line 3: the document"),
-        ('{"title": "a", "text": " "}', "line 3: "),
-        ("7", "line 3: "),
+        ("{", "line 3 is not JSON: Expecting property name"),
+        ('{"title": "a"}', "line 3: the document is ['title'], it should have the key \"text\""),
+        ('{"title": "a", "text": " "}', "line 3: field 'text' is ' ', it should not be blank"),
+        ('{"title": 7, "text": "b"}', "line 3: field 'title' is 7, it should be a text"),
+        ("7", 'line 3: the document is 7, it should be {"title", "text"} or a text'),
+        ('""', "line 3: the document is '', it should not be blank"),
         (json.dumps("a" * 5000), "line 3: a document has 50"),
     ],
 )
@@ -117,7 +124,7 @@ def test_a_bad_line_is_named(model: Path, tmp_path: Path, folder: Path, line: st
     corpus.write_text(f"{json.dumps(document(1))}\n\n{line}\n{json.dumps(document(2))}\n")
     with pytest.raises(UserError) as raised:
         build(str(model), corpus, words(folder))
-    assert f"{corpus}, {said}" in str(raised.value) and not num_entries(folder)
+    assert str(raised.value).startswith(f"{corpus}, {said}")
 
 
 def test_a_corpus_that_is_not_there_is_named(model: Path, tmp_path: Path, folder: Path) -> None:
@@ -125,22 +132,93 @@ def test_a_corpus_that_is_not_there_is_named(model: Path, tmp_path: Path, folder
         build(str(model), tmp_path / "corpus.jsonl", words(folder))
 
 
-def test_a_folder_that_does_not_take_the_blocks_is_no_success(
+def test_a_corpus_without_documents_is_refused(model: Path, tmp_path: Path, folder: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("\n \n")
+    with pytest.raises(UserError, match="corpus.jsonl holds no document"):
+        build(str(model), corpus, words(folder))
+
+
+def test_a_corpus_may_come_through_a_pipe(
+    model: Path,
+    tmp_path: Path,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = corpus_of(tmp_path, 9).read_bytes()
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(text,))
+    writer.start()
+    build(str(model), pipe, words(folder))
+    writer.join()
+    number = num_entries(folder)
+    assert number > 9 and f"{number} blocks, {number} of them encoded now" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+    build(str(model), Path("-"), words(folder))
+    assert f"{number} blocks, 0 of them encoded now" in capsys.readouterr().out
+
+
+def test_blocks_that_documents_share_count_once(
+    model: Path, tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(str(model), corpus_of(tmp_path, 150), words(folder))
+    assert capsys.readouterr().out.startswith(f"{num_entries(folder)} blocks, ")
+
+
+def test_a_folder_that_does_not_take_a_block_ends_it_at_once(
     model: Path, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
+    encoded: list[int] = []
+    encode = BlockRunner.encode
+    monkeypatch.setattr(
+        BlockRunner, "encode", lambda self, keys: encoded.append(len(keys)) or encode(self, keys)
+    )
     monkeypatch.setattr(CacheFolder, "draft", refuse)
-    with pytest.raises(UserError, match="did not take 5 of 5 new blocks: make room"):
-        build(str(model), corpus_of(tmp_path, 3), words(folder))
+    with pytest.raises(UserError, match="does not take all blocks: make room"):
+        build(str(model), corpus_of(tmp_path, 30), words(folder))
+    assert len(encoded) == 1 and encoded[0] < 5
 
 
-def test_blocks_that_had_to_make_way_are_counted(
+def test_a_budget_that_is_too_small_is_refused_with_the_one_that_is_needed(
     model: Path, tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    build(str(model), corpus_of(tmp_path, 20), words(folder, disk="100kB"))
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 2 and "had to make way: allow more by --cache-bytes" in said[1]
+    corpus = corpus_of(tmp_path, 20)
+    with pytest.raises(UserError, match="--cache-bytes is 100000, it should be at least") as raised:
+        build(str(model), corpus, words(folder, disk="100kB"))
+    assert not num_entries(folder)
+    needed = int(str(raised.value).split()[-1])
+    with pytest.raises(UserError, match="it should be at least"):
+        build(str(model), corpus, words(folder, disk=str(needed - 1)))
+    build(str(model), corpus, words(folder, disk=str(needed)))
+    number = num_entries(folder)
+    assert capsys.readouterr().out.startswith(f"{number} blocks, {number} of them encoded now")
     with pytest.raises(UserError, match="cannot hold a block"):
-        build(str(model), corpus_of(tmp_path, 20), words(folder, disk="0"))
+        build(str(model), corpus, words(folder, disk="0"))
+
+
+def test_other_blocks_make_way_and_are_counted(
+    model: Path, tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(str(model), corpus_of(tmp_path, 20), words(folder))
+    for entry in CacheFolder(folder).entries():
+        os.utime(entry.path, (1, 1))
+    others = write(tmp_path / "others.jsonl", [document(i) for i in range(100, 110)])
+    capsys.readouterr()
+    build(str(model), others, words(folder, disk="150kB"))
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and said[1].endswith("other blocks had to make way: allow more by --cache-bytes")
+
+
+def test_blocks_that_others_pushed_out_are_no_success(
+    model: Path, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(str(model), corpus_of(tmp_path, 20), words(folder))
+    others = write(tmp_path / "others.jsonl", [document(i) for i in range(100, 110)])
+    monkeypatch.setattr(DiskTier, "names", lambda self: set())  # as if another process had been there
+    with pytest.raises(UserError, match="of these blocks had to make way for others: allow more"):
+        build(str(model), others, words(folder, disk="150kB"))
