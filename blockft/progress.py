@@ -17,11 +17,14 @@ def is_shown() -> bool:
 
 
 @contextmanager
-def progress(label: str, total: float) -> Iterator[Callable[[float], None]]:
-    """A bar; call what this gives with how much more of `total` is done."""
-    console = Console(stderr=True)
+def progress(label: str, total: float, *, beside_results: bool = False) -> Iterator[Callable[[float], None]]:
+    """A bar; call what this gives with how much more of `total` is done.
+
+    beside_results: results are printed meanwhile; if they go to a terminal, they show how far the work is.
+    """
+    is_off = not is_shown() or beside_results and sys.stdout.isatty()
     # rich would send what is printed on stdout to the terminal, past the file that it is meant for
-    with Progress(console=console, disable=not is_shown(), redirect_stdout=False) as bar:
+    with Progress(console=Console(stderr=True), disable=is_off, redirect_stdout=False) as bar:
         task = bar.add_task(label, total=total)
         yield lambda more: bar.advance(task, more)
 

@@ -17,6 +17,7 @@ from blockft.inference.engine import Engine
 from blockft.inference.runner import CacheOptions
 from blockft.inference.sampling import Sampler
 from blockft.inference.size import parse_bytes
+from blockft.progress import progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,18 +95,20 @@ def generate(
     prompts = [_prompt(line, engine, f"{source}, line {number}") for number, line in lines]
     ids = [engine.encode(prompt, max_new_tokens, trims=trims) for prompt in prompts]
     answers: list[Answer] = []
-    for start in range(0, len(prompts), batch_size):
-        # prompt i is sampled with the seed `seed + i`, whatever the batch
-        sampler = Sampler(temperature, top_p, seed + start)
-        batch = ids[start : start + batch_size]
-        settings = _Settings(mode=mode, max_new_tokens=max_new_tokens, sampler=sampler, stop=stop)
-        if streams:
-            answers.append(_stream(engine, batch[0], settings))
-            continue
-        new = engine.generate_ids(batch, **settings)
-        answers += new
-        for prompt, answer in zip(prompts[start:], new, strict=False):
-            print(_as_json(prompt, answer) if as_json else answer.text, flush=True)
+    with progress("answers", len(prompts), beside_results=True) as advance:
+        for start in range(0, len(prompts), batch_size):
+            # prompt i is sampled with the seed `seed + i`, whatever the batch
+            sampler = Sampler(temperature, top_p, seed + start)
+            batch = ids[start : start + batch_size]
+            settings = _Settings(mode=mode, max_new_tokens=max_new_tokens, sampler=sampler, stop=stop)
+            if streams:
+                answers.append(_stream(engine, batch[0], settings))
+            else:
+                new = engine.generate_ids(batch, **settings)
+                answers += new
+                for prompt, answer in zip(prompts[start:], new, strict=False):
+                    print(_as_json(prompt, answer) if as_json else answer.text, flush=True)
+            advance(len(batch))
     engine.close()
     print(_summary(answers), file=sys.stderr)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from blockft import progress
 from blockft.errors import UserError
 from blockft.inference.folder import CacheFolder
 from blockft.stages.generate import CacheWords, generate
@@ -111,6 +112,18 @@ def test_a_stream_writes_the_same_texts(
         assert rest.lstrip().startswith(text)
         rest = rest.lstrip()[len(text) :]
     assert not rest.strip() and err.startswith("4 answers")
+
+
+def test_a_terminal_sees_how_far_it_is(
+    model: Path, requests: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate(str(model), str(requests), max_new_tokens=6, cache=SMALL)
+    out, err = capsys.readouterr()
+    assert "100%" not in err
+    monkeypatch.setattr(progress, "is_shown", lambda: True)
+    generate(str(model), str(requests), max_new_tokens=6, cache=SMALL)
+    shown = capsys.readouterr()
+    assert shown.out == out and "answers" in shown.err and "100%" in shown.err
 
 
 def test_requests_may_come_from_standard_input(
