@@ -100,7 +100,9 @@ def compare(
         str, typer.Option(help="substring_match, exact_match or token_f1.")
     ] = "substring_match",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    png: Annotated[Path | None, typer.Option(help="Draw the comparison into this file.")] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Draw the comparison into this file, or replace it.")
+    ] = None,
 ) -> None:
     """Put reports of `eval` side by side."""
     from blockft.stages.compare import compare

@@ -7,12 +7,14 @@ import typer
 
 from blockft.cli.words import Overrides, RecipeName, bench
 
+Out = Annotated[Path | None, typer.Option(help="Write the figures as JSON into this file, or replace it.")]
+
 
 @bench.command("attention")
 def bench_attention(
     row_len: Annotated[int, typer.Option(help="Tokens in a row.")] = 4096,
     num_layouts: Annotated[int, typer.Option(help="Random layouts per type.")] = 4,
-    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON into this file.")] = None,
+    out: Out = None,
 ) -> None:
     """Compare flex with the dense oracle on a GPU."""
     from blockft.stages.bench import bench_attention
@@ -27,8 +29,11 @@ def bench_ttft(
         typer.Argument(metavar="MODEL_OR_SHAPE", help="A model, or a shape with random weights: llama-3-8b."),
     ],
     lengths: Annotated[
-        str, typer.Option(help="Tokens of the prompts, question included.")
-    ] = "512,1024,2048,4096,8192,16384,32768",
+        str,
+        typer.Option(
+            help="Tokens of the prompts, with the question; 512 to 32768, as far as the model goes."
+        ),
+    ] = "",
     question_len: Annotated[int, typer.Option(min=1, help="Tokens of the question.")] = 50,
     block_len: Annotated[int, typer.Option(min=1, help="Tokens of a block.")] = 512,
     tiers: Annotated[str, typer.Option(help="Some of device,host,disk,none; on a CPU host,disk,none.")] = "",
@@ -36,8 +41,8 @@ def bench_ttft(
     runs: Annotated[int, typer.Option(min=1, help="Runs that count.")] = 30,
     folder: Annotated[Path | None, typer.Option(help="Where to put the disk tier's files.")] = None,
     compile: Annotated[bool, typer.Option(help="Compile the layers that read cached blocks (GPU).")] = True,
-    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON into this file.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Draw them into this file.")] = None,
+    out: Out = None,
+    png: Annotated[Path | None, typer.Option(help="Draw them into this file, or replace it.")] = None,
 ) -> None:
     """Time to the first token: full prefill against blocks cached on the device, the host and the disk."""
     from blockft.stages.ttft import bench_ttft, read_lengths, read_tiers
@@ -64,7 +69,7 @@ def bench_agreement(
     overrides: Overrides = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Questions of the recipe that are asked.")] = 100,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 24,
-    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON into this file.")] = None,
+    out: Out = None,
 ) -> None:
     """Greedy answers over cached blocks against those of the masked forward."""
     from blockft.recipe import load_recipe

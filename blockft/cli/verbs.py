@@ -28,7 +28,9 @@ def inspect(
     folder: Annotated[Path, typer.Argument(help="A folder that prepare wrote.")],
     index: Annotated[int, typer.Option(help="Which example.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the example as JSON.")] = False,
-    png: Annotated[Path | None, typer.Option(help="Draw the example's mask into this file.")] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Draw the example's mask into this file, or replace it.")
+    ] = None,
 ) -> None:
     """Show an example in colour, block by block; its mask as a picture; the set's statistics."""
     from blockft.stages.inspect import inspect

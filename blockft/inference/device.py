@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 
 from blockft.errors import UserError
@@ -36,6 +37,14 @@ class KVShape:
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """A GPU that is not the current one is so within: streams, events and kernels go by the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free, of a GPU or of the host."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
+    return psutil.virtual_memory().available
 
 
 class DeviceTier:

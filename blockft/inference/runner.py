@@ -10,13 +10,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from blockft.errors import UserError
 from blockft.inference.block import Key
-from blockft.inference.device import DeviceTier, KVShape, on_device
+from blockft.inference.device import DeviceTier, KVShape, free_bytes, on_device
 from blockft.inference.disk import CacheModel, DiskTier
 from blockft.inference.host import HostTier
 from blockft.inference.keyside import JoinedPrompts, encode_blocks
@@ -105,7 +104,7 @@ class BlockRunner:
         disk = _disk_tier(model, name, tokenizer, cache) if cache.folder else None
         host_bytes = cache.host_bytes
         if host_bytes is None:
-            host_bytes = psutil.virtual_memory().available // 4
+            host_bytes = free_bytes(torch.device("cpu")) // 4
         with on_device(model.device):
             self.store = BlockStore(shape, host=HostTier(host_bytes), device=device, disk=disk)
             self._query_side = None
@@ -212,10 +211,7 @@ class BlockRunner:
     def _device_bytes(self, cache: CacheOptions) -> int:
         if cache.device_bytes is not None:
             return cache.device_bytes
-        if self._is_cuda:
-            free, _ = torch.cuda.mem_get_info(self.model.device)
-            return free // 2
-        return psutil.virtual_memory().available // 4
+        return free_bytes(self.model.device) // (2 if self._is_cuda else 4)
 
 
 def _check_attends(model: PreTrainedModel) -> None:

@@ -53,6 +53,13 @@ def shape_config(name: str) -> PreTrainedConfig:
     return LlamaConfig(**SHAPES[name], max_position_embeddings=131072)
 
 
+def weight_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """What the weights of a model take."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
 def random_model(config: PreTrainedConfig, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """A model made on the device, with attention over cached blocks.
 

@@ -1,6 +1,6 @@
 """What `blockft bench ttft` shows: a table and a picture."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,15 @@ from rich.table import Table
 from blockft.rundir import save_figure
 
 
-def columns_of(lines: Sequence[dict[str, Any]]) -> list[str]:
+def columns_of(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     """The times that were measured."""
     return [name for name in ("full_ms", "device_ms", "host_ms", "disk_ms", "none_ms") if name in lines[0]]
+
+
+def sentence(line: Mapping[str, Any]) -> str:
+    """A length and its median times, in one line."""
+    times = (f"{name.removesuffix('_ms')} {line[name]['median']:.1f} ms" for name in columns_of([line]))
+    return f"{line['length']:,} tokens: {', '.join(times)}"
 
 
 def print_table(target: str, lines: Sequence[dict[str, Any]]) -> None:

@@ -1,6 +1,7 @@
 """`blockft bench ttft` on a toy: what its JSON holds, and that it follows from what was measured."""
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import blockft.stages.ttft as ttft
+from blockft import progress
 from blockft.errors import UserError
-from blockft.model.shape import SHAPES, random_model, shape_config
+from blockft.model.shape import SHAPES, random_model, shape_config, weight_bytes
 from blockft.stages.timing import times_of
 from blockft.stages.ttft import bench_ttft, read_lengths, read_tiers
+from blockft.stages.ttft_prompt import Prompt, facts_of
 from tests.run import save_model
 
 GIVEN: dict[str, Any] = {
@@ -99,9 +102,9 @@ def test_flops_and_bytes_are_counted_by_hand(measured: Path) -> None:
     ("length", "saved"), [(512, 90.2), (1024, 95.1), (4096, 98.8), (8192, 99.4), (32768, 99.8)]
 )
 def test_questions_of_50_tokens_save_what_follows_from_the_lengths(length: int, saved: float) -> None:
-    prompt = ttft._Prompt(torch.arange(length).numpy(), 50, 512)
+    prompt = Prompt(torch.arange(length).numpy(), 50, 512)
     model = random_model(shape_config("tiny"), device=torch.device("meta"), dtype=torch.bfloat16)
-    facts = ttft._facts(prompt, model, BANDWIDTH)
+    facts = facts_of(prompt, model, BANDWIDTH)
     assert facts["flops_saved_percent"] == pytest.approx(saved, abs=0.1)
 
 
@@ -136,6 +139,53 @@ def test_lengths_that_cannot_be_are_refused(given: dict[str, Any], said: str) ->
         bench_ttft("tiny", **GIVEN | given)
 
 
+def test_lengths_are_refused_before_any_weight_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ttft, "random_model", None)
+    with pytest.raises(UserError, match="--lengths has 999999, the model has 131072 positions"):
+        bench_ttft("llama-3-8b", **GIVEN | {"lengths": [999999]})
+
+
+def test_default_lengths_are_those_that_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = save_model(tmp_path / "model", max_position_embeddings=80), tmp_path / "t.json"
+    monkeypatch.setattr(ttft, "LENGTHS", [8, 40, 72, 100])
+    bench_ttft(str(path), **GIVEN | {"lengths": None, "tiers": ["host"], "out": out})
+    assert [line["length"] for line in json.loads(out.read_text())["measured"]] == [40, 72]
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "left out 8, 100 tokens: the model has 80 positions, the question 10 tokens"
+    with pytest.raises(UserError, match="none of 8, 40, 72, 100 fits: set --lengths"):
+        bench_ttft(str(path), **GIVEN | {"lengths": None, "question_len": 80})
+
+
+def test_without_a_terminal_each_length_is_a_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = GIVEN | {"lengths": [72, 40], "tiers": ["host"]}
+    bench_ttft("tiny", **given)
+    said = capsys.readouterr().err.splitlines()
+    lines = [re.sub(r"\d+\.\d ms", "x", line) for line in said]
+    assert lines == ["40 tokens: full x, host x", "72 tokens: full x, host x"]
+    for module in (ttft, progress):
+        monkeypatch.setattr(module, "is_shown", lambda: True)
+    bench_ttft("tiny", **given)
+    out, err = capsys.readouterr()
+    assert "100%" in err and "40 tokens" not in err and "FLOPs" in out and "100%" not in out
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ttft, "free_bytes", lambda device: 1000)
+    for target in ("tiny", str(save_model(tmp_path / "model"))):
+        with pytest.raises(UserError, match=r"the weights of .* take .* kB in .*, and 1.0 kB are free"):
+            bench_ttft(target, **GIVEN)
+
+
+def test_the_bytes_of_weights_are_known_without_them(tmp_path: Path) -> None:
+    path = save_model(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(path)
+    assert weight_bytes(model.config, torch.bfloat16) == 2 * model.num_parameters()
+
+
 @pytest.mark.parametrize("name", ["out", "png"])
 def test_files_that_cannot_be_written_are_refused_before_anything_is_measured(
     name: str, tmp_path: Path
@@ -150,7 +200,7 @@ def test_an_unknown_shape_is_refused_with_those_that_there_are() -> None:
 
 
 def test_lengths_and_tiers_are_read_from_words() -> None:
-    assert read_lengths("512, 1024") == [512, 1024]
+    assert read_lengths("512, 1024") == [512, 1024] and read_lengths("") is None
     for text, bad in [("512,", "''"), ("4K", "'4K'"), ("-1", "'-1'"), ("5²", "'5²'")]:
         with pytest.raises(UserError, match=f"--lengths has {bad}"):
             read_lengths(text)
