@@ -13,7 +13,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 
-import torch
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
@@ -25,6 +24,7 @@ from blockft.data.tokenizer import PlainTokenizer, TemplatedTokenizer
 from blockft.errors import UserError
 from blockft.evaluation.scoring import Ids, Scored, score
 from blockft.inference.engine import Engine
+from blockft.model.load import dtype_of
 
 CUT = "\x1e"
 """Stands in a prompt that a chat template wrote wherever a block begins; it is taken out before encoding."""
@@ -35,7 +35,7 @@ class BlockLM(LM):
     """An engine as the harness asks it. `pretrained` is an export, any model folder, or a Hub id.
 
     Raises:
-        UserError: an unknown mode; see `Engine.load`.
+        UserError: an unknown mode or type, a batch without prompts; see `Engine.load`.
     """
 
     def __init__(
@@ -47,18 +47,23 @@ class BlockLM(LM):
         dtype: str | None = None,
         device: str | None = None,
         batch_size: int | str = 16,
-        max_batch_size: int | None = None,
+        max_batch_size: int | str | None = None,
         max_gen_toks: int = 256,
     ) -> None:
         super().__init__()
         if mode not in ("block", "full"):
             raise UserError(f"mode is {mode!r}, allowed are block, full")
-        if not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise UserError(f"batch_size is {batch_size!r}, it should be a number from 1 on")
-        kind = getattr(torch, dtype) if dtype else None
+        sizes = {
+            "batch_size": batch_size,
+            "max_batch_size": batch_size if max_batch_size is None else max_batch_size,
+        }
+        for name, size in sizes.items():
+            if not str(size).isdecimal() or int(size) < 1:
+                raise UserError(f"{name} is {size!r}, it should be a number from 1 on")
+        kind = dtype_of(dtype or "auto", None)
         self._engine = Engine.load(pretrained, revision=revision, device=device, dtype=kind)
         self._mode, self._delimiter = mode, delimiter
-        self._batch_size, self._max_new_tokens = int(batch_size), max_gen_toks
+        self._batch_size, self._max_new_tokens = min(map(int, sizes.values())), max_gen_toks
         self._tokenizer = self._engine.tokenizer
         self._plain, self._templated = PlainTokenizer(self._tokenizer), TemplatedTokenizer(self._tokenizer)
         # what the tokenizer puts before any text: the bos token, or nothing
@@ -125,30 +130,31 @@ class BlockLM(LM):
         return sums
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy answers, cut before the first of the texts at which the task stops.
+        """Greedy answers, which end before the first of the texts at which the task stops.
 
         Raises:
             UserError: the task samples; a prompt and its answer are longer than the model's positions.
         """
         answers = [""] * len(requests)
-        by_limit: dict[int, list[int]] = defaultdict(list)
+        alike: dict[tuple[int, tuple[str, ...]], list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             settings = request.args[1]
             if settings.get("do_sample") or settings.get("temperature"):
                 raise UserError(
                     "the task samples its answers, and block answers are greedy: set do_sample to false"
                 )
-            by_limit[int(settings.get("max_gen_toks", self._max_new_tokens))].append(index)
+            limit = int(settings.get("max_gen_toks", self._max_new_tokens))
+            alike[limit, _stops(settings.get("until"))].append(index)
         batches = [
-            (limit, some[i : i + self._batch_size])
-            for limit, some in by_limit.items()
+            (limit, stop, some[i : i + self._batch_size])
+            for (limit, stop), some in alike.items()
             for i in range(0, len(some), self._batch_size)
         ]
-        for limit, batch in tqdm(batches, disable=disable_tqdm):
+        for limit, stop, batch in tqdm(batches, disable=disable_tqdm):
             prompts = [self._encode(requests[i].args[0]) for i in batch]
-            for i, ids in zip(batch, self._generate(prompts, limit), strict=True):
+            for i, ids in zip(batch, self._generate(prompts, limit, stop), strict=True):
                 text = str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
-                answers[i] = _cut_off(text, requests[i].args[1].get("until") or ())
+                answers[i] = _cut_off(text, stop)
                 self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
         return answers
 
@@ -161,8 +167,12 @@ class BlockLM(LM):
         )
         return str(rendered)
 
-    def _generate(self, prompts: Sequence[Sequence[Ids]], max_new_tokens: int) -> list[Ids]:
-        answers = self._engine.generate_ids(prompts, mode=self._mode, max_new_tokens=max_new_tokens)
+    def _generate(
+        self, prompts: Sequence[Sequence[Ids]], max_new_tokens: int, stop: Sequence[str]
+    ) -> list[Ids]:
+        answers = self._engine.generate_ids(
+            prompts, mode=self._mode, max_new_tokens=max_new_tokens, stop=stop
+        )
         return [answer.ids for answer in answers]
 
     @property
@@ -206,10 +216,15 @@ class BlockLM(LM):
         return Scored(tuple(blocks[:-1]), blocks[-1], whole[-1][len(blocks[-1]) :])
 
 
-def _cut_off(text: str, until: str | Sequence[str]) -> str:
-    """The text before the first stop text in it."""
-    stops = [until] if isinstance(until, str) else until
-    return text[: min((text.find(stop) for stop in stops if stop and stop in text), default=len(text))]
+def _stops(until: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The texts at which a task stops, as tasks spell them."""
+    given = [until] if isinstance(until, str) else until or ()
+    return tuple(stop for stop in given if stop)
+
+
+def _cut_off(text: str, stops: Sequence[str]) -> str:
+    """The text before the first stop text in it: the engine's ids hold the token that completed it."""
+    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
 
 if __name__ == "__main__":

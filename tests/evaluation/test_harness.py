@@ -176,15 +176,71 @@ def test_answers_end_where_the_task_stops(models: dict[str, BlockLM]) -> None:
     assert cut == whole[: whole.index(stop)]
 
 
-def test_what_cannot_be_asked(folder: Path, models: dict[str, BlockLM]) -> None:
+@pytest.mark.parametrize("mode", ["block", "full"])
+def test_nothing_is_generated_after_the_stop(
+    models: dict[str, BlockLM], mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests that stop otherwise are asked apart, and answered in their places."""
+    settings: dict[str, Any] = {"max_gen_toks": 12}
+    (whole,) = models[mode].generate_until(pairs((SHOTS, settings)), disable_tqdm=True)
+    asked: list[tuple[int, list[int]]] = []
+    generate = models[mode]._engine.generate_ids
+
+    def watched(prompts: Any, **options: Any) -> Any:
+        answers = generate(prompts, **options)
+        asked.append((len(prompts), [len(answer.ids) for answer in answers]))
+        return answers
+
+    monkeypatch.setattr(models[mode]._engine, "generate_ids", watched)
+    untils: list[Any] = [[whole[2], ""], None, whole[2], [whole[1]]]
+    requests = pairs(*((SHOTS, settings | {"until": until}) for until in untils))
+    answers = models[mode].generate_until(requests, disable_tqdm=True)
+    assert answers == [
+        whole[: whole.index(whole[2])],
+        whole,
+        whole[: whole.index(whole[2])],
+        whole[: whole.index(whole[1])],
+    ]
+    assert sorted(num_prompts for num_prompts, _ in asked) == [1, 1, 2]
+    lengths = {num_prompts: max(lens) for num_prompts, lens in asked}
+    assert lengths[2] < 12
+
+
+def test_batches_hold_no_more_than_either_size_allows(
+    folder: Path, models: dict[str, BlockLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = BlockLM(str(folder), device="cpu", batch_size="3", max_batch_size=2, dtype="float32")
+    sizes: list[int] = []
+    generate = model._engine.generate_ids
+    monkeypatch.setattr(
+        model._engine, "generate_ids", lambda p, **options: sizes.append(len(p)) or generate(p, **options)
+    )
+    model.generate_until(pairs(*[(SHOTS, {"max_gen_toks": 1})] * 3), disable_tqdm=True)
+    assert sizes == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"mode": "half"}, "allowed are block, full"),
+        ({"dtype": "float33"}, "dtype is 'float33', allowed are auto, float32"),
+        ({"device": "gpu"}, "there is no device 'gpu'"),
+        ({"batch_size": "auto"}, "batch_size is 'auto', it should be a number"),
+        ({"max_batch_size": 0}, "max_batch_size is 0, it should be a number"),
+    ],
+)
+def test_what_a_model_cannot_be(folder: Path, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        BlockLM(str(folder), **given)
+
+
+def test_what_cannot_be_asked(models: dict[str, BlockLM]) -> None:
     with pytest.raises(UserError, match="mode=full"):
         models["block"].loglikelihood_rolling(pairs(("text",)), disable_tqdm=True)
     with pytest.raises(UserError, match="do_sample"):
         models["block"].generate_until(pairs((SHOTS, {"do_sample": True})), disable_tqdm=True)
     with pytest.raises(UserError, match="positions"):
         models["block"].loglikelihood(pairs((SHOTS + "x" * 5000, "y")), disable_tqdm=True)
-    with pytest.raises(UserError, match="allowed are block, full"):
-        BlockLM(str(folder), mode="half")
 
 
 def test_it_runs_from_the_command_line(folder: Path, tmp_path: Path) -> None:
