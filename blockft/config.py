@@ -132,7 +132,8 @@ class ModelSettings:
     revision: str | None = None
     # pretrained weights, or random ones from the folder's config.json and `train.seed`
     init: Init = Init.pretrained
-    # the attention backend of training; answers are always computed by sdpa over cached blocks
+    # the attention backend of training; answers are computed over cached blocks whatever it says: by sdpa, on
+    # GPUs by a kernel of their own
     attention: Attention = Attention.auto
     # the type of weights and activations in training
     dtype: Precision = Precision.auto
