@@ -29,8 +29,8 @@ def bench_agreement(
     """Answer questions of the recipe, evenly spread over them, both ways, and count equal answers.
 
     The masked forward computes every token of an answer from the whole prompt again. Where answers part, the
-    JSON says by how much it preferred its own token, beside the spread of its logits. How many answers of the
-    same forward are equal under another attention kernel says how much rounding decides.
+    JSON says by how much it preferred its own token, beside the spread of its logits. How many of its
+    answers another attention kernel would have given says how much rounding decides.
 
     Raises:
         UserError: fewer questions than prompts; `out` cannot be written; see `read_questions` and `Engine`.
@@ -50,7 +50,7 @@ def bench_agreement(
         ids = answer.ids if len(answer.ids) == max_new_tokens else (*answer.ids, END)
         masked, logits = _masked_answer(engine, blocks, max_new_tokens)
         with sdpa_kernel(SDPBackend.MATH):
-            other, _ = _masked_answer(engine, blocks, max_new_tokens)
+            other = _tokens(engine, _masked_logits(engine, blocks, masked[:-1], len(masked)))
         for found, against in ((parted, ids), (parted_by_kernel, other)):
             if difference := _first_difference(masked, logits, against):
                 found.append({"id": sample.id, "source": sample.source, **difference})
@@ -73,30 +73,42 @@ def bench_agreement(
         write_whole(out, json.dumps(result, indent=2) + "\n")
 
 
-@torch.inference_mode()
 def _masked_answer(
     engine: Engine, blocks: Sequence[Sequence[int]], max_new_tokens: int
-) -> tuple[tuple[int, ...], list[torch.Tensor]]:
-    """The tokens of a greedy answer, `END` for what ends it, and the logits (vocabulary,) of each."""
-    prompt, lengths = [id for block in blocks for id in block], [*map(len, blocks)]
-    ids: list[int] = []
+) -> tuple[tuple[int, ...], torch.Tensor]:
+    """The N tokens of a greedy answer, `END` for what ends it, and the logits (N, vocabulary) of each."""
+    ids: tuple[int, ...] = ()
     logits: list[torch.Tensor] = []
     while len(ids) < max_new_tokens and END not in ids:
-        vectors = lay_out([Layout((*lengths[:-1], lengths[-1] + len(ids)))]).to(engine.model.device)
-        logits += engine.model(
-            input_ids=torch.tensor([[*prompt, *ids]], device=engine.model.device),
-            position_ids=vectors.position_ids,
-            block_masks=BlockMasks(vectors),
-            use_cache=False,
-            logits_to_keep=1,
-        ).logits[0]
-        best = int(logits[-1].argmax())
-        ids.append(END if best in engine.ends else best)
-    return tuple(ids), logits
+        logits.append(_masked_logits(engine, blocks, ids, 1))
+        ids += _tokens(engine, logits[-1])
+    return ids, torch.cat(logits)
+
+
+@torch.inference_mode()
+def _masked_logits(
+    engine: Engine, blocks: Sequence[Sequence[int]], answer: Sequence[int], num_logits: int
+) -> torch.Tensor:
+    """The last logits (num_logits, vocabulary) of the masked forward over a prompt and its answer so far."""
+    vectors = lay_out([Layout((*map(len, blocks[:-1]), len(blocks[-1]) + len(answer)))])
+    vectors, ids = vectors.to(engine.model.device), [id for block in (*blocks, answer) for id in block]
+    out = engine.model(
+        input_ids=torch.tensor([ids], device=engine.model.device),
+        position_ids=vectors.position_ids,
+        block_masks=BlockMasks(vectors),
+        use_cache=False,
+        logits_to_keep=num_logits,
+    )
+    logits: torch.Tensor = out.logits[0]
+    return logits
+
+
+def _tokens(engine: Engine, logits: torch.Tensor) -> tuple[int, ...]:
+    return tuple(END if id in engine.ends else id for id in logits.argmax(dim=-1).tolist())
 
 
 def _first_difference(
-    masked: Sequence[int], logits: Sequence[torch.Tensor], other: Sequence[int]
+    masked: Sequence[int], logits: torch.Tensor, other: Sequence[int]
 ) -> dict[str, Any] | None:
     """Where another answer parts from the masked forward's, if anywhere."""
     for step, (id, row) in enumerate(zip(other, logits, strict=False)):

@@ -8,8 +8,10 @@
 set -euo pipefail
 model=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
 out=${FOLDER:-out/paper-mini}
-common=(smollm2-135m "model.path=$model" "data.out=$out/data" train.batch_rows=2 train.learning_rate=3e-4
-  train.max_steps=580 train.save_steps=290 train.eval_examples=0 eval.batch_size=32 "$@")
+# an epoch of both views; two of a single view
+common=(smollm2-135m "model.path=$model" "data.out=$out/data" data.row_len=32768 train.batch_rows=2
+  train.learning_rate=3e-4 train.epochs=2 train.max_steps=520 train.save_steps=260 train.eval_examples=0
+  eval.batch_size=32 "$@")
 step() { printf '\n== %s\n' "$*"; }
 
 mkdir -p "$out"
