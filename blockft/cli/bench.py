@@ -77,3 +77,32 @@ def bench_agreement(
 
     settings = load_recipe(recipe, overrides or ())
     bench_agreement(model, settings, num_prompts=num_prompts, max_new_tokens=max_new_tokens, out=out)
+
+
+@bench.command("train")
+def bench_train(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_SHAPE", help="A model, or a shape with random weights: llama-3.2-1b."
+        ),
+    ],
+    row_len: Annotated[int, typer.Option(min=1, help="Tokens of a packed row.")] = 16384,
+    sample_len: Annotated[int, typer.Option(min=1, help="Tokens of a sample.")] = 1600,
+    num_documents: Annotated[int, typer.Option(min=1, help="Documents of a sample, a block each.")] = 10,
+    warmups: Annotated[int, typer.Option(min=0, help="Steps before those that count.")] = 3,
+    runs: Annotated[int, typer.Option(min=1, help="Steps that count.")] = 10,
+    out: Out = None,
+) -> None:
+    """Tokens per second of training: packed rows against one sample at a time under a dense mask."""
+    from blockft.stages.bench_train import bench_train
+
+    bench_train(
+        target,
+        row_len=row_len,
+        sample_len=sample_len,
+        num_documents=num_documents,
+        warmups=warmups,
+        runs=runs,
+        out=out,
+    )

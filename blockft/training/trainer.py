@@ -8,10 +8,8 @@ from peft import PeftModel
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer
 
-from blockft.attention.backends import BlockMasks
-from blockft.attention.layout import Vectors
 from blockft.data.encode import NO_LABEL
-from blockft.model.load import attention_windows
+from blockft.training.forward import forward_words
 from blockft.training.loss import EVAL_LOSS, label_loss
 from blockft.training.rows import Rows
 
@@ -37,7 +35,9 @@ class BlockTrainer(Trainer):
     ) -> Any:
         """Rows carry per-token ids: masks are built from them here, on the device."""
         labels = inputs["shift_labels"][None]
-        return super().compute_loss(model, {**self._forward_words(inputs), "labels": labels}, *args, **kw)
+        return super().compute_loss(
+            model, {**forward_words(inputs, self.model.config), "labels": labels}, *args, **kw
+        )
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -50,7 +50,7 @@ class BlockTrainer(Trainer):
             for index in range(self.args.process_index, len(rows), self.args.world_size):
                 inputs = self._prepare_inputs(rows[index])
                 labels = inputs["shift_labels"]
-                sums[0] += label_loss(self.model(**self._forward_words(inputs)), labels[None], 1)
+                sums[0] += label_loss(self.model(**forward_words(inputs, self.model.config)), labels[None], 1)
                 sums[1] += (labels != NO_LABEL).sum()
             if self.args.world_size > 1:
                 torch.distributed.all_reduce(sums)
@@ -60,19 +60,6 @@ class BlockTrainer(Trainer):
         # or the Trainer would evaluate again at the end of the epoch
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, losses)
         return losses
-
-    def _forward_words(self, row: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """What the model's forward pass takes of a row."""
-        vectors = Vectors(*(row[name] for name in ("position_ids", "example_ids", "block_ids", "is_final")))
-        config = self.model.config
-        masks = BlockMasks(vectors).build(config._attn_implementation, attention_windows(config))
-        return {
-            "input_ids": row["input_ids"],
-            "position_ids": vectors.position_ids,
-            "block_masks": masks,
-            "logits_to_keep": row["logits_to_keep"],
-            "use_cache": False,
-        }
 
 
 def _only_row(micro_batch: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
