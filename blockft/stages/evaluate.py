@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -13,11 +12,10 @@ from typing import Any
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import track
 from rich.table import Column, Table
 
 from blockft import __version__
-from blockft.config import BadRecord, Positions, Precision, Recipe, Retrieve, Source, TooLong
+from blockft.config import BadRecord, Positions, Recipe, Retrieve, Source, TooLong
 from blockft.data.sample import Sample, to_record
 from blockft.data.sources import LAYOUTS
 from blockft.data.tokenizer import fingerprint
@@ -37,7 +35,8 @@ from blockft.evaluation.report import DIFFERENCE, Prediction, build_report, hist
 from blockft.inference.engine import Engine
 from blockft.inference.runner import CacheOptions
 from blockft.model.identity import model_fingerprint
-from blockft.model.load import reencodes
+from blockft.model.load import dtype_of, reencodes
+from blockft.progress import track
 from blockft.rundir import partial_folder, refuse_existing, save_figure, whole_folder
 from blockft.stages.questions import read_questions, revision_of
 
@@ -67,7 +66,7 @@ def evaluate(model: str, recipe: Recipe, *, as_json: bool = False) -> Path:
     refuse_existing(out, "choose another eval.out")
     revision = revision_of(model, recipe)
     samples, dropped = read_questions(recipe)
-    dtype = None if recipe.model.dtype is Precision.auto else getattr(torch, recipe.model.dtype.value)
+    dtype = dtype_of(recipe.model.dtype, None)
     # blocks are used within a batch, which the first tier holds
     cache = CacheOptions(host_bytes=0) if torch.cuda.is_available() else None
     engine = Engine.load(model, revision=revision, dtype=dtype, cache=cache)
@@ -106,7 +105,7 @@ def _encode(engine: Engine, samples: list[Sample], recipe: Recipe, console: Cons
     assert recipe.eval
     asked = encode_questions(
         engine,
-        track(samples, "prompts", console=console, transient=True, disable=not sys.stderr.isatty()),
+        track(samples, "prompts"),
         recipe.eval.max_new_tokens,
         trims=recipe.data.too_long is TooLong.trim,
         skip_bad=recipe.data.on_bad_record is BadRecord.skip,
@@ -171,7 +170,7 @@ def _answer(
     answers = AnswerFile(folder / f"answers-{mode}.jsonl", plan_batches(samples, recipe.eval.batch_size))
     if answers.done:
         console.print(f"{mode} mode: going on after {len(answers.done)} of {len(samples)} answers")
-    for batch in track(answers.left, f"{mode} mode", console=console, disable=not sys.stderr.isatty()):
+    for batch in track(answers.left, f"{mode} mode"):
         answers.add(answer_batch(engine, asked.prompts, batch, mode=mode, max_new_tokens=limit))
     return predictions(samples, answers.done, limit)
 
