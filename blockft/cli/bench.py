@@ -79,6 +79,15 @@ def bench_agreement(
     bench_agreement(model, settings, num_prompts=num_prompts, max_new_tokens=max_new_tokens, out=out)
 
 
+@bench.command("prepare")
+def bench_prepare(recipe: RecipeName, overrides: Overrides = None, out: Out = None) -> None:
+    """Examples per second of prepare, by one process and by one per core; the data are thrown away."""
+    from blockft.recipe import load_recipe
+    from blockft.stages.bench_prepare import bench_prepare
+
+    bench_prepare(load_recipe(recipe, overrides or ()), out=out)
+
+
 @bench.command("train")
 def bench_train(
     target: Annotated[
