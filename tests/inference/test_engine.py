@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import blockft.inference.engine as engine_module
+import blockft.inference.decoding as decoding
 from blockft.data.rag import Document
 from blockft.data.sample import Sample
 from blockft.errors import UserError
@@ -123,7 +123,7 @@ def test_speed_is_that_of_an_answer_and_not_of_its_reader_or_company(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = count()
-    monkeypatch.setattr(engine_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(decoding, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     engine.ends = set()
     blocks = [engine.encode(prompt, 60) for prompt in samples(engine)[:2]]
     (whole,) = engine.generate_ids(blocks[:1], max_new_tokens=4)
