@@ -21,7 +21,10 @@ def generate(
         list[str] | None, typer.Option(help="End an answer before this text; may be given several times.")
     ] = None,
     trim: Annotated[
-        bool, typer.Option("--trim", help="Long prompts lose the documents of the lowest score.")
+        bool,
+        typer.Option(
+            "--trim", help="Long prompts lose the documents of the lowest score, the last of equals first."
+        ),
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered together.")] = 1,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it is written.")] = False,

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockft.data.encode import Encoder
-from blockft.data.rag import Document, RagPrompt, trained_prompt, trim
+from blockft.data.rag import Document, RagPrompt, shorten, trained_prompt
 from blockft.data.request import request_of
 from blockft.data.sample import RecordError, Sample
 from blockft.data.tokenizer import fingerprint
@@ -132,7 +132,7 @@ class Engine:
 
         Prompts of a batch share the blocks that they have in common. Prompt i is sampled with `seed + i`, see
         `Sampler`. An answer ends before the first text of `stop`. If `trims`, a prompt that is too long loses
-        its least relevant documents.
+        its least relevant documents, the last of equals first, down to one.
 
         Raises:
             UserError: a prompt and its answer are longer than the model's positions; see `Sampler`.
@@ -235,7 +235,7 @@ class Engine:
             UserError: they are too many for the model's positions, and not to be trimmed, or not enough.
         """
         ids, rest = self._ids(prompt), prompt
-        while sum(map(len, ids)) + max_new_tokens > self._limit and trims and (shorter := trim(rest)):
+        while sum(map(len, ids)) + max_new_tokens > self._limit and trims and (shorter := shorten(rest)):
             rest, ids = shorter, self._ids(shorter)
         if (needed := sum(map(len, ids)) + max_new_tokens) > self._limit:
             few = "no document can be spared" if trims else "use fewer documents or fewer new tokens"

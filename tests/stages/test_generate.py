@@ -134,6 +134,21 @@ def test_long_prompts_lose_documents_if_asked(
     assert line["blocks"] == 5
 
 
+@pytest.mark.parametrize("scores", [[None] * 12, [1] * 3 + [0] * 9, [1] * 12])
+def test_documents_of_one_score_may_be_lost(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], scores: list[int | None]
+) -> None:
+    documents = [
+        {"text": f"{i:04}" * 375} | ({} if score is None else {"score": score})
+        for i, score in enumerate(scores)
+    ]
+    ways = [documents, documents[:2]]
+    source = write(tmp_path / "long.jsonl", [{"documents": way, "question": "?"} for way in ways])
+    trimmed, short = answered(model, source, capsys, trims=True)
+    assert trimmed["answer_ids"] == short["answer_ids"] and trimmed["prompt_tokens"] == short["prompt_tokens"]
+    assert trimmed["blocks_reused"] == 0 and short["blocks_reused"] == short["blocks"] - 1
+
+
 # the cache's folder
 
 
