@@ -122,9 +122,9 @@ class RagPrompt:
         return [documents[i] for i in sorted(ranked[:limit])]
 
 
-def trained_prompt(export: Mapping[str, Any] | None) -> RagPrompt | None:
+def trained_prompt(export: Mapping[str, Any]) -> RagPrompt | None:
     """How training worded questions, from the `block_attention` of an export; documents stand as given."""
-    if not export or "prompt" not in export:
+    if "prompt" not in export:
         return None
     return RagPrompt(**export["prompt"], documents_in=export["documents_in"], order="given")
 

@@ -19,7 +19,7 @@ from blockft.inference.decoding import decode
 from blockft.inference.runner import BlockRunner, CacheOptions
 from blockft.inference.sampling import Sampler
 from blockft.inference.text import TextStream
-from blockft.model.load import load_model, load_tokenizer
+from blockft.model.load import block_attention, load_model, load_tokenizer
 
 
 class Engine:
@@ -53,7 +53,7 @@ class Engine:
             side=side,
             compile=compile,
         )
-        self.prompt = trained_prompt(getattr(model.config, "block_attention", None)) or prompt
+        self.prompt = trained_prompt(block_attention(model.config)) or prompt
         self._limit = model.config.max_position_embeddings
         self._encoder = Encoder(tokenizer)
         ends = model.generation_config.eos_token_id

@@ -10,7 +10,7 @@ from blockft.config import Format, Recipe
 from blockft.data.sample import Sample
 from blockft.data.sources import LAYOUTS, Tally, locate
 from blockft.errors import UserError
-from blockft.model.load import load_config
+from blockft.model.load import block_attention, load_config
 from blockft.recipe import find_recipe, make_recipe
 from blockft.stages.prompt import read_source
 
@@ -67,8 +67,8 @@ def read_questions(recipe: Recipe) -> tuple[list[Sample], dict[str, int]]:
 
 
 def _wording(model: str) -> dict[str, Any]:
-    known = getattr(load_config(model), "block_attention", None)
-    if known is None:
+    known = block_attention(load_config(model))
+    if "prompt" not in known:
         return {}
     return {
         "order": known["order"],
