@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Generator, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -234,6 +235,7 @@ class Engine:
         Raises:
             UserError: they are too many for the model's positions, and not to be trimmed, or not enough.
         """
+        _check_length(max_new_tokens)
         ids, rest = self._ids(prompt), prompt
         while sum(map(len, ids)) + max_new_tokens > self._limit and trims and (shorter := shorten(rest)):
             rest, ids = shorter, self._ids(shorter)
@@ -267,8 +269,7 @@ class Engine:
         """Yields the new text of every prompt after each step, for which it is our turn; see `decode`."""
         if mode not in ("block", "full"):
             raise UserError(f"mode is {mode!r}, allowed are block and full")
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {max_new_tokens}, it should be at least 1")
+        _check_length(max_new_tokens)
         if not prompts:
             return []
         for prompt in prompts:
@@ -283,3 +284,8 @@ class Engine:
         writings = [Writing(TextStream(self.tokenizer, stop), self.ends) for _ in blocks]
         answers = yield from decode(self.runner, blocks, writings, max_new_tokens, sampler)
         return answers
+
+
+def _check_length(max_new_tokens: Any) -> None:
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens!r}, it should be a whole number of at least 1")

@@ -412,6 +412,12 @@ def test_an_unknown_side_is_refused(toy_model: Path) -> None:
         load_engine(toy_model, "far", CacheOptions())
 
 
+@pytest.mark.parametrize("side", ["auto", *SIDES])
+def test_compiling_is_for_graphs(toy_model: Path, side: str) -> None:
+    with pytest.raises(UserError, match="compile is for the query side on a GPU and would slow cpu"):
+        Engine.load(str(toy_model), device="cpu", cache=options(), side=side, compile=True)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "block_sdpa"])
 def test_a_model_that_attends_otherwise_is_refused(toy_model: Path, attention: str) -> None:
     model = load_engine(toy_model).model
