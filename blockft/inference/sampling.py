@@ -39,7 +39,7 @@ class Sampler:
             raise UserError(f"top_p is {top_p!r}, it should be above 0 and at most 1 (any token)")
         if top_p < 1 and not temperature:
             raise UserError(
-                f"top_p is {top_p}, but temperature 0 always takes the most likely token: give one, too"
+                f"top_p is {top_p} at temperature 0, which takes the most likely token: give a temperature"
             )
         if seed is not None and not _is(Integral, seed):
             raise UserError(

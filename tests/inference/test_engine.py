@@ -249,7 +249,7 @@ def test_a_prompt_without_a_token_is_refused(engine: Engine) -> None:
         ({"blocks": ["a"], "max_new_tokens": "4"}, "max_new_tokens is '4', it should be a whole number"),
         ({"blocks": ["a"], "max_new_tokens": 4.0}, "max_new_tokens is 4.0"),
         ({"blocks": ["a"], "temperature": "x"}, "temperature is 'x'"),
-        ({"blocks": ["a"], "top_p": 0.9}, "top_p is 0.9, but temperature 0"),
+        ({"blocks": ["a"], "top_p": 0.9}, "top_p is 0.9 at temperature 0"),
         ({"blocks": ["a"], "stop": [5]}, "stop is [5]"),
         ({"documents": [{"text": "a", "score": math.nan}], "question": "b"}, "score' is nan"),
         ({"blocks": ["a"], "temperature": -1}, "temperature is -1"),

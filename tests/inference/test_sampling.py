@@ -72,7 +72,7 @@ def test_the_lowest_temperature_is_greedy() -> None:
         ({"top_p": 0}, "top_p is 0"),
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"top_p": math.nan}, "top_p is nan"),
-        ({"top_p": 0.9}, "top_p is 0.9, but temperature 0 always takes the most likely token"),
+        ({"top_p": 0.9}, "top_p is 0.9 at temperature 0, which takes the most likely token"),
         ({"temperature": "1"}, "temperature is '1'"),
         ({"temperature": None}, "temperature is None"),
         ({"temperature": 1, "top_p": "0.9"}, "top_p is '0.9'"),

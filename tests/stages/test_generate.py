@@ -227,7 +227,7 @@ def test_the_folder_stays_within_its_budget(
         ({"as_json": False, "streams": True, "batch_size": 2}, "leave out --json and --batch-size"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"top_p": 0.9}, "top_p is 0.9, but temperature 0"),
+        ({"top_p": 0.9}, "top_p is 0.9 at temperature 0"),
         ({"mode": "full", "cache": CacheWords(folder=Path("no/such"))}, "--mode full has no blocks to keep"),
         ({"stop": [""]}, "not empty"),
         ({"cache": CacheWords(disk="1GB")}, "--cache-bytes needs --cache FOLDER"),
