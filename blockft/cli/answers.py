@@ -12,16 +12,23 @@ from blockft.cli.words import CacheBytes, CacheFolderOption, DeviceBytes, HostBy
 def generate(
     model: Annotated[str, typer.Argument(help="An export, any model folder, or a Hub id.")],
     source: Annotated[str, typer.Option("--input", help="JSON lines with prompts; - is standard input.")],
-    mode: Annotated[str, typer.Option(help="block or full attention.")] = "block",
+    mode: Annotated[str, typer.Option(help="block or full attention; full reuses nothing.")] = "block",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens of this probability.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of drawing; the next prompt has the next one.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw among the likeliest tokens of this probability; needs a temperature.")
+    ] = 1,
+    seed: Annotated[
+        int, typer.Option(help="Of drawing, at any temperature but 0; the next prompt has the next one.")
+    ] = 0,
     stop: Annotated[
         list[str] | None, typer.Option(help="End an answer before this text; may be given several times.")
     ] = None,
     trim: Annotated[
-        bool, typer.Option("--trim", help="Long prompts lose the documents of the lowest score.")
+        bool,
+        typer.Option(
+            "--trim", help="Long prompts lose the documents of the lowest score, the last of equals first."
+        ),
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered together.")] = 1,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it is written.")] = False,
@@ -29,7 +36,7 @@ def generate(
         bool, typer.Option("--json", help="Print JSON lines: answers, blocks reused, times.")
     ] = False,
     compile: Annotated[
-        bool, typer.Option("--compile", help="A slower start, and less time for each token (GPU).")
+        bool, typer.Option("--compile", help="A slower start, and less time for each token; GPUs only.")
     ] = False,
     cache: CacheFolderOption = None,
     cache_bytes: CacheBytes = None,

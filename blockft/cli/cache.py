@@ -54,7 +54,10 @@ def cache_prune(
         str | None, typer.Option(help="What may stay, as 10GB or 512MiB; least recently used entries go.")
     ] = None,
     older_than: Annotated[
-        str | None, typer.Option(help="Remove what was not used for so long, as 7d or 12h.")
+        str | None,
+        typer.Option(
+            help="Remove what was not used for so long, as 7d or 12h; uses are recorded every ten minutes."
+        ),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Only entries of this model: its name, or how its fingerprint begins.")

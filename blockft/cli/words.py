@@ -28,5 +28,6 @@ CacheFolderOption = Annotated[
 CacheBytes = Annotated[str | None, typer.Option(help="What that folder may take, as 100GB; no limit.")]
 HostBytes = Annotated[str | None, typer.Option(help="Memory for blocks, as 8GB; a quarter of what is free.")]
 DeviceBytes = Annotated[
-    str | None, typer.Option(help="GPU memory for blocks, as 20GB; half of what the model leaves free.")
+    str | None,
+    typer.Option(help="GPU memory for blocks, as 20GB; half of what the model leaves free. CPUs use none."),
 ]

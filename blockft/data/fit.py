@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from blockft.data.encode import Encoder, Example
-from blockft.data.rag import trim
+from blockft.data.rag import shorten, trim
 from blockft.data.sample import Sample
 from blockft.data.template import UnfitText
 from blockft.errors import UserError
@@ -98,7 +98,7 @@ def fit_prompt(
     """
     ids = encoder.encode_prompt(prompt)
     while sum(map(len, ids)) + max_new_tokens > num_positions:
-        shorter = trim(prompt) if trims else None
+        shorter = shorten(prompt) if trims else None
         if shorter is None:
             raise LongPrompt(
                 f"prompt {prompt.id}: it and its answer need {sum(map(len, ids)) + max_new_tokens} tokens, "

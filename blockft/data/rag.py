@@ -122,9 +122,9 @@ class RagPrompt:
         return [documents[i] for i in sorted(ranked[:limit])]
 
 
-def trained_prompt(export: Mapping[str, Any] | None) -> RagPrompt | None:
+def trained_prompt(export: Mapping[str, Any]) -> RagPrompt | None:
     """How training worded questions, from the `block_attention` of an export; documents stand as given."""
-    if not export or "prompt" not in export:
+    if "prompt" not in export:
         return None
     return RagPrompt(**export["prompt"], documents_in=export["documents_in"], order="given")
 
@@ -133,13 +133,26 @@ def trim(sample: Sample) -> Sample | None:
     """The sample without its least relevant document (the first of equals) that supports no answer.
 
     None if there is none, or, where no document is known to support, if it would be one of the most relevant:
-    a question without its evidence teaches to invent.
+    a question without its evidence teaches to invent. (Prompts to answer are shortened by `shorten`.)
     """
     relevance, supporting = sample.meta.get("relevance", ()), sample.meta.get("supporting", ())
     spare = [i for i, d in enumerate(sample.documents) if d not in supporting] if relevance else []
     if not spare or not supporting and min(relevance) == max(relevance):
         return None
     return sample.without_document(min(spare, key=lambda i: relevance[i]))
+
+
+def shorten(sample: Sample) -> Sample | None:
+    """The prompt without its least relevant document (the last of equals); None if that is its only one.
+
+    Documents without a relevance are equal; those that are known to support the answer go last.
+    """
+    supporting = sample.meta.get("supporting", ())
+    relevance = sample.meta.get("relevance") or [0] * len(sample.documents)
+    if len(relevance) < 2:
+        return None
+    worst = min(range(len(relevance)), key=lambda i: (sample.documents[i] in supporting, relevance[i], -i))
+    return sample.without_document(worst)
 
 
 def _name_of(documents: Sequence[Document]) -> str:

@@ -11,6 +11,8 @@ from blockft.data.sample import (
     RecordError,
     Sample,
     check,
+    is_list,
+    is_number,
     messages_of,
     meta_of,
     take,
@@ -70,7 +72,7 @@ def _id(record: Mapping[str, Any], default: str) -> str:
 
 
 def _messages(found: Any) -> tuple[Message, ...]:
-    check(isinstance(found, list) and bool(found), "field 'messages'", found, "be a list of messages")
+    check(is_list(found) and bool(found), "field 'messages'", found, "be a list of messages")
     last, at = found[-1], f"field 'messages[{len(found) - 1}].role'"
     if isinstance(last, Mapping) and "role" in last:
         check(last["role"] == "user", at, last["role"], "be user: the last message asks")
@@ -82,12 +84,17 @@ def _in_blocks(message: Any, at: str) -> Any:
     if not isinstance(message, Mapping) or "content" not in message:
         return message
     content = message["content"]
-    check(isinstance(content, str | list), f"{at}.content'", content, "be a text or a list of block texts")
+    check(
+        isinstance(content, str) or is_list(content),
+        f"{at}.content'",
+        content,
+        "be a text or a list of block texts",
+    )
     return {**message, "content": [content]} if isinstance(content, str) else message
 
 
 def _documents(found: Any) -> list[Document]:
-    check(isinstance(found, list), "field 'documents'", found, "be a list of documents")
+    check(is_list(found), "field 'documents'", found, "be a list of documents")
     return [document_of(document, f"documents[{i}]") for i, document in enumerate(found)]
 
 
@@ -104,7 +111,7 @@ def document_of(found: Any, field: str = "") -> Document:
     check("text" in found, whole, list(found), 'have the key "text"')
     title = text_of(found.get("title", ""), f"field '{inside}title'", may_be_blank=True)
     score = found.get("score", 0)
-    check(type(score) in (int, float), f"field '{inside}score'", score, "be a number")
+    check(is_number(score), f"field '{inside}score'", score, "be a finite number")
     return Document(title=title, text=text_of(found["text"], f"field '{inside}text'"), relevance=score)
 
 

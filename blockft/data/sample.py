@@ -1,6 +1,7 @@
 """Samples: text with its blocks marked, independent of any model; one JSON object a line."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -138,6 +139,16 @@ def check(holds: bool, name: str, found: Any, rule: str) -> None:
         raise RecordError(f"{name} is {shown[:60]}{'...' if len(shown) > 60 else ''}, it should {rule}")
 
 
+def is_number(found: Any) -> bool:
+    """Whether it is a number that can be compared with others; JSON as Python reads it knows NaN."""
+    return type(found) in (int, float) and abs(found) < math.inf
+
+
+def is_list(found: Any) -> bool:
+    """Whether it is what JSON calls a list, or a caller any other sequence but a text."""
+    return isinstance(found, Sequence) and not isinstance(found, str | bytes)
+
+
 def text_of(value: Any, name: str, *, may_be_blank: bool = False) -> str:
     """A text that can be encoded.
 
@@ -156,7 +167,7 @@ def messages_of(found: Any) -> tuple[Message, ...]:
     Raises:
         RecordError: something in it is missing or ill-typed, or no prompt ends there.
     """
-    check(isinstance(found, list) and bool(found), "field 'messages'", found, "be a list of messages")
+    check(is_list(found) and bool(found), "field 'messages'", found, "be a list of messages")
     messages = []
     for i, message in enumerate(found):
         at = f"field 'messages[{i}]"
@@ -165,9 +176,7 @@ def messages_of(found: Any) -> tuple[Message, ...]:
             set(message) == {"role", "content"}, f"{at}'", list(message), 'have the keys "role" and "content"'
         )
         content = message["content"]
-        check(
-            isinstance(content, list) and bool(content), f"{at}.content'", content, "be a list of block texts"
-        )
+        check(is_list(content) and bool(content), f"{at}.content'", content, "be a list of block texts")
         texts = [text_of(text, f"{at}.content[{j}]'", may_be_blank=True) for j, text in enumerate(content)]
         for j, text in enumerate(texts):
             check(bool(text), f"{at}.content[{j}]'", text, "not be empty")
@@ -191,7 +200,7 @@ def templated_of(found: Any, name: str) -> tuple[str, ...]:
     Raises:
         RecordError: no list of texts, an empty block, or a blank final block.
     """
-    check(isinstance(found, list) and bool(found), f"field {name!r}", found, "be a list of block texts")
+    check(is_list(found) and bool(found), f"field {name!r}", found, "be a list of block texts")
     texts = tuple(text_of(text, f"field '{name}[{i}]'", may_be_blank=True) for i, text in enumerate(found))
     for i, text in enumerate(texts):
         check(bool(text), f"field '{name}[{i}]'", text, "not be empty")
@@ -215,10 +224,10 @@ def meta_of(found: Any, num_blocks: int) -> dict[str, Any]:
         relevance is None
         or isinstance(relevance, list)
         and len(relevance) == len(documents)
-        and all(type(r) in (int, float) for r in relevance),
+        and all(is_number(r) for r in relevance),
         "field 'meta.relevance'",
         relevance,
-        "list one number for each of meta.documents",
+        "list one finite number for each of meta.documents",
     )
     supporting = found.get("supporting", [])
     check(

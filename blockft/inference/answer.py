@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from blockft.inference.block import Key, num_tokens
-from blockft.inference.runner import Begun
+from blockft.inference.store import Found
 from blockft.inference.text import TextStream
 
 ENCODED = "encoded"
@@ -20,7 +20,8 @@ class Answer:
     num_blocks       blocks of the prompt, the final one among them; prompt_tokens are theirs
     sources          how many local blocks came from the tiers device, host and disk, or were encoded
     blocks_reused    local blocks that needed not be encoded, of tokens_reused tokens
-    ttft_ms          from token ids on the host to the first new id of the whole batch on the host
+    ttft_ms          from token ids on the host to the first new id of the whole batch on the host, without
+                     what others' requests took before
     tokens_per_s     after the first one and up to its last, without what a stream's reader took; None if
                      there is none
     """
@@ -68,12 +69,12 @@ def answer_of(
     writing: Writing,
     context: Sequence[Key],
     prompt: Sequence[Sequence[int]],
-    begun: Begun,
+    found: Mapping[Key, Found],
     ttft_ms: float,
 ) -> Answer:
-    """The answer to a prompt that was read over a context."""
-    reused = [key for key in context if key in begun.found]
-    sources = Counter(begun.found[key].tier.value if key in begun.found else ENCODED for key in context)
+    """The answer to a prompt over a context whose blocks were `found`, but for those that were encoded."""
+    reused = [key for key in context if key in found]
+    sources = Counter(found[key].tier.value if key in found else ENCODED for key in context)
     return Answer(
         text=writing.stream.text.strip(),
         ids=tuple(writing.ids),

@@ -5,7 +5,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -123,6 +124,12 @@ class DiskTier:
         except (OSError, UserError) as error:  # UserError: another version has taken the folder over
             self._count(entries_lost=1)
             self._say_unwritable(error)
+
+    def touch(self, keys: Iterable[Key]) -> None:
+        """Record that blocks are used now, though not read here; those that are not there are passed over."""
+        for key in keys:
+            with suppress(OSError):  # what cannot be read is said when it is read
+                self._is_there(self._path(key), self._model.entry_bytes(num_tokens(key)))
 
     def _is_there(self, path: Path, num_bytes: int) -> bool:
         """Whether there is an entry already; if so, it counts as used."""

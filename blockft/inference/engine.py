@@ -1,7 +1,8 @@
 """Answers from blocks: what was encoded for one prompt is found again for every other that holds it."""
 
-import time
+import threading
 from collections.abc import Generator, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -14,16 +15,21 @@ from blockft.data.request import request_of
 from blockft.data.sample import RecordError, Sample
 from blockft.data.tokenizer import fingerprint
 from blockft.errors import UserError
-from blockft.inference.answer import Answer, Writing, answer_of
+from blockft.inference.answer import Answer, Writing
 from blockft.inference.block import Key, key_of
+from blockft.inference.decoding import decode
 from blockft.inference.runner import BlockRunner, CacheOptions
 from blockft.inference.sampling import Sampler
 from blockft.inference.text import TextStream
-from blockft.model.load import device_of, load_model, load_tokenizer
+from blockft.model.load import block_attention, device_of, load_model, load_tokenizer
 
 
 class Engine:
-    """A model that answers prompts cut into blocks, with its block cache; one request at a time.
+    """A model that answers prompts cut into blocks, with its block cache.
+
+    Any number of threads may ask it: each call waits for its turn, and a batch of prompts is one call. A
+    stream takes a turn for each piece, so that others may be answered in between. On the query side it then
+    reads its question and what it has written again, which costs time and changes no answer.
 
     prompt: how questions over documents are worded; the model's own if it is an export. See `BlockRunner`.
     """
@@ -40,6 +46,7 @@ class Engine:
         compile: bool = False,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self._turn = threading.Lock()  # for tokenizers, too: some calls set them up anew
         self.runner = BlockRunner(
             model,
             name=name or model.name_or_path or "",
@@ -48,7 +55,7 @@ class Engine:
             side=side,
             compile=compile,
         )
-        self.prompt = trained_prompt(getattr(model.config, "block_attention", None)) or prompt
+        self.prompt = trained_prompt(block_attention(model.config)) or prompt
         self._limit = model.config.max_position_embeddings
         self._encoder = Encoder(tokenizer)
         ends = model.generation_config.eos_token_id
@@ -127,7 +134,7 @@ class Engine:
 
         Prompts of a batch share the blocks that they have in common. Prompt i is sampled with `seed + i`, see
         `Sampler`. An answer ends before the first text of `stop`. If `trims`, a prompt that is too long loses
-        its least relevant documents.
+        its least relevant documents, the last of equals first, down to one.
 
         Raises:
             UserError: a prompt and its answer are longer than the model's positions; see `Sampler`.
@@ -138,11 +145,13 @@ class Engine:
 
     def forget(self) -> None:
         """Empty the cache's memory: the next request is computed as by an engine that was just loaded."""
-        self.runner.store.clear()
+        with self._turn:
+            self.runner.store.clear()
 
     def close(self) -> None:
         """Wait until the cache's folder has all blocks; at the end of a process that happens by itself."""
-        self.runner.store.flush()
+        with self._turn:
+            self.runner.store.flush()
 
     def document_keys(self, documents: Sequence[Document]) -> list[Key]:
         """The blocks that stand before the question in a prompt over these documents, theirs among them.
@@ -151,9 +160,9 @@ class Engine:
             UserError: the model does not say how its prompts are worded, or one is too long for it.
         """
         messages, meta = self._wording().build("?", documents, "documents")
-        blocks = self._encoder.encode_prompt(
-            Sample(id="documents", source="documents", messages=messages, response="", meta=meta)
-        )[:-1]
+        prompt = Sample(id="documents", source="documents", messages=messages, response="", meta=meta)
+        with self._turn:
+            *blocks, _ = self._encoder.encode_prompt(prompt)
         if (longest := max(map(len, blocks), default=0)) >= self._limit:
             raise UserError(f"a document has {longest} tokens, the model has {self._limit} positions: cut it")
         return [key_of(block) for block in blocks]
@@ -169,11 +178,12 @@ class Engine:
     ) -> list[Answer]:
         """As `generate_batch`, from the token ids of each prompt's blocks."""
         steps = self._answer(prompts, mode, max_new_tokens, sampler or Sampler(), stop)
-        while True:
-            try:
-                next(steps)
-            except StopIteration as end:
-                return list(end.value)
+        with self._turn:
+            while True:
+                try:
+                    next(steps)
+                except StopIteration as end:
+                    return list(end.value)
 
     def stream(
         self,
@@ -212,7 +222,8 @@ class Engine:
         steps = self._answer([prompt], mode, max_new_tokens, sampler or Sampler(), stop)
         while True:
             try:
-                (piece,) = next(steps)
+                with self._turn:
+                    (piece,) = next(steps)
             except StopIteration as end:
                 (answer,) = end.value
                 return answer
@@ -227,7 +238,9 @@ class Engine:
         self, prompt: Sample, max_new_tokens: int, *, trims: bool = False
     ) -> tuple[Sample, list[list[int]]]:
         """As `encode`, and before the ids the prompt without the documents that it lost."""
-        return fit_prompt(prompt, self._encoder, self._limit, max_new_tokens, trims)
+        _check_length(max_new_tokens)
+        with self._turn:
+            return fit_prompt(prompt, self._encoder, self._limit, max_new_tokens, trims)
 
     def _wording(self) -> RagPrompt:
         if self.prompt is None:
@@ -244,11 +257,10 @@ class Engine:
         sampler: Sampler,
         stop: Sequence[str],
     ) -> Generator[list[str], None, list[Answer]]:
-        """Yields the new text of every prompt after each step, and returns their answers."""
+        """Yields the new text of every prompt after each step, for which it is our turn; see `decode`."""
         if mode not in ("block", "full"):
             raise UserError(f"mode is {mode!r}, allowed are block and full")
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {max_new_tokens}, it should be at least 1")
+        _check_length(max_new_tokens)
         if not prompts:
             return []
         for prompt in prompts:
@@ -258,24 +270,13 @@ class Engine:
                 raise UserError(
                     f"a prompt and its answer need {needed} tokens, the model has {self._limit} positions"
                 )
-        start = time.perf_counter()
         # full attention is the layout of one block
         blocks = prompts if mode == "block" else [[[id for block in p for id in block]] for p in prompts]
-        contexts = [[key_of(block) for block in prompt[:-1]] for prompt in blocks]
-        begun = self.runner.begin(contexts, [prompt[-1] for prompt in blocks], max_new_tokens)
-        next_ids = sampler(begun.logits).tolist()
-        ttft_ms, seconds = (time.perf_counter() - start) * 1000, 0.0
         writings = [Writing(TextStream(self.tokenizer, stop), self.ends) for _ in blocks]
-        for step in range(1, max_new_tokens + 1):
-            yield [writing.take(token, seconds) for writing, token in zip(writings, next_ids, strict=True)]
-            if all(writing.ended for writing in writings) or step == max_new_tokens:
-                break
-            start = time.perf_counter()
-            logits = begun.prompts.advance([[token] for token in next_ids])[:, -1]
-            next_ids = sampler(logits).tolist()
-            seconds += time.perf_counter() - start
-        yield [writing.stream.close() for writing in writings]
-        return [
-            answer_of(writing, context, prompt, begun, ttft_ms)
-            for writing, context, prompt in zip(writings, contexts, prompts, strict=True)
-        ]
+        answers = yield from decode(self.runner, blocks, writings, max_new_tokens, sampler)
+        return answers
+
+
+def _check_length(max_new_tokens: Any) -> None:
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens!r}, it should be a whole number of at least 1")

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from blockft.attention.positions import Rotation
 from blockft.attention.queryside import CachedAttention, turns
-from blockft.errors import UserError
 from blockft.inference.block import Key, num_tokens
 from blockft.inference.device import DeviceTier, on_device
 from blockft.inference.frame import Frame, Size
@@ -31,6 +30,10 @@ GRAPH_TOKENS = 1024
 
 GRAPHS = 24
 """Graphs kept, the least recently used making way; each holds the activations of its shape."""
+
+
+class Overtaken(Exception):
+    """Other prompts have begun since: these begin again, with what was written so far."""
 
 
 class QuerySide:
@@ -179,12 +182,10 @@ class CachedPrompts:
         overwritten by the next call.
 
         Raises:
-            UserError: other prompts have begun since.
+            Overtaken: other prompts have begun since.
         """
         if self._first and self._side.running is not self:
-            raise UserError(
-                "another request has begun before this one was finished: an engine answers one at a time"
-            )
+            raise Overtaken
         self._side.running = self
         side, longest = self._side, max(map(len, new_ids))
         width = longest if self._first else side.width(len(new_ids), longest)

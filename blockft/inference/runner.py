@@ -42,7 +42,8 @@ class CacheOptions:
     folder        of the disk tier; None keeps nothing on the disk
     disk_bytes    of the whole folder; None sets no limit
     host_bytes    None is a quarter of the memory that is free
-    device_bytes  None is half of the GPU memory that is free once the model is there
+    device_bytes  None is half of the GPU memory that is free once the model is there; the key side, which
+                  CPUs use, takes none
     """
 
     folder: Path | None = None
@@ -76,7 +77,7 @@ class BlockRunner:
 
     Raises:
         UserError: an unknown `side`; a model that attends otherwise; a cache folder or budget that cannot be
-            used.
+            used; `compile` without CUDA graphs.
     """
 
     def __init__(
@@ -97,6 +98,9 @@ class BlockRunner:
         self._is_cuda, self._is_compiled = model.device.type == "cuda", compile
         cache = cache or CacheOptions()
         uses_query_side = side == "query" or side == "auto" and self._is_cuda
+        if compile and not (uses_query_side and self._is_cuda):
+            where = "the key side" if self._is_cuda else str(model.device)
+            raise UserError(f"compile is for the query side on a GPU and would slow {where}: leave it out")
         shape = kv_shape(model)
         device = (
             DeviceTier(shape, model.device, self._device_bytes(cache), SLACK) if uses_query_side else None

@@ -4,6 +4,8 @@ Shapes: B prompts of a batch, V tokens of the vocabulary.
 """
 
 import math
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
@@ -23,18 +25,27 @@ class Sampler:
     each time.
 
     Raises:
-        UserError: a temperature below 0 or next to it, or `top_p` outside (0, 1].
+        UserError: a temperature below 0 or next to it; `top_p` outside (0, 1], or below 1 at temperature 0,
+            which does not draw; a seed that is no whole number.
     """
 
     def __init__(self, temperature: float = 0, top_p: float = 1, seed: int | None = 0) -> None:
-        if temperature and not MIN_TEMPERATURE <= temperature < math.inf:
+        if not _is(Real, temperature) or temperature and not MIN_TEMPERATURE <= temperature < math.inf:
             raise UserError(
-                f"temperature is {temperature}, it should be 0 (always the most likely token) "
+                f"temperature is {temperature!r}, it should be 0 (always the most likely token) "
                 f"or a number of at least {MIN_TEMPERATURE}"
             )
-        if not 0 < top_p <= 1:
-            raise UserError(f"top_p is {top_p}, it should be above 0 and at most 1 (any token)")
-        self._seed = seed
+        if not _is(Real, top_p) or not 0 < top_p <= 1:
+            raise UserError(f"top_p is {top_p!r}, it should be above 0 and at most 1 (any token)")
+        if top_p < 1 and not temperature:
+            raise UserError(
+                f"top_p is {top_p} at temperature 0, which takes the most likely token: give a temperature"
+            )
+        if seed is not None and not _is(Integral, seed):
+            raise UserError(
+                f"seed is {seed!r}, it should be a whole number, or None for another one each time"
+            )
+        self._seed = None if seed is None else int(seed)
         self._warpers = LogitsProcessorList()
         if temperature > 0:
             self._warpers.append(TemperatureLogitsWarper(float(temperature)))
@@ -63,3 +74,8 @@ class Sampler:
         else:
             generator.manual_seed(self._seed + row)
         return generator
+
+
+def _is(kind: type, found: Any) -> bool:
+    """Also of numpy's numbers."""
+    return isinstance(found, kind)

@@ -1,15 +1,19 @@
 """The block cache: blocks by content in three tiers, device, host and disk.
 
 A block is looked up in the nearest tier first. What is encoded goes into all of them, so a tier that makes
-room forgets what the next one still has. Tensors of blocks are (L, n, 2, K, D): L layers, n tokens, K
+room forgets what the next one still has. A use counts in every tier, or what is used most would be the first
+that a farther one forgets. Tensors of blocks are (L, n, 2, K, D): L layers, n tokens, K
 key/value heads, D head size.
 """
 
+import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import torch
 
@@ -23,6 +27,10 @@ READERS = 8
 
 PENDING_WRITES = 64
 """Blocks that may wait for the disk; encoding more waits, too, or they would fill the memory."""
+
+
+RECORD_S = 600
+"""Of a block that nearer tiers give, the disk learns once in so long that it is used: answers are quicker."""
 
 
 class Tier(StrEnum):
@@ -77,10 +85,12 @@ class BlockStore:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="blockft-write")
         self._writes: deque[Future[None]] = deque()
         self._distrusted: set[Key] = set()
+        self._recorded: set[Key] = set()
+        self._recorded_until = 0.0
         self._copies = torch.cuda.Stream() if device is not None and device.cache_LS2KD.is_cuda else None
 
     def find(self, keys: Iterable[Key]) -> dict[Key, Found]:
-        """Where each of these different blocks is, without those that are nowhere."""
+        """Where each of these different blocks is, without those that are nowhere; they count as used."""
         found, elsewhere = {}, []
         for key in keys:
             if self.device is not None and key in self.device:
@@ -89,6 +99,9 @@ class BlockStore:
                 found[key] = Found(Tier.host)
             elif self.disk is not None and key not in self._distrusted:
                 elsewhere.append(key)
+            self.host.get(key)
+        if self.disk is not None:
+            self._record_uses(self.disk, found.keys())
         if self.disk is not None and elsewhere:
             entries = zip(elsewhere, self.readers.map(self.disk.open, elsewhere), strict=True)
             found |= {key: Found(Tier.disk, entry) for key, entry in entries if entry}
@@ -115,9 +128,9 @@ class BlockStore:
         self.host.put(key, copy)
         if self.disk is not None:
             self._distrusted.discard(key)
-            while self._writes and (len(self._writes) >= PENDING_WRITES or self._writes[0].done()):
+            while len(self._writes) >= PENDING_WRITES:
                 self._writes.popleft().result()
-            self._writes.append(self._writer.submit(_write, self.disk, key, copy, done))
+            self._write_later(_write, self.disk, key, copy, done)
 
     def clear(self) -> None:
         """Forget what is in memory, on the device and the host."""
@@ -209,6 +222,21 @@ class BlockStore:
     def distrust(self, key: Key) -> None:
         """Do not look for a block on the disk until it was encoded again: a damaged entry may stay."""
         self._distrusted.add(key)
+
+    def _record_uses(self, disk: DiskTier, keys: AbstractSet[Key]) -> None:
+        """Tell the disk what nearer tiers give, without waiting for it."""
+        now = time.monotonic()
+        if now >= self._recorded_until:
+            self._recorded.clear()
+            self._recorded_until = now + RECORD_S
+        if new := keys - self._recorded:
+            self._recorded |= new
+            self._write_later(disk.touch, new)
+
+    def _write_later(self, task: Callable[..., None], *given: Any) -> None:
+        while self._writes and self._writes[0].done():
+            self._writes.popleft().result()
+        self._writes.append(self._writer.submit(task, *given))
 
     def _copied(self, kv: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         """A copy of a block on the host, and what to wait for before it can be read there."""

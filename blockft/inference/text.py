@@ -29,7 +29,7 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
-        if isinstance(stop, str) or not all(stop):
+        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
             raise UserError(f"stop is {stop!r}, it should be a list of texts that are not empty")
         self.text = ""
         self.stopped = False

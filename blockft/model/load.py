@@ -2,10 +2,12 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AttentionInterface,
     AutoConfig,
@@ -37,6 +39,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 """Types in which a model's weights may be opened."""
 
 Auto = TypeVar("Auto")
+
+IMPLEMENTED: dict[str, tuple[Any, ...]] = {
+    "version": (1,),
+    "position_scheme": ("reencoded", "local"),
+    "sink_tokens": (0,),
+    "local_sees_first": (False,),
+    "documents_in": ("system", "user"),
+    "order": ("ascending", "descending", "shuffled", "given"),
+}
+"""What the entry `block_attention` of an export may say; for what it does not say, the first is meant."""
 
 for _name, _backend in BACKENDS.items():
     AttentionInterface.register(_name, _backend)
@@ -96,14 +108,44 @@ def load_config(path: str, revision: str | None = None) -> PreTrainedConfig:
     """The configuration of a supported model, given as a folder or a Hub id; of an adapter that of its base.
 
     Raises:
-        UserError: there is no such model, or it is not supported.
+        UserError: there is no such model, or it is not supported; see `block_attention`.
     """
     base = adapter_base(path)
     config = _open(AutoConfig, *(base or (path, revision)))
     if base and (entry := Path(path) / BLOCK_ATTENTION).is_file():
         config.block_attention = json.loads(entry.read_text(encoding="utf-8"))
     check_supported(config)
+    block_attention(config)
     return config
+
+
+def block_attention(config: PreTrainedConfig) -> Mapping[str, Any]:
+    """What an export says of the blocks that it was trained on; nothing if the model is none.
+
+    Raises:
+        UserError: it is no export of blockft, or asks for what this version does not do.
+    """
+    entry = getattr(config, "block_attention", None)
+    if entry is None:
+        return {}
+    at = f"{config.name_or_path}: block_attention in its config.json"
+    if not isinstance(entry, dict):
+        raise UserError(f"{at} is {entry!r}, it should be an object, as exports have it")
+    for name, allowed in IMPLEMENTED.items():
+        if name in entry and entry[name] not in allowed:
+            raise UserError(
+                f"{at} has {name} {entry[name]!r} (allowed: {', '.join(map(str, allowed))}): "
+                "use the version of blockft that wrote it"
+            )
+    if "prompt" in entry:
+        texts, wording = ("instruction", "document", "question"), entry["prompt"]
+        is_whole = isinstance(wording, dict) and sorted(wording) == sorted(texts)
+        if not is_whole or not all(isinstance(text, str) for text in wording.values()):
+            raise UserError(f"{at} has a prompt that does not hold just the texts {', '.join(texts)}")
+        for name in ("documents_in", "order"):
+            if name not in entry:
+                raise UserError(f"{at} has a prompt, but no {name}")
+    return entry
 
 
 def adapter_base(path: str) -> tuple[str, str | None] | None:
@@ -170,15 +212,9 @@ def reencodes(config: PreTrainedConfig) -> bool:
     """Whether cached keys are moved to where their block stands; exports say how the model was trained.
 
     Raises:
-        UserError: by a scheme of positions that is not known here.
+        UserError: see `block_attention`.
     """
-    scheme = (getattr(config, "block_attention", None) or {}).get("position_scheme", "reencoded")
-    if scheme not in ("reencoded", "local"):
-        raise UserError(
-            f"{config.name_or_path}: position_scheme is {scheme!r} in its block_attention "
-            "(allowed: reencoded, local): use the version of blockft that wrote it"
-        )
-    return bool(scheme == "reencoded")
+    return bool(block_attention(config).get("position_scheme", "reencoded") == "reencoded")
 
 
 def compile_layers(model: PreTrainedModel) -> None:
@@ -210,6 +246,7 @@ def _open(kind: Any, path: str, revision: str | None, **settings: Any) -> Any:
         raise UserError(f"model {path!r} is no folder, and no id on the Hub (owner/name) either")
     try:
         return kind.from_pretrained(path, revision=revision or "main", **settings)
-    except (OSError, ValueError) as error:
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+    except (OSError, ValueError, SafetensorError) as error:
+        is_offline = os.environ.get("HF_HUB_OFFLINE") == "1" and not Path(path).is_dir()
+        offline = " (HF_HUB_OFFLINE is set)" if is_offline else ""
         raise UserError(f"model {path!r} cannot be opened{offline}: {str(error).splitlines()[0]}") from error

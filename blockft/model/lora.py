@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, set_seed
 
 from blockft.errors import UserError
@@ -48,6 +49,14 @@ def with_adapter(base: PreTrainedModel, checkpoint: Path, weights: Mapping[str, 
 
 
 def merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The base model with the adapter that a folder holds merged in."""
-    model: PreTrainedModel = PeftModel.from_pretrained(base, folder).merge_and_unload()
+    """The base model with the adapter that a folder holds merged in.
+
+    Raises:
+        UserError: the adapter cannot be read.
+    """
+    try:
+        adapted = PeftModel.from_pretrained(base, folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"adapter {str(folder)!r} cannot be opened: {str(error).splitlines()[0]}") from error
+    model: PreTrainedModel = adapted.merge_and_unload()
     return model

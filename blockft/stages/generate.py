@@ -89,6 +89,8 @@ def generate(
         raise UserError(f"--mode is {mode!r}, allowed are {', '.join(View.__members__)}")
     if streams and (as_json or batch_size > 1):
         raise UserError("--stream writes one text after the other: leave out --json and --batch-size")
+    if mode == View.full and cache and cache.folder:
+        raise UserError("--mode full has no blocks to keep or to reuse: leave out --cache")
     Sampler(temperature, top_p, seed)
     lines = _lines(source)
     engine = open_engine(model, cache or CacheWords(), compile=compile)
@@ -129,6 +131,7 @@ def _lines(source: str) -> list[tuple[int, str]]:
         text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--input {source} cannot be read: {error}") from error
+    text = text.removeprefix("\ufeff")  # a byte order mark
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise UserError(f"--input {source} holds no prompt")

@@ -11,7 +11,7 @@ from blockft.config import BadRecord, Format, Recipe
 from blockft.data.sample import Sample
 from blockft.data.sources import LAYOUTS, Tally, locate
 from blockft.errors import UserError
-from blockft.model.load import load_config
+from blockft.model.load import block_attention, load_config
 from blockft.recipe import find_recipe, make_recipe
 from blockft.stages.prompt import read_source
 
@@ -107,8 +107,8 @@ def _with_answers(samples: Iterable[Sample], tally: Tally, skips: bool) -> Itera
 
 def _wording(model: str, revision: str | None) -> dict[str, Any]:
     """The settings of `data` that an export says; none for a model that does not say how it is asked."""
-    known = getattr(load_config(model, revision), "block_attention", None)
-    if not known or "prompt" not in known:
+    known = block_attention(load_config(model, revision))
+    if "prompt" not in known:
         return {}
     return {
         "order": known["order"],

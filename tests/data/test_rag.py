@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockft.config import PromptSettings
-from blockft.data.rag import Document, RagPrompt, trim
-from blockft.data.sample import Message
+from blockft.data.rag import Document, RagPrompt, shorten, trim
+from blockft.data.sample import Message, Sample
 from blockft.errors import UserError
 from tests.data.toys import rag_sample
 
@@ -148,6 +148,31 @@ def test_trimming_takes_the_least_relevant_and_never_the_evidence() -> None:
     twice = trim(once)
     assert twice and twice.blocks == ("Answer.\n\n", "gold", "Who?")
     assert trim(twice) is None
+
+
+@pytest.mark.parametrize(
+    ("relevance", "supporting", "left"),
+    [
+        (None, [], ["abcd", "abc", "ab", "a"]),
+        ([0, 0, 0, 0], [], ["abcd", "abc", "ab", "a"]),
+        ([1, 0, 1, 0], [], ["abcd", "abc", "ac", "a"]),
+        ([0.1, 0.2, 0.3, 0.4], [], ["abcd", "bcd", "cd", "d"]),
+        ([0.1, 0.2, 0.3, 0.4], [1, 2], ["abcd", "abd", "ab", "b"]),
+    ],
+)
+def test_prompts_are_shortened_by_relevance_then_from_the_end(
+    relevance: list[float] | None, supporting: list[int], left: list[str]
+) -> None:
+    """What is known to support an answer, as in evaluations, goes last."""
+    meta = {"documents": [1, 2, 3, 4], "supporting": supporting}
+    meta |= {"relevance": relevance} if relevance else {}
+    sample: Sample | None = rag_sample(documents=tuple("abcd"), meta=meta)
+    found = []
+    while sample:
+        found.append("".join(sample.blocks[i] for i in sample.documents))
+        sample = shorten(sample)
+    assert found == left
+    assert shorten(rag_sample(documents=(), meta={})) is None
 
 
 def test_trimming_spares_what_is_known_to_support() -> None:

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -92,6 +93,15 @@ def test_any_mapping_is_read() -> None:
         ({"documents": [{"title": "A"}], "question": "Who?"}, r"field 'documents\[0\]' .* the key \"text\""),
         ({"documents": [{"title": 1, "text": "One."}], "question": "Who?"}, r"documents\[0\]\.title'"),
         ({"documents": [5], "question": "Who?"}, r"field 'documents\[0\]' is 5"),
+        *(
+            ({"documents": [{"text": "One.", "score": score}], "question": "Who?"}, r"\.score' .* finite")
+            for score in (math.nan, -math.inf, "1", True)
+        ),
+        (
+            {"blocks": TEMPLATED, "meta": {"documents": [0], "relevance": [math.nan]}},
+            "'meta.relevance' .* one finite number",
+        ),
+        ({"documents": b"One.", "question": "Who?"}, "field 'documents' .* a list"),
         (
             {"documents": ["One."], "question": "Who?", "meta": {"documents": [1]}},
             "'meta.documents' .* absent",

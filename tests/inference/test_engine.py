@@ -1,14 +1,16 @@
 """The engine as services embed it: requests of every kind, answers whatever their company."""
 
+import math
 from collections.abc import Generator
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-import blockft.inference.engine as engine_module
+import blockft.inference.decoding as decoding
 from blockft.data.rag import Document
 from blockft.data.sample import Sample
 from blockft.errors import UserError
@@ -67,6 +69,18 @@ def test_a_document_is_reused_wherever_it_stands(engine: Engine) -> None:
     assert len(engine.runner.store.find(keys)) == len(keys) - 1
 
 
+def test_any_sequences_are_lists(engine: Engine) -> None:
+    for record in REQUESTS:
+        want = engine.generate(**record, max_new_tokens=4)
+        assert engine.generate(**in_tuples(record), max_new_tokens=np.int64(4)).ids == want.ids
+
+
+def in_tuples(found: Any) -> Any:
+    if isinstance(found, dict):
+        return {name: in_tuples(value) for name, value in found.items()}
+    return tuple(map(in_tuples, found)) if isinstance(found, list) else found
+
+
 def test_a_batch_answers_as_its_prompts_do_alone(engine: Engine) -> None:
     for settings in ({}, {"mode": "full"}):
         together = engine.generate_batch(samples(engine), max_new_tokens=6, **settings)
@@ -123,7 +137,7 @@ def test_speed_is_that_of_an_answer_and_not_of_its_reader_or_company(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = count()
-    monkeypatch.setattr(engine_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(decoding, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     engine.ends = set()
     blocks = [engine.encode(prompt, 60) for prompt in samples(engine)[:2]]
     (whole,) = engine.generate_ids(blocks[:1], max_new_tokens=4)
@@ -236,6 +250,12 @@ def test_a_prompt_without_a_token_is_refused(engine: Engine) -> None:
         ({"messages": []}, "messages"),
         ({"blocks": ["a"], "mode": "half"}, "mode is 'half', allowed are block and full"),
         ({"blocks": ["a"], "max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"blocks": ["a"], "max_new_tokens": "4"}, "max_new_tokens is '4', it should be a whole number"),
+        ({"blocks": ["a"], "max_new_tokens": 4.0}, "max_new_tokens is 4.0"),
+        ({"blocks": ["a"], "temperature": "x"}, "temperature is 'x'"),
+        ({"blocks": ["a"], "top_p": 0.9}, "top_p is 0.9 at temperature 0"),
+        ({"blocks": ["a"], "stop": [5]}, "stop is [5]"),
+        ({"documents": [{"text": "a", "score": math.nan}], "question": "b"}, "score' is nan"),
         ({"blocks": ["a"], "temperature": -1}, "temperature is -1"),
         ({"blocks": ["a"], "top_p": 0}, "top_p is 0"),
         ({"blocks": ["a"], "stop": "a"}, "stop is 'a'"),

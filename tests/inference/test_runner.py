@@ -364,54 +364,6 @@ def test_a_failure_while_blocks_are_read_leaves_no_wrong_block(
     assert ask(engine).ids == right
 
 
-# one request at a time
-
-
-def test_two_streams_at_once_are_refused_or_right(
-    toy_model: Path, side: str, wanted: dict[str, tuple[int, ...]]
-) -> None:
-    engine = load_engine(toy_model, side)
-    first, second = (engine.stream_ids(prompt, max_new_tokens=NUM_NEW) for prompt in (PROMPT, LARGER))
-    next(first)
-    next(second)
-    if side == "query":
-        with pytest.raises(UserError, match="one at a time"):
-            finish(first)
-    else:
-        assert finish(first).ids == wanted["prompt"]
-    assert finish(second).ids == wanted["larger"]
-    assert ask(engine).ids == wanted["prompt"]
-
-
-def test_a_request_that_fails_ends_the_one_before_it(
-    toy_model: Path, wanted: dict[str, tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It may have taken the slots of its blocks."""
-    engine = load_engine(toy_model, "query", options(device=101 * TOKEN_BYTES, host=0))
-    first = engine.stream_ids(PROMPT, max_new_tokens=NUM_NEW)
-    next(first)
-
-    def fail(*_: Any) -> Any:
-        raise Failure
-
-    with monkeypatch.context() as patched:
-        patched.setattr(runner_module, "encode_blocks", fail)
-        with pytest.raises(Failure):
-            ask(engine, [*some_prompt(4, 60, 40), [1]])
-    with pytest.raises(UserError, match="one at a time"):
-        finish(first)
-    assert ask(engine).ids == wanted["prompt"]
-
-
-def finish(pieces: Any) -> Answer:
-    while True:
-        try:
-            next(pieces)
-        except StopIteration as end:
-            answer: Answer = end.value
-            return answer
-
-
 # models
 
 
@@ -458,6 +410,12 @@ def test_another_type_or_tokenizer_finds_nothing(toy_model: Path, tmp_path: Path
 def test_an_unknown_side_is_refused(toy_model: Path) -> None:
     with pytest.raises(UserError, match="allowed are auto, key, query"):
         load_engine(toy_model, "far", CacheOptions())
+
+
+@pytest.mark.parametrize("side", ["auto", *SIDES])
+def test_compiling_is_for_graphs(toy_model: Path, side: str) -> None:
+    with pytest.raises(UserError, match="compile is for the query side on a GPU and would slow cpu"):
+        Engine.load(str(toy_model), device="cpu", cache=options(), side=side, compile=True)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "block_sdpa"])

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -20,7 +21,7 @@ def drawn(sampler: Sampler, logits_BV: torch.Tensor, num_steps: int = 8) -> list
 def test_temperature_0_takes_the_most_likely_token() -> None:
     logits = some_logits(3)
     assert Sampler()(logits).tolist() == logits.argmax(dim=-1).tolist()
-    assert Sampler(top_p=0.5, seed=None)(logits.bfloat16()).shape == (3,)
+    assert Sampler(seed=None)(logits.bfloat16()).shape == (3,)
 
 
 @pytest.mark.parametrize("top_p", [1, 0.9])
@@ -51,6 +52,11 @@ def test_top_p_leaves_the_fewest_tokens_that_have_the_probability() -> None:
         assert set(drawn(Sampler(1.0, top_p), logits, 300)[0]) == kept
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    sampler = Sampler(np.float32(1.5), np.float64(0.5), np.int64(7))  # type: ignore[arg-type]
+    assert drawn(sampler, some_logits(2)) == drawn(Sampler(1.5, 0.5, 7), some_logits(2))
+
+
 def test_the_lowest_temperature_is_greedy() -> None:
     logits = some_logits(3).bfloat16() * 1000
     assert Sampler(MIN_TEMPERATURE, 0.9)(logits).tolist() == logits.argmax(dim=-1).tolist()
@@ -66,6 +72,11 @@ def test_the_lowest_temperature_is_greedy() -> None:
         ({"top_p": 0}, "top_p is 0"),
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"top_p": math.nan}, "top_p is nan"),
+        ({"top_p": 0.9}, "top_p is 0.9 at temperature 0, which takes the most likely token"),
+        ({"temperature": "1"}, "temperature is '1'"),
+        ({"temperature": None}, "temperature is None"),
+        ({"temperature": 1, "top_p": "0.9"}, "top_p is '0.9'"),
+        ({"seed": 0.5}, "seed is 0.5"),
     ],
 )
 def test_faulty_options_are_refused(options: dict[str, float], name: str) -> None:

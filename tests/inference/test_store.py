@@ -1,8 +1,10 @@
 """The block cache: the nearest tier first, and never a block that is not what was encoded."""
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import blockft.inference.store as store_module
 from blockft.inference.block import Key, num_tokens
 from blockft.inference.device import DeviceTier, KVShape
 from blockft.inference.disk import DiskTier
+from blockft.inference.folder import CacheFolder
 from blockft.inference.host import HostTier
 from blockft.inference.store import BlockStore, DamagedBlocks, Tier
 from tests.inference.cached import TOY, kv_of, some_key
@@ -130,6 +133,79 @@ def test_statistics_count_blocks_and_tokens_by_tier(folder: Path) -> None:
     assert statistics.found_tokens == {"disk": 5 + 3 + 3, "host": 5}
     assert statistics.reused_percent == pytest.approx(100 * 16 / 43)
     assert open_store(None).statistics.reused_percent == 0
+
+
+# use
+
+
+def age(folder: Path, *keys: Key) -> None:
+    for key in keys:
+        os.utime(path_of(folder, key), (0, 0))
+
+
+def used(folder: Path, store: BlockStore) -> list[bool]:
+    """Whether the disk knows of a use of each block that was not in 1970."""
+    store.flush()
+    return [path_of(folder, key).stat().st_mtime > 0 for key in KEYS]
+
+
+def test_what_the_device_gives_is_not_what_the_host_forgets() -> None:
+    store = open_store(None, host=11 * SHAPE.token_bytes, device=2**16)
+    keep(store, KEYS[0], KEYS[1])
+    assert store.device is not None
+    store.device.add(KEYS[:1], keep=())
+    store.find(KEYS[:1])
+    keep(store, KEYS[4])
+    assert KEYS[0] in store.host and KEYS[1] not in store.host
+
+
+@pytest.mark.parametrize("tier", [Tier.device, Tier.host])
+def test_what_memory_gives_is_not_what_the_disk_forgets(
+    folder: Path, tier: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "RECORD_S", 0)
+    store = open_store(folder, device=2**16)
+    keep(store, *KEYS)
+    if tier is Tier.device:
+        load_all(store, KEYS)
+        store.host.clear()
+    store.flush()
+    age(folder, *KEYS)
+    assert tiers(store, KEYS[:2]) == [tier] * 2
+    assert used(folder, store) == [True] * 2 + [False] * 4
+    with CacheFolder(folder).locked() as ledger:
+        assert len(CacheFolder(folder).prune(ledger, unused_since=1)) == 4
+
+
+def test_a_use_is_recorded_once_in_a_while(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, clock = open_store(folder), [1000.0]
+    monkeypatch.setattr(store_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    keep(store, *KEYS)
+    store.find(KEYS[:2])
+    store.flush()
+    age(folder, *KEYS)
+    store.find(KEYS[:3])
+    assert used(folder, store) == [False, False, True, False, False, False]
+    clock[0] += store_module.RECORD_S
+    store.find(KEYS[:2])
+    assert used(folder, store) == [True, True, True, False, False, False]
+
+
+def test_uses_of_what_the_disk_has_lost_or_cannot_record_are_no_trouble(
+    folder: Path, said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(folder)
+    keep(store, *KEYS)
+    age(folder, *KEYS)
+    path_of(folder, KEYS[0]).unlink()
+
+    def refuse(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("blockft.inference.disk.os.utime", refuse)
+    assert tiers(store) == [Tier.host] * len(KEYS)
+    store.flush()
+    assert len(said.records) == 1 and "cannot be recorded (Read-only" in said.text
 
 
 # damage

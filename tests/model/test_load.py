@@ -1,6 +1,9 @@
 """Which models are opened, and what is said to those that are not."""
 
+import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,14 +18,18 @@ from blockft.config import Precision
 from blockft.errors import UserError
 from blockft.model.load import (
     attention_windows,
+    block_attention,
     check_supported,
     compile_layers,
     device_of,
     dtype_of,
+    load_config,
     load_model,
     load_tokenizer,
+    reencodes,
     rotations,
 )
+from blockft.model.lora import add_adapter
 from tests.tiny import CONFIGS, SIZE, build_model
 
 
@@ -68,6 +75,69 @@ def test_a_missing_model_is_one_sentence(path: str) -> None:
         with pytest.raises(UserError) as error:
             load(path)
         assert path in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("num_bytes", [-1, 5000, 4, 0])
+def test_weights_that_are_cut_short_are_one_sentence(tmp_path: Path, num_bytes: int) -> None:
+    model = build_model("llama")
+    model.save_pretrained(tmp_path / "model")
+    add_adapter(model, {}, seed=0).save_pretrained(tmp_path / "adapter")
+    settings = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(settings.read_text()) | {"base_model_name_or_path": str(tmp_path / "model")}
+    settings.write_text(json.dumps(config))
+    for weights in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
+        path = tmp_path / weights
+        os.truncate(path, num_bytes % path.stat().st_size)
+        with pytest.raises(UserError, match=f"{path.parent}' cannot be opened: ") as error:
+            load_model(str(path.parent), backend="sdpa", dtype=torch.float32)
+        assert "\n" not in str(error.value)
+
+
+WORDING = {"instruction": "Read.", "document": "{text}", "question": "{question}"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"version": 9}, r"has version 9 \(allowed: 1\)"),
+        ({"version": "1"}, "has version '1'"),
+        ({"sink_tokens": 4}, r"has sink_tokens 4 \(allowed: 0\)"),
+        ({"local_sees_first": True}, r"has local_sees_first True \(allowed: False\)"),
+        ({"position_scheme": "sideways"}, "has position_scheme 'sideways'"),
+        ({"documents_in": "tool"}, r"has documents_in 'tool' \(allowed: system, user\)"),
+        ({"order": ["given"]}, "has order"),
+        ({"prompt": "{question}"}, "has a prompt that does not hold just the texts instruction"),
+        ({"prompt": WORDING | {"question": None}}, "has a prompt that"),
+        ({"prompt": WORDING | {"answer": ""}}, "has a prompt that"),
+        ({"prompt": WORDING, "order": "given"}, "has a prompt, but no documents_in"),
+        ("yes", "block_attention in its config.json is 'yes'"),
+        ([], r"block_attention in its config.json is \[\]"),
+    ],
+)
+def test_an_export_that_asks_for_more_than_is_built_is_refused(tmp_path: Path, entry: Any, said: str) -> None:
+    model = build_model("llama")
+    model.config.block_attention = entry
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"^{tmp_path}: .*{said}"):
+        load_config(str(tmp_path))
+    with pytest.raises(UserError, match=said):
+        reencodes(model.config)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {},
+        {"position_scheme": "local"},
+        {"version": 1, "sink_tokens": 0, "local_sees_first": False, "documents_in": "user", "order": "given"},
+        {"prompt": WORDING, "documents_in": "system", "order": "ascending", "note": "mine"},
+    ],
+)
+def test_what_exports_say_is_read(entry: dict[str, Any]) -> None:
+    config = build_model("llama").config
+    assert block_attention(config) == {}
+    config.block_attention = entry
+    assert block_attention(config) == entry
 
 
 @pytest.mark.parametrize("name", CONFIGS)

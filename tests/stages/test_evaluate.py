@@ -39,6 +39,18 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def test_an_export_need_not_say_how_questions_are_worded(toy: Path, tmp_path: Path) -> None:
+    config = json.loads((toy / "model" / "config.json").read_text())
+    config["block_attention"] = {"version": 1, "position_scheme": "local"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    questions = tmp_path / "questions.json"
+    questions.write_text("[]")
+    plain, export = (
+        recipe_for(str(model), str(questions), format="hotpotqa") for model in (toy / "model", tmp_path)
+    )
+    assert export.data.prompt == plain.data.prompt
+
+
 def test_data_alone_are_scored_in_both_modes(toy: Path) -> None:
     out = run(toy, "both")
     report = json.loads((out / "report.json").read_text())

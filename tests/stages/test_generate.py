@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from blockft import progress
 from blockft.errors import UserError
@@ -136,6 +137,27 @@ def test_requests_may_come_from_standard_input(
     assert got[1]["id"] == "-, line 3"
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_request(
+    model: Path,
+    requests: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    want = [line["answer_ids"] for line in answered(model, requests, capsys)]
+    marked = tmp_path / "marked.jsonl"
+    marked.write_text(requests.read_text(), encoding="utf-8-sig")
+    assert [line["answer_ids"] for line in answered(model, marked, capsys)] == want
+    monkeypatch.setattr(sys, "stdin", io.StringIO(marked.read_text(encoding="utf-8")))
+    assert [line["answer_ids"] for line in answered(model, Path("-"), capsys)] == want
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU compiles")
+def test_compiling_is_refused_without_a_gpu(model: Path, requests: Path) -> None:
+    with pytest.raises(UserError, match="compile is for the query side on a GPU"):
+        generate(str(model), str(requests), compile=True, cache=SMALL)
+
+
 def test_long_prompts_lose_documents_if_asked(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -145,6 +167,21 @@ def test_long_prompts_lose_documents_if_asked(
         answered(model, source, capsys)
     (line,) = answered(model, source, capsys, trims=True)
     assert line["blocks"] == 5
+
+
+@pytest.mark.parametrize("scores", [[None] * 12, [1] * 3 + [0] * 9, [1] * 12])
+def test_documents_of_one_score_may_be_lost(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], scores: list[int | None]
+) -> None:
+    documents = [
+        {"text": f"{i:04}" * 375} | ({} if score is None else {"score": score})
+        for i, score in enumerate(scores)
+    ]
+    ways = [documents, documents[:2]]
+    source = write(tmp_path / "long.jsonl", [{"documents": way, "question": "?"} for way in ways])
+    trimmed, short = answered(model, source, capsys, trims=True)
+    assert trimmed["answer_ids"] == short["answer_ids"] and trimmed["prompt_tokens"] == short["prompt_tokens"]
+    assert trimmed["blocks_reused"] == 0 and short["blocks_reused"] == short["blocks"] - 1
 
 
 # the cache's folder
@@ -203,6 +240,8 @@ def test_the_folder_stays_within_its_budget(
         ({"as_json": False, "streams": True, "batch_size": 2}, "leave out --json and --batch-size"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 0.9}, "top_p is 0.9 at temperature 0"),
+        ({"mode": "full", "cache": CacheWords(folder=Path("no/such"))}, "--mode full has no blocks to keep"),
         ({"stop": [""]}, "not empty"),
         ({"cache": CacheWords(disk="1GB")}, "--cache-bytes needs --cache FOLDER"),
         ({"cache": CacheWords(host="much")}, "'much' is no size"),

@@ -1,0 +1,150 @@
+"""Several requests at once, from threads and streams: each waits for its turn, and no answer is wrong."""
+
+import random
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import blockft.inference.runner as runner_module
+from blockft.inference.answer import Answer
+from blockft.inference.engine import Engine
+from blockft.inference.sampling import Sampler
+from tests.inference.engines import SIDES, Prompt, greedy, load_engine, options
+from tests.inference.test_runner import LARGER, PROMPT, TOKEN_BYTES, Failure, ask, some_prompt
+
+NUM_NEW = 8
+TIGHT = options(device=101 * TOKEN_BYTES, host=150 * TOKEN_BYTES)
+"""Holds the larger of the two prompts, and not both."""
+
+Ids = tuple[int, ...]
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[Prompt]:
+    """Twelve that share some of their blocks, in other places."""
+    rng, blocks = random.Random(3), some_prompt(5, *range(4, 34, 3))
+    return [[*rng.sample(blocks, 4), *some_prompt(i, 5 + i % 3)] for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def wanted(toy_model: Path, prompts: list[Prompt]) -> list[Ids]:
+    engine = load_engine(toy_model)
+    engine.ends = set()
+    return [greedy(engine.model, prompt, NUM_NEW) for prompt in prompts]
+
+
+@pytest.fixture(params=SIDES)
+def side(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def endless(path: Path, side: str, cache: Any = None) -> Engine:
+    engine = load_engine(path, side, cache)
+    engine.ends = set()
+    return engine
+
+
+def finish(pieces: Generator[str, None, Answer]) -> Ids:
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            return tuple(end.value.ids)
+
+
+# threads
+
+
+@pytest.mark.parametrize("num_threads", [2, 5])
+@pytest.mark.parametrize("cache", [options(), TIGHT], ids=["roomy", "tight"])
+def test_threads_get_the_answers_that_they_get_alone(
+    toy_model: Path, side: str, cache: Any, num_threads: int, prompts: list[Prompt], wanted: list[Ids]
+) -> None:
+    engine = endless(toy_model, side, cache)
+
+    def answer(i: int) -> Ids:
+        prompt = prompts[i % len(prompts)]
+        if i % 3:
+            return engine.generate_ids([prompt], max_new_tokens=NUM_NEW)[0].ids
+        return finish(engine.stream_ids(prompt, max_new_tokens=NUM_NEW))
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        got = [*pool.map(answer, range(36))]
+    assert got == wanted * 3
+
+
+def test_threads_may_ask_an_engine_that_is_new(toy_model: Path, side: str) -> None:
+    """Its tokenizer is set up by the first requests."""
+    records = [{"documents": [f"The {i} barks."], "question": f"Who is {i}?"} for i in range(12)]
+    alone = endless(toy_model, side)
+    want = [alone.generate(**record, max_new_tokens=3).ids for record in records]
+    engine = endless(toy_model, side)
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(engine.generate, **record, max_new_tokens=3) for record in records]
+        cleared = [pool.submit(clear) for clear in (engine.forget, engine.close)]
+        assert [answer.result().ids for answer in asked] == want
+        assert [done.result() for done in cleared] == [None, None]
+
+
+# streams
+
+
+@pytest.mark.parametrize("cache", [options(), TIGHT], ids=["roomy", "tight"])
+@pytest.mark.parametrize("sampled", [{}, {"temperature": 5.0, "top_p": 0.95, "seed": 3}])
+def test_streams_that_take_turns_are_right(
+    toy_model: Path, side: str, cache: Any, sampled: dict[str, Any]
+) -> None:
+    engine, alone = (endless(toy_model, side, cache) for _ in range(2))
+
+    def opened(engine: Engine, prompt: Prompt) -> Generator[str, None, Answer]:
+        return engine.stream_ids(prompt, max_new_tokens=NUM_NEW, sampler=Sampler(**sampled))
+
+    want = [finish(opened(alone, prompt)) for prompt in (PROMPT, LARGER)]
+    streams = [opened(engine, prompt) for prompt in (PROMPT, LARGER)]
+    for _ in range(3):
+        for stream in streams:
+            next(stream)
+    between = ask(engine).ids
+    assert [finish(stream) for stream in streams] == want
+    assert between == ask(alone).ids
+
+
+def test_who_leaves_a_stream_unread_stops_nobody(toy_model: Path, side: str) -> None:
+    engine = endless(toy_model, side)
+    stream = engine.stream_ids(LARGER, max_new_tokens=NUM_NEW)
+    next(stream)
+    with ThreadPoolExecutor(1) as pool:  # also not from another thread, for which the first one waits
+        assert pool.submit(ask, engine).result(timeout=60).ids == ask(engine).ids
+    assert finish(stream) == greedy(engine.model, LARGER, NUM_NEW)
+
+
+def test_an_answer_says_where_its_blocks_were_at_first(toy_model: Path) -> None:
+    engine = endless(toy_model, "query", options(device=101 * TOKEN_BYTES))
+    stream = engine.stream_ids(PROMPT, max_new_tokens=NUM_NEW)
+    next(stream)
+    ask(engine, LARGER)
+    while True:
+        try:
+            next(stream)
+        except StopIteration as end:
+            assert end.value.sources == {"encoded": 4} and len(end.value.ids) == NUM_NEW
+            break
+
+
+def test_a_request_that_fails_changes_no_stream(toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have taken the slots of its blocks."""
+    engine = endless(toy_model, "query", options(device=101 * TOKEN_BYTES, host=0))
+    stream = engine.stream_ids(PROMPT, max_new_tokens=NUM_NEW)
+    next(stream)
+
+    def fail(*_: Any) -> Any:
+        raise Failure
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runner_module, "encode_blocks", fail)
+        with pytest.raises(Failure):
+            ask(engine, [*some_prompt(4, 60, 40), [1]])
+    assert finish(stream) == greedy(engine.model, PROMPT, NUM_NEW)
