@@ -77,28 +77,34 @@ def dense_batch_mask(
 
 
 def tile_mask(
-    vectors: Vectors, window: int | None, tile: int, strip: int = 2048
+    vectors: Vectors, window: int | None, tile: int, strip: int = 1024
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which tiles of (tile, tile) tokens have allowed pairs, and which have no others.
 
-    Two (B, T / tile, T / tile) bool tensors, rounded up. The mask is written out `strip` queries at a time:
-    memory grows with T, not with its square.
+    Two (B, T / tile, T / tile) bool tensors, rounded up. The mask is written out `strip` queries at a time,
+    and no farther back than their first example begins: memory and time grow with T, not with its square.
     """
     num_rows, num_tokens = vectors.example_ids.shape
-    device, padding = vectors.example_ids.device, -num_tokens % tile
+    device, num_tiles = vectors.example_ids.device, -(-num_tokens // tile)
     assert strip % tile == 0
     rule = batch_rule(vectors, window)
     b = torch.arange(num_rows, device=device)[:, None, None]
-    k = torch.arange(num_tokens, device=device)
-    some, every = [], []
-    for start in range(0, num_tokens, strip):
-        queries = k[start : start + strip]
-        allowed = rule(b, 0, queries[:, None], k)
-        allowed = torch.nn.functional.pad(allowed, (0, padding, 0, -len(queries) % tile))
-        tiles = allowed.reshape(num_rows, -1, tile, allowed.shape[2] // tile, tile)
-        some.append(tiles.any(dim=4).any(dim=2))
-        every.append(tiles.all(dim=4).all(dim=2))
-    return torch.cat(some, dim=1), torch.cat(every, dim=1)
+    tokens = torch.arange(num_tokens, device=device)
+    some = torch.zeros(num_rows, num_tiles, num_tiles, dtype=torch.bool, device=device)
+    every = torch.zeros_like(some)
+    # of each strip's first query the first token of its example, in any row
+    own = vectors.example_ids[:, ::strip, None] == vectors.example_ids[:, None]
+    lowest = own.to(torch.uint8).argmax(dim=2).amin(dim=0).tolist()
+    for start, low in zip(range(0, num_tokens, strip), lowest, strict=True):
+        end, low = min(start + strip, num_tokens), low // tile * tile
+        allowed = rule(b, 0, tokens[start:end, None], tokens[low:end])
+        padding = -end % tile
+        allowed = torch.nn.functional.pad(allowed, (0, padding, 0, padding))
+        tiles = allowed.unflatten(2, (-1, tile)).unflatten(1, (-1, tile))
+        place = (slice(None), slice(start // tile, -(-end // tile)), slice(low // tile, -(-end // tile)))
+        some[place] = tiles.any(dim=4).any(dim=2)
+        every[place] = tiles.all(dim=4).all(dim=2)
+    return some, every
 
 
 def dense_mask(block_lengths: Sequence[int], num_final: int = 1, window: int | None = None) -> torch.Tensor:
