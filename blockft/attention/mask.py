@@ -100,7 +100,7 @@ def tile_mask(
         allowed = rule(b, 0, tokens[start:end, None], tokens[low:end])
         padding = -end % tile
         allowed = torch.nn.functional.pad(allowed, (0, padding, 0, padding))
-        tiles = allowed.unflatten(2, (-1, tile)).unflatten(1, (-1, tile))
+        tiles = allowed.reshape(num_rows, -1, tile, allowed.shape[2] // tile, tile)
         place = (slice(None), slice(start // tile, -(-end // tile)), slice(low // tile, -(-end // tile)))
         some[place] = tiles.any(dim=4).any(dim=2)
         every[place] = tiles.all(dim=4).all(dim=2)
