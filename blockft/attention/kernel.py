@@ -30,12 +30,13 @@ class Tiles:
 FEW_ROWS = (
     Tiles(rows=16, keys=64, warps=4, stages=3),
     Tiles(rows=16, keys=32, warps=4, stages=2),
+    Tiles(rows=16, keys=16, warps=4, stages=1),
 )
 MANY_ROWS = (
     Tiles(rows=128, keys=64, warps=8, stages=3),
     Tiles(rows=128, keys=32, warps=8, stages=2),
     Tiles(rows=64, keys=32, warps=4, stages=2),
-    Tiles(rows=16, keys=32, warps=4, stages=2),
+    *FEW_ROWS[1:],
 )
 """For decoding, and for a question of 64 tokens (256 rows). First what measured best on an H100 for heads of
 128 in bfloat16; the others take less shared memory, for larger heads, float32 and smaller GPUs."""
@@ -58,11 +59,11 @@ def tiles_for(num_rows: int, head_size: int, half: int, dtype: torch.dtype, devi
 
 
 def num_programs(
-    num_rows: int, num_heads: int, head_size: int, dtype: torch.dtype, device: torch.device
+    num_rows: int, num_heads: int, head_size: int, half: int, dtype: torch.dtype, device: torch.device
 ) -> int:
     """Among how many programs to share each prompt's blocks, if `num_heads` key/value heads of all prompts
     have that many rows each: as many as the GPU runs at once."""
-    tiles = tiles_for(num_rows, head_size, head_size // 2, dtype, device)
+    tiles = tiles_for(num_rows, head_size, half, dtype, device)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     at_once = processors * (8 // tiles.warps)
     return int(max(1, min(64, at_once // (num_heads * triton.cdiv(num_rows, tiles.rows)))))

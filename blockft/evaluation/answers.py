@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from blockft.data.fit import LongPrompt
 from blockft.data.sample import Sample
@@ -122,7 +121,7 @@ class AnswerFile:
         if path.is_file():
             lines = _whole_lines(path.read_bytes())
             for batch in batches:
-                answered = [Answered(**record) for _, record in zip(batch, lines, strict=False)]
+                answered = [one for _, one in zip(batch, lines, strict=False)]
                 if tuple(one.index for one in answered) != batch:
                     break
                 self.done += answered
@@ -173,10 +172,10 @@ def _line(answered: Answered) -> bytes:
     return json.dumps(asdict(answered), ensure_ascii=False).encode() + b"\n"
 
 
-def _whole_lines(content: bytes) -> Iterator[Any]:
-    """The records up to the first line that a kill or a power cut left damaged."""
+def _whole_lines(content: bytes) -> Iterator[Answered]:
+    """The answers up to the first line that a kill or a power cut left damaged."""
     for line in content.split(b"\n")[:-1]:
         try:
-            yield json.loads(line)
-        except ValueError:
+            yield Answered(**json.loads(line))
+        except (ValueError, TypeError):
             return

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Generator, Sequence
+from itertools import chain
 
 from blockft.inference.answer import Answer, Writing, answer_of
 from blockft.inference.block import key_of
@@ -29,7 +30,9 @@ def decode(
     contexts = [[key_of(block) for block in prompt[:-1]] for prompt in prompts]
     finals = [[*prompt[-1]] for prompt in prompts]
     begun = runner.begin(contexts, finals, num_new)
-    running, next_ids = begun.prompts, sampler(begun.logits).tolist()
+    running, found, next_ids = begun.prompts, begun.found, sampler(begun.logits).tolist()
+    del begun  # or the memory of its prompts would stay
+    runner.store.count(dict.fromkeys(chain.from_iterable(contexts)), found)
     ttft_ms, seconds = (time.perf_counter() - start) * 1000, 0.0
     for step in range(1, num_new + 1):
         yield [writing.take(token, seconds) for writing, token in zip(writings, next_ids, strict=True)]
@@ -47,6 +50,6 @@ def decode(
         seconds += time.perf_counter() - start
     yield [writing.stream.close() for writing in writings]
     return [
-        answer_of(writing, context, prompt, begun.found, ttft_ms)
+        answer_of(writing, context, prompt, found, ttft_ms)
         for writing, context, prompt in zip(writings, contexts, prompts, strict=True)
     ]

@@ -118,7 +118,8 @@ class QuerySide:
 
         shape = self.tier.shape
         rows, heads = self._group * num_queries, num_prompts * shape.num_kv_heads
-        return num_programs(rows, heads, shape.head_size, shape.dtype, self.model.device)
+        half = self._rotations[0].inv_freq.numel()
+        return num_programs(rows, heads, shape.head_size, half, shape.dtype, self.model.device)
 
     def run(self, frame: Frame) -> torch.Tensor:
         """One forward pass over a frame's inputs; returns logits (B, num_logits, vocabulary)."""

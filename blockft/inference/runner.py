@@ -141,11 +141,9 @@ class BlockRunner:
             found = self.store.find(keys)
             try:
                 with on_device(self.model.device):
-                    begun = begin(keys, found, contexts, finals, num_new)
+                    return begin(keys, found, contexts, finals, num_new)
             except DamagedBlocks:
                 continue  # an entry less that is trusted each time
-            self.store.count(keys, begun.found)
-            return begun
 
     def encode(self, keys: Sequence[Key]) -> int:
         """Put blocks into the host and disk tiers that are in none; returns how many had to be encoded."""

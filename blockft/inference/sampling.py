@@ -72,7 +72,7 @@ class Sampler:
         if self._seed is None:
             generator.seed()
         else:
-            generator.manual_seed(self._seed + row)
+            generator.manual_seed((self._seed + row) % 2**63)
         return generator
 
 

@@ -48,7 +48,7 @@ IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "documents_in": ("system", "user"),
     "order": ("ascending", "descending", "shuffled", "given"),
 }
-"""What the entry `block_attention` of an export may say; for what it does not say, the first is meant."""
+"""What the entry `block_attention` of an export may say."""
 
 for _name, _backend in BACKENDS.items():
     AttentionInterface.register(_name, _backend)
@@ -113,7 +113,12 @@ def load_config(path: str, revision: str | None = None) -> PreTrainedConfig:
     base = adapter_base(path)
     config = _open(AutoConfig, *(base or (path, revision)))
     if base and (entry := Path(path) / BLOCK_ATTENTION).is_file():
-        config.block_attention = json.loads(entry.read_text(encoding="utf-8"))
+        try:
+            config.block_attention = json.loads(entry.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{entry} is not JSON: {error}") from error
+        # what is wrong with it is not the base's fault
+        config.name_or_path = path
     check_supported(config)
     block_attention(config)
     return config
@@ -128,7 +133,7 @@ def block_attention(config: PreTrainedConfig) -> Mapping[str, Any]:
     entry = getattr(config, "block_attention", None)
     if entry is None:
         return {}
-    at = f"{config.name_or_path}: block_attention in its config.json"
+    at = f"{config.name_or_path}: its block_attention"
     if not isinstance(entry, dict):
         raise UserError(f"{at} is {entry!r}, it should be an object, as exports have it")
     for name, allowed in IMPLEMENTED.items():

@@ -10,14 +10,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blockft.attention.backends import BlockMasks
 from blockft.attention.layout import Layout, lay_out
-from blockft.config import Recipe
+from blockft.config import BadRecord, Recipe, TooLong
 from blockft.errors import UserError
+from blockft.evaluation.answers import encode_questions
 from blockft.inference.engine import Engine
-from blockft.model.load import dtype_of
+from blockft.model.load import dtype_of, reencodes
 from blockft.progress import track
 from blockft.rundir import check_file, write_whole
 from blockft.stages.bench import provenance
-from blockft.stages.questions import read_questions
+from blockft.stages.questions import read_questions, revision_of
 
 END = -1
 """Stands for whichever token ends an answer."""
@@ -32,20 +33,29 @@ def bench_agreement(
     JSON says by how much it preferred its own token, beside the spread of its logits. How many of its
     answers another attention kernel would have given says how much rounding decides.
 
+    Questions that do not fit into the model are left out and counted, as `blockft eval` does.
+
     Raises:
-        UserError: fewer questions than prompts; `out` cannot be written; see `read_questions` and `Engine`.
+        UserError: fewer questions than prompts; `out` cannot be written; see `read_questions`, `revision_of`
+            and `Engine.load`.
     """
     if out:
         check_file(out)
     samples, _ = read_questions(recipe)
     if num_prompts > len(samples):
         raise UserError(f"the recipe has {len(samples)} questions, --num-prompts asks for {num_prompts}")
-    engine = Engine.load(model, dtype=dtype_of(recipe.model.dtype, None))
+    engine = Engine.load(model, revision=revision_of(model, recipe), dtype=dtype_of(recipe.model.dtype, None))
     parted: list[dict[str, Any]] = []
     parted_by_kernel: list[dict[str, Any]] = []
     chosen = [samples[i * len(samples) // num_prompts] for i in range(num_prompts)]
-    for sample in track(chosen, "answers"):
-        blocks = engine.encode(sample, max_new_tokens)
+    asked = encode_questions(
+        engine,
+        chosen,
+        max_new_tokens,
+        trims=recipe.data.too_long is TooLong.trim,
+        skip_bad=recipe.data.on_bad_record is BadRecord.skip,
+    )
+    for sample, blocks in zip(track(asked.samples, "answers"), asked.prompts, strict=True):
         (answer,) = engine.generate_ids([blocks], max_new_tokens=max_new_tokens)
         ids = answer.ids if len(answer.ids) == max_new_tokens else (*answer.ids, END)
         masked, logits = _masked_answer(engine, blocks, max_new_tokens)
@@ -54,20 +64,22 @@ def bench_agreement(
         for found, against in ((parted, ids), (parted_by_kernel, other)):
             if difference := _first_difference(masked, logits, against):
                 found.append({"id": sample.id, "source": sample.source, **difference})
+    number = len(asked.samples)
     result = provenance() | {
         "model": model,
         "dtype": str(engine.model.dtype).removeprefix("torch."),
         "side": "query" if engine.runner.store.device is not None else "key",
-        "prompts": num_prompts,
+        "prompts": number,
+        "records dropped": dict(asked.dropped),
         "max_new_tokens": max_new_tokens,
-        "equal_answers": num_prompts - len(parted),
-        "equal_by_another_masked_kernel": num_prompts - len(parted_by_kernel),
+        "equal_answers": number - len(parted),
+        "equal_by_another_masked_kernel": number - len(parted_by_kernel),
         "parted": parted,
         "parted_by_another_masked_kernel": parted_by_kernel,
     }
     print(
-        f"{num_prompts - len(parted)} of {num_prompts} greedy answers equal those of the masked forward; "
-        f"{num_prompts - len(parted_by_kernel)} of its own are equal by another attention kernel"
+        f"{number - len(parted)} of {number} greedy answers equal those of the masked forward; "
+        f"{number - len(parted_by_kernel)} of its own are equal by another attention kernel"
     )
     if out:
         write_whole(out, json.dumps(result, indent=2) + "\n")
@@ -90,7 +102,8 @@ def _masked_logits(
     engine: Engine, blocks: Sequence[Sequence[int]], answer: Sequence[int], num_logits: int
 ) -> torch.Tensor:
     """The last logits (num_logits, vocabulary) of the masked forward over a prompt and its answer so far."""
-    vectors = lay_out([Layout((*map(len, blocks[:-1]), len(blocks[-1]) + len(answer)))])
+    layout = Layout((*map(len, blocks[:-1]), len(blocks[-1]) + len(answer)))
+    vectors = lay_out([layout], reencoded=reencodes(engine.model.config))
     vectors, ids = vectors.to(engine.model.device), [id for block in (*blocks, answer) for id in block]
     out = engine.model(
         input_ids=torch.tensor([ids], device=engine.model.device),

@@ -15,14 +15,15 @@ from rich.table import Table
 
 from blockft.config import Recipe
 from blockft.data.prepared import MANIFEST
-from blockft.progress import track
 from blockft.rundir import check_file, write_whole
 from blockft.stages.bench import provenance
-from blockft.stages.prepare import prepare
+from blockft.stages.prepare import TASK_SAMPLES, prepare
 
 
 def bench_prepare(recipe: Recipe, *, out: Path | None) -> None:
-    """Prepare the recipe's data in temporary folders, beside `data.out`, which is left alone.
+    """Prepare the recipe's data in temporary folders; `data.out` is left alone.
+
+    A few samples of each source are prepared before, and not counted: imports and files are then at hand.
 
     Raises:
         UserError: see `prepare`; a file that cannot be written.
@@ -31,7 +32,9 @@ def bench_prepare(recipe: Recipe, *, out: Path | None) -> None:
     if out:
         check_file(out)
     cores = len(os.sched_getaffinity(0))
-    lines = [_measure(recipe, workers) for workers in track(sorted({1, cores}), "processes")]
+    few = [dataclasses.replace(source, max_samples=TASK_SAMPLES) for source in recipe.data.sources]
+    _measure(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=few)), 1)
+    lines = [_measure(recipe, workers) for workers in sorted({1, cores})]
     table = Table("processes", "seconds", "examples/s", "tokens/s", "ratio", title="prepare")
     for line in lines:
         line["ratio"] = lines[0]["seconds"] / line["seconds"]

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 from blockft.data.collate import collate_row
 from blockft.data.encode import NO_LABEL, Example
 from blockft.errors import UserError
-from blockft.model.load import compile_layers, device_of, load_model
-from blockft.model.shape import SHAPES, random_model, shape_config
+from blockft.model.load import compile_layers
 from blockft.progress import track
 from blockft.rundir import check_file, write_whole
 from blockft.stages.bench import LIMITS, provenance
+from blockft.stages.target import open_target, target_config
 from blockft.stages.timing import times_of
 from blockft.training.forward import forward_words
 from blockft.training.loss import label_loss
@@ -72,8 +72,8 @@ def bench_train(
     learning rate is 0, so that each must find the same loss.
 
     Raises:
-        UserError: no such model or shape; a sample too short for its documents or longer than a row; a file
-            that cannot be written.
+        UserError: no such model or shape, or too little memory for it; a sample too short for its documents,
+            or too long for a row or the model; a file that cannot be written.
         RuntimeError: the losses disagree.
     """
     if out:
@@ -85,7 +85,11 @@ def bench_train(
             f"--sample-len {sample_len} is too short for {num_documents} documents, "
             f"a question and an answer of {ANSWER_LEN} tokens each"
         )
-    model = _model(target)
+    config = target_config(target)
+    if sample_len > (positions := config.max_position_embeddings):
+        raise UserError(f"--sample-len is {sample_len}, {target} has {positions} positions")
+    # beside each weight its gradient and AdamW's two moments
+    model = open_target(target, config, copies=4).train()
     samples = _samples(row_len // sample_len, sample_len, num_documents, model.config.vocab_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
     ways = WAYS if model.device.type == "cuda" else CPU_WAYS
@@ -120,19 +124,9 @@ def bench_train(
         }
         write_whole(out, json.dumps(provenance() | settings | {"measured": lines}, indent=2) + "\n")
     for way, line in zip(ways, lines, strict=True):
-        if abs(line["loss"] - lines[0]["loss"]) > LIMITS[model.dtype] * lines[0]["loss"]:
+        # not even itself equals a loss that is no number
+        if not abs(line["loss"] - lines[0]["loss"]) <= LIMITS[model.dtype] * lines[0]["loss"]:
             raise RuntimeError(f"{way}: the loss is {line['loss']}, of {ways[0]} it is {lines[0]['loss']}")
-
-
-def _model(target: str) -> PreTrainedModel:
-    device = device_of(None)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if target in SHAPES or not Path(target).exists() and "/" not in target:
-        model = random_model(shape_config(target), device=device, dtype=dtype)
-    else:
-        model = load_model(target, backend="sdpa", dtype=dtype)
-        model.to(device)  # type: ignore[arg-type]
-    return model.train()
 
 
 def _samples(number: int, length: int, num_documents: int, vocab_size: int) -> list[Example]:

@@ -58,10 +58,10 @@ class Corpus:
             try:
                 record: Any = json.loads(line)
                 yield Line(at, len(line), document_of(record))
-            except (json.JSONDecodeError, RecursionError, UnicodeDecodeError) as error:
-                raise UserError(f"{at} is not JSON: {error}") from error
             except RecordError as error:
                 raise UserError(f"{at}: {error}") from error
+            except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or a number without end
+                raise UserError(f"{at} is not JSON: {error}") from error
 
 
 def build(model: str, corpus: Path, cache: CacheWords) -> None:
@@ -150,9 +150,14 @@ def _opened(path: Path) -> Iterator[Corpus]:
     with ExitStack() as stack:
         try:
             file = sys.stdin.buffer if path == STDIN else stack.enter_context(path.open("rb"))
-            if path == STDIN or not file.seekable():
-                source, file = file, stack.enter_context(tempfile.TemporaryFile())
-                shutil.copyfileobj(source, file)
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        if path == STDIN or not file.seekable():
+            try:
+                source, file = file, stack.enter_context(tempfile.TemporaryFile())
+                shutil.copyfileobj(source, file)
+            except OSError as error:
+                raise UserError(
+                    f"{path} cannot be copied into {tempfile.gettempdir()}: {error.strerror}"
+                ) from error
         yield Corpus(path, file)

@@ -11,17 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from blockft.errors import UserError
-from blockft.inference.device import free_bytes
 from blockft.inference.runner import BlockRunner, CacheOptions, kv_shape
-from blockft.inference.size import format_bytes
-from blockft.model.load import device_of, load_config, load_model
-from blockft.model.shape import SHAPES, random_model, shape_config, weight_bytes
 from blockft.progress import is_shown, progress
 from blockft.rundir import check_file, write_whole
 from blockft.stages.bench import provenance
+from blockft.stages.target import open_target, target_config
 from blockft.stages.timing import copy_bandwidth
 from blockft.stages.ttft_prompt import Prompt, facts_of
 from blockft.stages.ttft_report import draw, print_table, sentence
@@ -64,10 +60,9 @@ def bench_ttft(
     for file in (out, png):
         if file:
             check_file(file)
-    is_shape = target in SHAPES or not Path(target).exists() and "/" not in target
-    config = shape_config(target) if is_shape else load_config(target)
+    config = target_config(target)
     lengths = _fitting(lengths, question_len, config.max_position_embeddings)
-    model = _model(target, config, is_shape)
+    model = open_target(target, config)
     is_cuda = model.device.type == "cuda"
     bandwidth = copy_bandwidth(model.device)
     stream = torch.randint(config.vocab_size, (lengths[-1],), generator=torch.Generator().manual_seed(0))
@@ -161,21 +156,6 @@ def _fitting(lengths: Sequence[int] | None, question_len: int, limit: int) -> li
     if max(lengths) > limit:
         raise UserError(f"--lengths has {max(lengths)}, the model has {limit} positions")
     return sorted(set(lengths))
-
-
-def _model(target: str, config: PreTrainedConfig, is_shape: bool) -> PreTrainedModel:
-    device, host = device_of(None), torch.device("cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    needed, name = weight_bytes(config, dtype), str(dtype).removeprefix("torch.")
-    for place in [device] if is_shape else [host, device]:  # weights are drawn where they stay, but read here
-        if needed > (free := free_bytes(place)):
-            raise UserError(
-                f"the weights of {target} take {format_bytes(needed)} in {name}, and "
-                f"{format_bytes(free)} are free on the {place.type}: choose a smaller model"
-            )
-    if is_shape:
-        return random_model(config, device=device, dtype=dtype)
-    return load_model(target, backend="cached", dtype=dtype).to(device)  # type: ignore[arg-type]
 
 
 def _conclude(line: dict[str, Any]) -> None:

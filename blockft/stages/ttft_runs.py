@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from blockft.attention.backends import BlockMasks
 from blockft.attention.layout import lay_out
 from blockft.inference.runner import BlockRunner
+from blockft.model.load import reencodes
 from blockft.stages.timing import times_of
 from blockft.stages.ttft_prompt import Prompt
 
@@ -88,7 +89,7 @@ def bare_copy(runner: BlockRunner, prompt: Prompt, warmups: int, runs: int) -> d
 @torch.inference_mode()
 def masked_logits(model: PreTrainedModel, prompt: Prompt) -> dict[str, torch.Tensor]:
     """The logits after the question of a forward pass under the block mask, by backend: (vocabulary,)."""
-    vectors = lay_out([prompt.layout]).to(model.device)
+    vectors = lay_out([prompt.layout], reencoded=reencodes(model.config)).to(model.device)
     ids = torch.from_numpy(prompt.ids)[None].to(model.device)
     logits = {}
     for backend in ("sdpa", "flex") if model.device.type == "cuda" else ("sdpa",):

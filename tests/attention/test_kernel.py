@@ -1,6 +1,7 @@
 """The fused kernels compute what `attend_plainly` computes."""
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,6 +69,23 @@ def test_law_2_it_attends_like_the_plain_function(
 @pytest.mark.parametrize("shape", OTHERS)
 def test_law_2_whatever_the_shape(shape: str, dtype: torch.dtype) -> None:
     check(dtype, **{"head_size": 64, "num_queries": 20} | OTHERS[shape])
+
+
+@pytest.mark.parametrize("shared", [101376, 166912, 232448], ids=["sm_89", "sm_80", "sm_90"])
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_tiles_fit_the_shared_memory(
+    shared: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from blockft.attention import kernel
+
+    properties = SimpleNamespace(shared_memory_per_block_optin=shared)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    for head_size in (64, 96, 128, 256):
+        for half in (head_size // 2, head_size // 4):
+            for num_rows in (4, 256):
+                found = kernel.tiles_for(num_rows, head_size, half, dtype, torch.device("cuda"))
+                kept = (found.stages * found.keys + found.rows) * 2 * head_size * dtype.itemsize
+                assert kept < shared
 
 
 @pytest.mark.parametrize("num_queries", [1, 50])

@@ -49,7 +49,7 @@ def test_answers_are_found_again_and_told_in_the_order_of_the_data(tmp_path: Pat
     assert [p.id for p in told] == ["0", "1", "2", "3"] and all(p.cut_off for p in told)
 
 
-@pytest.mark.parametrize("damage", ["cut in a line", "cut in a batch", "zeros", "another order"])
+@pytest.mark.parametrize("damage", ["cut in a line", "cut in a batch", "zeros", "no record", "another order"])
 def test_only_whole_batches_count(tmp_path: Path, damage: str) -> None:
     path, batches = tmp_path / "a.jsonl", [(2, 0), (1, 3), (4,)]
     file = AnswerFile(path, batches)
@@ -62,6 +62,7 @@ def test_only_whole_batches_count(tmp_path: Path, damage: str) -> None:
             "cut in a line": whole[: len(lines[0] + lines[1]) + 5],
             "cut in a batch": b"".join(lines[:3]),
             "zeros": b"".join(lines[:2]) + b"\0" * 20,
+            "no record": b"".join([*lines[:2], b"7\n"]),
             "another order": b"".join([*lines[:2], lines[4]]),
         }[damage]
     )

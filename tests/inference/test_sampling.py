@@ -33,6 +33,12 @@ def test_a_row_draws_as_if_it_were_alone(top_p: float) -> None:
     assert len({tuple(row) for row in drawn(Sampler(1.5, top_p), logits[:1].expand(4, -1))}) == 4
 
 
+def test_any_whole_number_is_a_seed() -> None:
+    logits = some_logits(3)
+    for seed in (-1, 2**63 - 1, 2**64):
+        assert drawn(Sampler(5.0, seed=seed), logits) == drawn(Sampler(5.0, seed=seed), logits)
+
+
 def test_a_seed_gives_the_same_draws_and_none_gives_others() -> None:
     logits = some_logits(2, num_tokens=1000)
     assert drawn(Sampler(5.0), logits) == drawn(Sampler(5.0), logits)

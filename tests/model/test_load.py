@@ -110,8 +110,8 @@ WORDING = {"instruction": "Read.", "document": "{text}", "question": "{question}
         ({"prompt": WORDING | {"question": None}}, "has a prompt that"),
         ({"prompt": WORDING | {"answer": ""}}, "has a prompt that"),
         ({"prompt": WORDING, "order": "given"}, "has a prompt, but no documents_in"),
-        ("yes", "block_attention in its config.json is 'yes'"),
-        ([], r"block_attention in its config.json is \[\]"),
+        ("yes", "its block_attention is 'yes'"),
+        ([], r"its block_attention is \[\]"),
     ],
 )
 def test_an_export_that_asks_for_more_than_is_built_is_refused(tmp_path: Path, entry: Any, said: str) -> None:
@@ -122,6 +122,21 @@ def test_an_export_that_asks_for_more_than_is_built_is_refused(tmp_path: Path, e
         load_config(str(tmp_path))
     with pytest.raises(UserError, match=said):
         reencodes(model.config)
+
+
+@pytest.mark.parametrize(("text", "said"), [('{"version": 2}', "has version 2"), ('{"vers', "is not JSON")])
+def test_what_an_adapter_says_is_not_its_bases_fault(tmp_path: Path, text: str, said: str) -> None:
+    model = build_model("llama")
+    model.save_pretrained(tmp_path / "model")
+    folder = tmp_path / "adapter"
+    add_adapter(model, {}, seed=0).save_pretrained(folder)
+    settings = folder / "adapter_config.json"
+    settings.write_text(
+        json.dumps(json.loads(settings.read_text()) | {"base_model_name_or_path": str(tmp_path / "model")})
+    )
+    (folder / "block_attention.json").write_text(text)
+    with pytest.raises(UserError, match=f"^{folder}.* {said}"):
+        load_config(str(folder))
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,23 @@ def test_cached_blocks_answer_like_the_masked_forward(model: str, capsys: pytest
     assert capsys.readouterr().out.startswith("4 of 4 greedy answers")
 
 
+def test_blocks_that_stay_where_they_were_cached_are_compared_with_such_a_forward(model: str) -> None:
+    config = Path(model) / "config.json"
+    words = json.loads(config.read_text()) | {"block_attention": {"position_scheme": "local"}}
+    config.write_text(json.dumps(words))
+    assert compare(model)["equal_answers"] == 4
+
+
+def test_questions_that_do_not_fit_are_left_out(model: str) -> None:
+    questions = Path(model).parent / "questions.jsonl"
+    first, *rest = questions.read_text().splitlines()
+    sample = json.loads(first)
+    sample["messages"][-1]["content"][-1] += " again" * 2000
+    questions.write_text("\n".join([json.dumps(sample), *rest]) + "\n")
+    result = compare(model, 5)
+    assert (result["prompts"], result["records dropped"]) == (4, {"too long": 1})
+
+
 def test_an_engine_that_answers_otherwise_is_found_out(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = Engine.generate_ids
 

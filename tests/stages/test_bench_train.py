@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import blockft.stages.bench_train as stage
+import blockft.stages.target as target
 from blockft.errors import UserError
+from blockft.model.shape import shape_config, weight_bytes
 from blockft.stages.bench_train import CPU_WAYS, bench_train
 
 GIVEN: dict[str, Any] = {
@@ -49,9 +51,24 @@ def test_another_loss_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         bench_train("tiny", **GIVEN)
 
 
+def test_a_loss_that_is_no_number_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = stage.label_loss
+    monkeypatch.setattr(stage, "label_loss", lambda *given: loss(*given) * float("nan"))
+    with pytest.raises(RuntimeError, match="loss is nan"):
+        bench_train("tiny", **GIVEN)
+
+
+def test_a_model_for_which_there_is_too_little_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = 4 * weight_bytes(shape_config("tiny"), torch.float32)
+    monkeypatch.setattr(target, "free_bytes", lambda device: needed - 1)
+    with pytest.raises(UserError, match="the weights of tiny, and 3 numbers beside each take"):
+        bench_train("tiny", **GIVEN)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"sample_len": 140000, "row_len": 140000}, "tiny has 131072 positions"),
         ({"sample_len": 701}, "--sample-len is 701, a row has 700"),
         ({"sample_len": 66}, "too short for 3 documents"),
         ({"out": Path("no/such/file.json")}, "no/such"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import blockft.stages.target as stage_target
 import blockft.stages.ttft as ttft
 from blockft import progress
 from blockft.errors import UserError
@@ -174,7 +175,7 @@ def test_without_a_terminal_each_length_is_a_line(
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ttft, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(stage_target, "free_bytes", lambda device: 1000)
     for target in ("tiny", str(save_model(tmp_path / "model"))):
         with pytest.raises(UserError, match=r"the weights of .* take .* kB in .*, and 1.0 kB are free"):
             bench_ttft(target, **GIVEN)
