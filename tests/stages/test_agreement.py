@@ -27,9 +27,9 @@ def settings(model: str) -> Recipe:
     return recipe_for(model, str(Path(model).parent / "questions.jsonl"), ["model.dtype=float32"])
 
 
-def compare(model: str, num_prompts: int = 4) -> dict[str, Any]:
+def compare(model: str, num_prompts: int = 4, max_new_tokens: int = 5) -> dict[str, Any]:
     out = Path(model).parent / "agreement.json"
-    bench_agreement(model, settings(model), num_prompts=num_prompts, max_new_tokens=5, out=out)
+    bench_agreement(model, settings(model), num_prompts=num_prompts, max_new_tokens=max_new_tokens, out=out)
     result: dict[str, Any] = json.loads(out.read_text())
     return result
 
@@ -46,7 +46,7 @@ def test_blocks_that_stay_where_they_were_cached_are_compared_with_such_a_forwar
     config = Path(model) / "config.json"
     words = json.loads(config.read_text()) | {"block_attention": {"position_scheme": "local"}}
     config.write_text(json.dumps(words))
-    assert compare(model)["equal_answers"] == 4
+    assert compare(model, 5, max_new_tokens=40)["equal_answers"] == 5
 
 
 def test_questions_that_do_not_fit_are_left_out(model: str) -> None:
