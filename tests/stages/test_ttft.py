@@ -141,7 +141,7 @@ def test_lengths_that_cannot_be_are_refused(given: dict[str, Any], said: str) ->
 
 
 def test_lengths_are_refused_before_any_weight_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ttft, "random_model", None)
+    monkeypatch.setattr(stage_target, "random_model", None)
     with pytest.raises(UserError, match="--lengths has 999999, the model has 131072 positions"):
         bench_ttft("llama-3-8b", **GIVEN | {"lengths": [999999]})
 
