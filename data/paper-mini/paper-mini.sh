@@ -8,10 +8,12 @@
 set -euo pipefail
 model=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
 out=${FOLDER:-out/paper-mini}
-# an epoch of both views; two of a single view
-common=(smollm2-135m "model.path=$model" "data.out=$out/data" data.row_len=32768 train.batch_rows=2
-  train.learning_rate=3e-4 train.epochs=2 train.max_steps=520 train.save_steps=260 train.eval_examples=0
-  eval.batch_size=32 "$@")
+# the questions of an article share ten of its paragraphs: 3.4 times fewer tokens than a search for each question
+common=(smollm2-135m "model.path=$model" "data.out=$out/data" data.row_len=32768
+  data.sources.0.retrieve=none data.shared_context=true
+  train.batch_rows=2 train.learning_rate=2.5e-4 train.epochs=8 train.max_steps=520 train.save_steps=260
+  train.eval_examples=0 eval.batch_size=32
+  eval.sources.0.max_samples=200 eval.sources.1.max_samples=200 eval.sources.2.max_samples=200 "$@")
 step() { printf '\n== %s\n' "$*"; }
 
 mkdir -p "$out"
@@ -39,7 +41,8 @@ train() { # NAME [KEY=VALUE ...]
 evaluate() { # NAME MODEL MODES
   [ -e "$out/$1/eval" ] && return
   step "evaluation: $1"
-  blockft eval "$2" "${common[@]}" "eval.out=$out/$1/eval" --modes "$3"
+  # what stands before a question here is what a search finds
+  blockft eval "$2" "${common[@]}" data.shared_context=false "eval.out=$out/$1/eval" --modes "$3"
 }
 
 prepare
