@@ -110,7 +110,9 @@ def test_a_table_is_made_of_four_runs_and_five_evaluations(workplace: Path) -> N
     # the runs differ in nothing else
     assert len({(r.data.out, r.train.max_steps, r.train.seed, r.model.path) for r in recipes.values()}) == 1
     # what is asked is searched for, whatever was shared in training
-    asked_of = [load_recipe(words[2], words[3 : words.index("--modes")]) for words in asked if words[0] == "eval"]
+    asked_of = [
+        load_recipe(words[2], words[3 : words.index("--modes")]) for words in asked if words[0] == "eval"
+    ]
     assert {recipe.data.shared_context for recipe in asked_of} == {False}
     assert [source.retrieve for source in asked_of[0].eval.sources[:2]] == ["bm25", "bm25"]
     table = json.loads((workplace / "data/results/paper-mini.json").read_text())
