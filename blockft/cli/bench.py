@@ -17,7 +17,7 @@ def bench_attention(
     out: Out = None,
 ) -> None:
     """Compare flex with the dense oracle on a GPU."""
-    from blockft.stages.bench import bench_attention
+    from blockft.stages.bench_attention import bench_attention
 
     bench_attention(row_len=row_len, num_layouts=num_layouts, out=out)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from blockft.data.fit import LongPrompt
 from blockft.data.sample import Sample
 from blockft.data.template import UnfitText
-from blockft.evaluation.report import Prediction
+from blockft.evaluation.report import ALL, Prediction
 from blockft.inference.engine import Engine
 
 GROUPS = ("type", "level")
@@ -163,9 +163,10 @@ def predictions(
 
 
 def groups_of(sample: Sample) -> tuple[str, ...]:
-    """The source of a question, and its kinds within that source."""
-    kinds = (f"{sample.source}: {sample.meta[name]}" for name in GROUPS if name in sample.meta)
-    return tuple(dict.fromkeys([sample.source, *kinds]))
+    """The source of a question, and its kinds within that source; none is called as all questions are."""
+    source = sample.source if sample.source != ALL else f"source {ALL}"
+    kinds = (f"{source}: {sample.meta[name]}" for name in GROUPS if name in sample.meta)
+    return tuple(dict.fromkeys([source, *kinds]))
 
 
 def _line(answered: Answered) -> bytes:

@@ -11,10 +11,9 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from blockft.attention.backends import BlockMasks
-from blockft.attention.layout import Layout, lay_out
+from blockft.attention.layout import Layout
 from blockft.errors import UserError
-from blockft.model.load import reencodes
+from blockft.model.masked import masked_logits
 
 ROW_TOKENS = 4096
 """Contexts with their continuations are scored in rows of about this many tokens."""
@@ -42,10 +41,12 @@ def score(
 ) -> list[Score]:
     """The score of each continuation in block or full mode; those that share a context are scored together.
 
+    One without tokens is certain.
+
     Raises:
         UserError: a prompt is longer than the model's positions.
     """
-    results: dict[Scored, Score] = {}
+    results: dict[Scored, Score] = {one: (0.0, True) for one in scored if not one.continuation}
     limit = model.config.max_position_embeddings
     for one in scored:
         num_tokens = sum(map(len, one.context)) + len(one.final) - 1
@@ -53,7 +54,8 @@ def score(
             raise UserError(
                 f"a prompt has {num_tokens} tokens, the model has {limit} positions: use fewer examples"
             )
-    for row in tqdm(list(_rows(dict.fromkeys(scored))), disable=not shows_progress):
+    rows = list(_rows(one for one in dict.fromkeys(scored) if one.continuation))
+    for row in tqdm(rows, disable=not shows_progress):
         results |= _score_row(model, row, mode)
     return [results[one] for one in scored]
 
@@ -74,15 +76,8 @@ def _score_row(model: PreTrainedModel, row: Sequence[Sequence[Scored]], mode: st
             ids += final
         layout = Layout((*map(len, context), *map(len, finals)), len(finals))
         layouts.append(layout if mode == "block" else layout.full())
-    vectors = lay_out(layouts, reencoded=reencodes(model.config)).to(model.device)
-    logits_NV = model(
-        input_ids=torch.tensor([ids], device=model.device),
-        position_ids=vectors.position_ids,
-        block_masks=BlockMasks(vectors),
-        use_cache=False,
-        logits_to_keep=torch.tensor([place for some in places for place in some], device=model.device),
-    ).logits[0]
-    log_probs_NV = logits_NV.float().log_softmax(dim=-1)
+    kept_N = torch.tensor([place for some in places for place in some], device=model.device)
+    log_probs_NV = masked_logits(model, ids, layouts, kept_N).float().log_softmax(dim=-1)
     start = 0
     for one in (one for group in row for one in group):
         targets = torch.tensor(one.continuation, device=model.device)

@@ -14,9 +14,9 @@ from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from blockft.attention.backends import BlockMasks
-from blockft.attention.layout import Layout, lay_out
+from blockft.attention.layout import Layout
 from blockft.errors import UserError
+from blockft.model.masked import masked_logits
 from blockft.rundir import write_whole
 
 MARKER = "whole.json"
@@ -97,7 +97,6 @@ def probe_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     Whatever type the weights have: a pass of a small model in bfloat16 differs from one in float32 by 3 % of
     the logits' norm, which would hide a wrong export.
     """
-    vectors = lay_out([Layout((len(ids),))]).to(model.device)
     training, attention = model.training, model.config._attn_implementation
     model.set_attn_implementation("block_sdpa")
     # adapters must not round their inputs to the type that their weights have between the hooks
@@ -106,15 +105,10 @@ def probe_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
         disable_input_dtype_casting(model),
         torch.compiler.set_stance("force_eager"),
     ):
-        logits = model.eval()(
-            input_ids=ids[None].to(model.device),
-            position_ids=vectors.position_ids,
-            block_masks=BlockMasks(vectors),
-            use_cache=False,
-        ).logits
+        logits = masked_logits(model.eval(), ids, [Layout((len(ids),))])
     model.set_attn_implementation(attention)
     model.train(training)
-    return logits[0].cpu()
+    return logits.cpu()
 
 
 @contextmanager

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from blockft.attention.backends import BlockMasks
-from blockft.attention.layout import Layout, lay_out
+from blockft.attention.layout import Layout
 from blockft.config import BadRecord, Recipe, TooLong
 from blockft.errors import UserError
 from blockft.evaluation.answers import encode_questions
 from blockft.inference.engine import Engine
-from blockft.model.load import dtype_of, reencodes
+from blockft.model.load import dtype_of
+from blockft.model.masked import masked_logits
 from blockft.progress import track
 from blockft.rundir import check_file, write_whole
-from blockft.stages.bench import provenance
 from blockft.stages.questions import read_questions, revision_of
+from blockft.stages.timing import provenance
 
 END = -1
 """Stands for whichever token ends an answer."""
@@ -103,17 +103,8 @@ def _masked_logits(
 ) -> torch.Tensor:
     """The last logits (num_logits, vocabulary) of the masked forward over a prompt and its answer so far."""
     layout = Layout((*map(len, blocks[:-1]), len(blocks[-1]) + len(answer)))
-    vectors = lay_out([layout], reencoded=reencodes(engine.model.config))
-    vectors, ids = vectors.to(engine.model.device), [id for block in (*blocks, answer) for id in block]
-    out = engine.model(
-        input_ids=torch.tensor([ids], device=engine.model.device),
-        position_ids=vectors.position_ids,
-        block_masks=BlockMasks(vectors),
-        use_cache=False,
-        logits_to_keep=num_logits,
-    )
-    logits: torch.Tensor = out.logits[0]
-    return logits
+    ids = [id for block in (*blocks, answer) for id in block]
+    return masked_logits(engine.model, ids, [layout], num_logits)
 
 
 def _tokens(engine: Engine, logits: torch.Tensor) -> tuple[int, ...]:

@@ -16,8 +16,8 @@ from rich.table import Table
 from blockft.config import Recipe
 from blockft.data.prepared import MANIFEST
 from blockft.rundir import check_file, write_whole
-from blockft.stages.bench import provenance
 from blockft.stages.prepare import TASK_SAMPLES, prepare
+from blockft.stages.timing import provenance
 
 
 def bench_prepare(recipe: Recipe, *, out: Path | None) -> None:

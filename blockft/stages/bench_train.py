@@ -18,9 +18,9 @@ from blockft.errors import UserError
 from blockft.model.load import compile_layers
 from blockft.progress import track
 from blockft.rundir import check_file, write_whole
-from blockft.stages.bench import LIMITS, provenance
+from blockft.stages.bench_attention import LIMITS
 from blockft.stages.target import open_target, target_config
-from blockft.stages.timing import times_of
+from blockft.stages.timing import provenance, times_of
 from blockft.training.forward import forward_words
 from blockft.training.loss import label_loss
 

@@ -27,6 +27,7 @@ from blockft.data.sample import Sample
 from blockft.data.sources import Tally
 from blockft.data.tokenizer import fingerprint
 from blockft.errors import UserError
+from blockft.evaluation.report import histogram
 from blockft.model.load import load_tokenizer
 from blockft.progress import is_shown
 from blockft.rundir import refuse_existing, whole_folder
@@ -203,8 +204,8 @@ def _facts(
         "num_examples": len(statistics.lengths),
         "num_tokens": sum(statistics.lengths),
         "num_labels": statistics.num_labels,
-        "blocks_per_example": _histogram(statistics.num_blocks),
-        "tokens_per_example": _histogram([1 << (length - 1).bit_length() for length in statistics.lengths]),
+        "blocks_per_example": histogram(statistics.num_blocks),
+        "tokens_per_example": histogram([1 << (length - 1).bit_length() for length in statistics.lengths]),
     }
 
 
@@ -221,11 +222,6 @@ def _describe(source: Source, count: SourceCount) -> dict[str, Any]:
         "dropped": dict(sorted(count.dropped.items())),
         "bad_records": count.bad_records + count.unfit_samples,
     }
-
-
-def _histogram(numbers: list[int]) -> dict[str, int]:
-    """How often each number occurs; JSON has texts for keys."""
-    return {str(number): times for number, times in sorted(Counter(numbers).items())}
 
 
 def _log(out: Path, seconds: float, num_workers: int) -> None:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
 from itertools import chain, islice, repeat, zip_longest
 from operator import itemgetter
 from pathlib import Path
@@ -118,5 +119,7 @@ def _wording(model: str, revision: str | None) -> dict[str, Any]:
 
 def _name(path: str) -> str:
     """A short name: of a folder and the one that it is in, for exports are mostly called `model`."""
-    parts = [part for part in Path(path).with_suffix("").parts if part not in ("/", "..", ".")]
+    # of a model's name all counts: Llama-3.1-8B is not Llama-3.2-3B
+    bare = reduce(str.removesuffix, (".json", ".jsonl", ".parquet"), path)
+    parts = [part for part in Path(bare).parts if part not in ("/", "..", ".")]
     return "-".join(parts[-2:]).replace("*", "all")

@@ -1,14 +1,35 @@
-"""Times of runs and the speed of memory, for benchmarks."""
+"""Times of runs, the speed of memory, and where and with what a figure was measured."""
 
+import os
+import platform
+import shutil
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
 
 from blockft.inference.size import parse_bytes
+
+
+def provenance() -> dict[str, Any]:
+    """Where and with what a figure was measured."""
+    git = shutil.which("git")
+    head = git and subprocess.run(
+        [git, "rev-parse", "--verify", "-q", "HEAD"], capture_output=True, text=True
+    )
+    return {
+        "command": " ".join(["blockft", *sys.argv[1:]]),
+        "device": _device(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "commit": head.stdout.strip() or None if head else None,
+    }
 
 
 def times_of(
@@ -39,3 +60,9 @@ def copy_bandwidth(device: torch.device) -> float:
             torch.cuda.synchronize()
 
     return 2 * size / times_of(copy, 3, 10)["median"] * 1000
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU: {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"

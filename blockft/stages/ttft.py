@@ -16,12 +16,11 @@ from blockft.errors import UserError
 from blockft.inference.runner import BlockRunner, CacheOptions, kv_shape
 from blockft.progress import is_shown, progress
 from blockft.rundir import check_file, write_whole
-from blockft.stages.bench import provenance
 from blockft.stages.target import open_target, target_config
-from blockft.stages.timing import copy_bandwidth
+from blockft.stages.timing import copy_bandwidth, provenance
 from blockft.stages.ttft_prompt import Prompt, facts_of
 from blockft.stages.ttft_report import draw, print_table, sentence
-from blockft.stages.ttft_runs import agreement, bare_copy, cached, full, masked_logits
+from blockft.stages.ttft_runs import agreement, bare_copy, cached, full, masked_by_backend
 
 LENGTHS = [512, 1024, 2048, 4096, 8192, 16384, 32768]
 """Prompts that are measured unless others are asked for, as far as they fit the model."""
@@ -81,7 +80,7 @@ def bench_ttft(
             line["full_ms"] = full(model, prompt, warmups, runs)
             advance(prompt.length)
         short = [prompt for prompt in prompts if prompt.length <= CHECK_LEN][-1:]
-        masked = [(prompt, masked_logits(model, prompt)) for prompt in short]
+        masked = [(prompt, masked_by_backend(model, prompt)) for prompt in short]
         runner = BlockRunner(model, name=target, cache=options, compile=compile and is_cuda)
         agreements = [agreement(runner, prompt, logits) for prompt, logits in masked]
         for line, prompt in zip(lines, prompts, strict=True):

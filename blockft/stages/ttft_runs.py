@@ -6,10 +6,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-from blockft.attention.backends import BlockMasks
-from blockft.attention.layout import lay_out
 from blockft.inference.runner import BlockRunner
-from blockft.model.load import reencodes
+from blockft.model.masked import masked_logits
 from blockft.stages.timing import times_of
 from blockft.stages.ttft_prompt import Prompt
 
@@ -87,21 +85,12 @@ def bare_copy(runner: BlockRunner, prompt: Prompt, warmups: int, runs: int) -> d
 
 
 @torch.inference_mode()
-def masked_logits(model: PreTrainedModel, prompt: Prompt) -> dict[str, torch.Tensor]:
+def masked_by_backend(model: PreTrainedModel, prompt: Prompt) -> dict[str, torch.Tensor]:
     """The logits after the question of a forward pass under the block mask, by backend: (vocabulary,)."""
-    vectors = lay_out([prompt.layout], reencoded=reencodes(model.config)).to(model.device)
-    ids = torch.from_numpy(prompt.ids)[None].to(model.device)
     logits = {}
     for backend in ("sdpa", "flex") if model.device.type == "cuda" else ("sdpa",):
         model.set_attn_implementation(f"block_{backend}")
-        out = model(
-            input_ids=ids,
-            position_ids=vectors.position_ids,
-            block_masks=BlockMasks(vectors),
-            use_cache=False,
-            logits_to_keep=1,
-        )
-        logits[backend] = out.logits[0, -1].float()
+        logits[backend] = masked_logits(model, torch.from_numpy(prompt.ids), [prompt.layout], 1)[0].float()
     model.set_attn_implementation("block_cached")
     return logits
 

@@ -14,7 +14,7 @@ from blockft.evaluation.render import cell, draw, markdown_table
 from blockft.evaluation.report import ALL, INTERVALS
 from blockft.recipe import load_recipe
 from blockft.rundir import RECIPE, read_metrics
-from blockft.stages.bench import provenance
+from blockft.stages.timing import provenance
 
 METRIC = "substring_match"
 SOURCES = {"squad": "SQuAD-new-wiki", "fid": "NQ", "hotpotqa": "HotpotQA", ALL: "all"}
@@ -63,7 +63,7 @@ def main(out: Path, results: Path) -> None:
         "reports": reports,
     }
     results.parent.mkdir(parents=True, exist_ok=True)
-    results.with_suffix(".json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    results.with_name(f"{results.name}.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     page = markdown_table(
         ["model and mode", *(SOURCES[group] for group in groups), "all, difference to full", "paper, mean"],
         [
@@ -76,9 +76,10 @@ def main(out: Path, results: Path) -> None:
             for row, (_, _, paper) in ROWS.items()
         ],
     )
-    results.with_suffix(".md").write_text(page + "\n", encoding="utf-8")
+    results.with_name(f"{results.name}.md").write_text(page + "\n", encoding="utf-8")
     named = {row: {SOURCES[group]: scores[row][group] for group in groups} for row in scores}
-    draw(named, [SOURCES[group] for group in groups], METRIC).savefig(results.with_suffix(".png"), dpi=120)
+    picture = draw(named, [SOURCES[group] for group in groups], METRIC)
+    picture.savefig(results.with_name(f"{results.name}.png"), dpi=120)
     print(page)
 
 

@@ -1,6 +1,7 @@
 """Batches of like length, and a file of answers that survives whatever ends its writer."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from blockft.evaluation.answers import (
     plan_batches,
     predictions,
 )
+from blockft.evaluation.report import ALL
 
 
 def sample(id: str, text: str, **meta: str) -> Sample:
@@ -77,3 +79,4 @@ def test_questions_are_also_counted_by_source_and_hops() -> None:
     asked = sample("1", "x", type="bridge", level="hard")
     assert groups_of(asked) == ("s", "s: bridge", "s: hard")
     assert json.dumps(groups_of(sample("1", "x"))) == '["s"]'
+    assert groups_of(replace(asked, source=ALL))[:2] == ("source all", "source all: bridge")

@@ -168,6 +168,13 @@ def test_a_context_that_is_empty_or_ends_in_space(models: dict[str, BlockLM]) ->
     assert empty < 0 and spaced == pytest.approx(unspaced)
 
 
+def test_a_continuation_without_tokens_is_certain(models: dict[str, BlockLM]) -> None:
+    for model in models.values():
+        asked = pairs((SHOTS, " Oslo"), (SHOTS, ""), ("", ""))
+        (score, _), *others = model.loglikelihood(asked, disable_tqdm=True)
+        assert score < 0 and others == [(0.0, True)] * 2
+
+
 def test_answers_end_where_the_task_stops(models: dict[str, BlockLM]) -> None:
     settings: dict[str, Any] = {"max_gen_toks": 6}
     (whole,) = models["full"].generate_until(pairs((SHOTS, settings)), disable_tqdm=True)

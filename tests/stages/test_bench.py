@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from blockft.errors import UserError
-from blockft.stages.bench import bench_attention
+from blockft.stages.bench_attention import bench_attention
 
 
 @pytest.mark.gpu

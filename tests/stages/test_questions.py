@@ -51,6 +51,13 @@ def test_a_limit_takes_from_every_source(tmp_path: Path, limit: str, expected: s
     ]
 
 
+def test_reports_of_models_that_differ_in_size_do_not_share_a_folder(tmp_path: Path) -> None:
+    data = save_questions(tmp_path / "dev.v1.jsonl", 1)
+    outs = [recipe_for(f"meta/Llama-3.{x}B", data).eval for x in ("1-8", "2-3")]
+    names = [Path(out.out).name for out in outs if out]
+    assert names == [f"meta-Llama-3.{x}B-{tmp_path.name}-dev.v1" for x in ("1-8", "2-3")]
+
+
 def test_questions_without_answers_are_skipped_if_bad_records_are(tmp_path: Path) -> None:
     path = save_questions(tmp_path / "a.jsonl", 5, without_answers=(1, 3))
     with pytest.raises(UserError, match=r"question 1 of a has no answers .*data.on_bad_record=skip"):

@@ -1,16 +1,8 @@
-"""`blockft bench`: what a backend computes and how long it takes, measured side by side in one process."""
+"""`blockft bench attention`: what flex computes and how long it takes, side by side with the dense oracle."""
 
 import json
-import os
-import platform
 import random
-import shutil
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +16,10 @@ from blockft.attention.mask import dense_batch_mask
 from blockft.errors import UserError
 from blockft.progress import track
 from blockft.rundir import check_file, write_whole
+from blockft.stages.timing import provenance, times_of
 
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """The largest relative error (norm of the difference over the oracle's norm) that counts as agreement."""
-
-
-def _device() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU: {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-
-
-def provenance() -> dict[str, Any]:
-    """Where and with what a figure was measured."""
-    git = shutil.which("git")
-    head = git and subprocess.run(
-        [git, "rev-parse", "--verify", "-q", "HEAD"], capture_output=True, text=True
-    )
-    return {
-        "command": " ".join(["blockft", *sys.argv[1:]]),
-        "device": _device(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "transformers")},
-        "commit": head.stdout.strip() or None if head else None,
-    }
 
 
 def bench_attention(*, row_len: int, num_layouts: int, out: Path | None) -> None:
@@ -138,11 +110,9 @@ def _random_row(rng: random.Random, row_len: int) -> Vectors:
 
 
 def _median_ms(run: Callable[[], Any]) -> float:
-    times = []
-    for _ in range(13):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
+    def whole() -> None:
         run()
         torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) * 1000)
-    return statistics.median(times[3:])
+
+    median: float = times_of(whole, warmups=3, runs=10)["median"]
+    return median

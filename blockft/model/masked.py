@@ -1,0 +1,32 @@
+"""The forward pass under the block mask, with which whatever reads cached blocks must agree."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from blockft.attention.backends import BlockMasks
+from blockft.attention.layout import Layout, lay_out
+from blockft.model.load import reencodes
+
+
+def masked_logits(
+    model: PreTrainedModel,
+    ids: torch.Tensor | Sequence[int],
+    layouts: Sequence[Layout],
+    logits_to_keep: int | torch.Tensor = 0,
+) -> torch.Tensor:
+    """The logits (N, vocabulary) of one pass over the ids (T,) of examples that stand one after the other.
+
+    They are those of the last `logits_to_keep` tokens, of all if it is 0, or of the positions (N,) that it
+    lists. The model attends by its own backend, and positions are those that it was trained with.
+    """
+    vectors = lay_out(layouts, reencoded=reencodes(model.config)).to(model.device)
+    logits: torch.Tensor = model(
+        input_ids=torch.as_tensor(ids)[None].to(model.device),
+        position_ids=vectors.position_ids,
+        block_masks=BlockMasks(vectors),
+        use_cache=False,
+        logits_to_keep=logits_to_keep,
+    ).logits
+    return logits[0]
