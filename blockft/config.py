@@ -187,7 +187,8 @@ class DataSettings:
     # order of the documents: `ascending` puts the most relevant one next to the question
     order: Order = Order.ascending
     # questions in a row over the same documents share them in one example, and see them in one order: drawn
-    # by lot, unless it is `given`; squad's articles are cut into sets of num_documents
+    # by lot, unless it is `given`; squad's articles are cut into sets of num_documents paragraphs, drawn by
+    # lot or, if the source has `retrieve`, like one another
     shared_context: bool = False
     # the sentence-transformers model of `retrieve: dense`, a folder or an id on the Hub
     dense_model: str = "sentence-transformers/all-MiniLM-L6-v2"

@@ -71,6 +71,12 @@ def dense(model: str) -> Index:
     return partial(_index_dense, encoder)
 
 
+def likeness(documents: Sequence[Document], index: Index) -> list[NDArray[np.float64]]:
+    """For each document, the scores of all (N,) in a search for its text."""
+    texts = [_searched(document) for document in documents]
+    return list(index(texts)(texts))
+
+
 def best_first(scores: NDArray[np.float64]) -> Iterator[int]:
     """Indices by falling score, equals in order; sorted only as far as they are taken."""
     done, num_sorted = 0, 64

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -92,7 +93,8 @@ def read(
     files = locate(format, path)
     shares = prompt.shared_context and layout.pool == "article"
     if retriever != "none":
-        _check_retrieval(format, path, shares, prompt.num_documents)
+        _check_retrieval(format, path, prompt.num_documents)
+    index = {"none": None, "bm25": retrieve.bm25, "dense": partial(retrieve.dense, dense_model)}[retriever]
 
     def name_of(tally: Tally) -> str:
         """The name of the record at hand, if it has none; the same wherever the file lies."""
@@ -110,14 +112,13 @@ def read(
 
     def with_documents() -> Iterator[Question]:
         found = asked(tally, max_samples)
-        if retriever != "none":
-            index = retrieve.bm25() if retriever == "bm25" else retrieve.dense(dense_model)
+        if shares:
+            return squad.share(found, prompt.num_documents, prompt.seed, tally.drop, index and index())
+        if index:
             if layout.pool == "source":
                 pool = Pool(document for question in asked(Tally(), None) for document in question.documents)
                 found = (replace(question, pool=pool) for question in found)
-            return retrieve.retrieve(found, index, prompt.num_documents or 0)
-        if shares:
-            return squad.share(found, prompt.num_documents, prompt.seed, tally.drop)
+            return retrieve.retrieve(found, index(), prompt.num_documents or 0)
         return map(squad.surround, found) if layout.pool == "article" else found
 
     def samples() -> Iterator[Sample]:
@@ -142,7 +143,7 @@ def locate(format: str, path: str) -> list[Path]:
     return find_files(path, LAYOUTS[format].suffixes)
 
 
-def _check_retrieval(format: str, path: str, shares: bool, num_documents: int | None) -> None:
+def _check_retrieval(format: str, path: str, num_documents: int | None) -> None:
     """Raises:
     UserError: documents cannot be retrieved so.
     """
@@ -151,11 +152,6 @@ def _check_retrieval(format: str, path: str, shares: bool, num_documents: int | 
         asked = ", ".join(name for name, layout in LAYOUTS.items() if layout.question)
         raise UserError(
             f"source {path} has retrieve, but the format {format} holds no documents (allowed: {asked})"
-        )
-    if shares:
-        raise UserError(
-            f"source {path} has retrieve, which gives each question documents of its own: "
-            "take it out, or set data.shared_context to false"
         )
     if layout.pool != "record" and num_documents is None:
         raise UserError(f"source {path} has retrieve, which has to know how many: set data.num_documents")

@@ -12,6 +12,7 @@ from blockft.data.pool import Pool
 from blockft.data.questions import NO_ANSWER, Dropped, Question, accepted
 from blockft.data.rag import Document
 from blockft.data.records import Placed
+from blockft.data.retrieve import Index, likeness
 from blockft.data.sample import RecordError, check, take, text_of
 
 
@@ -71,18 +72,19 @@ def surround(asked: Question) -> Question:
 
 
 def share(
-    questions: Iterator[Question], num_documents: int | None, seed: int, drop: Callable[[str], None]
+    questions: Iterator[Question],
+    num_documents: int | None,
+    seed: int,
+    drop: Callable[[str], None],
+    index: Index | None = None,
 ) -> Iterator[Question]:
     """Questions of an article see sets of its paragraphs, each its own paragraph's, and come set by set.
 
-    The sets are drawn by lot, `num_documents` each. A question is dropped if another paragraph of its set
-    holds its answer.
+    The sets hold `num_documents` each and are drawn by lot; with an index, paragraphs that are alike meet in
+    a set. A question is dropped if another paragraph of its set holds its answer.
     """
     for pool, group in groupby(questions, key=attrgetter("pool")):
-        order = list(range(len(pool)))
-        random.Random(f"{seed}:{pool.documents[0].title}").shuffle(order)
-        size = max(1, num_documents if num_documents is not None else len(order))
-        sets = [order[start : start + size] for start in range(0, len(order), size)]
+        sets = _sets(pool, num_documents, seed, index)
         set_of = {index: number for number, indices in enumerate(sets) for index in indices}
         asked = defaultdict(list)
         for one in group:
@@ -94,6 +96,22 @@ def share(
                     drop("answer in another document of its set")
                 else:
                     yield _among(one, others)
+
+
+def _sets(pool: Pool, num_documents: int | None, seed: int, index: Index | None) -> list[list[int]]:
+    """The paragraphs of an article in sets: one drawn by lot, then others by lot, or the most like it."""
+    left = list(range(len(pool)))
+    random.Random(f"{seed}:{pool.documents[0].title}").shuffle(left)
+    size = max(1, num_documents if num_documents is not None else len(left))
+    scores = likeness(pool.documents, index) if index else None
+    sets = []
+    while left:
+        first, *others = left
+        if scores:
+            others.sort(key=scores[first].__getitem__, reverse=True)
+        sets.append([first, *others[: size - 1]])
+        left = [paragraph for paragraph in left if paragraph not in sets[-1]]
+    return sets
 
 
 def _among(asked: Question, others: Iterable[int]) -> Question:

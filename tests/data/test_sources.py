@@ -126,7 +126,7 @@ def test_squad_shares_its_paragraphs_set_by_set(tmp_path: Path) -> None:
         ("samples", {"retriever": "bm25"}, "samples holds no documents"),
         ("fid", {"retriever": "bm25"}, "set data.num_documents"),
         ("squad", {"retriever": "bm25"}, "set data.num_documents"),
-        ("squad", {"retriever": "bm25", "prompt": replace(PROMPT, shared_context=True)}, "shared_context"),
+        ("squad", {"retriever": "bm25", "prompt": replace(PROMPT, shared_context=True)}, "set data.num_doc"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_at_once(

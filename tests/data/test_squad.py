@@ -7,6 +7,7 @@ import pytest
 from blockft.data import squad
 from blockft.data.questions import Dropped, Question
 from blockft.data.records import Placed
+from blockft.data.retrieve import bm25
 from blockft.data.sample import RecordError
 
 ANSWERS = ["red", "blue", "green", "gold", "Red"]
@@ -130,6 +131,19 @@ def test_questions_of_a_set_share_its_paragraphs() -> None:
     assert len(shared) + len(dropped) == 10
     orders = {tuple(map(tuple, map(texts, squad.share(ask([article()]), 2, s, print)))) for s in range(9)}
     assert len(orders) > 3
+
+
+def test_paragraphs_that_are_alike_meet_in_a_set() -> None:
+    kinds = ["the cat sat on a mat", "stars burn far away", "bread needs flour and water"]
+    kinds = kinds * 3
+    paragraphs = [{"context": f"{kind}, w{i}", "qas": [qa(f"w{i}")]} for i, kind in enumerate(kinds)]
+    asked = list(ask([{"title": "T", "paragraphs": paragraphs}]))
+    for seed in range(5):
+        shared = list(squad.share(iter(asked), 3, seed, print, bm25()))
+        assert {len({text[:3] for text in texts(question)}) for question in shared} == {1}
+    assert len(shared) == 9
+    by_lot = list(squad.share(iter(asked), 3, 0, print))
+    assert max(len({text[:3] for text in texts(question)}) for question in by_lot) > 1
 
 
 def test_a_question_whose_set_holds_its_answer_twice_is_dropped() -> None:
