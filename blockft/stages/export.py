@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from blockft import __version__
 from blockft.config import Precision, Recipe
 from blockft.errors import UserError
+from blockft.inference.size import parse_bytes
 from blockft.model.card import model_card
 from blockft.model.checkpoint import consolidate, find_checkpoint, read_marker, read_probe
 from blockft.model.load import BLOCK_ATTENTION, DTYPES, adapter_base, dtype_of, load_plain
@@ -36,10 +37,11 @@ def export(
     """Write a checkpoint, or a run's last (or best) whole one, as a plain model folder; adapters are merged.
 
     Raises:
-        UserError: no whole checkpoint; `out` exists; an unknown type; no adapter where only that is wanted; a
-            full disk. Nothing is left behind.
+        UserError: no whole checkpoint; `out` exists; an unknown type or size; no adapter where only that is
+            wanted; a full disk. Nothing is left behind.
     """
     refuse_existing(out, "choose another folder")
+    shard_bytes = parse_bytes(max_shard_size)
     checkpoint = find_checkpoint(path, best=best)
     facts = read_marker(checkpoint)["facts"]
     has_adapter = facts["train.lora"] is not None
@@ -63,7 +65,7 @@ def export(
             model.config.block_attention = _block_attention(recipe)
             if (checkpoint / "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(checkpoint)
-            model.save_pretrained(draft, max_shard_size=max_shard_size)
+            model.save_pretrained(draft, max_shard_size=shard_bytes)
             del model
         AutoTokenizer.from_pretrained(checkpoint).save_pretrained(draft)
         (draft / "README.md").write_text(_card(checkpoint, recipe), encoding="utf-8")

@@ -71,6 +71,8 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
         raise UserError(f"the settings of train cannot be used: {str(error).splitlines()[0]}") from error
     check_ranks(run, {"recipe": dump_recipe(recipe), "checkpoint": str(checkpoint), **plan.facts})
     model = _model(recipe, plan)
+    # or the Trainer turns it off in the config, and so in every export
+    arguments.use_cache = model.config.use_cache
     record = RunRecord(
         run,
         tokenizer=load_tokenizer(recipe.model.path, recipe.model.revision),

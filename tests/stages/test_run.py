@@ -101,6 +101,8 @@ def test_an_export_answers_through_plain_transformers(exported: Path) -> None:
     ids = prompt if isinstance(prompt, torch.Tensor) else prompt["input_ids"]
     out = model.generate(ids, max_new_tokens=3, do_sample=False)
     assert out.shape[1] > ids.shape[1]
+    # as the base's, whatever training set
+    assert model.config.use_cache and model(ids).past_key_values is not None
 
 
 def test_an_export_carries_its_card_and_how_prompts_were_cut(exported: Path) -> None:
@@ -174,6 +176,8 @@ def test_exports_that_cannot_be(toy: Path, exported: Path, arguments: tuple[str,
 def test_an_unknown_export_type_is_refused(toy: Path) -> None:
     with pytest.raises(UserError, match="float32"):
         export(toy / "run", toy / "new", dtype="float31")
+    with pytest.raises(UserError, match="'lots' is no size"):
+        export(toy / "run", toy / "new", max_shard_size="lots")
 
 
 @pytest.mark.parametrize(
