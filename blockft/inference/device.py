@@ -4,8 +4,8 @@ Shapes: L layers, S token slots, n tokens of a block, K key/value heads, D head 
 """
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,10 @@ class DeviceTier:
     A block takes consecutive slots, so a layer of it is one copy. `slack` more slots follow the last one that
     a block may take, for kernels that load whole tiles.
 
+    Whatever fails, and wherever it is interrupted, a block that is there is what was written: slots are taken
+    before they are given, and given up before they are free. Those that nobody has after that are found again
+    when blocks move.
+
     Raises:
         UserError: the device does not have so much memory.
     """
@@ -70,25 +74,26 @@ class DeviceTier:
         self.evicted = 0
         self._slots: OrderedDict[Key, int] = OrderedDict()
         self._holes = [(0, self.num_slots)]
+        self._unfilled: set[Key] = set()
 
     def __contains__(self, key: Key) -> bool:
-        return key in self._slots
+        return key in self._slots and key not in self._unfilled
 
     @property
     def num_blocks(self) -> int:
-        return len(self._slots)
+        return len(self._slots.keys() - self._unfilled)
 
     @property
     def used_bytes(self) -> int:
-        return sum(map(self.shape.block_bytes, self._slots))
+        return sum(map(self.shape.block_bytes, self._slots.keys() - self._unfilled))
 
     def slot(self, key: Key) -> int:
-        """The first slot of a block that is there; it counts as used."""
+        """The first slot of a block that has some; it counts as used."""
         self._slots.move_to_end(key)
         return self._slots[key]
 
     def block(self, key: Key) -> torch.Tensor:
-        """The keys and values of a block that is there, in place: (L, n, 2, K, D)."""
+        """The keys and values of a block that has slots, in place: (L, n, 2, K, D)."""
         start = self._slots[key]
         return self.cache_LS2KD[:, start : start + num_tokens(key)]
 
@@ -104,14 +109,19 @@ class DeviceTier:
                 f"{self.num_slots * gib:.2f} GiB: raise the device budget, or ask fewer prompts at once"
             )
 
-    def add(self, keys: Sequence[Key], keep: Collection[Key]) -> None:
+    @contextmanager
+    def add(self, keys: Sequence[Key], keep: Collection[Key]) -> Iterator[None]:
         """Give slots to blocks that are not there yet; others than these and `keep` may be evicted.
+
+        The body fills them: they are there when it has come to its end, and not if it has failed.
 
         Raises:
             UserError: they do not fit together with those to keep; see `check_fits`.
         """
+        self._reclaim()
         kept = {*keys, *keep}
         self.check_fits(kept)
+        self._unfilled.update(keys)
         for key in keys:
             while (slot := self._take(num_tokens(key))) is None:
                 victim = next((other for other in self._slots if other not in kept), None)
@@ -122,6 +132,8 @@ class DeviceTier:
                     self.drop(victim)
                     self.evicted += 1
             self._slots[key] = slot
+        yield
+        self._unfilled.clear()
 
     def drop(self, key: Key) -> None:
         """Free the slots of a block."""
@@ -131,8 +143,19 @@ class DeviceTier:
 
     def clear(self) -> None:
         """Free all slots."""
+        self._reclaim()
         self._slots.clear()
         self._holes = [(0, self.num_slots)]
+
+    def _reclaim(self) -> None:
+        """Free the slots of blocks whose filling has failed."""
+        if self._unfilled and self.cache_LS2KD.is_cuda:
+            torch.cuda.synchronize(
+                self.cache_LS2KD.device
+            )  # copies may be under way to slots that others will get
+        for key in self._slots.keys() & self._unfilled:
+            self.drop(key)
+        self._unfilled.clear()
 
     def _take(self, length: int) -> int | None:
         """The start of `length` consecutive free slots, taken from the first hole that holds them."""
@@ -143,16 +166,18 @@ class DeviceTier:
         return None
 
     def _compact(self) -> None:
-        """Move all blocks to the front."""
+        """Move all blocks to the front. They are gone if that fails, for one may be half moved."""
+        slots, self._slots = self._slots, OrderedDict()
         free = 0
-        for key, start in sorted(self._slots.items(), key=lambda item: item[1]):
+        for key, start in sorted(slots.items(), key=lambda item: item[1]):
             length = num_tokens(key)
             if start != free:
                 moved = self.cache_LS2KD[:, start : start + length].clone()
                 self.cache_LS2KD[:, free : free + length] = moved
-                self._slots[key] = free
+                slots[key] = free
             free += length
         self._holes = [(free, self.num_slots - free)]
+        self._slots = slots
 
 
 def _merged(holes: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -185,8 +185,7 @@ class BlockRunner:
         assert side is not None and device is not None
         new = [key for key in keys if key not in device]
         side.running = None  # the slots of prompts that run may be taken, even if these come to nothing
-        device.add(new, keep=keys)
-        try:
+        with device.add(new, keep=keys):
             # first, for what is encoded may push what was found out of the host tier
             self.store.load_layers(found, side.arrived)
             missing = [key for key in new if key not in found]
@@ -197,13 +196,6 @@ class BlockRunner:
                         self.store.keep(key, kv)
             prompts = side.prompts(contexts, max(map(len, finals)) + num_new)
             logits = prompts.advance(finals)
-        except BaseException:
-            # what is in these slots now is not what their keys say
-            for key in new:
-                device.drop(key)
-            if self._is_cuda:
-                torch.cuda.synchronize()  # copies may be under way to slots that others will get
-            raise
         return Begun(prompts, logits[:, -1], found)
 
     def _eagerly(self) -> AbstractContextManager[Any]:

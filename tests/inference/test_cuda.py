@@ -57,9 +57,9 @@ def test_graphs_change_no_logit(name: str) -> None:
     keys = [*dict.fromkeys(chain.from_iterable(keys_of(prompts)))]
     tier, rotations = engine.runner.store.device, engine.runner._rotations
     assert tier is not None
-    tier.add(keys, keep=())
-    for key, kv in encode_blocks(model, keys):
-        tier.block(key).copy_(kv)
+    with tier.add(keys, keep=()):
+        for key, kv in encode_blocks(model, keys):
+            tier.block(key).copy_(kv)
     logits = []
     for use_graphs in (False, True, True):
         side = QuerySide(model, rotations, tier, use_kernel=True, use_graphs=use_graphs)

@@ -1,7 +1,12 @@
 """The device tier: blocks keep their content and their place in the queue, whatever happens around them."""
 
+import sys
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import pairwise
+from types import FrameType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+import blockft.inference.device as device_module
 from blockft.errors import UserError
 from blockft.inference.block import Key, key_of, num_tokens
 from blockft.inference.device import DeviceTier, KVShape
@@ -28,9 +34,9 @@ def content(key: Key) -> torch.Tensor:
 
 
 def fill(tier: DeviceTier, *keys: Key, keep: tuple[Key, ...] = ()) -> None:
-    tier.add(keys, keep=keep)
-    for key in keys:
-        tier.block(key).copy_(content(key))
+    with tier.add(keys, keep=keep):
+        for key in keys:
+            tier.block(key).copy_(content(key))
 
 
 def holds(tier: DeviceTier, key: Key) -> bool:
@@ -51,7 +57,7 @@ class AnyUse(RuleBasedStateMachine):
         new = [key for key in asked if key not in self.queue]
         if sum(map(num_tokens, asked)) > NUM_SLOTS:
             with pytest.raises(UserError):
-                self.tier.add(new, keep=asked)
+                fill(self.tier, *new, keep=tuple(asked))
             return
         fill(self.tier, *new, keep=tuple(asked))
         evicted = [key for key in self.queue if key not in self.tier]
@@ -123,15 +129,58 @@ def test_blocks_that_do_not_fit_together_are_refused_and_nothing_is_lost() -> No
     tier = open_tier(10)
     fill(tier, KEYS[4], KEYS[5])
     with pytest.raises(UserError, match="raise the device budget, or ask fewer prompts"):
-        tier.add([KEYS[6]], keep=[KEYS[5]])
+        fill(tier, KEYS[6], keep=(KEYS[5],))
     assert holds(tier, KEYS[4]) and holds(tier, KEYS[5]) and tier.evicted == 0
+
+
+def test_an_interrupt_anywhere_leaves_no_wrong_block() -> None:
+    """At every line of the tier in turn, while blocks make way and move: what is there then is right."""
+    num_lines = 0
+    while True:
+        tier = open_tier()
+        fill(tier, *KEYS[1:6])  # 2, 3, 3, 4 and 5 tokens
+        tier.drop(KEYS[1])
+        kept = (KEYS[2], KEYS[4])
+        with interrupted(after=num_lines) as interrupt, suppress(KeyboardInterrupt):
+            fill(tier, KEYS[0], KEYS[9], keep=kept)  # the second one, of 11, only after the kept ones move
+        assert all(holds(tier, key) for key in KEYS if key in tier)
+        if not interrupt.raised:
+            break
+        for key in KEYS[:-1]:  # no slot is lost: the last of these takes all
+            fill(tier, *([] if key in tier else [key]))
+            assert all(holds(tier, key) for key in KEYS if key in tier)
+        num_lines += 1
+    assert num_lines > 50 and all(holds(tier, key) for key in (*kept, KEYS[0], KEYS[9]))
+
+
+@contextmanager
+def interrupted(after: int) -> Iterator[SimpleNamespace]:
+    """A KeyboardInterrupt at the next line of the tier after so many."""
+    state = SimpleNamespace(left=after, raised=False)
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        if frame.f_code.co_filename != device_module.__file__:
+            return None
+        if event == "line" and not state.raised:
+            if not state.left:
+                state.raised = True
+                raise KeyboardInterrupt
+            state.left -= 1
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield state
+    finally:
+        sys.settrace(before)
 
 
 def test_a_budget_below_one_token_holds_nothing() -> None:
     tier = DeviceTier(SHAPE, torch.device("cpu"), SHAPE.token_bytes - 1, slack=2)
-    tier.add([], keep=[])
+    fill(tier)
     with pytest.raises(UserError, match="device budget"):
-        tier.add([KEYS[0]], keep=[])
+        fill(tier, KEYS[0])
 
 
 def test_a_budget_that_the_device_does_not_have_is_refused() -> None:

@@ -37,9 +37,9 @@ def open_side(
     random.Random(0).shuffle(keys)
     shape = kv_shape(model)
     tier = DeviceTier(shape, torch.device("cpu"), 4096 * shape.token_bytes, SLACK)
-    tier.add(keys, keep=())
-    for key, kv in encode_blocks(model, keys):
-        tier.block(key).copy_(kv)
+    with tier.add(keys, keep=()):
+        for key, kv in encode_blocks(model, keys):
+            tier.block(key).copy_(kv)
     return QuerySide(
         model, rotations(model), tier, use_kernel=False, use_graphs=use_graphs, reencoded=reencoded
     )

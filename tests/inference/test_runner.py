@@ -364,6 +364,39 @@ def test_a_failure_while_blocks_are_read_leaves_no_wrong_block(
     assert ask(engine).ids == right
 
 
+@pytest.mark.parametrize("error", [Failure, KeyboardInterrupt, torch.OutOfMemoryError])
+@pytest.mark.parametrize("num_moved", [0, 1])
+def test_a_failure_while_blocks_move_leaves_no_wrong_block(
+    toy_model: Path,
+    error: type[BaseException],
+    num_moved: int,
+    right: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = load_engine(toy_model, "query", options(host=0, device=60 * TOKEN_BYTES))
+    device = engine.runner.store.device
+    assert device is not None
+    others = some_prompt(4, 14, 8, 14)
+    # every second block makes way: the first new one finds a hole, the last one not
+    ask(engine, [others[0], PROMPT[0], others[1], PROMPT[1], others[2], [1]])
+    cache, clone, moved = device.cache_LS2KD, torch.Tensor.clone, []
+
+    def fail(tensor: torch.Tensor, **given: Any) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() == cache.untyped_storage().data_ptr():
+            if len(moved) == num_moved:
+                raise error
+            moved.append(tensor)
+        return clone(tensor, **given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "clone", fail)
+        with pytest.raises(error):
+            ask(engine)
+    for part in ([PROMPT[2], PROMPT[0], [7]], [PROMPT[1], PROMPT[3], [7]]):
+        assert ask(engine, part).ids == greedy(engine.model, part, NUM_NEW)
+    assert ask(engine).ids == right
+
+
 # models
 
 

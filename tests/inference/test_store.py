@@ -70,7 +70,8 @@ def test_the_nearest_tier_that_has_a_block_gives_it(folder: Path) -> None:
     store = open_store(folder, device=20 * SHAPE.token_bytes)
     keep(store, *KEYS[:3])
     assert store.device is not None
-    store.device.add(KEYS[:1], keep=())
+    with store.device.add(KEYS[:1], keep=()):
+        pass
     store.host.clear()
     store.host.put(KEYS[1], kv_of(KEYS[1]))
     assert tiers(store) == [Tier.device, Tier.host, Tier.disk, None, None, None]
@@ -153,7 +154,8 @@ def test_what_the_device_gives_is_not_what_the_host_forgets() -> None:
     store = open_store(None, host=11 * SHAPE.token_bytes, device=2**16)
     keep(store, KEYS[0], KEYS[1])
     assert store.device is not None
-    store.device.add(KEYS[:1], keep=())
+    with store.device.add(KEYS[:1], keep=()):
+        pass
     store.find(KEYS[:1])
     keep(store, KEYS[4])
     assert KEYS[0] in store.host and KEYS[1] not in store.host
@@ -248,8 +250,8 @@ def test_a_damaged_entry_that_cannot_be_removed_is_not_looked_for_twice(
 def load_all(store: BlockStore, keys: list[Key]) -> None:
     assert store.device is not None
     found = store.find(keys)
-    store.device.add([key for key in keys if key not in store.device], keep=keys)
-    store.load_layers(found, arrived=())
+    with store.device.add([key for key in keys if key not in store.device], keep=keys):
+        store.load_layers(found, arrived=())
 
 
 def test_blocks_come_to_the_device_from_wherever_they_are(folder: Path) -> None:
