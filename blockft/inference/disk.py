@@ -80,9 +80,10 @@ class DiskTier:
     def statistics(self) -> DiskStatistics:
         return self._statistics
 
-    def open(self, key: Key) -> "DiskEntry | None":
+    def open(self, key: Key, holds: bool = True) -> "DiskEntry | None":
         """The entry of a block, ready to be read, or None if there is none that can be used.
 
+        holds: keep its file open; see `DiskEntry`.
         One that is damaged, or was made for another block or model, is reported, counted and removed.
         """
         path = self._path(key)
@@ -97,7 +98,9 @@ class DiskTier:
             self._say_unreadable(path, error)
             return None
         assert entry.key == key, "two blocks of one digest"
-        self._touch(entry.status(), entry.touch)
+        self._touch(entry.status, entry.touch)
+        if not holds:
+            entry.close()
         self._count(entries_read=1)
         return DiskEntry(self, entry)
 
@@ -194,7 +197,7 @@ class DiskTier:
             self._say_unwritable(unwritable)
 
     def _say_unreadable(self, path: Path, error: OSError) -> None:
-        if error.errno != errno.ESTALE:  # another host has evicted it
+        if error.errno not in (errno.ENOENT, errno.ESTALE):  # evicted meanwhile, ESTALE: by another host
             self._say("read", f"{path} cannot be read ({error.strerror}): such blocks are encoded again")
 
     def _say_unwritable(self, error: OSError | UserError) -> None:
@@ -219,9 +222,11 @@ class DiskTier:
 
 
 class DiskEntry:
-    """An entry that can be read whatever other processes do to it meanwhile. Threads may share it.
+    """An entry of the disk. Threads may share it.
 
-    It holds a file open until it is closed, or forgotten.
+    It holds a file open until it is closed, or forgotten, and can be read whatever other processes do to it
+    meanwhile. After that each read opens the file again, which fails, though without a warning, if it was
+    evicted.
     """
 
     def __init__(self, tier: DiskTier, entry: Entry) -> None:
@@ -257,6 +262,6 @@ class DiskEntry:
             raise
         except OSError as error:
             self._tier._say_unreadable(self._entry.path, error)
-            raise DamagedEntry(str(error.strerror), self._entry.status()) from error
+            raise DamagedEntry(str(error.strerror), self._entry.status) from error
         self._tier._count(bytes_read=layer.nbytes)
         return layer

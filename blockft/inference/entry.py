@@ -13,9 +13,11 @@ the model and the token ids, so a reader knows every byte that it must find. Not
 file that shrinks is an error, not a signal.
 """
 
+import errno
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -112,6 +114,9 @@ def write_entry(file: BinaryIO, model: CacheModel, key: Key, kv: torch.Tensor) -
 class Entry:
     """An open entry; it stays readable when its file is replaced or removed. Threads may share it.
 
+    Once it is closed, every read opens the file again, and raises FileNotFoundError if it is another one.
+    status: of the file when it was opened.
+
     Raises:
         FileNotFoundError: there is none.
         DamagedEntry: it is not what was written under this name for this model.
@@ -122,7 +127,9 @@ class Entry:
         self.path, self.model = path, model
         self._file = path.open("rb", buffering=0)
         try:
-            self.key, self._checksums = self._open()
+            self.status = os.fstat(self._file.fileno())
+            self._header = self._read_header(self._file.fileno())
+            self.key, self._checksums = self._verified(self._file.fileno())
         except BaseException:
             self.close()
             raise
@@ -137,13 +144,10 @@ class Entry:
     def close(self) -> None:
         self._file.close()
 
-    def status(self) -> os.stat_result:
-        """Size, times and identity of the open file."""
-        return os.fstat(self._file.fileno())
-
     def touch(self) -> None:
         """Record that the entry is used now, by the clock of the file system."""
-        os.utime(self._file.fileno())
+        with self._opened() as handle:
+            os.utime(handle)
 
     def layer(self, index: int, out: torch.Tensor | None = None) -> torch.Tensor:
         """The keys and values of a layer, (n, 2, K, D), read into `out` if it is given, and checked.
@@ -157,7 +161,8 @@ class Entry:
             out = torch.empty(shape, dtype=self.model.torch_dtype)
         assert out.shape == shape and out.dtype == self.model.torch_dtype and out.is_contiguous()
         content = _bytes_of(out)
-        self._read(content, self._start + index * len(content))
+        with self._opened() as handle:
+            self._read(handle, content, self._start + index * len(content))
         if _CHECKSUM(content) != self._checksums[index]:
             raise self._damaged(f"layer {index} has changed since it was written")
         return out
@@ -167,11 +172,27 @@ class Entry:
         for index in range(self.model.num_layers):
             self.layer(index)
 
-    def _open(self) -> tuple[Key, list[str]]:
-        size, start, name = self.status().st_size, _start(self.model), self.path.name.removesuffix(SUFFIX)
-        header = bytearray(start)
-        self._read(memoryview(header), 0)
-        metadata = _metadata(header)
+    @contextmanager
+    def _opened(self) -> Iterator[int]:
+        """The file's descriptor."""
+        if not self._file.closed:
+            yield self._file.fileno()
+            return
+        with self.path.open("rb", buffering=0) as file:
+            # the same header promises the same content
+            if self._read_header(file.fileno()) != self._header:
+                raise FileNotFoundError(errno.ENOENT, "another file has taken its place", str(self.path))
+            yield file.fileno()
+
+    def _read_header(self, handle: int) -> bytes:
+        header = bytearray(_start(self.model))
+        self._read(handle, memoryview(header), 0)
+        return bytes(header)
+
+    def _verified(self, handle: int) -> tuple[Key, list[str]]:
+        """The block, and the checksums of its layers."""
+        size, name = self.status.st_size, self.path.name.removesuffix(SUFFIX)
+        metadata = _metadata(self._header)
         for field, expected in _identity(self.model, name).items():
             if metadata.get(field) != expected:
                 raise self._damaged(f"its {field} is {metadata.get(field)!r} in place of {expected!r}")
@@ -179,21 +200,21 @@ class Entry:
         if not length:
             raise self._damaged(f"no block fills {size} bytes")
         key = bytearray(length * ID_BYTES)
-        self._read(memoryview(key), start)
+        self._read(handle, memoryview(key), len(self._header))
         checksums = str(metadata.get("checksums")).split()
         if digest(bytes(key)) != name:
             raise self._damaged("its token ids are not those of its name")
         right = _header(self.model, name, length, checksums)
-        if len(checksums) != self.model.num_layers or header != right:
+        if len(checksums) != self.model.num_layers or self._header != right:
             raise self._damaged("its header does not fit its content")
         return bytes(key), checksums
 
     def _damaged(self, reason: str) -> DamagedEntry:
-        return DamagedEntry(reason, self.status())
+        return DamagedEntry(reason, self.status)
 
-    def _read(self, buffer: memoryview, offset: int) -> None:
+    def _read(self, handle: int, buffer: memoryview, offset: int) -> None:
         while buffer:
-            num_read = os.preadv(self._file.fileno(), [buffer], offset)
+            num_read = os.preadv(handle, [buffer], offset)
             if not num_read:
                 raise self._damaged("it is cut short")
             buffer, offset = buffer[num_read:], offset + num_read
@@ -207,7 +228,7 @@ def _identity(model: CacheModel, name: str) -> dict[str, str]:
     return {"format": f"blockft block {VERSION}", "model": model.fingerprint, "block": name}
 
 
-def _metadata(header: bytearray) -> dict[str, Any]:
+def _metadata(header: bytes) -> dict[str, Any]:
     try:
         found = json.loads(header[8:])["__metadata__"]
     except (ValueError, TypeError, KeyError, RecursionError):

@@ -25,9 +25,12 @@ from blockft.inference.host import HostTier
 READERS = 8
 """Threads that read and verify entries of the disk: one does not reach the speed of a fast drive."""
 
+HELD_FILES = 64
+"""Entries of the disk that a request holds open, for others may evict them; the rest is opened for each read.
+A process may often have no more than 1,024 files open, and most are not ours to take."""
+
 PENDING_WRITES = 64
 """Blocks that may wait for the disk; encoding more waits, too, or they would fill the memory."""
-
 
 RECORD_S = 600
 """Of a block that nearer tiers give, the disk learns once in so long that it is used: answers are quicker."""
@@ -103,7 +106,8 @@ class BlockStore:
         if self.disk is not None:
             self._record_uses(self.disk, found.keys())
         if self.disk is not None and elsewhere:
-            entries = zip(elsewhere, self.readers.map(self.disk.open, elsewhere), strict=True)
+            holds = [number < HELD_FILES for number in range(len(elsewhere))]
+            entries = zip(elsewhere, self.readers.map(self.disk.open, elsewhere, holds), strict=True)
             found |= {key: Found(Tier.disk, entry) for key, entry in entries if entry}
         return found
 

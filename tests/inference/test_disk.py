@@ -200,6 +200,30 @@ def test_an_entry_that_is_evicted_while_open_is_read_to_its_end(folder: Path, ti
     assert tier.statistics.entries_damaged == 0
 
 
+def test_an_entry_whose_file_is_not_held_is_read_while_it_is_there(
+    folder: Path, tier: DiskTier, said: list[str]
+) -> None:
+    tier.write(KEYS[0], kv_of(KEYS[0]))
+    path, kept = path_of(folder, KEYS[0]), folder.parent / "kept"
+    entry = tier.open(KEYS[0], holds=False)
+    assert entry is not None and torch.equal(entry.layer(2), kv_of(KEYS[0])[2])
+    path.rename(kept)
+    with pytest.raises(DamagedEntry):
+        entry.layer(2)
+    tier.write(KEYS[0], -kv_of(KEYS[0]))  # as another process might, whose numbers are not quite the same
+    with pytest.raises(DamagedEntry, match="another file"):
+        entry.layer(2)
+    other = tier.open(KEYS[0])
+    assert other is not None and torch.equal(other.layer(2), -kv_of(KEYS[0])[2]), "it is left where it is"
+    kept.rename(path)
+    assert torch.equal(entry.layer(2), kv_of(KEYS[0])[2])
+    assert not said and tier.statistics.entries_damaged == 0
+    flip(path, SIZE - 1)
+    with pytest.raises(DamagedEntry, match="layer 2"):
+        entry.layer(2)
+    assert len(said) == tier.statistics.entries_damaged == 1 and not path.exists()
+
+
 # folders
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -242,6 +243,57 @@ def test_a_damaged_entry_that_cannot_be_removed_is_not_looked_for_twice(
     assert not store.load(store.find(KEYS[:1]))
     assert path_of(folder, KEYS[0]).exists() and not store.find(KEYS[:1])
     assert len(said.records) == 2 and "blocks stay in memory alone" in said.text
+
+
+# files
+
+
+@pytest.mark.parametrize("device", [None, 2**16])
+def test_more_blocks_than_files_that_may_be_open_are_found_and_loaded(
+    folder: Path, device: int | None, said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [some_key(seed, 2) for seed in range(100)]
+    keep(open_store(folder), *keys)
+    store = open_store(folder, device=device)
+    monkeypatch.setattr(store_module, "HELD_FILES", 4)
+    with open(os.devnull) as lowest:
+        # files that are held, one for each reader, and what Python opens by the way
+        limit = lowest.fileno() + 4 + store_module.READERS + 8
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
+    try:
+        assert tiers(store, keys) == [Tier.disk] * len(keys)
+        if device:
+            load_all(store, keys)
+            assert store.device is not None
+            blocks = {key: store.device.block(key) for key in keys}
+        else:
+            blocks = store.load(store.find(keys))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert all(torch.equal(blocks[key], kv_of(key)) for key in keys) and not said.records
+
+
+def test_blocks_evicted_after_they_were_found_are_missing_unless_their_files_are_held(
+    folder: Path, said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "HELD_FILES", 2)
+    keep(open_store(folder), *KEYS)
+    for device in (None, 2**16):
+        keep(open_store(folder), *KEYS)
+        store = open_store(folder, device=device)
+        found = store.find(KEYS)
+        with CacheFolder(folder).locked() as ledger:
+            CacheFolder(folder).prune(ledger, max_bytes=0)
+        if store.device is None:
+            blocks = store.load(found)
+            assert list(blocks) == KEYS[:2]
+            assert all(torch.equal(blocks[key], kv_of(key)) for key in blocks)
+        else:
+            with pytest.raises(DamagedBlocks), store.device.add(KEYS, keep=()):
+                store.load_layers(found, arrived=())
+            assert not store.find(KEYS)
+    assert not said.records, "that is nobody's fault"
 
 
 # to the device
