@@ -9,12 +9,9 @@ import torch
 import triton
 
 from blockft.attention import programs
-from blockft.attention.queryside import CachedContext, Turns
+from blockft.attention.queryside import SLACK, CachedContext, Turns
 
 LOG2_E = 1.4426950408889634
-
-SLACK = 128
-"""Tokens that have to follow the last one in a cache and in a final block: tiles are loaded whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +22,9 @@ class Tiles:
     keys: int
     warps: int
     stages: int
+
+    def __post_init__(self) -> None:
+        assert self.keys <= SLACK, "a tile of keys would reach beyond the cache"
 
 
 FEW_ROWS = (

@@ -20,6 +20,9 @@ import torch
 
 from blockft.attention.positions import Rotation
 
+SLACK = 128
+"""Tokens that have to follow the last one in a cache and in a final block: kernels load whole tiles."""
+
 
 @dataclass(frozen=True)
 class CachedContext:

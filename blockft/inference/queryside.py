@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from blockft.attention.positions import Rotation
-from blockft.attention.queryside import CachedAttention, turns
+from blockft.attention.queryside import SLACK, CachedAttention, turns
 from blockft.inference.block import Key, num_tokens
 from blockft.inference.device import DeviceTier, on_device
 from blockft.inference.frame import Frame, Size
@@ -231,4 +231,4 @@ def _bucket(count: int) -> int:
 
 def _columns(count: int) -> int:
     """Columns to make room for, with slack for tiles that are loaded whole."""
-    return (1 << (max(count, 128) - 1).bit_length()) + 128
+    return (1 << (max(count, 128) - 1).bit_length()) + SLACK

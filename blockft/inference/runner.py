@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from blockft.attention.queryside import SLACK
 from blockft.errors import UserError
 from blockft.inference.block import Key
 from blockft.inference.device import DeviceTier, KVShape, free_bytes, on_device
@@ -24,9 +25,6 @@ from blockft.inference.store import BlockStore, DamagedBlocks, Found
 from blockft.model.identity import model_fingerprint
 from blockft.model.join import join_projections
 from blockft.model.load import compile_layers, reencodes, rotations
-
-SLACK = 128
-"""Slots after the device tier's last one: kernels load whole tiles (see `attention.kernel`)."""
 
 ATTENTION = "block_cached"
 """The backend that reads cached blocks, and encodes them."""

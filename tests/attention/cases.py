@@ -8,10 +8,7 @@ from typing import Any
 import torch
 
 from blockft.attention.positions import Rotation
-from blockft.attention.queryside import CachedContext, turns
-
-SLACK = 128
-"""Slots and columns after the last one, for kernels that load whole tiles."""
+from blockft.attention.queryside import SLACK, CachedContext, turns
 
 
 @dataclass(frozen=True, kw_only=True)

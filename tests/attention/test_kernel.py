@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from blockft.attention.queryside import attend_plainly
+from blockft.attention.queryside import SLACK, attend_plainly
 from tests.attention.cases import Case, make_case
 
 pytestmark = [
@@ -86,6 +86,13 @@ def test_tiles_fit_the_shared_memory(
                 found = kernel.tiles_for(num_rows, head_size, half, dtype, torch.device("cuda"))
                 kept = (found.stages * found.keys + found.rows) * 2 * head_size * dtype.itemsize
                 assert kept < shared
+
+
+def test_no_tile_reaches_further_than_what_follows_a_cache() -> None:
+    from blockft.attention.kernel import Tiles
+
+    with pytest.raises(AssertionError, match="beyond the cache"):
+        Tiles(rows=16, keys=SLACK + 1, warps=4, stages=1)
 
 
 @pytest.mark.parametrize("num_queries", [1, 50])

@@ -11,11 +11,12 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from blockft.attention.layout import Layout
-from blockft.inference import queryside
+from blockft.attention.queryside import SLACK
+from blockft.inference import queryside, runner
 from blockft.inference.device import DeviceTier
 from blockft.inference.keyside import encode_blocks
 from blockft.inference.queryside import QuerySide
-from blockft.inference.runner import SLACK, kv_shape
+from blockft.inference.runner import kv_shape
 from blockft.model.load import rotations
 from tests.inference.engines import SIDES, Prompt, greedy, make_engine
 from tests.inference.test_keyside import cut, keys_of, masked_logits
@@ -120,6 +121,17 @@ def test_questions_padded_to_the_size_of_a_graph_leave_room_for_the_answer(
     rest = running.advance([prompt[-1][257:]], num_logits=140)
     want = masked_logits(model, ids, layout)[256:]
     assert_close(torch.cat((first, rest), dim=1)[0], want, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_loaded_whole_ends_within_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (queryside, runner):
+        monkeypatch.setattr(module, "SLACK", 777)
+    engine = make_engine(build_model("llama", "block_cached"), "query")
+    side, tier = engine.runner._query_side, engine.runner.store.device
+    assert side is not None and tier is not None and tier.cache_LS2KD.shape[1] == tier.num_slots + 777
+    prompts = side.prompts([[]], 300)
+    prompts.advance([[1, 2, 3]])
+    assert prompts._frame.final_LBS2KD.shape[2] >= 300 + 777
 
 
 @pytest.mark.parametrize("name", CONFIGS)
