@@ -31,7 +31,8 @@ class Engine:
     stream takes a turn for each piece, so that others may be answered in between. On the query side it then
     reads its question and what it has written again, which costs time and changes no answer.
 
-    prompt: how questions over documents are worded; the model's own if it is an export. See `BlockRunner`.
+    prompt: how questions over documents are worded, and in what order documents stand; if it is not given, as
+    an export was trained. See `BlockRunner`.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Engine:
             side=side,
             compile=compile,
         )
-        self.prompt = trained_prompt(block_attention(model.config)) or prompt
+        self.prompt = prompt or trained_prompt(block_attention(model.config))
         self._limit = model.config.max_position_embeddings
         self._encoder = Encoder(tokenizer)
         ends = model.generation_config.eos_token_id
@@ -99,6 +100,8 @@ class Engine:
         """Answer one request: documents and a question, or a chat, or the blocks of a templated prompt.
 
         The three kinds are those of `data.request.request_of`, `settings` those of `generate_batch`.
+        Documents stand in the order in which they are given, whatever their scores and the order in training,
+        unless the engine was given a `prompt` that orders them.
 
         Raises:
             UserError: no request, or none of these kinds; see `generate_batch`.

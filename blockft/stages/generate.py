@@ -51,15 +51,17 @@ class _Settings(TypedDict):
 
 
 def open_engine(model: str, cache: CacheWords, *, compile: bool = False) -> Engine:
-    """A model with its block cache; one that is no export words questions as recipes do by default.
+    """A model with its block cache; one that does not say how it is asked is asked as recipes do by default.
 
     Raises:
         UserError: see `CacheWords` and `Engine`.
     """
-    options, default = cache.options(), PromptSettings()
-    wording = {name: getattr(default, name) for name in ("instruction", "document", "question")}
-    prompt = RagPrompt(**wording, documents_in=default.documents_in.value, order="given")
-    return Engine.load(model, prompt=prompt, cache=options, compile=compile)
+    engine = Engine.load(model, cache=cache.options(), compile=compile)
+    if engine.prompt is None:
+        default = PromptSettings()
+        wording = {name: getattr(default, name) for name in ("instruction", "document", "question")}
+        engine.prompt = RagPrompt(**wording, documents_in=default.documents_in.value, order="given")
+    return engine
 
 
 def generate(

@@ -275,5 +275,9 @@ def test_a_model_that_does_not_say_how_it_is_asked_needs_a_prompt(tmp_path: Path
         engine.generate(documents=["a"], question="b")
     own = {"instruction": "Own.\n", "document": "{text}\n", "question": "{question}"}
     engine.model.config.block_attention = {"prompt": own, "documents_in": "user", "order": "ascending"}
-    again = Engine(engine.model, engine.tokenizer, prompt=PROMPT, cache=options())
+    again = Engine(engine.model, engine.tokenizer, cache=options())
     assert again.prompt is not None and again.prompt.instruction == "Own.\n"
+    given = [{"text": "a", "score": 2}, {"text": "b", "score": 3}, {"text": "c", "score": 1}]
+    asked = again.request({"documents": given, "question": "?"})
+    assert asked.messages[0].content == ("Own.\n", "a\n", "b\n", "c\n", "?"), "as given, not as trained"
+    assert Engine(engine.model, engine.tokenizer, prompt=PROMPT, cache=options()).prompt == PROMPT

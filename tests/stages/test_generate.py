@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,10 @@ import pytest
 import torch
 
 from blockft import progress
+from blockft.config import PromptSettings
 from blockft.errors import UserError
 from blockft.inference.folder import CacheFolder
-from blockft.stages.generate import CacheWords, generate
+from blockft.stages.generate import CacheWords, generate, open_engine
 from tests.run import save_model
 
 ROOT = Path(__file__).parents[2]
@@ -135,6 +137,18 @@ def test_requests_may_come_from_standard_input(
     got = answered(model, Path("-"), capsys)
     assert [line["answer_ids"] for line in got] == [line["answer_ids"] for line in want]
     assert got[1]["id"] == "-, line 3"
+
+
+def test_the_default_wording_is_for_models_without_their_own(model: Path, tmp_path: Path) -> None:
+    default = open_engine(str(model), SMALL).prompt
+    assert default is not None and default.instruction == PromptSettings().instruction
+    export = Path(shutil.copytree(model, tmp_path / "export"))
+    own = {"instruction": "Own.\n", "document": "{text}\n", "question": "{question}"}
+    facts = json.loads((export / "config.json").read_text())
+    facts["block_attention"] = {"prompt": own, "documents_in": "user", "order": "ascending"}
+    (export / "config.json").write_text(json.dumps(facts))
+    trained = open_engine(str(export), SMALL).prompt
+    assert trained is not None and trained.instruction == "Own.\n"
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_request(
