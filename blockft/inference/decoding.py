@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Generator, Sequence
-from itertools import chain
 
 from blockft.inference.answer import Answer, Writing, answer_of
 from blockft.inference.block import key_of
@@ -32,7 +31,6 @@ def decode(
     begun = runner.begin(contexts, finals, num_new)
     running, found, next_ids = begun.prompts, begun.found, sampler(begun.logits).tolist()
     del begun  # or the memory of its prompts would stay
-    runner.store.count(dict.fromkeys(chain.from_iterable(contexts)), found)
     ttft_ms, seconds = (time.perf_counter() - start) * 1000, 0.0
     for step in range(1, num_new + 1):
         yield [writing.take(token, seconds) for writing, token in zip(writings, next_ids, strict=True)]

@@ -7,11 +7,11 @@ key/value heads, D head size.
 """
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -52,21 +52,6 @@ class Found:
     entry: DiskEntry | None = None
 
 
-@dataclass
-class StoreStatistics:
-    """What a store has done since it was made: blocks and tokens asked for, and found in each tier."""
-
-    blocks: int = 0
-    tokens: int = 0
-    found_blocks: Counter[str] = field(default_factory=Counter)
-    found_tokens: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def reused_percent(self) -> float:
-        """The share of tokens that were not encoded again."""
-        return 100 * self.found_tokens.total() / self.tokens if self.tokens else 0.0
-
-
 class DamagedBlocks(Exception):
     """Entries turned out to be damaged while they were read: look the blocks up and start again."""
 
@@ -83,7 +68,6 @@ class BlockStore:
         disk: DiskTier | None = None,
     ) -> None:
         self.shape, self.host, self.device, self.disk = shape, host, device, disk
-        self.statistics = StoreStatistics()
         self.readers = ThreadPoolExecutor(READERS, thread_name_prefix="blockft-read")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="blockft-write")
         self._writes: deque[Future[None]] = deque()
@@ -110,16 +94,6 @@ class BlockStore:
             entries = zip(elsewhere, self.readers.map(self.disk.open, elsewhere, holds), strict=True)
             found |= {key: Found(Tier.disk, entry) for key, entry in entries if entry}
         return found
-
-    def count(self, keys: Iterable[Key], found: Mapping[Key, Found]) -> None:
-        """Add a request to the statistics."""
-        statistics = self.statistics
-        for key in keys:
-            statistics.blocks += 1
-            statistics.tokens += num_tokens(key)
-            if key in found:
-                statistics.found_blocks[found[key].tier] += 1
-                statistics.found_tokens[found[key].tier] += num_tokens(key)
 
     def keep(self, key: Key, kv: torch.Tensor) -> None:
         """Keep a block that was just encoded, in the host tier and on the disk; both may be behind.

@@ -3,6 +3,7 @@
 import json
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from blockft.inference.engine import Engine
 from blockft.inference.runner import CacheOptions
 from blockft.inference.sampling import Sampler
 from blockft.inference.size import parse_bytes
+from blockft.inference.store import Tier
 from blockft.progress import progress
 
 
@@ -161,11 +163,15 @@ def _as_json(prompt: Sample, answer: Answer) -> str:
 
 
 def _summary(answers: Sequence[Answer]) -> str:
-    blocks = sum(answer.num_blocks - 1 for answer in answers)
+    sources = Counter[str]()
+    for answer in answers:
+        sources.update(answer.sources)
+    tiers = ", ".join(f"{sources[tier]} from the {tier}" for tier in Tier if sources[tier])
     tokens = sum(answer.prompt_tokens for answer in answers)
     reused, saved = (sum(getattr(a, f"{name}_reused") for a in answers) for name in ("blocks", "tokens"))
     ttft = statistics.median(answer.ttft_ms for answer in answers)
     return (
-        f"{len(answers)} answers; {reused} of {blocks} context blocks reused, {saved:,} of {tokens:,} prompt "
-        f"tokens ({100 * saved / tokens:.0f} %); median time to first token {ttft:.1f} ms"
+        f"{len(answers)} answers; {reused} of {sources.total()} context blocks reused"
+        f"{f' ({tiers})' if tiers else ''}, {saved:,} of {tokens:,} prompt tokens "
+        f"({100 * saved / tokens:.0f} %); median time to first token {ttft:.1f} ms"
     )

@@ -110,8 +110,6 @@ def test_streams_that_take_turns_are_right(
     between = ask(engine).ids
     assert [finish(stream) for stream in streams] == want
     assert between == ask(alone).ids
-    # a stream that is read again is no other request
-    assert engine.runner.store.statistics.blocks == alone.runner.store.statistics.blocks
 
 
 def test_who_leaves_a_stream_unread_stops_nobody(toy_model: Path, side: str) -> None:

@@ -113,7 +113,7 @@ def test_full_attention_is_the_layout_of_one_block(engine: Engine) -> None:
         (full,) = engine.generate_ids([blocks], mode="full", max_new_tokens=5)
         assert full.ids == greedy(engine.model, [[id for block in blocks for id in block]], 5)
         assert full.num_blocks == 1 and full.prompt_tokens == sum(map(len, blocks))
-    assert not engine.runner.store.statistics.blocks
+    assert not engine.runner.store.host.num_blocks
 
 
 # where an answer ends

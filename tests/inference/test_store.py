@@ -123,20 +123,6 @@ def test_more_blocks_than_may_wait_for_the_disk_all_arrive(
     assert tiers(open_store(folder)) == [Tier.disk] * len(KEYS)
 
 
-def test_statistics_count_blocks_and_tokens_by_tier(folder: Path) -> None:
-    keep(open_store(folder), *KEYS[:2])
-    store = open_store(folder)
-    store.count(KEYS, store.find(KEYS))
-    store.load(store.find(KEYS[:1]))
-    store.count(KEYS[:3], store.find(KEYS[:3]))
-    statistics = store.statistics
-    assert statistics.blocks == 9 and statistics.tokens == 27 + 16
-    assert statistics.found_blocks == {"disk": 3, "host": 1}
-    assert statistics.found_tokens == {"disk": 5 + 3 + 3, "host": 5}
-    assert statistics.reused_percent == pytest.approx(100 * 16 / 43)
-    assert open_store(None).statistics.reused_percent == 0
-
-
 # use
 
 

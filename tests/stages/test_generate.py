@@ -84,9 +84,8 @@ def test_the_texts_are_those_of_the_json_and_a_summary_ends_it(
     generate(str(model), str(requests), max_new_tokens=6, cache=SMALL)
     out, err = capsys.readouterr()
     assert out == "".join(text + "\n" for text in texts)
-    assert (
-        err.startswith("4 answers; 5 of 14 context blocks reused, ") and "median time to first token" in err
-    )
+    assert err.startswith("4 answers; 5 of 14 context blocks reused (5 from the host), ")
+    assert "median time to first token" in err
 
 
 @pytest.mark.parametrize("given", [{}, {"mode": "full"}, {"temperature": 5.0, "top_p": 0.9, "seed": 3}])
@@ -215,7 +214,9 @@ def test_a_second_process_reuses_every_block(
         assert b["answer_ids"] == a["answer_ids"] and b["answer"] == a["answer"]
         assert b["blocks_reused"] == b["blocks"] - 1 and "encoded" not in b["sources"]
     assert second[0]["sources"] == {"disk": 5} and second[1]["sources"] == {"host": 4}
-    assert done.stderr.startswith("4 answers; 14 of 14 context blocks reused")
+    host, disk = (sum(line["sources"].get(tier, 0) for line in second) for tier in ("host", "disk"))
+    tiers = f"{host} from the host, {disk} from the disk"
+    assert done.stderr.startswith(f"4 answers; 14 of 14 context blocks reused ({tiers}), ")
 
 
 def test_a_flipped_byte_is_reported_and_changes_no_answer(
