@@ -6,32 +6,14 @@ Shapes: L layers, S token slots, n tokens of a block, K key/value heads, D head 
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
 
 from blockft.errors import UserError
-from blockft.inference.block import Key, num_tokens
+from blockft.inference.block import Key, KVShape, num_tokens
 from blockft.inference.size import format_bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class KVShape:
-    """The keys and values of one token: a (layers, 2, K, D) tensor of a type."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_size: int
-    dtype: torch.dtype
-
-    @property
-    def token_bytes(self) -> int:
-        return 2 * self.num_layers * self.num_kv_heads * self.head_size * self.dtype.itemsize
-
-    def block_bytes(self, key: Key) -> int:
-        return num_tokens(key) * self.token_bytes
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
@@ -64,10 +46,10 @@ class DeviceTier:
     def __init__(self, shape: KVShape, device: torch.device, max_bytes: int, slack: int = 0) -> None:
         self.shape = shape
         self.num_slots = max_bytes // shape.token_bytes
-        size = (shape.num_layers, self.num_slots + slack, 2, shape.num_kv_heads, shape.head_size)
+        size = (shape.num_layers, *shape.layer_shape(self.num_slots + slack))
         # zeros: what a tile reads beyond a block is weighted with 0, and 0 times NaN would be NaN
         try:
-            self.cache_LS2KD = torch.zeros(size, dtype=shape.dtype, device=device)
+            self.cache_LS2KD = torch.zeros(size, dtype=shape.torch_dtype, device=device)
         except RuntimeError as error:  # out of memory has a class of its own on GPUs alone
             size_text = format_bytes(max_bytes)
             raise UserError(f"{device} has no {size_text} for blocks: lower the device budget") from error

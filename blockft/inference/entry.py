@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 import torch
 import xxhash
 
-from blockft.inference.block import ID_BYTES, Key, digest, num_tokens
+from blockft.inference.block import ID_BYTES, Key, KVShape, digest, num_tokens
 
 VERSION = 1
 """Of the format of entries and of their folder; another version is never read."""
@@ -48,43 +48,20 @@ class DamagedEntry(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheModel:
-    """The model that keys and values belong to.
+class CacheModel(KVShape):
+    """The model that keys and values belong to, and their shape.
 
     fingerprint: hexadecimal; of all that decides keys, values and ids: weights, adapter, dtype, tokenizer.
     name: for people, a path or a Hub id.
-    dtype: of keys and values, as torch spells it: float32, bfloat16 or float16.
+    dtype: float32, bfloat16 or float16.
     """
 
     fingerprint: str
     name: str
-    dtype: str
-    num_layers: int
-    num_kv_heads: int
-    head_size: int
 
     def __post_init__(self) -> None:
         assert self.fingerprint and set(self.fingerprint) <= set("0123456789abcdef"), self.fingerprint
         assert self.dtype in _DTYPES, self.dtype
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        dtype = getattr(torch, self.dtype)
-        assert isinstance(dtype, torch.dtype)
-        return dtype
-
-    @property
-    def layer_bytes(self) -> int:
-        """What one token takes in one layer."""
-        return 2 * self.num_kv_heads * self.head_size * self.torch_dtype.itemsize
-
-    @property
-    def token_bytes(self) -> int:
-        """What one token takes in all layers."""
-        return self.num_layers * self.layer_bytes
-
-    def layer_shape(self, num_tokens: int) -> tuple[int, int, int, int]:
-        return num_tokens, 2, self.num_kv_heads, self.head_size
 
     def entry_bytes(self, num_tokens: int) -> int:
         """The size of the file of a block."""

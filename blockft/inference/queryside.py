@@ -4,7 +4,6 @@ Shapes: B prompts, T query tokens, N pieces of a prompt's context, P programs th
 columns of a final block, K key/value heads, D head size.
 """
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -93,12 +92,12 @@ class QuerySide:
         final = self._finals.get((num_prompts, num_columns))
         if final is None:
             shape = self.tier.shape
-            size = (shape.num_layers, num_prompts, num_columns, 2, shape.num_kv_heads, shape.head_size)
-            room = self.tier.cache_LS2KD.nbytes // 2 - math.prod(size) * shape.dtype.itemsize
+            size = (shape.num_layers, num_prompts, *shape.layer_shape(num_columns))
+            room = self.tier.cache_LS2KD.nbytes // 2 - num_prompts * num_columns * shape.token_bytes
             while self._frames and sum(other.nbytes for other in self._finals.values()) > room:
                 self._frames.popitem(last=False)
             # zeros, as in the device tier
-            final = torch.zeros(size, dtype=shape.dtype, device=self.model.device)
+            final = torch.zeros(size, dtype=shape.torch_dtype, device=self.model.device)
             self._finals[num_prompts, num_columns] = final
         return final
 
@@ -119,7 +118,7 @@ class QuerySide:
         shape = self.tier.shape
         rows, heads = self._group * num_queries, num_prompts * shape.num_kv_heads
         half = self._rotations[0].inv_freq.numel()
-        return num_programs(rows, heads, shape.head_size, half, shape.dtype, self.model.device)
+        return num_programs(rows, heads, shape.head_size, half, shape.torch_dtype, self.model.device)
 
     def run(self, frame: Frame) -> torch.Tensor:
         """One forward pass over a frame's inputs; returns logits (B, num_logits, vocabulary)."""

@@ -5,7 +5,7 @@ Two paths with equal results: the key side (any device) and the query side (made
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from blockft.attention.queryside import SLACK
 from blockft.errors import UserError
-from blockft.inference.block import Key
-from blockft.inference.device import DeviceTier, KVShape, free_bytes, on_device
+from blockft.inference.block import Key, KVShape
+from blockft.inference.device import DeviceTier, free_bytes, on_device
 from blockft.inference.disk import CacheModel, DiskTier
 from blockft.inference.host import HostTier
 from blockft.inference.keyside import JoinedPrompts, encode_blocks
@@ -222,25 +222,18 @@ def head_size(config: PreTrainedConfig) -> int:
 
 
 def kv_shape(model: PreTrainedModel) -> KVShape:
-    """What a model's keys and values of one token take."""
+    """The shape and type of a model's keys and values."""
     config = model.config
     return KVShape(
         num_layers=config.num_hidden_layers,
         num_kv_heads=config.num_key_value_heads,
         head_size=head_size(config),
-        dtype=model.dtype,
+        dtype=str(model.dtype).removeprefix("torch."),
     )
 
 
 def _disk_tier(model: PreTrainedModel, name: str, tokenizer: str, cache: CacheOptions) -> DiskTier:
-    shape = kv_shape(model)
     assert cache.folder
-    belongs_to = CacheModel(
-        fingerprint=model_fingerprint(model, tokenizer),
-        name=name,
-        dtype=str(shape.dtype).removeprefix("torch."),
-        num_layers=shape.num_layers,
-        num_kv_heads=shape.num_kv_heads,
-        head_size=shape.head_size,
-    )
+    fingerprint = model_fingerprint(model, tokenizer)
+    belongs_to = CacheModel(fingerprint=fingerprint, name=name, **asdict(kv_shape(model)))
     return DiskTier(cache.folder, belongs_to, cache.disk_bytes)

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from blockft.inference.block import Key, num_tokens
-from blockft.inference.device import DeviceTier, KVShape
+from blockft.inference.block import Key, KVShape, num_tokens
+from blockft.inference.device import DeviceTier
 from blockft.inference.disk import DamagedEntry, DiskEntry, DiskTier
 from blockft.inference.host import HostTier
 
@@ -193,9 +193,8 @@ class BlockStore:
 
     def empty(self, length: int) -> torch.Tensor:
         """Room on the host for a block of `length` tokens, pinned where it will be copied to a GPU."""
-        shape = self.shape
-        size = (shape.num_layers, length, 2, shape.num_kv_heads, shape.head_size)
-        return torch.empty(size, dtype=shape.dtype, pin_memory=self._copies is not None)
+        size = (self.shape.num_layers, *self.shape.layer_shape(length))
+        return torch.empty(size, dtype=self.shape.torch_dtype, pin_memory=self._copies is not None)
 
     def distrust(self, key: Key) -> None:
         """Do not look for a block on the disk until it was encoded again: a damaged entry may stay."""

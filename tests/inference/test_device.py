@@ -16,10 +16,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 import blockft.inference.device as device_module
 from blockft.errors import UserError
-from blockft.inference.block import Key, key_of, num_tokens
-from blockft.inference.device import DeviceTier, KVShape
+from blockft.inference.block import Key, KVShape, key_of, num_tokens
+from blockft.inference.device import DeviceTier
 
-SHAPE = KVShape(num_layers=2, num_kv_heads=1, head_size=2, dtype=torch.float32)
+SHAPE = KVShape(num_layers=2, num_kv_heads=1, head_size=2, dtype="float32")
 NUM_SLOTS = 20
 KEYS = [key_of([i] * length) for i, length in enumerate([1, 2, 3, 3, 4, 5, 6, 7, 8, 11, 15, 20, 21])]
 

@@ -12,7 +12,7 @@ import torch
 
 import blockft.inference.store as store_module
 from blockft.inference.block import Key, num_tokens
-from blockft.inference.device import DeviceTier, KVShape
+from blockft.inference.device import DeviceTier
 from blockft.inference.disk import DiskTier
 from blockft.inference.folder import CacheFolder
 from blockft.inference.host import HostTier
@@ -21,19 +21,13 @@ from tests.inference.cached import TOY, kv_of, some_key
 from tests.inference.test_disk import flip, path_of
 
 KEYS = [some_key(seed, length) for seed, length in enumerate([5, 3, 8, 1, 5, 5])]
-SHAPE = KVShape(
-    num_layers=TOY.num_layers,
-    num_kv_heads=TOY.num_kv_heads,
-    head_size=TOY.head_size,
-    dtype=TOY.torch_dtype,
-)
 
 
 def open_store(folder: Path | None, *, host: int = 2**20, device: int | None = None) -> BlockStore:
     return BlockStore(
-        SHAPE,
+        TOY,
         host=HostTier(host),
-        device=None if device is None else DeviceTier(SHAPE, torch.device("cpu"), device),
+        device=None if device is None else DeviceTier(TOY, torch.device("cpu"), device),
         disk=DiskTier(folder, TOY) if folder else None,
     )
 
@@ -68,7 +62,7 @@ def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]
 
 
 def test_the_nearest_tier_that_has_a_block_gives_it(folder: Path) -> None:
-    store = open_store(folder, device=20 * SHAPE.token_bytes)
+    store = open_store(folder, device=20 * TOY.token_bytes)
     keep(store, *KEYS[:3])
     assert store.device is not None
     with store.device.add(KEYS[:1], keep=()):
@@ -100,13 +94,13 @@ def test_blocks_of_the_disk_come_into_the_host_tier(folder: Path) -> None:
 
 def test_blocks_are_loaded_together_even_if_the_host_cannot_hold_them_together(folder: Path) -> None:
     keep(open_store(folder), *KEYS)
-    store = open_store(folder, host=9 * SHAPE.token_bytes)
+    store = open_store(folder, host=9 * TOY.token_bytes)
     keep(store, KEYS[1])
     found = store.find(KEYS)
     assert found[KEYS[1]].tier is Tier.host
     blocks = store.load(found)
     assert all(torch.equal(blocks[key], kv_of(key)) for key in KEYS)
-    assert store.host.used_bytes <= 9 * SHAPE.token_bytes
+    assert store.host.used_bytes <= 9 * TOY.token_bytes
 
 
 def test_without_room_anywhere_nothing_is_kept() -> None:
@@ -138,7 +132,7 @@ def used(folder: Path, store: BlockStore) -> list[bool]:
 
 
 def test_what_the_device_gives_is_not_what_the_host_forgets() -> None:
-    store = open_store(None, host=11 * SHAPE.token_bytes, device=2**16)
+    store = open_store(None, host=11 * TOY.token_bytes, device=2**16)
     keep(store, KEYS[0], KEYS[1])
     assert store.device is not None
     with store.device.add(KEYS[:1], keep=()):
