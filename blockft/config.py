@@ -245,7 +245,7 @@ class TrainSettings:
     eval_examples: int = at_least(0, 0)
     # evaluate every so many steps, beside before the first and at every checkpoint
     eval_steps: int | None = at_least(1, None)
-    # keep the checkpoint with the lowest evaluation loss, too (that of the first of `data.views`)
+    # keep the checkpoint with the lowest evaluation loss, too (in the block view, if `data.views` has it)
     keep_best: bool = True
     # seed of the row order and of random weights
     seed: int = 0

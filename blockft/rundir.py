@@ -197,18 +197,20 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`, one per logged step."""
+    """The lines of `metrics.jsonl`, one per logged step or evaluation; not one cut short by a kill."""
     with (run / METRICS).open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def cut_metrics(run: Path, last_step: int) -> None:
-    """Drop what was logged after `last_step`, and a line cut short by a kill: it will be logged again."""
-    kept = []
-    for line in (run / METRICS).read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= last_step:
-            kept.append(line)
-    write_whole(run / METRICS, "".join(kept))
+def cut_metrics(run: Path, last_step: int, *, eval_due: bool) -> None:
+    """Drop what will be logged again: what came after `last_step`, a line cut short by a kill, and the
+    evaluation at `last_step` if it is due."""
+    kept = [
+        line
+        for line in read_metrics(run)
+        if line["step"] < last_step or (line["step"] == last_step and ("loss" in line or not eval_due))
+    ]
+    write_whole(run / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def save_figure(figure: Any, path: Path) -> None:

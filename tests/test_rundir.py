@@ -10,7 +10,17 @@ import pytest
 from matplotlib.figure import Figure
 
 from blockft.errors import UserError
-from blockft.rundir import FACTS, check_file, partial_folder, save_figure, whole_folder, write_whole
+from blockft.rundir import (
+    FACTS,
+    METRICS,
+    check_file,
+    cut_metrics,
+    partial_folder,
+    read_metrics,
+    save_figure,
+    whole_folder,
+    write_whole,
+)
 
 WRITER = """
 import sys, time
@@ -116,3 +126,12 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path: Path, monkeypatch: pytest.M
 
 def full_disk(*_: object) -> None:
     raise OSError(28, "No space left on device")
+
+
+def test_metrics_are_cut_to_what_is_not_logged_again(tmp_path: Path) -> None:
+    lines = ['{"step": 1, "loss": 0.1}', '{"step": 1, "eval_loss_block": 0.2}', '{"step": 2, "loss": 0.3}']
+    for eval_due, kept in ((False, 2), (True, 1)):
+        (tmp_path / METRICS).write_text("\n".join([*lines, '{"step": 3, "lo']))
+        assert [line["step"] for line in read_metrics(tmp_path)] == [1, 1, 2], "cut short by a kill"
+        cut_metrics(tmp_path, last_step=1, eval_due=eval_due)
+        assert (tmp_path / METRICS).read_text().splitlines() == lines[:kept]

@@ -43,7 +43,8 @@ def train(
     recipe: RecipeName,
     overrides: Overrides = None,
     num_gpus: Annotated[
-        int | None, typer.Option(min=1, help="Processes on this machine, one per GPU; 1 unless given.")
+        int | None,
+        typer.Option(min=1, help="Processes on this machine, one per GPU or on CPUs; 1 unless given."),
     ] = None,
     hostfile: Annotated[
         Path | None, typer.Option(help="Start on the hosts of this file, of lines NAME slots=N, by pdsh.")
@@ -87,11 +88,13 @@ def train(
 
     from blockft.stages import plan
     from blockft.stages import train as stage
-    from blockft.training.launch import is_worker, start_workers
+    from blockft.training.launch import check_gpus, is_worker, start_workers
 
     if dry_run:
         stage.describe(settings, num_processes)
     elif hosts or (num_processes > 1 and not is_worker()):
+        if not hosts:
+            check_gpus(num_processes)
         plan.check_run(settings, resume=resume, num_processes=num_processes)
         words = ["train", recipe, *(overrides or ()), *(["--resume"] if resume else [])]
         raise typer.Exit(start_workers(words, num_gpus=num_processes, hosts=hosts))
@@ -107,7 +110,10 @@ def export(
     out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
     dtype: Annotated[str, typer.Option(help="Type of the saved weights: auto, float32, bfloat16.")] = "auto",
     best: Annotated[
-        bool, typer.Option("--best", help="The checkpoint with the lowest evaluation loss, not the last.")
+        bool,
+        typer.Option(
+            "--best", help="Not the last checkpoint, but that of the lowest evaluation loss in block view."
+        ),
     ] = False,
     adapter_only: Annotated[
         bool, typer.Option("--adapter-only", help="Write the adapter of a LoRA run, unmerged.")

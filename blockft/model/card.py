@@ -15,7 +15,7 @@ the document stands there (Ma, Wang, Lan: Block-Attention for Efficient Prefilli
 are ordinary: plain `transformers` loads them and attends fully. The entry `block_attention` in `config.json`
 says how prompts were cut into blocks.
 
-Written by blockft {version} after {step} steps; the last logged loss is {loss:.4f}.
+Written by blockft {version} after {step} steps{loss}.
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -46,12 +46,12 @@ def model_card(
     metrics: list[dict[str, Any]],
 ) -> str:
     """Markdown that says what the weights are, and how and from what they were made."""
-    loss = [line["loss"] for line in metrics if "loss" in line and line["step"] <= step][-1]
+    losses = [line["loss"] for line in metrics if "loss" in line and line["step"] <= step]
     return _CARD.format(
         base=base,
         version=version,
         step=step,
-        loss=loss,
+        loss=f"; the last logged loss is {losses[-1]:.4f}" if losses else "",  # a run may stop before one is
         recipe=recipe,
         manifest=json.dumps(manifest, indent=2),
     )

@@ -32,33 +32,51 @@ def mark_whole(
     step: int,
     facts: dict[str, Any],
     eval_losses: dict[str, float],
-    unlogged: dict[str, float],
+    eval_due: bool,
+    unlogged: dict[str, Any],
 ) -> None:
-    """Declare a checkpoint whole: facts about the run that a resume compares, its losses by view, and the
-    mean loss over `steps` that the run had not logged yet, if there are any."""
-    marker = {"step": step, "eval_losses": eval_losses, "unlogged": unlogged, "facts": facts}
-    write_whole(checkpoint / MARKER, json.dumps(marker, indent=2) + "\n")
+    """Declare a checkpoint whole, or say more of one that is.
+
+    `facts` about the run are what a resume compares, `eval_losses` its losses by view; `eval_due` says that
+    the run stopped before it had evaluated here; `unlogged` are the steps since the last logged one, if there
+    are any: how many `steps`, and the sum of their losses on each rank (`losses`).
+    """
+    marker = {"step": step, "eval_losses": eval_losses, "eval_due": eval_due, "unlogged": unlogged}
+    write_whole(checkpoint / MARKER, json.dumps({**marker, "facts": facts}, indent=2) + "\n")
 
 
 def read_marker(checkpoint: Path) -> dict[str, Any]:
-    """The step, facts and evaluation losses of a whole checkpoint."""
+    """What `mark_whole` was told of a whole checkpoint: its step, facts and evaluation losses, whether an
+    evaluation is due, and what was not logged yet."""
     return json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, whole and torn, oldest first."""
+    numbered = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in run.glob("checkpoint-*"))
+    return [path for _, path in sorted((int(match[1]), path) for match, path in numbered if match)]
 
 
 def whole_checkpoints(run: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    numbered = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in run.glob("checkpoint-*"))
-    return [
-        path
-        for _, path in sorted((int(match[1]), path) for match, path in numbered if match)
-        if (path / MARKER).is_file()
-    ]
+    return [path for path in _checkpoints(run) if (path / MARKER).is_file()]
+
+
+def remove_torn(run: Path) -> None:
+    """Delete the checkpoints not whole: a run that saved into one would mix its shards with old ones."""
+    for checkpoint in _checkpoints(run):
+        if not (checkpoint / MARKER).is_file():
+            shutil.rmtree(checkpoint)
 
 
 def best_checkpoint(run: Path) -> Path | None:
-    """The whole checkpoint with the lowest evaluation loss, that of the view that the run names first."""
+    """The whole checkpoint with the lowest evaluation loss: in the block view, if the run has it."""
     losses = {path: read_marker(path)["eval_losses"] for path in whole_checkpoints(run)}
-    evaluated = {path: next(iter(by_view.values())) for path, by_view in losses.items() if by_view}
+    evaluated = {
+        path: by_view["block"] if "block" in by_view else by_view["full"]
+        for path, by_view in losses.items()
+        if by_view
+    }
     return min(evaluated, key=lambda path: evaluated[path], default=None)
 
 

@@ -10,11 +10,12 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
+from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
 from blockft.config import Init, Recipe
 from blockft.errors import UserError
-from blockft.model.checkpoint import read_marker
+from blockft.model.checkpoint import read_marker, remove_torn
 from blockft.model.load import compile_layers, load_config, load_model, load_tokenizer
 from blockft.model.lora import add_adapter
 from blockft.progress import is_shown
@@ -48,7 +49,8 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
     # every rank checks: none writes before all have met
     plan, checkpoint = check_run(recipe, resume=resume, num_processes=num_processes)
     run = Path(recipe.train.out)
-    if checkpoint and read_marker(checkpoint)["step"] >= plan.num_steps:
+    marker = read_marker(checkpoint) if checkpoint else None
+    if marker and marker["step"] >= plan.num_steps and not marker["eval_due"]:
         return run
 
     from transformers import TrainingArguments
@@ -59,13 +61,14 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
 
     meet()
     # ZeRO-0 has no shards
-    same = not checkpoint or read_marker(checkpoint)["facts"][NUM_PROCESSES] == num_processes
+    same = not marker or marker["facts"][NUM_PROCESSES] == num_processes
     recut = not same and plan.facts["ZeRO stage"] > 0
     if recut:
         plan = replace(plan, deepspeed=plan.deepspeed | LOAD_UNIVERSAL)
     try:
         arguments = TrainingArguments(
-            **_arguments(recipe, plan, num_processes), eval_on_start=bool(plan.eval_rows) and not checkpoint
+            **_arguments(recipe, plan, num_processes),
+            eval_on_start=bool(plan.eval_rows) and (not marker or marker["eval_due"]),
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"the settings of train cannot be used: {str(error).splitlines()[0]}") from error
@@ -83,13 +86,15 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
         evaluates=bool(plan.eval_rows),
         eval_steps=recipe.train.eval_steps,
         tokens_per_step=recipe.train.batch_rows * recipe.data.row_len,
-        unlogged=read_marker(checkpoint)["unlogged"] if checkpoint else {},
+        unlogged=marker["unlogged"] if marker else {},
+        eval_due=bool(marker and marker["eval_due"]),
     )
     try:
         trainer = BlockTrainer(
             model=model,
             args=arguments,
-            train_dataset=plan.rows,
+            # no row too many: where only an evaluation was due at the last step, none shall be trained on
+            train_dataset=Subset(plan.rows, range(plan.num_steps * recipe.train.batch_rows)),
             eval_rows=plan.eval_rows,
             callbacks=[record, *([StepsApart()] if recut else [])],
         )
@@ -97,14 +102,13 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
         if not any(tracker in str(error) for tracker in recipe.train.report_to):
             raise
         raise UserError(f"train.report_to cannot be used: {str(error).splitlines()[0]}") from error
+    record.trainer = trainer
+    source = run / UNIVERSAL if recut else checkpoint
     if rank == 0:
         _begin(run, recipe, plan, checkpoint)
-    source = checkpoint
-    if checkpoint and recut:
-        source = run / UNIVERSAL
-        if rank == 0:
+        if checkpoint and recut:
             convert(checkpoint)
-        torch.distributed.barrier()
+    torch.distributed.barrier()
     trainer.train(resume_from_checkpoint=str(source) if source else None)
     if rank == 0:
         remove(run)
@@ -132,12 +136,14 @@ def _model(recipe: Recipe, plan: Plan) -> PreTrainedModel | PeftModel:
 
 
 def _begin(run: Path, recipe: Recipe, plan: Plan, checkpoint: Path | None) -> None:
-    """Write what the run's folder says of itself, and forget what was logged after the checkpoint."""
+    """Write what the run's folder says of itself, and forget what came after the checkpoint."""
     run.mkdir(parents=True, exist_ok=True)
+    remove_torn(run)
     write_whole(run / RECIPE, dump_recipe(recipe))
     write_whole(run / DATA, json.dumps(plan.manifest, indent=2) + "\n")
     if checkpoint:
-        cut_metrics(run, last_step=read_marker(checkpoint)["step"])
+        marker = read_marker(checkpoint)
+        cut_metrics(run, last_step=marker["step"], eval_due=marker["eval_due"])
     else:
         write_whole(run / METRICS, "")
 

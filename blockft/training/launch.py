@@ -58,12 +58,18 @@ def meet() -> None:
     """Wait for all ranks of the run, DEEPSPEED_TIMEOUT minutes at most (10 unless set).
 
     Raises:
-        UserError: they did not come together.
+        UserError: this host has no GPU for this rank; they did not come together.
     """
+    if not use_cpu():
+        local_rank, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= found:
+            raise UserError(
+                f"LOCAL_RANK is {local_rank}, and this process sees {_count(found)}: start one process per "
+                "GPU on every host, and let each see all GPUs of its host"
+            )
+        torch.cuda.set_device(local_rank)  # NCCL would put every rank on the first
     import deepspeed
 
-    if not use_cpu():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # NCCL would put every rank on the first
     try:
         deepspeed.init_distributed(dist_backend="gloo" if use_cpu() else "nccl", verbose=False)
     except RuntimeError as error:
@@ -80,6 +86,23 @@ def meet() -> None:
         dist.barrier()  # now every rank has opened every other's
         for buffer in SHARED_MEMORY.glob(_buffer_pattern()):
             buffer.unlink(missing_ok=True)
+
+
+def _count(num_gpus: int) -> str:
+    return f"{num_gpus} GPU" + ("s" if num_gpus != 1 else "")
+
+
+def check_gpus(num_gpus: int) -> None:
+    """Make sure that this machine has so many GPUs; where it has none, processes run on CPUs.
+
+    Raises:
+        UserError: it has some, but fewer.
+    """
+    if not use_cpu() and num_gpus > (found := torch.cuda.device_count()):
+        raise UserError(
+            f"--num-gpus is {num_gpus}, and this process sees {_count(found)}: ask for {found} or fewer (see "
+            "CUDA_VISIBLE_DEVICES), or give more machines with --hostfile"
+        )
 
 
 def _buffer_pattern() -> str:

@@ -17,18 +17,23 @@ from transformers import (
 )
 
 from blockft.errors import UserError
-from blockft.model.checkpoint import mark_whole, probe_logits, remove_old, write_probe
+from blockft.model.checkpoint import mark_whole, probe_logits, read_marker, remove_old, write_probe
 from blockft.rundir import METRICS
 from blockft.training.loss import EVAL_LOSS
+from blockft.training.trainer import BlockTrainer
 
 
 class RunRecord(TrainerCallback):
     """Writes `metrics.jsonl`, completes checkpoints, and on SIGINT or SIGTERM saves before the run ends.
 
     `facts` go into every checkpoint's marker; `probe_ids` (T,) is the text on which exports are compared;
-    `unlogged` is what the checkpoint that the run goes on from says of steps between two lines. The
-    tokenizer is saved as it is: the Trainer, if it knew it, would rewrite the model's end token to match.
+    `unlogged` and `eval_due` are what the checkpoint that the run goes on from says of steps between two
+    lines, and of an evaluation that was not made there. The tokenizer is saved as it is: the Trainer, if it
+    knew it, would rewrite the model's end token to match.
     """
+
+    trainer: BlockTrainer
+    """Whose record this is; set before it trains."""
 
     def __init__(
         self,
@@ -42,20 +47,23 @@ class RunRecord(TrainerCallback):
         evaluates: bool,
         eval_steps: int | None,
         tokens_per_step: int,
-        unlogged: dict[str, float],
+        unlogged: dict[str, Any],
+        eval_due: bool,
     ) -> None:
         self._run, self._tokenizer, self._facts, self._probe_ids = run, tokenizer, facts, probe_ids
         self._keep, self._keep_best, self._tokens_per_step = keep_checkpoints, keep_best, tokens_per_step
         self._evaluates, self._eval_steps = evaluates, eval_steps
         self._eval_losses: dict[str, float] = {}
         self._logged_at, self._logged_step = 0.0, 0
-        self._unlogged, self._logs_early = unlogged, False
+        self._unlogged, self._eval_due = unlogged, eval_due
         self.asked_to_stop = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self._logged_at, self._logged_step = time.monotonic(), state.global_step
+        if self._unlogged:
+            self.trainer.go_on_from(self._unlogged)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask_to_stop)
 
@@ -68,21 +76,27 @@ class RunRecord(TrainerCallback):
     ) -> None:
         """All ranks save and stop at the same step, whichever of them the signal reached.
 
-        What is saved is logged first, so that no loss goes unchecked into a checkpoint, and evaluated, unless
-        time is short.
+        What is saved on schedule is logged first, so that no loss goes unchecked into a checkpoint, and
+        evaluated. Asked to stop, time is short: what is due there is evaluated when the run goes on.
+
+        Raises:
+            UserError: the run was asked to stop, and its loss is not finite.
         """
-        self._eval_losses = {}
-        scheduled = control.should_log or control.should_save
+        self._eval_losses, self._unlogged, self._eval_due = {}, {}, False
         asked = torch.tensor(int(self.asked_to_stop), device=args.device)
         if args.world_size > 1:
             torch.distributed.all_reduce(asked)
-        if asked.item():
-            self.asked_to_stop = control.should_save = control.should_training_stop = True
-            self._logs_early = not scheduled
-        elif self._evaluates:
-            due = self._eval_steps and state.global_step % self._eval_steps == 0
-            control.should_evaluate = bool(due or control.should_save)
-        control.should_log |= control.should_save or control.should_evaluate
+        eval_step = self._eval_steps is not None and state.global_step % self._eval_steps == 0
+        evaluates = self._evaluates and (eval_step or control.should_save)
+        control.should_log |= control.should_save or evaluates
+        if not asked.item():
+            control.should_evaluate = evaluates
+            return
+        self.asked_to_stop = control.should_save = control.should_training_stop = True
+        self._eval_due = evaluates
+        if not control.should_log:
+            self._unlogged = self.trainer.unlogged()
+            _check_finite({"loss": sum(self._unlogged["losses"])}, state.global_step)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **passed: Any
@@ -100,14 +114,6 @@ class RunRecord(TrainerCallback):
             name: logs[name] for name in ("loss", "grad_norm", "learning_rate") if name in logs
         }
         _check_finite(numbers, state.global_step)
-        if self._logs_early:
-            # what a run that was not stopped would log later, together with the steps to come
-            self._unlogged = {"loss": numbers["loss"], "steps": state.global_step - self._logged_step}
-            return
-        if self._unlogged:
-            before, after = self._unlogged["steps"], state.global_step - self._logged_step
-            total = self._unlogged["loss"] * before + numbers["loss"] * after
-            numbers["loss"], self._unlogged = total / (before + after), {}
         now, steps = time.monotonic(), state.global_step - self._logged_step
         speed = self._tokens_per_step * steps / (now - self._logged_at)
         self._logged_at, self._logged_step = now, state.global_step
@@ -121,6 +127,17 @@ class RunRecord(TrainerCallback):
         self._logged_at, self._logged_step = time.monotonic(), state.global_step
         if state.is_world_process_zero:
             self._write({"step": state.global_step, **losses})
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """The checkpoint that the run goes on from learns of the evaluation that was due there."""
+        if self._eval_due and state.is_world_process_zero:
+            checkpoint = self._run / f"checkpoint-{state.global_step}"
+            evaluated = {"eval_losses": self._eval_losses, "eval_due": False}
+            mark_whole(checkpoint, **(read_marker(checkpoint) | evaluated))
+            remove_old(self._run, self._keep, keep_best=self._keep_best)
+        self._eval_due = False
 
     def _write(self, line: dict[str, float]) -> None:
         with (self._run / METRICS).open("a", encoding="utf-8") as metrics:
@@ -152,6 +169,7 @@ class RunRecord(TrainerCallback):
                 step=state.global_step,
                 facts=self._facts,
                 eval_losses=self._eval_losses,
+                eval_due=self._eval_due,
                 unlogged=self._unlogged,
             )
             remove_old(self._run, self._keep, keep_best=self._keep_best)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch.utils.data import SequentialSampler
+from torch.utils.data import SequentialSampler, Subset
 from transformers import PreTrainedModel, Trainer
 
 from blockft.data.encode import NO_LABEL
@@ -21,11 +21,30 @@ class BlockTrainer(Trainer):
     """
 
     model: PreTrainedModel | PeftModel
-    train_dataset: Rows
+    train_dataset: Subset[dict[str, torch.Tensor]]
 
     def __init__(self, *, eval_rows: Mapping[str, Rows], **settings: Any) -> None:
         super().__init__(data_collator=_only_row, compute_loss_func=label_loss, **settings)
         self._eval_rows = eval_rows
+
+    def unlogged(self) -> dict[str, Any]:
+        """How many `steps` were not logged yet, and the sum of their losses by rank. All ranks call it."""
+        sums = torch.zeros(self.args.world_size, device=self.args.device)
+        sums[self.args.process_index] = self._tr_loss
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(sums)
+        return {"losses": sums.tolist(), "steps": self.state.global_step - self._globalstep_last_logged}
+
+    def go_on_from(self, unlogged: Mapping[str, Any]) -> None:
+        """Log with the steps to come those that were not logged before; call it when training begins.
+
+        As many ranks go on with their own sums, to the last bit; another number with the mean.
+        """
+        sums: list[float] = unlogged["losses"]
+        mean = sum(sums) / len(sums)
+        self._tr_loss += sums[self.args.process_index] if len(sums) == self.args.world_size else mean
+        self._total_loss_scalar -= mean  # or the steps of before would count as this process's
+        self._globalstep_last_logged -= unlogged["steps"]
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)

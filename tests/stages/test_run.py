@@ -74,11 +74,14 @@ def test_law_9_a_resumed_run_gives_the_losses_of_one_never_stopped(toy: Path) ->
     assert done.returncode == 0, done.stderr
     assert losses(again) == losses(toy / "run")
     (again / "checkpoint-5" / MARKER).unlink()
+    stray = again / "checkpoint-5" / "global_step5" / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    stray.write_bytes(b"of a rank that the resumed run has not")
     with (again / METRICS).open("a") as metrics:
         metrics.write('{"step": 6, "lo')
     done = blockft("train", toy / "recipe.yaml", f"train.out={again}", "train.save_steps=2", "--resume")
     assert done.returncode == 0, done.stderr
     assert losses(again) == losses(toy / "run")
+    assert (again / "checkpoint-5" / MARKER).is_file() and not stray.exists()
 
 
 def test_law_10_an_export_gives_the_runs_logits(toy: Path, exported: Path) -> None:

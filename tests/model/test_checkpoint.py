@@ -1,0 +1,44 @@
+"""Which checkpoint of a run is the best, which are removed, and what its card says."""
+
+from pathlib import Path
+
+from blockft.model.card import model_card
+from blockft.model.checkpoint import best_checkpoint, mark_whole, remove_torn, whole_checkpoints
+
+
+def save_checkpoint(run: Path, step: int, **eval_losses: float) -> Path:
+    checkpoint = run / f"checkpoint-{step}"
+    checkpoint.mkdir()
+    mark_whole(checkpoint, step=step, facts={}, eval_losses=eval_losses, eval_due=False, unlogged={})
+    return checkpoint
+
+
+def test_the_block_view_decides_which_is_best_whatever_view_comes_first(tmp_path: Path) -> None:
+    assert best_checkpoint(tmp_path) is None
+    save_checkpoint(tmp_path, 1, full=0.1, block=0.9)
+    best = save_checkpoint(tmp_path, 2, full=0.5, block=0.6)
+    save_checkpoint(tmp_path, 3)
+    assert best_checkpoint(tmp_path) == best
+
+
+def test_the_only_view_decides_which_is_best(tmp_path: Path) -> None:
+    best = save_checkpoint(tmp_path, 1, full=0.1)
+    save_checkpoint(tmp_path, 2, full=0.2)
+    assert best_checkpoint(tmp_path) == best
+
+
+def test_torn_checkpoints_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    whole = save_checkpoint(tmp_path, 2)
+    (tmp_path / "checkpoint-4" / "global_step4").mkdir(parents=True)
+    (tmp_path / "checkpoint-4" / "global_step4" / "shard.pt").touch()
+    (tmp_path / "checkpoint-mine").mkdir()
+    remove_torn(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-mine"]
+    assert whole_checkpoints(tmp_path) == [whole]
+
+
+def test_a_card_names_the_last_logged_loss_if_there_is_one() -> None:
+    lines = [{"step": 2, "loss": 0.5}, {"step": 4, "loss": 0.25}]
+    for metrics, said in (([], "after 3 steps."), (lines, "after 3 steps; the last logged loss is 0.5000.")):
+        card = model_card(base="m", version="1", step=3, recipe="", manifest={}, metrics=metrics)
+        assert said in card
