@@ -132,9 +132,8 @@ class DeviceTier:
     def _reclaim(self) -> None:
         """Free the slots of blocks whose filling has failed."""
         if self._unfilled and self.cache_LS2KD.is_cuda:
-            torch.cuda.synchronize(
-                self.cache_LS2KD.device
-            )  # copies may be under way to slots that others will get
+            # copies may be under way to slots that others will get
+            torch.cuda.synchronize(self.cache_LS2KD.device)
         for key in self._slots.keys() & self._unfilled:
             self.drop(key)
         self._unfilled.clear()

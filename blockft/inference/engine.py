@@ -123,7 +123,7 @@ class Engine:
 
     def generate_batch(
         self,
-        prompts: Sequence[Sample],
+        prompts: Sequence[Sample | Mapping[str, Any]],
         *,
         mode: str = "block",
         max_new_tokens: int = 128,
@@ -135,6 +135,7 @@ class Engine:
     ) -> list[Answer]:
         """Answers to a batch of prompts in block or full attention; responses of samples are ignored.
 
+        A prompt is a request, as `generate` takes it by keywords, or a sample.
         Prompts of a batch share the blocks that they have in common. Prompt i is sampled with `seed + i`, see
         `Sampler`. An answer ends before the first text of `stop`. If `trims`, a prompt that is too long loses
         its least relevant documents, the last of equals first, down to one.
@@ -142,7 +143,7 @@ class Engine:
         Raises:
             UserError: a prompt and its answer are longer than the model's positions; see `Sampler`.
         """
-        ids = [self.encode(prompt, max_new_tokens, trims=trims) for prompt in prompts]
+        ids = [self.encode(self._prompt(prompt), max_new_tokens, trims=trims) for prompt in prompts]
         sampler = Sampler(temperature, top_p, seed)
         return self.generate_ids(ids, mode=mode, max_new_tokens=max_new_tokens, sampler=sampler, stop=stop)
 
@@ -190,7 +191,7 @@ class Engine:
 
     def stream(
         self,
-        prompt: Sample,
+        prompt: Sample | Mapping[str, Any],
         *,
         mode: str = "block",
         max_new_tokens: int = 128,
@@ -202,10 +203,13 @@ class Engine:
     ) -> Generator[str, None, Answer]:
         """The answer to one prompt as it is written, in pieces that stay as they are; returns the `Answer`.
 
+        A prompt is as in `generate_batch`. White space at the ends of an answer is streamed, and not in its
+        `text`.
+
         Raises:
             UserError: as `generate_batch`.
         """
-        ids = self.encode(prompt, max_new_tokens, trims=trims)
+        ids = self.encode(self._prompt(prompt), max_new_tokens, trims=trims)
         sampler = Sampler(temperature, top_p, seed)
         answer = yield from self.stream_ids(
             ids, mode=mode, max_new_tokens=max_new_tokens, sampler=sampler, stop=stop
@@ -244,6 +248,9 @@ class Engine:
         _check_length(max_new_tokens)
         with self._turn:
             return fit_prompt(prompt, self._encoder, self._limit, max_new_tokens, trims)
+
+    def _prompt(self, asked: Sample | Mapping[str, Any]) -> Sample:
+        return asked if isinstance(asked, Sample) else self.request(asked)
 
     def _wording(self) -> RagPrompt:
         if self.prompt is None:

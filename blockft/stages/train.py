@@ -51,11 +51,15 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
     run = Path(recipe.train.out)
     marker = read_marker(checkpoint) if checkpoint else None
     if marker and marker["step"] >= plan.num_steps and not marker["eval_due"]:
+        if rank == 0:
+            done = f"{run} is at step {marker['step']} of {plan.num_steps}: nothing is left to do"
+            Console(stderr=True).print(done, soft_wrap=True, highlight=False)
         return run
 
     from transformers import TrainingArguments
 
     from blockft.training.record import RunRecord
+    from blockft.training.schedule import RecipeSchedule
     from blockft.training.trainer import BlockTrainer
     from blockft.training.universal import LOAD_UNIVERSAL, UNIVERSAL, StepsApart, convert, remove
 
@@ -96,7 +100,7 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
             # no row too many: where only an evaluation was due at the last step, none shall be trained on
             train_dataset=Subset(plan.rows, range(plan.num_steps * recipe.train.batch_rows)),
             eval_rows=plan.eval_rows,
-            callbacks=[record, *([StepsApart()] if recut else [])],
+            callbacks=[record, RecipeSchedule(), *([StepsApart()] if recut else [])],
         )
     except (ValueError, RuntimeError) as error:
         if not any(tracker in str(error) for tracker in recipe.train.report_to):

@@ -193,6 +193,10 @@ def test_pieces_of_a_stream_join_to_the_text(engine: Engine, settings: dict[str,
         assert "".join(pieces).strip() == answer.text and all(pieces)
         plain = engine.generate(**record, max_new_tokens=10, **settings)
         assert (answer.text, answer.ids) == (plain.text, plain.ids)
+        # a request is as good as the sample that it is made into
+        (batched,) = engine.generate_batch([record], max_new_tokens=10, **settings)
+        assert drain(engine.stream(record, max_new_tokens=10, **settings))[0] == pieces
+        assert (batched.text, batched.ids) == (plain.text, plain.ids)
 
 
 def test_the_first_piece_comes_before_the_last_token(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,3 +262,22 @@ def test_an_export_killed_while_it_writes_leaves_no_folder(train: Train, folder:
     export(run, out)
     assert [path.name for path in out.parent.iterdir()] == ["killed"]
     assert json.loads((out / "config.json").read_text())["block_attention"]
+
+
+def rates(run: Path) -> list[float]:
+    return [line["learning_rate"] for line in read_metrics(run) if "loss" in line]
+
+
+def test_a_run_goes_on_under_the_schedule_of_its_recipe(folder: Path) -> None:
+    whole, run = folder / "schedule-whole", folder / "schedule"
+    words = ("train.deepspeed=zero1", "train.warmup_steps=1", "train.learning_rate=2e-4", "train.max_steps=6")
+    assert alone(folder, whole, *words).returncode == 0
+    begun = alone(folder, run, *words, "train.learning_rate=1e-3", "train.max_steps=3")
+    gone_on = alone(folder, run, *words, "--resume")
+    assert (begun.returncode, gone_on.returncode) == (0, 0), gone_on.stderr
+    assert rates(run)[:3] != rates(whole)[:3] and rates(run)[3:] == rates(whole)[3:]
+    # what would change the weights otherwise is refused, and there may be nothing to do
+    refused = alone(folder, run, *words, "train.weight_decay=0.1", "--resume")
+    assert refused.returncode == 2 and "another train.weight_decay (0.0)" in refused.stderr
+    done = alone(folder, run, *words, "--resume")
+    assert done.returncode == 0 and "at step 6 of 6: nothing is left to do" in done.stderr
