@@ -4,12 +4,12 @@ Only `cli` and `stages` read them; everything below takes plain arguments. The c
 documentation, and a recipe need not repeat a default.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from enum import StrEnum
 from typing import Any
 
 
-def at_least(minimum: int, default: Any) -> Any:
+def at_least(minimum: int, default: Any = MISSING) -> Any:
     """A setting with a smallest value; for a list, a smallest length. `recipe` enforces it."""
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata={"minimum": minimum})
@@ -172,7 +172,7 @@ class DataSettings:
     # the folder that `prepare` writes and `train` reads
     out: str
     # what to train on
-    sources: list[Source]
+    sources: list[Source] = at_least(1)
     # tokens in a row: the longest example that can be trained on
     row_len: int = at_least(1, 4096)
     # the views of every example that splits into blocks

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -69,24 +70,26 @@ def make_recipe(given: Any, overrides: Sequence[str], path: str) -> Recipe:
     from omegaconf.errors import OmegaConfBaseException
 
     given = OmegaConf.create(given)
-    try:
-        for word in overrides:
-            key, equals, value = word.partition("=")
-            if not equals:
-                raise UserError(
-                    f"{word!r} is no setting: write key=value, for example train.learning_rate=1e-4"
-                )
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise UserError(f"{word!r} is no setting: write key=value, for example train.learning_rate=1e-4")
+        try:
             OmegaConf.update(given, key, yaml.safe_load(value))
-        plain = OmegaConf.to_container(given, resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path} cannot be read as a recipe: {' '.join(str(error).split())}") from error
-    if faults := _faults(Recipe, cast(dict[str, Any], plain), ""):
-        raise UserError(f"{path}: {'; '.join(faults)}")
+        except (yaml.YAMLError, OmegaConfBaseException, TypeError) as error:
+            raise UserError(f"{word} cannot be set: {_reason(error)}") from error
     try:
+        plain = cast(dict[str, Any], OmegaConf.to_container(given, resolve=True))
+        if faults := _faults(Recipe, plain, ""):
+            by_origin: dict[str, list[str]] = {}
+            for key, fault in faults.items():
+                by_origin.setdefault(_origin(key, overrides, path), []).append(fault)
+            raise UserError("; ".join(f"{origin}: {'; '.join(found)}" for origin, found in by_origin.items()))
         return cast(Recipe, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), plain)))
     except OmegaConfBaseException as error:
-        key = f" (at {error.full_key})" if error.full_key else ""
-        raise UserError(f"{path}: {str(error).splitlines()[0]}{key}") from error
+        at = error.full_key or ""
+        where = f" (at {at})" if at else ""
+        raise UserError(f"{_origin(at, overrides, path)}: {_reason(error)}{where}") from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -107,6 +110,25 @@ def _spell(value: Any) -> Any:
     return str(value) if isinstance(value, StrEnum) else value
 
 
+def _reason(error: Exception) -> str:
+    """What YAML or OmegaConf say is wrong, in one line."""
+    return " ".join(str(error).partition("\n    full_key:")[0].split())
+
+
+def _origin(key: str, overrides: Sequence[str], path: str) -> str:
+    """Where a setting comes from: the last override of it or of what it is part of, or the recipe."""
+    for word in reversed(overrides):
+        parts = zip(_parts(key), _parts(word.partition("=")[0]), strict=False)
+        if key and all(part == set_part for part, set_part in parts):
+            return word
+    return path
+
+
+def _parts(key: str) -> list[str]:
+    """The names and places of a key, spelt `a.0.b` or `a[0].b`."""
+    return re.findall(r"[^.\[\]]+", key)
+
+
 def _fields(kind: type) -> list[str]:
     return [f.name for f in dataclasses.fields(kind)]
 
@@ -121,21 +143,21 @@ def _nested(kind: type) -> dict[str, tuple[type, bool]]:
     return found
 
 
-def _faults(kind: type, given: dict[str, Any], at: str) -> list[str]:
-    """Every unknown or missing key below `at`, every unknown choice and every number that is too small."""
-    faults = []
+def _faults(kind: type, given: dict[str, Any], at: str) -> dict[str, str]:
+    """By key, every unknown or missing one below `at`, every unknown choice, all that is too small."""
+    faults = {}
     hints = get_type_hints(kind)
     for key in given:
         if key not in _fields(kind):
             hint = difflib.get_close_matches(str(key), _fields(kind), n=1)
             remedy = f"did you mean {at}{hint[0]}?" if hint else f"allowed: {', '.join(_fields(kind))}"
-            faults.append(f"unknown key {at}{key} ({remedy})")
+            faults[f"{at}{key}"] = f"unknown key {at}{key} ({remedy})"
     for f in dataclasses.fields(kind):
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and given.get(f.name) in (None, "???"):
-            faults.append(f"{at}{f.name} is missing")
+            faults[f"{at}{f.name}"] = f"{at}{f.name} is missing"
         elif f.name in given:
-            faults += _bad_value(f"{at}{f.name}", given[f.name], hints[f.name], f.metadata.get("minimum"))
+            faults |= _bad_value(f"{at}{f.name}", given[f.name], hints[f.name], f.metadata.get("minimum"))
     for name, (inner, many) in _nested(kind).items():
         value = given.get(name)
         if many and isinstance(value, list):
@@ -144,21 +166,20 @@ def _faults(kind: type, given: dict[str, Any], at: str) -> list[str]:
             parts = [(f"{at}{name}.", value)] if value is not None and not many else []
         for where, part in parts:
             if isinstance(part, dict):
-                faults += _faults(inner, part, where)
+                faults |= _faults(inner, part, where)
             else:
-                faults.append(f"{where[:-1]} is {part!r}, it should hold {', '.join(_fields(inner))}")
+                faults[where[:-1]] = f"{where[:-1]} is {part!r}, it should hold {', '.join(_fields(inner))}"
     return faults
 
 
-def _bad_value(at: str, value: Any, hint: Any, minimum: int | None) -> list[str]:
+def _bad_value(at: str, value: Any, hint: Any, minimum: int | None) -> dict[str, str]:
     """What is wrong with a value: no choice of its kind, or too small. Its type is OmegaConf's to check."""
     values = value if isinstance(value, list) else [value]
     for choice in (h for h in (hint, *get_args(hint)) if isinstance(h, type) and issubclass(h, StrEnum)):
         if unknown := [v for v in values if v not in list(choice)]:
-            return [f"{at} is {unknown[0]!r} (allowed: {', '.join(choice)})"]
+            return {at: f"{at} is {unknown[0]!r} (allowed: {', '.join(choice)})"}
     size = len(value) if isinstance(value, list) else value
     if minimum is not None and isinstance(size, int) and size < minimum:
-        return [
-            f"{at} is {value}, it should {'hold' if isinstance(value, list) else 'be'} at least {minimum}"
-        ]
-    return []
+        holds = "hold" if isinstance(value, list) else "be"
+        return {at: f"{at} is {value}, it should {holds} at least {minimum}"}
+    return {}

@@ -60,10 +60,13 @@ def cache_prune(
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Only entries of this model: its name, or how its fingerprint begins.")
+        str | None,
+        typer.Option(
+            help="Only entries of this model, its name or how its fingerprint begins; alone, all of them."
+        ),
     ] = None,
 ) -> None:
-    """Remove entries of a cache, and what killed processes left; one limit at least."""
+    """Remove entries of a cache, and what killed processes left; one option at least."""
     from blockft.stages.cache import prune
 
     prune(folder, max_bytes=max_bytes, older_than=older_than, model=model)

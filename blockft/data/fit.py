@@ -71,7 +71,10 @@ def _fit(
     while isinstance(example, Example) and len(example) > row_len:
         trimmed = trim(sample) if trims else None
         if trimmed is None:
-            return Outcome(sample, example, "too long")
+            unranked = trims and sample.documents and not sample.meta.get("relevance")
+            return Outcome(
+                sample, example, "too long, documents without relevance" if unranked else "too long"
+            )
         ((sample, example),) = _encode([trimmed], encoder)
     if isinstance(example, Example):
         return Outcome(sample, example)

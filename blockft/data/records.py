@@ -2,11 +2,13 @@
 
 import codecs
 import glob
+import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from blockft.data.sample import RecordError
 from blockft.data.window import Window, why_unreadable
@@ -17,12 +19,27 @@ PARQUET_ROWS = 1000
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
+GZIP = b"\x1f\x8b"
+
+FOREIGN = {
+    codecs.BOM_UTF16_LE: "is UTF-16: save it as UTF-8",
+    codecs.BOM_UTF16_BE: "is UTF-16: save it as UTF-8",
+    b"PAR1": "is parquet: let its name end in .parquet",
+    b"PK\x03\x04": "is compressed: unpack it first",
+    b"BZh": "is compressed: unpack it first",
+    b"\xfd7zXZ": "is compressed: unpack it first",
+    b"\x28\xb5\x2f\xfd": "is compressed: unpack it first",
+}
+"""How files begin that hold no JSON in UTF-8, and what to do about them."""
+
 Placed = tuple[str, Any]
 """Where a record stands (file and line), and the record, or the RecordError why it cannot be read."""
 
 
 def find_files(path: str, suffixes: Sequence[str]) -> list[Path]:
     """The files of a source, sorted; in a folder those with one of the suffixes; none for a Hub id.
+
+    A file may be packed by gzip; in a folder it counts unless it lies there unpacked, too.
 
     Raises:
         UserError: nothing is there.
@@ -31,25 +48,32 @@ def find_files(path: str, suffixes: Sequence[str]) -> list[Path]:
     if here.is_file():
         return [here]
     if here.is_dir():
-        if in_folder := [file for file in sorted(here.iterdir()) if file.suffix in suffixes]:
+        found = [file for file in sorted(here.iterdir()) if unpacked(file).suffix in suffixes]
+        if in_folder := [file for file in found if unpacked(file) == file or unpacked(file) not in found]:
             return in_folder
         raise UserError(f"source folder {path} holds no file that ends in {' or '.join(suffixes)}")
     if found := [Path(name) for name in sorted(glob.glob(path, recursive=True)) if Path(name).is_file()]:
         return found
-    if HUB_ID.fullmatch(path) and here.suffix not in (".json", ".jsonl", ".parquet"):
+    if HUB_ID.fullmatch(path) and unpacked(here).suffix not in (".json", ".jsonl", ".parquet"):
         return []
     raise UserError(
         f"source {path} does not exist: no file, folder, match of a glob, or id on the Hub (owner/name)"
     )
 
 
+def unpacked(path: Path) -> Path:
+    """The name of a file without the suffix of gzip."""
+    return path.with_suffix("") if path.suffix == ".gz" else path
+
+
 def read_file(path: Path, under: str | None = None) -> Iterator[Placed]:
     """The records of a file, lazily: of a JSON array, of JSON lines, or of a .parquet file.
 
-    `under` is the key by which a JSON object holds the array, where the format may wrap it so.
+    `under` is the key by which a JSON object holds the array, where the format may wrap it so. JSON may be
+    packed by gzip, whatever the file is called.
 
     Raises:
-        UserError: the file cannot be read on.
+        UserError: the file cannot be read on, or is of another kind.
     """
     try:
         if path.suffix == ".parquet":
@@ -58,12 +82,17 @@ def read_file(path: Path, under: str | None = None) -> Iterator[Placed]:
         opening = _opening(path)
         if opening == b"[":
             yield from read_array(path)
-        elif opening == b"{" and under and path.suffix != ".jsonl" and _may_hold(path, under):
+        elif opening == b"{" and under and unpacked(path).suffix != ".jsonl" and _may_hold(path, under):
             yield from read_array(path, under)
+        elif opening == b"{" and _spans_lines(path):
+            raise UserError(
+                f"source {path} is an object over several lines, neither JSON lines nor a list of records"
+            )
         else:
             yield from read_lines(path)
-    except OSError as error:
-        raise UserError(f"source {path} cannot be read: {error.strerror or error}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        reason = isinstance(error, OSError) and error.strerror or error
+        raise UserError(f"source {path} cannot be read: {reason}") from error
 
 
 def read_lines(path: Path) -> Iterator[Placed]:
@@ -115,10 +144,20 @@ def read_hub(path: str, split: str | None, name: str | None = None) -> Iterator[
 
 
 def _open(path: Path) -> BinaryIO:
-    """The file from behind its byte order mark, if it has one."""
-    file = path.open("rb")
-    if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
-        file.seek(0)
+    """The file, unpacked, from behind its byte order mark, if it has one.
+
+    Raises:
+        UserError: by how it begins it holds no JSON in UTF-8.
+    """
+    with path.open("rb") as packed:
+        is_gzip = packed.read(len(GZIP)) == GZIP
+    file = cast(BinaryIO, gzip.GzipFile(path)) if is_gzip else path.open("rb")
+    opening = file.read(max(map(len, FOREIGN)))
+    for kind, what in FOREIGN.items():
+        if opening.startswith(kind):
+            file.close()
+            raise UserError(f"source {path} {what}")
+    file.seek(len(codecs.BOM_UTF8) if opening.startswith(codecs.BOM_UTF8) else 0)
     return file
 
 
@@ -131,17 +170,25 @@ def _opening(path: Path) -> bytes:
     return b""
 
 
-def _may_hold(path: Path, under: str) -> bool:
+def _may_hold(path: Path, under: str | None) -> bool:
     """Whether the object that opens a file has the key, or is no line of JSON lines, as it has several."""
     with _open(path) as file:
         window = Window(path, file)
         window.peek()
         first_line = window.line
         for key in _keys(window):
-            if key == under:
+            if key == under or window.line > first_line:
                 return True
             window.value()
         return window.line > first_line
+
+
+def _spans_lines(path: Path) -> bool:
+    """Whether the object that opens a file goes on behind its first line; one that is broken does not."""
+    try:
+        return _may_hold(path, None)
+    except UserError:
+        return False
 
 
 def _read_parquet(path: Path) -> Iterator[Placed]:

@@ -12,7 +12,7 @@ from blockft.data import chat, questions, retrieve, squad
 from blockft.data.pool import Pool
 from blockft.data.questions import Dropped, Question
 from blockft.data.rag import RagPrompt
-from blockft.data.records import Placed, find_files, read_file, read_hub
+from blockft.data.records import Placed, find_files, read_file, read_hub, unpacked
 from blockft.data.sample import RecordError, Sample, from_record
 from blockft.errors import UserError
 
@@ -98,7 +98,7 @@ def read(
 
     def name_of(tally: Tally) -> str:
         """The name of the record at hand, if it has none; the same wherever the file lies."""
-        return f"{Path(path).stem}-{tally.read}"
+        return f"{unpacked(Path(path)).stem}-{tally.read}"
 
     def records() -> Iterator[Placed]:
         found = (read_file(file, layout.under) for file in files) if files else [read_hub(path, split, name)]
@@ -107,7 +107,7 @@ def read(
     def asked(tally: Tally, limit: int | None) -> Iterator[Question]:
         assert (ask := layout.question)
         placed = islice(records(), limit)
-        for question in _parsed(placed, lambda record, at: ask(record), tally, skip_bad):
+        for question in _parsed(placed, lambda record, at: ask(record), tally, skip_bad, format):
             yield question if question.id else replace(question, id=name_of(tally))
 
     def with_documents() -> Iterator[Question]:
@@ -124,7 +124,7 @@ def read(
     def samples() -> Iterator[Sample]:
         if give := layout.samples:
             placed = islice(records(), max_samples)
-            made = _parsed(placed, lambda r, at: tuple(give(r, name_of(tally))), tally, skip_bad)
+            made = _parsed(placed, lambda r, at: tuple(give(r, name_of(tally))), tally, skip_bad, format)
         else:
             made = ((_word(question, prompt),) for question in with_documents())
         for some in made:
@@ -158,9 +158,13 @@ def _check_retrieval(format: str, path: str, num_documents: int | None) -> None:
 
 
 def _parsed(
-    placed: Iterable[Placed], parse: Callable[[Any, str], T], tally: Tally, skip_bad: bool
+    placed: Iterable[Placed], parse: Callable[[Any, str], T], tally: Tally, skip_bad: bool, format: str
 ) -> Iterator[T]:
-    """What is made of each record, those left out that are dropped or bad."""
+    """What is made of each record, those left out that are dropped or bad.
+
+    Raises:
+        UserError: a record is bad and not to be skipped; if it is the first, `format` may be wrong.
+    """
     for at, record in placed:
         tally.read += 1
         try:
@@ -171,7 +175,10 @@ def _parsed(
             tally.drop(str(reason))
         except RecordError as error:
             if not skip_bad:
-                raise UserError(f"{at}: {error} (data.on_bad_record=skip passes over it)") from error
+                hint = " (data.on_bad_record=skip passes over it)"
+                if tally.read == 1:
+                    hint = f"; is it in the format {format} (--format, sources[].format)?"
+                raise UserError(f"{at}: {error}{hint}") from error
             tally.drop("bad record")
             tally.bad_records.append(f"{at}: {error}")
         else:

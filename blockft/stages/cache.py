@@ -76,18 +76,23 @@ def prune(
 ) -> None:
     """Remove entries that were not used for `older_than`, then the least recently used beyond `max_bytes`.
 
-    Both limits hold for the entries of `model` (a name, or how a fingerprint begins), or for all together.
+    Both limits hold for the entries of `model` (a name, or how a fingerprint begins), or for all together;
+    without a limit all entries of the model go.
 
     Raises:
-        UserError: neither limit is given or one cannot be read, there is no such model, or `folder` is no
-            cache that can be read and written.
+        UserError: neither a limit nor a model is given, there is no such model, a limit cannot be read, or
+            `folder` is no cache that can be read and written.
     """
     if max_bytes is None and older_than is None:
-        raise UserError("prune needs a limit: add --max-bytes as in 10GB, or --older-than as in 7d")
-    limit = None if max_bytes is None else parse_bytes(max_bytes)
-    since = None if older_than is None else time.time() - _parse_age(older_than)
+        if model is None:
+            raise UserError(
+                "prune needs a limit: add --max-bytes as in 10GB, --older-than as in 7d, or --model"
+            )
+        max_bytes = "0"
     with _opened(folder) as cache:
         chosen = None if model is None else _choose(cache, model)
+        limit = None if max_bytes is None else parse_bytes(max_bytes)
+        since = None if older_than is None else time.time() - _parse_age(older_than)
         with cache.locked() as ledger:
             removed = cache.prune(ledger, max_bytes=limit, unused_since=since, fingerprints=chosen)
             kept = ledger.read() or 0
@@ -135,7 +140,8 @@ def _damage(entry: Stored, model: CacheModel) -> DamagedEntry | None:
 
 def _choose(cache: CacheFolder, model: str) -> set[str]:
     models = cache.models()
-    chosen = {name for name, facts in models.items() if facts.name == model or name.startswith(model)}
+    # an empty word, as of a shell variable that is not set, begins every fingerprint
+    chosen = {n for n, facts in models.items() if model and (facts.name == model or n.startswith(model))}
     if not chosen:
         known = ", ".join(f"{facts.name} ({name[:12]})" for name, facts in models.items()) or "none"
         raise UserError(f"{cache.path} holds no model {model!r}: it holds {known}")

@@ -8,7 +8,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from blockft.config import BadRecord, Format, Recipe
+from blockft.config import BadRecord, Format, Recipe, Source
+from blockft.data.cut import CUT_FORMATS
 from blockft.data.sample import Sample
 from blockft.data.sources import LAYOUTS, Tally, locate
 from blockft.errors import UserError
@@ -79,7 +80,7 @@ def read_questions(recipe: Recipe) -> tuple[list[Sample], dict[str, int]]:
     tallies = [Tally() for _ in recipe.eval.sources]
     skips = recipe.data.on_bad_record is BadRecord.skip
     sources = [
-        _with_answers(read_source(source, recipe.data, tally), tally, skips)
+        _with_answers(read_source(source, recipe.data, tally), source, tally, skips)
         for source, tally in zip(recipe.eval.sources, tallies, strict=True)
     ]
     rounds = zip_longest(*(zip(repeat(i), source) for i, source in enumerate(sources)))
@@ -92,13 +93,17 @@ def read_questions(recipe: Recipe) -> tuple[list[Sample], dict[str, int]]:
     return [sample for _, sample in chosen], dict(sorted(dropped.items()))
 
 
-def _with_answers(samples: Iterable[Sample], tally: Tally, skips: bool) -> Iterator[Sample]:
+def _with_answers(samples: Iterable[Sample], source: Source, tally: Tally, skips: bool) -> Iterator[Sample]:
     """The samples that have answers; if not `skips`, one without is an error."""
     for sample in samples:
         if sample.answers:
             yield sample
         elif skips:
             tally.drop("no answers")
+        elif source.format in CUT_FORMATS:
+            raise UserError(
+                f"{source.path} is in the format {source.format}, which holds no answers to be scored against"
+            )
         else:
             raise UserError(
                 f"question {sample.id} of {sample.source} has no answers to be scored against "
@@ -120,6 +125,6 @@ def _wording(model: str, revision: str | None) -> dict[str, Any]:
 def _name(path: str) -> str:
     """A short name: of a folder and the one that it is in, for exports are mostly called `model`."""
     # of a model's name all counts: Llama-3.1-8B is not Llama-3.2-3B
-    bare = reduce(str.removesuffix, (".json", ".jsonl", ".parquet"), path)
+    bare = reduce(str.removesuffix, (".gz", ".json", ".jsonl", ".parquet"), path)
     parts = [part for part in Path(bare).parts if part not in ("/", "..", ".")]
     return "-".join(parts[-2:]).replace("*", "all")

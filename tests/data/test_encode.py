@@ -106,6 +106,10 @@ def test_a_sample_longer_than_a_row_is_dropped_or_trimmed(encoder: Encoder) -> N
     assert (trimmed.dropped, trimmed.sample.blocks) == ("", ("Answer.\n\n", "gold", "Who?"))
     (hopeless,) = encode_to_fit([sample], encoder, gold_len - 1, trims=True)
     assert hopeless.dropped == "too long"
+    unranked = replace(sample, meta={"documents": sample.meta["documents"]})
+    for trims, why in ((False, "too long"), (True, "too long, documents without relevance")):
+        (outcome,) = encode_to_fit([unranked], encoder, gold_len, trims=trims)
+        assert outcome.dropped == why
 
 
 def test_questions_over_one_context_share_it(encoder: Encoder) -> None:

@@ -1,4 +1,7 @@
+import bz2
+import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +224,62 @@ def test_a_data_set_that_cannot_be_reached_is_one_line() -> None:
     assert "\n" not in str(raised.value)
     with pytest.raises(UserError, match="split"):
         list(read_hub("owner/name", None))
+
+
+@pytest.mark.parametrize("text", ['[{"a": 1}]', '\n{"a": 1}\n', '{"data": [{"a": 1}]}'])
+def test_gzip_is_read_as_what_it_holds(tmp_path: Path, text: str) -> None:
+    for name in ("a.json.gz", "a.json"):
+        (tmp_path / name).write_bytes(gzip.compress(text.encode("utf-8-sig")))
+        assert [record for _, record in read_file(tmp_path / name, under="data")] == [{"a": 1}]
+
+
+@pytest.mark.parametrize("spoil", [lambda data: data[:-9], lambda data: data[:12] + b"x" * 9 + data[21:]])
+def test_damaged_gzip_is_one_line(tmp_path: Path, spoil: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(spoil(gzip.compress(b'{"a": 1}\n' * 9)))
+    with pytest.raises(UserError, match=f"source {path} cannot be read: "):
+        list(read_file(path))
+
+
+def test_gzipped_files_are_found_once(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.jsonl.gz", "b.jsonl.gz", "c.txt.gz"):
+        (tmp_path / name).touch()
+    assert find_files(str(tmp_path), (".jsonl",)) == [tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz"]
+    assert len(find_files(f"{tmp_path}/*.jsonl*", (".jsonl",))) == 3
+    with pytest.raises(UserError, match="does not exist"):
+        find_files("data/none.jsonl.gz", (".jsonl",))
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ('{"a": 1}\n'.encode("utf-16"), "is UTF-16: save it as UTF-8"),
+        (gzip.compress('[{"a": 1}]'.encode("utf-16")), "is UTF-16"),
+        (bz2.compress(b'{"a": 1}\n'), "is compressed: unpack it first"),
+        (b"PAR1...", "is parquet: let its name end in .parquet"),
+    ],
+)
+def test_a_file_of_another_kind_is_said_to_be_one(tmp_path: Path, data: bytes, said: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"source {path} {said}"):
+        list(read_file(path))
+
+
+@pytest.mark.parametrize(
+    "text", ['{\n "data": [\n{"a": 1}]}', '{"data": [{"a": 1},\n{"a": 2}]}', '{"a":\n1}']
+)
+def test_an_object_over_several_lines_is_no_bad_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(text)
+    for under in (None, "data"):
+        with pytest.raises(UserError, match=r"a\.jsonl is an object over several lines, neither"):
+            list(read_file(path, under))
+
+
+@pytest.mark.parametrize("text", ['{"a":\n', '{"a": "x\n', '{"a": [1,\n', "{\n", '{"a": 1}}\n'])
+def test_a_broken_first_line_is_a_bad_record(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text + '{"a": 2}\n{"a": 3}\n')
+    (_, broken), *others = read_file(path)
+    assert isinstance(broken, RecordError) and [record for _, record in others] == [{"a": 2}, {"a": 3}]

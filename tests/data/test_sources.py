@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 from dataclasses import replace
@@ -160,11 +161,28 @@ def test_a_bad_record_names_file_line_and_field(tmp_path: Path, change: dict[str
         read_all(path, "hotpotqa")
 
 
+@pytest.mark.parametrize("format", ["samples", "squad", "alpaca"])
+def test_a_first_record_that_is_bad_asks_for_the_format(tmp_path: Path, format: str) -> None:
+    path = write(tmp_path / "h.json", [HOTPOTQA])
+    with pytest.raises(UserError, match=rf"line 1: .*; is it in the format {format} \(--format, ") as raised:
+        read_all(path, format)
+    assert "skip" not in str(raised.value)
+
+
+def test_a_gzipped_source_gives_the_same_samples(tmp_path: Path) -> None:
+    text = "\n".join(json.dumps(fid_record(n, "red")) for n in range(3))
+    (tmp_path / "f.jsonl").write_text(text)
+    (tmp_path / "f.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    assert read_all(tmp_path / "f.jsonl", "fid") == read_all(tmp_path / "f.jsonl.gz", "fid")
+
+
 def test_bad_records_can_be_skipped_and_are_listed(tmp_path: Path) -> None:
     path = tmp_path / "s.jsonl"
     good = json.dumps(to_record(rag_sample()))
     path.write_text(f'{good}\n{{"id": \n{good}\n{{"id": "x"}}\n')
-    with pytest.raises(UserError, match=f"{path}, line 2: not JSON"):
+    with pytest.raises(
+        UserError, match=rf"{path}, line 2: not JSON .*\(data.on_bad_record=skip passes over it\)"
+    ):
         read_all(path)
     samples, tally = read_all(path, skip_bad=True)
     assert samples == [rag_sample(), rag_sample()]

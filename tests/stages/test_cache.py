@@ -107,9 +107,10 @@ def test_prune_keeps_what_is_young_enough(folder: Path) -> None:
     assert num_entries(folder) == 1
 
 
+@pytest.mark.parametrize("limit", [{}, {"max_bytes": "0"}])
 @pytest.mark.parametrize("model", ["toy", TOY.fingerprint[:3]])
-def test_prune_of_one_model_leaves_the_others(folder: Path, model: str) -> None:
-    prune(folder, model=model, max_bytes="0")
+def test_prune_of_one_model_leaves_the_others(folder: Path, model: str, limit: dict[str, str]) -> None:
+    prune(folder, model=model, **limit)
     assert num_entries(folder, TOY.fingerprint) == 0 and num_entries(folder, OTHER.fingerprint) == 1
 
 
@@ -117,9 +118,11 @@ def test_prune_of_one_model_leaves_the_others(folder: Path, model: str) -> None:
     ("options", "said"),
     [
         ({}, "--max-bytes"),
-        ({"model": "toy"}, "--max-bytes"),
         ({"max_bytes": "much"}, "10GB"),
         ({"older_than": "7"}, "7d"),
+        ({"model": ""}, "holds no model ''"),
+        ({"model": "nobody"}, "holds no model 'nobody': it holds toy"),
+        ({"max_bytes": "much", "model": "nobody"}, "holds no model"),
         ({"max_bytes": "0", "model": "nobody"}, r"holds no model 'nobody': it holds toy \(a1b2c3\), other"),
     ],
 )

@@ -31,7 +31,7 @@ def save_questions(path: Path, num_questions: int, *, without_answers: tuple[int
 def settings(paths: list[str], *overrides: str) -> Recipe:
     given = {
         "model": {"path": "owner/base"},
-        "data": {"out": "o", "sources": []},
+        "data": {"out": "o", "sources": [{"format": "samples", "path": "p"}]},
         "train": {"out": "o"},
         "eval": {"out": "o", "sources": [{"format": "samples", "path": path} for path in paths]},
     }
@@ -67,6 +67,14 @@ def test_questions_without_answers_are_skipped_if_bad_records_are(tmp_path: Path
     path = save_questions(tmp_path / "a.jsonl", 2, without_answers=(0, 1))
     with pytest.raises(UserError, match=r"hold no question \(no answers: 2\)"):
         read_questions(settings([path], "data.on_bad_record=skip"))
+
+
+def test_chats_hold_no_answers(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "x"}]
+    (tmp_path / "c.jsonl").write_text(json.dumps({"messages": turns}))
+    recipe = recipe_for("owner/base", str(tmp_path / "c.jsonl"), format="messages")
+    with pytest.raises(UserError, match=r"c\.jsonl is in the format messages, which holds no answers"):
+        read_questions(recipe)
 
 
 def test_a_revision_is_of_one_model(tmp_path: Path) -> None:
