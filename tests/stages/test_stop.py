@@ -68,6 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_law_9_a_run_stopped_again_and_again_gives_every_line_of_one_never_stopped(folder: Path) -> None:
     """Twice between two lines, where an evaluation is due with and without a checkpoint, and at the end."""
     words = ("train.deepspeed=zero3", "train.log_steps=4", "train.save_steps=4", "train.eval_steps=6")
