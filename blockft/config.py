@@ -190,6 +190,11 @@ class DataSettings:
     # by lot, unless it is `given`; squad's articles are cut into sets of num_documents paragraphs, drawn by
     # lot or, if the source has `retrieve`, like one another
     shared_context: bool = False
+    # questions that share a context at most, null for no limit; squad's sets are drawn anew for those left
+    questions_per_context: int | None = at_least(1, None)
+    # times that prepare asks every question, its documents drawn and ordered anew (as by seed, seed + 1, ..):
+    # small data teach more so. What is no question comes as often, for the mixture to stay; eval asks once
+    copies: int = at_least(1, 1)
     # the sentence-transformers model of `retrieve: dense`, a folder or an id on the Hub
     dense_model: str = "sentence-transformers/all-MiniLM-L6-v2"
     # error names file, line and field; skip counts and lists the record; to eval a question without answers

@@ -119,8 +119,12 @@ def _remedy(prompt: Sample, is_question_too_long: bool, trims: bool) -> str:
     return "no document can be spared" if trims else "use fewer documents or fewer new tokens"
 
 
-def share_context(examples: Iterator[Example], row_len: int) -> Iterator[Example]:
+def share_context(
+    examples: Iterator[Example], row_len: int, num_questions: int | None = None
+) -> Iterator[Example]:
     """Consecutive examples with the same local blocks become one, as long as it fits in a row.
+
+    If there is a limit, no more than `num_questions` of them do.
 
     The local blocks once, then a final block per question (`Layout.num_final`)::
 
@@ -130,7 +134,8 @@ def share_context(examples: Iterator[Example], row_len: int) -> Iterator[Example
     group_len = 0
     for example in examples:
         own_len = example.layout.final_lengths[0]
-        if group and _shares(group[0], example) and group_len + own_len <= row_len:
+        fits = group_len + own_len <= row_len and len(group) != num_questions
+        if group and fits and _shares(group[0], example):
             group.append(example)
             group_len += own_len
             continue

@@ -113,7 +113,7 @@ def read(
     def with_documents() -> Iterator[Question]:
         found = asked(tally, max_samples)
         if shares:
-            return squad.share(found, prompt.num_documents, prompt.seed, tally.drop, index and index())
+            return squad.share(found, prompt, tally.drop, index and index())
         if index:
             if layout.pool == "source":
                 pool = Pool(document for question in asked(Tally(), None) for document in question.documents)

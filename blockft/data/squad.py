@@ -1,16 +1,19 @@
 """SQuAD's layout: questions about the paragraphs of an article, of which the others are the distractors."""
 
 import random
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, zip_longest
 from operator import attrgetter
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from blockft.data.pool import Pool
 from blockft.data.questions import NO_ANSWER, Dropped, Question, accepted
-from blockft.data.rag import Document
+from blockft.data.rag import Document, RagPrompt
 from blockft.data.records import Placed
 from blockft.data.retrieve import Index, likeness
 from blockft.data.sample import RecordError, check, take, text_of
@@ -73,37 +76,47 @@ def surround(asked: Question) -> Question:
 
 def share(
     questions: Iterator[Question],
-    num_documents: int | None,
-    seed: int,
+    prompt: RagPrompt,
     drop: Callable[[str], None],
     index: Index | None = None,
 ) -> Iterator[Question]:
     """Questions of an article see sets of its paragraphs, each its own paragraph's, and come set by set.
 
-    The sets hold `num_documents` each and are drawn by lot; with an index, paragraphs that are alike meet in
-    a set. A question is dropped if another paragraph of its set holds its answer.
+    The sets hold `prompt.num_documents` each and are drawn by lot; with an index, paragraphs that are alike
+    meet in a set. A set is for `prompt.questions_per_context` questions, of as many paragraphs as it can be;
+    for those that are left sets are drawn again. A question is dropped if another paragraph of its set holds
+    its answer.
     """
     for pool, group in groupby(questions, key=attrgetter("pool")):
-        sets = _sets(pool, num_documents, seed, index)
-        set_of = {index: number for number, indices in enumerate(sets) for index in indices}
-        asked = defaultdict(list)
-        for one in group:
-            asked[set_of[pool.index_of(one.documents[0])]].append(one)
-        for number, indices in enumerate(sets):
-            for one in asked[number]:
-                others = list(pool.distractors(one.documents, one.answers, indices))
-                if len(others) < len(indices) - 1:
-                    drop("answer in another document of its set")
-                else:
-                    yield _among(one, others)
+        waiting = dict(enumerate(group))
+        scores = likeness(pool.documents, index) if index else None
+        lots = random.Random(f"{prompt.seed}:{pool.documents[0].title}")
+        while waiting:
+            for indices in _sets(pool, prompt.num_documents, lots, scores):
+                chosen = _spread(waiting, pool, indices)[: prompt.questions_per_context]
+                for number in sorted(chosen):
+                    one = waiting.pop(number)
+                    others = list(pool.distractors(one.documents, one.answers, indices))
+                    if len(others) < len(indices) - 1:
+                        drop("answer in another document of its set")
+                    else:
+                        yield _among(one, others)
 
 
-def _sets(pool: Pool, num_documents: int | None, seed: int, index: Index | None) -> list[list[int]]:
+def _spread(waiting: Mapping[int, Question], pool: Pool, indices: list[int]) -> list[int]:
+    """The questions about a set's paragraphs by number: the first of each, then the second of each, ..."""
+    own = {number: pool.index_of(one.documents[0]) for number, one in waiting.items()}
+    of_each = ([number for number, paragraph in own.items() if paragraph == i] for i in indices)
+    return [number for turn in zip_longest(*of_each) for number in turn if number is not None]
+
+
+def _sets(
+    pool: Pool, num_documents: int | None, lots: random.Random, scores: Sequence[NDArray[np.float64]] | None
+) -> list[list[int]]:
     """The paragraphs of an article in sets: one drawn by lot, then others by lot, or the most like it."""
     left = list(range(len(pool)))
-    random.Random(f"{seed}:{pool.documents[0].title}").shuffle(left)
+    lots.shuffle(left)
     size = max(1, num_documents if num_documents is not None else len(left))
-    scores = likeness(pool.documents, index) if index else None
     sets = []
     while left:
         first, *others = left

@@ -66,6 +66,11 @@ def make_plan(recipe: Recipe, num_processes: int) -> Plan:
             "raise data.row_len, or prepare again"
         )
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    if (copies := prepared.manifest["options"].get("copies", 1)) > 1 and settings.eval_examples:
+        raise UserError(
+            f"{data.out} asks every question {copies} times (data.copies), so what train.eval_examples holds "
+            "out would be learnt from another copy: set train.eval_examples=0, or prepare one copy"
+        )
     training, held_out = _hold_out(prepared.examples, settings.eval_examples, settings.seed)
     reencoded = data.positions is Positions.reencoded
     packed = partial(Rows, row_len=data.row_len, seed=settings.seed, pad_id=pad_id, reencoded=reencoded)

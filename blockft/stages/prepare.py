@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +92,15 @@ def prepare(recipe: Recipe, overwrite: bool = False) -> Path:
     # workers are forked, and the tokenizer's threads would not survive that
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     counts = [SourceCount() for _ in data.sources]
-    sources = [read_source(s, data, count) for s, count in zip(data.sources, counts, strict=True)]
+    sources = [_read_copies(s, data, count) for s, count in zip(data.sources, counts, strict=True)]
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
     encoder = Encoder(tokenizer)
     statistics = Statistics()
     with whole_folder(out, replace=True) as draft, Writer(draft) as writer:
         kept = _keep(_encode(encoder, data, sources), counts, writer)
-        for example in share_context(kept, data.row_len) if data.shared_context else kept:
+        if data.shared_context:
+            kept = share_context(kept, data.row_len, data.questions_per_context)
+        for example in kept:
             writer.add_example(example)
             statistics.add(example)
         if not statistics.lengths:
@@ -107,6 +109,14 @@ def prepare(recipe: Recipe, overwrite: bool = False) -> Path:
     _log(out, time.monotonic() - start, data.num_workers)
     _print_summary(out, recipe, counts, statistics)
     return out
+
+
+def _read_copies(source: Source, data: DataSettings, count: SourceCount) -> Iterator[Sample]:
+    """The samples of a source as often as there are copies, each time by another seed."""
+    seeds = range(data.seed, data.seed + data.copies)
+    return chain.from_iterable(
+        [read_source(source, dataclasses.replace(data, seed=seed), count) for seed in seeds]
+    )
 
 
 def _check_out(out: Path, overwrite: bool) -> None:

@@ -44,6 +44,7 @@ def rag_prompt(data: DataSettings) -> RagPrompt:
         order=data.order,
         num_documents=data.num_documents,
         shared_context=data.shared_context,
+        questions_per_context=data.questions_per_context,
         seed=data.seed,
     )
 

@@ -1,11 +1,13 @@
 import re
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from typing import Any
 
 import pytest
 
 from blockft.data import squad
 from blockft.data.questions import Dropped, Question
+from blockft.data.rag import RagPrompt
 from blockft.data.records import Placed
 from blockft.data.retrieve import bm25
 from blockft.data.sample import RecordError
@@ -34,6 +36,18 @@ def rows(title: str = "A") -> list[dict[str, Any]]:
 def ask(records: Iterable[Any]) -> Iterator[Question]:
     placed: list[Placed] = [(f"line {n}", record) for n, record in enumerate(records, start=1)]
     return (squad.question(posed) for _, posed in squad.pose(placed))
+
+
+def sets_of(num_documents: int | None, seed: int = 0, questions: int | None = None) -> RagPrompt:
+    return RagPrompt(
+        instruction="",
+        document="{text}",
+        question="{question}",
+        num_documents=num_documents,
+        shared_context=True,
+        questions_per_context=questions,
+        seed=seed,
+    )
 
 
 def texts(question: Question) -> list[str]:
@@ -119,7 +133,7 @@ def test_a_row_that_is_unfit_is_one_record() -> None:
 
 def test_questions_of_a_set_share_its_paragraphs() -> None:
     dropped: list[str] = []
-    shared = list(squad.share(ask([article()]), 2, 1, dropped.append))
+    shared = list(squad.share(ask([article()]), sets_of(2, 1), dropped.append))
     assert {frozenset(texts(q)) for q in shared} == {
         frozenset(texts(q)) for q in shared if q.documents[0].supports
     }
@@ -129,8 +143,23 @@ def test_questions_of_a_set_share_its_paragraphs() -> None:
     distinct = {tuple(s) for s in sets}
     assert sum(map(len, distinct)) == len({text for s in distinct for text in s})
     assert len(shared) + len(dropped) == 10
-    orders = {tuple(map(tuple, map(texts, squad.share(ask([article()]), 2, s, print)))) for s in range(9)}
+    drawn = (squad.share(ask([article()]), sets_of(2, seed), print) for seed in range(9))
+    orders = {tuple(map(tuple, map(texts, questions))) for questions in drawn}
     assert len(orders) > 3
+
+
+def test_sets_are_drawn_again_for_the_questions_that_a_set_has_no_room_for() -> None:
+    answers = [f"w{i}x" for i in range(12)]
+    paragraphs = [{"context": f"It is {a}.", "qas": [qa(a, n) for n in range(5)]} for a in answers]
+    asked = list(ask([{"title": "T", "paragraphs": paragraphs}]))
+    shared = list(squad.share(iter(asked), sets_of(4, questions=6), print))
+    assert sorted(q.id for q in shared) == sorted(q.id for q in asked)
+    by_set = [list(some) for _, some in groupby(shared, key=texts)]
+    assert max(map(len, by_set)) == 6 and len({tuple(texts(some[0])) for some in by_set}) > 6
+    # of the first sets every paragraph is asked about, and some twice
+    assert all(len({q.answers for q in some}) == 4 for some in by_set[:3])
+    ids = [q.id for q in by_set[0]]
+    assert ids == [q.id for q in asked if q.id in ids]
 
 
 def test_paragraphs_that_are_alike_meet_in_a_set() -> None:
@@ -139,15 +168,15 @@ def test_paragraphs_that_are_alike_meet_in_a_set() -> None:
     paragraphs = [{"context": f"{kind}, w{i}", "qas": [qa(f"w{i}")]} for i, kind in enumerate(kinds)]
     asked = list(ask([{"title": "T", "paragraphs": paragraphs}]))
     for seed in range(5):
-        shared = list(squad.share(iter(asked), 3, seed, print, bm25()))
+        shared = list(squad.share(iter(asked), sets_of(3, seed), print, bm25()))
         assert {len({text[:3] for text in texts(question)}) for question in shared} == {1}
     assert len(shared) == 9
-    by_lot = list(squad.share(iter(asked), 3, 0, print))
+    by_lot = list(squad.share(iter(asked), sets_of(3), print))
     assert max(len({text[:3] for text in texts(question)}) for question in by_lot) > 1
 
 
 def test_a_question_whose_set_holds_its_answer_twice_is_dropped() -> None:
     dropped: list[str] = []
-    kept = [question.id for question in squad.share(ask([article()]), None, 0, dropped.append)]
+    kept = [question.id for question in squad.share(ask([article()]), sets_of(None), dropped.append)]
     assert kept == ["blue0", "blue1", "green0", "green1", "gold0", "gold1"]
     assert dropped == ["answer in another document of its set"] * 4

@@ -72,6 +72,26 @@ def test_questions_share_their_context(make_recipe: Make) -> None:
     assert found.examples[0].sample_ids == ("0", "1")
 
 
+def test_no_more_questions_share_a_context_than_asked_for(make_recipe: Make) -> None:
+    found = load_prepared(prepare(make_recipe(shared_context=True, questions_per_context=1)))
+    assert {example.num_final for example in found.examples} == {1} and len(found.examples) == 200
+
+
+def test_copies_ask_every_question_over_other_documents(make_recipe: Make, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"sources": [squad_source(tmp_path, "A")], "order": Order.shuffled}
+    once = samples_of(prepare(make_recipe(**options)))
+    out = prepare(make_recipe(**options, copies=3), overwrite=True)
+    asked = samples_of(out)
+    assert asked[: len(once)] == once and len(asked) == 3 * len(once)
+    orders = {tuple(s.blocks[:-1] for s in asked if s.id == sample.id) for sample in once}
+    assert all(len(three) == 3 for three in orders) and any(len(set(three)) > 1 for three in orders)
+    # what the second copy holds is what another seed gives
+    other = samples_of(prepare(make_recipe(**options, seed=1), overwrite=True))
+    assert asked[len(once) : 2 * len(once)] == other
+    manifest = load_prepared(prepare(make_recipe(**options, copies=3), overwrite=True)).manifest
+    assert manifest["sources"][0]["read"] == 30 == manifest["num_samples"]
+
+
 def test_a_sample_longer_than_a_row_is_dropped_or_trimmed(make_recipe: Make) -> None:
     dropped = load_prepared(prepare(make_recipe(row_len=128))).manifest["sources"][0]["dropped"]["too long"]
     out = prepare(make_recipe(row_len=128, too_long=TooLong.trim), overwrite=True)

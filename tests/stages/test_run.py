@@ -15,10 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blockft.errors import UserError
 from blockft.model.checkpoint import MARKER, consolidate, find_checkpoint, read_probe, whole_checkpoints
+from blockft.recipe import load_recipe
 from blockft.rundir import LOSS_PLOT, METRICS, RECIPE, read_metrics
 from blockft.stages import export as export_stage
 from blockft.stages.evaluate import evaluate
 from blockft.stages.export import export
+from blockft.stages.plan import make_plan
 from blockft.stages.prepare import prepare
 from tests.run import save_model, toy_recipe
 
@@ -209,6 +211,16 @@ def test_runs_that_cannot_be(toy: Path, words: tuple[str, ...], said: str) -> No
     assert said in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert sorted(str(path) for path in toy.rglob("*")) == before
+
+
+def test_nothing_is_held_out_that_another_copy_teaches(toy: Path, tmp_path: Path) -> None:
+    words = [f"data.out={tmp_path}/twice", "data.copies=2", "train.eval_examples=2"]
+    recipe = load_recipe(str(toy / "recipe.yaml"), words)
+    prepare(recipe)
+    with pytest.raises(UserError, match=r"twice asks every question 2 times \(data.copies\)"):
+        make_plan(recipe, 1)
+    recipe.train.eval_examples = 0
+    assert make_plan(recipe, 1).manifest["options"]["copies"] == 2
 
 
 def test_a_dry_run_writes_nothing(toy: Path) -> None:
