@@ -190,10 +190,13 @@ class DataSettings:
     # by lot, unless it is `given`; squad's articles are cut into sets of num_documents paragraphs, drawn by
     # lot or, if the source has `retrieve`, like one another
     shared_context: bool = False
-    # questions that share a context at most, null for no limit; squad's sets are drawn anew for those left
+    # questions that share a context at most, null for no limit; squad's sets are drawn anew for those left,
+    # if the article has more paragraphs than num_documents
     questions_per_context: int | None = at_least(1, None)
-    # times that prepare asks every question, its documents drawn and ordered anew (as by seed, seed + 1, ..):
-    # small data teach more so. What is no question comes as often, for the mixture to stay; eval asks once
+    # times that prepare asks every question, as by seed, seed + 1, ...: small data teach more if documents
+    # come in another order and squad's sets are drawn anew (what a search finds stays the same). What is no
+    # question comes as often, for the mixture to stay; the manifest counts all copies. eval asks once, and
+    # train.eval_examples has to be 0
     copies: int = at_least(1, 1)
     # the sentence-transformers model of `retrieve: dense`, a folder or an id on the Hub
     dense_model: str = "sentence-transformers/all-MiniLM-L6-v2"

@@ -114,6 +114,7 @@ def test_a_table_is_made_of_four_runs_and_five_evaluations(workplace: Path) -> N
         load_recipe(words[2], words[3 : words.index("--modes")]) for words in asked if words[0] == "eval"
     ]
     assert {recipe.data.shared_context for recipe in asked_of} == {False}
+    assert {recipe.data.questions_per_context for recipe in asked_of} == {None}
     assert [source.retrieve for source in asked_of[0].eval.sources[:2]] == ["bm25", "bm25"]
     table = json.loads((workplace / "data/results/paper-mini.json").read_text())
     assert len(table["rows"]) == 8 and len(table["runs"]) == 4

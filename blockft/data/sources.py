@@ -36,6 +36,13 @@ class Tally:
     def drop(self, reason: str) -> None:
         self.dropped[reason] += 1
 
+    def include(self, other: "Tally") -> None:
+        """Add what became of the same records when they were read again."""
+        self.read += other.read
+        self.samples += other.samples
+        self.dropped += other.dropped
+        self.bad_records = [*dict.fromkeys(self.bad_records + other.bad_records)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:

@@ -1,11 +1,12 @@
 """SQuAD's layout: questions about the paragraphs of an article, of which the others are the distractors."""
 
 import random
-from collections import Counter
+import sys
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, zip_longest
-from operator import attrgetter
+from itertools import groupby
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ from blockft.data.rag import Document, RagPrompt
 from blockft.data.records import Placed
 from blockft.data.retrieve import Index, likeness
 from blockft.data.sample import RecordError, check, take, text_of
+
+Waiting = deque[tuple[int, Question]]
+"""Questions about one paragraph, each with its number in the article."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,19 +87,20 @@ def share(
     """Questions of an article see sets of its paragraphs, each its own paragraph's, and come set by set.
 
     The sets hold `prompt.num_documents` each and are drawn by lot; with an index, paragraphs that are alike
-    meet in a set. A set is for `prompt.questions_per_context` questions, of as many paragraphs as it can be;
-    for those that are left sets are drawn again. A question is dropped if another paragraph of its set holds
-    its answer.
+    meet in a set. Each paragraph is in one set, unless `prompt.questions_per_context` limits the questions of
+    a set: then these are about as many paragraphs as can be, all sets are full, and they are drawn again for
+    the questions that are left. A question is dropped if another paragraph of its set holds its answer.
     """
+    limit = prompt.questions_per_context
     for pool, group in groupby(questions, key=attrgetter("pool")):
-        waiting = dict(enumerate(group))
+        waiting: list[Waiting] = [deque() for _ in pool.documents]
+        for number, one in enumerate(group):
+            waiting[pool.index_of(one.documents[0])].append((number, one))
         scores = likeness(pool.documents, index) if index else None
         lots = random.Random(f"{prompt.seed}:{pool.documents[0].title}")
-        while waiting:
-            for indices in _sets(pool, prompt.num_documents, lots, scores):
-                chosen = _spread(waiting, pool, indices)[: prompt.questions_per_context]
-                for number in sorted(chosen):
-                    one = waiting.pop(number)
+        while any(waiting):
+            for indices in _sets(pool, prompt.num_documents, lots, scores, fills=limit is not None):
+                for one in _take([waiting[paragraph] for paragraph in indices], limit or sys.maxsize):
                     others = list(pool.distractors(one.documents, one.answers, indices))
                     if len(others) < len(indices) - 1:
                         drop("answer in another document of its set")
@@ -103,23 +108,34 @@ def share(
                         yield _among(one, others)
 
 
-def _spread(waiting: Mapping[int, Question], pool: Pool, indices: list[int]) -> list[int]:
-    """The questions about a set's paragraphs by number: the first of each, then the second of each, ..."""
-    own = {number: pool.index_of(one.documents[0]) for number, one in waiting.items()}
-    of_each = ([number for number, paragraph in own.items() if paragraph == i] for i in indices)
-    return [number for turn in zip_longest(*of_each) for number in turn if number is not None]
+def _take(waiting: Sequence[Waiting], limit: int) -> list[Question]:
+    """Up to so many questions, in order: the first that waits for each paragraph, then the second, ..."""
+    taken: list[tuple[int, Question]] = []
+    while any(waiting) and len(taken) < limit:
+        asked = [queue for queue in waiting if queue]
+        taken += [queue.popleft() for queue in asked[: limit - len(taken)]]
+    return [one for _, one in sorted(taken, key=itemgetter(0))]
 
 
 def _sets(
-    pool: Pool, num_documents: int | None, lots: random.Random, scores: Sequence[NDArray[np.float64]] | None
+    pool: Pool,
+    num_documents: int | None,
+    lots: random.Random,
+    scores: Sequence[NDArray[np.float64]] | None,
+    fills: bool,
 ) -> list[list[int]]:
-    """The paragraphs of an article in sets: one drawn by lot, then others by lot, or the most like it."""
-    left = list(range(len(pool)))
-    lots.shuffle(left)
-    size = max(1, num_documents if num_documents is not None else len(left))
-    sets = []
+    """The paragraphs of an article in sets: one drawn by lot, then others by lot, or the most like it.
+
+    A paragraph is in one set, the last of which is short, or, if sets are to be filled, in one or more.
+    """
+    everything = list(range(len(pool)))
+    lots.shuffle(everything)
+    size = max(1, num_documents if num_documents is not None else len(everything))
+    left, sets = everything, []
     while left:
         first, *others = left
+        if fills:
+            others += [paragraph for paragraph in everything if paragraph not in left]
         if scores:
             others.sort(key=scores[first].__getitem__, reverse=True)
         sets.append([first, *others[: size - 1]])

@@ -147,6 +147,7 @@ def _options(recipe: Recipe, engine: Engine, asked: Asked, revision: str | None)
         "seed of the order": data.seed,
         "number of documents": data.num_documents if worded and data.num_documents is not None else "all",
         "shared context": worded and data.shared_context,
+        "questions per context": data.questions_per_context if worded else None,
         "documents per prompt": histogram(len(sample.documents) for sample in asked.samples),
         "prompts that are too long": data.too_long.value,
         "prompts trimmed": asked.num_trimmed,

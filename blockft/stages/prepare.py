@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from blockft.config import BadRecord, DataSettings, Recipe, Source, TooLong
+from blockft.config import BadRecord, DataSettings, Order, Recipe, Source, TooLong
 from blockft.data.cut import CUT_FORMATS, cut_sample
 from blockft.data.encode import NO_LABEL, Encoder, Example
 from blockft.data.fit import Outcome, encode_to_fit, share_context
@@ -112,11 +112,29 @@ def prepare(recipe: Recipe, overwrite: bool = False) -> Path:
 
 
 def _read_copies(source: Source, data: DataSettings, count: SourceCount) -> Iterator[Sample]:
-    """The samples of a source as often as there are copies, each time by another seed."""
-    seeds = range(data.seed, data.seed + data.copies)
-    return chain.from_iterable(
-        [read_source(source, dataclasses.replace(data, seed=seed), count) for seed in seeds]
-    )
+    """The samples of a source as often as there are copies, each time by another seed.
+
+    Raises:
+        UserError: the copies would be all the same; see `read_source`.
+    """
+    varies = data.order is Order.shuffled or data.shared_context and data.order is not Order.given
+    if data.copies > 1 and not varies:
+        raise UserError(
+            f"data.copies is {data.copies}, and all would be the same with data.order={data.order.value} and "
+            f"data.shared_context={str(data.shared_context).lower()}: set data.order=shuffled"
+        )
+    tallies = [Tally() for _ in range(data.copies)]
+    copies = [
+        read_source(source, dataclasses.replace(data, seed=data.seed + number), tally)
+        for number, tally in enumerate(tallies)
+    ]
+
+    def samples() -> Iterator[Sample]:
+        for copy, tally in zip(copies, tallies, strict=True):
+            yield from copy
+            count.include(tally)
+
+    return samples()
 
 
 def _check_out(out: Path, overwrite: bool) -> None:

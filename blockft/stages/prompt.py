@@ -33,9 +33,14 @@ def rag_prompt(data: DataSettings) -> RagPrompt:
     """How prompts are worded and which documents stand where.
 
     Raises:
-        UserError: a template is faulty.
+        UserError: a template is faulty; a limit for contexts that are not shared.
     """
     prompt = data.prompt
+    if data.questions_per_context and not data.shared_context:
+        raise UserError(
+            f"data.questions_per_context is {data.questions_per_context}, and no context is shared: "
+            "set data.shared_context=true, or leave it out"
+        )
     return RagPrompt(
         instruction=prompt.instruction,
         document=prompt.document,

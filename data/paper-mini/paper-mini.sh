@@ -8,7 +8,7 @@
 set -euo pipefail
 model=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
 out=${FOLDER:-out/paper-mini}
-# eight questions of an article share ten of its paragraphs, and all are asked four times over documents drawn anew
+# eight questions of an article share ten of its paragraphs; all is asked four times, by other lots for sets and orders
 common=(smollm2-135m "model.path=$model" "data.out=$out/data" data.row_len=32768
   data.sources.0.retrieve=none data.shared_context=true
   data.questions_per_context=8 data.copies=4
@@ -43,7 +43,7 @@ evaluate() { # NAME MODEL MODES
   [ -e "$out/$1/eval" ] && return
   step "evaluation: $1"
   # what stands before a question here is what a search finds
-  blockft eval "$2" "${common[@]}" data.shared_context=false "eval.out=$out/$1/eval" --modes "$3"
+  blockft eval "$2" "${common[@]}" data.shared_context=false data.questions_per_context=null "eval.out=$out/$1/eval" --modes "$3"
 }
 
 prepare

@@ -158,6 +158,9 @@ def test_sets_are_drawn_again_for_the_questions_that_a_set_has_no_room_for() -> 
     assert max(map(len, by_set)) == 6 and len({tuple(texts(some[0])) for some in by_set}) > 6
     # of the first sets every paragraph is asked about, and some twice
     assert all(len({q.answers for q in some}) == 4 for some in by_set[:3])
+    # a short set is filled
+    some_sets = list(squad.share(iter(asked[:55]), sets_of(5, questions=6), print))
+    assert len(some_sets) == 55 and {len(q.documents) for q in some_sets} == {5}
     ids = [q.id for q in by_set[0]]
     assert ids == [q.id for q in asked if q.id in ids]
 

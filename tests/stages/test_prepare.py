@@ -92,6 +92,37 @@ def test_copies_ask_every_question_over_other_documents(make_recipe: Make, tmp_p
     assert manifest["sources"][0]["read"] == 30 == manifest["num_samples"]
 
 
+def test_copies_are_those_of_other_seeds_where_records_have_no_ids(make_recipe: Make, tmp_path: Path) -> None:
+    path = tmp_path / "nq.jsonl"
+    contexts = [{"title": f"T{i}", "text": f"text {i}"} for i in range(6)]
+    records = [{"question": f"q{i}?", "answers": ["text"], "ctxs": contexts} for i in range(4)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in [*records, {"question": 1}]))
+    options: dict[str, Any] = {
+        "sources": [Source(format=Format.fid, path=str(path))],
+        "order": Order.shuffled,
+    }
+    options["on_bad_record"] = BadRecord.skip
+    out = prepare(make_recipe(**options, copies=2))
+    asked = samples_of(out)
+    (counts,) = load_prepared(out).manifest["sources"]
+    assert [s.id for s in asked] == 2 * [f"nq-{n}" for n in range(1, 5)]
+    assert asked[4:] == samples_of(prepare(make_recipe(**options, seed=1), overwrite=True)) != asked[:4]
+    assert counts["dropped"] == {"bad record": 2} and len(counts["bad_records"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"copies": 2}, "all would be the same with data.order=ascending and data.shared_context=false"),
+        ({"copies": 2, "shared_context": True, "order": Order.given}, "all would be the same"),
+        ({"questions_per_context": 2}, "set data.shared_context=true"),
+    ],
+)
+def test_options_that_would_do_nothing(make_recipe: Make, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        prepare(make_recipe(**options))
+
+
 def test_a_sample_longer_than_a_row_is_dropped_or_trimmed(make_recipe: Make) -> None:
     dropped = load_prepared(prepare(make_recipe(row_len=128))).manifest["sources"][0]["dropped"]["too long"]
     out = prepare(make_recipe(row_len=128, too_long=TooLong.trim), overwrite=True)

@@ -214,7 +214,7 @@ def test_runs_that_cannot_be(toy: Path, words: tuple[str, ...], said: str) -> No
 
 
 def test_nothing_is_held_out_that_another_copy_teaches(toy: Path, tmp_path: Path) -> None:
-    words = [f"data.out={tmp_path}/twice", "data.copies=2", "train.eval_examples=2"]
+    words = [f"data.out={tmp_path}/twice", "data.copies=2", "data.order=shuffled", "train.eval_examples=2"]
     recipe = load_recipe(str(toy / "recipe.yaml"), words)
     prepare(recipe)
     with pytest.raises(UserError, match=r"twice asks every question 2 times \(data.copies\)"):
