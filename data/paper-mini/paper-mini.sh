@@ -8,11 +8,13 @@
 set -euo pipefail
 model=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
 out=${FOLDER:-out/paper-mini}
-# eight questions of an article share ten of its paragraphs; all is asked four times, by other lots for sets and orders
+# eight questions of an article share ten of its paragraphs; all is asked four times, by other lots for sets and orders:
+# 700 steps are an epoch of that. As in the paper a step has the same samples in two views or in one, so it has two rows
+# or one, and every model sees every sample equally often.
 common=(smollm2-135m "model.path=$model" "data.out=$out/data" data.row_len=32768
-  data.sources.0.retrieve=none data.shared_context=true
+  data.sources.0.retrieve=none data.sources.5.max_samples=2000 data.shared_context=true
   data.questions_per_context=8 data.copies=4
-  train.batch_rows=2 train.learning_rate=2.5e-4 train.epochs=8 train.max_steps=520 train.save_steps=260
+  train.learning_rate=2.5e-4 train.max_steps=700 train.save_steps=350
   train.eval_examples=0 eval.batch_size=32
   eval.sources.0.max_samples=200 eval.sources.1.max_samples=200 eval.sources.2.max_samples=200 "$@")
 step() { printf '\n== %s\n' "$*"; }
@@ -47,13 +49,13 @@ evaluate() { # NAME MODEL MODES
 }
 
 prepare
-train both
+train both train.batch_rows=2
 evaluate both "$out/both/model" full,block
-train full "data.views=[full]"
+train full "data.views=[full]" train.batch_rows=1
 evaluate full "$out/full/model" full,block
-train local data.positions=local
+train local data.positions=local train.batch_rows=2
 evaluate local "$out/local/model" block
-train block-only "data.views=[block]"
+train block-only "data.views=[block]" train.batch_rows=1
 evaluate block-only "$out/block-only/model" block
 evaluate before "$model" full,block
 step "the table"
