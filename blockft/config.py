@@ -54,6 +54,13 @@ class Order(StrEnum):
     given = "given"
 
 
+class Objective(StrEnum):
+    """What a model learns from."""
+
+    sft = "sft"
+    distill = "distill"
+
+
 class Positions(StrEnum):
     """Where the tokens of local blocks stand."""
 
@@ -222,6 +229,13 @@ class TrainSettings:
     deepspeed: str = "zero2"
     # arguments of peft.LoraConfig, to train an adapter ({} for its defaults); null trains all weights
     lora: dict[str, Any] | None = None
+    # sft: cross entropy of the answers (the paper's); distill: what a teacher with the full view would answer
+    objective: Objective = Objective.sft
+    # of distill: a model with the same tokenizer that teaches every view, frozen, whole on every GPU; null is
+    # the model itself, whose full view teaches its block view
+    teacher: str | None = None
+    # of distill: the teacher's part in the loss where it teaches, above 0 and up to 1; the rest is of sft
+    teacher_weight: float = 1.0
     # rows in a global batch; a multiple of the number of processes
     batch_rows: int = at_least(1, 8)
     # passes over the data

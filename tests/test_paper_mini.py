@@ -90,22 +90,23 @@ def calls(workplace: Path) -> list[list[str]]:
     return [json.loads(line) for line in (workplace / "calls").read_text().splitlines()]
 
 
-def test_a_table_is_made_of_four_runs_and_five_evaluations(workplace: Path) -> None:
+def test_a_table_is_made_of_five_runs_and_six_evaluations(workplace: Path) -> None:
     done = run(workplace)
     assert done.returncode == 0, done.stderr
     asked = calls(workplace)
     verbs = [words[0] for words in asked]
-    assert {verb: verbs.count(verb) for verb in verbs} == {"prepare": 1, "train": 4, "export": 4, "eval": 5}
+    assert {verb: verbs.count(verb) for verb in verbs} == {"prepare": 1, "train": 5, "export": 5, "eval": 6}
     recipes = {}
     for words in (words for words in asked if words[0] == "train"):
         assert words[1] == "smollm2-135m"
         recipe = load_recipe(words[1], words[2:])
         recipes[Path(recipe.train.out).parent.name] = recipe
-    assert {name: (*r.data.views, r.data.positions) for name, r in recipes.items()} == {
-        "full": ("full", "reencoded"),
-        "both": ("block", "full", "reencoded"),
-        "local": ("block", "full", "local"),
-        "block-only": ("block", "reencoded"),
+    assert {name: (*r.data.views, r.data.positions, r.train.teacher) for name, r in recipes.items()} == {
+        "full": ("full", "reencoded", None),
+        "both": ("block", "full", "reencoded", None),
+        "local": ("block", "full", "local", None),
+        "block-only": ("block", "reencoded", None),
+        "taught": ("block", "full", "reencoded", "out/paper-mini/full/model"),
     }
     # the runs differ in nothing else
     assert len({(r.data.out, r.train.max_steps, r.train.seed, r.model.path) for r in recipes.values()}) == 1
@@ -117,7 +118,7 @@ def test_a_table_is_made_of_four_runs_and_five_evaluations(workplace: Path) -> N
     assert {recipe.data.questions_per_context for recipe in asked_of} == {None}
     assert [source.retrieve for source in asked_of[0].eval.sources[:2]] == ["bm25", "bm25"]
     table = json.loads((workplace / "data/results/paper-mini.json").read_text())
-    assert len(table["rows"]) == 8 and len(table["runs"]) == 4
+    assert len(table["rows"]) == 10 and len(table["runs"]) == 5
     block = table["rows"]["block fine-tuned, block mode"]
     assert block["scores"]["all"]["substring_match"] == 75 and block["scores"]["squad"]["questions"] == 2
     assert block["difference to full fine-tuning"]["substring_match"] == -25
@@ -133,7 +134,7 @@ def test_what_is_finished_is_skipped_and_what_is_not_goes_on(workplace: Path) ->
     assert done.returncode == 0, done.stderr
     after = calls(workplace)[len(before) :]
     assert after[0][0] == "train" and after[0][-1] == "--resume" and "train.seed=3" in after[0]
-    assert [words[0] for words in after].count("train") == 3
+    assert [words[0] for words in after].count("train") == 5
     assert run(workplace, "train.seed=3").returncode == 0 and len(calls(workplace)) == len(before) + len(
         after
     )

@@ -13,7 +13,12 @@ LABEL_STEP = 256
 
 
 def collate_row(
-    examples: Sequence[tuple[Example, str]], row_len: int, pad_id: int, *, reencoded: bool = True
+    examples: Sequence[tuple[Example, str]],
+    row_len: int,
+    pad_id: int,
+    *,
+    reencoded: bool = True,
+    with_full: bool = False,
 ) -> dict[str, torch.Tensor]:
     """A micro-batch of one row: the examples, each in its view, one after the other; see `lay_out`.
 
@@ -23,6 +28,11 @@ def collate_row(
     shift_labels      (N,)    those labels
 
     Padded entries of the last two are position 0 and `NO_LABEL`. A row without examples is all padding.
+
+    `with_full` puts beside that where the tokens stand if all examples are in their full view:
+
+    full_position_ids (1, T)  and `full_block_ids`, `full_is_final`
+    is_block_view     (N,)    whether a label's example is here in another view than that
 
     Raises:
         ValueError: the examples are longer than a row.
@@ -40,7 +50,7 @@ def collate_row(
         "a response starts a block"
     )
     padding = -len(labelled) % LABEL_STEP if len(labelled) else LABEL_STEP
-    return {
+    row = {
         "input_ids": torch.from_numpy(input_ids_T)[None],
         "position_ids": vectors.position_ids,
         "example_ids": vectors.example_ids,
@@ -50,3 +60,14 @@ def collate_row(
         "logits_to_keep": torch.from_numpy(np.pad(labelled - 1, (0, padding))),
         "shift_labels": torch.from_numpy(np.pad(labels_T[labelled], (0, padding), constant_values=NO_LABEL)),
     }
+    if with_full:
+        full = lay_out([example.layout.full() for example, _ in examples], row_len)
+        is_other = [example.layout_of(view) != example.layout.full() for example, view in examples]
+        of_labels = np.array(is_other, bool)[vectors.example_ids[0].numpy()[labelled]]
+        row |= {
+            "full_position_ids": full.position_ids,
+            "full_block_ids": full.block_ids,
+            "full_is_final": full.is_final,
+            "is_block_view": torch.from_numpy(np.pad(of_labels, (0, padding))),
+        }
+    return row

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from blockft.config import Attention, Positions, Recipe
+from blockft.config import Attention, Objective, Positions, Recipe, View
 from blockft.data.encode import Example
 from blockft.data.prepared import Chosen, load_prepared
 from blockft.data.tokenizer import fingerprint
@@ -52,6 +52,7 @@ def make_plan(recipe: Recipe, num_processes: int) -> Plan:
             f"train.batch_rows is {settings.batch_rows}, which {num_processes} processes cannot share: "
             f"make it a multiple of {num_processes}"
         )
+    _check_objective(recipe)
     config = load_config(recipe.model.path, recipe.model.revision)
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
     prepared = load_prepared(Path(data.out))
@@ -60,6 +61,8 @@ def make_plan(recipe: Recipe, num_processes: int) -> Plan:
             f"{data.out} was prepared with the tokenizer of {prepared.manifest['model']['path']}, not with "
             f"that of {recipe.model.path}: run blockft prepare for this model, with another data.out"
         )
+    if settings.teacher and prepared.manifest["tokenizer"] != fingerprint(load_tokenizer(settings.teacher)):
+        raise UserError(f"train.teacher {settings.teacher} has another tokenizer than {recipe.model.path}")
     if (longest := max(map(len, prepared.examples))) > data.row_len:
         raise UserError(
             f"data.row_len is {data.row_len}, and {data.out} holds an example of {longest} tokens: "
@@ -75,7 +78,13 @@ def make_plan(recipe: Recipe, num_processes: int) -> Plan:
     reencoded = data.positions is Positions.reencoded
     packed = partial(Rows, row_len=data.row_len, seed=settings.seed, pad_id=pad_id, reencoded=reencoded)
     views = [view.value for view in data.views]
-    rows = packed(training, views, batch_rows=settings.batch_rows, epochs=settings.epochs)
+    rows = packed(
+        training,
+        views,
+        batch_rows=settings.batch_rows,
+        epochs=settings.epochs,
+        with_full=settings.objective is Objective.distill,
+    )
     eval_views = views if held_out else []
     num_steps = len(rows) // settings.batch_rows
     auto_backend, auto_dtype = ("sdpa", torch.float32) if use_cpu() else ("flex", torch.bfloat16)
@@ -96,6 +105,9 @@ def make_plan(recipe: Recipe, num_processes: int) -> Plan:
             "data.row_len": data.row_len,
             "data.views": views,
             "data.positions": data.positions.value,
+            "train.objective": settings.objective.value,
+            "train.teacher": settings.teacher,
+            "train.teacher_weight": settings.teacher_weight,
             "train.batch_rows": settings.batch_rows,
             "train.seed": settings.seed,
             "train.eval_examples": settings.eval_examples,
@@ -132,6 +144,22 @@ def check_run(recipe: Recipe, *, resume: bool, num_processes: int) -> tuple[Plan
                 "resume with what the run began with, or start a new one"
             )
     return plan, checkpoint
+
+
+def _check_objective(recipe: Recipe) -> None:
+    settings, views = recipe.train, recipe.data.views
+    if settings.objective is Objective.sft:
+        if settings.teacher is not None or settings.teacher_weight != 1:
+            raise UserError(
+                "train.teacher and train.teacher_weight do nothing where train.objective is sft: set distill"
+            )
+    elif not 0 < settings.teacher_weight <= 1:
+        raise UserError(f"train.teacher_weight is {settings.teacher_weight}: it is above 0 and at most 1")
+    elif settings.teacher is None and set(views) != set(View):
+        raise UserError(
+            f"train.objective=distill teaches the block view by the full view, and data.views is "
+            f"[{', '.join(views)}]: train on both, or name a train.teacher"
+        )
 
 
 def _hold_out(

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
-from blockft.config import Init, Recipe
+from blockft.config import Init, Objective, Recipe
 from blockft.errors import UserError
 from blockft.model.checkpoint import read_marker, remove_torn
 from blockft.model.load import compile_layers, load_config, load_model, load_tokenizer
@@ -32,6 +32,7 @@ from blockft.rundir import (
 )
 from blockft.stages.plan import NUM_PROCESSES, Plan, check_run, make_plan
 from blockft.training.launch import check_ranks, meet, part, prepare_worker, use_cpu
+from blockft.training.loss import Distillation
 
 PROBE_LEN = 256
 """Tokens of the text on which exports are compared with the run: the start of its first row."""
@@ -69,6 +70,8 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
     recut = not same and plan.facts["ZeRO stage"] > 0
     if recut:
         plan = replace(plan, deepspeed=plan.deepspeed | LOAD_UNIVERSAL)
+    # before ZeRO-3 is told of: it would take the teacher's weights apart, too
+    distillation = _distillation(recipe, plan)
     try:
         arguments = TrainingArguments(
             **_arguments(recipe, plan, num_processes),
@@ -100,6 +103,7 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
             # no row too many: where only an evaluation was due at the last step, none shall be trained on
             train_dataset=Subset(plan.rows, range(plan.num_steps * recipe.train.batch_rows)),
             eval_rows=plan.eval_rows,
+            distillation=distillation,
             callbacks=[record, RecipeSchedule(), *([StepsApart()] if recut else [])],
         )
     except (ValueError, RuntimeError) as error:
@@ -139,6 +143,19 @@ def _model(recipe: Recipe, plan: Plan) -> PreTrainedModel | PeftModel:
     return add_adapter(model, recipe.train.lora, seed=recipe.train.seed, revision=recipe.model.revision)
 
 
+def _distillation(recipe: Recipe, plan: Plan) -> Distillation | None:
+    """Who teaches the model, if the objective is that somebody does."""
+    settings = recipe.train
+    if settings.objective is Objective.sft:
+        return None
+    teacher = None
+    if settings.teacher is not None:
+        teacher = load_model(settings.teacher, backend=plan.backend, dtype=plan.dtype).requires_grad_(False)
+        if settings.compile:
+            compile_layers(teacher)
+    return Distillation(teacher, settings.teacher_weight)
+
+
 def _begin(run: Path, recipe: Recipe, plan: Plan, checkpoint: Path | None) -> None:
     """Write what the run's folder says of itself, and forget what came after the checkpoint."""
     run.mkdir(parents=True, exist_ok=True)
@@ -159,7 +176,11 @@ def describe(recipe: Recipe, num_processes: int) -> None:
     plan = make_plan(recipe, num_processes)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(load_config(recipe.model.path, recipe.model.revision))
+        teacher = torch.nn.Module()
+        if recipe.train.teacher is not None:
+            teacher = AutoModelForCausalLM.from_config(load_config(recipe.train.teacher))
     num_parameters = sum(p.numel() for p in model.parameters())
+    num_teacher = sum(p.numel() for p in teacher.parameters())
     if recipe.train.lora is not None:
         model = add_adapter(model, recipe.train.lora, seed=recipe.train.seed)
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -172,6 +193,7 @@ def describe(recipe: Recipe, num_processes: int) -> None:
         "weights": (num_parameters + (num_trained if recipe.train.lora is not None else 0)) * width,
     }
     num_bytes = sum(size / (num_processes if stage > i else 1) for i, size in enumerate(states.values()))
+    num_bytes += num_teacher * width
     rows = plan.rows
     table = Table("what", "value", title="dry run: nothing is written")
     for what, value in {
@@ -181,7 +203,7 @@ def describe(recipe: Recipe, num_processes: int) -> None:
         f"rows of {recipe.data.row_len:,}": f"{len(rows.epochs[0]):,} per epoch (fill {rows.fill:.1%})",
         "optimizer steps": f"{plan.num_steps:,} of {recipe.train.batch_rows} rows",
         "parameters": f"{num_parameters:,} in {str(plan.dtype).removeprefix('torch.')}, "
-        f"{num_trained:,} are trained",
+        f"{num_trained:,} are trained" + (f", {num_teacher:,} teach" if num_teacher else ""),
         "attention backend": plan.backend,
         f"memory for model states, ZeRO-{stage}, per process of {num_processes}": (
             f"{num_bytes / 2**30:.2f} GiB, activations not counted"

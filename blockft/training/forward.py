@@ -11,9 +11,20 @@ from blockft.attention.layout import Vectors
 from blockft.model.load import attention_windows
 
 
-def forward_words(row: Mapping[str, torch.Tensor], config: PreTrainedConfig) -> dict[str, Any]:
-    """What a model's forward pass takes of a row, see `collate_row`; masks are built where the row is."""
-    vectors = Vectors(*(row[name] for name in ("position_ids", "example_ids", "block_ids", "is_final")))
+def forward_words(
+    row: Mapping[str, torch.Tensor], config: PreTrainedConfig, *, full: bool = False
+) -> dict[str, Any]:
+    """What a model's forward pass takes of a row, see `collate_row`; masks are built where the row is.
+
+    `full` takes all examples in their full view, of a row that was collated `with_full`.
+    """
+    view = "full_" if full else ""
+    vectors = Vectors(
+        position_ids=row[f"{view}position_ids"],
+        example_ids=row["example_ids"],
+        block_ids=row[f"{view}block_ids"],
+        is_final=row[f"{view}is_final"],
+    )
     return {
         "input_ids": row["input_ids"],
         "position_ids": vectors.position_ids,

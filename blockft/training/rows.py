@@ -29,9 +29,12 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
         seed: int,
         pad_id: int,
         reencoded: bool = True,
+        with_full: bool = False,
     ) -> None:
         self._examples, self._row_len = examples, row_len
-        self._row = partial(collate_row, row_len=row_len, pad_id=pad_id, reencoded=reencoded)
+        self._row = partial(
+            collate_row, row_len=row_len, pad_id=pad_id, reencoded=reencoded, with_full=with_full
+        )
         self.items = list_items([example.splits for example in examples], views)
         self._lengths = [len(examples[index]) for index, _ in self.items]
         self.epochs = [

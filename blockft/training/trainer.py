@@ -10,22 +10,28 @@ from transformers import PreTrainedModel, Trainer
 
 from blockft.data.encode import NO_LABEL
 from blockft.training.forward import forward_words
-from blockft.training.loss import EVAL_LOSS, label_loss
+from blockft.training.loss import EVAL_LOSS, Distillation, Targets, distill_loss, label_loss
 from blockft.training.rows import Rows
 
 
 class BlockTrainer(Trainer):
     """Trains on rows in the order in which they stand, each under its own mask, by `label_loss`.
 
-    `eval_rows` gives held-out rows by view, as many for every process.
+    `eval_rows` gives held-out rows by view, as many for every process. With a `distillation` the loss is
+    `distill_loss`, and rows are collated `with_full`.
     """
 
     model: PreTrainedModel | PeftModel
     train_dataset: Subset[dict[str, torch.Tensor]]
 
-    def __init__(self, *, eval_rows: Mapping[str, Rows], **settings: Any) -> None:
-        super().__init__(data_collator=_only_row, compute_loss_func=label_loss, **settings)
-        self._eval_rows = eval_rows
+    def __init__(
+        self, *, eval_rows: Mapping[str, Rows], distillation: Distillation | None = None, **settings: Any
+    ) -> None:
+        objective = distill_loss if distillation else label_loss
+        super().__init__(data_collator=_only_row, compute_loss_func=objective, **settings)
+        self._eval_rows, self._distillation = eval_rows, distillation
+        if distillation and distillation.teacher:
+            torch.nn.Module.to(distillation.teacher, self.args.device)
 
     def unlogged(self) -> dict[str, Any]:
         """How many `steps` were not logged yet, and the sum of their losses by rank. All ranks call it."""
@@ -53,10 +59,24 @@ class BlockTrainer(Trainer):
         self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kw: Any
     ) -> Any:
         """Rows carry per-token ids: masks are built from them here, on the device."""
-        labels = inputs["shift_labels"][None]
+        labels: torch.Tensor | Targets = inputs["shift_labels"][None]
+        if self._distillation:
+            labels = self._targets(model, inputs, self._distillation)
         return super().compute_loss(
             model, {**forward_words(inputs, self.model.config), "labels": labels}, *args, **kw
         )
+
+    @torch.no_grad()
+    def _targets(
+        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], distillation: Distillation
+    ) -> Targets:
+        """What the teacher says to a row in its full view."""
+        labels, teacher = inputs["shift_labels"][None], distillation.teacher
+        config = (teacher or self.model).config
+        logits = (teacher or model)(**forward_words(inputs, config, full=True)).logits
+        # in the full view a model has nothing to learn from itself
+        is_taught = torch.ones_like(labels, dtype=torch.bool) if teacher else inputs["is_block_view"][None]
+        return Targets(labels, is_taught, logits, distillation.weight)
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:

@@ -30,6 +30,8 @@ ROWS = {
     "block fine-tuned, block view only": ("block-only", "block", None),
     "block fine-tuned, block mode": ("both", "block", 70.0),
     "block fine-tuned, full mode": ("both", "full", 71.8),
+    "taught by full fine-tuned, block mode": ("taught", "block", None),
+    "taught by full fine-tuned, full mode": ("taught", "full", None),
 }
 """Each row's evaluation and mode, and the paper's mean over its four data sets (Llama-3.1-Tulu-3-8B)."""
 

@@ -28,6 +28,25 @@ def test_positions_may_be_those_of_blocks_that_stay(encoder: Encoder) -> None:
     assert not torch.equal(row["position_ids"], lay_out([a.layout, b.layout.full()], 256).position_ids)
 
 
+@pytest.mark.parametrize("reencoded", [True, False])
+def test_the_full_view_may_stand_beside_the_others(encoder: Encoder, reencoded: bool) -> None:
+    a, b, *more = share_context(
+        iter(encoder.encode([rag_sample(), rag_sample("Hm?"), rag_sample("Hm?", ())])), 256
+    )
+    assert a.num_final == 2 and not more
+    chosen = [(a, "full"), (b, "full"), (a, "block")]
+    row = collate_row(chosen, 256, pad_id=0, reencoded=reencoded, with_full=True)
+    alone = collate_row([(example, "full") for example, _ in chosen], 256, pad_id=0)
+    for name in ("position_ids", "block_ids", "is_final"):
+        assert torch.equal(row[f"full_{name}"], alone[name])
+    assert torch.equal(row["example_ids"], alone["example_ids"])
+    real = row["shift_labels"] != NO_LABEL
+    of_examples = row["example_ids"][0, row["logits_to_keep"][real]]
+    assert torch.equal(row["is_block_view"][real], of_examples == 2)
+    assert of_examples.eq(2).any() and of_examples.lt(2).any()
+    assert not row["is_block_view"][~real].any()
+
+
 def test_kept_positions_predict_the_labels(encoder: Encoder) -> None:
     a, b = share_context(iter(encoder.encode([rag_sample(), rag_sample("Hm?"), rag_sample("Hm?", ())])), 256)
     row = collate_row([(a, "block"), (b, "full")], 256, pad_id=0)

@@ -1,0 +1,101 @@
+"""Distillation: what the loss is, who has a say where, and law 8."""
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import PreTrainedModel
+
+from blockft.data.encode import NO_LABEL
+from blockft.training.forward import forward_words
+from blockft.training.loss import Targets, distill_loss, label_loss
+from blockft.training.rows import Rows
+from tests.tiny import build_model
+from tests.training.test_loss import make_examples
+
+LABELS = torch.tensor([[5, 6, 7, NO_LABEL]])
+TAUGHT = torch.tensor([[True, True, False, True]])
+
+
+def random_logits(seed: int, vocabulary: int = 11) -> torch.Tensor:
+    return torch.randn(1, 4, vocabulary, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def loss_of(student: torch.Tensor, teacher: torch.Tensor, weight: float) -> torch.Tensor:
+    return distill_loss(SimpleNamespace(logits=student), Targets(LABELS, TAUGHT, teacher, weight), 3)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.25])
+def test_taught_labels_cost_the_divergence_from_the_teacher(weight: float) -> None:
+    student, teacher = random_logits(0), random_logits(1)
+    p, q = teacher[0].double().softmax(-1), student[0].double().softmax(-1)
+    divergence = (p * (p / q).log()).sum(-1)
+    cross_entropy = -q[range(3), LABELS[0, :3]].log()
+    expected = (weight * divergence[:2].sum() + (1 - weight) * cross_entropy[:2].sum() + cross_entropy[2]) / 3
+    assert_close(loss_of(student, teacher, weight).double(), expected, rtol=1e-5, atol=0)
+
+
+def test_who_answers_as_the_teacher_does_pays_for_the_other_labels_alone() -> None:
+    logits = random_logits(0).requires_grad_()
+    loss = loss_of(logits, logits.detach(), weight=1.0)
+    others = torch.where(TAUGHT, NO_LABEL, LABELS)
+    assert_close(loss, label_loss(SimpleNamespace(logits=logits), others, 3), rtol=1e-5, atol=1e-6)
+    loss.backward()
+    assert_close(logits.grad[0, :2], torch.zeros(2, 11), rtol=0, atol=1e-6)
+    assert logits.grad[0, 2].abs().max() > 0.01
+    assert torch.equal(logits.grad[0, 3], torch.zeros(11))
+
+
+def test_padded_vocabularies_are_compared_over_what_both_have() -> None:
+    student, teacher = random_logits(0), random_logits(1, vocabulary=13)
+    assert_close(loss_of(student, teacher, 1.0), loss_of(student, teacher[..., :11], 1.0))
+    wider = torch.cat([student, torch.full((1, 4, 2), 2.0)], dim=-1)
+    only_taught = Targets(LABELS[:, :2], TAUGHT[:, :2], teacher[:, :2, :11], 1.0)
+    found, expected = (
+        distill_loss(SimpleNamespace(logits=logits[:, :2]), only_taught, 2) for logits in (wider, student)
+    )
+    assert_close(found, expected)
+
+
+def test_a_row_without_labels_adds_0() -> None:
+    logits = random_logits(0).requires_grad_()
+    nothing = Targets(torch.full((1, 4), NO_LABEL), TAUGHT, random_logits(1), 1.0)
+    loss = distill_loss(SimpleNamespace(logits=logits), nothing, 0)
+    loss.backward()
+    assert loss == 0 and torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def logits_of(model: PreTrainedModel, row: Mapping[str, torch.Tensor], *, full: bool) -> torch.Tensor:
+    logits: torch.Tensor = model(**forward_words(row, model.config, full=full)).logits
+    return logits
+
+
+def test_law_8_the_loss_does_not_depend_on_packing() -> None:
+    """A model whose full view teaches its block view, over all examples in both views as one global batch."""
+    model, examples, losses = build_model("llama"), make_examples(12), []
+    for row_len in (32, 64, 300):
+        rows = Rows(
+            examples,
+            ["block", "full"],
+            row_len=row_len,
+            batch_rows=1,
+            epochs=1,
+            seed=0,
+            pad_id=0,
+            with_full=True,
+        )
+        num_labels = sum(int((row["labels"] != NO_LABEL).sum()) for row in rows)
+        total = torch.zeros(())
+        for row in rows:
+            teacher = logits_of(model, row, full=True).detach()
+            targets = Targets(row["shift_labels"][None], row["is_block_view"][None], teacher, 1.0)
+            student = SimpleNamespace(logits=logits_of(model, row, full=False))
+            total = total + distill_loss(student, targets, num_labels)
+        model.zero_grad()
+        total.backward()
+        losses.append((total.detach(), model.base_model.embed_tokens.weight.grad.clone()))
+    for loss, gradient in losses[1:]:
+        assert_close(loss, losses[0][0], rtol=1e-5, atol=0)
+        assert_close(gradient, losses[0][1], rtol=1e-5, atol=1e-5)
