@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from blockft.config import Objective, Positions, View
 from blockft.evaluation.report import Prediction, build_report
 from blockft.recipe import load_recipe
 from tests.test_cli import ROOT
@@ -101,6 +102,7 @@ def test_a_table_is_made_of_five_runs_and_six_evaluations(workplace: Path) -> No
         assert words[1] == "smollm2-135m"
         recipe = load_recipe(words[1], words[2:])
         recipes[Path(recipe.train.out).parent.name] = recipe
+    assert {n for n, r in recipes.items() if r.train.objective is Objective.distill} == {"taught"}
     assert {name: (*r.data.views, r.data.positions, r.train.teacher) for name, r in recipes.items()} == {
         "full": ("full", "reencoded", None),
         "both": ("block", "full", "reencoded", None),
@@ -109,7 +111,10 @@ def test_a_table_is_made_of_five_runs_and_six_evaluations(workplace: Path) -> No
         "taught": ("block", "full", "reencoded", "out/paper-mini/full/model"),
     }
     # the runs differ in nothing else
-    assert len({(r.data.out, r.train.max_steps, r.train.seed, r.model.path) for r in recipes.values()}) == 1
+    for recipe in recipes.values():
+        recipe.data.views, recipe.data.positions = [View.block], Positions.reencoded
+        recipe.train.objective, recipe.train.teacher, recipe.train.out = Objective.sft, None, "run"
+    assert all(recipe == recipes["both"] for recipe in recipes.values())
     # what is asked is searched for, whatever was shared in training
     asked_of = [
         load_recipe(words[2], words[3 : words.index("--modes")]) for words in asked if words[0] == "eval"

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,12 @@ from blockft.recipe import SHIPPED
 from blockft.rundir import RECIPE, refuse_existing
 from blockft.training.launch import use_cpu
 from blockft.training.rows import Rows
+
+OF_DISTILL = ("train.objective", "train.teacher", "train.teacher_weight")
+"""Facts of runs with a teacher."""
+
+TEACHER = "model as train.teacher"
+"""The fact that is known when the teacher has been loaded: its fingerprint."""
 
 NUM_PROCESSES = "number of processes"
 """The one fact in which a resumed run may differ."""
@@ -61,8 +67,12 @@ def make_plan(recipe: Recipe, num_processes: int) -> Plan:
             f"{data.out} was prepared with the tokenizer of {prepared.manifest['model']['path']}, not with "
             f"that of {recipe.model.path}: run blockft prepare for this model, with another data.out"
         )
-    if settings.teacher and prepared.manifest["tokenizer"] != fingerprint(load_tokenizer(settings.teacher)):
-        raise UserError(f"train.teacher {settings.teacher} has another tokenizer than {recipe.model.path}")
+    if settings.teacher is not None:
+        load_config(settings.teacher)
+        if prepared.manifest["tokenizer"] != fingerprint(load_tokenizer(settings.teacher)):
+            raise UserError(
+                f"train.teacher {settings.teacher} has another tokenizer than {recipe.model.path}"
+            )
     if (longest := max(map(len, prepared.examples))) > data.row_len:
         raise UserError(
             f"data.row_len is {data.row_len}, and {data.out} holds an example of {longest} tokens: "
@@ -78,13 +88,16 @@ def make_plan(recipe: Recipe, num_processes: int) -> Plan:
     reencoded = data.positions is Positions.reencoded
     packed = partial(Rows, row_len=data.row_len, seed=settings.seed, pad_id=pad_id, reencoded=reencoded)
     views = [view.value for view in data.views]
+    distils = settings.objective is Objective.distill
     rows = packed(
         training,
         views,
         batch_rows=settings.batch_rows,
         epochs=settings.epochs,
-        with_full=settings.objective is Objective.distill,
+        with_full=distils,
     )
+    if distils and settings.teacher is None and all(view == View.full for _, view in rows.items):
+        raise UserError(f"no example of {data.out} splits into blocks: the full view has nothing to teach")
     eval_views = views if held_out else []
     num_steps = len(rows) // settings.batch_rows
     auto_backend, auto_dtype = ("sdpa", torch.float32) if use_cpu() else ("flex", torch.bfloat16)
@@ -105,9 +118,6 @@ def make_plan(recipe: Recipe, num_processes: int) -> Plan:
             "data.row_len": data.row_len,
             "data.views": views,
             "data.positions": data.positions.value,
-            "train.objective": settings.objective.value,
-            "train.teacher": settings.teacher,
-            "train.teacher_weight": settings.teacher_weight,
             "train.batch_rows": settings.batch_rows,
             "train.seed": settings.seed,
             "train.eval_examples": settings.eval_examples,
@@ -118,6 +128,7 @@ def make_plan(recipe: Recipe, num_processes: int) -> Plan:
             "ZeRO stage": deepspeed.get("zero_optimization", {}).get("stage", 0),
             "type of weights": str(dtype).removeprefix("torch."),
             NUM_PROCESSES: num_processes,
+            **({name: getattr(settings, name.split(".")[1]) for name in OF_DISTILL} if distils else {}),
         },
     )
 
@@ -136,14 +147,23 @@ def check_run(recipe: Recipe, *, resume: bool, num_processes: int) -> tuple[Plan
     if (run / RECIPE).is_file() and not whole_checkpoints(run):
         return plan, None  # killed before its first checkpoint, it begins anew
     checkpoint = find_checkpoint(run)
-    for name, found in read_marker(checkpoint)["facts"].items():
-        asked = plan.facts.get(name)
-        if found != asked and name != NUM_PROCESSES:
-            raise UserError(
-                f"{checkpoint} belongs to another {name} ({found}) than is asked for ({asked}): "
-                "resume with what the run began with, or start a new one"
-            )
+    compare_facts(checkpoint, plan.facts, but=(NUM_PROCESSES, TEACHER))
     return plan, checkpoint
+
+
+def compare_facts(checkpoint: Path, asked: Mapping[str, Any], but: Sequence[str] = (NUM_PROCESSES,)) -> None:
+    """See that the run of a checkpoint is the one that is to go on, in all facts `but` some.
+
+    Raises:
+        UserError: it is another one.
+    """
+    found = read_marker(checkpoint)["facts"]
+    for name in dict.fromkeys((*found, *asked)):
+        if found.get(name) != asked.get(name) and name not in but:
+            raise UserError(
+                f"{checkpoint} belongs to another {name} ({found.get(name)}) than is asked for "
+                f"({asked.get(name)}): resume with what the run began with, or start a new one"
+            )
 
 
 def _check_objective(recipe: Recipe) -> None:

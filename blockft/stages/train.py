@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from blockft.config import Init, Objective, Recipe
 from blockft.errors import UserError
 from blockft.model.checkpoint import read_marker, remove_torn
+from blockft.model.identity import model_fingerprint
 from blockft.model.load import compile_layers, load_config, load_model, load_tokenizer
 from blockft.model.lora import add_adapter
 from blockft.progress import is_shown
@@ -30,7 +31,7 @@ from blockft.rundir import (
     save_figure,
     write_whole,
 )
-from blockft.stages.plan import NUM_PROCESSES, Plan, check_run, make_plan
+from blockft.stages.plan import NUM_PROCESSES, TEACHER, Plan, check_run, compare_facts, make_plan
 from blockft.training.launch import check_ranks, meet, part, prepare_worker, use_cpu
 from blockft.training.loss import Distillation
 
@@ -71,7 +72,8 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
     if recut:
         plan = replace(plan, deepspeed=plan.deepspeed | LOAD_UNIVERSAL)
     # before ZeRO-3 is told of: it would take the teacher's weights apart, too
-    distillation = _distillation(recipe, plan)
+    distillation, fingerprint = _distillation(recipe, plan)
+    facts = plan.facts | fingerprint
     try:
         arguments = TrainingArguments(
             **_arguments(recipe, plan, num_processes),
@@ -79,14 +81,16 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"the settings of train cannot be used: {str(error).splitlines()[0]}") from error
-    check_ranks(run, {"recipe": dump_recipe(recipe), "checkpoint": str(checkpoint), **plan.facts})
+    check_ranks(run, {"recipe": dump_recipe(recipe), "checkpoint": str(checkpoint), **facts})
+    if checkpoint:
+        compare_facts(checkpoint, facts)
     model = _model(recipe, plan)
     # or the Trainer turns it off in the config, and so in every export
     arguments.use_cache = model.config.use_cache
     record = RunRecord(
         run,
         tokenizer=load_tokenizer(recipe.model.path, recipe.model.revision),
-        facts=plan.facts,
+        facts=facts,
         probe_ids=plan.rows[0]["input_ids"][0, :PROBE_LEN].clone(),
         keep_checkpoints=recipe.train.keep_checkpoints,
         keep_best=recipe.train.keep_best,
@@ -143,17 +147,18 @@ def _model(recipe: Recipe, plan: Plan) -> PreTrainedModel | PeftModel:
     return add_adapter(model, recipe.train.lora, seed=recipe.train.seed, revision=recipe.model.revision)
 
 
-def _distillation(recipe: Recipe, plan: Plan) -> Distillation | None:
-    """Who teaches the model, if the objective is that somebody does."""
+def _distillation(recipe: Recipe, plan: Plan) -> tuple[Distillation | None, dict[str, str]]:
+    """Who teaches the model, if the objective is that somebody does, and the fact of which model that is."""
     settings = recipe.train
     if settings.objective is Objective.sft:
-        return None
-    teacher = None
-    if settings.teacher is not None:
-        teacher = load_model(settings.teacher, backend=plan.backend, dtype=plan.dtype).requires_grad_(False)
-        if settings.compile:
-            compile_layers(teacher)
-    return Distillation(teacher, settings.teacher_weight)
+        return None, {}
+    if settings.teacher is None:
+        return Distillation(None, settings.teacher_weight), {}
+    teacher = load_model(settings.teacher, backend=plan.backend, dtype=plan.dtype).requires_grad_(False)
+    fact = {TEACHER: model_fingerprint(teacher)}
+    if settings.compile:
+        compile_layers(teacher)
+    return Distillation(teacher, settings.teacher_weight), fact
 
 
 def _begin(run: Path, recipe: Recipe, plan: Plan, checkpoint: Path | None) -> None:
@@ -176,11 +181,11 @@ def describe(recipe: Recipe, num_processes: int) -> None:
     plan = make_plan(recipe, num_processes)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(load_config(recipe.model.path, recipe.model.revision))
-        teacher = torch.nn.Module()
+        num_teacher = 0
         if recipe.train.teacher is not None:
             teacher = AutoModelForCausalLM.from_config(load_config(recipe.train.teacher))
+            num_teacher = sum(p.numel() for p in teacher.parameters())
     num_parameters = sum(p.numel() for p in model.parameters())
-    num_teacher = sum(p.numel() for p in teacher.parameters())
     if recipe.train.lora is not None:
         model = add_adapter(model, recipe.train.lora, seed=recipe.train.seed)
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from blockft.data.encode import NO_LABEL
+
 EVAL_LOSS = "eval_loss_"
 """How the names of evaluation losses begin; the view follows."""
 
@@ -20,7 +22,7 @@ def label_loss(
     none does. A row without labels gives 0 with a gradient of 0.
     """
     losses = F.cross_entropy(
-        outputs.logits.float().flatten(0, 1), shift_labels.flatten(), ignore_index=-100, reduction="sum"
+        outputs.logits.float().flatten(0, 1), shift_labels.flatten(), ignore_index=NO_LABEL, reduction="sum"
     )
     return _part(losses, num_items_in_batch)
 
@@ -59,23 +61,19 @@ def distill_loss(
     """`label_loss`, but where a teacher has a say: there it is the weighted mean of the cross entropy and of
     KL(teacher || student) (Hinton, Vinyals, Dean 2015, at temperature 1).
 
-    Vocabularies of different sizes, as models of one family pad them, are compared over what both have.
+    Models of one family may pad their vocabulary to different sizes: what only one has, the other never says.
     """
-    losses = F.cross_entropy(
-        outputs.logits.float().flatten(0, 1),
-        targets.shift_labels.flatten(),
-        ignore_index=-100,
-        reduction="none",
-    )
-    size = min(outputs.logits.shape[-1], targets.teacher_logits.shape[-1])
-    student, teacher = (
-        logits[..., :size].float().flatten(0, 1).log_softmax(-1)
-        for logits in (outputs.logits, targets.teacher_logits)
-    )
-    divergences = F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
-    is_taught = (targets.is_taught & (targets.shift_labels != -100)).flatten()
-    losses = torch.where(is_taught, losses.lerp(divergences, targets.weight), losses)
-    return _part(losses.sum(), num_items_in_batch)
+    labels_N = targets.shift_labels.flatten()
+    student_NV = outputs.logits.float().flatten(0, 1).log_softmax(-1)
+    losses_N = F.nll_loss(student_NV, labels_N, ignore_index=NO_LABEL, reduction="none")
+    # these are the largest tensors of the step: only the taught rows, and no product of two of them is kept
+    taught = (targets.is_taught.flatten() & (labels_N != NO_LABEL)).nonzero().flatten()
+    size = min(student_NV.shape[-1], targets.teacher_logits.shape[-1])
+    teacher_TV = targets.teacher_logits.flatten(0, 1)[taught, :size].float().log_softmax(-1)
+    teacher_says = torch.linalg.vecdot(teacher_TV.exp(), teacher_TV)
+    divergences_T = teacher_says - torch.linalg.vecdot(teacher_TV.exp(), student_NV[taught, :size])
+    losses_T = losses_N[taught].lerp(divergences_T, targets.weight)
+    return _part(losses_N.index_copy(0, taught, losses_T).sum(), num_items_in_batch)
 
 
 def _part(losses: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:

@@ -31,6 +31,7 @@ class BlockTrainer(Trainer):
         super().__init__(data_collator=_only_row, compute_loss_func=objective, **settings)
         self._eval_rows, self._distillation = eval_rows, distillation
         if distillation and distillation.teacher:
+            # the method of PreTrainedModel hides the types of this one
             torch.nn.Module.to(distillation.teacher, self.args.device)
 
     def unlogged(self) -> dict[str, Any]:
@@ -59,6 +60,7 @@ class BlockTrainer(Trainer):
         self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kw: Any
     ) -> Any:
         """Rows carry per-token ids: masks are built from them here, on the device."""
+        # what the Trainer hands to the loss as it is
         labels: torch.Tensor | Targets = inputs["shift_labels"][None]
         if self._distillation:
             labels = self._targets(model, inputs, self._distillation)
@@ -73,7 +75,11 @@ class BlockTrainer(Trainer):
         """What the teacher says to a row in its full view."""
         labels, teacher = inputs["shift_labels"][None], distillation.teacher
         config = (teacher or self.model).config
+        was_training = model.training
+        # or its own dropout would have a say
+        model.eval()
         logits = (teacher or model)(**forward_words(inputs, config, full=True)).logits
+        model.train(was_training)
         # in the full view a model has nothing to learn from itself
         is_taught = torch.ones_like(labels, dtype=torch.bool) if teacher else inputs["is_block_view"][None]
         return Targets(labels, is_taught, logits, distillation.weight)

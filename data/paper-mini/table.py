@@ -104,6 +104,8 @@ def _run(run: Path) -> dict[str, Any]:
     return {
         "views": [str(view) for view in recipe.data.views],
         "positions": str(recipe.data.positions),
+        "objective": str(recipe.train.objective),
+        "teacher": recipe.train.teacher,
         "seed": recipe.train.seed,
         "steps": lines[-1]["step"],
         "tokens_per_step": recipe.train.batch_rows * recipe.data.row_len,
