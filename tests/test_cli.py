@@ -90,6 +90,43 @@ def test_a_launchers_stray_argument_is_passed_over() -> None:
     assert done.returncode == 2 and "did you mean demo" in done.stderr
 
 
+ENDS = """
+import atexit, os, sys
+from blockft import cli
+from blockft.errors import UserError
+class Late:
+    def __del__(self): print("Python shut down")
+late = Late()
+def app(*_, **__):
+    os.environ.update(eval(sys.argv[1]))
+    atexit.register(print, "outputs closed")
+    exec(sys.argv[2])
+cli.words.app = app
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("ended", "code"),
+    [
+        ("pass", 0),
+        ("sys.exit()", 0),
+        ("sys.exit(3)", 3),
+        ("raise UserError('x')", 2),
+        ("raise KeyboardInterrupt", 130),
+        ("raise ValueError", 1),
+    ],
+)
+def test_a_worker_ends_before_python_shuts_down(ended: str, code: int) -> None:
+    """Threads of its process group would abort it there now and then, after its work is done."""
+    for environment, shuts_down in (({"RANK": "0"}, False), ({}, True)):
+        words = [sys.executable, "-c", ENDS, str(environment), ended]
+        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == code
+        assert done.stdout.splitlines() == ["outputs closed", *(["Python shut down"] if shuts_down else [])]
+        assert ("Traceback" in done.stderr) == (code == 1)
+
+
 def test_the_readme_names_commands() -> None:
     assert len(COMMANDS) >= 8
 
