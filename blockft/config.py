@@ -123,7 +123,8 @@ class Source:
     # the split, for a data set on the Hub, and its configuration if it has several
     split: str | None = None
     name: str | None = None
-    # read no more than this many records
+    # pass over so many records first, and read no more than so many: one file can train and be asked about
+    skip_samples: int = at_least(0, 0)
     max_samples: int | None = at_least(1, None)
     # none takes the documents of the record (squad: of the article); bm25 and dense fill a prompt up to
     # data.num_documents with those that a search ranks best (fid: from all documents of the source, squad: of
@@ -201,9 +202,8 @@ class DataSettings:
     # if the article has more paragraphs than num_documents
     questions_per_context: int | None = at_least(1, None)
     # times that prepare asks every question, as by seed, seed + 1, ...: small data teach more if documents
-    # come in another order and squad's sets are drawn anew (what a search finds stays the same). What is no
-    # question comes as often, for the mixture to stay; the manifest counts all copies. eval asks once, and
-    # train.eval_examples has to be 0
+    # come in another order and squad's sets are drawn anew (what a search finds stays the same). All else
+    # comes as often; the manifest counts all copies. eval asks once, and train.eval_examples has to be 0
     copies: int = at_least(1, 1)
     # the sentence-transformers model of `retrieve: dense`, a folder or an id on the Hub
     dense_model: str = "sentence-transformers/all-MiniLM-L6-v2"

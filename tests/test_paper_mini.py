@@ -122,6 +122,11 @@ def test_a_table_is_made_of_five_runs_and_six_evaluations(workplace: Path) -> No
     assert {recipe.data.shared_context for recipe in asked_of} == {False}
     assert {recipe.data.questions_per_context for recipe in asked_of} == {None}
     assert [source.retrieve for source in asked_of[0].eval.sources[:2]] == ["bm25", "bm25"]
+    # no question that trained is asked
+    trained = {source.path: source.max_samples for source in recipes["both"].data.sources}
+    twice = [source for source in asked_of[0].eval.sources if source.path in trained]
+    assert [source.format for source in twice] == ["2wikimultihopqa"]
+    assert twice[0].skip_samples == trained[twice[0].path] and twice[0].max_samples == 200
     table = json.loads((workplace / "data/results/paper-mini.json").read_text())
     assert len(table["rows"]) == 10 and len(table["runs"]) == 5
     block = table["rows"]["block fine-tuned, block mode"]

@@ -81,6 +81,7 @@ def read(
     prompt: RagPrompt,
     split: str | None = None,
     name: str | None = None,
+    skip_samples: int = 0,
     max_samples: int | None = None,
     skip_bad: bool = False,
     retriever: str = "none",
@@ -88,9 +89,10 @@ def read(
 ) -> Iterator[Sample]:
     """The samples of a source, lazily, in its order. Counts into `tally` what is read, dropped and bad.
 
-    `prompt` words the prompts of questions; no more than `max_samples` records are read. With a `retriever`
-    (`bm25` or `dense`) the documents of a `fid` source are read before its questions and stay in memory, the
-    documents alone; `squad` keeps an article at a time, every other format a record.
+    `prompt` words the prompts of questions; `skip_samples` records are passed over, and no more than
+    `max_samples` read. With a `retriever` (`bm25` or `dense`) all documents of a `fid` source are read before
+    its questions and stay in memory, the documents alone; `squad` keeps an article at a time, every other
+    format a record.
 
     Raises:
         UserError: nothing at `path`, or options that do not go together; later, unless `skip_bad`, a bad
@@ -105,33 +107,36 @@ def read(
 
     def name_of(tally: Tally) -> str:
         """The name of the record at hand, if it has none; the same wherever the file lies."""
-        return f"{unpacked(Path(path)).stem}-{tally.read}"
+        return f"{unpacked(Path(path)).stem}-{skip_samples + tally.read}"
 
     def records() -> Iterator[Placed]:
         found = (read_file(file, layout.under) for file in files) if files else [read_hub(path, split, name)]
         return layout.regroup(chain.from_iterable(found))
 
-    def asked(tally: Tally, limit: int | None) -> Iterator[Question]:
+    def wanted() -> Iterator[Placed]:
+        return islice(records(), skip_samples, None if max_samples is None else skip_samples + max_samples)
+
+    def asked(placed: Iterator[Placed], tally: Tally) -> Iterator[Question]:
         assert (ask := layout.question)
-        placed = islice(records(), limit)
         for question in _parsed(placed, lambda record, at: ask(record), tally, skip_bad, format):
             yield question if question.id else replace(question, id=name_of(tally))
 
     def with_documents() -> Iterator[Question]:
-        found = asked(tally, max_samples)
+        found = asked(wanted(), tally)
         if shares:
             return squad.share(found, prompt, tally.drop, index and index())
         if index:
             if layout.pool == "source":
-                pool = Pool(document for question in asked(Tally(), None) for document in question.documents)
+                pool = Pool(
+                    document for question in asked(records(), Tally()) for document in question.documents
+                )
                 found = (replace(question, pool=pool) for question in found)
             return retrieve.retrieve(found, index(), prompt.num_documents or 0)
         return map(squad.surround, found) if layout.pool == "article" else found
 
     def samples() -> Iterator[Sample]:
         if give := layout.samples:
-            placed = islice(records(), max_samples)
-            made = _parsed(placed, lambda r, at: tuple(give(r, name_of(tally))), tally, skip_bad, format)
+            made = _parsed(wanted(), lambda r, at: tuple(give(r, name_of(tally))), tally, skip_bad, format)
         else:
             made = ((_word(question, prompt),) for question in with_documents())
         for some in made:

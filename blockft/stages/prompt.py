@@ -67,6 +67,7 @@ def read_source(source: Source, data: DataSettings, tally: Tally) -> Iterator[Sa
         prompt=rag_prompt(data),
         split=source.split,
         name=source.name,
+        skip_samples=source.skip_samples,
         max_samples=source.max_samples,
         skip_bad=data.on_bad_record is BadRecord.skip,
         retriever=source.retrieve,

@@ -15,7 +15,8 @@ common=(smollm2-135m "model.path=$model" "data.out=$out/data" data.row_len=32768
   data.questions_per_context=8 data.copies=4
   train.batch_rows=1 train.learning_rate=2.5e-4 train.max_steps=700 train.save_steps=350
   train.eval_examples=0 eval.batch_size=32
-  eval.sources.0.max_samples=200 eval.sources.1.max_samples=200 eval.sources.2.max_samples=200 "$@")
+  eval.sources.0.max_samples=200 eval.sources.1.max_samples=200 eval.sources.2.max_samples=200
+  eval.sources.3.max_samples=200 "$@")
 step() { printf '\n== %s\n' "$*"; }
 
 mkdir -p "$out"

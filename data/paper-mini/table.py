@@ -17,8 +17,14 @@ from blockft.rundir import RECIPE, read_metrics
 from blockft.stages.timing import provenance
 
 METRIC = "substring_match"
-SOURCES = {"squad": "SQuAD-new-wiki", "fid": "NQ", "hotpotqa": "HotpotQA", ALL: "all"}
-"""The names of the recipe's development files, in the order of the columns."""
+SOURCES = {
+    "squad": "SQuAD-new-wiki",
+    "fid": "NQ",
+    "hotpotqa": "HotpotQA",
+    "2wikimultihopqa": "2Wiki",
+    ALL: "all",
+}
+"""The names of the recipe's questions, in the order of the columns."""
 
 REFERENCE = "full fine-tuned, full attention"
 ROWS = {

@@ -197,6 +197,28 @@ def test_no_more_records_are_read_than_asked_for(tmp_path: Path) -> None:
     assert (len(samples), tally.read) == (1, 1)
 
 
+@pytest.mark.parametrize("format", ["fid", "squad", "messages"])
+def test_one_file_gives_two_parts_that_share_no_record(tmp_path: Path, format: str) -> None:
+    path = tmp_path / "all.jsonl"
+    chat = [{"messages": [{"role": r, "content": f"{n}"} for r in ("user", "assistant")]} for n in range(5)]
+    records: list[Any] = {
+        "fid": [fid_record(n, "red") for n in range(5)],
+        "squad": [article()],
+        "messages": chat,
+    }[format]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    options = {} if format == "messages" else {"retriever": "bm25", "prompt": limited(3)}
+    everything, tally = read_all(path, format, **options)
+    (first, one), (second, two) = (
+        read_all(path, format, **options, **part) for part in ({"max_samples": 2}, {"skip_samples": 2})
+    )
+    assert first + second == everything and len(first) == 2
+    assert (one.read, two.read) == (2, tally.read - 2)
+    few, last = read_all(path, format, **options, skip_samples=1, max_samples=2)
+    assert few == everything[1:3] and last.read == 2
+    assert read_all(path, format, **options, skip_samples=tally.read) == ([], Tally())
+
+
 @pytest.mark.real_data
 def test_hotpotqa_as_published() -> None:
     path = Path(os.environ.get("BLOCKFT_REAL_DATA", "../shared/data")) / "hotpotqa_distractor_train.json"
