@@ -9,11 +9,10 @@ from enum import StrEnum
 from typing import Any
 
 
-def at_least(minimum: int, default: Any = MISSING) -> Any:
-    """A setting with a smallest value; for a list, a smallest length. `recipe` enforces it."""
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata={"minimum": minimum})
-    return field(default=default, metadata={"minimum": minimum})
+def at_least(minimum: float, default: Any = MISSING, below: float | None = None) -> Any:
+    """A setting with a smallest value, or one for the length of a list; `recipe` enforces both limits."""
+    given = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**given, metadata={"minimum": minimum, "below": below})
 
 
 class Format(StrEnum):
@@ -242,17 +241,17 @@ class TrainSettings:
     epochs: int = at_least(1, 1)
     # stop after this many optimizer steps; null runs all epochs
     max_steps: int | None = at_least(1, None)
-    learning_rate: float = 2e-5
-    # any scheduler name of transformers.Trainer
+    learning_rate: float = at_least(0, 2e-5)
+    # any scheduler of transformers.Trainer that goes by the step
     scheduler: str = "cosine"
     # extra arguments of the scheduler
     scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
     # steps over which the learning rate rises from 0
     warmup_steps: int = at_least(0, 0)
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    max_grad_norm: float = 1.0
+    weight_decay: float = at_least(0, 0.0)
+    adam_beta1: float = at_least(0, 0.9, below=1)
+    adam_beta2: float = at_least(0, 0.95, below=1)
+    max_grad_norm: float = at_least(0, 1.0)
     # compile the model's layers: fewer, larger kernels, for a minute or more at the start of a process
     compile: bool = False
     # recompute activations in the backward pass: less memory, a third more time

@@ -2,8 +2,10 @@
 
 import dataclasses
 import difflib
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, cast, get_args, get_origin, get_type_hints
@@ -144,7 +146,7 @@ def _nested(kind: type) -> dict[str, tuple[type, bool]]:
 
 
 def _faults(kind: type, given: dict[str, Any], at: str) -> dict[str, str]:
-    """By key, every unknown or missing one below `at`, every unknown choice, all that is too small."""
+    """By key, every unknown or missing one below `at`, every unknown choice, all that is out of bounds."""
     faults = {}
     hints = get_type_hints(kind)
     for key in given:
@@ -157,7 +159,7 @@ def _faults(kind: type, given: dict[str, Any], at: str) -> dict[str, str]:
         if required and given.get(f.name) in (None, "???"):
             faults[f"{at}{f.name}"] = f"{at}{f.name} is missing"
         elif f.name in given:
-            faults |= _bad_value(f"{at}{f.name}", given[f.name], hints[f.name], f.metadata.get("minimum"))
+            faults |= _bad_value(f"{at}{f.name}", given[f.name], hints[f.name], f.metadata)
     for name, (inner, many) in _nested(kind).items():
         value = given.get(name)
         if many and isinstance(value, list):
@@ -172,14 +174,23 @@ def _faults(kind: type, given: dict[str, Any], at: str) -> dict[str, str]:
     return faults
 
 
-def _bad_value(at: str, value: Any, hint: Any, minimum: int | None) -> dict[str, str]:
-    """What is wrong with a value: no choice of its kind, or too small. Its type is OmegaConf's to check."""
+def _bad_value(at: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> dict[str, str]:
+    """What is wrong with a value: no choice, or out of bounds. Its type is OmegaConf's to check."""
     values = value if isinstance(value, list) else [value]
     for choice in (h for h in (hint, *get_args(hint)) if isinstance(h, type) and issubclass(h, StrEnum)):
         if unknown := [v for v in values if v not in list(choice)]:
             return {at: f"{at} is {unknown[0]!r} (allowed: {', '.join(choice)})"}
-    size = len(value) if isinstance(value, list) else value
-    if minimum is not None and isinstance(size, int) and size < minimum:
-        holds = "hold" if isinstance(value, list) else "be"
+    holds, size = ("hold", len(value)) if isinstance(value, list) else ("be", value)
+    if hint is float and isinstance(value, str):
+        with suppress(ValueError):  # YAML takes 1e-4 for a text
+            size = float(value)
+    if not isinstance(size, int | float):
+        return {}
+    minimum, below = limits.get("minimum"), limits.get("below")
+    if not math.isfinite(size):
+        return {at: f"{at} is {value}, it should be finite"}
+    if minimum is not None and size < minimum:
         return {at: f"{at} is {value}, it should {holds} at least {minimum}"}
+    if below is not None and size >= below:
+        return {at: f"{at} is {value}, it should be below {below}"}
     return {}

@@ -127,6 +127,12 @@ def test_a_worker_ends_before_python_shuts_down(ended: str, code: int) -> None:
         assert ("Traceback" in done.stderr) == (code == 1)
 
 
+def test_a_worker_without_outputs_ends_so_too() -> None:
+    words = shlex.join([sys.executable, "-c", ENDS, str({"RANK": "0"}), "sys.exit(3)"])
+    done = subprocess.run(["sh", "-c", f"{words} >&-"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 3 and "Exception" not in done.stderr
+
+
 def test_the_readme_names_commands() -> None:
     assert len(COMMANDS) >= 8
 

@@ -27,7 +27,8 @@ def main() -> None:
         # a thread of Gloo that lets go of a tensor while Python shuts down aborts it, after its work is done
         if "RANK" in os.environ:
             for stream in (sys.stdout, sys.stderr):
-                with suppress(OSError):
+                # None where there is no such stream
+                with suppress(OSError, ValueError, AttributeError):
                     stream.flush()
             os._exit(code)
 

@@ -87,7 +87,7 @@ def evaluate(
     """Answer held-out questions in block and full mode, and score the answers; goes on after a kill."""
     from blockft.recipe import is_recipe, load_recipe
 
-    words = [*(overrides or ()), *([f"eval.modes=[{modes}]"] if modes else [])]
+    words = [*(overrides or ()), *([f"eval.modes=[{modes}]"] if modes is not None else [])]
     if format is None and is_recipe(target):
         settings = load_recipe(target, words)  # before the slow imports: most mistakes are found here
     else:

@@ -91,7 +91,7 @@ def train(
     from blockft.training.launch import check_gpus, is_worker, start_workers
 
     if dry_run:
-        stage.describe(settings, num_processes)
+        stage.describe(settings, num_processes, resume=resume)
     elif hosts or (num_processes > 1 and not is_worker()):
         if not hosts:
             check_gpus(num_processes)

@@ -62,7 +62,7 @@ def collate_row(
     }
     if with_full:
         full = lay_out([example.layout.full() for example, _ in examples], row_len)
-        is_other = [example.layout_of(view) != example.layout.full() for example, view in examples]
+        is_other = [view != "full" and example.splits for example, view in examples]
         of_labels = np.array(is_other, bool)[vectors.example_ids[0].numpy()[labelled]]
         row |= {
             "full_position_ids": full.position_ids,

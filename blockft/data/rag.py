@@ -37,7 +37,7 @@ class RagPrompt:
 
     `num_documents` keeps the most relevant documents and every one that supports; 0 keeps none at all. With
     `shared_context` the same documents stand in the same order in every prompt, whatever their relevance,
-    unless the order is `given`; at most `questions_per_context` questions share them.
+    unless the order is `given`.
 
     Raises:
         UserError: a template with a field that it does not know, or without the one that it needs.
@@ -50,7 +50,6 @@ class RagPrompt:
     order: str = "ascending"
     num_documents: int | None = None
     shared_context: bool = False
-    questions_per_context: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -83,6 +83,7 @@ def read(
     name: str | None = None,
     skip_samples: int = 0,
     max_samples: int | None = None,
+    questions_per_context: int | None = None,
     skip_bad: bool = False,
     retriever: str = "none",
     dense_model: str = "",
@@ -90,9 +91,9 @@ def read(
     """The samples of a source, lazily, in its order. Counts into `tally` what is read, dropped and bad.
 
     `prompt` words the prompts of questions; `skip_samples` records are passed over, and no more than
-    `max_samples` read. With a `retriever` (`bm25` or `dense`) all documents of a `fid` source are read before
-    its questions and stay in memory, the documents alone; `squad` keeps an article at a time, every other
-    format a record.
+    `max_samples` read. At most `questions_per_context` see a set of documents that `squad` shares. With a
+    `retriever` (`bm25` or `dense`) all documents of a `fid` source are read before its questions and stay in
+    memory, the documents alone; `squad` keeps an article at a time, every other format a record.
 
     Raises:
         UserError: nothing at `path`, or options that do not go together; later, unless `skip_bad`, a bad
@@ -124,7 +125,7 @@ def read(
     def with_documents() -> Iterator[Question]:
         found = asked(wanted(), tally)
         if shares:
-            return squad.share(found, prompt, tally.drop, index and index())
+            return squad.share(found, prompt, tally.drop, index and index(), questions_per_context)
         if index:
             if layout.pool == "source":
                 pool = Pool(

@@ -83,15 +83,15 @@ def share(
     prompt: RagPrompt,
     drop: Callable[[str], None],
     index: Index | None = None,
+    limit: int | None = None,
 ) -> Iterator[Question]:
     """Questions of an article see sets of its paragraphs, each its own paragraph's, and come set by set.
 
     The sets hold `prompt.num_documents` each and are drawn by lot; with an index, paragraphs that are alike
-    meet in a set. Each paragraph is in one set, unless `prompt.questions_per_context` limits the questions of
-    a set: then these are about as many paragraphs as can be, all sets are full, and they are drawn again for
+    meet in a set. Each paragraph is in one set, unless a `limit` is set to the questions of a set:
+    then these are about as many paragraphs as can be, all sets are full, and they are drawn again for
     the questions that are left. A question is dropped if another paragraph of its set holds its answer.
     """
-    limit = prompt.questions_per_context
     for pool, group in groupby(questions, key=attrgetter("pool")):
         waiting: list[Waiting] = [deque() for _ in pool.documents]
         for number, one in enumerate(group):
@@ -131,15 +131,16 @@ def _sets(
     everything = list(range(len(pool)))
     lots.shuffle(everything)
     size = max(1, num_documents if num_documents is not None else len(everything))
-    left, sets = everything, []
+    left, used, sets = everything, set[int](), []
     while left:
         first, *others = left
         if fills:
-            others += [paragraph for paragraph in everything if paragraph not in left]
+            others += [paragraph for paragraph in everything if paragraph in used]
         if scores:
             others.sort(key=scores[first].__getitem__, reverse=True)
         sets.append([first, *others[: size - 1]])
-        left = [paragraph for paragraph in left if paragraph not in sets[-1]]
+        used.update(sets[-1])
+        left = [paragraph for paragraph in left if paragraph not in used]
     return sets
 
 

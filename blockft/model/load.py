@@ -25,6 +25,7 @@ from blockft.attention.positions import Rotation
 from blockft.errors import UserError
 from blockft.model.lora import merged
 from blockft.progress import is_shown
+from blockft.rundir import RECIPE
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3")
 """Values of `config.model_type` for which law 4 is tested."""
@@ -154,12 +155,19 @@ def block_attention(config: PreTrainedConfig) -> Mapping[str, Any]:
 
 
 def adapter_base(path: str) -> tuple[str, str | None] | None:
-    """The model and revision under the adapter in a folder; None if the folder holds none."""
+    """The model and revision under the adapter in a folder; None if the folder holds none.
+
+    Raises:
+        UserError: its configuration names no model.
+    """
     adapter = Path(path) / "adapter_config.json"
     if not adapter.is_file():
         return None
-    settings = json.loads(adapter.read_text(encoding="utf-8"))
-    return settings["base_model_name_or_path"], settings["revision"]
+    try:
+        settings = json.loads(adapter.read_text(encoding="utf-8"))
+        return settings["base_model_name_or_path"], settings.get("revision")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{adapter} is no configuration of an adapter: {error!r}") from error
 
 
 def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -249,6 +257,8 @@ def _open(kind: Any, path: str, revision: str | None, **settings: Any) -> Any:
     """`from_pretrained`, with its many ways to say that nothing is there turned into one sentence."""
     if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         raise UserError(f"model {path!r} is no folder, and no id on the Hub (owner/name) either")
+    if (Path(path) / RECIPE).is_file() and not (Path(path) / "config.json").exists():
+        raise UserError(f"{path} is a run, not a model: blockft export {path} FOLDER makes one of it")
     try:
         return kind.from_pretrained(path, revision=revision or "main", **settings)
     except (OSError, ValueError, SafetensorError) as error:

@@ -36,13 +36,13 @@ def compare(
     columns = {f"{m} {name}": groups for name, r in reports.items() for m, groups in _scores(r).items()}
     rows = _rows(list(reports.values()))
     differing = _differing(reports)
+    if png:
+        save_figure(draw(columns, rows, metric), png)
     if as_json:
         scores = {name: {group: c[group] for group in rows} for name, c in columns.items()}
         print(json.dumps({"metric": metric, "scores": scores, "differing options": differing}, indent=2))
     else:
         _print(columns, rows, metric, differing)
-    if png:
-        save_figure(draw(columns, rows, metric), png)
 
 
 def _named(paths: Sequence[Path]) -> dict[str, Path]:

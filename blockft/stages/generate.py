@@ -150,7 +150,7 @@ def _prompt(line: str, engine: Engine, at: str) -> Sample:
     """
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{at} is not JSON: {error}") from error
     return engine.request(record, at)
 

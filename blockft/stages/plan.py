@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.integrations import get_reporting_integration_callbacks
 
 from blockft.config import Attention, Objective, Positions, Recipe, View
 from blockft.data.encode import Example
@@ -21,8 +22,9 @@ from blockft.recipe import SHIPPED
 from blockft.rundir import RECIPE, refuse_existing
 from blockft.training.launch import use_cpu
 from blockft.training.rows import Rows
+from blockft.training.schedule import check_schedule
 
-OF_DISTILL = ("train.objective", "train.teacher", "train.teacher_weight")
+OF_DISTILL = ("train.teacher", "train.teacher_weight")
 """Facts of runs with a teacher."""
 
 TEACHER = "model as train.teacher"
@@ -50,7 +52,7 @@ def make_plan(recipe: Recipe, num_processes: int) -> Plan:
     """The plan of a run on so many processes.
 
     Raises:
-        UserError: recipe, prepared data, model and processes do not fit together.
+        UserError: recipe, prepared data, model and processes do not fit together, or a setting is unfit.
     """
     data, settings = recipe.data, recipe.train
     if settings.batch_rows % num_processes:
@@ -59,6 +61,7 @@ def make_plan(recipe: Recipe, num_processes: int) -> Plan:
             f"make it a multiple of {num_processes}"
         )
     _check_objective(recipe)
+    _check_trackers(settings.report_to)
     config = load_config(recipe.model.path, recipe.model.revision)
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
     prepared = load_prepared(Path(data.out))
@@ -100,14 +103,20 @@ def make_plan(recipe: Recipe, num_processes: int) -> Plan:
         raise UserError(f"no example of {data.out} splits into blocks: the full view has nothing to teach")
     eval_views = views if held_out else []
     num_steps = len(rows) // settings.batch_rows
+    num_steps = min(num_steps, settings.max_steps or num_steps)
+    check_schedule(
+        settings.scheduler, settings.scheduler_kwargs, warmup_steps=settings.warmup_steps, num_steps=num_steps
+    )
     auto_backend, auto_dtype = ("sdpa", torch.float32) if use_cpu() else ("flex", torch.bfloat16)
     backend, precision = recipe.model.attention, recipe.model.dtype
     dtype = dtype_of(precision, auto_dtype)
+    if backend is Attention.flex and use_cpu():
+        raise UserError("model.attention=flex needs a GPU: FlexAttention has no backward pass on a CPU")
     deepspeed = _deepspeed(settings.deepspeed)
     return Plan(
         rows=rows,
         eval_rows={v: packed(held_out, [v], batch_rows=num_processes, epochs=1) for v in eval_views},
-        num_steps=min(num_steps, settings.max_steps or num_steps),
+        num_steps=num_steps,
         manifest=prepared.manifest,
         backend=auto_backend if backend is Attention.auto else backend.value,
         dtype=dtype,
@@ -120,6 +129,7 @@ def make_plan(recipe: Recipe, num_processes: int) -> Plan:
             "data.positions": data.positions.value,
             "train.batch_rows": settings.batch_rows,
             "train.seed": settings.seed,
+            "train.objective": settings.objective.value,
             "train.eval_examples": settings.eval_examples,
             "train.lora": settings.lora,
             "train.weight_decay": settings.weight_decay,
@@ -141,7 +151,9 @@ def check_run(recipe: Recipe, *, resume: bool, num_processes: int) -> tuple[Plan
     """
     run = Path(recipe.train.out)
     if not resume:
-        refuse_existing(run, "go on from its last checkpoint with --resume, or choose another train.out")
+        is_begun = (run / RECIPE).is_file() and not whole_checkpoints(run)
+        start = "begin it anew (it has no checkpoint yet)" if is_begun else "go on from its last checkpoint"
+        refuse_existing(run, f"{start} with --resume, or choose another train.out")
         return make_plan(recipe, num_processes), None
     plan = make_plan(recipe, num_processes)
     if (run / RECIPE).is_file() and not whole_checkpoints(run):
@@ -182,6 +194,13 @@ def _check_objective(recipe: Recipe) -> None:
         )
 
 
+def _check_trackers(names: list[str]) -> None:
+    try:
+        get_reporting_integration_callbacks([name for name in names if name not in ("none", "all")])
+    except ValueError as error:
+        raise UserError(f"train.report_to cannot be used: {error}") from error
+
+
 def _hold_out(
     examples: Sequence[Example], num_eval: int, seed: int
 ) -> tuple[Sequence[Example], Sequence[Example]]:
@@ -215,6 +234,9 @@ def _deepspeed(name: str) -> dict[str, Any]:
         names = ", ".join(sorted(p.stem for p in (SHIPPED / "deepspeed").glob("*.json")))
         raise UserError(f"train.deepspeed {name!r} is neither a file nor one that ships ({names})")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization", {}), dict):
+        raise UserError(f"{path} should hold a JSON object, and its zero_optimization another one")
+    return settings

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from blockft.config import BadRecord, DataSettings, Order, Recipe, Source, TooLong
+from blockft.config import BadRecord, DataSettings, Recipe, Source, TooLong
 from blockft.data.cut import CUT_FORMATS, cut_sample
 from blockft.data.encode import NO_LABEL, Encoder, Example
 from blockft.data.fit import Outcome, encode_to_fit, share_context
@@ -31,7 +31,7 @@ from blockft.evaluation.report import histogram
 from blockft.model.load import load_tokenizer
 from blockft.progress import is_shown
 from blockft.rundir import refuse_existing, whole_folder
-from blockft.stages.prompt import check_wording, read_source
+from blockft.stages.prompt import check_effect, check_wording, read_source
 
 TASK_SAMPLES = 64
 """Samples that a worker encodes at a time."""
@@ -89,6 +89,7 @@ def prepare(recipe: Recipe, overwrite: bool = False) -> Path:
     data, out = recipe.data, Path(recipe.data.out)
     _check_out(out, overwrite)
     check_wording(data.prompt)
+    check_effect(data)
     # workers are forked, and the tokenizer's threads would not survive that
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     counts = [SourceCount() for _ in data.sources]
@@ -112,17 +113,7 @@ def prepare(recipe: Recipe, overwrite: bool = False) -> Path:
 
 
 def _read_copies(source: Source, data: DataSettings, count: SourceCount) -> Iterator[Sample]:
-    """The samples of a source as often as there are copies, each time by another seed.
-
-    Raises:
-        UserError: the copies would be all the same; see `read_source`.
-    """
-    varies = data.order is Order.shuffled or data.shared_context and data.order is not Order.given
-    if data.copies > 1 and not varies:
-        raise UserError(
-            f"data.copies is {data.copies}, and all would be the same with data.order={data.order.value} and "
-            f"data.shared_context={str(data.shared_context).lower()}: set data.order=shuffled"
-        )
+    """The samples of a source as often as there are copies, each time by another seed; see `read_source`."""
     tallies = [Tally() for _ in range(data.copies)]
     copies = [
         read_source(source, dataclasses.replace(data, seed=data.seed + number), tally)
@@ -248,7 +239,7 @@ def _describe(source: Source, count: SourceCount) -> dict[str, Any]:
         "templated": count.templated,
         "tokens": count.tokens,
         "dropped": dict(sorted(count.dropped.items())),
-        "bad_records": count.bad_records + count.unfit_samples,
+        "bad_records": [*dict.fromkeys(count.bad_records + count.unfit_samples)],
     }
 
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from blockft.config import BadRecord, DataSettings, PromptSettings, Source
+from blockft.config import BadRecord, DataSettings, Order, PromptSettings, Retrieve, Source
 from blockft.data.rag import RagPrompt
 from blockft.data.sample import Sample
-from blockft.data.sources import Tally, read
+from blockft.data.sources import LAYOUTS, Tally, read
 from blockft.errors import UserError
 
 
@@ -29,18 +29,43 @@ def check_wording(prompt: PromptSettings) -> None:
         )
 
 
+def check_effect(data: DataSettings) -> None:
+    """Refuse settings that would change nothing in any source.
+
+    Raises:
+        UserError: a number of documents where no prompt is worded; copies in which nothing is drawn by lot.
+    """
+    if data.num_documents is not None and not any(LAYOUTS[s.format].question for s in data.sources):
+        raise UserError(
+            f"data.num_documents is {data.num_documents}, and all sources come with their documents in place: "
+            "leave it out (data.too_long=trim shortens those longer than a row)"
+        )
+    if data.copies > 1 and not any(_draws_lots(source, data) for source in data.sources):
+        raise UserError(
+            f"data.copies is {data.copies}, and all would be the same, for no source has documents that are "
+            "drawn or put into order by lot: set data.order=shuffled, or train longer with train.epochs"
+        )
+
+
+def _draws_lots(source: Source, data: DataSettings) -> bool:
+    """Whether the seed has a say in which documents stand in the prompts of a source, or where."""
+    if not LAYOUTS[source.format].question:
+        return False
+    is_ordered_so = data.order is Order.shuffled or data.shared_context and data.order is not Order.given
+    # a search ranks what lots would choose from; sets of documents to share are begun by lot all the same
+    is_chosen_so = data.num_documents is not None and (
+        source.retrieve is Retrieve.none or data.shared_context
+    )
+    return is_ordered_so or is_chosen_so
+
+
 def rag_prompt(data: DataSettings) -> RagPrompt:
     """How prompts are worded and which documents stand where.
 
     Raises:
-        UserError: a template is faulty; a limit for contexts that are not shared.
+        UserError: a template is faulty.
     """
     prompt = data.prompt
-    if data.questions_per_context and not data.shared_context:
-        raise UserError(
-            f"data.questions_per_context is {data.questions_per_context}, and no context is shared: "
-            "set data.shared_context=true, or leave it out"
-        )
     return RagPrompt(
         instruction=prompt.instruction,
         document=prompt.document,
@@ -49,7 +74,6 @@ def rag_prompt(data: DataSettings) -> RagPrompt:
         order=data.order,
         num_documents=data.num_documents,
         shared_context=data.shared_context,
-        questions_per_context=data.questions_per_context,
         seed=data.seed,
     )
 
@@ -60,6 +84,11 @@ def read_source(source: Source, data: DataSettings, tally: Tally) -> Iterator[Sa
     Raises:
         UserError: nothing is there, settings do not go together, or, later, a record is bad.
     """
+    if data.questions_per_context and not data.shared_context:
+        raise UserError(
+            f"data.questions_per_context is {data.questions_per_context}, and no context is shared: "
+            "set data.shared_context=true, or leave it out"
+        )
     return read(
         source.format,
         source.path,
@@ -69,6 +98,7 @@ def read_source(source: Source, data: DataSettings, tally: Tally) -> Iterator[Sa
         name=source.name,
         skip_samples=source.skip_samples,
         max_samples=source.max_samples,
+        questions_per_context=data.questions_per_context,
         skip_bad=data.on_bad_record is BadRecord.skip,
         retriever=source.retrieve,
         dense_model=data.dense_model,

@@ -31,7 +31,7 @@ from blockft.rundir import (
     save_figure,
     write_whole,
 )
-from blockft.stages.plan import NUM_PROCESSES, TEACHER, Plan, check_run, compare_facts, make_plan
+from blockft.stages.plan import NUM_PROCESSES, TEACHER, Plan, check_run, compare_facts
 from blockft.training.launch import check_ranks, meet, part, prepare_worker, use_cpu
 from blockft.training.loss import Distillation
 
@@ -43,7 +43,7 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
     """Train as a worker among WORLD_SIZE (or alone) and return the run's folder; nothing if it is finished.
 
     Raises:
-        UserError: see `check_run`; an unknown scheduler or tracker; a loss that is not finite.
+        UserError: see `check_run`; an unknown tracker; a loss that is not finite.
         KeyboardInterrupt: the run was asked to stop, and has saved a checkpoint.
     """
     prepare_worker()
@@ -174,11 +174,15 @@ def _begin(run: Path, recipe: Recipe, plan: Plan, checkpoint: Path | None) -> No
         write_whole(run / METRICS, "")
 
 
-def describe(recipe: Recipe, num_processes: int) -> None:
-    """Print what the run would do: rows, steps, share of labels, fill, memory (`--dry-run`)."""
+def describe(recipe: Recipe, num_processes: int, *, resume: bool = False) -> None:
+    """Print what the run would do: rows, steps, share of labels, fill, memory (`--dry-run`).
+
+    Raises:
+        UserError: see `check_run`.
+    """
     from transformers import AutoModelForCausalLM
 
-    plan = make_plan(recipe, num_processes)
+    plan, _ = check_run(recipe, resume=resume, num_processes=num_processes)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(load_config(recipe.model.path, recipe.model.revision))
         num_teacher = 0

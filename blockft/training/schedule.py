@@ -1,9 +1,39 @@
-"""Going on under a schedule that is not the checkpoint's."""
+"""Which schedules there are, and going on under one that is not the checkpoint's."""
 
 from typing import Any
 
+import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    SchedulerType,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    get_scheduler,
+)
+
+from blockft.errors import UserError
+
+BY_METRIC = ("reduce_lr_on_plateau", "greedy")
+"""Schedules that go by what an evaluation finds, and not by the step."""
+
+
+def check_schedule(name: str, settings: dict[str, Any], *, warmup_steps: int, num_steps: int) -> None:
+    """Build the schedule once, for an optimizer of nothing.
+
+    Raises:
+        UserError: the Trainer knows none of that name that goes by the step, or it takes other settings.
+    """
+    allowed = [kind.value for kind in SchedulerType if kind.value not in BY_METRIC]
+    if name not in allowed:
+        raise UserError(f"train.scheduler is {name!r} (allowed: {', '.join(allowed)})")
+    try:
+        get_scheduler(name, torch.optim.SGD([torch.zeros(1)]), warmup_steps, num_steps, settings)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"train.scheduler_kwargs {settings} do not fit train.scheduler {name}: {error}"
+        ) from error
 
 
 class RecipeSchedule(TrainerCallback):
@@ -11,7 +41,7 @@ class RecipeSchedule(TrainerCallback):
 
     A checkpoint brings back the rate and the schedule with which it was written: a lower rate in the recipe
     would do nothing, and a run that is made longer would begin at the end of the shorter one's curve.
-    Schedules that go by more than the step (`reduce_lr_on_plateau`) stay the checkpoint's.
+    A schedule of DeepSpeed's own, from a file that `train.deepspeed` names, stays the checkpoint's.
     """
 
     def on_train_begin(

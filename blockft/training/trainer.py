@@ -75,11 +75,10 @@ class BlockTrainer(Trainer):
         """What the teacher says to a row in its full view."""
         labels, teacher = inputs["shift_labels"][None], distillation.teacher
         config = (teacher or self.model).config
-        was_training = model.training
-        # or its own dropout would have a say
+        # or dropout would have a say in what a model teaches itself
         model.eval()
         logits = (teacher or model)(**forward_words(inputs, config, full=True)).logits
-        model.train(was_training)
+        model.train()
         # in the full view a model has nothing to learn from itself
         is_taught = torch.ones_like(labels, dtype=torch.bool) if teacher else inputs["is_block_view"][None]
         return Targets(labels, is_taught, logits, distillation.weight)

@@ -8,12 +8,12 @@
 set -euo pipefail
 model=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
 out=${FOLDER:-out/paper-mini}
-# eight questions of an article share ten of its paragraphs; all is asked four times, by other lots for sets and orders:
-# 700 steps are an epoch of that in one view
+# eight questions of an article share ten of its paragraphs; all is asked four times, by other lots for sets and orders.
+# 700 steps are an epoch of that in one view, and some steps of the next: all models train for as many
 common=(smollm2-135m "model.path=$model" "data.out=$out/data" data.row_len=32768
   data.sources.0.retrieve=none data.sources.5.max_samples=2000 data.shared_context=true
   data.questions_per_context=8 data.copies=4
-  train.batch_rows=1 train.learning_rate=2.5e-4 train.max_steps=700 train.save_steps=350
+  train.batch_rows=1 train.learning_rate=2.5e-4 train.epochs=2 train.max_steps=700 train.save_steps=350
   train.eval_examples=0 eval.batch_size=32
   eval.sources.0.max_samples=200 eval.sources.1.max_samples=200 eval.sources.2.max_samples=200
   eval.sources.3.max_samples=200 "$@")

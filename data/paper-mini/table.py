@@ -51,6 +51,10 @@ def main(out: Path, results: Path) -> None:
     }
     scores = {row: reports[name]["modes"][mode] for row, (name, mode, _) in ROWS.items()}
     groups = [group for group in SOURCES if group in scores[REFERENCE]]
+    runs = {name: _run(out / name / "run") for name in reports if name != "before"}
+    assert len({run["steps"] for run in runs.values()}) == 1, (
+        "the models trained for different numbers of steps"
+    )
     differences = {row: _difference(hits[row], hits[REFERENCE]) for row in ROWS}
     table: dict[str, Any] = {
         **provenance(),
@@ -67,7 +71,7 @@ def main(out: Path, results: Path) -> None:
             }
             for row, (name, mode, paper) in ROWS.items()
         },
-        "runs": {name: _run(out / name / "run") for name in reports if name != "before"},
+        "runs": runs,
         "reports": reports,
     }
     results.parent.mkdir(parents=True, exist_ok=True)

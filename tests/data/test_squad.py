@@ -38,14 +38,13 @@ def ask(records: Iterable[Any]) -> Iterator[Question]:
     return (squad.question(posed) for _, posed in squad.pose(placed))
 
 
-def sets_of(num_documents: int | None, seed: int = 0, questions: int | None = None) -> RagPrompt:
+def sets_of(num_documents: int | None, seed: int = 0) -> RagPrompt:
     return RagPrompt(
         instruction="",
         document="{text}",
         question="{question}",
         num_documents=num_documents,
         shared_context=True,
-        questions_per_context=questions,
         seed=seed,
     )
 
@@ -152,14 +151,14 @@ def test_sets_are_drawn_again_for_the_questions_that_a_set_has_no_room_for() -> 
     answers = [f"w{i}x" for i in range(12)]
     paragraphs = [{"context": f"It is {a}.", "qas": [qa(a, n) for n in range(5)]} for a in answers]
     asked = list(ask([{"title": "T", "paragraphs": paragraphs}]))
-    shared = list(squad.share(iter(asked), sets_of(4, questions=6), print))
+    shared = list(squad.share(iter(asked), sets_of(4), print, limit=6))
     assert sorted(q.id for q in shared) == sorted(q.id for q in asked)
     by_set = [list(some) for _, some in groupby(shared, key=texts)]
     assert max(map(len, by_set)) == 6 and len({tuple(texts(some[0])) for some in by_set}) > 6
     # of the first sets every paragraph is asked about, and some twice
     assert all(len({q.answers for q in some}) == 4 for some in by_set[:3])
     # a short set is filled
-    some_sets = list(squad.share(iter(asked[:55]), sets_of(5, questions=6), print))
+    some_sets = list(squad.share(iter(asked[:55]), sets_of(5), print, limit=6))
     assert len(some_sets) == 55 and {len(q.documents) for q in some_sets} == {5}
     ids = [q.id for q in by_set[0]]
     assert ids == [q.id for q in asked if q.id in ids]

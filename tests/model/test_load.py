@@ -93,6 +93,13 @@ def test_weights_that_are_cut_short_are_one_sentence(tmp_path: Path, num_bytes: 
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"r": 1}'])
+def test_an_adapter_that_names_no_model_is_one_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(UserError, match=r"adapter_config\.json is no configuration of an adapter"):
+        load_config(str(tmp_path))
+
+
 WORDING = {"instruction": "Read.", "document": "{text}", "question": "{question}"}
 
 

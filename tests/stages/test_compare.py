@@ -76,6 +76,15 @@ def test_every_report_has_a_name(
     assert list(compared(capsys, Path("."), Path("../c"))["scores"]) == ["block a", "block c"]
 
 
+def test_nothing_is_printed_where_the_picture_cannot_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reports = [save_report(tmp_path / "a", "x")]
+    with pytest.raises(UserError, match="there is no folder"):
+        compare(reports, png=tmp_path / "none" / "a.png")
+    assert not capsys.readouterr().out
+
+
 @pytest.mark.parametrize("again", ["e", "e/report.json", "./e/../e"])
 def test_a_report_stands_beside_others_only(tmp_path: Path, again: str) -> None:
     first = save_report(tmp_path / "e", "x")

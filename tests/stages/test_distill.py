@@ -1,5 +1,7 @@
 """Whole runs of a toy in which a teacher has a say: its own full view, or another model."""
 
+import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,7 +73,12 @@ def test_law_9_a_resumed_run_is_taught_on(toy: Path) -> None:
         metrics.write('{"step": 6, "lo')
     assert losses(toy, "again", *words, "--resume") == expected
     again = [f"train.out={toy}/again", "train.epochs=2"]
-    for asked, said in (([DISTILL], "another train.teacher"), ([], "another train.objective")):
+    taught = [DISTILL, f"train.teacher={teacher}"]
+    for asked, said in (
+        ([DISTILL], "another train.teacher "),
+        ([*taught, "train.teacher_weight=0.5"], "another train.teacher_weight"),
+        ([], r"another train.objective \(distill\) than is asked for \(sft\)"),
+    ):
         with pytest.raises(UserError, match=said):
             check_run(load_recipe(str(toy / "recipe.yaml"), [*again, *asked]), resume=True, num_processes=1)
     shutil.copytree(save_model(toy / "other", hidden_size=64), teacher, dirs_exist_ok=True)
@@ -98,10 +105,20 @@ def test_what_a_model_teaches_itself_is_its_full_view_without_dropout(toy: Path)
     assert torch.equal(own.is_taught[0], row["is_block_view"]) and taught_by.is_taught.all()
 
 
+def gib(said: str) -> float:
+    found = re.search(r"([\d.]+) GiB", said)
+    assert found
+    return float(found[1])
+
+
 def test_a_dry_run_counts_the_teacher(toy: Path) -> None:
     words = ("train", toy / "recipe.yaml", f"train.out={toy}/dry", "--dry-run", DISTILL)
-    done = blockft(*words, f"train.teacher={save_model(toy / 'wide', hidden_size=64)}")
-    assert done.returncode == 0 and " teach" in done.stdout
+    large = shutil.copytree(toy / "model", toy / "large", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((large / "config.json").read_text())
+    (large / "config.json").write_text(json.dumps(config | {"intermediate_size": 10**7}))
+    taught, alone = blockft(*words, f"train.teacher={large}"), blockft(*words)
+    assert taught.returncode == alone.returncode == 0 and " teach" in taught.stdout
+    assert gib(taught.stdout) - gib(alone.stdout) > 1
 
 
 @pytest.mark.parametrize(

@@ -277,6 +277,7 @@ def test_a_mistake_is_found_before_the_first_answer(
     ("line", "said"),
     [
         ("{", "line 3 is not JSON"),
+        ('{"question": "b", "n": ' + "1" * 5000 + "}", "line 3 is not JSON"),
         ("[1]", "line 3: the request"),
         ('{"documents": ["a"]}', "line 3: "),
         ('{"documents": ["a", ""], "question": "b"}', "line 3: "),

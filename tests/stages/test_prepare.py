@@ -113,14 +113,41 @@ def test_copies_are_those_of_other_seeds_where_records_have_no_ids(make_recipe: 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"copies": 2}, "all would be the same with data.order=ascending and data.shared_context=false"),
-        ({"copies": 2, "shared_context": True, "order": Order.given}, "all would be the same"),
+        # samples come worded, whatever the order
+        ({"copies": 2, "order": Order.shuffled}, "all would be the same"),
+        ({"num_documents": 2}, "documents in place"),
         ({"questions_per_context": 2}, "set data.shared_context=true"),
     ],
 )
 def test_options_that_would_do_nothing(make_recipe: Make, options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         prepare(make_recipe(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "varies"),
+    [
+        ({}, False),
+        ({"order": Order.given, "shared_context": True}, False),
+        ({"shared_context": True}, True),
+        ({"num_documents": 2}, True),
+        ({"num_documents": 2, "order": Order.given, "shared_context": True}, True),
+        ({"num_documents": 2, "retrieve": Retrieve.bm25}, False),
+    ],
+)
+def test_copies_are_taken_where_lots_are_drawn(
+    make_recipe: Make, tmp_path: Path, options: dict[str, Any], varies: bool
+) -> None:
+    source = replace(squad_source(tmp_path, "ABCDEF"), retrieve=options.get("retrieve", Retrieve.none))
+    options = {name: value for name, value in options.items() if name != "retrieve"} | {"sources": [source]}
+    one, other = (samples_of(prepare(make_recipe(**options, seed=seed), overwrite=True)) for seed in (0, 1))
+    assert (one != other) is varies
+    recipe = make_recipe(**options, copies=2)
+    if varies:
+        assert samples_of(prepare(recipe, overwrite=True)) == one + other
+    else:
+        with pytest.raises(UserError, match="all would be the same"):
+            prepare(recipe, overwrite=True)
 
 
 def test_a_sample_longer_than_a_row_is_dropped_or_trimmed(make_recipe: Make) -> None:
@@ -293,6 +320,10 @@ def test_law_12_unfit_samples_are_counted_and_listed(
     assert (counts["kept"], counts["dropped"]) == (196, {unfit: 4, "bad record": 1})
     assert "line 201: not JSON" in counts["bad_records"][0]
     assert counts["bad_records"][1:] == [f"sample {n}: {unfit}" for n in (7, 57, 107, 157)]
+    sources = [*options["sources"], squad_source(tmp_path)]
+    twice = prepare(make_recipe(**options | {"sources": sources, "num_documents": 2, "copies": 2}))
+    again = load_prepared(twice).manifest["sources"][0]
+    assert again["dropped"] == {unfit: 8, "bad record": 2} and again["bad_records"] == counts["bad_records"]
     with pytest.raises(UserError, match="^sample 7 of alpaca: the vocabulary spells a marker$"):
         prepare(make_recipe(**options | {"on_bad_record": BadRecord.error}), overwrite=True)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from blockft.stages.evaluate import evaluate
 from blockft.stages.export import export
 from blockft.stages.plan import make_plan
 from blockft.stages.prepare import prepare
+from blockft.stages.train import describe
+from tests.data.test_squad import article
 from tests.run import save_model, toy_recipe
 
 
@@ -213,8 +216,40 @@ def test_runs_that_cannot_be(toy: Path, words: tuple[str, ...], said: str) -> No
     assert sorted(str(path) for path in toy.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("train.out={toy}/run", "go on from its last checkpoint with --resume"),
+        ("train.out={toy}/begun", "begin it anew"),
+        ("train.scheduler=foo", "'foo' (allowed: linear"),
+        ("train.scheduler=reduce_lr_on_plateau", "(allowed: linear"),
+        ("train.scheduler_kwargs={{min: 1}}", "unexpected keyword argument 'min'"),
+        ("train.scheduler=cosine_with_min_lr", "min_lr"),
+        ("train.report_to=[foo]", "foo"),
+        ("model.attention=flex", "needs a GPU"),
+        ("train.deepspeed={toy}/begun/list.json", "should hold a JSON object"),
+        ("train.deepspeed={toy}/begun/stage.json", "should hold a JSON object"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_would(toy: Path, word: str, said: str) -> None:
+    begun = toy / "begun"
+    begun.mkdir(exist_ok=True)
+    for name, text in (("recipe.yaml", ""), ("list.json", "[1]"), ("stage.json", '{"zero_optimization": 3}')):
+        (begun / name).write_text(text)
+    words = [f"train.out={toy}/dry", word.format(toy=toy)]
+    with pytest.raises(UserError, match=re.escape(said)):
+        describe(load_recipe(str(toy / "recipe.yaml"), words), 1)
+
+
+def test_a_run_is_no_model(toy: Path) -> None:
+    with pytest.raises(UserError, match=rf"run is a run, not a model: blockft export {toy}/run FOLDER"):
+        evaluate(str(toy / "run"), toy_recipe(toy))
+
+
 def test_nothing_is_held_out_that_another_copy_teaches(toy: Path, tmp_path: Path) -> None:
-    words = [f"data.out={tmp_path}/twice", "data.copies=2", "data.order=shuffled", "train.eval_examples=2"]
+    (tmp_path / "squad.json").write_text(json.dumps({"data": [article()]}))
+    words = [f"data.sources=[{{format: squad, path: {tmp_path}/squad.json}}]", "data.row_len=1024"]
+    words += [f"data.out={tmp_path}/twice", "data.copies=2", "data.order=shuffled", "train.eval_examples=2"]
     recipe = load_recipe(str(toy / "recipe.yaml"), words)
     prepare(recipe)
     with pytest.raises(UserError, match=r"twice asks every question 2 times \(data.copies\)"):
