@@ -37,7 +37,7 @@ def check_effect(data: DataSettings) -> None:
     """
     if data.num_documents is not None and not any(LAYOUTS[s.format].question for s in data.sources):
         raise UserError(
-            f"data.num_documents is {data.num_documents}, and all sources come with their documents in place: "
+            f"data.num_documents is {data.num_documents}, and all sources have their documents in place: "
             "leave it out (data.too_long=trim shortens those longer than a row)"
         )
     if data.copies > 1 and not any(_draws_lots(source, data) for source in data.sources):
