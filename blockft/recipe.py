@@ -187,7 +187,7 @@ def _bad_value(at: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> dic
     if not isinstance(size, int | float):
         return {}
     minimum, below = limits.get("minimum"), limits.get("below")
-    if not math.isfinite(size):
+    if isinstance(size, float) and not math.isfinite(size):
         return {at: f"{at} is {value}, it should be finite"}
     if minimum is not None and size < minimum:
         return {at: f"{at} is {value}, it should {holds} at least {minimum}"}

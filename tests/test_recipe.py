@@ -55,3 +55,7 @@ def test_the_recipe_is_named_for_its_own_faults() -> None:
     )
     with pytest.raises(UserError, match=r"^r\.yaml: data\.sources is \[\], it should hold at least 1$"):
         make_recipe(GIVEN | {"data": {"out": "o", "sources": []}}, ["data.seed=1"], "r.yaml")
+
+
+def test_large_numbers_are_no_fault_of_their_bounds() -> None:
+    assert make_recipe(GIVEN, [f"data.row_len={10**400}"], "r.yaml").data.row_len == 10**400
