@@ -8,13 +8,12 @@
 set -euo pipefail
 model=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
 out=${FOLDER:-out/paper-mini}
-# eight questions of an article share ten of its paragraphs; all is asked four times, by other lots for sets and orders.
-# 700 steps are an epoch of that in one view, and some steps of the next: all models train for as many
-common=(smollm2-135m "model.path=$model" "data.out=$out/data" data.row_len=32768
-  data.sources.0.retrieve=none data.sources.5.max_samples=2000 data.shared_context=true
-  data.questions_per_context=8 data.copies=4
+# a search ranks the documents of every question, the best next to it, as the paper's; chats make up a sixth.
+# 700 steps are an epoch of that in one view and some steps of the next: all models train for as many
+common=(smollm2-135m "model.path=$model" "data.out=$out/data" data.row_len=32768 data.order=ascending
+  data.sources.2.retrieve=bm25 data.sources.3.retrieve=bm25 data.sources.4.retrieve=bm25 data.sources.5.max_samples=2000
   train.batch_rows=1 train.learning_rate=2.5e-4 train.epochs=2 train.max_steps=700 train.save_steps=350
-  train.eval_examples=0 eval.batch_size=32
+  train.eval_examples=0 eval.batch_size=32 eval.sources.2.retrieve=bm25 eval.sources.3.retrieve=bm25
   eval.sources.0.max_samples=200 eval.sources.1.max_samples=200 eval.sources.2.max_samples=200
   eval.sources.3.max_samples=200 "$@")
 step() { printf '\n== %s\n' "$*"; }
@@ -44,8 +43,7 @@ train() { # NAME [KEY=VALUE ...]
 evaluate() { # NAME MODEL MODES
   [ -e "$out/$1/eval" ] && return
   step "evaluation: $1"
-  # what stands before a question here is what a search finds
-  blockft eval "$2" "${common[@]}" data.shared_context=false data.questions_per_context=null "eval.out=$out/$1/eval" --modes "$3"
+  blockft eval "$2" "${common[@]}" "eval.out=$out/$1/eval" --modes "$3"
 }
 
 prepare
