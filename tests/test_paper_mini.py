@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from blockft.config import Objective, Positions, View
+from blockft.config import Positions, View
 from blockft.evaluation.report import Prediction, build_report
 from blockft.recipe import load_recipe
 from tests.test_cli import ROOT
@@ -91,44 +91,42 @@ def calls(workplace: Path) -> list[list[str]]:
     return [json.loads(line) for line in (workplace / "calls").read_text().splitlines()]
 
 
-def test_a_table_is_made_of_five_runs_and_six_evaluations(workplace: Path) -> None:
+def test_a_table_is_made_of_four_runs_and_five_evaluations(workplace: Path) -> None:
     done = run(workplace)
     assert done.returncode == 0, done.stderr
     asked = calls(workplace)
     verbs = [words[0] for words in asked]
-    assert {verb: verbs.count(verb) for verb in verbs} == {"prepare": 1, "train": 5, "export": 5, "eval": 6}
+    assert {verb: verbs.count(verb) for verb in verbs} == {"prepare": 1, "train": 4, "export": 4, "eval": 5}
     recipes = {}
     for words in (words for words in asked if words[0] == "train"):
         assert words[1] == "smollm2-135m"
         recipe = load_recipe(words[1], words[2:])
         recipes[Path(recipe.train.out).parent.name] = recipe
-    assert {n for n, r in recipes.items() if r.train.objective is Objective.distill} == {"taught"}
-    assert {name: (*r.data.views, r.data.positions, r.train.teacher) for name, r in recipes.items()} == {
-        "full": ("full", "reencoded", None),
-        "both": ("block", "full", "reencoded", None),
-        "local": ("block", "full", "local", None),
-        "block-only": ("block", "reencoded", None),
-        "taught": ("block", "full", "reencoded", "out/paper-mini/full/model"),
+    assert {name: (*r.data.views, r.data.positions) for name, r in recipes.items()} == {
+        "full": ("full", "reencoded"),
+        "both": ("block", "full", "reencoded"),
+        "local": ("block", "full", "local"),
+        "block-only": ("block", "reencoded"),
     }
     # the runs differ in nothing else
     for recipe in recipes.values():
         recipe.data.views, recipe.data.positions = [View.block], Positions.reencoded
-        recipe.train.objective, recipe.train.teacher, recipe.train.out = Objective.sft, None, "run"
+        recipe.train.out = "run"
     assert all(recipe == recipes["both"] for recipe in recipes.values())
-    # what is asked is searched for, whatever was shared in training
+    # what is asked is searched for and ordered as what was trained on
     asked_of = [
         load_recipe(words[2], words[3 : words.index("--modes")]) for words in asked if words[0] == "eval"
     ]
-    assert {recipe.data.shared_context for recipe in asked_of} == {False}
-    assert {recipe.data.questions_per_context for recipe in asked_of} == {None}
-    assert [source.retrieve for source in asked_of[0].eval.sources[:2]] == ["bm25", "bm25"]
+    assert {recipe.data.order for recipe in (*asked_of, *recipes.values())} == {"ascending"}
+    assert {source.retrieve for recipe in asked_of for source in recipe.eval.sources} == {"bm25"}
+    assert {source.retrieve for source in recipes["both"].data.sources[:5]} == {"bm25"}
     # no question that trained is asked
     trained = {source.path: source.max_samples for source in recipes["both"].data.sources}
     twice = [source for source in asked_of[0].eval.sources if source.path in trained]
     assert [source.format for source in twice] == ["2wikimultihopqa"]
     assert twice[0].skip_samples == trained[twice[0].path] and twice[0].max_samples == 200
     table = json.loads((workplace / "data/results/paper-mini.json").read_text())
-    assert len(table["rows"]) == 10 and len(table["runs"]) == 5
+    assert len(table["rows"]) == 8 and len(table["runs"]) == 4
     block = table["rows"]["block fine-tuned, block mode"]
     assert block["scores"]["all"]["substring_match"] == 75 and block["scores"]["squad"]["questions"] == 2
     assert block["difference to full fine-tuning"]["substring_match"] == -25
@@ -144,7 +142,7 @@ def test_what_is_finished_is_skipped_and_what_is_not_goes_on(workplace: Path) ->
     assert done.returncode == 0, done.stderr
     after = calls(workplace)[len(before) :]
     assert after[0][0] == "train" and after[0][-1] == "--resume" and "train.seed=3" in after[0]
-    assert [words[0] for words in after].count("train") == 5
+    assert [words[0] for words in after].count("train") == 4
     assert run(workplace, "train.seed=3").returncode == 0 and len(calls(workplace)) == len(before) + len(
         after
     )

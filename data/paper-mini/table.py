@@ -36,8 +36,6 @@ ROWS = {
     "block fine-tuned, block view only": ("block-only", "block", None),
     "block fine-tuned, block mode": ("both", "block", 70.0),
     "block fine-tuned, full mode": ("both", "full", 71.8),
-    "taught by full fine-tuned, block mode": ("taught", "block", None),
-    "taught by full fine-tuned, full mode": ("taught", "full", None),
 }
 """Each row's evaluation and mode, and the paper's mean over its four data sets (Llama-3.1-Tulu-3-8B)."""
 
@@ -114,8 +112,6 @@ def _run(run: Path) -> dict[str, Any]:
     return {
         "views": [str(view) for view in recipe.data.views],
         "positions": str(recipe.data.positions),
-        "objective": str(recipe.train.objective),
-        "teacher": recipe.train.teacher,
         "seed": recipe.train.seed,
         "steps": lines[-1]["step"],
         "tokens_per_step": recipe.train.batch_rows * recipe.data.row_len,
