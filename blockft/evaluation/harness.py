@@ -29,6 +29,9 @@ from blockft.model.load import dtype_of
 CUT = "\x1e"
 """Stands in a prompt that a chat template wrote wherever a block begins; it is taken out before encoding."""
 
+UNNAMED_DEVICE = "cuda:0"
+"""What the harness asks for where nobody named a device: the first GPU, or a CPU if there is none."""
+
 
 @register_model("blockft")
 class BlockLM(LM):
@@ -61,7 +64,8 @@ class BlockLM(LM):
             if not str(size).isdecimal() or int(size) < 1:
                 raise UserError(f"{name} is {size!r}, it should be a number from 1 on")
         kind = dtype_of(dtype or "auto", None)
-        self._engine = Engine.load(pretrained, revision=revision, device=device, dtype=kind)
+        place = None if device == UNNAMED_DEVICE else device
+        self._engine = Engine.load(pretrained, revision=revision, device=place, dtype=kind)
         self._mode, self._delimiter = mode, delimiter
         self._batch_size, self._max_new_tokens = min(map(int, sizes.values())), max_gen_toks
         self._tokenizer = self._engine.tokenizer

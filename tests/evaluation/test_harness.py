@@ -258,8 +258,6 @@ def test_it_runs_from_the_command_line(folder: Path, tmp_path: Path) -> None:
         "capitals_choice",
         "--include_path",
         str(tmp_path),
-        "--device",
-        "cpu",
         "--output_path",
         str(tmp_path / "out"),
     ]
