@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 
-from blockft.config import Recipe
-from blockft.recipe import load_recipe
+from blockft.config.recipe import load_recipe
+from blockft.config.settings import Recipe
 from tests.tiny import SIZE
 
 TEMPLATE = (

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from blockft.recipe import SHIPPED, load_recipe
+from blockft.config.recipe import SHIPPED, load_recipe
 
 ROOT = Path(__file__).parents[1]
 DOORS = {"config", "recipe", "rundir", "progress", "errors"}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from blockft.recipe import SHIPPED
+from blockft.config.recipe import SHIPPED
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from blockft.config import Positions, View
+from blockft.config.recipe import load_recipe
+from blockft.config.settings import Positions, View
 from blockft.evaluation.report import Prediction, build_report
-from blockft.recipe import load_recipe
 from tests.test_cli import ROOT
 
 SCRIPT = "data/paper-mini/paper-mini.sh"

@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from blockft.attention.layout import Vectors
 from blockft.attention.mask import batch_rule, dense_batch_mask, tile_mask
-from blockft.attention.queryside import CachedAttention
+from blockft.attention.rotate_queries import CachedAttention
 
 TILE = 128
 """Tokens of a tile of flex's block-sparse mask, either way."""

@@ -9,14 +9,14 @@ from typing import Any
 
 import typer
 
-from blockft.cli import verbs  # isort: skip  (--help lists verbs in the order in which they are defined)
-from blockft.cli import answers, bench, cache, words
+from blockft.cli import pipeline  # isort: skip  (--help lists verbs in the order in which they are defined)
+from blockft.cli import answers, bench, cache, options
 from blockft.errors import UserError
 
-__all__ = ["answers", "bench", "cache", "main", "verbs", "words"]
+__all__ = ["answers", "bench", "cache", "main", "options", "pipeline"]
 
-words.app.add_typer(words.bench, name="bench")
-words.app.add_typer(words.cache, name="cache")
+options.app.add_typer(options.bench, name="bench")
+options.app.add_typer(options.cache, name="cache")
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     if "RANK" not in os.environ:  # a worker of a launcher ends at once until it has something to save
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        code = words.app(given or ["--help"], standalone_mode=False) or 0
+        code = options.app(given or ["--help"], standalone_mode=False) or 0
     except _UsageError as error:
         code = _fail(f"{error.format_message()} (see blockft --help)")
     except UserError as error:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from blockft.cli.words import CacheBytes, CacheFolderOption, DeviceBytes, HostBytes, Overrides, app
+from blockft.cli.options import CacheBytes, CacheFolderOption, DeviceBytes, HostBytes, Overrides, app
 
 
 @app.command()
@@ -85,7 +85,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report instead of a table.")] = False,
 ) -> None:
     """Answer held-out questions in block and full mode, and score the answers; goes on after a kill."""
-    from blockft.recipe import is_recipe, load_recipe
+    from blockft.config.recipe import is_recipe, load_recipe
 
     words = [*(overrides or ()), *([f"eval.modes=[{modes}]"] if modes is not None else [])]
     if format is None and is_recipe(target):

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from blockft.cli.words import Overrides, RecipeName, bench
+from blockft.cli.options import Overrides, RecipeName, bench
 
 Out = Annotated[Path | None, typer.Option(help="Write the figures as JSON into this file, or replace it.")]
 
@@ -17,7 +17,7 @@ def bench_attention(
     out: Out = None,
 ) -> None:
     """Compare flex with the dense oracle on a GPU."""
-    from blockft.stages.bench_attention import bench_attention
+    from blockft.bench.attention import bench_attention
 
     bench_attention(row_len=row_len, num_layouts=num_layouts, out=out)
 
@@ -45,7 +45,7 @@ def bench_ttft(
     png: Annotated[Path | None, typer.Option(help="Draw them into this file, or replace it.")] = None,
 ) -> None:
     """Time to the first token: full prefill against blocks cached on the device, the host and the disk."""
-    from blockft.stages.ttft import bench_ttft, read_lengths, read_tiers
+    from blockft.bench.ttft import bench_ttft, read_lengths, read_tiers
 
     bench_ttft(
         target,
@@ -72,8 +72,8 @@ def bench_agreement(
     out: Out = None,
 ) -> None:
     """Greedy answers over cached blocks against those of the masked forward."""
-    from blockft.recipe import load_recipe
-    from blockft.stages.agreement import bench_agreement
+    from blockft.bench.agreement import bench_agreement
+    from blockft.config.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides or ())
     bench_agreement(model, settings, num_prompts=num_prompts, max_new_tokens=max_new_tokens, out=out)
@@ -82,8 +82,8 @@ def bench_agreement(
 @bench.command("prepare")
 def bench_prepare(recipe: RecipeName, overrides: Overrides = None, out: Out = None) -> None:
     """Examples per second of prepare, by one process and by one per core; the data are thrown away."""
-    from blockft.recipe import load_recipe
-    from blockft.stages.bench_prepare import bench_prepare
+    from blockft.bench.prepare import bench_prepare
+    from blockft.config.recipe import load_recipe
 
     bench_prepare(load_recipe(recipe, overrides or ()), out=out)
 
@@ -104,7 +104,7 @@ def bench_train(
     out: Out = None,
 ) -> None:
     """Tokens per second of training: packed rows against one sample at a time under a dense mask."""
-    from blockft.stages.bench_train import bench_train
+    from blockft.bench.train import bench_train
 
     bench_train(
         target,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from blockft.cli.words import CacheBytes, CacheName, cache
+from blockft.cli.options import CacheBytes, CacheName, cache
 
 
 @cache.command("build")

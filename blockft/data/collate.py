@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from blockft.attention.layout import lay_out
-from blockft.data.encode import NO_LABEL, Example
+from blockft.data.encoder import NO_LABEL, Example
 
 LABEL_STEP = 256
 """N is a multiple of this, or compiled code would meet a new shape at each step."""

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from blockft.data.encode import Encoder, Example
-from blockft.data.rag import shorten, trim
+from blockft.data.chat_template import UnfitText
+from blockft.data.encoder import Encoder, Example
+from blockft.data.rag_prompt import shorten, trim
 from blockft.data.sample import Sample
-from blockft.data.template import UnfitText
 from blockft.errors import UserError
 
 

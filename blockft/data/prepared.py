@@ -18,7 +18,7 @@ from typing import Any, TextIO, overload
 import numpy as np
 import pyarrow as pa
 
-from blockft.data.encode import Example
+from blockft.data.encoder import Example
 from blockft.data.sample import Sample, to_record
 from blockft.errors import UserError
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from blockft.data.json_stream import Window, why_unreadable
 from blockft.data.sample import RecordError
-from blockft.data.window import Window, why_unreadable
 from blockft.errors import UserError
 
 PARQUET_ROWS = 1000

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from blockft.data.rag import Document, RagPrompt
+from blockft.data.rag_prompt import Document, RagPrompt
 from blockft.data.sample import (
     FIELDS,
     Message,

@@ -8,10 +8,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from blockft.data import chat, questions, retrieve, squad
-from blockft.data.pool import Pool
-from blockft.data.questions import Dropped, Question
-from blockft.data.rag import RagPrompt
+from blockft.data import chat_formats, qa_formats, retrieval, squad
+from blockft.data.document_pool import Pool
+from blockft.data.qa_formats import Dropped, Question
+from blockft.data.rag_prompt import RagPrompt
 from blockft.data.records import Placed, find_files, read_file, read_hub, unpacked
 from blockft.data.sample import RecordError, Sample, from_record
 from blockft.errors import UserError
@@ -62,14 +62,14 @@ class Layout:
 
 LAYOUTS = {
     "samples": Layout(suffixes=(".jsonl",), samples=lambda record, at: [from_record(record)]),
-    "hotpotqa": Layout(question=questions.hotpotqa),
-    "2wikimultihopqa": Layout(question=questions.two_wiki),
-    "musique": Layout(question=questions.musique),
+    "hotpotqa": Layout(question=qa_formats.hotpotqa),
+    "2wikimultihopqa": Layout(question=qa_formats.two_wiki),
+    "musique": Layout(question=qa_formats.musique),
     "squad": Layout(under="data", regroup=squad.pose, question=squad.question, pool="article"),
-    "fid": Layout(question=questions.fid, pool="source"),
-    "messages": Layout(samples=chat.messages),
-    "alpaca": Layout(samples=chat.alpaca),
-    "blocks": Layout(samples=chat.blocks),
+    "fid": Layout(question=qa_formats.fid, pool="source"),
+    "messages": Layout(samples=chat_formats.messages),
+    "alpaca": Layout(samples=chat_formats.alpaca),
+    "blocks": Layout(samples=chat_formats.blocks),
 }
 
 
@@ -104,7 +104,7 @@ def read(
     shares = prompt.shared_context and layout.pool == "article"
     if retriever != "none":
         _check_retrieval(format, path, prompt.num_documents)
-    index = {"none": None, "bm25": retrieve.bm25, "dense": partial(retrieve.dense, dense_model)}[retriever]
+    index = {"none": None, "bm25": retrieval.bm25, "dense": partial(retrieval.dense, dense_model)}[retriever]
 
     def name_of(tally: Tally) -> str:
         """The name of the record at hand, if it has none; the same wherever the file lies."""
@@ -132,7 +132,7 @@ def read(
                     document for question in asked(records(), Tally()) for document in question.documents
                 )
                 found = (replace(question, pool=pool) for question in found)
-            return retrieve.retrieve(found, index(), prompt.num_documents or 0)
+            return retrieval.retrieve(found, index(), prompt.num_documents or 0)
         return map(squad.surround, found) if layout.pool == "article" else found
 
     def samples() -> Iterator[Sample]:

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blockft.data.pool import Pool
-from blockft.data.questions import NO_ANSWER, Dropped, Question, accepted
-from blockft.data.rag import Document, RagPrompt
+from blockft.data.document_pool import Pool
+from blockft.data.qa_formats import NO_ANSWER, Dropped, Question, accepted
+from blockft.data.rag_prompt import Document, RagPrompt
 from blockft.data.records import Placed
-from blockft.data.retrieve import Index, likeness
+from blockft.data.retrieval import Index, likeness
 from blockft.data.sample import RecordError, check, take, text_of
 
 Waiting = deque[tuple[int, Question]]

@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from blockft.data.template import UnfitText
+from blockft.data.chat_template import UnfitText
 from blockft.errors import UserError
 
 HIDDEN = "\uffff" * 4

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from blockft.data.chat_template import UnfitText
 from blockft.data.fit import LongPrompt
 from blockft.data.sample import Sample
-from blockft.data.template import UnfitText
 from blockft.evaluation.report import ALL, Prediction
 from blockft.inference.engine import Engine
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from blockft.data.tokenizer import PlainTokenizer, TemplatedTokenizer
 from blockft.errors import UserError
-from blockft.evaluation.scoring import Ids, Scored, score
+from blockft.evaluation.loglikelihood import Ids, Scored, score
 from blockft.inference.engine import Engine
 from blockft.model.load import dtype_of
 

@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from blockft.inference.block import Key, num_tokens
-from blockft.inference.store import Found
-from blockft.inference.text import TextStream
+from blockft.inference.block_cache import Found
+from blockft.inference.block_key import Key, num_tokens
+from blockft.inference.text_stream import TextStream
 
 ENCODED = "encoded"
 """Where a block came from that no tier had."""

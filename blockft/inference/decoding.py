@@ -4,8 +4,8 @@ import time
 from collections.abc import Generator, Sequence
 
 from blockft.inference.answer import Answer, Writing, answer_of
-from blockft.inference.block import key_of
-from blockft.inference.queryside import Overtaken
+from blockft.inference.block_key import key_of
+from blockft.inference.rotate_queries import Overtaken
 from blockft.inference.runner import BlockRunner
 from blockft.inference.sampling import Sampler
 

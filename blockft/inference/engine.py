@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blockft.data.encode import Encoder
+from blockft.data.encoder import Encoder
 from blockft.data.fit import fit_prompt
-from blockft.data.rag import Document, RagPrompt, trained_prompt
+from blockft.data.rag_prompt import Document, RagPrompt, trained_prompt
 from blockft.data.request import request_of
 from blockft.data.sample import RecordError, Sample
 from blockft.data.tokenizer import fingerprint
 from blockft.errors import UserError
 from blockft.inference.answer import Answer, Writing
-from blockft.inference.block import Key, key_of
+from blockft.inference.block_key import Key, key_of
 from blockft.inference.decoding import decode
 from blockft.inference.runner import BlockRunner, CacheOptions
 from blockft.inference.sampling import Sampler
-from blockft.inference.text import TextStream
+from blockft.inference.text_stream import TextStream
 from blockft.model.load import block_attention, device_of, load_model, load_tokenizer
 
 

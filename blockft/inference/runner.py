@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from blockft.attention.queryside import SLACK
+from blockft.attention.rotate_queries import SLACK
 from blockft.errors import UserError
-from blockft.inference.block import Key, KVShape
-from blockft.inference.device import DeviceTier, free_bytes, on_device
-from blockft.inference.disk import CacheModel, DiskTier
-from blockft.inference.host import HostTier
-from blockft.inference.keyside import JoinedPrompts, encode_blocks
-from blockft.inference.queryside import CachedPrompts, QuerySide
-from blockft.inference.store import BlockStore, DamagedBlocks, Found
-from blockft.model.identity import model_fingerprint
-from blockft.model.join import join_projections
+from blockft.inference.block_cache import BlockStore, DamagedBlocks, Found
+from blockft.inference.block_key import Key, KVShape
+from blockft.inference.device_tier import DeviceTier, free_bytes, on_device
+from blockft.inference.disk_tier import CacheModel, DiskTier
+from blockft.inference.host_tier import HostTier
+from blockft.inference.rotate_keys import JoinedPrompts, encode_blocks
+from blockft.inference.rotate_queries import CachedPrompts, QuerySide
+from blockft.model.fingerprint import model_fingerprint
+from blockft.model.fused_linear import join_projections
 from blockft.model.load import compile_layers, reencodes, rotations
 
 ATTENTION = "block_cached"

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from blockft.attention.layout import Layout
 from blockft.errors import UserError
-from blockft.model.masked import masked_logits
-from blockft.rundir import write_whole
+from blockft.model.masked_forward import masked_logits
+from blockft.outputs import write_whole
 
 MARKER = "whole.json"
 """Written last: a checkpoint without it was cut short and does not count."""

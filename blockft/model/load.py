@@ -24,8 +24,8 @@ from blockft.attention.backends import BACKENDS
 from blockft.attention.positions import Rotation
 from blockft.errors import UserError
 from blockft.model.lora import merged
+from blockft.outputs import RECIPE
 from blockft.progress import is_shown
-from blockft.rundir import RECIPE
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3")
 """Values of `config.model_type` for which law 4 is tested."""

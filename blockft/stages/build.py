@@ -11,16 +11,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from blockft.data.rag import Document
+from blockft.data.rag_prompt import Document
 from blockft.data.request import document_of
 from blockft.data.sample import RecordError
 from blockft.errors import UserError
-from blockft.inference.block import Key, digest
-from blockft.inference.disk import DiskTier
+from blockft.inference.block_key import Key, digest
+from blockft.inference.disk_tier import DiskTier
 from blockft.inference.engine import Engine
-from blockft.inference.size import format_bytes
 from blockft.progress import progress
 from blockft.stages.generate import CacheWords, open_engine
+from blockft.units import format_bytes
 
 BATCH = 64
 """Documents that are looked up and encoded together."""

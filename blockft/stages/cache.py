@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from blockft.errors import UserError
-from blockft.inference.entry import CacheModel, DamagedEntry, Entry
-from blockft.inference.folder import CacheFolder, Stored
-from blockft.inference.size import format_bytes, parse_bytes
+from blockft.inference.cache_entry import CacheModel, DamagedEntry, Entry
+from blockft.inference.cache_folder import CacheFolder, Stored
 from blockft.progress import track
+from blockft.units import format_bytes, parse_bytes
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _AGE = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])", re.ASCII)

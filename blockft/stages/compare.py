@@ -11,9 +11,9 @@ from rich.table import Table
 
 from blockft.errors import UserError
 from blockft.evaluation.metrics import METRICS
-from blockft.evaluation.render import TITLES, cell, draw
 from blockft.evaluation.report import REPEATED, check_report
-from blockft.rundir import save_figure
+from blockft.evaluation.report_render import TITLES, cell, draw
+from blockft.outputs import save_figure
 from blockft.stages.evaluate import METRIC, REPORT
 
 OF_THE_MODEL = ("revision", "model fingerprint", "tokenizer fingerprint")

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from blockft import __version__
-from blockft.config import BadRecord, Positions, Recipe, Retrieve, Source, TooLong
+from blockft.config.settings import BadRecord, Positions, Recipe, Retrieve, Source, TooLong
 from blockft.data.sample import Sample, to_record
 from blockft.data.sources import LAYOUTS
 from blockft.data.tokenizer import fingerprint
@@ -30,14 +30,14 @@ from blockft.evaluation.answers import (
     predictions,
 )
 from blockft.evaluation.metrics import METRICS
-from blockft.evaluation.render import cell, draw, markdown
 from blockft.evaluation.report import DIFFERENCE, Prediction, build_report, histogram
+from blockft.evaluation.report_render import cell, draw, markdown
 from blockft.inference.engine import Engine
 from blockft.inference.runner import CacheOptions
-from blockft.model.identity import model_fingerprint
+from blockft.model.fingerprint import model_fingerprint
 from blockft.model.load import dtype_of, reencodes
+from blockft.outputs import partial_folder, refuse_existing, save_figure, whole_folder
 from blockft.progress import track
-from blockft.rundir import partial_folder, refuse_existing, save_figure, whole_folder
 from blockft.stages.questions import read_questions, revision_of
 
 REPORT = "report.json"

@@ -10,15 +10,15 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from blockft import __version__
-from blockft.config import Precision, Recipe
+from blockft.config.recipe import load_recipe
+from blockft.config.settings import Precision, Recipe
 from blockft.errors import UserError
-from blockft.inference.size import parse_bytes
-from blockft.model.card import model_card
 from blockft.model.checkpoint import consolidate, find_checkpoint, read_marker, read_probe
 from blockft.model.load import BLOCK_ATTENTION, DTYPES, adapter_base, dtype_of, load_plain
 from blockft.model.lora import with_adapter
-from blockft.recipe import load_recipe
-from blockft.rundir import DATA, RECIPE, read_metrics, refuse_existing, whole_folder
+from blockft.model.model_card import model_card
+from blockft.outputs import DATA, RECIPE, read_metrics, refuse_existing, whole_folder
+from blockft.units import parse_bytes
 
 EXACT, ROUNDED = 1e-5, 2e-2
 """The largest difference (its norm over the norm) allowed between an export's logits and the run's, with the

@@ -9,17 +9,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypedDict
 
-from blockft.config import PromptSettings, View
-from blockft.data.rag import RagPrompt
+from blockft.config.settings import PromptSettings, View
+from blockft.data.rag_prompt import RagPrompt
 from blockft.data.sample import Sample
 from blockft.errors import UserError
 from blockft.inference.answer import Answer
+from blockft.inference.block_cache import Tier
 from blockft.inference.engine import Engine
 from blockft.inference.runner import CacheOptions
 from blockft.inference.sampling import Sampler
-from blockft.inference.size import parse_bytes
-from blockft.inference.store import Tier
 from blockft.progress import progress
+from blockft.units import parse_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

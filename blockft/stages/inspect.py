@@ -12,11 +12,11 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from blockft.attention.mask import dense_mask
-from blockft.data.encode import NO_LABEL, Example
+from blockft.data.encoder import NO_LABEL, Example
 from blockft.data.prepared import load_prepared
 from blockft.errors import UserError
 from blockft.model.load import load_tokenizer
-from blockft.rundir import save_figure
+from blockft.outputs import save_figure
 
 COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "red")
 

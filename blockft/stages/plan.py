@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from blockft.config import Attention, Objective, Positions, Recipe, View
-from blockft.data.encode import Example
+from blockft.config.recipe import SHIPPED
+from blockft.config.settings import Attention, Objective, Positions, Recipe, View
+from blockft.data.encoder import Example
 from blockft.data.prepared import Chosen, load_prepared
 from blockft.data.tokenizer import fingerprint
 from blockft.errors import UserError
 from blockft.model.checkpoint import find_checkpoint, read_marker, whole_checkpoints
 from blockft.model.load import dtype_of, load_config, load_tokenizer
-from blockft.recipe import SHIPPED
-from blockft.rundir import RECIPE, refuse_existing
+from blockft.outputs import RECIPE, refuse_existing
 from blockft.training.launch import use_cpu
-from blockft.training.rows import Rows
-from blockft.training.schedule import check_schedule
+from blockft.training.lr_schedule import check_schedule
+from blockft.training.row_dataset import Rows
 
 OF_DISTILL = ("train.teacher", "train.teacher_weight")
 """Facts of runs with a teacher."""

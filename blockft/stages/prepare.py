@@ -16,22 +16,22 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from blockft.config import BadRecord, DataSettings, Recipe, Source, TooLong
-from blockft.data.cut import CUT_FORMATS, cut_sample
-from blockft.data.encode import NO_LABEL, Encoder, Example
+from blockft.config.settings import BadRecord, DataSettings, Recipe, Source, TooLong
+from blockft.data.encoder import NO_LABEL, Encoder, Example
 from blockft.data.fit import Outcome, encode_to_fit, share_context
 from blockft.data.packing import fill, list_items, plan_rows
 from blockft.data.parallel import map_in_order
 from blockft.data.prepared import MANIFEST, Writer, is_unfinished
 from blockft.data.sample import Sample
 from blockft.data.sources import Tally
+from blockft.data.split import CUT_FORMATS, cut_sample
 from blockft.data.tokenizer import fingerprint
 from blockft.errors import UserError
 from blockft.evaluation.report import histogram
 from blockft.model.load import load_tokenizer
+from blockft.outputs import refuse_existing, whole_folder
 from blockft.progress import is_shown
-from blockft.rundir import refuse_existing, whole_folder
-from blockft.stages.prompt import check_effect, check_wording, read_source
+from blockft.stages.source_settings import check_effect, check_wording, read_source
 
 TASK_SAMPLES = 64
 """Samples that a worker encodes at a time."""

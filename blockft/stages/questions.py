@@ -8,14 +8,14 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from blockft.config import BadRecord, Format, Recipe, Source
-from blockft.data.cut import CUT_FORMATS
+from blockft.config.recipe import find_recipe, make_recipe
+from blockft.config.settings import BadRecord, Format, Recipe, Source
 from blockft.data.sample import Sample
 from blockft.data.sources import LAYOUTS, Tally, locate
+from blockft.data.split import CUT_FORMATS
 from blockft.errors import UserError
 from blockft.model.load import block_attention, load_config
-from blockft.recipe import find_recipe, make_recipe
-from blockft.stages.prompt import read_source
+from blockft.stages.source_settings import read_source
 
 
 def recipe_for(model: str, data: str, overrides: Sequence[str] = (), *, format: str | None = None) -> Recipe:

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from blockft.recipe import SHIPPED
+from blockft.config.recipe import SHIPPED
 
 
 def recipes() -> None:

@@ -13,15 +13,14 @@ from rich.table import Table
 from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
-from blockft.config import Init, Objective, Recipe
+from blockft.config.recipe import dump_recipe
+from blockft.config.settings import Init, Objective, Recipe
 from blockft.errors import UserError
 from blockft.model.checkpoint import read_marker, remove_torn
-from blockft.model.identity import model_fingerprint
+from blockft.model.fingerprint import model_fingerprint
 from blockft.model.load import compile_layers, load_config, load_model, load_tokenizer
 from blockft.model.lora import add_adapter
-from blockft.progress import is_shown
-from blockft.recipe import dump_recipe
-from blockft.rundir import (
+from blockft.outputs import (
     DATA,
     LOSS_PLOT,
     METRICS,
@@ -31,9 +30,10 @@ from blockft.rundir import (
     save_figure,
     write_whole,
 )
+from blockft.progress import is_shown
 from blockft.stages.plan import NUM_PROCESSES, TEACHER, Plan, check_run, compare_facts
 from blockft.training.launch import check_ranks, meet, part, prepare_worker, use_cpu
-from blockft.training.loss import Distillation
+from blockft.training.objectives import Distillation
 
 PROBE_LEN = 256
 """Tokens of the text on which exports are compared with the run: the start of its first row."""
@@ -60,10 +60,10 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
 
     from transformers import TrainingArguments
 
-    from blockft.training.record import RunRecord
-    from blockft.training.schedule import RecipeSchedule
+    from blockft.training.lr_schedule import RecipeSchedule
+    from blockft.training.run_callback import RunRecord
     from blockft.training.trainer import BlockTrainer
-    from blockft.training.universal import LOAD_UNIVERSAL, UNIVERSAL, StepsApart, convert, remove
+    from blockft.training.universal_checkpoint import LOAD_UNIVERSAL, UNIVERSAL, StepsApart, convert, remove
 
     meet()
     # ZeRO-0 has no shards

@@ -8,10 +8,10 @@ from peft import PeftModel
 from torch.utils.data import SequentialSampler, Subset
 from transformers import PreTrainedModel, Trainer
 
-from blockft.data.encode import NO_LABEL
-from blockft.training.forward import forward_words
-from blockft.training.loss import EVAL_LOSS, Distillation, Targets, distill_loss, label_loss
-from blockft.training.rows import Rows
+from blockft.data.encoder import NO_LABEL
+from blockft.training.model_inputs import forward_words
+from blockft.training.objectives import EVAL_LOSS, Distillation, Targets, distill_loss, label_loss
+from blockft.training.row_dataset import Rows
 
 
 class BlockTrainer(Trainer):

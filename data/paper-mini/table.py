@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from blockft.bench.timing import provenance
+from blockft.config.recipe import load_recipe
 from blockft.evaluation.bootstrap import interval
-from blockft.evaluation.render import cell, draw, markdown_table
 from blockft.evaluation.report import ALL, INTERVALS
-from blockft.recipe import load_recipe
-from blockft.rundir import RECIPE, read_metrics
-from blockft.stages.timing import provenance
+from blockft.evaluation.report_render import cell, draw, markdown_table
+from blockft.outputs import RECIPE, read_metrics
 
 METRIC = "substring_match"
 SOURCES = {

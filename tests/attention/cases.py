@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from blockft.attention.positions import Rotation
-from blockft.attention.queryside import SLACK, CachedContext, turns
+from blockft.attention.rotate_queries import SLACK, CachedContext, turns
 
 
 @dataclass(frozen=True, kw_only=True)

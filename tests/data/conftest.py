@@ -1,7 +1,7 @@
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from blockft.data.encode import Encoder
+from blockft.data.encoder import Encoder
 from tests.data.toys import toy_tokenizer
 
 

@@ -4,7 +4,7 @@ import torch
 
 from blockft.attention.layout import lay_out
 from blockft.data.collate import LABEL_STEP, collate_row
-from blockft.data.encode import NO_LABEL, Encoder, Example
+from blockft.data.encoder import NO_LABEL, Encoder, Example
 from blockft.data.fit import share_context
 from tests.data.toys import rag_sample
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from blockft.data import prepared
-from blockft.data.encode import Encoder
+from blockft.data.encoder import Encoder
 from blockft.data.fit import share_context
 from blockft.data.prepared import Writer, load_prepared
 from blockft.errors import UserError

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from blockft.data import records, window
+from blockft.data import json_stream, records
 from blockft.data.records import find_files, read_array, read_file, read_hub, read_lines
 from blockft.data.sample import RecordError
 from blockft.errors import UserError
@@ -26,7 +26,7 @@ RECORDS = [
 def test_an_array_is_read_through_a_small_window(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_bytes: int, indent: int | None
 ) -> None:
-    monkeypatch.setattr(window, "READ_BYTES", read_bytes)
+    monkeypatch.setattr(json_stream, "READ_BYTES", read_bytes)
     path = tmp_path / "a.json"
     path.write_text(json.dumps(RECORDS, ensure_ascii=False, indent=indent), encoding="utf-8")
     assert [record for _, record in read_array(path)] == RECORDS
@@ -119,13 +119,13 @@ def counted(path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
             copied += len(found)
             return found
 
-    more = window.Window._more
+    more = json_stream.Window._more
 
-    def more_of_it(self: window.Window, num_bytes: int) -> None:
+    def more_of_it(self: json_stream.Window, num_bytes: int) -> None:
         more(self, num_bytes)
         self._text = Text(self._text)
 
-    monkeypatch.setattr(window.Window, "_more", more_of_it)
+    monkeypatch.setattr(json_stream.Window, "_more", more_of_it)
     assert sum(1 for _ in read_array(path)) == 2000
     return copied
 
@@ -157,7 +157,7 @@ def test_json_that_cannot_be_decoded_is_a_bad_line_or_one_sentence(
 def test_a_byte_order_mark_is_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_bytes: int
 ) -> None:
-    monkeypatch.setattr(window, "READ_BYTES", read_bytes)
+    monkeypatch.setattr(json_stream, "READ_BYTES", read_bytes)
     for text in ('[{"a": 1}]', '{"a": 1}\n', '{"data": [{"a": 1}]}'):
         (tmp_path / "a.json").write_text(text, encoding="utf-8-sig")
         found = read_file(tmp_path / "a.json", under="data")

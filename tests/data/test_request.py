@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from blockft.data.rag import RagPrompt
+from blockft.data.rag_prompt import RagPrompt
 from blockft.data.request import request_of
 from blockft.data.sample import Message, RecordError, Sample, to_record
 from tests.data.toys import rag_sample

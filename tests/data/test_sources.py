@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from blockft.config import Format
-from blockft.data.rag import RagPrompt
+from blockft.config.settings import Format
+from blockft.data.rag_prompt import RagPrompt
 from blockft.data.sample import Sample, to_record
 from blockft.data.sources import LAYOUTS, Tally, read
 from blockft.errors import UserError
-from tests.data.test_questions import MUSIQUE
+from tests.data.test_qa_formats import MUSIQUE
 from tests.data.test_squad import article, rows
 from tests.data.toys import rag_sample
 

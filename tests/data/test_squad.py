@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from blockft.data import squad
-from blockft.data.questions import Dropped, Question
-from blockft.data.rag import RagPrompt
+from blockft.data.qa_formats import Dropped, Question
+from blockft.data.rag_prompt import RagPrompt
 from blockft.data.records import Placed
-from blockft.data.retrieve import bm25
+from blockft.data.retrieval import bm25
 from blockft.data.sample import RecordError
 
 ANSWERS = ["red", "blue", "green", "gold", "Red"]

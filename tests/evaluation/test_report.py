@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from blockft.evaluation.render import draw, markdown
 from blockft.evaluation.report import (
     DIFFERENCE,
     REPEATED,
@@ -15,6 +14,7 @@ from blockft.evaluation.report import (
     difference,
     summarize,
 )
+from blockft.evaluation.report_render import draw, markdown
 
 
 def prediction(id: str, answer: str, *groups: str, cut_off: bool = False) -> Prediction:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from blockft.inference.block import Key, ids_of, key_of, num_tokens
-from blockft.inference.entry import CacheModel, Entry, write_entry
+from blockft.inference.block_key import Key, ids_of, key_of, num_tokens
+from blockft.inference.cache_entry import CacheModel, Entry, write_entry
 
 TOY = CacheModel(
     fingerprint="a1b2c3", name="toy", dtype="bfloat16", num_layers=3, num_kv_heads=2, head_size=4

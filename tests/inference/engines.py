@@ -9,10 +9,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from blockft.attention.layout import Layout
-from blockft.data.rag import RagPrompt
+from blockft.data.rag_prompt import RagPrompt
 from blockft.inference.engine import Engine
 from blockft.inference.runner import CacheOptions
-from tests.inference.test_keyside import masked_logits
+from tests.inference.test_rotate_keys import masked_logits
 from tests.run import save_tokenizer
 
 MIB = 2**20

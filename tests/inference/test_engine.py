@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import blockft.inference.decoding as decoding
-from blockft.data.rag import Document
+from blockft.data.rag_prompt import Document
 from blockft.data.sample import Sample
 from blockft.errors import UserError
 from blockft.inference.answer import Answer

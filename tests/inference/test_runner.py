@@ -14,12 +14,12 @@ from transformers import LlamaForCausalLM
 import blockft.inference.runner as runner_module
 from blockft.errors import UserError
 from blockft.inference.answer import Answer
+from blockft.inference.cache_folder import CacheFolder
 from blockft.inference.engine import Engine
-from blockft.inference.folder import CacheFolder
-from blockft.inference.queryside import QuerySide
+from blockft.inference.rotate_queries import QuerySide
 from blockft.inference.runner import CacheOptions
 from tests.inference.engines import SIDES, Prompt, forget, greedy, load_engine, make_engine, options
-from tests.inference.test_keyside import keys_of
+from tests.inference.test_rotate_keys import keys_of
 from tests.run import save_model
 
 NUM_NEW = 5

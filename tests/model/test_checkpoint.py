@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from blockft.model.card import model_card
 from blockft.model.checkpoint import best_checkpoint, mark_whole, remove_torn, whole_checkpoints
+from blockft.model.model_card import model_card
 
 
 def save_checkpoint(run: Path, step: int, **eval_losses: float) -> Path:

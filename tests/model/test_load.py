@@ -14,7 +14,7 @@ from transformers.models.llama import LlamaConfig
 
 from blockft.attention.backends import BlockMasks
 from blockft.attention.layout import Layout, lay_out
-from blockft.config import Precision
+from blockft.config.settings import Precision
 from blockft.errors import UserError
 from blockft.model.load import (
     attention_windows,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from blockft.config import DataSettings, Format, ModelSettings, Recipe, Source, TrainSettings
+from blockft.config.settings import DataSettings, Format, ModelSettings, Recipe, Source, TrainSettings
 from blockft.data.sample import to_record
 from tests.data.toys import rag_sample, save_toy_tokenizer
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from blockft.errors import UserError
-from blockft.inference.disk import DiskTier
-from blockft.inference.folder import CacheFolder
+from blockft.inference.cache_folder import CacheFolder
+from blockft.inference.disk_tier import DiskTier
 from blockft.inference.runner import BlockRunner
 from blockft.stages.build import build
 from blockft.stages.cache import verify

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from blockft.errors import UserError
-from blockft.inference.disk import DiskTier
-from blockft.inference.folder import DRAFTS, CacheFolder
+from blockft.inference.cache_folder import DRAFTS, CacheFolder
+from blockft.inference.disk_tier import DiskTier
 from blockft.stages.cache import prune, stats, verify
 from tests.inference.cached import OTHER, TOY, kv_of, some_key
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from blockft.config import Recipe
+from blockft.config.recipe import load_recipe
+from blockft.config.settings import Recipe
 from blockft.errors import UserError
 from blockft.model.checkpoint import MARKER
-from blockft.recipe import load_recipe
-from blockft.rundir import METRICS, read_metrics
+from blockft.outputs import METRICS, read_metrics
 from blockft.stages.plan import check_run, make_plan
 from blockft.stages.prepare import prepare
-from blockft.training.forward import forward_words
-from blockft.training.loss import Distillation
+from blockft.training.model_inputs import forward_words
+from blockft.training.objectives import Distillation
 from blockft.training.trainer import BlockTrainer
 from tests.run import save_model, toy_recipe
 from tests.stages.test_run import blockft

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from blockft.config import PromptSettings
+from blockft.config.settings import PromptSettings
 from blockft.errors import UserError
 from blockft.evaluation import answers
 from blockft.stages.evaluate import evaluate

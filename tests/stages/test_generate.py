@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from blockft import progress
-from blockft.config import PromptSettings
+from blockft.config.settings import PromptSettings
 from blockft.errors import UserError
-from blockft.inference.folder import CacheFolder
+from blockft.inference.cache_folder import CacheFolder
 from blockft.stages.generate import CacheWords, generate, open_engine
 from tests.run import save_model
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from blockft.config import Recipe
+from blockft.config.settings import Recipe
 from blockft.data.prepared import load_prepared
 from blockft.errors import UserError
 from blockft.stages.inspect import inspect

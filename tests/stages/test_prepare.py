@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from blockft.config import (
+from blockft.config.settings import (
     BadRecord,
     CutSettings,
     Format,
@@ -20,10 +20,10 @@ from blockft.config import (
     Source,
     TooLong,
 )
-from blockft.data.encode import Encoder
+from blockft.data.chat_template import UnfitText
+from blockft.data.encoder import Encoder
 from blockft.data.prepared import load_prepared
 from blockft.data.sample import from_record
-from blockft.data.template import UnfitText
 from blockft.errors import UserError
 from blockft.stages.prepare import TASK_SAMPLES, prepare
 from tests.data.test_squad import article

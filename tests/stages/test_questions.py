@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from blockft.config import Recipe
+from blockft.config.recipe import make_recipe
+from blockft.config.settings import Recipe
 from blockft.errors import UserError
-from blockft.recipe import make_recipe
 from blockft.stages import questions
 from blockft.stages.questions import read_questions, recipe_for, revision_of
 

@@ -14,10 +14,10 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from blockft.config.recipe import load_recipe
 from blockft.errors import UserError
 from blockft.model.checkpoint import MARKER, consolidate, find_checkpoint, read_probe, whole_checkpoints
-from blockft.recipe import load_recipe
-from blockft.rundir import LOSS_PLOT, METRICS, RECIPE, read_metrics
+from blockft.outputs import LOSS_PLOT, METRICS, RECIPE, read_metrics
 from blockft.stages import export as export_stage
 from blockft.stages.evaluate import evaluate
 from blockft.stages.export import export

@@ -12,7 +12,7 @@ import pytest
 from torch.testing import assert_close
 
 from blockft.model.checkpoint import best_checkpoint, find_checkpoint, read_marker, whole_checkpoints
-from blockft.rundir import read_metrics
+from blockft.outputs import read_metrics
 from blockft.stages.export import export
 from blockft.stages.prepare import prepare
 from tests.run import toy_recipe
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 STOPPED = """
 import sys
 from blockft.cli import main
-from blockft.training.record import RunRecord
+from blockft.training.run_callback import RunRecord
 
 step, honest = int(sys.argv.pop(1)), RunRecord.on_step_end
 

@@ -26,7 +26,7 @@ from blockft.model.checkpoint import (
     whole_checkpoints,
 )
 from blockft.model.load import load_config
-from blockft.rundir import METRICS, read_metrics
+from blockft.outputs import METRICS, read_metrics
 from blockft.stages.export import export
 from blockft.stages.prepare import prepare
 from blockft.training.launch import SHARED_MEMORY

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from blockft.rundir import read_metrics
+from blockft.outputs import read_metrics
 
 ROOT = Path(__file__).parents[2]
 

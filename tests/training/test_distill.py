@@ -8,12 +8,12 @@ import torch
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from blockft.data.encode import NO_LABEL
-from blockft.training.forward import forward_words
-from blockft.training.loss import Targets, distill_loss, label_loss
-from blockft.training.rows import Rows
+from blockft.data.encoder import NO_LABEL
+from blockft.training.model_inputs import forward_words
+from blockft.training.objectives import Targets, distill_loss, label_loss
+from blockft.training.row_dataset import Rows
 from tests.tiny import build_model
-from tests.training.test_loss import make_examples
+from tests.training.test_objectives import make_examples
 
 LABELS = torch.tensor([[5, 6, 7, NO_LABEL]])
 TAUGHT = torch.tensor([[True, True, False, True]])

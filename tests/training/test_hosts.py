@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blockft.config.recipe import SHIPPED
 from blockft.errors import UserError
-from blockft.recipe import SHIPPED
 from blockft.training.hosts import Hosts, check_reach, read_hostfile, remote_word
 from tests.training.launched import alone, start
 

@@ -17,10 +17,10 @@ import pytest
 import torch
 from typer import Exit
 
-from blockft.cli import verbs
+from blockft.cli import pipeline
+from blockft.config.recipe import SHIPPED
 from blockft.errors import UserError
 from blockft.model.checkpoint import whole_checkpoints
-from blockft.recipe import SHIPPED
 from blockft.stages.prepare import prepare
 from blockft.training import launch
 from tests.run import toy_recipe
@@ -159,13 +159,13 @@ def test_more_processes_than_gpus_are_refused_before_any_starts(
     monkeypatch.setattr(launch, "start_workers", start_workers)
     recipe, words = str(toy / "recipe.yaml"), [f"train.out={toy}/gpus"]
     with pytest.raises(Exit):  # without GPUs they are processes on CPUs
-        verbs.train(recipe, words, num_gpus=2)
+        pipeline.train(recipe, words, num_gpus=2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(Exit):
-        verbs.train(recipe, words, num_gpus=2)
+        pipeline.train(recipe, words, num_gpus=2)
     with pytest.raises(UserError, match="--num-gpus is 4, and this process sees 2 GPUs: ask for 2 or fewer"):
-        verbs.train(recipe, words, num_gpus=4)
+        pipeline.train(recipe, words, num_gpus=4)
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match="LOCAL_RANK is 2, and this process sees 2 GPUs: start one process"):
         launch.meet()

@@ -1,0 +1,241 @@
+"""The file of a cached block: safetensors, in which every byte is accounted for.
+
+::
+
+    length       8 bytes
+    header       JSON, filled up with blanks to a length that hangs on the model alone
+    token_ids    (n,) int32
+    layers.0     (n, 2, K, D): for each token the keys, then the values, of the first layer
+    layers.1     ...
+
+n tokens, K key/value heads, D head size. The header holds a checksum per layer; the rest of it follows from
+the model and the token ids, so a reader knows every byte that it must find. Nothing is mapped into memory: a
+file that shrinks is an error, not a signal.
+"""
+
+import errno
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import xxhash
+
+from blockft.inference.block_key import ID_BYTES, Key, KVShape, digest, num_tokens
+
+VERSION = 1
+"""Of the format of entries and of their folder; another version is never read."""
+
+SUFFIX = ".safetensors"
+
+_PAGE = 4096
+_CHECKSUM = xxhash.xxh3_128_hexdigest
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""How safetensors spells the types that keys and values may have."""
+
+
+class DamagedEntry(Exception):
+    """Why an entry cannot be used; its block must be encoded again. status: of the file that was read."""
+
+    def __init__(self, reason: str, status: os.stat_result) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheModel(KVShape):
+    """The model that keys and values belong to, and their shape.
+
+    fingerprint: hexadecimal; of all that decides keys, values and ids: weights, adapter, dtype, tokenizer.
+    name: for people, a path or a Hub id.
+    dtype: float32, bfloat16 or float16.
+    """
+
+    fingerprint: str
+    name: str
+
+    def __post_init__(self) -> None:
+        assert self.fingerprint and set(self.fingerprint) <= set("0123456789abcdef"), self.fingerprint
+        assert self.dtype in _DTYPES, self.dtype
+
+    def entry_bytes(self, num_tokens: int) -> int:
+        """The size of the file of a block."""
+        return _start(self) + num_tokens * (ID_BYTES + self.token_bytes)
+
+    def num_tokens(self, entry_bytes: int) -> int:
+        """The length of the block in a file of this size; 0 if no block has a file of this size."""
+        length, rest = divmod(entry_bytes - _start(self), ID_BYTES + self.token_bytes)
+        return length if length > 0 and not rest else 0
+
+
+def write_entry(file: BinaryIO, model: CacheModel, key: Key, kv: torch.Tensor) -> None:
+    """Write a block's keys and values, (layers, n, 2, K, D) on the CPU, into an empty unbuffered file.
+
+    Raises:
+        OSError: the file does not take them.
+    """
+    assert kv.shape == (model.num_layers, *model.layer_shape(num_tokens(key))), tuple(kv.shape)
+    assert kv.dtype == model.torch_dtype, kv.dtype
+    layers = [_bytes_of(layer) for layer in kv.contiguous()]
+    header = _header(model, digest(key), num_tokens(key), [_CHECKSUM(layer) for layer in layers])
+    for part in (memoryview(header), memoryview(key), *layers):
+        while part:
+            part = part[file.write(part) :]
+
+
+class Entry:
+    """An open entry; it stays readable when its file is replaced or removed. Threads may share it.
+
+    Once it is closed, every read opens the file again, and raises FileNotFoundError if it is another one.
+    status: of the file when it was opened.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedEntry: it is not what was written under this name for this model.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, path: Path, model: CacheModel) -> None:
+        self.path, self.model = path, model
+        self._file = path.open("rb", buffering=0)
+        try:
+            self.status = os.fstat(self._file.fileno())
+            self._header = self._read_header(self._file.fileno())
+            self.key, self._checksums = self._verified(self._file.fileno())
+        except BaseException:
+            self.close()
+            raise
+        self._start = _start(model) + len(self.key)
+
+    def __enter__(self) -> "Entry":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def touch(self) -> None:
+        """Record that the entry is used now, by the clock of the file system."""
+        with self._opened() as handle:
+            os.utime(handle)
+
+    def layer(self, index: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The keys and values of a layer, (n, 2, K, D), read into `out` if it is given, and checked.
+
+        Raises:
+            DamagedEntry: they are not those that were written; `out` then holds anything.
+            OSError: they cannot be read.
+        """
+        shape = self.model.layer_shape(num_tokens(self.key))
+        if out is None:
+            out = torch.empty(shape, dtype=self.model.torch_dtype)
+        assert out.shape == shape and out.dtype == self.model.torch_dtype and out.is_contiguous()
+        content = _bytes_of(out)
+        with self._opened() as handle:
+            self._read(handle, content, self._start + index * len(content))
+        if _CHECKSUM(content) != self._checksums[index]:
+            raise self._damaged(f"layer {index} has changed since it was written")
+        return out
+
+    def check(self) -> None:
+        """Read every layer. Raises as `layer`."""
+        for index in range(self.model.num_layers):
+            self.layer(index)
+
+    @contextmanager
+    def _opened(self) -> Iterator[int]:
+        """The file's descriptor."""
+        if not self._file.closed:
+            yield self._file.fileno()
+            return
+        with self.path.open("rb", buffering=0) as file:
+            # the same header promises the same content
+            if self._read_header(file.fileno()) != self._header:
+                raise FileNotFoundError(errno.ENOENT, "another file has taken its place", str(self.path))
+            yield file.fileno()
+
+    def _read_header(self, handle: int) -> bytes:
+        header = bytearray(_start(self.model))
+        self._read(handle, memoryview(header), 0)
+        return bytes(header)
+
+    def _verified(self, handle: int) -> tuple[Key, list[str]]:
+        """The block, and the checksums of its layers."""
+        size, name = self.status.st_size, self.path.name.removesuffix(SUFFIX)
+        metadata = _metadata(self._header)
+        for field, expected in _identity(self.model, name).items():
+            if metadata.get(field) != expected:
+                raise self._damaged(f"its {field} is {metadata.get(field)!r} in place of {expected!r}")
+        length = self.model.num_tokens(size)
+        if not length:
+            raise self._damaged(f"no block fills {size} bytes")
+        key = bytearray(length * ID_BYTES)
+        self._read(handle, memoryview(key), len(self._header))
+        checksums = str(metadata.get("checksums")).split()
+        if digest(bytes(key)) != name:
+            raise self._damaged("its token ids are not those of its name")
+        right = _header(self.model, name, length, checksums)
+        if len(checksums) != self.model.num_layers or self._header != right:
+            raise self._damaged("its header does not fit its content")
+        return bytes(key), checksums
+
+    def _damaged(self, reason: str) -> DamagedEntry:
+        return DamagedEntry(reason, self.status)
+
+    def _read(self, handle: int, buffer: memoryview, offset: int) -> None:
+        while buffer:
+            num_read = os.preadv(handle, [buffer], offset)
+            if not num_read:
+                raise self._damaged("it is cut short")
+            buffer, offset = buffer[num_read:], offset + num_read
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().view(torch.uint8).reshape(-1).numpy().data
+
+
+def _identity(model: CacheModel, name: str) -> dict[str, str]:
+    return {"format": f"blockft block {VERSION}", "model": model.fingerprint, "block": name}
+
+
+def _metadata(header: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(header[8:])["__metadata__"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _header(model: CacheModel, name: str, num_tokens: int, checksums: Sequence[str]) -> bytes:
+    """Length and header, up to where the token ids start."""
+    text = _json(model, name, num_tokens, checksums)
+    length = _start(model) - 8
+    return length.to_bytes(8, "little") + text.encode().ljust(length)
+
+
+def _json(model: CacheModel, name: str, num_tokens: int, checksums: Sequence[str]) -> str:
+    dtype, shape, layer_bytes = _DTYPES[model.dtype], model.layer_shape(num_tokens), model.layer_bytes
+    start, end = 0, num_tokens * ID_BYTES
+    header: dict[str, Any] = {
+        "__metadata__": _identity(model, name) | {"checksums": " ".join(checksums)},
+        "token_ids": {"dtype": "I32", "shape": [num_tokens], "data_offsets": [start, end]},
+    }
+    for layer in range(model.num_layers):
+        start, end = end, end + num_tokens * layer_bytes
+        header[f"layers.{layer}"] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    return json.dumps(header, separators=(",", ":"))
+
+
+@lru_cache
+def _start(model: CacheModel) -> int:
+    """Where the token ids start: after a header with the widest numbers, at the start of a page."""
+    sample = _CHECKSUM(b"")
+    longest = _json(model, sample, 2**31, [sample] * model.num_layers)
+    return -(-(8 + len(longest)) // _PAGE) * _PAGE

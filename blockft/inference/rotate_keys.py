@@ -1,0 +1,159 @@
+"""The key-side path: blocks encoded alone, keys moved to where the blocks stand, joined with the final block.
+
+The reference that every faster path is compared with; it runs on any device and for every supported family.
+Shapes: B prompts of a batch, T query tokens, S key tokens, n tokens of a block, L layers, K key/value heads,
+D head size.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from blockft.attention.backends import BlockMasks
+from blockft.attention.layout import PADDING, Layout, Vectors, lay_out
+from blockft.attention.positions import Rotation
+from blockft.inference.block_key import Key, ids_of, num_tokens
+
+
+@torch.inference_mode()
+def encode_blocks(
+    model: PreTrainedModel, keys: Iterable[Key], max_tokens: int = 4096
+) -> Iterator[tuple[Key, torch.Tensor]]:
+    """Encode each different block alone, several to a forward pass of at most `max_tokens` tokens.
+
+    Yields a block's keys, at positions 0..n-1, and values: (L, n, 2, K, D), of memory that nobody overwrites.
+    """
+    for group in _groups(dict.fromkeys(keys), max_tokens):
+        # a block that is an example of its own is encoded at positions 0..n-1 and sees nothing else
+        vectors = lay_out([Layout((num_tokens(key),)) for key in group]).to(model.device)
+        ids = torch.tensor([[token for key in group for token in ids_of(key)]], device=model.device)
+        cache = DynamicCache()
+        model.base_model(
+            input_ids=ids,
+            position_ids=vectors.position_ids,
+            block_masks=BlockMasks(vectors),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        layers = [torch.stack((keys[0], values[0])) for keys, values, *_ in cache]
+        start = 0
+        for key in group:
+            tokens = slice(start, start := start + num_tokens(key))
+            yield key, torch.stack([layer[:, :, tokens].permute(2, 0, 1, 3) for layer in layers])
+
+
+class JoinedPrompts:
+    """A batch of prompts whose local blocks are joined in one cache, ready for final blocks and decoding.
+
+    ::
+
+        row 0   . . c c c c c | . f f f | n | n      c context, f final block, n decoded, . padding
+        row 1   c c c c c c c | f f f f | n | n
+
+    Padding attends to padding alone, so prompts of any lengths stand in one batch. Blocks are moved to where
+    they stand in their prompt, unless `reencoded` is false: then they stay at positions 0..n-1.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layer_rotations: Sequence[Rotation],
+        contexts: Sequence[Sequence[Key]],
+        encoded: Mapping[Key, torch.Tensor],
+        *,
+        reencoded: bool = True,
+    ) -> None:
+        self._model = model
+        self._lengths = torch.tensor([sum(map(num_tokens, context)) for context in contexts])
+        self._vectors = _columns(torch.zeros_like(self._lengths), self._lengths, is_final=False)
+        if not reencoded:
+            self._vectors = replace(self._vectors, position_ids=_local_positions(contexts))
+        self._cache = DynamicCache()
+        if longest := int(self._lengths.max()):
+            for layer, rotation in enumerate(layer_rotations):
+                rows = [
+                    _join(context, encoded, layer, rotation if reencoded else None, longest)
+                    for context in contexts
+                ]
+                keys, values = (torch.stack(part) for part in zip(*rows, strict=True))
+                self._cache.update(keys, values, layer)
+
+    @torch.inference_mode()
+    def advance(self, new_ids: Sequence[Sequence[int]], num_logits: int = 1) -> torch.Tensor:
+        """Append at least one token to the final block of every prompt, not necessarily the same number.
+
+        Returns the logits after the last `num_logits` columns, in which tokens stand right aligned:
+        (B, num_logits, vocabulary).
+        """
+        added = torch.tensor([len(ids) for ids in new_ids])
+        columns = _columns(self._lengths, added, is_final=True)
+        self._lengths = self._lengths + added
+        self._vectors = self._vectors.followed_by(columns)
+        num_queries, device = int(added.max()), self._model.device
+        padded = [[0] * (num_queries - len(ids)) + list(ids) for ids in new_ids]
+        logits: torch.Tensor = self._model(
+            input_ids=torch.tensor(padded, device=device),
+            position_ids=columns.position_ids.to(device),
+            block_masks=BlockMasks(self._vectors.to(device)),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=num_logits,
+        ).logits
+        return logits
+
+
+def _columns(starts: torch.Tensor, lengths: torch.Tensor, is_final: bool) -> Vectors:
+    """The vectors of the next tokens of every prompt, right aligned; `starts` and `lengths` are (B,)."""
+    index = torch.arange(int(lengths.max())) - (lengths.max() - lengths)[:, None]
+    is_token = index >= 0
+    return Vectors(
+        position_ids=torch.where(is_token, starts[:, None] + index, 0),
+        example_ids=torch.where(is_token, 0, PADDING),
+        block_ids=torch.full_like(index, int(is_final)),
+        is_final=is_token & is_final,
+    )
+
+
+def _local_positions(contexts: Sequence[Sequence[Key]]) -> torch.Tensor:
+    """Positions of blocks that stay at 0..n-1, right aligned: (B, S)."""
+    rows = [[position for key in context for position in range(num_tokens(key))] for context in contexts]
+    longest = max(map(len, rows))
+    return torch.tensor([[0] * (longest - len(row)) + row for row in rows], dtype=torch.int64)
+
+
+def _join(
+    context: Sequence[Key],
+    encoded: Mapping[Key, torch.Tensor],
+    layer: int,
+    rotation: Rotation | None,
+    length: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A layer's keys, moved if there is a rotation, and its values of one context: (K, length, D) each.
+
+    They are padded on the left.
+    """
+    some_n2KD = next(iter(encoded.values()))[layer]
+    missing = length - sum(map(num_tokens, context))
+    padding = some_n2KD.new_zeros((some_n2KD.shape[2], missing, some_n2KD.shape[3]))
+    keys, values = [padding], [padding]
+    offset = 0
+    for key in context:
+        cached, block_values = (part.transpose(0, 1) for part in encoded[key][layer].unbind(dim=1))
+        keys.append(rotation.shift(cached, by=offset) if rotation else cached)
+        values.append(block_values)
+        offset += num_tokens(key)
+    return torch.cat(keys, dim=1), torch.cat(values, dim=1)
+
+
+def _groups(keys: Iterable[Key], max_tokens: int) -> Iterator[list[Key]]:
+    """Blocks in order, in groups of at most `max_tokens` tokens; a longer block is a group of its own."""
+    group: list[Key] = []
+    for key in keys:
+        if group and sum(map(num_tokens, group)) + num_tokens(key) > max_tokens:
+            yield group
+            group = []
+        group.append(key)
+    if group:
+        yield group

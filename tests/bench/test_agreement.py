@@ -1,0 +1,84 @@
+"""`blockft bench agreement` on a toy: equal answers count as equal, others are shown with their margin."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blockft.bench.agreement import bench_agreement
+from blockft.config.settings import Recipe
+from blockft.errors import UserError
+from blockft.inference.answer import Answer
+from blockft.inference.engine import Engine
+from blockft.stages.questions import recipe_for
+from tests.run import save_model, save_samples
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    save_model(tmp_path / "model")
+    save_samples(tmp_path / "questions.jsonl", 5)
+    return str(tmp_path / "model")
+
+
+def settings(model: str) -> Recipe:
+    return recipe_for(model, str(Path(model).parent / "questions.jsonl"), ["model.dtype=float32"])
+
+
+def compare(model: str, num_prompts: int = 4, max_new_tokens: int = 5) -> dict[str, Any]:
+    out = Path(model).parent / "agreement.json"
+    bench_agreement(model, settings(model), num_prompts=num_prompts, max_new_tokens=max_new_tokens, out=out)
+    result: dict[str, Any] = json.loads(out.read_text())
+    return result
+
+
+def test_cached_blocks_answer_like_the_masked_forward(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    result = compare(model)
+    assert (result["prompts"], result["equal_answers"], result["parted"]) == (4, 4, [])
+    assert result["equal_by_another_masked_kernel"] == 4
+    assert (result["dtype"], result["max_new_tokens"]) == ("float32", 5)
+    assert capsys.readouterr().out.startswith("4 of 4 greedy answers")
+
+
+def test_blocks_that_stay_where_they_were_cached_are_compared_with_such_a_forward(model: str) -> None:
+    config = Path(model) / "config.json"
+    words = json.loads(config.read_text()) | {"block_attention": {"position_scheme": "local"}}
+    config.write_text(json.dumps(words))
+    assert compare(model, 5, max_new_tokens=40)["equal_answers"] == 5
+
+
+def test_questions_that_do_not_fit_are_left_out(model: str) -> None:
+    questions = Path(model).parent / "questions.jsonl"
+    first, *rest = questions.read_text().splitlines()
+    sample = json.loads(first)
+    sample["messages"][-1]["content"][-1] += " again" * 2000
+    questions.write_text("\n".join([json.dumps(sample), *rest]) + "\n")
+    result = compare(model, 5)
+    assert (result["prompts"], result["records dropped"]) == (4, {"too long": 1})
+
+
+def test_an_engine_that_answers_otherwise_is_found_out(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = Engine.generate_ids
+
+    def changed(self: Engine, prompts: Any, **options: Any) -> list[Answer]:
+        (answer,) = honest(self, prompts, **options)
+        other = (answer.ids[2] + 1) % 50
+        return [replace(answer, ids=(*answer.ids[:2], other, *answer.ids[3:]))]
+
+    monkeypatch.setattr(Engine, "generate_ids", changed)
+    result = compare(model)
+    assert result["equal_answers"] == 0
+    first = result["parted"][0]
+    assert first["step"] == 2 and first["margin"] > 0 and first["source"] == "toy"
+
+
+def test_more_prompts_than_questions_are_refused(model: str) -> None:
+    with pytest.raises(UserError, match="has 5 questions, --num-prompts asks for 6"):
+        compare(model, 6)
+
+
+def test_a_file_that_cannot_be_written_is_refused_first(model: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be written: it is a folder"):
+        bench_agreement("no/model", settings(model), num_prompts=1, max_new_tokens=1, out=tmp_path)

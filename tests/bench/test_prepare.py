@@ -1,0 +1,50 @@
+"""`blockft bench prepare` on a toy: its figures follow from what was made, which must always be the same."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+import blockft.bench.prepare as stage
+from blockft.bench.prepare import bench_prepare
+from blockft.config.recipe import make_recipe
+from blockft.config.settings import Recipe
+from tests.run import save_model, save_samples
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    save_model(tmp_path / "model")
+    save_samples(tmp_path / "samples.jsonl", 150)
+    given = {
+        "model": {"path": str(tmp_path / "model")},
+        "data": {
+            "out": str(tmp_path / "data"),
+            "sources": [{"format": "samples", "path": str(tmp_path / "samples.jsonl")}],
+        },
+        "train": {"out": str(tmp_path / "run")},
+    }
+    return make_recipe(given, (), "the test")
+
+
+def test_it_measures_one_process_and_one_per_core(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    bench_prepare(recipe, out=tmp_path / "p.json")
+    one, two = json.loads((tmp_path / "p.json").read_text())["measured"]
+    assert (one["processes"], two["processes"]) == (1, 2) and one["examples"] == two["examples"] == 150
+    assert one["content_hash"] == two["content_hash"] and one["ratio"] == 1
+    assert two["ratio"] == pytest.approx(one["seconds"] / two["seconds"])
+    assert not (tmp_path / "data").exists()
+    shown = capsys.readouterr().out
+    assert "examples/s" in shown and "split into blocks" not in shown
+
+
+def test_other_data_are_told(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    line = {"seconds": 1.0, "examples": 1, "tokens": 1}
+    monkeypatch.setattr(stage, "_measure", lambda _, n: line | {"processes": n, "content_hash": str(n)})
+    with pytest.raises(RuntimeError, match="changed the data"):
+        bench_prepare(recipe, out=None)

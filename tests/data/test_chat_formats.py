@@ -1,0 +1,239 @@
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blockft.data.chat_formats import alpaca, blocks, messages
+from blockft.data.rag_prompt import trim
+from blockft.data.sample import RecordError, from_record, to_record
+
+AT = "file.jsonl, line 7"
+TURNS = (
+    ("system", "Be brief."),
+    ("user", "Hi"),
+    ("assistant", "Hello."),
+    ("user", "Who?"),
+    ("assistant", "Me."),
+)
+OPEN = "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nSome notes.\n\n"
+CLOSE = "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nWho?<|eot_id|>"
+NOTES = [
+    {"title": "A", "text": " One.\n- Title: no document\nMore. ", "score": 0.5},
+    {"title": "A", "text": "", "score": 0.25},
+    {"title": "B", "text": "Two.", "score": 0.75},
+]
+WRITTEN = ["- Title: A\nOne.\n- Title: no document\nMore.\n", "- Title: A\n\n", "- Title: B\nTwo.\n"]
+RAG: dict[str, Any] = {
+    "prompt": OPEN + "".join(WRITTEN) + CLOSE,
+    "question": "Who?",
+    "answers": ["Fox", "The fox"],
+    "generated": "The fox.",
+    "documents": NOTES,
+    "inputs": {"input_ids": [], "labels": []},
+}
+TRAINING: dict[str, Any] = {
+    "prompt": "<|user|>\nOne.\n\nTwo?\n<|assistant|>\n",
+    "blocks": ["<|user|>\nOne.\n\n", "Two?\n<|assistant|>\n"],
+    "response": "Yes.<|end_of_text|>",
+}
+
+
+def tulu(*turns: tuple[str, Any], **fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": text} for role, text in turns], **fields}
+
+
+def test_a_chat_is_one_sample_per_answer() -> None:
+    first, second = messages(tulu(*TURNS, id="x", source="tulu/y", extra=1), AT)
+    assert [(m.role, m.content) for m in second.messages] == [(role, (text,)) for role, text in TURNS[:-1]]
+    assert first.messages == second.messages[:2]
+    assert (first.response, second.response) == ("Hello.", "Me.")
+    assert (first.id, second.id, first.source, first.meta) == ("x#1", "x#2", "tulu/y", {})
+
+
+def test_a_sample_without_id_is_called_by_its_place() -> None:
+    (sample,) = messages(tulu(*TURNS[1:3], id=5), AT)
+    assert (sample.id, sample.source) == (AT, "messages")
+    assert [sample.id for sample in messages(tulu(*TURNS), AT)] == [f"{AT}#1", f"{AT}#2"]
+
+
+def test_share_gpt() -> None:
+    spelt = {"user": "human", "assistant": "gpt"}
+    said = [{"from": spelt[role], "value": text} for role, text in TURNS[1:]]
+    assert [*messages({"conversations": said, "system": "Be brief."}, AT)] == [*messages(tulu(*TURNS), AT)]
+    assert [*messages({"conversations": said, "system": ""}, AT)] == [*messages(tulu(*TURNS[1:]), AT)]
+    system = {"from": "system", "value": "Be brief."}
+    assert [*messages({"conversations": [system, *said]}, AT)] == [*messages(tulu(*TURNS), AT)]
+
+
+def test_a_blank_answer_ends_the_chat() -> None:
+    (sample,) = messages(tulu(*TURNS[1:4], ("assistant", " "), *TURNS[1:3], id="x"), AT)
+    assert (sample.id, sample.response, len(sample.messages)) == ("x#1", "Hello.", 1)
+
+
+def test_a_question_without_answer_and_a_blank_system_message_are_passed_over() -> None:
+    (sample,) = messages(tulu(("system", " "), *TURNS[1:4], id="x"), AT)
+    assert (sample.id, len(sample.messages)) == ("x", 1)
+
+
+@pytest.mark.parametrize(
+    ("turns", "field"),
+    [
+        ((("user", "Hi"),), "no answer"),
+        ((("user", "Hi"), ("assistant", "")), "no answer"),
+        ((("system", "Hi"),), "no answer"),
+        ((("assistant", "Hi"), ("user", "Hi")), r"'messages\[0\]' is 'assistant'"),
+        ((("user", "Hi"), ("user", "Hi")), r"'messages\[1\]' is 'user'"),
+        ((*TURNS[1:3], ("system", "Hi"), ("assistant", "Hi")), r"'messages\[2\]' is 'system'"),
+        ((*TURNS[1:3], ("user", " \n"), ("assistant", "Hi")), r"'messages\[2\].content'"),
+        ((("user", "Hi"), ("assistant", None)), r"'messages\[1\].content' is None"),
+        ((("user", [{"type": "text", "text": "Hi"}]), ("assistant", "Hi")), r"'messages\[0\].content'"),
+        ((("user", "\ud800"), ("assistant", "Hi")), "valid Unicode"),
+        ((("user", "Hi"), ("tool", "Hi")), r"'messages\[1\].role' is 'tool'"),
+    ],
+)
+def test_a_bad_chat_names_the_field(turns: tuple[tuple[str, Any], ...], field: str) -> None:
+    with pytest.raises(RecordError, match=field):
+        messages(tulu(*turns), AT)
+
+
+@pytest.mark.parametrize(
+    ("record", "field"),
+    [
+        ([], "the record"),
+        ({}, "'messages' is missing"),
+        ({"messages": {}}, "'messages'"),
+        ({"messages": ["Hi"]}, r"'messages\[0\]'"),
+        ({"messages": [{"content": "Hi"}]}, "have the key 'role'"),
+        ({"conversations": [{"from": "human"}]}, r"'conversations\[0\]'.*have the key 'value'"),
+        (tulu(("user", "Hi"), ("assistant", "Yo"), system=3), "'system'"),
+        (tulu(*TURNS, system="Be kind."), "absent beside a system message"),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}]},
+            r"'messages\[0\].tool_calls'",
+        ),
+    ],
+)
+def test_a_record_that_is_no_chat_names_the_field(record: Any, field: str) -> None:
+    with pytest.raises(RecordError, match=field):
+        messages(record, AT)
+
+
+def test_alpaca() -> None:
+    record = {"instruction": "Add.", "input": "1, 2", "output": "3", "text": "ignored"}
+    (sample,) = alpaca(record, AT)
+    assert (sample.blocks, sample.response, sample.id) == (("Add.\n\n1, 2",), "3", AT)
+    assert next(alpaca(record | {"input": ""}, AT)).blocks == ("Add.",)
+    first, last = alpaca(record | {"system": "Be brief.", "history": [["Hi", "Hello."]], "id": "x"}, AT)
+    assert (first.blocks, first.response) == (("Be brief.", "Hi"), "Hello.")
+    assert (last.blocks, last.response) == (("Be brief.", "Hi", "Hello.", "Add.\n\n1, 2"), "3")
+    assert [m.role for m in last.messages] == ["system", "user", "assistant", "user"]
+    assert (first.id, last.id, last.source) == ("x#1", "x#2", "alpaca")
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"instruction": ""}, "'instruction'"),
+        ({"input": 3}, "'input'"),
+        ({"output": " "}, "'output'"),
+        ({"history": "Hi"}, "'history'"),
+        ({"history": [["Hi"]]}, r"'history\[0\]'"),
+        ({"history": [["Hi", ""]]}, r"'history\[0\]\[1\]'"),
+    ],
+)
+def test_a_bad_alpaca_record_names_the_field(change: dict[str, Any], field: str) -> None:
+    with pytest.raises(RecordError, match=field):
+        alpaca({"instruction": "Add.", "input": "", "output": "3"} | change, AT)
+
+
+@pytest.mark.parametrize("name", ["blocks", "chunks"])
+def test_training_records_of_the_authors_keep_their_blocks(name: str) -> None:
+    record = {"prompt": TRAINING["prompt"], name: TRAINING["blocks"], "response": TRAINING["response"]}
+    record |= {
+        "uuid": {"$oid": "1"},
+        "train_block": True,
+        "block_tokens": [3, 4],
+        "inputs": {"labels": [-100]},
+    }
+    (sample,) = blocks(record, AT)
+    assert sample.blocks == sample.templated == tuple(TRAINING["blocks"])
+    assert (sample.messages, sample.response, sample.id) == ((), "Yes.<|end_of_text|>", AT)
+    assert from_record(json.loads(json.dumps(to_record(sample)))) == sample
+
+
+def test_rag_records_of_the_authors_are_cut_at_their_documents() -> None:
+    (sample,) = blocks(RAG, AT)
+    assert sample.blocks == (OPEN, *WRITTEN, CLOSE)
+    assert "".join(sample.blocks) == RAG["prompt"]
+    assert (sample.response, sample.answers) == ("The fox.", ("Fox", "The fox"))
+    assert sample.meta == {"documents": [1, 2, 3], "relevance": [0.5, 0.25, 0.75]}
+    assert from_record(json.loads(json.dumps(to_record(sample)))) == sample
+
+
+def test_a_rag_record_without_response_can_be_evaluated() -> None:
+    (sample,) = blocks(RAG | {"generated": ""}, AT)
+    assert (sample.response, sample.answers) == ("", ("Fox", "The fox"))
+    with pytest.raises(RecordError, match="'generated'"):
+        blocks(RAG | {"generated": "", "answers": []}, AT)
+
+
+def test_a_rag_record_may_start_with_a_document_or_have_none() -> None:
+    (sample,) = blocks(RAG | {"prompt": RAG["prompt"].removeprefix(OPEN)}, AT)
+    assert (sample.blocks, sample.documents) == ((*WRITTEN, CLOSE), (0, 1, 2))
+    (sample,) = blocks(RAG | {"documents": []}, AT)
+    assert (sample.blocks, sample.meta) == ((RAG["prompt"],), {})
+
+
+def test_a_long_rag_record_loses_its_least_relevant_document() -> None:
+    (sample,) = blocks(RAG, AT)
+    trimmed = trim(sample)
+    assert trimmed and trimmed.blocks == (OPEN, WRITTEN[0], WRITTEN[2], CLOSE)
+    assert trimmed.meta == {"documents": [1, 2], "relevance": [0.5, 0.75]}
+
+
+@pytest.mark.parametrize(
+    ("record", "field"),
+    [
+        ("x", "the record"),
+        (TRAINING | {"prompt": "One."}, "'blocks'.*join to the prompt"),
+        (TRAINING | {"blocks": None}, "'blocks'"),
+        (TRAINING | {"blocks": ["", TRAINING["prompt"]]}, r"'blocks\[0\]'"),
+        (TRAINING | {"response": ""}, "'response'"),
+        ({"prompt": "Hi", "response": "Yo"}, "'blocks' is missing"),
+        ({"response": "Yo"}, "'prompt' is missing"),
+        (RAG | {"documents": NOTES[::-1]}, r"'documents\[1\]'.*stand in the prompt"),
+        (RAG | {"documents": [{"title": "A"}]}, "'text' is missing"),
+        (RAG | {"documents": ["A"]}, r"'documents\[0\]'"),
+        (RAG | {"answers": "Fox"}, "'answers'"),
+        (RAG | {"prompt": OPEN + "".join(WRITTEN)}, "'prompt'.*after the last document"),
+    ],
+)
+def test_a_bad_templated_record_names_the_field(record: Any, field: str) -> None:
+    with pytest.raises(RecordError, match=field):
+        blocks(record, AT)
+
+
+def real_data(name: str) -> Path:
+    path = Path(os.environ.get("BLOCKFT_REAL_DATA", "../shared/data")) / name
+    if not path.exists():
+        pytest.skip(f"{path} is not there (set BLOCKFT_REAL_DATA)")
+    return path
+
+
+@pytest.mark.real_data
+def test_instructions_as_published() -> None:
+    records = [json.loads(line) for line in real_data("instructions_t0.jsonl").open(encoding="utf-8")]
+    samples = [sample for i, r in enumerate(records) for sample in messages(r, f"line {i}")]
+    assert [s.response for s in samples] == [r["messages"][1]["content"] for r in records]
+    assert [s.source for s in samples] == [r["source"] for r in records]
+    assert len({s.id for s in samples}) == len(samples) == 4000
+
+
+@pytest.mark.real_data
+def test_alpaca_as_published() -> None:
+    records = json.loads(real_data("alpaca_en_demo.json").read_text(encoding="utf-8"))
+    samples = [sample for i, r in enumerate(records) for sample in alpaca(r, f"record {i}")]
+    assert [s.response for s in samples] == [r["output"] for r in records]
+    assert sum("\n\n" in s.blocks[0] for s in samples) >= sum(bool(r["input"]) for r in records) == 412

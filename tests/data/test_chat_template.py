@@ -1,0 +1,210 @@
+import pickle
+import re
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from blockft.data.chat_template import Cut, Part, Template, UnfitText
+from blockft.data.sample import Message
+from blockft.errors import UserError
+from tests.data.families import family_tokenizer
+from tests.data.toys import (
+    CHATML,
+    DATED,
+    SHOUTING,
+    THINKING,
+    TRIMMING,
+    rag_sample,
+    text_of_cut,
+    toy_tokenizer,
+)
+
+START, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+
+
+def cut(messages: list[Message], documents: tuple[int, ...] = (), chat_template: str = CHATML) -> list[str]:
+    return text_of_cut(Template(toy_tokenizer(chat_template)).cut(messages, documents).blocks)
+
+
+def user(*content: str) -> Message:
+    return Message(role="user", content=content)
+
+
+def test_leading_markup_is_a_block_of_its_own() -> None:
+    sample = rag_sample()
+    assert cut([*sample.messages], sample.documents) == [
+        START,
+        "Answer.\n\n",
+        "One.\n\n",
+        "Two.\n\n",
+        f"Who?{END}",
+    ]
+
+
+def test_a_prompt_without_local_blocks_is_one_block() -> None:
+    assert cut([user("Who?")]) == [f"{START}Who?{END}"]
+
+
+def test_markup_ends_the_block_before_it() -> None:
+    messages = [Message(role="system", content=("Be brief.",)), user("Hi", "Who?")]
+    assert cut(messages) == ["<|im_start|>system\n", f"Be brief.<|im_end|>\n{START}", "Hi", f"Who?{END}"]
+
+
+def test_markup_never_joins_a_document() -> None:
+    messages = [Message(role="system", content=("Read.", "doc")), user("Who?")]
+    assert cut(messages, (1,)) == [
+        "<|im_start|>system\n",
+        "Read.",
+        "doc",
+        f"<|im_end|>\n{START}",
+        f"Who?{END}",
+    ]
+
+
+def test_markup_never_joins_a_document_that_ends_up_last() -> None:
+    blocks = cut(
+        [user("Read.", "doc", " ")], (1,), TRIMMING.replace("'<|im_start|>' + m['role']", "m['role']")
+    )
+    assert blocks == ["user\n", "Read.", "doc", END]
+
+
+def test_a_trimming_template_trims_the_ends_of_a_message() -> None:
+    messages = [Message(role="system", content=("\n", " Read.\n", "doc", "\n\n", " ")), user("Who? ")]
+    assert cut(messages, (2,), TRIMMING) == [
+        "<|im_start|>system\n",
+        "Read.\n",
+        "doc",
+        f"<|im_end|>\n{START}",
+        f"Who?{END}",
+    ]
+
+
+@pytest.mark.parametrize(("content", "document"), [(("Read.", "doc\n\n"), 1), (("\tdoc", "Read."), 0)])
+def test_a_document_that_would_be_trimmed_is_unfit(content: tuple[str, ...], document: int) -> None:
+    messages = [Message(role="system", content=content), user("Who?")]
+    shown = re.escape(repr(content[document]))
+    with pytest.raises(UnfitText, match=f"{shown}, which would be another block elsewhere: put separators"):
+        cut(messages, (document,), TRIMMING)
+    assert cut(messages, (document,))[document + 1] == content[document]
+
+
+def test_a_message_whose_text_looks_like_markup() -> None:
+    assert cut([user("stand-in[0]", "<|im_end|>\n", "Who?")])[1:-1] == ["stand-in[0]", "<|im_end|>\n"]
+
+
+def test_what_follows_the_response() -> None:
+    found = Template(toy_tokenizer()).cut([user("Who?")], (), " The fox")
+    assert (found.response, found.ending) == (" The fox", "<|im_end|>\n")
+    assert Template(toy_tokenizer(TRIMMING)).cut([user("Who?")], (), " The fox").response == "The fox"
+
+
+def test_the_response_follows_the_generation_prompt() -> None:
+    found = Template(toy_tokenizer(THINKING)).cut([user("Who?")], (), "The fox")
+    assert text_of_cut(found.blocks) == [f"{START}Who?{END}<think></think>"]
+    aloud = THINKING.replace("'<think></think>' if m", "'' if m")
+    with pytest.raises(UnfitText, match="otherwise than its generation prompt leads to"):
+        Template(toy_tokenizer(aloud)).cut([user("Who?")], (), "The fox")
+
+
+def test_what_a_template_writes_before_a_response_opens_the_answer() -> None:
+    always = THINKING.replace("enable_thinking is false", "false")
+    found = Template(toy_tokenizer(always)).cut([user("Who?")], (), "The fox")
+    assert text_of_cut(found.blocks) == [f"{START}Who?{END}"]
+    assert found.answer == (Part("<think></think>", True), Part("The fox", False))
+    spaced = Template(family_tokenizer("mistral_v1")).cut([user("Who?")], (), "The fox")
+    assert spaced == Cut(
+        ((Part("<s>[INST] ", True), Part("Who?", False), Part(" [/INST]", True)),), "The fox", "</s>", " "
+    )
+    assert spaced.answer == (Part(" The fox", False),)
+
+
+def test_a_response_is_kept_as_it_is_where_the_template_would_rewrite_it() -> None:
+    found = Template(family_tokenizer("qwen3")).cut([user("Who?")], (), "\n\nNo <think> or </think>\n")
+    assert (found.opening, found.response, found.ending) == ("", "No <think> or </think>\n", "<|im_end|>\n")
+
+
+def test_a_system_text_that_is_dropped_once_there_is_a_response() -> None:
+    messages = [Message(role="system", content=("Read.", "doc")), user("Who?")]
+    found = Template(family_tokenizer("mistral_v3")).cut(messages, (1,), "The fox")
+    assert text_of_cut(found.blocks) == ["<s>[INST] ", "Read.", "doc", "\n\n", "Who?[/INST]"]
+    assert (found.opening, found.ending) == (" ", "</s>")
+
+
+def test_an_empty_text() -> None:
+    messages = [Message(role="system", content=("",)), user("", "Who?")]
+    assert cut(messages) == [f"<|im_start|>system\n<|im_end|>\n{START}Who?{END}"]
+    with pytest.raises(UnfitText, match="changes the text ''"):
+        Template(family_tokenizer("phi35")).cut(messages, ())
+
+
+def roles(*names: str) -> list[Message]:
+    return [Message(role=name, content=(f"text {i}",)) for i, name in enumerate(names)]
+
+
+@pytest.mark.parametrize(
+    ("family", "messages", "message", "reason"),
+    [
+        ("gemma2", roles("system", "user"), "System role not supported", "roles refused"),
+        (
+            "gemma3",
+            roles("user", "user"),
+            "roles user, user .Conversation roles must alternate",
+            "roles refused",
+        ),
+        ("mistral_v1", roles("assistant", "user"), "should take turns", "roles refused"),
+        ("mistral_v3", roles("system", "user", "assistant", "user"), "once, in order", "roles refused"),
+        (
+            "qwen3",
+            [user("1?"), Message(role="assistant", content=("<think>Hm</think>1!",)), user("2?")],
+            "changes the text '<think>Hm</think>1!'",
+            "text changed",
+        ),
+    ],
+)
+def test_a_prompt_that_the_template_does_not_take_is_unfit(
+    family: str, messages: list[Message], message: str, reason: str
+) -> None:
+    template = Template(family_tokenizer(family))
+    with pytest.raises(UnfitText, match=message) as found:
+        template.cut(messages, (), "The fox")
+    # workers send it to their parent
+    assert pickle.loads(pickle.dumps(found.value)).reason == f"{reason} by the chat template"
+    assert template.cut([user("Who?")], (), "The fox").response == "The fox"
+
+
+def named(**templates: str) -> PreTrainedTokenizerFast:
+    tokenizer = toy_tokenizer()
+    tokenizer.chat_template = templates
+    return tokenizer
+
+
+def test_the_default_of_several_templates_is_taken() -> None:
+    found = Template(named(default=CHATML, tool_use=SHOUTING)).cut([user("Who?")], ())
+    assert text_of_cut(found.blocks) == [f"{START}Who?{END}"]
+    with pytest.raises(UserError, match="no chat template named default"):
+        Template(named(tool_use=CHATML))
+
+
+def test_a_dated_template_prints_the_same_date_every_day() -> None:
+    assert cut([user("Who?")], (), DATED) == [f"26 Jul 2024{START}Who?{END}"]
+    # the white space in front is the template's own
+    assert cut([user("Who?")], (), f" \n{DATED}") == [f" \n26 Jul 2024{START}Who?{END}"]
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "reason"),
+    [
+        (SHOUTING, "changes the text|does not write"),
+        (CHATML.replace("m['content']", "m['content'] | replace('Who', 'Which')"), "changes the text"),
+        ("{{ raise_exception('no users') }}", "no users"),
+        ("{{ messages[-1]['content'] * 2 }}", "does not write"),
+        ("\n{% for m in %}", "line 2 cannot be read"),
+        ("{{ messages[0]['content'] + 1 }}", "refuses messages of the roles user"),
+        (CHATML.replace("m['content']", "' ' + m['content'] | trim | title"), "changes|does not write"),
+        (CHATML.replace("m['content']", "m['content'] | replace('\u2003', '')"), "changes texts of the role"),
+        (None, "no chat template"),
+    ],
+)
+def test_an_unfit_template_is_refused(chat_template: str | None, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        Template(toy_tokenizer(chat_template)).cut([user("Who?")], ())

@@ -1,0 +1,272 @@
+"""Laws 5, 6 and 7 over arbitrary texts, for the chat templates of real model families."""
+
+import unicodedata
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import chain
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blockft.data.chat_template import Part, Template
+from blockft.data.encoder import NO_LABEL, Encoder
+from blockft.data.sample import Message, Sample
+from blockft.data.tokenizer import PlainTokenizer, encode_markup
+from tests.data.families import BLANKS, FAMILIES, Family, family_tokenizer
+
+NASTY = [
+    "{{ bos_token }}",
+    "{% raw %}",
+    "{#",
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "\t",
+    "\u2003",
+    "---",
+    "e\u0301",
+    "\0",
+]
+
+every_family = pytest.mark.parametrize("name", FAMILIES)
+few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the tests know a family by."""
+
+    family: Family
+    tokenizer: Any
+    template: Template
+    encoder: Encoder
+    plain: PlainTokenizer
+
+    def rendered(self, messages: list[tuple[str, str]], for_generation: bool = True) -> str:
+        chat = [{"role": role, "content": text} for role, text in messages]
+        options = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=for_generation, **options
+            )
+        )
+
+    @cached_property
+    def markers(self) -> set[int]:
+        added = self.tokenizer.added_tokens_decoder
+        return {id for id, token in added.items() if token.content not in BLANKS}
+
+    def ids_of(self, part: Part) -> list[int]:
+        if part.is_markup:
+            return encode_markup(part.text, self.tokenizer, self.plain)
+        return self.plain.encode([part.text])[0]
+
+    def decoded(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    def as_encoded(self, text: str) -> str:
+        """A text as the tokenizer itself sees it."""
+        if self.family.kind == "byte_level":
+            return text
+        return unicodedata.normalize("NFC", text) if self.family.kind == "nfc" else text.replace("▁", " ")
+
+
+@cache
+def reading(name: str) -> Reading:
+    tokenizer = family_tokenizer(name)
+    return Reading(
+        FAMILIES[name], tokenizer, Template(tokenizer), Encoder(tokenizer), PlainTokenizer(tokenizer)
+    )
+
+
+def texts(family: Family) -> st.SearchStrategy[str]:
+    """Arbitrary Unicode mixed with the family's control tokens, template syntax, new lines and spaces."""
+    piece = st.one_of(
+        st.sampled_from(family.controls),
+        st.sampled_from(NASTY),
+        st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8),
+    )
+    return st.lists(piece, min_size=1, max_size=5).map("".join)
+
+
+@st.composite
+def chats(draw: st.DrawFn, name: str, shared: str = "") -> Sample:
+    """A prompt that the family's template takes, and a response; `shared` is one of the documents."""
+    family = FAMILIES[name]
+    text = texts(family)
+    said = text.map(lambda t: t if t.strip() else f"{t}?")
+    has_system = family.system != "never" and draw(st.booleans())
+    num_turns = 1 if has_system and family.system == "single" else draw(st.integers(1, 3))
+    roles = ["system"] * has_system + ["user", "assistant"] * (num_turns - 1) + ["user"]
+    holder = draw(st.sampled_from([i for i, role in enumerate(roles) if role != "assistant"]))
+    messages, documents, number = [], [], 0
+    for i, role in enumerate(roles):
+        if role == "assistant":
+            kept = draw(said)
+            messages.append(Message(role=role, content=(kept.replace(family.loses or "\0", "."),)))
+            number += 1
+            continue
+        found = draw(st.lists(text, max_size=2))
+        if shared and i == holder:
+            found.insert(draw(st.integers(0, len(found))), shared)
+        lead, tail = draw(st.booleans()), i == len(roles) - 1 or not found or draw(st.booleans())
+        # a document at the edge of a message has no white space there, which a template may trim
+        if not lead and found and found[0] != found[0].lstrip():
+            lead = True
+        if found and found[-1] != found[-1].rstrip():
+            tail = True
+        content = [draw(said)] * lead + found + [draw(said)] * tail
+        documents += range(number + lead, number + lead + len(found))
+        number += len(content)
+        messages.append(Message(role=role, content=tuple(content)))
+    return Sample(
+        id="s",
+        source="s",
+        messages=tuple(messages),
+        response=draw(said),
+        meta={"documents": documents},
+    )
+
+
+@every_family
+def test_law_5_the_ids_of_blocks_depend_on_their_text_and_markup_alone(name: str) -> None:
+    r = reading(name)
+
+    @few
+    @given(chats(name))
+    def holds(sample: Sample) -> None:
+        cut = r.template.cut(sample.messages, sample.documents, sample.response)
+        (example,) = r.encoder.encode([sample])
+        blocks = [block.tolist() for block in example.blocks]
+        assert [*chain.from_iterable(blocks)] == example.input_ids.tolist()
+        assert example.layout_of("full").num_tokens == example.layout_of("block").num_tokens == len(example)
+        expected = [[*chain.from_iterable(map(r.ids_of, block))] for block in cut.blocks]
+        assert r.encoder.encode_prompt(sample) == expected
+        answer = [*chain.from_iterable(map(r.ids_of, cut.answer)), r.encoder.end_of_turn_id]
+        assert blocks[:-1] == expected[:-1]
+        assert blocks[-1][: len(expected[-1])] == expected[-1]
+        labels = [label for label in example.labels.tolist() if label != NO_LABEL]
+        assert labels == blocks[-1][len(expected[-1]) :]
+        assert (labels[: len(answer) - 1], labels[-1]) == (answer[:-1], answer[-1])
+
+    holds()
+
+
+@every_family
+def test_law_5_a_document_is_the_same_block_in_any_prompt(name: str) -> None:
+    r = reading(name)
+
+    @few
+    @given(st.data(), texts(FAMILIES[name]))
+    def holds(data: st.DataObject, document: str) -> None:
+        block = (Part(document, is_markup=False),)
+        found = []
+        for sample in (data.draw(chats(name, document)), data.draw(chats(name, document))):
+            cut = r.template.cut(sample.messages, sample.documents, sample.response)
+            documents = [b for b in cut.blocks if b[0].text in {sample.blocks[d] for d in sample.documents}]
+            assert documents.count(block) >= 1
+            (example,) = r.encoder.encode([sample])
+            found += [ids.tolist() for b, ids in zip(cut.blocks, example.blocks, strict=True) if b == block]
+        assert all(ids == found[0] for ids in found)
+        assert r.decoded(found[0]) == r.as_encoded(document)
+
+    holds()
+
+
+@every_family
+def test_law_6_the_blocks_joined_are_the_rendered_prompt(name: str) -> None:
+    r = reading(name)
+
+    @few
+    @given(chats(name))
+    def holds(sample: Sample) -> None:
+        cut = r.template.cut(sample.messages, sample.documents, sample.response)
+        parts = [*chain.from_iterable(cut.blocks)]
+        prompt = "".join(part.text for part in parts)
+        messages = [(m.role, m.text) for m in sample.messages]
+        assert prompt == r.rendered(messages)
+        drops_system = r.family.system == "single" and messages[0][0] == "system"
+        if not drops_system and (not r.family.loses or r.family.loses not in sample.response):
+            chat = r.rendered([*messages, ("assistant", sample.response)], for_generation=False)
+            assert f"{prompt}{cut.opening}{cut.response}{cut.ending}" == chat
+        assert cut.opening == r.family.opening
+        written = [part.text for part in parts if not part.is_markup]
+        for number, (own, text) in enumerate(zip(sample.blocks, written, strict=True)):
+            may_trim = r.family.trims and number not in sample.documents
+            assert text in {own, *([own.strip(), own.lstrip(), own.rstrip()] if may_trim else [])}
+        assert cut.response in {sample.response, sample.response.strip(), sample.response.lstrip("\n")}
+
+    holds()
+
+
+@every_family
+def test_law_6_markup_and_documents_keep_to_their_blocks(name: str) -> None:
+    r = reading(name)
+
+    @few
+    @given(chats(name))
+    def holds(sample: Sample) -> None:
+        blocks = r.template.cut(sample.messages, sample.documents, sample.response).blocks
+        documents = [sample.blocks[number] for number in sample.documents]
+        alone = [block[0].text for block in blocks[:-1] if len(block) == 1 and not block[0].is_markup]
+        rest = iter(alone)
+        assert all(document in rest for document in documents)
+        # else a block begins with its text, and markup stands alone only where it has no block to join
+        for before, block in zip((None, *blocks[:-1]), blocks, strict=True):
+            if block[0].is_markup and len(blocks) > 1:
+                assert before is None or len(before) == 1 and before[0].text in documents
+
+    holds()
+
+
+@every_family
+def test_law_7_text_from_data_never_becomes_an_added_token(name: str) -> None:
+    r = reading(name)
+
+    @few
+    @given(chats(name))
+    def holds(sample: Sample) -> None:
+        cut = r.template.cut(sample.messages, sample.documents, sample.response)
+        (example,) = r.encoder.encode([sample])
+        markup = [part.text for part in chain.from_iterable(cut.blocks) if part.is_markup]
+        meant = [id for text in markup for id in r.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        meant.append(r.encoder.end_of_turn_id)
+        assert [id for id in example.input_ids.tolist() if id in r.markers] == [
+            id for id in meant if id in r.markers
+        ]
+
+    holds()
+
+
+@every_family
+def test_law_7_a_document_of_control_tokens_is_text(name: str) -> None:
+    r = reading(name)
+    controls = r.family.controls
+    for document in (*controls, "".join(controls), f" {'  '.join(controls)} "):
+        messages = (Message(role="user", content=("Read.", document, "Who?")),)
+        sample = Sample(id="s", source="s", messages=messages, response="!", meta={"documents": [1]})
+        ids = r.encoder.encode_prompt(sample)[2]
+        assert r.markers.isdisjoint(ids)
+        assert r.decoded(ids) == r.as_encoded(document)
+
+
+@every_family
+def test_a_chat_s_control_tokens_are_those_of_the_model(name: str) -> None:
+    r = reading(name)
+    messages = (Message(role="user", content=("One. ", "Who?")),)
+    rendered = r.rendered([("user", "One. Who?")])
+    (example,) = r.encoder.encode([Sample(id="s", source="s", messages=messages, response="The fox")])
+    known = [id for id in r.tokenizer(rendered, add_special_tokens=False)["input_ids"] if id in r.markers]
+    assert [id for id in example.input_ids.tolist() if id in r.markers] == [*known, r.encoder.end_of_turn_id]
+    ending, end, _ = r.template.cut(messages, (), "The fox").ending.partition(r.family.end_of_turn)
+    labels = [label for label in example.labels.tolist() if label != NO_LABEL]
+    assert r.decoded(labels) == f"{r.family.opening}The fox{ending}{end}"
+
+
+@every_family
+def test_the_end_of_turn_is_the_model_s(name: str) -> None:
+    r = reading(name)
+    assert r.tokenizer.convert_ids_to_tokens(r.encoder.end_of_turn_id) == r.family.end_of_turn

@@ -1,0 +1,151 @@
+import json
+from typing import Any
+
+import pytest
+
+from blockft.data.qa_formats import Dropped, fid, hotpotqa, musique, two_wiki
+from blockft.data.sample import RecordError
+
+HOTPOTQA: dict[str, Any] = {
+    "_id": "h1",
+    "question": "who?",
+    "answer": " the fox",
+    "type": "bridge",
+    "supporting_facts": [["B", 0]],
+    "context": [["B", ["One.", " Two."]], ["C", ["Three."]]],
+}
+MUSIQUE: dict[str, Any] = {
+    "id": "3hop1__12_34_56",
+    "question": "who?",
+    "answer": "the fox",
+    "answer_aliases": ["a fox", "the fox"],
+    "answerable": True,
+    "paragraphs": [
+        {"idx": 0, "title": "B", "paragraph_text": "One.", "is_supporting": False},
+        {"idx": 1, "title": "C", "paragraph_text": "Two.", "is_supporting": True},
+    ],
+}
+FID: dict[str, Any] = {
+    "question": "who?",
+    "answers": ["the fox", "a fox"],
+    "ctxs": [{"title": "B", "text": "One."}, {"title": None, "text": "Two."}],
+}
+
+
+def ctxs(*changes: dict[str, Any]) -> dict[str, Any]:
+    return FID | {"ctxs": [{"title": "B", "text": "One."} | change for change in changes]}
+
+
+def test_multi_hop_records() -> None:
+    question = hotpotqa(HOTPOTQA)
+    assert (question.id, question.answers, question.meta) == ("h1", ("the fox",), {"type": "bridge"})
+    assert [(d.title, d.text, d.relevance, d.supports) for d in question.documents] == [
+        ("B", "One. Two.", 1, True),
+        ("C", "Three.", 0, False),
+    ]
+    spaced = two_wiki(HOTPOTQA | {"context": [["B", ["One.", "Two."]], ["C", ["Three."]]]})
+    assert spaced.documents == question.documents and spaced.source == "2wikimultihopqa"
+
+
+@pytest.mark.parametrize("parse", [hotpotqa, two_wiki])
+def test_multi_hop_records_as_the_hub_and_parquet_files_spell_them(parse: Any) -> None:
+    hub = {
+        "supporting_facts": {"title": ["B"], "sent_id": [0]},
+        "context": {"title": ["B", "C"], "sentences": [["One.", " Two."], ["Three."]]},
+    }
+    texts = {name: json.dumps(HOTPOTQA[name]) for name in ("context", "supporting_facts")}
+    assert parse(HOTPOTQA) == parse(HOTPOTQA | hub) == parse(HOTPOTQA | texts)
+    with pytest.raises(RecordError, match="'context' is .* the text of one in JSON"):
+        parse(HOTPOTQA | {"context": "[["})
+
+
+def test_musique() -> None:
+    question = musique(MUSIQUE)
+    assert (question.answers, question.meta) == (("the fox", "a fox"), {"type": "3hop1"})
+    assert [(d.title, d.text, d.supports) for d in question.documents] == [
+        ("B", "One.", False),
+        ("C", "Two.", True),
+    ]
+    assert musique(MUSIQUE | {"id": "x"}).meta == {}
+    with pytest.raises(Dropped, match="no answer"):
+        musique(MUSIQUE | {"answerable": False})
+
+
+def test_fid() -> None:
+    question = fid(FID)
+    assert (question.id, question.answers) == ("", ("the fox", "a fox"))
+    assert [(d.title, d.relevance, d.supports) for d in question.documents] == [
+        ("B", 0, False),
+        ("", -1, False),
+    ]
+    assert fid(FID | {"id": 7, "target": "Fox"}).answers == ("Fox", "the fox", "a fox")
+    assert fid({**FID, "answers": None, "answer": "Fox", "id": "x"}).answers == ("Fox",)
+    with pytest.raises(Dropped, match="no answer"):
+        fid(FID | {"answers": []})
+
+
+@pytest.mark.parametrize(
+    ("changes", "relevance", "supporting"),
+    [
+        (({"score": "2.5"}, {"score": 3}), [2.5, 3], []),
+        (({"score": 2}, {}), [0, -1], []),
+        (({}, {"isgold": True, "hasanswer": True}), [0, 1], [1]),
+        (({"hasanswer": True}, {"isgold": True}), [0, 1], [1]),
+        (({"has_answer": False}, {"has_answer": True}, {"has_answer": True}), [0, -1, -2], [1]),
+    ],
+)
+def test_what_fid_tells_of_its_documents(
+    changes: tuple[dict[str, Any], ...], relevance: list[float], supporting: list[int]
+) -> None:
+    documents = fid(ctxs(*changes)).documents
+    assert [d.relevance for d in documents] == relevance
+    assert [i for i, d in enumerate(documents) if d.supports] == supporting
+
+
+def test_the_training_files_of_dpr() -> None:
+    positive, negative = [{"title": t, "text": "x", "score": 0, "passage_id": "9"} for t in "PN"]
+    record = {"question": "who?", "answers": ["the fox"], "positive_ctxs": [positive, positive]}
+    documents = fid(record | {"negative_ctxs": [], "hard_negative_ctxs": [negative]}).documents
+    assert [(d.title, d.relevance, d.supports) for d in documents] == [
+        ("P", 1, True),
+        ("P", 0, False),
+        ("N", 0, False),
+    ]
+    with pytest.raises(Dropped, match="no positive document"):
+        fid(record | {"positive_ctxs": [], "hard_negative_ctxs": [negative]})
+
+
+@pytest.mark.parametrize(
+    ("parse", "record", "field"),
+    [
+        (hotpotqa, HOTPOTQA | {"context": {"title": ["B"]}}, "'context'"),
+        (two_wiki, HOTPOTQA | {"answer": ""}, "'answer'"),
+        (musique, MUSIQUE | {"paragraphs": [1]}, r"'paragraphs\[0\]'"),
+        (musique, MUSIQUE | {"paragraphs": [{"paragraph_text": 1}]}, r"'paragraphs\[0\].paragraph_text'"),
+        (musique, MUSIQUE | {"answer_aliases": "x"}, "'answer_aliases'"),
+        (fid, {"question": "who?", "ctxs": []}, "'answers' is missing"),
+        (fid, FID | {"ctxs": None}, "'ctxs'"),
+        (fid, FID | {"answers": [1]}, "'answers'"),
+        (fid, FID | {"id": 1.5}, "'id'"),
+        (fid, ctxs({"score": "high"}), r"'ctxs\[0\].score'"),
+        (fid, ctxs({}, {"text": None}), r"'ctxs\[1\].text'"),
+        (fid, FID | {"positive_ctxs": ["x"]}, r"'positive_ctxs\[0\]'"),
+        (fid, FID | {"positive_ctxs": [{"text": "x"}, {"text": 1}]}, r"'positive_ctxs\[1\].text'"),
+        (fid, FID | {"positive_ctxs": [{"text": "x"}], "negative_ctxs": [{}]}, r"'negative_ctxs\[0\].text'"),
+        (
+            hotpotqa,
+            HOTPOTQA | {"context": {"title": ["B", "C"], "sentences": [["One."]]}},
+            "'context' .* as many title as sentences, not 2 and 1",
+        ),
+        (
+            two_wiki,
+            HOTPOTQA | {"supporting_facts": {"title": ["B"], "sent_id": []}},
+            "'supporting_facts' .* not 1 and 0",
+        ),
+        (two_wiki, HOTPOTQA | {"context": "[" * 100_000}, "'context' .* the text of one in JSON"),
+        (fid, [], "the record"),
+    ],
+)
+def test_a_bad_record_names_its_field(parse: Any, record: Any, field: str) -> None:
+    with pytest.raises(RecordError, match=field):
+        parse(record)

@@ -1,0 +1,115 @@
+"""Prompts that arrive already templated: their markers are meant, and no chat template is needed."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from blockft.data.chat_template import UnfitText
+from blockft.data.encoder import NO_LABEL, Encoder
+from blockft.data.fit import encode_to_fit
+from blockft.data.sample import Sample
+from blockft.data.tokenizer import TemplatedTokenizer
+from blockft.errors import UserError
+from tests.data.toys import rag_sample, toy_tokenizer
+
+START, END = "<|im_start|>", "<|im_end|>"
+BLOCKS = (f"{START}system\nSome notes.\n", "One. <think>é\U0001f98a\n", f"{END}\n{START}user\nWho?")
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.sampled_from(BLOCKS)
+
+
+def templated(*blocks: str, response: str = "The fox") -> Sample:
+    return Sample(id="s", source="toy", templated=blocks, response=response)
+
+
+def response_of(encoder: Encoder, tokenizer: PreTrainedTokenizerFast, response: str) -> str:
+    (example,) = encoder.encode([templated(*BLOCKS, response=response)])
+    return str(tokenizer.decode(example.labels[example.labels != NO_LABEL]))
+
+
+@given(st.lists(TEXTS, min_size=1, max_size=4))
+def test_the_blocks_are_encoded_one_by_one_as_they_were_given(encoder: Encoder, blocks: list[str]) -> None:
+    tokenizer = toy_tokenizer()
+    ids = encoder.encode_prompt(templated(*blocks))
+    assert [tokenizer.decode(block) for block in ids] == blocks
+    assert ids == [encoder.encode_prompt(templated(block))[0] for block in blocks]
+    (example,) = encoder.encode([templated(*blocks)])
+    assert example.input_ids.tolist()[: sum(map(len, ids))] == sum(ids, [])
+    assert example.block_lengths[:-1] == tuple(map(len, ids[:-1]))
+
+
+def test_their_markers_are_added_tokens(encoder: Encoder, tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = sum(encoder.encode_prompt(templated(*BLOCKS)), [])
+    added = [id for id in ids if id in tokenizer.added_tokens_decoder]
+    assert tokenizer.convert_ids_to_tokens(added) == [START, "<think>", END, START]
+
+
+def test_the_response_ends_once(encoder: Encoder, tokenizer: PreTrainedTokenizerFast) -> None:
+    assert response_of(encoder, tokenizer, "The fox") == f"The fox{END}"
+    assert response_of(encoder, tokenizer, f"The fox{END}") == f"The fox{END}"
+    # <think> is an added token, but no special one: it ends nothing
+    assert response_of(encoder, tokenizer, "The <think>") == f"The <think>{END}"
+
+
+def test_a_tokenizer_without_chat_template_will_do() -> None:
+    tokenizer = toy_tokenizer(None)
+    encoder = Encoder(tokenizer)
+    assert response_of(encoder, tokenizer, "The fox") == f"The fox{END}"
+    assert encoder.end_of_turn_id == tokenizer.eos_token_id
+    with pytest.raises(UserError, match="no chat template"):
+        encoder.encode([rag_sample()])
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="neither a chat template nor an eos token"):
+        Encoder(tokenizer).encode([templated(*BLOCKS)])
+
+
+def test_nothing_is_put_before_or_around_a_block() -> None:
+    backend = Tokenizer(models.BPE(vocab={"▁": 0, "a": 1, "<s>": 2}, merges=[]))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Replace("▁", " ")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", add_bos_token=True)
+    assert TemplatedTokenizer(tokenizer).encode(["a<s>a", " a"]) == [[1, 2, 1], [0, 1]]
+
+
+def test_chats_and_templated_samples_keep_their_order(encoder: Encoder) -> None:
+    samples = [templated(*BLOCKS), rag_sample(id="a"), replace(templated("x"), id="t"), rag_sample(id="b")]
+    assert [e.sample_ids[0] for e in encoder.encode(samples)] == ["s", "a", "t", "b"]
+
+
+class Choosy(Encoder):
+    """Its template changes what holds an x."""
+
+    def _cut(self, sample, response):  # type: ignore[no-untyped-def]
+        if "x" in sample.messages[-1].text:
+            raise UnfitText(f"sample {sample.id}: the template changes it")
+        return super()._cut(sample, response)
+
+
+def test_an_unfit_sample_does_not_lose_its_batch() -> None:
+    encoder = Choosy(toy_tokenizer())
+    samples = [rag_sample(id="a"), rag_sample("x?", id="b"), templated(*BLOCKS), rag_sample(id="c")]
+    with pytest.raises(UnfitText, match="^sample b of "):
+        encode_to_fit(samples, encoder, 1000, trims=False)
+    outcomes = encode_to_fit(samples, encoder, 1000, trims=False, skip_bad=True)
+    assert [o.dropped for o in outcomes] == ["", "unfit for the chat template", "", ""]
+    assert [o.example is None for o in outcomes] == [False, True, False, False]
+    assert [o.is_unfit for o in outcomes] == [False, True, False, False]
+    assert [o.sample for o in outcomes] == samples
+
+
+def test_a_sample_that_cannot_be_cut_is_unfit_and_named(encoder: Encoder) -> None:
+    def cut(sample: Sample) -> Sample:
+        if sample.id == "b":
+            raise UnfitText("the vocabulary spells a marker", "added token spelled by a text")
+        return replace(sample, id=f"cut {sample.id}")
+
+    samples = [rag_sample(id="a"), rag_sample(id="b"), replace(rag_sample(id="b"), response="")]
+    with pytest.raises(UnfitText, match=r"^sample b of \w+: the vocabulary spells a marker$"):
+        encode_to_fit(samples, encoder, 1000, trims=False, cut=cut)
+    outcomes = encode_to_fit(samples, encoder, 1000, trims=False, skip_bad=True, cut=cut)
+    assert [o.dropped for o in outcomes] == ["", "added token spelled by a text", "no response"]
+    assert [o.is_unfit for o in outcomes] == [False, True, False]
+    assert outcomes[0].sample.id == "cut a"

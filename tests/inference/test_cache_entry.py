@@ -1,0 +1,130 @@
+"""Entries of the cache: whatever happens to a byte of a file, it is found."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from blockft.inference.block_key import digest, ids_of, num_tokens
+from blockft.inference.cache_entry import CacheModel, DamagedEntry, Entry
+from tests.inference.cached import OTHER, TOY, check_file, kv_of, some_key, write_file
+
+KEY = some_key(0)
+NAME = f"{digest(KEY)}.safetensors"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    write_file(tmp_path / NAME, KEY)
+    return tmp_path / NAME
+
+
+@pytest.mark.parametrize("model", [TOY, OTHER], ids=lambda model: model.dtype)
+@pytest.mark.parametrize("length", [1, 5, 700])
+def test_what_is_read_is_what_was_written(tmp_path: Path, model: CacheModel, length: int) -> None:
+    key = some_key(length, length)
+    path = tmp_path / f"{digest(key)}.safetensors"
+    write_file(path, key, model)
+    size = path.stat().st_size
+    assert size == model.entry_bytes(length) and model.num_tokens(size) == length
+    assert model.num_tokens(size + 1) == model.num_tokens(size - 1) == model.num_tokens(0) == 0
+    with Entry(path, model) as entry:
+        assert entry.key == key and num_tokens(entry.key) == length
+        for index, layer in enumerate(kv_of(key, model)):
+            assert torch.equal(entry.layer(index), layer)
+            out = torch.full_like(layer, 7)
+            assert entry.layer(index, out) is out and torch.equal(out, layer)
+
+
+def test_an_entry_is_an_ordinary_safetensors_file(path: Path) -> None:
+    tensors = load_file(path)
+    assert tensors["token_ids"].tolist() == ids_of(KEY)
+    for index, layer in enumerate(kv_of(KEY)):
+        assert torch.equal(tensors[f"layers.{index}"], layer)
+
+
+def test_views_are_written_as_what_they_show(tmp_path: Path) -> None:
+    from blockft.inference.cache_entry import write_entry
+
+    kv = kv_of(KEY)
+    strided = kv.transpose(0, 2).contiguous().transpose(0, 2)
+    with (tmp_path / NAME).open("wb", buffering=0) as file, torch.inference_mode():
+        write_entry(file, TOY, KEY, strided.clone(memory_format=torch.preserve_format))
+    with Entry(tmp_path / NAME, TOY) as entry:
+        assert torch.equal(entry.layer(1), kv[1])
+
+
+def test_a_flipped_bit_is_found_wherever_it_is(path: Path) -> None:
+    """In the length, the header, its blanks, the token ids, every layer: each byte of the file."""
+    content = path.read_bytes()
+    for offset in range(len(content)):
+        damaged = bytearray(content)
+        damaged[offset] ^= 1 << offset % 8
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedEntry):
+            check_file(path)
+    path.write_bytes(content)
+    check_file(path)
+
+
+def test_a_file_of_another_length_is_found(path: Path) -> None:
+    content = path.read_bytes()
+    per_token = TOY.token_bytes + 4
+    lengths = {0, 1, 7, 8, 9, 500, 4095, 4096, 4097, len(content) - 1, *range(4096, len(content), per_token)}
+    for length in lengths:
+        path.write_bytes(content[:length])
+        with pytest.raises(DamagedEntry):
+            check_file(path)
+    for more in (b"\0", bytes(4096), bytes(per_token), content):
+        path.write_bytes(content + more)
+        with pytest.raises(DamagedEntry):
+            check_file(path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{}",
+        b"[1]",
+        b"null",
+        b'{"__metadata__": 3}',
+        b'{"__metadata__": {}}',
+        b"[" * 4000,
+        b"\xff" * 4000,
+        b"",
+    ],
+)
+def test_any_other_header_is_found(path: Path, header: bytes) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:8] + header.ljust(4088) + content[4096:])
+    with pytest.raises(DamagedEntry):
+        check_file(path)
+
+
+def test_foreign_entries_are_found(path: Path) -> None:
+    other = path.with_name(f"{digest(some_key(1))}.safetensors")
+    other.write_bytes(path.read_bytes())
+    with pytest.raises(DamagedEntry, match="its block is"):
+        Entry(other, TOY)
+    with pytest.raises(DamagedEntry, match="its model is"):
+        Entry(path, OTHER)
+
+
+def test_an_open_entry_is_read_whole_after_its_file_has_gone(path: Path) -> None:
+    with Entry(path, TOY) as replaced, Entry(path, TOY) as removed:
+        draft = path.with_name("draft")
+        draft.write_bytes(b"something else")
+        draft.replace(path)
+        replaced.check()
+        path.unlink()
+        removed.check()
+
+
+def test_a_file_that_shrinks_under_its_reader_is_damaged_and_no_more(path: Path) -> None:
+    with Entry(path, TOY) as entry:
+        entry.layer(0)
+        with path.open("r+b") as file:
+            file.truncate(4200)
+        with pytest.raises(DamagedEntry, match="cut short"):
+            entry.check()

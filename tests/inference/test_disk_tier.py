@@ -1,0 +1,538 @@
+"""The disk tier: shared by processes, within its budget, never wrong, and no trouble when the disk is."""
+
+import errno
+import json
+import logging
+import os
+import random
+import resource
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import blockft.inference.disk_tier as disk
+from blockft.errors import UserError
+from blockft.inference.block_key import Key, digest, key_of, num_tokens
+from blockft.inference.cache_entry import CacheModel
+from blockft.inference.cache_folder import DRAFTS, CacheFolder
+from blockft.inference.disk_tier import DamagedEntry, DiskTier
+from tests.inference.cached import OTHER, TOY, check_file, kv_of, some_key
+
+KEYS = [some_key(seed) for seed in range(12)]
+SIZE = TOY.entry_bytes(num_tokens(KEYS[0]))
+
+processes = get_context("forkserver")
+processes.set_forkserver_preload(["tests.inference.test_disk_tier"])
+
+
+def path_of(folder: Path, key: Key, model: CacheModel = TOY) -> Path:
+    return folder / model.fingerprint / f"{digest(key)}.safetensors"
+
+
+def read(tier: DiskTier, key: Key) -> torch.Tensor | None:
+    entry = tier.open(key)
+    if entry is None:
+        return None
+    with entry:
+        assert entry.num_tokens == num_tokens(key)
+        return torch.stack([entry.layer(index) for index in range(TOY.num_layers)])
+
+
+def holds(tier: DiskTier, key: Key) -> bool:
+    kv = read(tier, key)
+    return kv is not None and torch.equal(kv, kv_of(key))
+
+
+def used_bytes(folder: Path) -> int | None:
+    with CacheFolder(folder).locked() as ledger:
+        return ledger.read()
+
+
+def stored_bytes(folder: Path) -> int:
+    return sum(entry.num_bytes for entry in CacheFolder(folder).entries())
+
+
+def flip(path: Path, offset: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def tier(folder: Path) -> DiskTier:
+    return DiskTier(folder, TOY)
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What the cache has said so far."""
+    texts: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("blockft.cache").addHandler(handler)
+    yield texts
+    logging.getLogger("blockft.cache").removeHandler(handler)
+
+
+def test_what_one_tier_writes_every_other_reads(folder: Path, tier: DiskTier) -> None:
+    assert read(tier, KEYS[0]) is None
+    for key in KEYS:
+        tier.write(key, kv_of(key))
+    later = DiskTier(folder, TOY)
+    assert all(holds(tier, key) and holds(later, key) for key in KEYS)
+    assert tier.statistics.entries_written == later.statistics.entries_read == len(KEYS)
+    assert tier.statistics.bytes_written == used_bytes(folder) == stored_bytes(folder) == SIZE * len(KEYS)
+    assert later.statistics.bytes_read == sum(kv_of(key).nbytes for key in KEYS)
+
+
+def test_models_share_a_folder_and_see_their_own_blocks(folder: Path, tier: DiskTier) -> None:
+    other = DiskTier(folder, OTHER)
+    tier.write(KEYS[0], kv_of(KEYS[0]))
+    assert other.open(KEYS[0]) is None
+    other.write(KEYS[0], kv_of(KEYS[0], OTHER))
+    entry = other.open(KEYS[0])
+    assert entry and torch.equal(entry.layer(1), kv_of(KEYS[0], OTHER)[1])
+    assert holds(tier, KEYS[0])
+    assert CacheFolder(folder).models() == {TOY.fingerprint: TOY, OTHER.fingerprint: OTHER}
+
+
+def test_a_block_that_is_there_is_not_written_again(folder: Path, tier: DiskTier) -> None:
+    tier.write(KEYS[0], kv_of(KEYS[0]))
+    before = path_of(folder, KEYS[0]).stat()
+    later = DiskTier(folder, TOY)
+    later.write(KEYS[0], kv_of(KEYS[0]))
+    assert os.path.samestat(path_of(folder, KEYS[0]).stat(), before)
+    assert later.statistics == disk.DiskStatistics() and used_bytes(folder) == SIZE
+
+
+# damage
+
+
+@pytest.mark.parametrize("offset", [0, 20, 300, 4000, 4096])
+def test_damage_found_on_opening_is_reported_once_and_mended(
+    folder: Path, tier: DiskTier, said: list[str], offset: int
+) -> None:
+    for key in KEYS[:2]:
+        tier.write(key, kv_of(key))
+        flip(path_of(folder, key), offset)
+        assert tier.open(key) is None and not path_of(folder, key).exists()
+    assert tier.statistics.entries_damaged == 2 and used_bytes(folder) == 0
+    assert len(said) == 1 and digest(KEYS[0]) in said[0]
+    tier.write(KEYS[0], kv_of(KEYS[0]))
+    assert holds(tier, KEYS[0])
+
+
+@pytest.mark.parametrize("layer", range(TOY.num_layers))
+def test_damage_in_a_layer_is_reported_and_mended(
+    folder: Path, tier: DiskTier, said: list[str], layer: int
+) -> None:
+    tier.write(KEYS[0], kv_of(KEYS[0]))
+    num_ids = 4 * num_tokens(KEYS[0])
+    flip(path_of(folder, KEYS[0]), 4096 + num_ids + layer * num_tokens(KEYS[0]) * TOY.layer_bytes + 3)
+    entry = tier.open(KEYS[0])
+    assert entry is not None
+    for index in range(TOY.num_layers):
+        if index != layer:
+            assert torch.equal(entry.layer(index), kv_of(KEYS[0])[index])
+    for _ in range(2):
+        with pytest.raises(DamagedEntry, match=f"layer {layer}"):
+            entry.layer(layer)
+    assert tier.statistics.entries_damaged == 1 and len(said) == 1
+    assert tier.open(KEYS[0]) is None
+    tier.write(KEYS[0], kv_of(KEYS[0]))
+    assert holds(tier, KEYS[0])
+
+
+def test_a_truncated_or_foreign_entry_is_no_entry(folder: Path, tier: DiskTier, said: list[str]) -> None:
+    for key in KEYS[:3]:
+        tier.write(key, kv_of(key))
+    os.truncate(path_of(folder, KEYS[0]), SIZE - 1)
+    os.truncate(path_of(folder, KEYS[1]), 0)
+    shutil.copy(path_of(folder, KEYS[2]), path_of(folder, KEYS[3]))
+    other = DiskTier(folder, OTHER)
+    shutil.copy(path_of(folder, KEYS[2]), path_of(folder, KEYS[2], OTHER))
+    assert [tier.open(key) for key in (KEYS[0], KEYS[1], KEYS[3])] == [None] * 3
+    assert other.open(KEYS[2]) is None
+    assert tier.statistics.entries_damaged == 3 and other.statistics.entries_damaged == 1
+    assert holds(tier, KEYS[2])
+
+
+def test_a_truncated_entry_is_replaced_and_counted_right(folder: Path, tier: DiskTier) -> None:
+    tier.write(KEYS[0], kv_of(KEYS[0]))
+    os.truncate(path_of(folder, KEYS[0]), 100)
+    tier.write(KEYS[0], kv_of(KEYS[0]))
+    assert holds(tier, KEYS[0])
+
+
+def test_a_sound_entry_that_took_a_damaged_ones_place_stays(folder: Path, tier: DiskTier) -> None:
+    tier.write(KEYS[0], kv_of(KEYS[0]))
+    flip(path_of(folder, KEYS[0]), SIZE - 1)
+    entry = tier.open(KEYS[0])
+    assert entry is not None
+    path_of(folder, KEYS[0]).unlink()
+    DiskTier(folder, TOY).write(KEYS[0], kv_of(KEYS[0]))
+    with pytest.raises(DamagedEntry):
+        entry.layer(TOY.num_layers - 1)
+    assert holds(tier, KEYS[0])
+
+
+def test_an_entry_that_is_evicted_while_open_is_read_to_its_end(folder: Path, tier: DiskTier) -> None:
+    tier.write(KEYS[0], kv_of(KEYS[0]))
+    entry = tier.open(KEYS[0])
+    assert entry is not None
+    with CacheFolder(folder).locked() as ledger:
+        CacheFolder(folder).prune(ledger, max_bytes=0)
+    assert tier.open(KEYS[0]) is None
+    assert torch.equal(entry.layer(2), kv_of(KEYS[0])[2])
+    assert tier.statistics.entries_damaged == 0
+
+
+def test_an_entry_whose_file_is_not_held_is_read_while_it_is_there(
+    folder: Path, tier: DiskTier, said: list[str]
+) -> None:
+    tier.write(KEYS[0], kv_of(KEYS[0]))
+    path, kept = path_of(folder, KEYS[0]), folder.parent / "kept"
+    entry = tier.open(KEYS[0], holds=False)
+    assert entry is not None and torch.equal(entry.layer(2), kv_of(KEYS[0])[2])
+    path.rename(kept)
+    with pytest.raises(DamagedEntry):
+        entry.layer(2)
+    tier.write(KEYS[0], -kv_of(KEYS[0]))  # as another process might, whose numbers are not quite the same
+    with pytest.raises(DamagedEntry, match="another file"):
+        entry.layer(2)
+    other = tier.open(KEYS[0])
+    assert other is not None and torch.equal(other.layer(2), -kv_of(KEYS[0])[2]), "it is left where it is"
+    kept.rename(path)
+    assert torch.equal(entry.layer(2), kv_of(KEYS[0])[2])
+    assert not said and tier.statistics.entries_damaged == 0
+    flip(path, SIZE - 1)
+    with pytest.raises(DamagedEntry, match="layer 2"):
+        entry.layer(2)
+    assert len(said) == tier.statistics.entries_damaged == 1 and not path.exists()
+
+
+# folders
+
+
+def test_another_format_version_is_refused(folder: Path, tier: DiskTier) -> None:
+    facts = json.loads((folder / "format.json").read_text())
+    (folder / "format.json").write_text(json.dumps(facts | {"version": 2}))
+    with pytest.raises(UserError, match="version 2.* has version 1"):
+        DiskTier(folder, TOY)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "x"}', "\xff"])
+def test_what_is_no_format_is_refused(folder: Path, tier: DiskTier, text: str) -> None:
+    (folder / "format.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"format\.json"):
+        DiskTier(folder, TOY)
+
+
+def test_other_peoples_folders_and_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path, tmp_path / "file", tmp_path / "file" / "cache"):
+        with pytest.raises(UserError, match="folder"):
+            DiskTier(path, TOY)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_damaged_model_file_is_written_again(folder: Path, tier: DiskTier) -> None:
+    model = folder / TOY.fingerprint / "model.json"
+    for offset in range(len(model.read_bytes())):
+        flip(model, offset)
+        with pytest.raises(UserError, match=r"model\.json"):
+            CacheFolder(folder).models()
+        DiskTier(folder, TOY)
+        assert CacheFolder(folder).models() == {TOY.fingerprint: TOY}
+
+
+def test_a_folder_that_was_emptied_is_filled_again(folder: Path, tier: DiskTier) -> None:
+    tier.write(KEYS[0], kv_of(KEYS[0]))
+    shutil.rmtree(folder)
+    assert tier.open(KEYS[0]) is None
+    tier.write(KEYS[0], kv_of(KEYS[0]))
+    assert holds(tier, KEYS[0]) and CacheFolder(folder).models() == {TOY.fingerprint: TOY}
+
+
+def test_a_folder_that_another_version_takes_over_costs_one_warning(
+    folder: Path, tier: DiskTier, said: list[str]
+) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "format.json").write_text('{"format": "blockft cache", "version": 99}')
+    for key in KEYS[:2]:
+        tier.write(key, kv_of(key))
+        assert tier.open(key) is None
+    assert len(said) == 1 and "version 99" in said[0] and tier.statistics.entries_lost == 2
+
+
+# the budget
+
+
+def test_a_budget_that_holds_no_token_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match="cannot hold a block of toy"):
+        DiskTier(folder, TOY, max_bytes=TOY.entry_bytes(1) - 1)
+
+
+def test_a_block_beyond_the_budget_is_left_out_and_evicts_nothing(folder: Path, said: list[str]) -> None:
+    tier = DiskTier(folder, TOY, max_bytes=2 * SIZE)
+    tier.write(KEYS[0], kv_of(KEYS[0]))
+    for seed in (1, 2):
+        key = some_key(seed, 1000)
+        tier.write(key, kv_of(key))
+        assert tier.open(key) is None
+    assert holds(tier, KEYS[0]) and tier.statistics.entries_lost == 2
+    assert len(said) == 1 and "1000 tokens" in said[0]
+
+
+def test_the_least_recently_used_make_way(folder: Path) -> None:
+    tier = DiskTier(folder, TOY, max_bytes=4 * SIZE)
+    long_ago = time.time() - 10_000
+    for index, key in enumerate(KEYS[:4]):
+        tier.write(key, kv_of(key))
+        os.utime(path_of(folder, key), (long_ago + index,) * 2)
+    assert holds(tier, KEYS[0])
+    tier.write(KEYS[1], kv_of(KEYS[1]))
+    tier.write(KEYS[4], kv_of(KEYS[4]))
+    assert [holds(tier, key) for key in KEYS[:5]] == [True, True, False, False, True]
+    assert tier.statistics.entries_evicted == 2 and tier.statistics.bytes_evicted == 2 * SIZE
+    assert used_bytes(folder) == stored_bytes(folder) == 3 * SIZE
+
+
+def test_a_budget_of_one_block_holds_the_last(folder: Path) -> None:
+    tier = DiskTier(folder, TOY, max_bytes=SIZE)
+    for key in KEYS:
+        tier.write(key, kv_of(key))
+        assert holds(tier, key) and stored_bytes(folder) == SIZE
+
+
+def test_the_budget_is_that_of_all_models_and_of_earlier_processes(folder: Path, tier: DiskTier) -> None:
+    for key in KEYS:
+        tier.write(key, kv_of(key))
+    size = OTHER.entry_bytes(num_tokens(KEYS[0]))
+    DiskTier(folder, OTHER, max_bytes=3 * size).write(KEYS[0], kv_of(KEYS[0], OTHER))
+    assert path_of(folder, KEYS[0], OTHER).exists() and stored_bytes(folder) <= 3 * size
+
+
+def test_a_lost_count_is_made_again(folder: Path) -> None:
+    tier = DiskTier(folder, TOY, max_bytes=6 * SIZE)
+    for key in KEYS[:6]:
+        tier.write(key, kv_of(key))
+    (folder / ".lock").write_text("damaged")
+    tier.write(KEYS[6], kv_of(KEYS[6]))
+    assert stored_bytes(folder) == used_bytes(folder) <= 6 * SIZE
+
+
+# disks that do not take blocks
+
+
+def test_a_full_disk_costs_one_warning(
+    folder: Path, tier: DiskTier, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier.write(KEYS[0], kv_of(KEYS[0]))
+    write_entry = disk.write_entry
+
+    def fail_late(file: Any, *args: Any) -> None:
+        write_entry(file, *args)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full:
+        full.setattr(disk, "write_entry", fail_late)
+        for key in KEYS[1:3]:
+            tier.write(key, kv_of(key))
+            assert tier.open(key) is None
+    assert holds(tier, KEYS[0])
+    assert said == [f"{folder} cannot be written (the disk is full): blocks stay in memory alone"]
+    assert tier.statistics.entries_lost == 2 and not list((folder / DRAFTS).iterdir())
+    tier.write(KEYS[1], kv_of(KEYS[1]))
+    assert holds(tier, KEYS[1])
+
+
+def test_a_file_that_the_system_cuts_short_is_no_entry(folder: Path, tier: DiskTier, said: list[str]) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE - 100, limits[1]))
+    try:
+        tier.write(KEYS[0], kv_of(KEYS[0]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert tier.open(KEYS[0]) is None and len(said) == 1
+    assert not list((folder / DRAFTS).iterdir()) and stored_bytes(folder) == 0
+
+
+def test_a_read_only_cache_is_read(
+    folder: Path, tier: DiskTier, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier.write(KEYS[0], kv_of(KEYS[0]))
+    os.utime(path_of(folder, KEYS[0]), (0, 0))
+    flip_key = KEYS[1]
+    tier.write(flip_key, kv_of(flip_key))
+    flip(path_of(folder, flip_key), 4096)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(CacheFolder, "locked", refuse)
+    monkeypatch.setattr(CacheFolder, "draft", refuse)
+    monkeypatch.setattr(disk.os, "utime", refuse)
+    later = DiskTier(folder, TOY)
+    assert not said
+    for _ in range(2):
+        assert holds(later, KEYS[0])
+        assert len(said) == 1 and "cannot be recorded" in said[0]
+    later.write(KEYS[2], kv_of(KEYS[2]))
+    assert len(said) == 2 and "cannot be written (Read-only" in said[1]
+    assert later.open(flip_key) is None and len(said) == 3
+    assert later.statistics.entries_lost == 1
+
+
+def test_a_folder_that_cannot_be_made_costs_one_warning(said: list[str]) -> None:
+    tier = DiskTier(Path("/proc/blockft/cache"), TOY)
+    tier.write(KEYS[0], kv_of(KEYS[0]))
+    assert tier.open(KEYS[0]) is None
+    assert len(said) == 1 and "cannot be written" in said[0]
+
+
+def test_a_disk_that_stops_answering_costs_one_warning(
+    folder: Path, tier: DiskTier, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier.write(KEYS[0], kv_of(KEYS[0]))
+    entry = tier.open(KEYS[0])
+    assert entry is not None
+
+    def fail(*_: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "preadv", fail)
+        with pytest.raises(DamagedEntry):
+            entry.layer(0)
+        assert tier.open(KEYS[0]) is None
+    assert len(said) == 1 and "cannot be read" in said[0] and tier.statistics.entries_damaged == 0
+    assert holds(tier, KEYS[0])
+
+
+# several threads and processes
+
+
+def test_threads_that_write_and_read_the_same_blocks(folder: Path, tier: DiskTier) -> None:
+    def work(seed: int) -> None:
+        for key in random.Random(seed).sample(KEYS, len(KEYS)):
+            tier.write(key, kv_of(key))
+            right.append(holds(tier, key))
+
+    right: list[bool] = []
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert right == [True] * 8 * len(KEYS)
+    assert tier.statistics.entries_written == len(KEYS) and used_bytes(folder) == stored_bytes(folder)
+
+
+def write_at_once(folder: Path, key: Key, barrier: Any, results: Any) -> None:
+    tier, kv = DiskTier(folder, TOY), kv_of(key)
+    barrier.wait()
+    tier.write(key, kv)
+    results.put((tier.statistics.entries_written, holds(tier, key)))
+
+
+def test_two_processes_that_write_the_same_block(folder: Path) -> None:
+    results, barrier = processes.Queue(), processes.Barrier(2)
+    key = some_key(0, 20_000)
+    for _ in range(2):
+        processes.Process(target=write_at_once, args=(folder, key, barrier, results)).start()
+    outcomes = [results.get(timeout=60) for _ in range(2)]
+    assert sorted(outcomes) == [(0, True), (1, True)]
+    assert used_bytes(folder) == stored_bytes(folder) == TOY.entry_bytes(20_000)
+
+
+def write_forever(folder: Path, seed: int, started: Any) -> None:
+    tier = DiskTier(folder, TOY, max_bytes=20 * TOY.entry_bytes(20_000))
+    rng = random.Random(seed)
+    kv = kv_of(some_key(seed, 20_000))
+    started.set()
+    while True:
+        length = rng.randrange(1, 20_000)
+        tier.write(key_of([rng.randrange(50_000)] * length), kv[:, :length])
+
+
+def test_sigkill_while_writing_leaves_nothing_that_is_wrong(folder: Path) -> None:
+    rng = random.Random(0)
+    num_drafts = 0
+    for seed in range(12):
+        started = processes.Event()
+        writers = [
+            processes.Process(target=write_forever, args=(folder, 2 * seed + i, started)) for i in (0, 1)
+        ]
+        for writer in writers:
+            writer.start()
+        assert started.wait(60)
+        time.sleep(rng.uniform(0, 0.1))
+        for writer in writers:
+            assert writer.pid
+            os.kill(writer.pid, signal.SIGKILL)
+            writer.join()
+        for entry in CacheFolder(folder).entries():
+            check_file(entry.path)
+        num_drafts += len(list((folder / DRAFTS).iterdir()))
+    assert CacheFolder(folder).models() == {TOY.fingerprint: TOY}
+    assert num_drafts, "no writer was killed while it wrote"
+    tier = DiskTier(folder, TOY)
+    tier.write(KEYS[0], kv_of(KEYS[0]))
+    assert holds(tier, KEYS[0]) and not list((folder / DRAFTS).iterdir())
+
+
+def hammer(folder: Path, seed: int, seconds: float, results: Any) -> None:
+    """Read, write and prune at random. Reports statistics, what it pruned, how often blocks were right."""
+    rng = random.Random(seed)
+    tier = DiskTier(folder, TOY, max_bytes=20 * SIZE)
+    num_right, num_pruned = 0, 0
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        key = KEYS[rng.randrange(12)] if rng.random() < 0.5 else some_key(rng.randrange(12, 60))
+        if rng.random() < 0.02:
+            cache = CacheFolder(folder)
+            with cache.locked() as ledger:
+                num_pruned += len(cache.prune(ledger, max_bytes=rng.randrange(20) * SIZE))
+        elif (kv := read(tier, key)) is None:
+            tier.write(key, kv_of(key))
+        else:
+            assert torch.equal(kv, kv_of(key))
+            num_right += 1
+    results.put((tier.statistics, num_pruned, num_right))
+
+
+@pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])
+def test_eight_processes_hammering_one_folder_lose_nothing(folder: Path, seconds: float) -> None:
+    results = processes.Queue()
+    workers = [processes.Process(target=hammer, args=(folder, seed, seconds, results)) for seed in range(8)]
+    for worker in workers:
+        worker.start()
+    outcomes = [results.get(timeout=seconds + 60) for _ in workers]
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    left = list(CacheFolder(folder).entries())
+    for entry in left:
+        check_file(entry.path)
+    everything = [statistics for statistics, _, _ in outcomes]
+    assert all(s.entries_damaged == s.entries_lost == 0 for s in everything)
+    num_gone = sum(s.entries_evicted for s in everything) + sum(pruned for _, pruned, _ in outcomes)
+    assert sum(s.entries_written for s in everything) == len(left) + num_gone
+    assert used_bytes(folder) == stored_bytes(folder) <= 20 * SIZE
+    assert all(right > 10 for _, _, right in outcomes) and num_gone > 10
+    assert not list((folder / DRAFTS).iterdir())

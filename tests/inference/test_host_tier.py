@@ -1,0 +1,61 @@
+"""The host tier: within its budget, the least recently used first, and quiet about it."""
+
+import logging
+from collections import OrderedDict
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blockft.inference.block_key import Key, key_of
+from blockft.inference.host_tier import HostTier
+
+KEYS = [key_of([i]) for i in range(6)]
+
+
+def block(num_bytes: int) -> torch.Tensor:
+    return torch.zeros(num_bytes, dtype=torch.uint8)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["put", "get", "clear"]), st.sampled_from(KEYS), st.integers(1, 12)))
+)
+@settings(max_examples=100, deadline=None)
+def test_it_is_a_queue_within_a_budget(uses: list[tuple[str, Key, int]]) -> None:
+    tier, queue, evicted = HostTier(10), OrderedDict[Key, torch.Tensor](), 0
+    for use, key, size in uses:
+        if use == "clear":
+            tier.clear()
+            queue.clear()
+        elif use == "get":
+            assert tier.get(key) is queue.get(key)
+            if key in queue:
+                queue.move_to_end(key)
+        else:
+            kv = block(size)
+            tier.put(key, kv)
+            if key not in queue and size <= 10:
+                while sum(map(len, queue.values())) + size > 10:
+                    queue.popitem(last=False)
+                    evicted += 1
+                queue[key] = kv
+        assert [key for key in KEYS if key in tier] == [key for key in KEYS if key in queue]
+        assert tier.used_bytes == sum(map(len, queue.values())) <= 10
+        assert tier.num_blocks == len(queue) and tier.evicted == evicted
+
+
+def test_a_block_above_the_budget_is_not_kept_which_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    tier = HostTier(10)
+    tier.put(KEYS[0], block(8))
+    with caplog.at_level(logging.WARNING):
+        tier.put(KEYS[1], block(11))
+        tier.put(KEYS[2], block(12))
+    assert [key for key in KEYS if key in tier] == KEYS[:1]
+    assert len(caplog.records) == 1 and "10 B does not hold a block of 11 B" in caplog.text
+
+
+def test_a_budget_of_nothing_is_meant(caplog: pytest.LogCaptureFixture) -> None:
+    tier = HostTier(0)
+    tier.put(KEYS[0], block(1))
+    assert KEYS[0] not in tier and tier.get(KEYS[0]) is None and not caplog.records

@@ -1,0 +1,112 @@
+"""Law 4: blocks encoded alone, moved and joined give the logits of the masked forward."""
+
+import json
+import random
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import PreTrainedModel
+
+from blockft.attention.backends import BlockMasks
+from blockft.attention.layout import Layout, lay_out
+from blockft.errors import UserError
+from blockft.inference.block_key import Key, key_of
+from blockft.inference.engine import Engine
+from blockft.inference.rotate_keys import JoinedPrompts, encode_blocks
+from blockft.model.load import rotations
+from tests.run import save_model
+from tests.tiny import CONFIGS, build_model, random_ids, random_layout
+
+
+def cut(ids: torch.Tensor, layout: Layout) -> list[list[int]]:
+    return [part.tolist() for part in ids.split(layout.block_lengths)]
+
+
+def keys_of(prompts: list[list[list[int]]]) -> list[list[Key]]:
+    return [[key_of(block) for block in prompt[:-1]] for prompt in prompts]
+
+
+@torch.inference_mode()
+def masked_logits(
+    model: PreTrainedModel, ids: torch.Tensor, layout: Layout, *, reencoded: bool = True
+) -> torch.Tensor:
+    """The oracle: one forward pass under the block mask; the logits of the final block."""
+    vectors = lay_out([layout], reencoded=reencoded)
+    out = model(
+        input_ids=ids[None],
+        position_ids=vectors.position_ids,
+        block_masks=BlockMasks(vectors),
+        use_cache=False,
+    )
+    return out.logits[0, layout.context_len :]
+
+
+def joined_logits(
+    model: PreTrainedModel, prompts: list[list[list[int]]], *, reencoded: bool = True
+) -> list[torch.Tensor]:
+    contexts = keys_of(prompts)
+    encoded = dict(encode_blocks(model, chain.from_iterable(contexts), max_tokens=512))
+    joined = JoinedPrompts(model, rotations(model), contexts, encoded, reencoded=reencoded)
+    finals = [prompt[-1] for prompt in prompts]
+    logits = joined.advance(finals, num_logits=max(map(len, finals)))
+    return [row[-len(final) :] for row, final in zip(logits, finals, strict=True)]
+
+
+@pytest.mark.parametrize("reencoded", [True, False])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_law_4_joined_blocks_give_the_masked_forward(name: str, reencoded: bool) -> None:
+    """The same holds of blocks that stay at 0..n-1, for a masked forward with such positions."""
+    rng, model = random.Random(name), build_model(name)
+    prompts, expected = [], []
+    for length, num_blocks in [(60, 5), (24, 1), (90, 50), (37, 2)]:
+        ids, layout = random_ids(rng, length), random_layout(rng, length, num_blocks)
+        prompts.append(cut(ids, layout))
+        expected.append(masked_logits(model, ids, layout, reencoded=reencoded))
+    for got, want in zip(joined_logits(model, prompts, reencoded=reencoded), expected, strict=True):
+        assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_law_4_holds_to_2048_tokens(name: str) -> None:
+    rng, model = random.Random(name), build_model(name)
+    ids, layout = random_ids(rng, 2048), random_layout(rng, 2048, 12)
+    got = joined_logits(model, [cut(ids, layout)])[0]
+    assert_close(got, masked_logits(model, ids, layout), rtol=1e-5, atol=1e-5)
+
+
+def test_decoding_continues_the_masked_forward() -> None:
+    model, layout = build_model("gemma3"), Layout((12, 7, 9, 11))
+    ids = random_ids(random.Random(3), layout.num_tokens)
+    prompt = cut(ids, layout)
+    (context,), final = keys_of([prompt]), prompt[-1]
+    joined = JoinedPrompts(model, rotations(model), [context], dict(encode_blocks(model, context)))
+    steps = [joined.advance([final[:2]]), *(joined.advance([[token]]) for token in final[2:])]
+    got = torch.cat([step[0] for step in steps])
+    assert_close(got, masked_logits(model, ids, layout)[1:], rtol=1e-5, atol=1e-5)
+
+
+def test_the_engine_leaves_blocks_where_training_left_them(tmp_path: Path) -> None:
+    save_model(tmp_path, initializer_range=1.0)
+    ids, layout, answers = random_ids(random.Random(1), 60), Layout((20, 25, 15)), {}
+    config = json.loads((tmp_path / "config.json").read_text())
+    for scheme in ("reencoded", "local"):
+        config["block_attention"] = {"position_scheme": scheme}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        engine = Engine.load(str(tmp_path), device="cpu")
+        (answers[scheme],) = engine.generate_ids([cut(ids, layout)], max_new_tokens=6)
+        want = masked_logits(engine.model, ids, layout, reencoded=scheme == "reencoded")
+        assert answers[scheme].ids[0] == int(want[-1].argmax())
+    assert answers["local"].ids != answers["reencoded"].ids
+    config["block_attention"] = {"position_scheme": "sideways"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="sideways"):
+        Engine.load(str(tmp_path), device="cpu")
+
+
+def test_a_repeated_block_is_encoded_once() -> None:
+    model = build_model("llama")
+    blocks = [key_of(ids) for ids in ([1, 2, 3], [4, 5], [1, 2, 3])]
+    assert [key for key, _ in encode_blocks(model, blocks)] == blocks[:2]

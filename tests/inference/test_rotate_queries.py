@@ -1,0 +1,148 @@
+"""Law 4 on the query side, with the plain attention: cached blocks stay where they are."""
+
+import random
+from itertools import chain
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+from transformers import PreTrainedModel
+
+from blockft.attention.layout import Layout
+from blockft.attention.rotate_queries import SLACK
+from blockft.inference import rotate_queries, runner
+from blockft.inference.device_tier import DeviceTier
+from blockft.inference.rotate_keys import encode_blocks
+from blockft.inference.rotate_queries import QuerySide
+from blockft.inference.runner import kv_shape
+from blockft.model.load import rotations
+from tests.inference.engines import SIDES, Prompt, greedy, make_engine
+from tests.inference.test_rotate_keys import cut, keys_of, masked_logits
+from tests.tiny import CONFIGS, build_model, random_ids, random_layout
+
+WINDOWED = ["gemma3", "mistral-window", "phi3-partial"]
+
+
+@pytest.fixture(autouse=True)
+def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotate_queries, "PIECE", 20)
+
+
+def open_side(
+    model: PreTrainedModel, prompts: list[Prompt], *, reencoded: bool = True, use_graphs: bool = False
+) -> QuerySide:
+    """The query side over a tier that holds the blocks of these prompts, in a random order."""
+    keys = [*dict.fromkeys(chain.from_iterable(keys_of(prompts)))]
+    random.Random(0).shuffle(keys)
+    shape = kv_shape(model)
+    tier = DeviceTier(shape, torch.device("cpu"), 4096 * shape.token_bytes, SLACK)
+    with tier.add(keys, keep=()):
+        for key, kv in encode_blocks(model, keys):
+            tier.block(key).copy_(kv)
+    return QuerySide(
+        model, rotations(model), tier, use_kernel=False, use_graphs=use_graphs, reencoded=reencoded
+    )
+
+
+def final_logits(side: QuerySide, prompts: list[Prompt]) -> list[torch.Tensor]:
+    finals = [prompt[-1] for prompt in prompts]
+    longest = max(map(len, finals))
+    logits = side.prompts(keys_of(prompts), longest).advance(finals, num_logits=longest)
+    return [row[-len(final) :] for row, final in zip(logits, finals, strict=True)]
+
+
+def check(model: PreTrainedModel, prompts: list[Prompt], *, reencoded: bool = True) -> None:
+    got = final_logits(open_side(model, prompts, reencoded=reencoded), prompts)
+    for prompt, logits in zip(prompts, got, strict=True):
+        layout = Layout(tuple(map(len, prompt)))
+        ids = torch.tensor([*chain.from_iterable(prompt)])
+        want = masked_logits(model, ids, layout, reencoded=reencoded)
+        assert_close(logits, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reencoded", [True, False])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_law_4_the_query_side_gives_the_masked_forward(name: str, reencoded: bool) -> None:
+    """In one batch: blocks of random lengths, none, fifty, some in pieces, and one that is there twice."""
+    rng, model = random.Random(name), build_model(name, "block_cached")
+    prompts = []
+    for length, num_blocks in [(60, 5), (24, 1), (90, 50), (37, 2), (300, 3)]:
+        prompts.append(cut(random_ids(rng, length), random_layout(rng, length, num_blocks)))
+    a, b, c, *_ = prompts[0]
+    prompts.append([a, b, a, a, c])
+    check(model, prompts, reencoded=reencoded)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llama-yarn", "phi3-partial"])
+def test_law_4_holds_to_2048_tokens(name: str) -> None:
+    rng, model = random.Random(name), build_model(name, "block_cached")
+    check(model, [cut(random_ids(rng, 2048), random_layout(rng, 2048, 12))])
+
+
+BLOCKS = st.lists(st.integers(1, 5), min_size=1, max_size=4)
+
+
+@given(prompts=st.lists(st.tuples(st.lists(BLOCKS, max_size=6), BLOCKS), min_size=1, max_size=4))
+@settings(max_examples=25, deadline=None)
+def test_law_4_holds_of_any_batch_of_prompts_that_share_blocks(
+    prompts: list[tuple[list[list[int]], list[int]]],
+) -> None:
+    model = build_model("gemma3", "block_cached")
+    check(model, [[*context, final] for context, final in prompts])
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_decoding_continues_the_masked_forward(name: str) -> None:
+    """Through the window and out of it, of prompts of different lengths."""
+    model, layouts = build_model(name, "block_cached"), [Layout((12, 7, 9, 16)), Layout((30, 14))]
+    all_ids = [random_ids(random.Random(i), layout.num_tokens) for i, layout in enumerate(layouts)]
+    prompts = [cut(ids, layout) for ids, layout in zip(all_ids, layouts, strict=True)]
+    running = open_side(model, prompts).prompts(keys_of(prompts), 64)
+    steps = [running.advance([prompts[0][-1][:4], prompts[1][-1][:2]])]
+    for i in range(12):
+        steps.append(running.advance([[prompts[0][-1][4 + i]], [prompts[1][-1][2 + i]]]))
+    got = torch.cat(steps, dim=1)
+    for row, start, ids, layout in zip(got, (3, 1), all_ids, layouts, strict=True):
+        assert_close(row, masked_logits(model, ids, layout)[start : start + 13], rtol=1e-5, atol=1e-5)
+
+
+def test_questions_padded_to_the_size_of_a_graph_leave_room_for_the_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """257 tokens are padded to 512; with 140 more they need more columns than without padding."""
+    monkeypatch.setattr(rotate_queries, "GRAPH_TOKENS", 0)
+    model, layout = build_model("llama", "block_cached"), Layout((30, 397))
+    ids = random_ids(random.Random(5), layout.num_tokens)
+    prompt = cut(ids, layout)
+    running = open_side(model, [prompt], use_graphs=True).prompts(keys_of([prompt]), 397)
+    first = running.advance([prompt[-1][:257]])
+    rest = running.advance([prompt[-1][257:]], num_logits=140)
+    want = masked_logits(model, ids, layout)[256:]
+    assert_close(torch.cat((first, rest), dim=1)[0], want, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_loaded_whole_ends_within_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (rotate_queries, runner):
+        monkeypatch.setattr(module, "SLACK", 777)
+    engine = make_engine(build_model("llama", "block_cached"), "query")
+    side, tier = engine.runner._query_side, engine.runner.store.device
+    assert side is not None and tier is not None and tier.cache_LS2KD.shape[1] == tier.num_slots + 777
+    prompts = side.prompts([[]], 300)
+    prompts.advance([[1, 2, 3]])
+    assert prompts._frame.final_LBS2KD.shape[2] >= 300 + 777
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_both_sides_answer_as_the_masked_forward(name: str) -> None:
+    rng, model = random.Random(name), build_model(name, "block_cached")
+    prompts = [
+        cut(random_ids(rng, length), random_layout(rng, length, num_blocks))
+        for length, num_blocks in [(50, 4), (11, 1), (70, 30)]
+    ]
+    model.generation_config.eos_token_id = None  # nothing ends an answer early
+    want = [greedy(model, prompt, 6) for prompt in prompts]
+    for side in SIDES:
+        answers = make_engine(model, side).generate_ids(prompts, max_new_tokens=6)
+        assert [answer.ids for answer in answers] == want
