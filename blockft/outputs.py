@@ -19,16 +19,16 @@ from blockft.errors import UserError
 RECIPE, DATA, METRICS, LOSS_PLOT = "recipe.yaml", "data.json", "metrics.jsonl", "loss.png"
 """A run's recipe with every setting, its data's manifest, a line per logged step, a picture of its loss."""
 
-DRAFT, PARTIAL = ".draft", ".partial"
+TEMPORARY, PARTIAL = ".draft", ".partial"
 """How the hidden names of unfinished folders end, of those that begin anew and those that go on."""
 
-FACTS = "facts.json"
+SIGNATURE = "facts.json"
 """In a folder that goes on: what decides its content."""
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def refuse_existing(out: Path, remedy: str) -> None:
+def check_absent(out: Path, remedy: str) -> None:
     """Raises:
     UserError: there is something at `out` already.
     """
@@ -37,7 +37,7 @@ def refuse_existing(out: Path, remedy: str) -> None:
 
 
 @contextmanager
-def whole_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
+def atomic_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
     """A folder to write into, renamed to `out` at the end; on any error nothing is left.
 
     It lies beside `out` under a hidden name, so the rename is atomic, and what a process that was killed left
@@ -49,7 +49,7 @@ def whole_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(out)
-        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=DRAFT, dir=out.parent))
+        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=TEMPORARY, dir=out.parent))
         lock = _lock(draft)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}") from error
@@ -59,7 +59,7 @@ def whole_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
         old = draft.with_name(f"{draft.name}.old")
         if replace and out.exists():
             out.rename(old)
-        refuse_existing(out, "something else wrote it meanwhile")
+        check_absent(out, "something else wrote it meanwhile")
         draft.rename(out)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
@@ -72,7 +72,7 @@ def whole_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def partial_folder(out: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
+def resumable_folder(out: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
     """A hidden folder beside `out` that outlives a kill and is found again by who makes the same of the same.
 
     `facts` are everything that decides what is written there. At the end, when `out` is whole, the folder is
@@ -91,8 +91,8 @@ def partial_folder(out: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}") from error
     try:
-        if (partial / FACTS).is_file():
-            found = _read_facts(partial)
+        if (partial / SIGNATURE).is_file():
+            found = _read_signature(partial)
             for name in asked | found:
                 if asked.get(name) != found.get(name):
                     raise UserError(
@@ -100,7 +100,7 @@ def partial_folder(out: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
                         "go on as it was begun, choose another folder, or remove it to begin anew"
                     )
         else:
-            write_whole(partial / FACTS, json.dumps(asked, indent=2) + "\n")
+            write_atomic(partial / SIGNATURE, json.dumps(asked, indent=2) + "\n")
         yield partial
         shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
@@ -113,13 +113,13 @@ def partial_folder(out: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
         os.close(lock)
 
 
-def _read_facts(partial: Path) -> dict[str, Any]:
+def _read_signature(partial: Path) -> dict[str, Any]:
     try:
-        found = json.loads((partial / FACTS).read_text(encoding="utf-8"))
+        found = json.loads((partial / SIGNATURE).read_text(encoding="utf-8"))
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise UserError(f"{partial / FACTS} is damaged: remove {partial} to begin anew")
+        raise UserError(f"{partial / SIGNATURE} is damaged: remove {partial} to begin anew")
     return found
 
 
@@ -139,7 +139,7 @@ def _lock(draft: Path) -> int:
 
 
 def _remove_abandoned(out: Path) -> None:
-    for draft in out.parent.glob(f".{glob.escape(out.name)}.*{DRAFT}"):
+    for draft in out.parent.glob(f".{glob.escape(out.name)}.*{TEMPORARY}"):
         try:
             lock = _lock(draft)
         except OSError:
@@ -155,7 +155,7 @@ def _is_disk_full(error: Exception) -> bool:
     return any(f"(os error {number})" in str(error) for number in _DISK_FULL)
 
 
-def check_file(path: Path) -> None:
+def check_writable(path: Path) -> None:
     """Find out before long work whether a file can be written, or replaced.
 
     Raises:
@@ -173,7 +173,7 @@ def check_file(path: Path) -> None:
 
 
 @contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
+def _atomic_file(path: Path) -> Iterator[Path]:
     """A hidden file beside `path` that takes its place at the end; on any error nothing is left."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -186,13 +186,13 @@ def _whole_file(path: Path) -> Iterator[Path]:
             draft.unlink()
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str) -> None:
     """Write a text file atomically: readers see the old one or the new one.
 
     Raises:
         UserError: it cannot be written.
     """
-    with _whole_file(path) as draft:
+    with _atomic_file(path) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
@@ -202,7 +202,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def cut_metrics(run: Path, last_step: int, *, eval_due: bool) -> None:
+def truncate_metrics(run: Path, last_step: int, *, eval_due: bool) -> None:
     """Drop what will be logged again: what came after `last_step`, a line cut short by a kill, and the
     evaluation at `last_step` if it is due."""
     kept = [
@@ -210,7 +210,7 @@ def cut_metrics(run: Path, last_step: int, *, eval_due: bool) -> None:
         for line in read_metrics(run)
         if line["step"] < last_step or (line["step"] == last_step and ("loss" in line or not eval_due))
     ]
-    write_whole(run / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+    write_atomic(run / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def save_figure(figure: Any, path: Path) -> None:
@@ -219,6 +219,6 @@ def save_figure(figure: Any, path: Path) -> None:
     Raises:
         UserError: see `check_file`.
     """
-    check_file(path)
-    with _whole_file(path) as draft:
+    check_writable(path)
+    with _atomic_file(path) as draft:
         figure.savefig(draft, dpi=120, format="png")

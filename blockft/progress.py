@@ -11,7 +11,7 @@ from rich.progress import Progress
 Item = TypeVar("Item")
 
 
-def is_shown() -> bool:
+def is_enabled() -> bool:
     """Whether anybody watches: bars are for terminals."""
     return sys.stderr.isatty()
 
@@ -22,7 +22,7 @@ def progress(label: str, total: float, *, beside_results: bool = False) -> Itera
 
     beside_results: results are printed meanwhile; if they go to a terminal, they show how far the work is.
     """
-    is_off = not is_shown() or beside_results and sys.stdout.isatty()
+    is_off = not is_enabled() or beside_results and sys.stdout.isatty()
     # rich would send what is printed on stdout to the terminal, past the file that it is meant for
     with Progress(console=Console(stderr=True), disable=is_off, redirect_stdout=False) as bar:
         task = bar.add_task(label, total=total)

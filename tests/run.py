@@ -76,13 +76,13 @@ def toy_recipe(folder: Path, *overrides: str) -> Recipe:
             f"# A toy run.\n"
             f"model: {{path: {folder}/model}}\n"
             f"data:\n"
-            f"  out: {folder}/data\n"
+            f"  output_dir: {folder}/data\n"
             f"  row_len: 128\n"
             f"  num_workers: 1\n"
             f"  sources: [{{format: samples, path: {folder}/train.jsonl}}]\n"
-            f"train: {{out: {folder}/run, batch_rows: 4, learning_rate: 1e-2, save_steps: 4}}\n"
+            f"train: {{output_dir: {folder}/run, batch_rows: 4, learning_rate: 1e-2, save_steps: 4}}\n"
             f"eval:\n"
-            f"  out: {folder}/eval\n"
+            f"  output_dir: {folder}/eval\n"
             f"  max_new_tokens: 4\n"
             f"  sources: [{{format: samples, path: {folder}/heldout.jsonl}}]\n",
             encoding="utf-8",

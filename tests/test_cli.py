@@ -39,11 +39,17 @@ def blockft(*words: str) -> subprocess.CompletedProcess[str]:
         (("prepare", "demo", "data.sources.0.format=csv"), "samples, hotpotqa"),
         (("prepare", "demo", "row_len 9"), "key=value"),
         (("train", "demo", "train.batch_rows=0"), "at least 1"),
-        (("train", "demo", "data.views=[]"), "at least 1"),
+        (("train", "demo", "data.modes=[]"), "at least 1"),
         (("train", "demo", "--num-gpus", "0"), "--num-gpus"),
-        (("prepare", "demo", "data.out=out/x", "data.sources.0.path=no/such.jsonl"), "no/such.jsonl"),
+        (("prepare", "demo", "data.output_dir=out/x", "data.sources.0.path=no/such.jsonl"), "no/such.jsonl"),
         (
-            ("prepare", "demo", "data.out=out/x", "model.path=no/such", "data.sources.0.path=README.md"),
+            (
+                "prepare",
+                "demo",
+                "data.output_dir=out/x",
+                "model.path=no/such",
+                "data.sources.0.path=README.md",
+            ),
             "no/such",
         ),
         (("generate", "no/such", "--input", "no/such.jsonl"), "no/such.jsonl"),
@@ -70,11 +76,11 @@ def test_a_mistake_costs_one_line(words: tuple[str, ...], said: str, tmp_path: P
 def test_all_faults_of_a_recipe_are_told_at_once(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
-        "# x\nmodel: {pth: x}\ndata: {out: o, sources: [{format: samples}]}\ntrain: {outt: b}\n"
+        "# x\nmodel: {pth: x}\ndata: {output_dir: o, sources: [{format: samples}]}\ntrain: {outputdir: b}\n"
     )
     done = blockft("train", str(recipe))
     assert done.returncode == 2
-    for fault in ("model.pth", "model.path is missing", "data.sources[0].path is missing", "train.outt"):
+    for fault in ("model.pth", "model.path is missing", "data.sources[0].path is missing", "train.outputdir"):
         assert fault in done.stderr
 
 
@@ -101,7 +107,7 @@ def app(*_, **__):
     os.environ.update(eval(sys.argv[1]))
     atexit.register(print, "outputs closed")
     exec(sys.argv[2])
-cli.words.app = app
+cli.options.app = app
 cli.main()
 """
 

@@ -57,9 +57,9 @@ def test_the_readmes_commands_run(demo: Path, command: str) -> None:
     """Where the demo has written a folder already, the command goes to another."""
     words = shlex.split(command)[1:]
     elsewhere = {
-        "prepare": "data.out=again/data",
-        "train": "train.out=again/run",
-        "eval": "eval.out=again/eval",
+        "prepare": "data.output_dir=again/data",
+        "train": "train.output_dir=again/run",
+        "eval": "eval.output_dir=again/eval",
     }
     if words[0] in elsewhere:
         words.append(elsewhere[words[0]])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from blockft.config.recipe import load_recipe
-from blockft.config.settings import Positions, View
+from blockft.config.settings import Mode, Positions
 from blockft.evaluation.report import Prediction, build_report
 from tests.test_cli import ROOT
 
@@ -25,7 +25,7 @@ with open(os.environ["CALLS"], "a") as calls:
 if os.environ.get("DIES_AT") in words[1:]:
     sys.exit(1)
 keys = dict(word.split("=", 1) for word in words if "=" in word)
-made = {{"prepare": "data.out", "train": "train.out", "eval": "eval.out"}}
+made = {{"prepare": "data.output_dir", "train": "train.output_dir", "eval": "eval.output_dir"}}
 folder = Path(keys[made[words[0]]]) if words[0] in made else Path(words[2])
 folder.mkdir(parents=True, exist_ok="--resume" in words)
 if words[0] == "prepare":
@@ -52,7 +52,7 @@ def save_report(folder: Path, modes: list[str]) -> None:
                 num_blocks=3,
                 prompt_tokens=9,
                 num_tokens=1,
-                cut_off=False,
+                hit_token_limit=False,
             )
             for i in range(4)
         ]
@@ -101,8 +101,8 @@ def test_a_table_is_made_of_four_runs_and_five_evaluations(workplace: Path) -> N
     for words in (words for words in asked if words[0] == "train"):
         assert words[1] == "smollm2-135m"
         recipe = load_recipe(words[1], words[2:])
-        recipes[Path(recipe.train.out).parent.name] = recipe
-    assert {name: (*r.data.views, r.data.positions) for name, r in recipes.items()} == {
+        recipes[Path(recipe.train.output_dir).parent.name] = recipe
+    assert {name: (*r.data.modes, r.data.positions) for name, r in recipes.items()} == {
         "full": ("full", "reencoded"),
         "both": ("block", "full", "reencoded"),
         "local": ("block", "full", "local"),
@@ -110,8 +110,8 @@ def test_a_table_is_made_of_four_runs_and_five_evaluations(workplace: Path) -> N
     }
     # the runs differ in nothing else
     for recipe in recipes.values():
-        recipe.data.views, recipe.data.positions = [View.block], Positions.reencoded
-        recipe.train.out = "run"
+        recipe.data.modes, recipe.data.positions = [Mode.block], Positions.reencoded
+        recipe.train.output_dir = "run"
     assert all(recipe == recipes["both"] for recipe in recipes.values())
     # what is asked is searched for and ordered as what was trained on
     asked_of = [

@@ -67,7 +67,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Vectors:
+class AttentionMetadata:
     """What attention needs to know of every token of a batch; each a (B, T) tensor.
 
     position_ids  index of the token in its example as if its question stood alone (the re-encoded position)
@@ -81,19 +81,21 @@ class Vectors:
     block_ids: torch.Tensor
     is_final: torch.Tensor
 
-    def to(self, device: torch.device | str) -> "Vectors":
-        return Vectors(*(vector.to(device) for vector in self.as_tuple()))
+    def to(self, device: torch.device | str) -> "AttentionMetadata":
+        return AttentionMetadata(*(vector.to(device) for vector in self.as_tuple()))
 
-    def followed_by(self, other: "Vectors") -> "Vectors":
+    def concatenate(self, other: "AttentionMetadata") -> "AttentionMetadata":
         """The vectors of longer rows: these tokens, then the other's."""
         pairs = zip(self.as_tuple(), other.as_tuple(), strict=True)
-        return Vectors(*(torch.cat(pair, dim=1) for pair in pairs))
+        return AttentionMetadata(*(torch.cat(pair, dim=1) for pair in pairs))
 
     def as_tuple(self) -> tuple[torch.Tensor, ...]:
         return self.position_ids, self.example_ids, self.block_ids, self.is_final
 
 
-def lay_out(layouts: Sequence[Layout], row_len: int | None = None, *, reencoded: bool = True) -> Vectors:
+def build_metadata(
+    layouts: Sequence[Layout], row_len: int | None = None, *, reencoded: bool = True
+) -> AttentionMetadata:
     """The vectors of one row (B = 1) that holds the given examples one after the other, padded to `row_len`.
 
     Without re-encoding local blocks stand at positions 0..n-1, and only final blocks at their place: an
@@ -127,4 +129,4 @@ def lay_out(layouts: Sequence[Layout], row_len: int | None = None, *, reencoded:
             is_final[tokens] = index >= num_local
             start, block, position = start + length, block + 1, position + length
     position_ids[start:] = torch.arange(row_len - start)
-    return Vectors(*(vector[None] for vector in (position_ids, example_ids, block_ids, is_final)))
+    return AttentionMetadata(*(vector[None] for vector in (position_ids, example_ids, block_ids, is_final)))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from blockft.attention.layout import Layout, Vectors, lay_out
+from blockft.attention.layout import AttentionMetadata, Layout, build_metadata
 
 Index = Any  # an int or an integer tensor; the rule is the same for both
 
@@ -40,17 +40,17 @@ def within_window(q: Index, k: Index, position_ids: torch.Tensor, window: int) -
     return position_ids[q] - position_ids[k] < window
 
 
-def batch_rule(
-    vectors: Vectors, window: int | None = None, first_query: int = 0
+def build_mask_mod(
+    metadata: AttentionMetadata, window: int | None = None, first_query: int = 0
 ) -> Callable[..., torch.Tensor]:
     """The rule of a batch, `rule(b, h, q, k)` over its rows `b`, as FlexAttention calls it; heads are alike.
 
     Queries are counted from the row's token `first_query` on: with cached keys only the last tokens of a row
     ask.
     """
-    num_tokens = vectors.example_ids.shape[1]
-    example_ids, block_ids = vectors.example_ids.flatten(), vectors.block_ids.flatten()
-    is_final, position_ids = vectors.is_final.flatten(), vectors.position_ids.flatten()
+    num_tokens = metadata.example_ids.shape[1]
+    example_ids, block_ids = metadata.example_ids.flatten(), metadata.block_ids.flatten()
+    is_final, position_ids = metadata.is_final.flatten(), metadata.position_ids.flatten()
 
     def rule(b: Index, h: Index, q: Index, k: Index) -> torch.Tensor:
         q, k = b * num_tokens + first_query + q, b * num_tokens + k
@@ -60,40 +60,40 @@ def batch_rule(
     return rule
 
 
-def dense_batch_mask(
-    vectors: Vectors, window: int | None = None, num_queries: int | None = None
+def build_dense_mask(
+    metadata: AttentionMetadata, window: int | None = None, num_queries: int | None = None
 ) -> torch.Tensor:
     """The rule written out, the oracle of every backend: (B, 1, T, S) bool, true where attention is allowed.
 
     S is the tokens of a row, T the last `num_queries` of them (all by default).
     """
-    num_rows, num_keys = vectors.example_ids.shape
+    num_rows, num_keys = metadata.example_ids.shape
     num_queries = num_keys if num_queries is None else num_queries
-    device = vectors.example_ids.device
-    rule = batch_rule(vectors, window, first_query=num_keys - num_queries)
+    device = metadata.example_ids.device
+    rule = build_mask_mod(metadata, window, first_query=num_keys - num_queries)
     b = torch.arange(num_rows, device=device)[:, None, None, None]
     q = torch.arange(num_queries, device=device)[:, None]
     return rule(b, 0, q, torch.arange(num_keys, device=device))
 
 
-def tile_mask(
-    vectors: Vectors, window: int | None, tile: int, strip: int = 1024
+def tile_occupancy(
+    metadata: AttentionMetadata, window: int | None, tile: int, strip: int = 1024
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which tiles of (tile, tile) tokens have allowed pairs, and which have no others.
 
     Two (B, T / tile, T / tile) bool tensors, rounded up. The mask is written out `strip` queries at a time,
     and no farther back than their first example begins: memory and time grow with T, not with its square.
     """
-    num_rows, num_tokens = vectors.example_ids.shape
-    device, num_tiles = vectors.example_ids.device, -(-num_tokens // tile)
+    num_rows, num_tokens = metadata.example_ids.shape
+    device, num_tiles = metadata.example_ids.device, -(-num_tokens // tile)
     assert strip % tile == 0
-    rule = batch_rule(vectors, window)
+    rule = build_mask_mod(metadata, window)
     b = torch.arange(num_rows, device=device)[:, None, None]
     tokens = torch.arange(num_tokens, device=device)
     some = torch.zeros(num_rows, num_tiles, num_tiles, dtype=torch.bool, device=device)
     every = torch.zeros_like(some)
     # of each strip's first query the first token of its example, in any row
-    own = vectors.example_ids[:, ::strip, None] == vectors.example_ids[:, None]
+    own = metadata.example_ids[:, ::strip, None] == metadata.example_ids[:, None]
     lowest = own.to(torch.uint8).argmax(dim=2).amin(dim=0).tolist()
     for start, low in zip(range(0, num_tokens, strip), lowest, strict=True):
         end, low = min(start + strip, num_tokens), low // tile * tile
@@ -107,10 +107,10 @@ def tile_mask(
     return some, every
 
 
-def dense_mask(block_lengths: Sequence[int], num_final: int = 1, window: int | None = None) -> torch.Tensor:
+def example_mask(block_lengths: Sequence[int], num_final: int = 1, window: int | None = None) -> torch.Tensor:
     """The (T, T) bool mask of one example, true where row token may attend to column token.
 
     Raises:
         ValueError: see `Layout`.
     """
-    return dense_batch_mask(lay_out([Layout(tuple(block_lengths), num_final)]), window)[0, 0]
+    return build_dense_mask(build_metadata([Layout(tuple(block_lengths), num_final)]), window)[0, 0]

@@ -9,7 +9,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Rotation:
+class RotaryEmbedding:
     """The rotary embedding of one layer, in Llama's half-split convention: dimension i turns with i + R / 2.
 
     inv_freq: (R / 2,) radians per position, kept in float64. Any scaling of the attention that a RoPE kind

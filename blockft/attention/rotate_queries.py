@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from blockft.attention.positions import Rotation
+from blockft.attention.positions import RotaryEmbedding
 
 SLACK = 128
 """Tokens that have to follow the last one in a cache and in a final block: kernels load whole tiles."""
@@ -49,13 +49,13 @@ class CachedContext:
 
 
 @dataclass(frozen=True)
-class Turns:
+class QueryRotation:
     """By how much queries turn back to each block: (B, N, R / 2) float32, R rotated dimensions of a head."""
 
     cos: torch.Tensor
     sin: torch.Tensor
 
-    def turn(self, q_HTD: torch.Tensor, b: int, n: int) -> torch.Tensor:
+    def rotate(self, q_HTD: torch.Tensor, b: int, n: int) -> torch.Tensor:
         """Queries of prompt `b` turned to piece `n` of its context; see `Rotation.shift`."""
         cos, sin = self.cos[b, n], self.sin[b, n]
         half, q = len(cos), q_HTD.float()
@@ -63,10 +63,10 @@ class Turns:
         return torch.cat((low * cos + high * sin, high * cos - low * sin, rest), dim=-1)
 
 
-def turns(rotation: Rotation, offsets_BN: torch.Tensor) -> Turns:
+def build_query_rotation(rotation: RotaryEmbedding, offsets_BN: torch.Tensor) -> QueryRotation:
     """Turning back by each offset; angles in float64."""
     angles = offsets_BN[..., None].double() * rotation.inv_freq.to(offsets_BN.device)
-    return Turns(angles.cos().float(), angles.sin().float())
+    return QueryRotation(angles.cos().float(), angles.sin().float())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class CachedAttention:
     cache_LS2KD: torch.Tensor
     final_LBS2KD: torch.Tensor
     context: CachedContext
-    layer_turns: Sequence[Turns]
+    layer_turns: Sequence[QueryRotation]
     use_kernel: bool
     ready: Callable[[int], None] | None = None
 
@@ -103,24 +103,24 @@ class CachedAttention:
         if self.use_kernel:
             from blockft.attention import triton_launch  # Triton comes with PyTorch for GPUs alone
 
-            triton_launch.append(keys_BKTD, values_BKTD, final_BS2KD, self.context.column)
-            return triton_launch.attend(
+            triton_launch.append_keys_values(keys_BKTD, values_BKTD, final_BS2KD, self.context.column)
+            return triton_launch.attend_cached(
                 q_BHTD, cache_S2KD, final_BS2KD, self.context, self.layer_turns[layer], **settings
             )
         columns = int(self.context.column) + torch.arange(q_BHTD.shape[2], device=q_BHTD.device)
         final_BS2KD[:, columns] = torch.stack((keys_BKTD, values_BKTD), dim=2).permute(0, 3, 2, 1, 4)
-        out_BHTD = attend_plainly(
+        out_BHTD = attend_reference(
             q_BHTD, cache_S2KD, final_BS2KD, self.context, self.layer_turns[layer], **settings
         )
         return out_BHTD.transpose(1, 2).contiguous()
 
 
-def attend_plainly(
+def attend_reference(
     q_BHTD: torch.Tensor,
     cache_S2KD: torch.Tensor,
     final_BS2KD: torch.Tensor,
     context: CachedContext,
-    turned: Turns,
+    turned: QueryRotation,
     *,
     scaling: float,
     window: int | None,
@@ -137,18 +137,20 @@ def attend_plainly(
         positions = columns + context.shift[b]
         parts = []
         for n, (slot, length, position) in enumerate(_pieces(context, b)):
-            turned_q = turned.turn(q_HTD, b, n)
+            turned_q = turned.rotate(q_HTD, b, n)
             at = position + torch.arange(length, device=q_HTD.device)
             allowed = _in_window(positions, at, window)
-            parts.append(_part(turned_q, cache_S2KD[slot : slot + length], allowed, scaling, group))
+            parts.append(
+                _partial_attention(turned_q, cache_S2KD[slot : slot + length], allowed, scaling, group)
+            )
         keys = torch.arange(final_BS2KD.shape[1], device=q_HTD.device)
         allowed = (keys <= columns[:, None]) & (keys >= context.first[b]) & _in_window(columns, keys, window)
-        parts.append(_part(q_HTD, final_BS2KD[b], allowed, scaling, group))
-        out[b] = merge(*(torch.stack(part) for part in zip(*parts, strict=True)))
+        parts.append(_partial_attention(q_HTD, final_BS2KD[b], allowed, scaling, group))
+        out[b] = merge_partial_attention(*(torch.stack(part) for part in zip(*parts, strict=True)))
     return out
 
 
-def merge(outs_NHTD: torch.Tensor, lses_NHT: torch.Tensor) -> torch.Tensor:
+def merge_partial_attention(outs_NHTD: torch.Tensor, lses_NHT: torch.Tensor) -> torch.Tensor:
     """Softmax attention over all keys from that over N sets of them; an empty set has log-sum-exp -inf."""
     highest = lses_NHT.amax(dim=0).clamp(min=torch.finfo(lses_NHT.dtype).min)
     weights = (lses_NHT - highest).exp()
@@ -156,7 +158,7 @@ def merge(outs_NHTD: torch.Tensor, lses_NHT: torch.Tensor) -> torch.Tensor:
     return (outs_NHTD * weights[..., None]).sum(dim=0).to(outs_NHTD.dtype)
 
 
-def _part(
+def _partial_attention(
     q_HTD: torch.Tensor, kv_S2KD: torch.Tensor, allowed_TS: torch.Tensor, scaling: float, group: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention to one set of keys and its log-sum-exp, in float32: (H, T, D) and (H, T)."""

@@ -9,16 +9,16 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blockft.attention.layout import Layout
-from blockft.bench.timing import provenance
-from blockft.config.settings import BadRecord, Recipe, TooLong
+from blockft.bench.timing import measurement_provenance
+from blockft.config.settings import BadRecordPolicy, Recipe, TooLongPolicy
 from blockft.errors import UserError
 from blockft.evaluation.answers import encode_questions
 from blockft.inference.engine import Engine
-from blockft.model.load import dtype_of
+from blockft.model.load import parse_dtype
 from blockft.model.masked_forward import masked_logits
-from blockft.outputs import check_file, write_whole
+from blockft.outputs import check_writable, write_atomic
 from blockft.progress import track
-from blockft.stages.questions import read_questions, revision_of
+from blockft.stages.questions import model_revision, read_questions
 
 END = -1
 """Stands for whichever token ends an answer."""
@@ -40,11 +40,13 @@ def bench_agreement(
             and `Engine.load`.
     """
     if out:
-        check_file(out)
+        check_writable(out)
     samples, _ = read_questions(recipe)
     if num_prompts > len(samples):
         raise UserError(f"the recipe has {len(samples)} questions, --num-prompts asks for {num_prompts}")
-    engine = Engine.load(model, revision=revision_of(model, recipe), dtype=dtype_of(recipe.model.dtype, None))
+    engine = Engine.load(
+        model, revision=model_revision(model, recipe), dtype=parse_dtype(recipe.model.dtype, None)
+    )
     parted: list[dict[str, Any]] = []
     parted_by_kernel: list[dict[str, Any]] = []
     chosen = [samples[i * len(samples) // num_prompts] for i in range(num_prompts)]
@@ -52,8 +54,8 @@ def bench_agreement(
         engine,
         chosen,
         max_new_tokens,
-        trims=recipe.data.too_long is TooLong.trim,
-        skip_bad=recipe.data.on_bad_record is BadRecord.skip,
+        trim=recipe.data.too_long is TooLongPolicy.trim,
+        skip_bad=recipe.data.on_bad_record is BadRecordPolicy.skip,
     )
     for sample, blocks in zip(track(asked.samples, "answers"), asked.prompts, strict=True):
         (answer,) = engine.generate_ids([blocks], max_new_tokens=max_new_tokens)
@@ -65,7 +67,7 @@ def bench_agreement(
             if difference := _first_difference(masked, logits, against):
                 found.append({"id": sample.id, "source": sample.source, **difference})
     number = len(asked.samples)
-    result = provenance() | {
+    result = measurement_provenance() | {
         "model": model,
         "dtype": str(engine.model.dtype).removeprefix("torch."),
         "side": "query" if engine.runner.store.device is not None else "key",
@@ -82,7 +84,7 @@ def bench_agreement(
         f"{number - len(parted_by_kernel)} of its own are equal by another attention kernel"
     )
     if out:
-        write_whole(out, json.dumps(result, indent=2) + "\n")
+        write_atomic(out, json.dumps(result, indent=2) + "\n")
 
 
 def _masked_answer(

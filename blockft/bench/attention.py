@@ -10,12 +10,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from blockft.attention.backends import BlockMasks, block_flex, block_sdpa
-from blockft.attention.layout import Layout, Vectors, lay_out
-from blockft.attention.mask import dense_batch_mask
-from blockft.bench.timing import provenance, times_of
+from blockft.attention.backends import AttentionMasks, block_flex, block_sdpa
+from blockft.attention.layout import AttentionMetadata, Layout, build_metadata
+from blockft.attention.mask import build_dense_mask
+from blockft.bench.timing import measure_ms, measurement_provenance
 from blockft.errors import UserError
-from blockft.outputs import check_file, write_whole
+from blockft.outputs import check_writable, write_atomic
 from blockft.progress import track
 
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -30,7 +30,7 @@ def bench_attention(*, row_len: int, num_layouts: int, out: Path | None) -> None
         RuntimeError: they disagree.
     """
     if out:
-        check_file(out)
+        check_writable(out)
     if not torch.cuda.is_available():
         raise UserError("bench attention needs a GPU: FlexAttention has no backward pass on a CPU")
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -47,24 +47,29 @@ def bench_attention(*, row_len: int, num_layouts: int, out: Path | None) -> None
         table.add_row(line["dtype"], str(window), str(line["num_blocks"]), *errors, *times)
     Console().print(table)
     if out:
-        write_whole(out, json.dumps(provenance() | {"row_len": row_len, "measured": lines}, indent=2) + "\n")
+        write_atomic(
+            out,
+            json.dumps(measurement_provenance() | {"row_len": row_len, "measured": lines}, indent=2) + "\n",
+        )
     worst = [line for line in lines if max(line["errors"].values()) > line["limit"]]
     if worst:
         raise RuntimeError(f"flex disagrees with the oracle: {worst[0]}")
 
 
 def _compare(rng: random.Random, row_len: int, dtype: torch.dtype, window: int | None) -> dict[str, Any]:
-    vectors = _random_row(rng, row_len).to("cuda")
+    metadata = _random_row(rng, row_len).to("cuda")
     shapes = [(1, heads, row_len, 128) for heads in (32, 8, 8)]
     inputs = [torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes]
     weights = torch.randn(1, row_len, 32, 128, device="cuda", dtype=dtype)
-    masks, settings = BlockMasks(vectors), {"scaling": 128**-0.5, "sliding_window": window}
+    masks, settings = AttentionMasks(metadata), {"scaling": 128**-0.5, "sliding_window": window}
 
     def run(backend: Callable[..., Any]) -> list[torch.Tensor]:
         out, _ = backend(torch.nn.Module(), *inputs, None, block_masks=masks, **settings)
         return [out.detach(), *torch.autograd.grad((out * weights).sum(), inputs)]
 
-    exact = _oracle([x.detach().float().requires_grad_() for x in inputs], weights.float(), vectors, window)
+    exact = _reference(
+        [x.detach().float().requires_grad_() for x in inputs], weights.float(), metadata, window
+    )
     names = ("output", "dq", "dk", "dv")
     got = run(block_flex)
     errors = {
@@ -74,7 +79,7 @@ def _compare(rng: random.Random, row_len: int, dtype: torch.dtype, window: int |
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "window": window,
-        "num_blocks": len(vectors.block_ids.unique()),
+        "num_blocks": len(metadata.block_ids.unique()),
         "limit": LIMITS[dtype],
         "errors": errors,
         "flex_ms": _median_ms(lambda: run(block_flex)),
@@ -82,19 +87,19 @@ def _compare(rng: random.Random, row_len: int, dtype: torch.dtype, window: int |
     }
 
 
-def _oracle(
-    inputs: list[torch.Tensor], weights: torch.Tensor, vectors: Vectors, window: int | None
+def _reference(
+    inputs: list[torch.Tensor], weights: torch.Tensor, metadata: AttentionMetadata, window: int | None
 ) -> list[torch.Tensor]:
     """Softmax attention in plain float32 arithmetic under the dense mask, and its gradients."""
     q, k, v = inputs
     k_each, v_each = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = (q @ k_each.transpose(2, 3)) * q.shape[-1] ** -0.5
-    scores = scores.masked_fill(~dense_batch_mask(vectors, window), float("-inf"))
+    scores = scores.masked_fill(~build_dense_mask(metadata, window), float("-inf"))
     out = (scores.softmax(dim=-1) @ v_each).transpose(1, 2)
     return [out.detach(), *torch.autograd.grad((out * weights).sum(), inputs)]
 
 
-def _random_row(rng: random.Random, row_len: int) -> Vectors:
+def _random_row(rng: random.Random, row_len: int) -> AttentionMetadata:
     """Examples of several blocks, some with several questions, and a little padding."""
     layouts: list[Layout] = []
     free = row_len - rng.randrange(1, 100)
@@ -106,7 +111,7 @@ def _random_row(rng: random.Random, row_len: int) -> Vectors:
         if len(lengths) > num_final:
             layouts.append(Layout(tuple(lengths), num_final))
             free -= sum(lengths)
-    return lay_out(layouts, row_len)
+    return build_metadata(layouts, row_len)
 
 
 def _median_ms(run: Callable[[], Any]) -> float:
@@ -114,5 +119,5 @@ def _median_ms(run: Callable[[], Any]) -> float:
         run()
         torch.cuda.synchronize()
 
-    median: float = times_of(whole, warmups=3, runs=10)["median"]
+    median: float = measure_ms(whole, warmups=3, runs=10)["median"]
     return median

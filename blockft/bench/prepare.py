@@ -13,15 +13,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from blockft.bench.timing import provenance
+from blockft.bench.timing import measurement_provenance
 from blockft.config.settings import Recipe
 from blockft.data.prepared import MANIFEST
-from blockft.outputs import check_file, write_whole
+from blockft.outputs import check_writable, write_atomic
 from blockft.stages.prepare import TASK_SAMPLES, prepare
 
 
 def bench_prepare(recipe: Recipe, *, out: Path | None) -> None:
-    """Prepare the recipe's data in temporary folders; `data.out` is left alone.
+    """Prepare the recipe's data in temporary folders; `data.output_dir` is left alone.
 
     A few samples of each source are prepared before, and not counted: imports and files are then at hand.
 
@@ -30,7 +30,7 @@ def bench_prepare(recipe: Recipe, *, out: Path | None) -> None:
         RuntimeError: the processes made something else of the data (law 12).
     """
     if out:
-        check_file(out)
+        check_writable(out)
     cores = len(os.sched_getaffinity(0))
     few = [dataclasses.replace(source, max_samples=TASK_SAMPLES) for source in recipe.data.sources]
     _measure(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=few)), 1)
@@ -47,7 +47,7 @@ def bench_prepare(recipe: Recipe, *, out: Path | None) -> None:
         )
     Console().print(table)
     if out:
-        write_whole(out, json.dumps(provenance() | {"measured": lines}, indent=2) + "\n")
+        write_atomic(out, json.dumps(measurement_provenance() | {"measured": lines}, indent=2) + "\n")
     if len({line["content_hash"] for line in lines}) > 1:
         raise RuntimeError(f"the number of processes changed the data: {lines}")
 
@@ -55,7 +55,7 @@ def bench_prepare(recipe: Recipe, *, out: Path | None) -> None:
 def _measure(recipe: Recipe, num_workers: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="blockft-prepare-") as folder:
         made = Path(folder) / "data"
-        data = dataclasses.replace(recipe.data, out=str(made), num_workers=num_workers)
+        data = dataclasses.replace(recipe.data, output_dir=str(made), num_workers=num_workers)
         start = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
             prepare(dataclasses.replace(recipe, data=data))

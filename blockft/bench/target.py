@@ -7,8 +7,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from blockft.errors import UserError
 from blockft.inference.device_tier import free_bytes
-from blockft.model.load import device_of, load_config, load_model
-from blockft.model.random_model import SHAPES, random_model, shape_config, weight_bytes
+from blockft.model.load import load_config, load_model, parse_device
+from blockft.model.random_model import SHAPES, build_random_model, load_shape_config, weight_bytes
 from blockft.units import format_bytes
 
 
@@ -23,7 +23,7 @@ def target_config(target: str) -> PreTrainedConfig:
     Raises:
         UserError: no such model or shape.
     """
-    return shape_config(target) if is_shape(target) else load_config(target)
+    return load_shape_config(target) if is_shape(target) else load_config(target)
 
 
 def open_target(target: str, config: PreTrainedConfig, *, copies: int = 1) -> PreTrainedModel:
@@ -34,7 +34,7 @@ def open_target(target: str, config: PreTrainedConfig, *, copies: int = 1) -> Pr
     Raises:
         UserError: there is too little memory for them.
     """
-    device, host = device_of(None), torch.device("cpu")
+    device, host = parse_device(None), torch.device("cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     weights, name = weight_bytes(config, dtype), str(dtype).removeprefix("torch.")
     # weights are drawn where they stay, but read on the host
@@ -47,5 +47,5 @@ def open_target(target: str, config: PreTrainedConfig, *, copies: int = 1) -> Pr
                 f"{format_bytes(free)} are free on the {place.type}: choose a smaller model"
             )
     if is_shape(target):
-        return random_model(config, device=device, dtype=dtype)
+        return build_random_model(config, device=device, dtype=dtype)
     return load_model(target, backend="cached", dtype=dtype).to(device)  # type: ignore[arg-type]

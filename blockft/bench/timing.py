@@ -17,7 +17,7 @@ import torch
 from blockft.units import parse_bytes
 
 
-def provenance() -> dict[str, Any]:
+def measurement_provenance() -> dict[str, Any]:
     """Where and with what a figure was measured."""
     git = shutil.which("git")
     head = git and subprocess.run(
@@ -32,7 +32,7 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def times_of(
+def measure_ms(
     run: Callable[[], Any], warmups: int, runs: int, before: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """Milliseconds that `run` takes, each time after `before`: the median and the 95th percentile."""
@@ -48,7 +48,7 @@ def times_of(
     return {"median": statistics.median(times), "p95": float(np.percentile(times, 95)), "runs": len(times)}
 
 
-def copy_bandwidth(device: torch.device) -> float:
+def measure_copy_bandwidth(device: torch.device) -> float:
     """Bytes read and written each second by a large copy on the device."""
     size = parse_bytes("2GiB" if device.type == "cuda" else "256MiB")
     source = torch.ones(size, dtype=torch.uint8, device=device)
@@ -59,7 +59,7 @@ def copy_bandwidth(device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    return 2 * size / times_of(copy, 3, 10)["median"] * 1000
+    return 2 * size / measure_ms(copy, 3, 10)["median"] * 1000
 
 
 def _device() -> str:

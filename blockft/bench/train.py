@@ -14,14 +14,14 @@ from transformers import PreTrainedModel
 
 from blockft.bench.attention import LIMITS
 from blockft.bench.target import open_target, target_config
-from blockft.bench.timing import provenance, times_of
+from blockft.bench.timing import measure_ms, measurement_provenance
 from blockft.data.collate import collate_row
-from blockft.data.encoder import NO_LABEL, Example
+from blockft.data.encoder import IGNORE_INDEX, Example
 from blockft.errors import UserError
 from blockft.model.load import compile_layers
-from blockft.outputs import check_file, write_whole
+from blockft.outputs import check_writable, write_atomic
 from blockft.progress import track
-from blockft.training.model_inputs import forward_words
+from blockft.training.model_inputs import build_model_inputs
 from blockft.training.objectives import label_loss
 
 ANSWER_LEN = 32
@@ -29,7 +29,7 @@ ANSWER_LEN = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class Way:
+class StepVariant:
     """How a step reads its samples: packed into one row, or one after the other."""
 
     packed: bool
@@ -43,16 +43,16 @@ class Way:
         return ", ".join(words)
 
 
-WAYS = (
-    Way(packed=False, backend="sdpa", checkpointing=True),
-    Way(packed=False, backend="sdpa"),
-    Way(packed=True, backend="flex", checkpointing=True),
-    Way(packed=True, backend="flex"),
-    Way(packed=True, backend="flex", compiled=True),
+GPU_VARIANTS = (
+    StepVariant(packed=False, backend="sdpa", checkpointing=True),
+    StepVariant(packed=False, backend="sdpa"),
+    StepVariant(packed=True, backend="flex", checkpointing=True),
+    StepVariant(packed=True, backend="flex"),
+    StepVariant(packed=True, backend="flex", compiled=True),
 )
 """The first is how the trainer released with the paper runs; compiled layers come last, for they stay so."""
 
-CPU_WAYS = (*WAYS[:2], Way(packed=True, backend="sdpa"))
+CPU_VARIANTS = (*GPU_VARIANTS[:2], StepVariant(packed=True, backend="sdpa"))
 """FlexAttention has no backward pass on a CPU."""
 
 
@@ -77,7 +77,7 @@ def bench_train(
         RuntimeError: the losses disagree.
     """
     if out:
-        check_file(out)
+        check_writable(out)
     if sample_len > row_len:
         raise UserError(f"--sample-len is {sample_len}, a row has {row_len}")
     if sample_len < num_documents + 2 * ANSWER_LEN:
@@ -92,7 +92,7 @@ def bench_train(
     model = open_target(target, config, copies=4).train()
     samples = _samples(row_len // sample_len, sample_len, num_documents, model.config.vocab_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
-    ways = WAYS if model.device.type == "cuda" else CPU_WAYS
+    ways = GPU_VARIANTS if model.device.type == "cuda" else CPU_VARIANTS
     lines = [
         {**asdict(way), **_measure(model, optimizer, samples, way, row_len, warmups, runs)}
         for way in track(ways, "ways")
@@ -122,7 +122,9 @@ def bench_train(
             "num_documents": num_documents,
             "warmups": warmups,
         }
-        write_whole(out, json.dumps(provenance() | settings | {"measured": lines}, indent=2) + "\n")
+        write_atomic(
+            out, json.dumps(measurement_provenance() | settings | {"measured": lines}, indent=2) + "\n"
+        )
     for way, line in zip(ways, lines, strict=True):
         # not even itself equals a loss that is no number
         if not abs(line["loss"] - lines[0]["loss"]) <= LIMITS[model.dtype] * lines[0]["loss"]:
@@ -136,7 +138,7 @@ def _samples(number: int, length: int, num_documents: int, vocab_size: int) -> l
     samples = []
     for _ in range(number):
         ids = rng.integers(vocab_size, size=length, dtype=np.int32)
-        labels = np.where(np.arange(length) >= length - ANSWER_LEN, ids, np.int32(NO_LABEL))
+        labels = np.where(np.arange(length) >= length - ANSWER_LEN, ids, np.int32(IGNORE_INDEX))
         samples.append(Example(input_ids=ids, labels=labels, block_lengths=(*documents, 2 * ANSWER_LEN)))
     return samples
 
@@ -145,7 +147,7 @@ def _measure(
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     samples: list[Example],
-    way: Way,
+    way: StepVariant,
     row_len: int,
     warmups: int,
     runs: int,
@@ -173,7 +175,7 @@ def _measure(
         nonlocal loss
         total = torch.zeros((), device=model.device)
         for row in rows:
-            outputs = model(**forward_words(row, model.config))
+            outputs = model(**build_model_inputs(row, model.config))
             part = label_loss(outputs, row["shift_labels"][None], num_labels)
             part.backward()
             total += part.detach()
@@ -184,7 +186,7 @@ def _measure(
     is_cuda = model.device.type == "cuda"
     if is_cuda:
         torch.cuda.reset_peak_memory_stats()
-    times = times_of(step, warmups, runs)
+    times = measure_ms(step, warmups, runs)
     return {
         "ms": times,
         "tokens_per_s": 1000 * num_tokens / times["median"],

@@ -13,14 +13,20 @@ from typing import Any
 import torch
 
 from blockft.bench.target import open_target, target_config
-from blockft.bench.timing import copy_bandwidth, provenance
-from blockft.bench.ttft_prompt import Prompt, facts_of
+from blockft.bench.timing import measure_copy_bandwidth, measurement_provenance
+from blockft.bench.ttft_prompt import Prompt, derived_figures
 from blockft.bench.ttft_report import draw, print_table, sentence
-from blockft.bench.ttft_runs import agreement, bare_copy, cached, full, masked_by_backend
+from blockft.bench.ttft_runs import (
+    agreement,
+    masked_by_backend,
+    measure_bare_copy,
+    measure_cached,
+    measure_full_prefill,
+)
 from blockft.errors import UserError
 from blockft.inference.runner import BlockRunner, CacheOptions, kv_shape
-from blockft.outputs import check_file, write_whole
-from blockft.progress import is_shown, progress
+from blockft.outputs import check_writable, write_atomic
+from blockft.progress import is_enabled, progress
 
 LENGTHS = [512, 1024, 2048, 4096, 8192, 16384, 32768]
 """Prompts that are measured unless others are asked for, as far as they fit the model."""
@@ -58,12 +64,12 @@ def bench_ttft(
         raise UserError(f"--folder {folder} is no folder")
     for file in (out, png):
         if file:
-            check_file(file)
+            check_writable(file)
     config = target_config(target)
     lengths = _fitting(lengths, question_len, config.max_position_embeddings)
     model = open_target(target, config)
     is_cuda = model.device.type == "cuda"
-    bandwidth = copy_bandwidth(model.device)
+    bandwidth = measure_copy_bandwidth(model.device)
     stream = torch.randint(config.vocab_size, (lengths[-1],), generator=torch.Generator().manual_seed(0))
     prompts = [Prompt(stream[:length].numpy(), question_len, block_len) for length in lengths]
     with (
@@ -74,10 +80,10 @@ def bench_ttft(
         options = CacheOptions(
             folder=Path(disk) if "disk" in tiers else None, host_bytes=2 * room, device_bytes=room + 2**20
         )
-        lines = [{"length": prompt.length, **facts_of(prompt, model, bandwidth)} for prompt in prompts]
+        lines = [{"length": prompt.length, **derived_figures(prompt, model, bandwidth)} for prompt in prompts]
         # full prefill first: compiled layers and caches are none of its business
         for line, prompt in zip(lines, prompts, strict=True):
-            line["full_ms"] = full(model, prompt, warmups, runs)
+            line["full_ms"] = measure_full_prefill(model, prompt, warmups, runs)
             advance(prompt.length)
         short = [prompt for prompt in prompts if prompt.length <= CHECK_LEN][-1:]
         masked = [(prompt, masked_by_backend(model, prompt)) for prompt in short]
@@ -85,14 +91,14 @@ def bench_ttft(
         agreements = [agreement(runner, prompt, logits) for prompt, logits in masked]
         for line, prompt in zip(lines, prompts, strict=True):
             for tier in tiers:
-                line[f"{tier}_ms"] = cached(runner, prompt, tier, warmups, runs)
+                line[f"{tier}_ms"] = measure_cached(runner, prompt, tier, warmups, runs)
                 advance(prompt.length)
             if is_cuda and "host" in tiers:
-                line["bare_copy_ms"] = bare_copy(runner, prompt, warmups, runs)
+                line["bare_copy_ms"] = measure_bare_copy(runner, prompt, warmups, runs)
             _conclude(line)
-            if not is_shown():
+            if not is_enabled():
                 print(sentence(line), file=sys.stderr, flush=True)
-        result = provenance() | {
+        result = measurement_provenance() | {
             "model": target,
             "dtype": str(model.dtype).removeprefix("torch."),
             "parameters": model.num_parameters(),
@@ -107,7 +113,7 @@ def bench_ttft(
         }
     print_table(target, lines)
     if out:
-        write_whole(out, json.dumps(result, indent=2) + "\n")
+        write_atomic(out, json.dumps(result, indent=2) + "\n")
     if png:
         draw(target, lines, png)
 

@@ -6,7 +6,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from blockft.attention.layout import Layout
-from blockft.inference.block_key import Key, key_of
+from blockft.inference.block_key import BlockKey, block_key
 from blockft.inference.runner import kv_shape
 
 
@@ -18,15 +18,15 @@ class Prompt:
         context = ids[: len(ids) - question_len].astype("<i4")
         self.blocks = [context[i : i + block_len] for i in range(0, len(context), block_len)]
 
-    def keys(self) -> list[Key]:
-        return [key_of(block) for block in self.blocks]
+    def keys(self) -> list[BlockKey]:
+        return [block_key(block) for block in self.blocks]
 
     @property
     def layout(self) -> Layout:
         return Layout((*map(len, self.blocks), len(self.question)))
 
 
-def facts_of(prompt: Prompt, model: PreTrainedModel, bandwidth: float) -> dict[str, Any]:
+def derived_figures(prompt: Prompt, model: PreTrainedModel, bandwidth: float) -> dict[str, Any]:
     """What follows from the numbers of tokens and parameters alone (Ma et al. 2025, table 2)."""
     length, asked, config = prompt.length, len(prompt.question), model.config
     # the rows of the embedding are looked up, not read, unless they are the output's too

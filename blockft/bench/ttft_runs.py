@@ -6,7 +6,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-from blockft.bench.timing import times_of
+from blockft.bench.timing import measure_ms
 from blockft.bench.ttft_prompt import Prompt
 from blockft.inference.runner import BlockRunner
 from blockft.model.masked_forward import masked_logits
@@ -19,7 +19,7 @@ PREFILLS = {
 """The stock kernels of full attention, two for GPUs; the faster one counts."""
 
 
-def full(model: PreTrainedModel, prompt: Prompt, warmups: int, runs: int) -> dict[str, Any]:
+def measure_full_prefill(model: PreTrainedModel, prompt: Prompt, warmups: int, runs: int) -> dict[str, Any]:
     """Full prefill by the stock kernel that a few runs show to be the fastest."""
 
     def prefill() -> int:
@@ -29,7 +29,7 @@ def full(model: PreTrainedModel, prompt: Prompt, warmups: int, runs: int) -> dic
 
     def measure(kernel: str, warmups: int, runs: int) -> dict[str, Any]:
         with torch.inference_mode(), sdpa_kernel(PREFILLS[kernel]):
-            return times_of(prefill, warmups, runs)
+            return measure_ms(prefill, warmups, runs)
 
     model.set_attn_implementation("sdpa")
     there = [name for name in PREFILLS if (name == "default") == (model.device.type != "cuda")]
@@ -40,12 +40,12 @@ def full(model: PreTrainedModel, prompt: Prompt, warmups: int, runs: int) -> dic
     return measured | {"kernel": kernel, "kernels_tried": tried}
 
 
-def cached(runner: BlockRunner, prompt: Prompt, tier: str, warmups: int, runs: int) -> dict[str, Any]:
+def measure_cached(runner: BlockRunner, prompt: Prompt, tier: str, warmups: int, runs: int) -> dict[str, Any]:
     """Cached blocks of one tier; the blocks are put there first."""
     store = runner.store
 
     def prefill() -> int:
-        begun = runner.begin([prompt.keys()], [prompt.question], 1)
+        begun = runner.prefill([prompt.keys()], [prompt.question], 1)
         found = [at.tier.value for at in begun.found.values()]
         assert found == ([] if tier == "none" else [tier] * len(set(prompt.keys()))), found
         return int(begun.logits[0].argmax())
@@ -58,16 +58,16 @@ def cached(runner: BlockRunner, prompt: Prompt, tier: str, warmups: int, runs: i
 
     forget()
     if tier != "none":
-        runner.encode(prompt.keys())
+        runner.prefill_blocks(prompt.keys())
         store.flush()
-        runner.begin([prompt.keys()], [prompt.question], 1)  # what is on the disk alone comes nearer
-    return times_of(prefill, warmups, runs, before=forget)
+        runner.prefill([prompt.keys()], [prompt.question], 1)  # what is on the disk alone comes nearer
+    return measure_ms(prefill, warmups, runs, before=forget)
 
 
-def bare_copy(runner: BlockRunner, prompt: Prompt, warmups: int, runs: int) -> dict[str, Any]:
+def measure_bare_copy(runner: BlockRunner, prompt: Prompt, warmups: int, runs: int) -> dict[str, Any]:
     """The blocks of the host tier copied to the device, each at once, and nothing else."""
     store = runner.store
-    runner.encode(prompt.keys())
+    runner.prefill_blocks(prompt.keys())
     store.load({})
     blocks = [store.on_host(key) for key in dict.fromkeys(prompt.keys())]
     room = torch.empty(
@@ -81,7 +81,7 @@ def bare_copy(runner: BlockRunner, prompt: Prompt, warmups: int, runs: int) -> d
             start += block.numel()
         torch.cuda.synchronize()
 
-    return times_of(copy, warmups, runs)
+    return measure_ms(copy, warmups, runs)
 
 
 @torch.inference_mode()
@@ -101,7 +101,7 @@ def agreement(runner: BlockRunner, prompt: Prompt, masked: dict[str, torch.Tenso
     Two backends of the masked forward say how much of that is rounding.
     """
     want = masked["sdpa"]
-    others = {"cached": runner.begin([prompt.keys()], [prompt.question], 1).logits[0].float()}
+    others = {"cached": runner.prefill([prompt.keys()], [prompt.question], 1).logits[0].float()}
     others |= {f"masked_{name}": logits for name, logits in masked.items() if name != "sdpa"}
     errors = {f"{name}_to_masked_sdpa": float((x - want).norm() / want.norm()) for name, x in others.items()}
     return {"length": prompt.length, **errors}

@@ -48,7 +48,7 @@ def generate(
     {"documents": [{"title", "text"}, ...], "question"}, {"messages": [...]}, or {"blocks": [...]} of a prompt
     that is already templated.
     """
-    from blockft.stages.generate import CacheWords, generate
+    from blockft.stages.generate import CacheArguments, generate
 
     generate(
         model,
@@ -59,12 +59,12 @@ def generate(
         top_p=top_p,
         seed=seed,
         stop=stop or (),
-        trims=trim,
+        trim=trim,
         batch_size=batch_size,
-        streams=stream,
+        stream=stream,
         as_json=as_json,
         compile=compile,
-        cache=CacheWords(folder=cache, disk=cache_bytes, host=host_bytes, device=device_bytes),
+        cache=CacheArguments(folder=cache, disk=cache_bytes, host=host_bytes, device=device_bytes),
     )
 
 
@@ -91,9 +91,9 @@ def evaluate(
     if format is None and is_recipe(target):
         settings = load_recipe(target, words)  # before the slow imports: most mistakes are found here
     else:
-        from blockft.stages.questions import recipe_for
+        from blockft.stages.questions import recipe_for_questions
 
-        settings = recipe_for(model, target, words, format=format)
+        settings = recipe_for_questions(model, target, words, format=format)
 
     from blockft.stages.evaluate import evaluate
 

@@ -19,9 +19,9 @@ def cache_build(
 ) -> None:
     """Encode the documents of a corpus before anybody asks about them; goes on after a kill."""
     from blockft.stages.build import build
-    from blockft.stages.generate import CacheWords
+    from blockft.stages.generate import CacheArguments
 
-    build(model, corpus, CacheWords(folder=folder, disk=cache_bytes, host="0", device="0"))
+    build(model, corpus, CacheArguments(folder=folder, disk=cache_bytes, host="0", device="0"))
 
 
 @cache.command("stats")
@@ -42,9 +42,9 @@ def cache_verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Read every entry of a cache and compare all checksums."""
-    from blockft.stages.cache import verify
+    from blockft.stages.cache import verify_cache
 
-    verify(folder, remove=remove, as_json=as_json)
+    verify_cache(folder, remove=remove, as_json=as_json)
 
 
 @cache.command("prune")

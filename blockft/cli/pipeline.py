@@ -72,10 +72,10 @@ def train(
 ) -> None:
     """Fine-tune under DeepSpeed; any launcher that sets RANK starts it on several processes too."""
     from blockft.config.recipe import load_recipe
-    from blockft.training.hosts import choose_hosts
+    from blockft.training.hosts import resolve_hosts
 
     settings = load_recipe(recipe, overrides or ())  # before the slow imports: most mistakes are found here
-    hosts = choose_hosts(
+    hosts = resolve_hosts(
         hostfile,
         num_gpus=num_gpus,
         no_ssh=no_ssh,

@@ -58,10 +58,10 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path} cannot be read as a recipe: {' '.join(str(error).split())}") from error
     if not isinstance(given, DictConfig):
         raise UserError(f"{path} holds no mapping: a recipe has the keys {', '.join(_fields(Recipe))}")
-    return make_recipe(given, overrides, str(path))
+    return build_recipe(given, overrides, str(path))
 
 
-def make_recipe(given: Any, overrides: Sequence[str], path: str) -> Recipe:
+def build_recipe(given: Any, overrides: Sequence[str], path: str) -> Recipe:
     """The recipe that a mapping of settings describes, with `key=value` overrides; `path` names it in errors.
 
     Raises:

@@ -29,7 +29,7 @@ class Format(StrEnum):
     blocks = "blocks"
 
 
-class Retrieve(StrEnum):
+class Retriever(StrEnum):
     """How a source's distractors are found and its documents ranked."""
 
     none = "none"
@@ -37,7 +37,7 @@ class Retrieve(StrEnum):
     dense = "dense"
 
 
-class View(StrEnum):
+class Mode(StrEnum):
     """Which layout an example is trained or evaluated in."""
 
     block = "block"
@@ -74,21 +74,21 @@ class Role(StrEnum):
     user = "user"
 
 
-class BadRecord(StrEnum):
+class BadRecordPolicy(StrEnum):
     """What a broken record does."""
 
     error = "error"
     skip = "skip"
 
 
-class TooLong(StrEnum):
+class TooLongPolicy(StrEnum):
     """What happens to a sample longer than a row."""
 
     drop = "drop"
     trim = "trim"
 
 
-class Attention(StrEnum):
+class AttentionBackend(StrEnum):
     """Attention backends; `auto` is `flex` on a GPU and `sdpa` elsewhere."""
 
     auto = "auto"
@@ -96,7 +96,7 @@ class Attention(StrEnum):
     flex = "flex"
 
 
-class Precision(StrEnum):
+class DType(StrEnum):
     """The type in which weights are computed with; `auto` is bfloat16 on a GPU and float32 elsewhere."""
 
     auto = "auto"
@@ -104,7 +104,7 @@ class Precision(StrEnum):
     bfloat16 = "bfloat16"
 
 
-class Init(StrEnum):
+class WeightInit(StrEnum):
     """Where a run's first weights come from."""
 
     pretrained = "pretrained"
@@ -128,7 +128,7 @@ class Source:
     # none takes the documents of the record (squad: of the article); bm25 and dense fill a prompt up to
     # data.num_documents with those that a search ranks best (fid: from all documents of the source, squad: of
     # the article) and that hold no answer; its relevance is then the search's score, in every format
-    retrieve: Retrieve = Retrieve.none
+    retrieve: Retriever = Retriever.none
 
 
 @dataclass(kw_only=True)
@@ -138,12 +138,12 @@ class ModelSettings:
     # branch, tag or commit on the Hub
     revision: str | None = None
     # pretrained weights, or random ones from the folder's config.json and `train.seed`
-    init: Init = Init.pretrained
+    init: WeightInit = WeightInit.pretrained
     # the attention backend of training; answers are computed over cached blocks whatever it says: by sdpa, on
     # GPUs by a kernel of their own
-    attention: Attention = Attention.auto
+    attention: AttentionBackend = AttentionBackend.auto
     # the type of weights and activations in training
-    dtype: Precision = Precision.auto
+    dtype: DType = DType.auto
 
 
 @dataclass(kw_only=True)
@@ -165,7 +165,7 @@ class PromptSettings:
 
 
 @dataclass(kw_only=True)
-class CutSettings:
+class SplittingSettings:
     """How the prompts of chats and instructions are cut into blocks."""
 
     # at most this many blocks in a prompt; the turns of a chat are never joined
@@ -177,13 +177,13 @@ class CutSettings:
 @dataclass(kw_only=True)
 class DataSettings:
     # the folder that `prepare` writes and `train` reads
-    out: str
+    output_dir: str
     # what to train on
     sources: list[Source] = at_least(1)
     # tokens in a row: the longest example that can be trained on
     row_len: int = at_least(1, 4096)
     # the views of every example that splits into blocks
-    views: list[View] = at_least(1, [View.block, View.full])
+    modes: list[Mode] = at_least(1, [Mode.block, Mode.full])
     # reencoded: a block's tokens stand where the prompt has them, wherever they were cached; local: they stay
     # at 0..n-1 (the paper's ablation). Training alone reads it, for prepared data serve both;
     # eval and generate go by what an export says
@@ -202,28 +202,28 @@ class DataSettings:
     questions_per_context: int | None = at_least(1, None)
     # times that prepare asks every question, as by seed, seed + 1, ...: small data teach more if documents
     # come in another order and squad's sets are drawn anew (what a search finds stays the same). All else
-    # comes as often; the manifest counts all copies. eval asks once, and train.eval_examples has to be 0
+    # comes as often; the manifest counts all copies. eval asks once, and train.num_eval_examples has to be 0
     copies: int = at_least(1, 1)
     # the sentence-transformers model of `retrieve: dense`, a folder or an id on the Hub
     dense_model: str = "sentence-transformers/all-MiniLM-L6-v2"
     # error names file, line and field; skip counts and lists the record; to eval a question without answers
     # is one, too
-    on_bad_record: BadRecord = BadRecord.error
+    on_bad_record: BadRecordPolicy = BadRecordPolicy.error
     # of a sample longer than a row, or in eval than the model's positions allow: drop it, or trim its least
     # relevant documents
-    too_long: TooLong = TooLong.drop
+    too_long: TooLongPolicy = TooLongPolicy.drop
     # worker processes for tokenising; 0 is one per core
     num_workers: int = at_least(0, 0)
     # seed of every shuffle in `prepare`
     seed: int = 0
     prompt: PromptSettings = field(default_factory=PromptSettings)
-    cut: CutSettings = field(default_factory=CutSettings)
+    splitting: SplittingSettings = field(default_factory=SplittingSettings)
 
 
 @dataclass(kw_only=True)
 class TrainSettings:
     # the run's folder
-    out: str
+    output_dir: str
     # DeepSpeed settings: a JSON file, or the name of one that ships (zero0 to zero3, zero2-offload, ...)
     deepspeed: str = "zero2"
     # arguments of peft.LoraConfig, to train an adapter ({} for its defaults); null trains all weights
@@ -238,14 +238,14 @@ class TrainSettings:
     # rows in a global batch; a multiple of the number of processes
     batch_rows: int = at_least(1, 8)
     # passes over the data
-    epochs: int = at_least(1, 1)
+    num_train_epochs: int = at_least(1, 1)
     # stop after this many optimizer steps; null runs all epochs
     max_steps: int | None = at_least(1, None)
     learning_rate: float = at_least(0, 2e-5)
     # any scheduler of transformers.Trainer that goes by the step
-    scheduler: str = "cosine"
+    lr_scheduler_type: str = "cosine"
     # extra arguments of the scheduler
-    scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
     # steps over which the learning rate rises from 0
     warmup_steps: int = at_least(0, 0)
     weight_decay: float = at_least(0, 0.0)
@@ -257,16 +257,16 @@ class TrainSettings:
     # recompute activations in the backward pass: less memory, a third more time
     gradient_checkpointing: bool = False
     # log the loss every so many steps
-    log_steps: int = at_least(1, 1)
+    logging_steps: int = at_least(1, 1)
     # save a checkpoint every so many steps, and at the end
     save_steps: int = at_least(1, 500)
     # whole checkpoints kept
-    keep_checkpoints: int = at_least(1, 2)
+    save_total_limit: int = at_least(1, 2)
     # examples held out of training: the loss over them is logged for each view
-    eval_examples: int = at_least(0, 0)
+    num_eval_examples: int = at_least(0, 0)
     # evaluate every so many steps, beside before the first and at every checkpoint
     eval_steps: int | None = at_least(1, None)
-    # keep the checkpoint with the lowest evaluation loss, too (in the block view, if `data.views` has it)
+    # keep the checkpoint with the lowest evaluation loss, too (in the block view, if `data.modes` has it)
     keep_best: bool = True
     # seed of the row order and of random weights
     seed: int = 0
@@ -277,10 +277,10 @@ class TrainSettings:
 @dataclass(kw_only=True)
 class EvalSettings:
     # the folder for the report, the predictions and the plot
-    out: str
+    output_dir: str
     # held-out samples with answers
     sources: list[Source]
-    modes: list[View] = at_least(1, [View.block, View.full])
+    modes: list[Mode] = at_least(1, [Mode.block, Mode.full])
     # the longest answer, in tokens
     max_new_tokens: int = at_least(1, 32)
     # evaluate no more than this many samples, one of each source in turn; null is all

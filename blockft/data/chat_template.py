@@ -20,14 +20,14 @@ FIXED_DATE = """
 """Goes before a template that prints today's date and gives it the one that Llama 3's falls back to, so that
 prompts do not change overnight (law 12)."""
 
-EDGE = "\n\u2003"
+EDGE_MARKER = "\n\u2003"
 """Stands around a stand-in (mirrored at its end) to show what of the white space there a template strips."""
 
-STRIPPED = {EDGE: "", EDGE[1:]: "\n", "": None}
+STRIPPED = {EDGE_MARKER: "", EDGE_MARKER[1:]: "\n", "": None}
 """What is left of an edge, and the characters that are stripped (None: all white space)."""
 
 
-class UnfitText(UserError):
+class TemplateMismatch(UserError):
     """A prompt that the chat template or the tokenizer does not keep as it is; others may be fit.
 
     `reason` says why in a few words that are the same for many prompts.
@@ -39,14 +39,14 @@ class UnfitText(UserError):
 
 
 @dataclass(frozen=True)
-class Part:
+class TextPart:
     """A piece of a block, written by the template (markup) or by the data."""
 
     text: str
     is_markup: bool
 
 
-Block = tuple[Part, ...]
+Block = tuple[TextPart, ...]
 Content = tuple[str, ...]
 Roles = tuple[str, ...]
 Strip = tuple[str | None, str | None]
@@ -54,7 +54,7 @@ Strip = tuple[str | None, str | None]
 
 
 @dataclass(frozen=True)
-class Cut:
+class RenderedPrompt:
     """A rendered prompt cut into its blocks, the response, and what the template writes around that.
 
     The opening stands between the generation prompt and the response: the model has to write it, too.
@@ -69,19 +69,19 @@ class Cut:
     def answer(self) -> Block:
         """What the model writes up to the ending; white space that opens it is one with its first word."""
         if self.opening.strip():
-            return Part(self.opening, is_markup=True), Part(self.response, is_markup=False)
-        return (Part(self.opening + self.response, is_markup=False),)
+            return TextPart(self.opening, is_markup=True), TextPart(self.response, is_markup=False)
+        return (TextPart(self.opening + self.response, is_markup=False),)
 
 
 @dataclass(frozen=True)
-class _Form:
+class _TemplateMarkup:
     """How the template writes texts: the markup before each and after the last, what it strips of each."""
 
     markup: tuple[str, ...]
     strips: tuple[Strip, ...]
 
 
-class Template:
+class ChatTemplate:
     """The chat template of a tokenizer.
 
     Raises:
@@ -98,12 +98,12 @@ class Template:
         self._tokenizer = tokenizer
         template = tokenizer.get_chat_template()
         self._template = FIXED_DATE + template if "strftime_now" in template else template
-        self._forms: dict[tuple[Roles, bool], _Form] = {}
-        self._answers: dict[Roles, _Form] = {}
+        self._forms: dict[tuple[Roles, bool], _TemplateMarkup] = {}
+        self._answers: dict[Roles, _TemplateMarkup] = {}
 
     def cut(
         self, messages: Sequence[Message], documents: Collection[int], response: str | None = None
-    ) -> Cut:
+    ) -> RenderedPrompt:
         """The prompt as the template renders it, with the generation prompt, cut into blocks (laws 5 and 6).
 
         Markup goes to the end of the block before it, else to a block of its own, else to the final block;
@@ -122,17 +122,17 @@ class Template:
         texts = ["".join(content) for content in contents]
         rendered = self._render(roles, [message.text for message in messages], for_generation=True)
         if rendered != "".join(chain.from_iterable(zip(form.markup, [*texts, ""], strict=True))):
-            changed = _changed(rendered, form.markup, texts)
+            changed = _first_changed_text(rendered, form.markup, texts)
             self._fail(f"changes the text {changed} otherwise than by trimming it", "text changed")
-        blocks = _own(form.markup, contents, documents)
+        blocks = _assign_markup(form.markup, contents, documents)
         if response is None:
-            return Cut(blocks, "", "")
+            return RenderedPrompt(blocks, "", "")
         answer = self._answer(roles)
-        (response,) = _strip((response,), *answer.strips[0])
+        (response,) = _strip_blocks((response,), *answer.strips[0])
         opening, ending = answer.markup
-        return Cut(blocks, response, ending, opening)
+        return RenderedPrompt(blocks, response, ending, opening)
 
-    def _form(self, roles: Roles, *, for_generation: bool) -> _Form:
+    def _form(self, roles: Roles, *, for_generation: bool) -> _TemplateMarkup:
         key = (roles, for_generation)
         if key not in self._forms:
             markup = self._around(roles, for_generation)
@@ -146,13 +146,15 @@ class Template:
                     if before not in STRIPPED or after not in STRIPPED:
                         self._fail(f"changes texts of the role {roles[i]}", "text changed")
                     strips[i] = (STRIPPED[before], STRIPPED[after])
-            self._forms[key] = _Form(markup, tuple(strips[i] for i in range(len(roles))))
+            self._forms[key] = _TemplateMarkup(markup, tuple(strips[i] for i in range(len(roles))))
         return self._forms[key]
 
     def _around(self, roles: Roles, for_generation: bool, edged: int | None = None) -> tuple[str, ...]:
         """The markup before each text and after the last, found with stand-ins, even or odd ones edged."""
         stand_ins = [f"standin{i}standin" for i in range(len(roles))]
-        texts = [EDGE + s + EDGE[::-1] if i % 2 == edged else s for i, s in enumerate(stand_ins)]
+        texts = [
+            EDGE_MARKER + s + EDGE_MARKER[::-1] if i % 2 == edged else s for i, s in enumerate(stand_ins)
+        ]
         rest, pieces = self._render(roles, texts, for_generation), []
         for stand_in in stand_ins:
             piece, found, rest = rest.partition(stand_in)
@@ -163,7 +165,7 @@ class Template:
             pieces.append(piece)
         return (*pieces, rest)
 
-    def _answer(self, roles: Roles) -> _Form:
+    def _answer(self, roles: Roles) -> _TemplateMarkup:
         """How a response to messages of these roles is written, found with a stand-in."""
         if roles not in self._answers:
             # some templates write the system's text while the prompt waits for a response, and drop it then:
@@ -172,12 +174,12 @@ class Template:
                 try:
                     prompt = self._form(turns, for_generation=True).markup
                     chat = self._form((*turns, "assistant"), for_generation=False)
-                except UnfitText:
+                except TemplateMismatch:
                     continue
                 *before, opening, ending = chat.markup
                 if (*before,) == prompt[:-1] and opening.startswith(prompt[-1]):
                     markup = (opening.removeprefix(prompt[-1]), ending)
-                    self._answers[roles] = _Form(markup, chat.strips[-1:])
+                    self._answers[roles] = _TemplateMarkup(markup, chat.strips[-1:])
                     break
             else:
                 self._fail(
@@ -210,7 +212,7 @@ class Template:
         """The blocks of each message as the template writes them."""
         contents, first = [], 0
         for message, strip in zip(messages, strips, strict=True):
-            content = _strip(message.content, *strip)
+            content = _strip_blocks(message.content, *strip)
             for number, (text, left) in enumerate(zip(message.content, content, strict=True), first):
                 if text != left and number in documents:
                     self._fail(
@@ -227,34 +229,36 @@ class Template:
         self, what: str, why: str, remedy: str = "leave such prompts out, or use another template"
     ) -> NoReturn:
         whose = f"the chat template of {self._tokenizer.name_or_path}"
-        raise UnfitText(f"{whose} {what}: {remedy}", f"{why} by the chat template")
+        raise TemplateMismatch(f"{whose} {what}: {remedy}", f"{why} by the chat template")
 
 
-def _own(markup: Sequence[str], contents: Sequence[Content], documents: Collection[int]) -> tuple[Block, ...]:
+def _assign_markup(
+    markup: Sequence[str], contents: Sequence[Content], documents: Collection[int]
+) -> tuple[Block, ...]:
     """The blocks of a prompt, with its markup in the blocks that own it."""
-    blocks: list[list[Part]] = []
+    blocks: list[list[TextPart]] = []
     takes_markup = False
     number = 0
     for before, content in zip(markup[:-1], contents, strict=True):
         if before:
             if not takes_markup:
                 blocks.append([])
-            blocks[-1].append(Part(before, is_markup=True))
+            blocks[-1].append(TextPart(before, is_markup=True))
             takes_markup = True
         for text in content:
             if text:
-                blocks.append([Part(text, is_markup=False)])
+                blocks.append([TextPart(text, is_markup=False)])
                 takes_markup = number not in documents
             number += 1
     if not takes_markup:
         blocks.append([])
-    blocks[-1].append(Part(markup[-1], is_markup=True))
+    blocks[-1].append(TextPart(markup[-1], is_markup=True))
     if not documents and sum(map(bool, chain.from_iterable(contents))) == 1:
         return (tuple(chain.from_iterable(blocks)),)
     return tuple(map(tuple, blocks))
 
 
-def _strip(content: Content, before: str | None, after: str | None) -> Content:
+def _strip_blocks(content: Content, before: str | None, after: str | None) -> Content:
     """A message's blocks after its text has been stripped; those at its ends may become empty."""
     texts = list(content)
     for i, text in enumerate(texts):
@@ -268,7 +272,7 @@ def _strip(content: Content, before: str | None, after: str | None) -> Content:
     return tuple(texts)
 
 
-def _changed(rendered: str, markup: Sequence[str], texts: Sequence[str]) -> str:
+def _first_changed_text(rendered: str, markup: Sequence[str], texts: Sequence[str]) -> str:
     """The first text that is not found where it should be."""
     start = 0
     for before, text in zip(markup, texts, strict=False):

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from blockft.data.rag_prompt import Document
 
-SPELLINGS = {"'": "‘’‚‛′‵ʼ´`", '"': "“”„‟″«»", "-": "‐‑‒–—―−"}
+CHARACTER_VARIANTS = {"'": "‘’‚‛′‵ʼ´`", '"': "“”„‟″«»", "-": "‐‑‒–—―−"}
 """Apostrophes, quotes and dashes, which texts about the same thing spell differently."""
 
 
-class Pool:
+class DocumentPool:
     """Distinct documents, by title and text, in the order of their first appearance."""
 
     def __init__(self, documents: Iterable[Document]) -> None:
@@ -20,7 +20,7 @@ class Pool:
             distinct.setdefault(document.key, replace(document, relevance=0, supports=False))
         self.documents = tuple(distinct.values())
         self._index_of = {key: index for index, key in enumerate(distinct)}
-        self._folded = [(fold(d.title), fold(d.text)) for d in self.documents]
+        self._folded = [(normalize_text(d.title), normalize_text(d.text)) for d in self.documents]
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -36,8 +36,8 @@ class Pool:
 
         Titles count, unless one of the own documents bears the same: that of an article tells nothing.
         """
-        own_indices, own_titles = set(map(self.index_of, own)), {fold(d.title) for d in own}
-        folded = [fold(answer) for answer in answers]
+        own_indices, own_titles = set(map(self.index_of, own)), {normalize_text(d.title) for d in own}
+        folded = [normalize_text(answer) for answer in answers]
         for index in indices:
             title, text = self._folded[index]
             searched = (text,) if title in own_titles else (text, title)
@@ -45,7 +45,7 @@ class Pool:
                 yield index
 
 
-def fold(text: str) -> str:
+def normalize_text(text: str) -> str:
     """The text as answers are looked for in it: no case, single spaces, one spelling of each character."""
     text = _SPELT.sub(lambda found: _PLAIN[found[0]], text)
     if not text.isascii():
@@ -53,5 +53,5 @@ def fold(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-_PLAIN = {spelt: plain for plain, several in SPELLINGS.items() for spelt in several}
+_PLAIN = {spelt: plain for plain, several in CHARACTER_VARIANTS.items() for spelt in several}
 _SPELT = re.compile(f"[{''.join(_PLAIN)}]")

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from blockft.attention.layout import Layout
-from blockft.data.chat_template import Block, Cut, Part, Template, UnfitText
+from blockft.data.chat_template import Block, ChatTemplate, RenderedPrompt, TemplateMismatch, TextPart
 from blockft.data.sample import Message, Sample
 from blockft.data.tokenizer import PlainTokenizer, TemplatedTokenizer, encode_markup
 from blockft.errors import UserError
 
-NO_LABEL = -100
+IGNORE_INDEX = -100
 """The label of a token that is not predicted."""
 
 Ids = list[int]
@@ -25,7 +25,7 @@ Ids = list[int]
 class Example:
     """The token ids (T,), labels (T,) and blocks of one sample, or of several that share their local blocks.
 
-    Both arrays are int32. A label is the id of its own token, `NO_LABEL` where nothing is predicted.
+    Both arrays are int32. A label is the id of its own token, `IGNORE_INDEX` where nothing is predicted.
     """
 
     input_ids: NDArray[np.int32]
@@ -42,7 +42,7 @@ class Example:
         return Layout(self.block_lengths, self.num_final)
 
     @property
-    def splits(self) -> bool:
+    def has_local_blocks(self) -> bool:
         """Whether the block view differs from the full view."""
         return self.layout != self.layout.full()
 
@@ -51,9 +51,9 @@ class Example:
         """The ids of each block."""
         return np.split(self.input_ids, np.cumsum(self.block_lengths)[:-1])
 
-    def layout_of(self, view: str) -> Layout:
+    def layout_in_mode(self, mode: str) -> Layout:
         """The layout in the view `block` or `full`."""
-        return {"block": self.layout, "full": self.layout.full()}[view]
+        return {"block": self.layout, "full": self.layout.full()}[mode]
 
 
 class Encoder:
@@ -104,13 +104,13 @@ class Encoder:
         return [len(ids) for ids in self._plain.encode(list(texts))]
 
     @cached_property
-    def end_of_turn_id(self) -> int:
+    def eos_token_id(self) -> int:
         """The token with which a response ends: decoding stops there."""
         return self._ending[-1]
 
     @cached_property
-    def _template(self) -> Template:
-        return Template(self._tokenizer)
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self._tokenizer)
 
     @cached_property
     def _ending(self) -> Ids:
@@ -129,7 +129,7 @@ class Encoder:
     def _end_ids(self) -> frozenset[int]:
         """The tokens after which a templated response has ended."""
         added = self._tokenizer.added_tokens_decoder
-        return frozenset({id for id, token in added.items() if token.special} | {self.end_of_turn_id})
+        return frozenset({id for id, token in added.items() if token.special} | {self.eos_token_id})
 
     def _encode_chats(self, samples: Sequence[Sample]) -> list[Example]:
         cuts = [self._cut(sample, sample.response) for sample in samples]
@@ -147,13 +147,13 @@ class Encoder:
             answer += self._ending
         return _example(sample, self._templated_ids(sample.templated), answer)
 
-    def _cut(self, sample: Sample, response: str | None) -> Cut:
+    def _cut(self, sample: Sample, response: str | None) -> RenderedPrompt:
         try:
             return self._template.cut(sample.messages, sample.documents, response)
-        except UnfitText as error:
-            raise UnfitText(f"sample {sample.id} of {sample.source}: {error}", error.reason) from error
+        except TemplateMismatch as error:
+            raise TemplateMismatch(f"sample {sample.id} of {sample.source}: {error}", error.reason) from error
 
-    def _ids_of_parts(self, cuts: Sequence[Cut]) -> dict[Part, Ids]:
+    def _ids_of_parts(self, cuts: Sequence[RenderedPrompt]) -> dict[TextPart, Ids]:
         """The ids of every distinct part: texts by the plain tokenizer, markup with the added tokens."""
         parts = {part for cut in cuts for block in cut.blocks for part in block}
         parts |= {part for cut in cuts for part in cut.answer}
@@ -180,7 +180,7 @@ class Encoder:
             self._ending_ids[ending] = ids[:end]
         return self._ending_ids[ending]
 
-    def _block_ids(self, block: Block, ids_of: dict[Part, Ids]) -> Ids:
+    def _block_ids(self, block: Block, ids_of: dict[TextPart, Ids]) -> Ids:
         ids = [id for part in block for id in ids_of[part]]
         self._check_tokens(ids, "".join(part.text for part in block))
         return ids
@@ -193,7 +193,7 @@ class Encoder:
 
     def _check_tokens(self, ids: Ids, text: str) -> None:
         if not ids:
-            raise UnfitText(
+            raise TemplateMismatch(
                 f"tokenizer {self._name} makes no token of the block {text!r}", "block without tokens"
             )
 
@@ -205,7 +205,7 @@ def _example(sample: Sample, blocks: list[Ids], answer: Ids) -> Example:
     lengths[-1] += len(answer)
     return Example(
         input_ids=np.fromiter(chain(*blocks, answer), np.int32),
-        labels=np.array([NO_LABEL] * prompt_len + answer, np.int32),
+        labels=np.array([IGNORE_INDEX] * prompt_len + answer, np.int32),
         block_lengths=tuple(lengths),
         sample_ids=(sample.id,),
     )

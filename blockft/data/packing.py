@@ -7,13 +7,13 @@ from collections.abc import Sequence
 Row = list[int]
 """Indices of the items in a row."""
 
-WINDOW = 4096
+PACKING_WINDOW = 4096
 """Items packed together. A whole epoch at once would put the same items together in every epoch."""
 
 
-def list_items(splits: Sequence[bool], views: Sequence[str]) -> list[tuple[int, str]]:
+def list_example_modes(splits: Sequence[bool], modes: Sequence[str]) -> list[tuple[int, str]]:
     """Each example of an epoch by its index, once per view; only in `full` if it does not split."""
-    return [(index, view) for index, split in enumerate(splits) for view in (views if split else ("full",))]
+    return [(index, mode) for index, split in enumerate(splits) for mode in (modes if split else ("full",))]
 
 
 def plan_rows(lengths: Sequence[int], row_len: int, seed: int, epoch: int) -> list[Row]:
@@ -32,19 +32,19 @@ def plan_rows(lengths: Sequence[int], row_len: int, seed: int, epoch: int) -> li
     shuffler.shuffle(items)
     rows = [
         row
-        for start in range(0, len(items), WINDOW)
-        for row in _best_fit(items[start : start + WINDOW], lengths, row_len)
+        for start in range(0, len(items), PACKING_WINDOW)
+        for row in _best_fit(items[start : start + PACKING_WINDOW], lengths, row_len)
     ]
     shuffler.shuffle(rows)
     return rows
 
 
-def complete(rows: Sequence[Row], batch_rows: int) -> list[Row]:
+def complete_last_batch(rows: Sequence[Row], batch_rows: int) -> list[Row]:
     """The rows, and as many empty ones as the last batch lacks: never repeats."""
     return [*rows, *([] for _ in range(-len(rows) % batch_rows))]
 
 
-def fill(rows: Sequence[Row], lengths: Sequence[int], row_len: int) -> float:
+def fill_ratio(rows: Sequence[Row], lengths: Sequence[int], row_len: int) -> float:
     """The share of the rows' tokens that is not padding."""
     return sum(lengths[item] for row in rows for item in row) / max(1, len(rows) * row_len)
 

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from blockft.data.encoder import Example
-from blockft.data.sample import Sample, to_record
+from blockft.data.sample import Sample, sample_to_record
 from blockft.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -90,7 +90,7 @@ class Chosen(Sequence[Example]):
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedData:
     """A prepared folder, read."""
 
     folder: Path
@@ -98,7 +98,7 @@ class Prepared:
     examples: Examples
 
 
-def load_prepared(folder: Path) -> Prepared:
+def load_prepared(folder: Path) -> PreparedData:
     """Open a prepared folder.
 
     Raises:
@@ -109,16 +109,16 @@ def load_prepared(folder: Path) -> Prepared:
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} is unfinished (it has no {MANIFEST}): run blockft prepare again")
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    return Prepared(folder, manifest, Examples(folder / EXAMPLES))
+    return PreparedData(folder, manifest, Examples(folder / EXAMPLES))
 
 
-def is_unfinished(folder: Path) -> bool:
+def is_incomplete(folder: Path) -> bool:
     """Whether a folder holds nothing but what a `prepare` that was cut short leaves: it may be replaced."""
     names = {path.name for path in folder.iterdir()}
     return all(name == "examples" or name.startswith("samples-") for name in names)
 
 
-class Writer:
+class PreparedWriter:
     """Writes a folder's samples and examples, in order; `finish` seals it with the manifest."""
 
     def __init__(self, folder: Path) -> None:
@@ -129,7 +129,7 @@ class Writer:
         (folder / EXAMPLES).parent.mkdir()
         self._examples = pa.ipc.new_file(str(folder / EXAMPLES), _SCHEMA)
 
-    def __enter__(self) -> "Writer":
+    def __enter__(self) -> "PreparedWriter":
         return self
 
     def __exit__(
@@ -146,7 +146,7 @@ class Writer:
             name = f"samples-{self._num_samples // SHARD_SAMPLES:05}.jsonl"
             self._shard = (self._folder / name).open("w", encoding="utf-8")
         assert self._shard
-        self._shard.write(json.dumps(to_record(sample), ensure_ascii=False) + "\n")
+        self._shard.write(json.dumps(sample_to_record(sample), ensure_ascii=False) + "\n")
         self._num_samples += 1
 
     def add_example(self, example: Example) -> None:

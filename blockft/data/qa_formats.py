@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-from blockft.data.document_pool import Pool
+from blockft.data.document_pool import DocumentPool
 from blockft.data.rag_prompt import Document
-from blockft.data.sample import check, take, text_of
+from blockft.data.sample import check_field, get_field, parse_text
 
 NO_ANSWER = "no answer"
 """Why a question that cannot be answered from its documents is dropped."""
@@ -19,7 +19,7 @@ NO_POSITIVE = "no positive document"
 """Why a question of DPR's training files that would be learnt over negative documents alone is dropped."""
 
 
-class Dropped(Exception):
+class RecordDropped(Exception):
     """A record is sound but gives no question; the message is the reason."""
 
 
@@ -35,47 +35,47 @@ class Question:
     question: str
     answers: tuple[str, ...]
     documents: tuple[Document, ...]
-    pool: Pool | None = None
+    pool: DocumentPool | None = None
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-def hotpotqa(record: Any) -> Question:
+def parse_hotpotqa(record: Any) -> Question:
     """HotpotQA, distractor setting (Yang et al. 2018): ten paragraphs, cut into sentences; two support.
 
     The authors' JSON has lists of pairs, the data set on the Hub mappings of two lists.
     """
-    return _multi_hop(record, "hotpotqa", between="")
+    return _parse_multi_hop(record, "hotpotqa", between="")
 
 
-def two_wiki(record: Any) -> Question:
+def parse_2wikimultihopqa(record: Any) -> Question:
     """2WikiMultihopQA (Ho et al. 2020): HotpotQA's layout, but sentences do not carry the space between them.
 
     The published parquet files spell lists as texts of JSON.
     """
-    return _multi_hop(record, "2wikimultihopqa", between=" ")
+    return _parse_multi_hop(record, "2wikimultihopqa", between=" ")
 
 
-def musique(record: Any) -> Question:
+def parse_musique(record: Any) -> Question:
     """MuSiQue (Trivedi et al. 2022): twenty paragraphs, two to four of which support.
 
     Raises:
         Dropped: the record is one of those that cannot be answered.
     """
-    check(isinstance(record, Mapping), "the record", record, "be a JSON object")
-    id = text_of(take(record, "id"), "field 'id'")
-    if take(record, "answerable", True) is False:
-        raise Dropped(NO_ANSWER)
+    check_field(isinstance(record, Mapping), "the record", record, "be a JSON object")
+    id = parse_text(get_field(record, "id"), "field 'id'")
+    if get_field(record, "answerable", True) is False:
+        raise RecordDropped(NO_ANSWER)
     aliases = _list(record, "answer_aliases", [])
     documents = []
     for i, paragraph in enumerate(_list(record, "paragraphs")):
         at = f"field 'paragraphs[{i}]"
-        check(isinstance(paragraph, Mapping), f"{at}'", paragraph, "be a JSON object")
+        check_field(isinstance(paragraph, Mapping), f"{at}'", paragraph, "be a JSON object")
         supports = paragraph.get("is_supporting", False)
-        check(type(supports) is bool, f"{at}.is_supporting'", supports, "be true or false")
+        check_field(type(supports) is bool, f"{at}.is_supporting'", supports, "be true or false")
         documents.append(
             Document(
-                title=text_of(paragraph.get("title", ""), f"{at}.title'", may_be_blank=True),
-                text=text_of(paragraph.get("paragraph_text"), f"{at}.paragraph_text'", may_be_blank=True),
+                title=parse_text(paragraph.get("title", ""), f"{at}.title'", may_be_blank=True),
+                text=parse_text(paragraph.get("paragraph_text"), f"{at}.paragraph_text'", may_be_blank=True),
                 relevance=int(supports),
                 supports=supports,
             )
@@ -85,14 +85,14 @@ def musique(record: Any) -> Question:
     return Question(
         id=id,
         source="musique",
-        question=text_of(take(record, "question"), "field 'question'"),
-        answers=accepted([take(record, "answer"), *aliases], "field 'answer'"),
+        question=parse_text(get_field(record, "question"), "field 'question'"),
+        answers=accepted_answers([get_field(record, "answer"), *aliases], "field 'answer'"),
         documents=tuple(documents),
         meta={"type": hops[0]} if hops else {},
     )
 
 
-def fid(record: Any) -> Question:
+def parse_fid(record: Any) -> Question:
     """NQ, TriviaQA and others as FiD and DPR write them: `question`, `answers` and retrieved `ctxs`.
 
     `target`, where there is one, is the response. The relevance of a document is its `score`; where not every
@@ -103,15 +103,15 @@ def fid(record: Any) -> Question:
     Raises:
         Dropped: there is no answer, or `positive_ctxs` is empty.
     """
-    check(isinstance(record, Mapping), "the record", record, "be a JSON object")
+    check_field(isinstance(record, Mapping), "the record", record, "be a JSON object")
     id = record.get("id", record.get("_id"))
-    check(id is None or type(id) in (int, str), "field 'id'", id, "be a text or a whole number")
+    check_field(id is None or type(id) in (int, str), "field 'id'", id, "be a text or a whole number")
     given = [record[name] for name in ("target", "answer", "answers") if record.get(name) is not None]
     if not given:
-        take(record, "answers")
+        get_field(record, "answers")
     answers = [text for some in given for text in (some if isinstance(some, list) else [some])]
     if not answers:
-        raise Dropped(NO_ANSWER)
+        raise RecordDropped(NO_ANSWER)
     named = _dpr_contexts(record) if "positive_ctxs" in record else _contexts(record, "ctxs", ...)
     found = [context for _, context in named]
     gold = {i for i, context in enumerate(found) if context.get("isgold")}
@@ -123,45 +123,45 @@ def fid(record: Any) -> Question:
         score = scores[i] if None not in scores else int(i in gold) if gold else -i
         documents.append(
             Document(
-                title=text_of(context.get("title") or "", f"{at}.title'", may_be_blank=True),
-                text=text_of(context.get("text"), f"{at}.text'", may_be_blank=True),
+                title=parse_text(context.get("title") or "", f"{at}.title'", may_be_blank=True),
+                text=parse_text(context.get("text"), f"{at}.text'", may_be_blank=True),
                 relevance=score or 0,
                 supports=i in supporting,
             )
         )
     return Question(
-        id="" if id is None else text_of(str(id), "field 'id'"),
+        id="" if id is None else parse_text(str(id), "field 'id'"),
         source="fid",
-        question=text_of(take(record, "question"), "field 'question'"),
-        answers=accepted(answers, "field 'answers'"),
+        question=parse_text(get_field(record, "question"), "field 'question'"),
+        answers=accepted_answers(answers, "field 'answers'"),
         documents=tuple(documents),
     )
 
 
-def accepted(answers: list[Any], at: str) -> tuple[str, ...]:
+def accepted_answers(answers: list[Any], at: str) -> tuple[str, ...]:
     """The distinct answers, stripped, in order.
 
     Raises:
         RecordError: one is blank or no text.
     """
-    return tuple(dict.fromkeys(text_of(answer, at).strip() for answer in answers))
+    return tuple(dict.fromkeys(parse_text(answer, at).strip() for answer in answers))
 
 
-def _multi_hop(record: Any, source: str, *, between: str) -> Question:
-    check(isinstance(record, Mapping), "the record", record, "be a JSON object")
-    question = text_of(take(record, "question"), "field 'question'")
-    answers = accepted([take(record, "answer")], "field 'answer'")
-    id = text_of(take(record, "_id" if "_id" in record else "id"), "field '_id'")
+def _parse_multi_hop(record: Any, source: str, *, between: str) -> Question:
+    check_field(isinstance(record, Mapping), "the record", record, "be a JSON object")
+    question = parse_text(get_field(record, "question"), "field 'question'")
+    answers = accepted_answers([get_field(record, "answer")], "field 'answer'")
+    id = parse_text(get_field(record, "_id" if "_id" in record else "id"), "field '_id'")
     supporting = {title for title, _ in _pairs(record, "supporting_facts", "title", "sent_id")}
     documents = []
     for i, (title, sentences) in enumerate(_pairs(record, "context", "title", "sentences")):
         at = f"field 'context[{i}]'"
         is_text = isinstance(sentences, list) and all(type(s) is str for s in sentences)
-        check(is_text, at, sentences, "hold sentences")
+        check_field(is_text, at, sentences, "hold sentences")
         documents.append(
             Document(
-                title=text_of(title, at, may_be_blank=True),
-                text=text_of(between.join(sentences), at, may_be_blank=True),
+                title=parse_text(title, at, may_be_blank=True),
+                text=parse_text(between.join(sentences), at, may_be_blank=True),
                 relevance=int(title in supporting),
                 supports=title in supporting,
             )
@@ -173,10 +173,10 @@ def _multi_hop(record: Any, source: str, *, between: str) -> Question:
 
 
 def _list(record: Mapping[str, Any], name: str, default: Any = ...) -> list[Any]:
-    found = take(record, name, default)
+    found = get_field(record, name, default)
     if found is default:
         return []
-    check(isinstance(found, list), f"field {name!r}", found, "be a list")
+    check_field(isinstance(found, list), f"field {name!r}", found, "be a list")
     return list(found)
 
 
@@ -184,7 +184,7 @@ def _contexts(record: Mapping[str, Any], name: str, default: Any) -> list[tuple[
     """The documents of a field, each with its place, which waits for the closing quote."""
     named = [(f"field '{name}[{i}]", context) for i, context in enumerate(_list(record, name, default))]
     for at, context in named:
-        check(isinstance(context, Mapping), f"{at}'", context, "be a JSON object")
+        check_field(isinstance(context, Mapping), f"{at}'", context, "be a JSON object")
     return named
 
 
@@ -194,7 +194,7 @@ def _dpr_contexts(record: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any
         _contexts(record, name, []) for name in ("positive_ctxs", "hard_negative_ctxs", "negative_ctxs")
     )
     if not positive:
-        raise Dropped(NO_POSITIVE)
+        raise RecordDropped(NO_POSITIVE)
     return [
         (at, {k: context[k] for k in ("title", "text") if k in context} | {"isgold": i == 0})
         for i, (at, context) in enumerate(chain(positive, *negative))
@@ -210,18 +210,18 @@ def _score(context: Mapping[str, Any], at: str) -> float | None:
         score = float(found)
     except (TypeError, ValueError):
         score = math.nan
-    check(math.isfinite(score) and type(found) is not bool, at, found, "be a number")
+    check_field(math.isfinite(score) and type(found) is not bool, at, found, "be a number")
     return score
 
 
 def _pairs(record: Mapping[str, Any], name: str, first: str, second: str) -> list[tuple[Any, Any]]:
     """A list of pairs, spelt as such, as a mapping of two lists, or as the text of its JSON."""
-    found = take(record, name)
+    found = get_field(record, name)
     if isinstance(found, str):
         try:
             found = json.loads(found)
         except (RecursionError, ValueError):
-            check(False, f"field {name!r}", found, "be a list or the text of one in JSON")
+            check_field(False, f"field {name!r}", found, "be a list or the text of one in JSON")
     if (
         isinstance(found, Mapping)
         and isinstance(found.get(first), list)
@@ -229,10 +229,12 @@ def _pairs(record: Mapping[str, Any], name: str, first: str, second: str) -> lis
     ):
         num_first, num_second = len(found[first]), len(found[second])
         rule = f"hold as many {first} as {second}, not {num_first} and {num_second}"
-        check(num_first == num_second, f"field {name!r}", found, rule)
+        check_field(num_first == num_second, f"field {name!r}", found, rule)
         found = list(zip(found[first], found[second], strict=True))
     rule = f"be a list of pairs ({first}, {second})"
-    check(isinstance(found, list) and all(_is_pair(pair) for pair in found), f"field {name!r}", found, rule)
+    check_field(
+        isinstance(found, list) and all(_is_pair(pair) for pair in found), f"field {name!r}", found, rule
+    )
     return [(pair[0], pair[1]) for pair in found]
 
 

@@ -99,13 +99,15 @@ class RagPrompt:
 
     def _arrange(self, documents: Sequence[Document], sample_id: str) -> list[Document]:
         """The documents of the prompt in its order."""
-        lots = random.Random(f"{self.seed}:{_name_of(documents) if self.shared_context else sample_id}")
+        lots = random.Random(
+            f"{self.seed}:{_hash_documents(documents) if self.shared_context else sample_id}"
+        )
         chosen = self._limit(documents, lots)
         if self.order == "given":
             return chosen
         if self.shared_context:
             chosen.sort(key=lambda d: d.key)
-            random.Random(f"{self.seed}:{_name_of(chosen)}").shuffle(chosen)
+            random.Random(f"{self.seed}:{_hash_documents(chosen)}").shuffle(chosen)
         elif self.order == "shuffled":
             lots.shuffle(chosen)
         else:
@@ -122,18 +124,18 @@ class RagPrompt:
         return [documents[i] for i in sorted(ranked[:limit])]
 
 
-def trained_prompt(export: Mapping[str, Any]) -> RagPrompt | None:
+def rag_prompt_of_export(export: Mapping[str, Any]) -> RagPrompt | None:
     """How training worded questions, from the `block_attention` of an export; documents stand as given."""
     if "prompt" not in export:
         return None
     return RagPrompt(**export["prompt"], documents_in=export["documents_in"], order="given")
 
 
-def trim(sample: Sample) -> Sample | None:
+def trim_sample(sample: Sample) -> Sample | None:
     """The sample without its least relevant document (the first of equals) that supports no answer.
 
     None if there is none, or, where no document is known to support, if it would be one of the most relevant:
-    a question without its evidence teaches to invent. (Prompts to answer are shortened by `shorten`.)
+    a question without its evidence teaches to invent. (Prompts to answer are shortened by `trim_prompt`.)
     """
     relevance, supporting = sample.meta.get("relevance", ()), sample.meta.get("supporting", ())
     spare = [i for i, d in enumerate(sample.documents) if d not in supporting] if relevance else []
@@ -142,7 +144,7 @@ def trim(sample: Sample) -> Sample | None:
     return sample.without_document(min(spare, key=lambda i: relevance[i]))
 
 
-def shorten(sample: Sample) -> Sample | None:
+def trim_prompt(sample: Sample) -> Sample | None:
     """The prompt without its least relevant document (the last of equals); None if that is its only one.
 
     Documents without a relevance are equal; those that are known to support the answer go last.
@@ -155,7 +157,7 @@ def shorten(sample: Sample) -> Sample | None:
     return sample.without_document(worst)
 
 
-def _name_of(documents: Sequence[Document]) -> str:
+def _hash_documents(documents: Sequence[Document]) -> str:
     """A name that equal sets of documents share."""
     return hashlib.sha256(repr(sorted(d.key for d in documents)).encode()).hexdigest()
 

@@ -21,7 +21,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 GZIP = b"\x1f\x8b"
 
-FOREIGN = {
+UNSUPPORTED_SUFFIXES = {
     codecs.BOM_UTF16_LE: "is UTF-16: save it as UTF-8",
     codecs.BOM_UTF16_BE: "is UTF-16: save it as UTF-8",
     b"PAR1": "is parquet: let its name end in .parquet",
@@ -32,7 +32,7 @@ FOREIGN = {
 }
 """How files begin that hold no JSON in UTF-8, and what to do about them."""
 
-Placed = tuple[str, Any]
+PlacedRecord = tuple[str, Any]
 """Where a record stands (file and line), and the record, or the RecordError why it cannot be read."""
 
 
@@ -48,25 +48,29 @@ def find_files(path: str, suffixes: Sequence[str]) -> list[Path]:
     if here.is_file():
         return [here]
     if here.is_dir():
-        found = [file for file in sorted(here.iterdir()) if unpacked(file).suffix in suffixes]
-        if in_folder := [file for file in found if unpacked(file) == file or unpacked(file) not in found]:
+        found = [file for file in sorted(here.iterdir()) if without_gzip_suffix(file).suffix in suffixes]
+        if in_folder := [
+            file
+            for file in found
+            if without_gzip_suffix(file) == file or without_gzip_suffix(file) not in found
+        ]:
             return in_folder
         raise UserError(f"source folder {path} holds no file that ends in {' or '.join(suffixes)}")
     if found := [Path(name) for name in sorted(glob.glob(path, recursive=True)) if Path(name).is_file()]:
         return found
-    if HUB_ID.fullmatch(path) and unpacked(here).suffix not in (".json", ".jsonl", ".parquet"):
+    if HUB_ID.fullmatch(path) and without_gzip_suffix(here).suffix not in (".json", ".jsonl", ".parquet"):
         return []
     raise UserError(
         f"source {path} does not exist: no file, folder, match of a glob, or id on the Hub (owner/name)"
     )
 
 
-def unpacked(path: Path) -> Path:
+def without_gzip_suffix(path: Path) -> Path:
     """The name of a file without the suffix of gzip."""
     return path.with_suffix("") if path.suffix == ".gz" else path
 
 
-def read_file(path: Path, under: str | None = None) -> Iterator[Placed]:
+def read_file(path: Path, under: str | None = None) -> Iterator[PlacedRecord]:
     """The records of a file, lazily: of a JSON array, of JSON lines, or of a .parquet file.
 
     `under` is the key by which a JSON object holds the array, where the format may wrap it so. JSON may be
@@ -79,12 +83,17 @@ def read_file(path: Path, under: str | None = None) -> Iterator[Placed]:
         if path.suffix == ".parquet":
             yield from _read_parquet(path)
             return
-        opening = _opening(path)
+        opening = _first_character(path)
         if opening == b"[":
             yield from read_array(path)
-        elif opening == b"{" and under and unpacked(path).suffix != ".jsonl" and _may_hold(path, under):
+        elif (
+            opening == b"{"
+            and under
+            and without_gzip_suffix(path).suffix != ".jsonl"
+            and _may_contain_key(path, under)
+        ):
             yield from read_array(path, under)
-        elif opening == b"{" and _spans_lines(path):
+        elif opening == b"{" and _is_multiline_object(path):
             raise UserError(
                 f"source {path} is an object over several lines, neither JSON lines nor a list of records"
             )
@@ -95,30 +104,30 @@ def read_file(path: Path, under: str | None = None) -> Iterator[Placed]:
         raise UserError(f"source {path} cannot be read: {reason}") from error
 
 
-def read_lines(path: Path) -> Iterator[Placed]:
+def read_lines(path: Path) -> Iterator[PlacedRecord]:
     """The records of a file of JSON lines; empty lines are passed over."""
-    with _open(path) as lines:
+    with _open_unpacked(path) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield f"{path}, line {number}", _parse(line)
 
 
-def read_array(path: Path, under: str | None = None) -> Iterator[Placed]:
+def read_array(path: Path, under: str | None = None) -> Iterator[PlacedRecord]:
     """The elements of a JSON array, or of that which an object holds `under` a key, decoded one by one.
 
     Raises:
         UserError: the file holds no such array, or breaks off; after that nothing in it can be read.
     """
-    with _open(path) as file:
+    with _open_unpacked(path) as file:
         window = Window(path, file)
         if under is None:
-            yield from _elements(path, window)
+            yield from _array_elements(path, window)
         else:
-            yield from _elements_under(path, window, under)
+            yield from _elements_under_key(path, window, under)
         window.take("")
 
 
-def read_hub(path: str, split: str | None, name: str | None = None) -> Iterator[Placed]:
+def read_hub(path: str, split: str | None, name: str | None = None) -> Iterator[PlacedRecord]:
     """The records of a data set on the Hub, streamed; `name` is that of its configuration.
 
     Raises:
@@ -143,7 +152,7 @@ def read_hub(path: str, split: str | None, name: str | None = None) -> Iterator[
         first, number = next(records, None), number + 1
 
 
-def _open(path: Path) -> BinaryIO:
+def _open_unpacked(path: Path) -> BinaryIO:
     """The file, unpacked, from behind its byte order mark, if it has one.
 
     Raises:
@@ -152,8 +161,8 @@ def _open(path: Path) -> BinaryIO:
     with path.open("rb") as packed:
         is_gzip = packed.read(len(GZIP)) == GZIP
     file = cast(BinaryIO, gzip.GzipFile(path)) if is_gzip else path.open("rb")
-    opening = file.read(max(map(len, FOREIGN)))
-    for kind, what in FOREIGN.items():
+    opening = file.read(max(map(len, UNSUPPORTED_SUFFIXES)))
+    for kind, what in UNSUPPORTED_SUFFIXES.items():
         if opening.startswith(kind):
             file.close()
             raise UserError(f"source {path} {what}")
@@ -161,37 +170,37 @@ def _open(path: Path) -> BinaryIO:
     return file
 
 
-def _opening(path: Path) -> bytes:
+def _first_character(path: Path) -> bytes:
     """The first character that is no white space."""
-    with _open(path) as file:
+    with _open_unpacked(path) as file:
         while block := file.read(4096):
             if text := block.lstrip():
                 return text[:1]
     return b""
 
 
-def _may_hold(path: Path, under: str | None) -> bool:
+def _may_contain_key(path: Path, under: str | None) -> bool:
     """Whether the object that opens a file has the key, or is no line of JSON lines, as it has several."""
-    with _open(path) as file:
+    with _open_unpacked(path) as file:
         window = Window(path, file)
         window.peek()
         first_line = window.line
-        for key in _keys(window):
+        for key in _object_keys(window):
             if key == under or window.line > first_line:
                 return True
             window.value()
         return window.line > first_line
 
 
-def _spans_lines(path: Path) -> bool:
+def _is_multiline_object(path: Path) -> bool:
     """Whether the object that opens a file goes on behind its first line; one that is broken does not."""
     try:
-        return _may_hold(path, None)
+        return _may_contain_key(path, None)
     except UserError:
         return False
 
 
-def _read_parquet(path: Path) -> Iterator[Placed]:
+def _read_parquet(path: Path) -> Iterator[PlacedRecord]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -207,7 +216,7 @@ def _read_parquet(path: Path) -> Iterator[Placed]:
         raise UserError(f"{path}, after row {number}: not parquet ({str(error).splitlines()[0]})") from error
 
 
-def _elements(path: Path, window: Window) -> Iterator[Placed]:
+def _array_elements(path: Path, window: Window) -> Iterator[PlacedRecord]:
     window.take("[")
     while window.peek() != "]":
         yield f"{path}, line {window.line}", window.value()
@@ -218,19 +227,19 @@ def _elements(path: Path, window: Window) -> Iterator[Placed]:
     window.take("]")
 
 
-def _elements_under(path: Path, window: Window, under: str) -> Iterator[Placed]:
+def _elements_under_key(path: Path, window: Window, under: str) -> Iterator[PlacedRecord]:
     found = False
-    for key in _keys(window):
+    for key in _object_keys(window):
         if key == under:
             found = True
-            yield from _elements(path, window)
+            yield from _array_elements(path, window)
         else:
             window.value()
     if not found:
         window.fail(f"the JSON object has no list {under!r}")
 
 
-def _keys(window: Window) -> Iterator[Any]:
+def _object_keys(window: Window) -> Iterator[Any]:
     """The keys of a JSON object; the value of each is taken before the next is asked for."""
     window.take("{")
     while window.peek() != "}":

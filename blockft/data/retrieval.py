@@ -38,20 +38,20 @@ def retrieve(questions: Iterator[Question], index: Index, num_documents: int) ->
     """
     for pool, group in groupby(questions, key=attrgetter("pool")):
         if pool is None:
-            yield from (_rank(question, index) for question in group)
+            yield from (_rank_documents(question, index) for question in group)
             continue
-        scorer = index([_searched(document) for document in pool.documents])
+        scorer = index([_search_text(document) for document in pool.documents])
         while batch := list(islice(group, BATCH_QUESTIONS)):
             for question, scores in zip(batch, scorer([q.question for q in batch]), strict=True):
-                yield _choose(question, scores, num_documents)
+                yield _choose_documents(question, scores, num_documents)
 
 
-def bm25() -> Index:
+def build_bm25_index() -> Index:
     """Lexical scores (Robertson and Zaragoza 2009, Lucene's form); no stop words, so for any language."""
     return _index_bm25
 
 
-def dense(model: str) -> Index:
+def build_dense_index(model: str) -> Index:
     """Scores of a sentence-transformers model, a folder or an id on the Hub: cosines of its vectors.
 
     Raises:
@@ -71,13 +71,13 @@ def dense(model: str) -> Index:
     return partial(_index_dense, encoder)
 
 
-def likeness(documents: Sequence[Document], index: Index) -> list[NDArray[np.float64]]:
+def document_similarity(documents: Sequence[Document], index: Index) -> list[NDArray[np.float64]]:
     """For each document, the scores of all (N,) in a search for its text."""
-    texts = [_searched(document) for document in documents]
+    texts = [_search_text(document) for document in documents]
     return list(index(texts)(texts))
 
 
-def best_first(scores: NDArray[np.float64]) -> Iterator[int]:
+def sort_by_score(scores: NDArray[np.float64]) -> Iterator[int]:
     """Indices by falling score, equals in order; sorted only as far as they are taken."""
     done, num_sorted = 0, 64
     while done < len(scores):
@@ -89,13 +89,13 @@ def best_first(scores: NDArray[np.float64]) -> Iterator[int]:
         done, num_sorted = len(top), 4 * num_sorted
 
 
-def _choose(question: Question, scores: NDArray[np.float64], num_documents: int) -> Question:
+def _choose_documents(question: Question, scores: NDArray[np.float64], num_documents: int) -> Question:
     pool = question.pool
     assert pool
     supporting = [d for d in question.documents if d.supports]
     kept = {pool.index_of(d): d.supports for d in supporting or question.documents}
     own = [pool.documents[i] for i in kept]
-    found = pool.distractors(own, question.answers, best_first(scores))
+    found = pool.distractors(own, question.answers, sort_by_score(scores))
     chosen = [*kept, *islice(found, max(0, num_documents - len(kept)))]
     chosen.sort(key=lambda i: (-scores[i], i))
     documents = (
@@ -104,13 +104,13 @@ def _choose(question: Question, scores: NDArray[np.float64], num_documents: int)
     return replace(question, documents=tuple(documents))
 
 
-def _rank(question: Question, index: Index) -> Question:
-    (scores,) = index([_searched(document) for document in question.documents])([question.question])
-    documents = (replace(question.documents[i], relevance=float(scores[i])) for i in best_first(scores))
+def _rank_documents(question: Question, index: Index) -> Question:
+    (scores,) = index([_search_text(document) for document in question.documents])([question.question])
+    documents = (replace(question.documents[i], relevance=float(scores[i])) for i in sort_by_score(scores))
     return replace(question, documents=tuple(documents))
 
 
-def _searched(document: Document) -> str:
+def _search_text(document: Document) -> str:
     return "\n".join(document.key)
 
 
@@ -145,11 +145,11 @@ def _index_bm25(texts: Sequence[str]) -> Scorer:
 
 def _index_dense(encoder: Any, texts: Sequence[str]) -> Scorer:
     how = {"normalize_embeddings": True, "show_progress_bar": False}
-    vectors = encoder.encode_document(list(texts), **how) if texts else []
+    metadata = encoder.encode_document(list(texts), **how) if texts else []
 
     def score(questions: Sequence[str]) -> Iterator[NDArray[np.float64]]:
         for vector in encoder.encode_query(list(questions), **how):
-            yield _rounded(vectors @ vector) if texts else np.zeros(0)
+            yield _rounded(metadata @ vector) if texts else np.zeros(0)
 
     return score
 

@@ -72,39 +72,39 @@ class Sample:
         return replace(self, messages=tuple(messages), templated=templated, meta=meta)
 
 
-def from_record(record: Any) -> Sample:
+def parse_sample(record: Any) -> Sample:
     """The sample that a JSON object describes.
 
     Raises:
         RecordError: a field is missing, unknown or ill-typed, or there is nothing to train or evaluate on.
     """
-    check(isinstance(record, Mapping), "the record", record, "be a JSON object")
+    check_field(isinstance(record, Mapping), "the record", record, "be a JSON object")
     if unknown := [key for key in record if key not in FIELDS]:
         raise RecordError(f"unknown field {unknown[0]!r} (allowed: {', '.join(FIELDS)})")
-    check(
+    check_field(
         not {"messages", "blocks"} <= record.keys(),
         "the record",
         sorted(record),
         "have either 'messages' or 'blocks'",
     )
-    templated = templated_of(record["blocks"], "blocks") if "blocks" in record else ()
-    messages = () if templated else messages_of(take(record, "messages"))
-    answers = take(record, "answers", [])
-    check(isinstance(answers, list), "field 'answers'", answers, "be a list of texts")
-    response = text_of(take(record, "response"), "field 'response'", may_be_blank=bool(answers))
+    templated = parse_templated_blocks(record["blocks"], "blocks") if "blocks" in record else ()
+    messages = () if templated else parse_messages(get_field(record, "messages"))
+    answers = get_field(record, "answers", [])
+    check_field(isinstance(answers, list), "field 'answers'", answers, "be a list of texts")
+    response = parse_text(get_field(record, "response"), "field 'response'", may_be_blank=bool(answers))
     num_blocks = len(templated) or sum(len(message.content) for message in messages)
     return Sample(
-        id=text_of(take(record, "id"), "field 'id'"),
-        source=text_of(take(record, "source"), "field 'source'"),
+        id=parse_text(get_field(record, "id"), "field 'id'"),
+        source=parse_text(get_field(record, "source"), "field 'source'"),
         messages=messages,
         templated=templated,
         response=response,
-        answers=tuple(text_of(answer, f"field 'answers[{i}]'") for i, answer in enumerate(answers)),
-        meta=meta_of(take(record, "meta", {}), num_blocks),
+        answers=tuple(parse_text(answer, f"field 'answers[{i}]'") for i, answer in enumerate(answers)),
+        meta=parse_meta(get_field(record, "meta", {}), num_blocks),
     )
 
 
-def to_record(sample: Sample) -> dict[str, Any]:
+def sample_to_record(sample: Sample) -> dict[str, Any]:
     """The JSON object of a sample; `from_record` reads it back."""
     record: dict[str, Any] = {"id": sample.id, "source": sample.source}
     if sample.templated:
@@ -119,7 +119,7 @@ def to_record(sample: Sample) -> dict[str, Any]:
     return record
 
 
-def take(record: Mapping[str, Any], name: str, default: Any = ...) -> Any:
+def get_field(record: Mapping[str, Any], name: str, default: Any = ...) -> Any:
     """A field of a record.
 
     Raises:
@@ -132,7 +132,7 @@ def take(record: Mapping[str, Any], name: str, default: Any = ...) -> Any:
     return default
 
 
-def check(holds: bool, name: str, found: Any, rule: str) -> None:
+def check_field(holds: bool, name: str, found: Any, rule: str) -> None:
     """Raise RecordError unless the rule holds."""
     if not holds:
         shown = repr(found)
@@ -149,70 +149,70 @@ def is_list(found: Any) -> bool:
     return isinstance(found, Sequence) and not isinstance(found, str | bytes)
 
 
-def text_of(value: Any, name: str, *, may_be_blank: bool = False) -> str:
+def parse_text(value: Any, name: str, *, may_be_blank: bool = False) -> str:
     """A text that can be encoded.
 
     Raises:
         RecordError: no text, a blank one, or one with a lone surrogate, which JSON can spell.
     """
-    check(isinstance(value, str), name, value, "be a text")
-    check(may_be_blank or bool(value.strip()), name, value, "not be blank")
-    check(not any("\ud800" <= c <= "\udfff" for c in value), name, value, "be valid Unicode")
+    check_field(isinstance(value, str), name, value, "be a text")
+    check_field(may_be_blank or bool(value.strip()), name, value, "not be blank")
+    check_field(not any("\ud800" <= c <= "\udfff" for c in value), name, value, "be valid Unicode")
     return str(value)
 
 
-def messages_of(found: Any) -> tuple[Message, ...]:
+def parse_messages(found: Any) -> tuple[Message, ...]:
     """The messages of a prompt, from the field `messages` of a record.
 
     Raises:
         RecordError: something in it is missing or ill-typed, or no prompt ends there.
     """
-    check(is_list(found) and bool(found), "field 'messages'", found, "be a list of messages")
+    check_field(is_list(found) and bool(found), "field 'messages'", found, "be a list of messages")
     messages = []
     for i, message in enumerate(found):
         at = f"field 'messages[{i}]"
-        check(isinstance(message, Mapping), f"{at}'", message, 'be {"role", "content"}')
-        check(
+        check_field(isinstance(message, Mapping), f"{at}'", message, 'be {"role", "content"}')
+        check_field(
             set(message) == {"role", "content"}, f"{at}'", list(message), 'have the keys "role" and "content"'
         )
         content = message["content"]
-        check(is_list(content) and bool(content), f"{at}.content'", content, "be a list of block texts")
-        texts = [text_of(text, f"{at}.content[{j}]'", may_be_blank=True) for j, text in enumerate(content)]
+        check_field(is_list(content) and bool(content), f"{at}.content'", content, "be a list of block texts")
+        texts = [parse_text(text, f"{at}.content[{j}]'", may_be_blank=True) for j, text in enumerate(content)]
         for j, text in enumerate(texts):
-            check(bool(text), f"{at}.content[{j}]'", text, "not be empty")
-        messages.append(Message(role=text_of(message["role"], f"{at}.role'"), content=tuple(texts)))
+            check_field(bool(text), f"{at}.content[{j}]'", text, "not be empty")
+        messages.append(Message(role=parse_text(message["role"], f"{at}.role'"), content=tuple(texts)))
     last = messages[-1]
-    check(
+    check_field(
         last.role != "assistant",
         f"{at}.role'",
         last.role,
         "not be assistant: the answer goes into 'response'",
     )
-    check(
+    check_field(
         bool(last.content[-1].strip()), f"{at}.content'", last.content[-1], "not end in a blank final block"
     )
     return tuple(messages)
 
 
-def templated_of(found: Any, name: str) -> tuple[str, ...]:
+def parse_templated_blocks(found: Any, name: str) -> tuple[str, ...]:
     """The blocks of a prompt that is already templated, from the field `name` of a record.
 
     Raises:
         RecordError: no list of texts, an empty block, or a blank final block.
     """
-    check(is_list(found) and bool(found), f"field {name!r}", found, "be a list of block texts")
-    texts = tuple(text_of(text, f"field '{name}[{i}]'", may_be_blank=True) for i, text in enumerate(found))
+    check_field(is_list(found) and bool(found), f"field {name!r}", found, "be a list of block texts")
+    texts = tuple(parse_text(text, f"field '{name}[{i}]'", may_be_blank=True) for i, text in enumerate(found))
     for i, text in enumerate(texts):
-        check(bool(text), f"field '{name}[{i}]'", text, "not be empty")
-    check(bool(texts[-1].strip()), f"field {name!r}", texts[-1], "not end in a blank final block")
+        check_field(bool(text), f"field '{name}[{i}]'", text, "not be empty")
+    check_field(bool(texts[-1].strip()), f"field {name!r}", texts[-1], "not end in a blank final block")
     return texts
 
 
-def meta_of(found: Any, num_blocks: int) -> dict[str, Any]:
-    check(isinstance(found, dict), "field 'meta'", found, "be a JSON object")
+def parse_meta(found: Any, num_blocks: int) -> dict[str, Any]:
+    check_field(isinstance(found, dict), "field 'meta'", found, "be a JSON object")
     documents, relevance = found.get("documents", []), found.get("relevance")
     local = range(num_blocks - 1)
-    check(
+    check_field(
         isinstance(documents, list) and all(type(d) is int and d in local for d in documents),
         "field 'meta.documents'",
         documents,
@@ -220,7 +220,7 @@ def meta_of(found: Any, num_blocks: int) -> dict[str, Any]:
         if local
         else "be empty: there are no local blocks",
     )
-    check(
+    check_field(
         relevance is None
         or isinstance(relevance, list)
         and len(relevance) == len(documents)
@@ -230,7 +230,7 @@ def meta_of(found: Any, num_blocks: int) -> dict[str, Any]:
         "list one finite number for each of meta.documents",
     )
     supporting = found.get("supporting", [])
-    check(
+    check_field(
         isinstance(supporting, list) and all(type(s) is int and s in documents for s in supporting),
         "field 'meta.supporting'",
         supporting,

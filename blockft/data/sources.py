@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from blockft.data import chat_formats, qa_formats, retrieval, squad
-from blockft.data.document_pool import Pool
-from blockft.data.qa_formats import Dropped, Question
+from blockft.data.document_pool import DocumentPool
+from blockft.data.qa_formats import Question, RecordDropped
 from blockft.data.rag_prompt import RagPrompt
-from blockft.data.records import Placed, find_files, read_file, read_hub, unpacked
-from blockft.data.sample import RecordError, Sample, from_record
+from blockft.data.records import PlacedRecord, find_files, read_file, read_hub, without_gzip_suffix
+from blockft.data.sample import RecordError, Sample, parse_sample
 from blockft.errors import UserError
 
 T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
-class Tally:
+class RecordCounts:
     """What became of a source's records.
 
     Every record is dropped for a reason or gives samples, mostly one; every sample is kept or dropped for a
@@ -36,7 +36,7 @@ class Tally:
     def drop(self, reason: str) -> None:
         self.dropped[reason] += 1
 
-    def include(self, other: "Tally") -> None:
+    def merge(self, other: "RecordCounts") -> None:
         """Add what became of the same records when they were read again."""
         self.read += other.read
         self.samples += other.samples
@@ -45,7 +45,7 @@ class Tally:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class SourceFormat:
     """A format: its files, where its records are in them, and what becomes of a record.
 
     A record is a question to be worded, or gives samples as it stands. `regroup` turns what the files hold
@@ -54,29 +54,31 @@ class Layout:
 
     suffixes: tuple[str, ...] = (".json", ".jsonl", ".parquet")
     under: str | None = None
-    regroup: Callable[[Iterator[Placed]], Iterator[Placed]] = iter
+    regroup: Callable[[Iterator[PlacedRecord]], Iterator[PlacedRecord]] = iter
     question: Callable[[Any], Question] | None = None
     samples: Callable[[Any, str], Iterable[Sample]] | None = None
     pool: str = "record"
 
 
-LAYOUTS = {
-    "samples": Layout(suffixes=(".jsonl",), samples=lambda record, at: [from_record(record)]),
-    "hotpotqa": Layout(question=qa_formats.hotpotqa),
-    "2wikimultihopqa": Layout(question=qa_formats.two_wiki),
-    "musique": Layout(question=qa_formats.musique),
-    "squad": Layout(under="data", regroup=squad.pose, question=squad.question, pool="article"),
-    "fid": Layout(question=qa_formats.fid, pool="source"),
-    "messages": Layout(samples=chat_formats.messages),
-    "alpaca": Layout(samples=chat_formats.alpaca),
-    "blocks": Layout(samples=chat_formats.blocks),
+SOURCE_FORMATS = {
+    "samples": SourceFormat(suffixes=(".jsonl",), samples=lambda record, at: [parse_sample(record)]),
+    "hotpotqa": SourceFormat(question=qa_formats.parse_hotpotqa),
+    "2wikimultihopqa": SourceFormat(question=qa_formats.parse_2wikimultihopqa),
+    "musique": SourceFormat(question=qa_formats.parse_musique),
+    "squad": SourceFormat(
+        under="data", regroup=squad.read_article_questions, question=squad.parse_question, pool="article"
+    ),
+    "fid": SourceFormat(question=qa_formats.parse_fid, pool="source"),
+    "messages": SourceFormat(samples=chat_formats.parse_messages_record),
+    "alpaca": SourceFormat(samples=chat_formats.parse_alpaca),
+    "blocks": SourceFormat(samples=chat_formats.parse_blocks),
 }
 
 
-def read(
+def read_samples(
     format: str,
     path: str,
-    tally: Tally,
+    tally: RecordCounts,
     *,
     prompt: RagPrompt,
     split: str | None = None,
@@ -99,47 +101,55 @@ def read(
         UserError: nothing at `path`, or options that do not go together; later, unless `skip_bad`, a bad
             record: with its file, line and field.
     """
-    layout = LAYOUTS[format]
-    files = locate(format, path)
+    layout = SOURCE_FORMATS[format]
+    files = find_source_files(format, path)
     shares = prompt.shared_context and layout.pool == "article"
     if retriever != "none":
         _check_retrieval(format, path, prompt.num_documents)
-    index = {"none": None, "bm25": retrieval.bm25, "dense": partial(retrieval.dense, dense_model)}[retriever]
+    index = {
+        "none": None,
+        "bm25": retrieval.build_bm25_index,
+        "dense": partial(retrieval.build_dense_index, dense_model),
+    }[retriever]
 
-    def name_of(tally: Tally) -> str:
+    def name_of(tally: RecordCounts) -> str:
         """The name of the record at hand, if it has none; the same wherever the file lies."""
-        return f"{unpacked(Path(path)).stem}-{skip_samples + tally.read}"
+        return f"{without_gzip_suffix(Path(path)).stem}-{skip_samples + tally.read}"
 
-    def records() -> Iterator[Placed]:
+    def records() -> Iterator[PlacedRecord]:
         found = (read_file(file, layout.under) for file in files) if files else [read_hub(path, split, name)]
         return layout.regroup(chain.from_iterable(found))
 
-    def wanted() -> Iterator[Placed]:
+    def wanted() -> Iterator[PlacedRecord]:
         return islice(records(), skip_samples, None if max_samples is None else skip_samples + max_samples)
 
-    def asked(placed: Iterator[Placed], tally: Tally) -> Iterator[Question]:
+    def asked(placed: Iterator[PlacedRecord], tally: RecordCounts) -> Iterator[Question]:
         assert (ask := layout.question)
-        for question in _parsed(placed, lambda record, at: ask(record), tally, skip_bad, format):
+        for question in _parse_records(placed, lambda record, at: ask(record), tally, skip_bad, format):
             yield question if question.id else replace(question, id=name_of(tally))
 
     def with_documents() -> Iterator[Question]:
         found = asked(wanted(), tally)
         if shares:
-            return squad.share(found, prompt, tally.drop, index and index(), questions_per_context)
+            return squad.group_by_context(found, prompt, tally.drop, index and index(), questions_per_context)
         if index:
             if layout.pool == "source":
-                pool = Pool(
-                    document for question in asked(records(), Tally()) for document in question.documents
+                pool = DocumentPool(
+                    document
+                    for question in asked(records(), RecordCounts())
+                    for document in question.documents
                 )
                 found = (replace(question, pool=pool) for question in found)
             return retrieval.retrieve(found, index(), prompt.num_documents or 0)
-        return map(squad.surround, found) if layout.pool == "article" else found
+        return map(squad.add_distractors, found) if layout.pool == "article" else found
 
     def samples() -> Iterator[Sample]:
         if give := layout.samples:
-            made = _parsed(wanted(), lambda r, at: tuple(give(r, name_of(tally))), tally, skip_bad, format)
+            made = _parse_records(
+                wanted(), lambda r, at: tuple(give(r, name_of(tally))), tally, skip_bad, format
+            )
         else:
-            made = ((_word(question, prompt),) for question in with_documents())
+            made = ((_build_prompt(question, prompt),) for question in with_documents())
         for some in made:
             tally.samples += len(some)
             yield from some
@@ -147,22 +157,22 @@ def read(
     return samples()
 
 
-def locate(format: str, path: str) -> list[Path]:
+def find_source_files(format: str, path: str) -> list[Path]:
     """The files of a source; none if it is a data set on the Hub.
 
     Raises:
         UserError: nothing is there.
     """
-    return find_files(path, LAYOUTS[format].suffixes)
+    return find_files(path, SOURCE_FORMATS[format].suffixes)
 
 
 def _check_retrieval(format: str, path: str, num_documents: int | None) -> None:
     """Raises:
     UserError: documents cannot be retrieved so.
     """
-    layout = LAYOUTS[format]
+    layout = SOURCE_FORMATS[format]
     if not layout.question:
-        asked = ", ".join(name for name, layout in LAYOUTS.items() if layout.question)
+        asked = ", ".join(name for name, layout in SOURCE_FORMATS.items() if layout.question)
         raise UserError(
             f"source {path} has retrieve, but the format {format} holds no documents (allowed: {asked})"
         )
@@ -170,8 +180,12 @@ def _check_retrieval(format: str, path: str, num_documents: int | None) -> None:
         raise UserError(f"source {path} has retrieve, which has to know how many: set data.num_documents")
 
 
-def _parsed(
-    placed: Iterable[Placed], parse: Callable[[Any, str], T], tally: Tally, skip_bad: bool, format: str
+def _parse_records(
+    placed: Iterable[PlacedRecord],
+    parse: Callable[[Any, str], T],
+    tally: RecordCounts,
+    skip_bad: bool,
+    format: str,
 ) -> Iterator[T]:
     """What is made of each record, those left out that are dropped or bad.
 
@@ -184,7 +198,7 @@ def _parsed(
             if isinstance(record, RecordError):
                 raise record
             result = parse(record, at)
-        except Dropped as reason:
+        except RecordDropped as reason:
             tally.drop(str(reason))
         except RecordError as error:
             if not skip_bad:
@@ -198,7 +212,7 @@ def _parsed(
             yield result
 
 
-def _word(question: Question, prompt: RagPrompt) -> Sample:
+def _build_prompt(question: Question, prompt: RagPrompt) -> Sample:
     messages, meta = prompt.build(question.question, question.documents, question.id)
     return Sample(
         id=question.id,

@@ -14,14 +14,14 @@ import numpy as np
 
 from blockft.data.sample import Sample
 
-CUT_FORMATS = ("messages", "alpaca")
+SPLIT_FORMATS = ("messages", "alpaca")
 """The formats whose prompts are cut here; in all others the blocks arrive marked."""
 
 CountTokens = Callable[[Sequence[str]], Sequence[int]]
 """How many tokens each of several texts has."""
 
-RULE = re.compile(r"\s*(-{3,}|={3,})\s*")
-FENCE = re.compile(r"\s*(`{3,}|~{3,})")
+RULE_LINE = re.compile(r"\s*(-{3,}|={3,})\s*")
+CODE_FENCE = re.compile(r"\s*(`{3,}|~{3,})")
 
 
 class Separator(IntEnum):
@@ -33,7 +33,7 @@ class Separator(IntEnum):
     new_line = 4
 
 
-def cut_sample(
+def split_sample(
     sample: Sample, count_tokens: CountTokens, *, max_blocks: int, min_block_tokens: int
 ) -> Sample:
     """The sample with its messages cut into blocks; text in is text out.
@@ -48,16 +48,16 @@ def cut_sample(
     pieces = [
         [message.text]
         if message.role == "system"
-        else cut_text(message.text, count_tokens, min_block_tokens=min_block_tokens)
+        else split_text(message.text, count_tokens, min_block_tokens=min_block_tokens)
         for message in sample.messages
     ]
     if sum(map(len, pieces)) > max_blocks:
-        pieces = _join_shortest(pieces, count_tokens, max_blocks)
+        pieces = _merge_shortest(pieces, count_tokens, max_blocks)
     messages = (replace(m, content=tuple(p)) for m, p in zip(sample.messages, pieces, strict=True))
     return replace(sample, messages=tuple(messages))
 
 
-def cut_text(text: str, count_tokens: CountTokens, *, min_block_tokens: int) -> list[str]:
+def split_text(text: str, count_tokens: CountTokens, *, min_block_tokens: int) -> list[str]:
     """The blocks of one message, at least one; no block is blank or a mere rule unless the message is."""
     lines = re.findall(r"[^\n]*\n|[^\n]+", text)
     separators = list(_separators(lines))
@@ -68,7 +68,7 @@ def cut_text(text: str, count_tokens: CountTokens, *, min_block_tokens: int) -> 
                 pieces[-1] += line
             else:
                 pieces.append(line)
-        pieces = _join_short(pieces, count_tokens, min_block_tokens)
+        pieces = _merge_short(pieces, count_tokens, min_block_tokens)
         if len(pieces) > 1:
             return pieces
     return [text]
@@ -80,13 +80,13 @@ def _separators(lines: Sequence[str]) -> Iterator[Separator | None]:
     A separator belongs to the text before it, so blank lines and rules open no block, and an indentation
     belongs to its line. A text that starts with separators keeps them.
     """
-    fenced = _fenced(lines)
+    fenced = _inside_code_fence(lines)
     between: Separator | None = None
     for line, inside in zip(lines, fenced, strict=True):
         if not inside and not line.strip():
             yield None
             between = between and Separator.blank_line
-        elif not inside and RULE.fullmatch(line):
+        elif not inside and RULE_LINE.fullmatch(line):
             yield None
             between = between and min(between, Separator.rule)
         else:
@@ -95,7 +95,7 @@ def _separators(lines: Sequence[str]) -> Iterator[Separator | None]:
             between = Separator.new_line
 
 
-def _fenced(lines: Sequence[str]) -> Iterator[bool]:
+def _inside_code_fence(lines: Sequence[str]) -> Iterator[bool]:
     """Which lines continue a fenced code block; one that is never closed runs to the end.
 
     In chats a fence also opens within a line (`Mend this: ```def f():`), and any fence then closes it.
@@ -104,18 +104,18 @@ def _fenced(lines: Sequence[str]) -> Iterator[bool]:
     for line in lines:
         yield bool(fence)
         if fence:
-            at_start = FENCE.match(line)
+            at_start = CODE_FENCE.match(line)
             closes = at_start and at_start[1].startswith(fence) and not line[at_start.end() :].strip()
             if closes or not alone and "```" in line:
                 fence = ""
             continue
         ticks = re.findall(r"`{3,}", line)
-        at_start = FENCE.match(line)
+        at_start = CODE_FENCE.match(line)
         if at_start and at_start[1][0] == "~" or len(ticks) % 2:
             fence, alone = (at_start[1], True) if at_start else ("```", False)
 
 
-def _join_short(pieces: list[str], count_tokens: CountTokens, min_tokens: int) -> list[str]:
+def _merge_short(pieces: list[str], count_tokens: CountTokens, min_tokens: int) -> list[str]:
     """Pieces of at least `min_tokens` tokens, or one piece.
 
     A short one is joined with the next, as a title goes with its text, and the last with the one before it.
@@ -137,7 +137,7 @@ def _join_short(pieces: list[str], count_tokens: CountTokens, min_tokens: int) -
     return pieces
 
 
-def _join_shortest(pieces: list[list[str]], count_tokens: CountTokens, max_blocks: int) -> list[list[str]]:
+def _merge_shortest(pieces: list[list[str]], count_tokens: CountTokens, max_blocks: int) -> list[list[str]]:
     """The pieces of each message, its two shortest neighbours joined until few enough are left."""
     texts = [text for of_message in pieces for text in of_message]
     messages = np.repeat(np.arange(len(pieces)), [len(of_message) for of_message in pieces])

@@ -7,10 +7,10 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from blockft.data.chat_template import UnfitText
+from blockft.data.chat_template import TemplateMismatch
 from blockft.errors import UserError
 
-HIDDEN = "\uffff" * 4
+HIDDEN_CHARACTER = "\uffff" * 4
 """Goes before the spelling of a marker that is a piece of a vocabulary, so that no text spells it."""
 
 INSIDE_BYTE = {"Regex": "(?<=<)(?=0x[0-9A-F]{2}>)"}
@@ -27,7 +27,7 @@ class PlainTokenizer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        state = _bare(tokenizer)
+        state = _without_added_tokens(tokenizer)
         markers = {
             token["content"]: token["id"]
             for token in state["added_tokens"]
@@ -41,7 +41,7 @@ class PlainTokenizer:
         elif model["type"] == "Unigram":
             ids = set(markers.values())
             model["vocab"] = [
-                [HIDDEN + piece if id in ids else piece, score]
+                [HIDDEN_CHARACTER + piece if id in ids else piece, score]
                 for id, (piece, score) in enumerate(model["vocab"])
             ]
             cut = {"type": "Split", "pattern": INSIDE_BYTE, "behavior": "Isolated", "invert": False}
@@ -64,7 +64,7 @@ class PlainTokenizer:
         for ids in all_ids:
             if not self._markers.keys().isdisjoint(ids):
                 marker = next(self._markers[id] for id in ids if id in self._markers)
-                raise UnfitText(
+                raise TemplateMismatch(
                     f"the tokenizer's own vocabulary makes its added token {marker!r} of text from data: "
                     "remove it from the vocabulary, or from the data",
                     "added token spelled by a text",
@@ -82,7 +82,7 @@ class TemplatedTokenizer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._backend = Tokenizer.from_str(json.dumps(_bare(tokenizer)))
+        self._backend = Tokenizer.from_str(json.dumps(_without_added_tokens(tokenizer)))
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text."""
@@ -105,13 +105,13 @@ def encode_markup(text: str, tokenizer: PreTrainedTokenizerBase, plain: PlainTok
     return plain.encode([head])[0] + ids[first:]
 
 
-def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """What identifies a tokenizer: a hash of its vocabulary, rules and chat template."""
     parts = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _bare(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _without_added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """A tokenizer's `tokenizer.json` without all that is put around or before a text.
 
     Raises:

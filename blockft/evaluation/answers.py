@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from blockft.data.chat_template import UnfitText
-from blockft.data.fit import LongPrompt
+from blockft.data.chat_template import TemplateMismatch
+from blockft.data.fit import PromptTooLong
 from blockft.data.sample import Sample
 from blockft.evaluation.report import ALL, Prediction
 from blockft.inference.engine import Engine
@@ -31,7 +31,7 @@ Blocks = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
-class Answered:
+class AnswerRecord:
     """One line of the file: the answer to the sample at `index`."""
 
     index: int
@@ -52,7 +52,7 @@ def plan_batches(samples: Sequence[Sample], batch_size: int) -> list[Batch]:
 
 
 @dataclass(frozen=True)
-class Asked:
+class EncodedQuestions:
     """The questions of an evaluation that fit, as asked, each with its prompt; what became of the others."""
 
     samples: list[Sample]
@@ -63,8 +63,8 @@ class Asked:
 
 
 def encode_questions(
-    engine: Engine, samples: Iterable[Sample], max_new_tokens: int, *, trims: bool, skip_bad: bool
-) -> Asked:
+    engine: Engine, samples: Iterable[Sample], max_new_tokens: int, *, trim: bool, skip_bad: bool
+) -> EncodedQuestions:
     """Encode all questions before the first is answered; those that are too long are left out and counted.
 
     If `trims`, they lose their least relevant documents first. With `skip_bad` those that are unfit for the
@@ -78,11 +78,11 @@ def encode_questions(
     dropped, num_trimmed, first_long = Counter[str](), 0, ""
     for sample in samples:
         try:
-            asked, blocks = engine.fit(sample, max_new_tokens, trims=trims)
-        except LongPrompt as error:
+            asked, blocks = engine.fit(sample, max_new_tokens, trim=trim)
+        except PromptTooLong as error:
             dropped[TOO_LONG] += 1
             first_long = first_long or str(error)
-        except UnfitText as error:
+        except TemplateMismatch as error:
             if not skip_bad:
                 raise
             dropped[error.reason] += 1
@@ -91,18 +91,18 @@ def encode_questions(
             # all wait in memory: 4 bytes a token, not a list's 36
             prompts.append([array("i", block) for block in blocks])
             num_trimmed += asked is not sample
-    return Asked(fitting, prompts, dropped, num_trimmed, first_long)
+    return EncodedQuestions(fitting, prompts, dropped, num_trimmed, first_long)
 
 
 def answer_batch(
     engine: Engine, prompts: Sequence[Blocks], batch: Batch, *, mode: str, max_new_tokens: int
-) -> list[Answered]:
+) -> list[AnswerRecord]:
     """The answers to the prompts of a batch."""
     # which blocks are packed together decides their last bits: after a kill it must be the same ones
     engine.forget()
     answers = engine.generate_ids([prompts[i] for i in batch], mode=mode, max_new_tokens=max_new_tokens)
     return [
-        Answered(index, answer.text, answer.num_blocks, answer.prompt_tokens, len(answer.ids))
+        AnswerRecord(index, answer.text, answer.num_blocks, answer.prompt_tokens, len(answer.ids))
         for index, answer in zip(batch, answers, strict=True)
     ]
 
@@ -116,35 +116,35 @@ class AnswerFile:
 
     def __init__(self, path: Path, batches: Sequence[Batch]) -> None:
         self._path, self._batches = path, batches
-        self.done: list[Answered] = []
+        self.done: list[AnswerRecord] = []
         kept = 0
         if path.is_file():
-            lines = _whole_lines(path.read_bytes())
+            lines = _read_complete_lines(path.read_bytes())
             for batch in batches:
                 answered = [one for _, one in zip(batch, lines, strict=False)]
                 if tuple(one.index for one in answered) != batch:
                     break
                 self.done += answered
-                kept += sum(len(_line(one)) for one in answered)
+                kept += sum(len(_to_json_line(one)) for one in answered)
             os.truncate(path, kept)
 
     @property
-    def left(self) -> Sequence[Batch]:
+    def remaining_batches(self) -> Sequence[Batch]:
         """The batches to be answered still."""
         answered = {one.index for one in self.done}
         return [batch for batch in self._batches if batch[0] not in answered]
 
-    def add(self, answered: Sequence[Answered]) -> None:
+    def add(self, answered: Sequence[AnswerRecord]) -> None:
         """Append a batch; on return it is on the disk."""
         with self._path.open("ab") as file:
-            file.write(b"".join(map(_line, answered)))
+            file.write(b"".join(map(_to_json_line, answered)))
             file.flush()
             os.fsync(file.fileno())
         self.done += answered
 
 
-def predictions(
-    samples: Sequence[Sample], answered: Iterable[Answered], max_new_tokens: int
+def build_predictions(
+    samples: Sequence[Sample], answered: Iterable[AnswerRecord], max_new_tokens: int
 ) -> list[Prediction]:
     """The predictions in the order of the data."""
     return [
@@ -152,31 +152,31 @@ def predictions(
             id=samples[one.index].id,
             answer=one.answer,
             golds=samples[one.index].answers,
-            groups=groups_of(samples[one.index]),
+            groups=question_groups(samples[one.index]),
             num_blocks=one.num_blocks,
             prompt_tokens=one.prompt_tokens,
             num_tokens=one.num_tokens,
-            cut_off=one.num_tokens == max_new_tokens,
+            hit_token_limit=one.num_tokens == max_new_tokens,
         )
         for one in sorted(answered, key=lambda one: one.index)
     ]
 
 
-def groups_of(sample: Sample) -> tuple[str, ...]:
+def question_groups(sample: Sample) -> tuple[str, ...]:
     """The source of a question, and its kinds within that source; none is called as all questions are."""
     source = sample.source if sample.source != ALL else f"source {ALL}"
     kinds = (f"{source}: {sample.meta[name]}" for name in GROUPS if name in sample.meta)
     return tuple(dict.fromkeys([source, *kinds]))
 
 
-def _line(answered: Answered) -> bytes:
+def _to_json_line(answered: AnswerRecord) -> bytes:
     return json.dumps(asdict(answered), ensure_ascii=False).encode() + b"\n"
 
 
-def _whole_lines(content: bytes) -> Iterator[Answered]:
+def _read_complete_lines(content: bytes) -> Iterator[AnswerRecord]:
     """The answers up to the first line that a kill or a power cut left damaged."""
     for line in content.split(b"\n")[:-1]:
         try:
-            yield Answered(**json.loads(line))
+            yield AnswerRecord(**json.loads(line))
         except (ValueError, TypeError):
             return

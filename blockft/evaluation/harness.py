@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from blockft.data.tokenizer import PlainTokenizer, TemplatedTokenizer
 from blockft.errors import UserError
-from blockft.evaluation.loglikelihood import Ids, Scored, score
+from blockft.evaluation.loglikelihood import Ids, LoglikelihoodRequest, compute_loglikelihoods
 from blockft.inference.engine import Engine
-from blockft.model.load import dtype_of
+from blockft.model.load import parse_dtype
 
 CUT = "\x1e"
 """Stands in a prompt that a chat template wrote wherever a block begins; it is taken out before encoding."""
@@ -63,7 +63,7 @@ class BlockLM(LM):
         for name, size in sizes.items():
             if not str(size).isdecimal() or int(size) < 1:
                 raise UserError(f"{name} is {size!r}, it should be a number from 1 on")
-        kind = dtype_of(dtype or "auto", None)
+        kind = parse_dtype(dtype or "auto", None)
         place = None if device == UNNAMED_DEVICE else device
         self._engine = Engine.load(pretrained, revision=revision, device=place, dtype=kind)
         self._mode, self._delimiter = mode, delimiter
@@ -129,7 +129,9 @@ class BlockLM(LM):
             (ids,) = self._plain.encode([request.args[0]])
             windows = get_rolling_token_windows(ids, self._prefix_id, limit, context_len=1)
             pairs = (make_disjoint_window(window) for window in windows)
-            scored = [Scored((), tuple(context), tuple(predicted)) for context, predicted in pairs]
+            scored = [
+                LoglikelihoodRequest((), tuple(context), tuple(predicted)) for context, predicted in pairs
+            ]
             sums.append(sum(total for total, _ in self._score(scored, disable_tqdm=True)))
         return sums
 
@@ -148,7 +150,7 @@ class BlockLM(LM):
                     "the task samples its answers, and block answers are greedy: set do_sample to false"
                 )
             limit = int(settings.get("max_gen_toks", self._max_new_tokens))
-            alike[limit, _stops(settings.get("until"))].append(index)
+            alike[limit, _stop_strings(settings.get("until"))].append(index)
         batches = [
             (limit, stop, some[i : i + self._batch_size])
             for (limit, stop), some in alike.items()
@@ -158,7 +160,7 @@ class BlockLM(LM):
             prompts = [self._encode(requests[i].args[0]) for i in batch]
             for i, ids in zip(batch, self._generate(prompts, limit, stop), strict=True):
                 text = str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
-                answers[i] = _cut_off(text, stop)
+                answers[i] = _truncate_at_stop(text, stop)
                 self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
         return answers
 
@@ -207,26 +209,28 @@ class BlockLM(LM):
         first, *others = (tuple(ids) for ids in tokenizer.encode(texts))
         return [ids for ids in (opening + first, *others) if ids] or [(self._prefix_id,)]
 
-    def _score(self, scored: Sequence[Scored], disable_tqdm: bool) -> list[tuple[float, bool]]:
-        return score(self._engine.model, scored, mode=self._mode, shows_progress=not disable_tqdm)
+    def _score(self, scored: Sequence[LoglikelihoodRequest], disable_tqdm: bool) -> list[tuple[float, bool]]:
+        return compute_loglikelihoods(
+            self._engine.model, scored, mode=self._mode, shows_progress=not disable_tqdm
+        )
 
-    def _encode_pair(self, context: str, continuation: str) -> Scored:
+    def _encode_pair(self, context: str, continuation: str) -> LoglikelihoodRequest:
         """White space at the end of the context goes to the continuation, as words are encoded."""
         kept = context.rstrip()
         if not kept.strip(CUT):
             (ids,) = self._plain.encode([context.strip(CUT) + continuation])
-            return Scored((), (self._prefix_id,), tuple(ids))
+            return LoglikelihoodRequest((), (self._prefix_id,), tuple(ids))
         blocks, whole = self._encode(kept), self._encode(kept, context[len(kept) :] + continuation)
-        return Scored(tuple(blocks[:-1]), blocks[-1], whole[-1][len(blocks[-1]) :])
+        return LoglikelihoodRequest(tuple(blocks[:-1]), blocks[-1], whole[-1][len(blocks[-1]) :])
 
 
-def _stops(until: str | Sequence[str] | None) -> tuple[str, ...]:
+def _stop_strings(until: str | Sequence[str] | None) -> tuple[str, ...]:
     """The texts at which a task stops, as tasks spell them."""
     given = [until] if isinstance(until, str) else until or ()
     return tuple(stop for stop in given if stop)
 
 
-def _cut_off(text: str, stops: Sequence[str]) -> str:
+def _truncate_at_stop(text: str, stops: Sequence[str]) -> str:
     """The text before the first stop text in it: the engine's ids hold the token that completed it."""
     return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 

@@ -24,7 +24,7 @@ Score = tuple[float, bool]
 
 
 @dataclass(frozen=True)
-class Scored:
+class LoglikelihoodRequest:
     """A continuation to be scored: the local blocks, what the final block has before it, its own ids."""
 
     context: tuple[Ids, ...]
@@ -36,8 +36,8 @@ class Scored:
         return self.before + self.continuation
 
 
-def score(
-    model: PreTrainedModel, scored: Sequence[Scored], *, mode: str, shows_progress: bool = False
+def compute_loglikelihoods(
+    model: PreTrainedModel, scored: Sequence[LoglikelihoodRequest], *, mode: str, shows_progress: bool = False
 ) -> list[Score]:
     """The score of each continuation in block or full mode; those that share a context are scored together.
 
@@ -46,7 +46,7 @@ def score(
     Raises:
         UserError: a prompt is longer than the model's positions.
     """
-    results: dict[Scored, Score] = {one: (0.0, True) for one in scored if not one.continuation}
+    results: dict[LoglikelihoodRequest, Score] = {one: (0.0, True) for one in scored if not one.continuation}
     limit = model.config.max_position_embeddings
     for one in scored:
         num_tokens = sum(map(len, one.context)) + len(one.final) - 1
@@ -61,9 +61,11 @@ def score(
 
 
 @torch.inference_mode()
-def _score_row(model: PreTrainedModel, row: Sequence[Sequence[Scored]], mode: str) -> dict[Scored, Score]:
+def _score_row(
+    model: PreTrainedModel, row: Sequence[Sequence[LoglikelihoodRequest]], mode: str
+) -> dict[LoglikelihoodRequest, Score]:
     """One forward pass over groups of continuations, each group behind its context."""
-    results: dict[Scored, Score] = {}
+    results: dict[LoglikelihoodRequest, Score] = {}
     ids: list[int] = []
     layouts, places = [], []
     for group in row:
@@ -88,12 +90,12 @@ def _score_row(model: PreTrainedModel, row: Sequence[Sequence[Scored]], mode: st
     return results
 
 
-def _rows(scored: Iterable[Scored]) -> Iterator[list[list[Scored]]]:
+def _rows(scored: Iterable[LoglikelihoodRequest]) -> Iterator[list[list[LoglikelihoodRequest]]]:
     """Rows of about `ROW_TOKENS`: continuations of one context share it."""
-    groups: dict[tuple[Ids, ...], list[Scored]] = defaultdict(list)
+    groups: dict[tuple[Ids, ...], list[LoglikelihoodRequest]] = defaultdict(list)
     for one in scored:
         groups[one.context].append(one)
-    row: list[list[Scored]] = []
+    row: list[list[LoglikelihoodRequest]] = []
     filled = 0
     for context, members in groups.items():
         context_len = sum(map(len, context))

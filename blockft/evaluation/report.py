@@ -7,7 +7,7 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any
 
-from blockft.evaluation.bootstrap import LEVEL, NUM_RESAMPLES, SEED, interval
+from blockft.evaluation.bootstrap import LEVEL, NUM_RESAMPLES, SEED, bootstrap_interval
 from blockft.evaluation.metrics import METRICS
 
 VERSION = 1
@@ -33,7 +33,7 @@ class Prediction:
     num_blocks: int
     prompt_tokens: int
     num_tokens: int
-    cut_off: bool
+    hit_token_limit: bool
 
     @cached_property
     def scores(self) -> dict[str, float]:
@@ -43,7 +43,7 @@ class Prediction:
         return asdict(self) | {"scores": self.scores}
 
 
-def summarize(predictions: Sequence[Prediction]) -> dict[str, Any]:
+def summarize_scores(predictions: Sequence[Prediction]) -> dict[str, Any]:
     """Mean scores in percent with their intervals, of all predictions and of each group under its name."""
     return {
         group: _means([predictions[i].scores for i in members])
@@ -51,7 +51,7 @@ def summarize(predictions: Sequence[Prediction]) -> dict[str, Any]:
     }
 
 
-def difference(block: Sequence[Prediction], full: Sequence[Prediction]) -> dict[str, Any]:
+def paired_difference(block: Sequence[Prediction], full: Sequence[Prediction]) -> dict[str, Any]:
     """What block mode scores above full mode, question by question, in the form of `summarize`."""
     assert [p.id for p in block] == [p.id for p in full]
     return {
@@ -72,12 +72,12 @@ def build_report(
         "model": model,
         "options": dict(options),
         INTERVALS: {"level": LEVEL, "resamples": NUM_RESAMPLES, "seed": SEED},
-        "modes": {mode: summarize(answered) for mode, answered in predictions.items()},
+        "modes": {mode: summarize_scores(answered) for mode, answered in predictions.items()},
         "prompts": {mode: _prompts(answered) for mode, answered in predictions.items()},
         REPEATED: _repeated(next(iter(predictions.values()), ())),
     }
     if {"block", "full"} <= predictions.keys():
-        report[DIFFERENCE] = difference(predictions["block"], predictions["full"])
+        report[DIFFERENCE] = paired_difference(predictions["block"], predictions["full"])
     return report
 
 
@@ -152,7 +152,7 @@ def _means(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     return (
         {"questions": len(scores)}
         | {name: fmean(column) for name, column in columns.items()}
-        | {INTERVALS: {name: interval(column) for name, column in columns.items()}}
+        | {INTERVALS: {name: bootstrap_interval(column) for name, column in columns.items()}}
     )
 
 
@@ -161,5 +161,5 @@ def _prompts(predictions: Sequence[Prediction]) -> dict[str, Any]:
         "blocks_per_prompt": histogram(p.num_blocks for p in predictions),
         "mean_prompt_tokens": fmean(p.prompt_tokens for p in predictions),
         "mean_answer_tokens": fmean(p.num_tokens for p in predictions),
-        "answers_cut_off": sum(p.cut_off for p in predictions),
+        "answers_cut_off": sum(p.hit_token_limit for p in predictions),
     }

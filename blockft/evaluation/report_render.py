@@ -19,7 +19,7 @@ TITLES = {
 """What each metric shows."""
 
 
-def cell(scores: Mapping[str, Any], metric: str, *, signed: bool = False) -> str:
+def format_score(scores: Mapping[str, Any], metric: str, *, signed: bool = False) -> str:
     """A score and its interval."""
     low, high = scores[INTERVALS][metric]
     sign = "+" if signed else ""
@@ -31,7 +31,7 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str
     return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines)
 
 
-def markdown(report: Mapping[str, Any]) -> str:
+def report_markdown(report: Mapping[str, Any]) -> str:
     """The report as a page: a table for each metric, then all that decided the answers."""
     modes = report["modes"]
     columns = dict(modes) | ({DIFFERENCE: report[DIFFERENCE]} if DIFFERENCE in report else {})
@@ -41,7 +41,7 @@ def markdown(report: Mapping[str, Any]) -> str:
             [
                 group,
                 scores["questions"],
-                *(cell(c[group], metric, signed=name == DIFFERENCE) for name, c in columns.items()),
+                *(format_score(c[group], metric, signed=name == DIFFERENCE) for name, c in columns.items()),
             ]
             for group, scores in next(iter(modes.values())).items()
         ]
@@ -69,7 +69,7 @@ def _plain(value: Any) -> str:
     return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
-def draw(columns: Mapping[str, Groups], groups: Sequence[str], metric: str) -> Figure:
+def draw_scores(columns: Mapping[str, Groups], groups: Sequence[str], metric: str) -> Figure:
     """Bars with intervals, one for each column in each group."""
     figure = Figure(figsize=(max(7, 1.2 + 0.45 * len(columns) * len(groups)), 4.5), layout="constrained")
     axes = figure.subplots()

@@ -4,11 +4,11 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from blockft.inference.block_cache import Found
-from blockft.inference.block_key import Key, num_tokens
+from blockft.inference.block_cache import CacheHit
+from blockft.inference.block_key import BlockKey, num_tokens
 from blockft.inference.text_stream import TextStream
 
-ENCODED = "encoded"
+NOT_CACHED = "encoded"
 """Where a block came from that no tier had."""
 
 
@@ -38,7 +38,7 @@ class Answer:
 
 
 @dataclass
-class Writing:
+class PartialAnswer:
     """An answer that is being written, token by token, up to one of `ends` or a stop string.
 
     seconds: from its first token to its last.
@@ -50,7 +50,7 @@ class Writing:
     ended: bool = False
     seconds: float = 0
 
-    def take(self, token: int, seconds: float) -> str:
+    def append(self, token: int, seconds: float) -> str:
         """The text that is now certain, perhaps none; after the end always none.
 
         `seconds` have passed since the first token.
@@ -65,16 +65,16 @@ class Writing:
         return piece
 
 
-def answer_of(
-    writing: Writing,
-    context: Sequence[Key],
+def build_answer(
+    writing: PartialAnswer,
+    context: Sequence[BlockKey],
     prompt: Sequence[Sequence[int]],
-    found: Mapping[Key, Found],
+    found: Mapping[BlockKey, CacheHit],
     ttft_ms: float,
 ) -> Answer:
     """The answer to a prompt over a context whose blocks were `found`, but for those that were encoded."""
     reused = [key for key in context if key in found]
-    sources = Counter(found[key].tier.value if key in found else ENCODED for key in context)
+    sources = Counter(found[key].tier.value if key in found else NOT_CACHED for key in context)
     return Answer(
         text=writing.stream.text.strip(),
         ids=tuple(writing.ids),

@@ -17,22 +17,22 @@ from typing import Any
 
 import torch
 
-from blockft.inference.block_key import Key, KVShape, num_tokens
+from blockft.inference.block_key import BlockKey, KVShape, num_tokens
 from blockft.inference.device_tier import DeviceTier
 from blockft.inference.disk_tier import DamagedEntry, DiskEntry, DiskTier
 from blockft.inference.host_tier import HostTier
 
-READERS = 8
+NUM_READERS = 8
 """Threads that read and verify entries of the disk: one does not reach the speed of a fast drive."""
 
-HELD_FILES = 64
+MAX_OPEN_FILES = 64
 """Entries of the disk that a request holds open, for others may evict them; the rest is opened for each read.
 A process may often have no more than 1,024 files open, and most are not ours to take."""
 
-PENDING_WRITES = 64
+MAX_PENDING_WRITES = 64
 """Blocks that may wait for the disk; encoding more waits, too, or they would fill the memory."""
 
-RECORD_S = 600
+TOUCH_INTERVAL_S = 600
 """Of a block that nearer tiers give, the disk learns once in so long that it is used: answers are quicker."""
 
 
@@ -45,7 +45,7 @@ class Tier(StrEnum):
 
 
 @dataclass(frozen=True)
-class Found:
+class CacheHit:
     """A block that needs not be encoded; `entry` is its file, if it is on the disk alone."""
 
     tier: Tier
@@ -56,7 +56,7 @@ class DamagedBlocks(Exception):
     """Entries turned out to be damaged while they were read: look the blocks up and start again."""
 
 
-class BlockStore:
+class BlockCache:
     """The tiers of one process. Not for several threads at once."""
 
     def __init__(
@@ -68,34 +68,34 @@ class BlockStore:
         disk: DiskTier | None = None,
     ) -> None:
         self.shape, self.host, self.device, self.disk = shape, host, device, disk
-        self.readers = ThreadPoolExecutor(READERS, thread_name_prefix="blockft-read")
+        self.readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="blockft-read")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="blockft-write")
         self._writes: deque[Future[None]] = deque()
-        self._distrusted: set[Key] = set()
-        self._recorded: set[Key] = set()
+        self._invalidated: set[BlockKey] = set()
+        self._recorded: set[BlockKey] = set()
         self._recorded_until = 0.0
         self._copies = torch.cuda.Stream() if device is not None and device.cache_LS2KD.is_cuda else None
 
-    def find(self, keys: Iterable[Key]) -> dict[Key, Found]:
+    def lookup(self, keys: Iterable[BlockKey]) -> dict[BlockKey, CacheHit]:
         """Where each of these different blocks is, without those that are nowhere; they count as used."""
         found, elsewhere = {}, []
         for key in keys:
             if self.device is not None and key in self.device:
-                found[key] = Found(Tier.device)
+                found[key] = CacheHit(Tier.device)
             elif key in self.host:
-                found[key] = Found(Tier.host)
-            elif self.disk is not None and key not in self._distrusted:
+                found[key] = CacheHit(Tier.host)
+            elif self.disk is not None and key not in self._invalidated:
                 elsewhere.append(key)
             self.host.get(key)
         if self.disk is not None:
             self._record_uses(self.disk, found.keys())
         if self.disk is not None and elsewhere:
-            holds = [number < HELD_FILES for number in range(len(elsewhere))]
+            holds = [number < MAX_OPEN_FILES for number in range(len(elsewhere))]
             entries = zip(elsewhere, self.readers.map(self.disk.open, elsewhere, holds), strict=True)
-            found |= {key: Found(Tier.disk, entry) for key, entry in entries if entry}
+            found |= {key: CacheHit(Tier.disk, entry) for key, entry in entries if entry}
         return found
 
-    def keep(self, key: Key, kv: torch.Tensor) -> None:
+    def insert(self, key: BlockKey, kv: torch.Tensor) -> None:
         """Keep a block that was just encoded, in the host tier and on the disk; both may be behind.
 
         `kv` must not be overwritten.
@@ -105,8 +105,8 @@ class BlockStore:
         copy, done = self._copied(kv)
         self.host.put(key, copy)
         if self.disk is not None:
-            self._distrusted.discard(key)
-            while len(self._writes) >= PENDING_WRITES:
+            self._invalidated.discard(key)
+            while len(self._writes) >= MAX_PENDING_WRITES:
                 self._writes.popleft().result()
             self._write_later(_write, self.disk, key, copy, done)
 
@@ -121,7 +121,7 @@ class BlockStore:
         while self._writes:
             self._writes.popleft().result()
 
-    def load(self, found: Mapping[Key, Found]) -> dict[Key, torch.Tensor]:
+    def load(self, found: Mapping[BlockKey, CacheHit]) -> dict[BlockKey, torch.Tensor]:
         """The blocks of the host and the disk, on the host; those that turn out to be damaged are missing."""
         if self._copies:
             self._copies.synchronize()
@@ -134,7 +134,7 @@ class BlockStore:
                 self.host.put(key, kv)
         return blocks
 
-    def load_layers(self, found: Mapping[Key, Found], arrived: Sequence[torch.cuda.Event]) -> None:
+    def load_layers(self, found: Mapping[BlockKey, CacheHit], arrived: Sequence[torch.cuda.Event]) -> None:
         """Copy blocks of the host and the disk into their slots on the device, layer by layer.
 
         On a GPU copies are under way when this returns; `arrived` has an event per layer that says when it is
@@ -185,7 +185,7 @@ class BlockStore:
         for key, kv in new.items():
             self.host.put(key, kv)
 
-    def on_host(self, key: Key) -> torch.Tensor:
+    def on_host(self, key: BlockKey) -> torch.Tensor:
         """A block of the host tier."""
         kv = self.host.get(key)
         assert kv is not None
@@ -196,16 +196,16 @@ class BlockStore:
         size = (self.shape.num_layers, *self.shape.layer_shape(length))
         return torch.empty(size, dtype=self.shape.torch_dtype, pin_memory=self._copies is not None)
 
-    def distrust(self, key: Key) -> None:
+    def invalidate(self, key: BlockKey) -> None:
         """Do not look for a block on the disk until it was encoded again: a damaged entry may stay."""
-        self._distrusted.add(key)
+        self._invalidated.add(key)
 
-    def _record_uses(self, disk: DiskTier, keys: AbstractSet[Key]) -> None:
+    def _record_uses(self, disk: DiskTier, keys: AbstractSet[BlockKey]) -> None:
         """Tell the disk what nearer tiers give, without waiting for it."""
         now = time.monotonic()
         if now >= self._recorded_until:
             self._recorded.clear()
-            self._recorded_until = now + RECORD_S
+            self._recorded_until = now + TOUCH_INTERVAL_S
         if new := keys - self._recorded:
             self._recorded |= new
             self._write_later(disk.touch, new)
@@ -227,30 +227,30 @@ class BlockStore:
         kv.record_stream(stream)
         return copy, stream.record_event()
 
-    def _read_layer(self, key: Key, entry: DiskEntry, layer: int, kv: torch.Tensor) -> None:
+    def _read_layer(self, key: BlockKey, entry: DiskEntry, layer: int, kv: torch.Tensor) -> None:
         try:
             entry.layer(layer, kv[layer])
         except DamagedEntry as error:
-            self.distrust(key)
+            self.invalidate(key)
             raise DamagedBlocks from error
 
-    def _read(self, key: Key, entry: DiskEntry) -> torch.Tensor | None:
+    def _read(self, key: BlockKey, entry: DiskEntry) -> torch.Tensor | None:
         kv = self.empty(num_tokens(key))
         with entry:
             try:
                 for layer in range(self.shape.num_layers):
                     entry.layer(layer, kv[layer])
             except DamagedEntry:
-                self.distrust(key)
+                self.invalidate(key)
                 return None
         return kv
 
 
-def _entries(found: Mapping[Key, Found]) -> dict[Key, DiskEntry]:
+def _entries(found: Mapping[BlockKey, CacheHit]) -> dict[BlockKey, DiskEntry]:
     return {key: at.entry for key, at in found.items() if at.entry is not None}
 
 
-def _write(disk: DiskTier, key: Key, kv: torch.Tensor, done: torch.cuda.Event | None) -> None:
+def _write(disk: DiskTier, key: BlockKey, kv: torch.Tensor, done: torch.cuda.Event | None) -> None:
     if done is not None:
         done.synchronize()
     disk.write(key, kv)

@@ -10,29 +10,29 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-Key = bytes
+BlockKey = bytes
 """The token ids of a block as little-endian int32, joined: unlike hashes, equal keys are equal blocks."""
 
 ID_BYTES = 4
 
 
-def key_of(ids: Sequence[int] | np.ndarray) -> Key:
+def block_key(ids: Sequence[int] | np.ndarray) -> BlockKey:
     """The key of a block; `ids_of` is its inverse."""
     assert len(ids), "a block has at least one token"
     return np.asarray(ids, dtype="<i4").tobytes()
 
 
-def ids_of(key: Key) -> list[int]:
+def token_ids(key: BlockKey) -> list[int]:
     """The token ids of a block."""
     return [int(token) for token in np.frombuffer(key, dtype="<i4")]
 
 
-def num_tokens(key: Key) -> int:
+def num_tokens(key: BlockKey) -> int:
     """The length of a block."""
     return len(key) // ID_BYTES
 
 
-def digest(key: Key) -> str:
+def key_digest(key: BlockKey) -> str:
     """A short name for a block, 32 hexadecimal digits that nobody can make collide."""
     return hashlib.blake2b(key, digest_size=16).hexdigest()
 
@@ -62,7 +62,7 @@ class KVShape:
         """What one token takes in all layers."""
         return self.num_layers * self.layer_bytes
 
-    def block_bytes(self, key: Key) -> int:
+    def block_bytes(self, key: BlockKey) -> int:
         return num_tokens(key) * self.token_bytes
 
     def layer_shape(self, num_tokens: int) -> tuple[int, int, int, int]:

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 import torch
 import xxhash
 
-from blockft.inference.block_key import ID_BYTES, Key, KVShape, digest, num_tokens
+from blockft.inference.block_key import ID_BYTES, BlockKey, KVShape, key_digest, num_tokens
 
 VERSION = 1
 """Of the format of entries and of their folder; another version is never read."""
@@ -73,7 +73,7 @@ class CacheModel(KVShape):
         return length if length > 0 and not rest else 0
 
 
-def write_entry(file: BinaryIO, model: CacheModel, key: Key, kv: torch.Tensor) -> None:
+def write_entry(file: BinaryIO, model: CacheModel, key: BlockKey, kv: torch.Tensor) -> None:
     """Write a block's keys and values, (layers, n, 2, K, D) on the CPU, into an empty unbuffered file.
 
     Raises:
@@ -82,7 +82,7 @@ def write_entry(file: BinaryIO, model: CacheModel, key: Key, kv: torch.Tensor) -
     assert kv.shape == (model.num_layers, *model.layer_shape(num_tokens(key))), tuple(kv.shape)
     assert kv.dtype == model.torch_dtype, kv.dtype
     layers = [_bytes_of(layer) for layer in kv.contiguous()]
-    header = _header(model, digest(key), num_tokens(key), [_CHECKSUM(layer) for layer in layers])
+    header = _header(model, key_digest(key), num_tokens(key), [_CHECKSUM(layer) for layer in layers])
     for part in (memoryview(header), memoryview(key), *layers):
         while part:
             part = part[file.write(part) :]
@@ -166,7 +166,7 @@ class Entry:
         self._read(handle, memoryview(header), 0)
         return bytes(header)
 
-    def _verified(self, handle: int) -> tuple[Key, list[str]]:
+    def _verified(self, handle: int) -> tuple[BlockKey, list[str]]:
         """The block, and the checksums of its layers."""
         size, name = self.status.st_size, self.path.name.removesuffix(SUFFIX)
         metadata = _metadata(self._header)
@@ -179,7 +179,7 @@ class Entry:
         key = bytearray(length * ID_BYTES)
         self._read(handle, memoryview(key), len(self._header))
         checksums = str(metadata.get("checksums")).split()
-        if digest(bytes(key)) != name:
+        if key_digest(bytes(key)) != name:
             raise self._damaged("its token ids are not those of its name")
         right = _header(self.model, name, length, checksums)
         if len(checksums) != self.model.num_layers or self._header != right:

@@ -33,7 +33,7 @@ _FORMAT = {"format": "blockft cache", "version": VERSION}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored:
+class StoredEntry:
     """An entry as its folder shows it. used_at: seconds since the epoch, by the clock of the file system."""
 
     path: Path
@@ -46,7 +46,7 @@ class Stored:
         return self.path.parent.name
 
 
-class Ledger:
+class ByteCount:
     """The bytes that all entries take, in the lock's file. A process that is killed may leave it too high."""
 
     def __init__(self, handle: int) -> None:
@@ -96,7 +96,7 @@ class CacheFolder:
             )
         return True
 
-    def admit(self, model: CacheModel) -> Path:
+    def create_model_folder(self, model: CacheModel) -> Path:
         """The folder of a model's entries, made if need be; nothing is written if all is there.
 
         Raises:
@@ -132,7 +132,7 @@ class CacheFolder:
             models[home.name] = model
         return models
 
-    def entries(self, fingerprint: str | None = None) -> Iterator[Stored]:
+    def entries(self, fingerprint: str | None = None) -> Iterator[StoredEntry]:
         """Every entry, or every one of a model, in any order."""
         for home in self._homes():
             if fingerprint not in (None, home.name):
@@ -142,22 +142,22 @@ class CacheFolder:
                     if file.name.endswith(SUFFIX):
                         with suppress(FileNotFoundError):  # another process has removed it
                             status = file.stat(follow_symlinks=False)
-                            yield Stored(
+                            yield StoredEntry(
                                 path=Path(file.path), num_bytes=status.st_size, used_at=status.st_mtime
                             )
 
     @contextmanager
-    def locked(self) -> Iterator[Ledger]:
+    def locked(self) -> Iterator[ByteCount]:
         """Keep other processes and threads from adding and removing entries; reading goes on."""
         handle = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            yield Ledger(handle)
+            yield ByteCount(handle)
         finally:
             os.close(handle)
 
     @contextmanager
-    def draft(self) -> Iterator[tuple[Path, BinaryIO]]:
+    def temporary_file(self) -> Iterator[tuple[Path, BinaryIO]]:
         """A new unbuffered file to write and rename; if it is not renamed, it is removed.
 
         What processes that were killed left as drafts is removed too.
@@ -174,12 +174,12 @@ class CacheFolder:
 
     def prune(
         self,
-        ledger: Ledger,
+        ledger: ByteCount,
         *,
         max_bytes: int | None = None,
         unused_since: float | None = None,
         fingerprints: Collection[str] | None = None,
-    ) -> list[Stored]:
+    ) -> list[StoredEntry]:
         """Remove, least recently used first, what exceeds a number of bytes or was not used since a time.
 
         Both limits are for the entries of the given models, or of all. Also removes drafts whose writers are
@@ -252,7 +252,7 @@ class CacheFolder:
                 draft.unlink()
 
     def _write_json(self, path: Path, facts: dict[str, Any]) -> None:
-        with self.draft() as (draft, file):
+        with self.temporary_file() as (draft, file):
             file.write((json.dumps(facts, indent=2) + "\n").encode())
             draft.replace(path)
 

@@ -10,7 +10,7 @@ from blockft.attention.rotate_queries import CachedContext
 
 
 @dataclass(frozen=True)
-class Size:
+class GraphSize:
     """What a graph is captured for; columns are those of a final block, pieces those of a context."""
 
     prompts: int
@@ -22,10 +22,10 @@ class Size:
 
 
 @dataclass
-class Frame:
+class GraphInputs:
     """The inputs of forward passes of one size: one int32 tensor, filled with one copy."""
 
-    size: Size
+    size: GraphSize
     device: torch.device
     final_LBS2KD: torch.Tensor
     graph: torch.cuda.CUDAGraph | None = None
@@ -51,9 +51,9 @@ class Frame:
         self._held = self._staged.to(self.device)
         self._copied = torch.cuda.Event() if self.device.type == "cuda" else None
         self._host = {name: part.numpy() for name, part in self._views(self._staged).items()}
-        views = self._views(self._held)
-        self.ids, self.positions = views.pop("ids"), views.pop("positions")
-        self.context = CachedContext(**views)
+        modes = self._views(self._held)
+        self.ids, self.positions = modes.pop("ids"), modes.pop("positions")
+        self.context = CachedContext(**modes)
 
     def fill(
         self,
@@ -78,7 +78,9 @@ class Frame:
             for i, name in enumerate(("slots", "lengths", "starts", "offsets")):
                 host[name][b, :num_pieces] = pieces[b][:, i]
                 host[name][b, num_pieces:] = 0
-            host["shares"][b] = _shares(pieces[b][:, 1], self.size.programs, column + width - first[b])
+            host["shares"][b] = _program_bounds(
+                pieces[b][:, 1], self.size.programs, column + width - first[b]
+            )
         host["column"][0] = column
         self._held.copy_(self._staged, non_blocking=True)
         if self._copied:
@@ -98,15 +100,15 @@ class Frame:
         self.graph = graph
 
     def _views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        views, start = {}, 0
+        modes, start = {}, 0
         for name, shape in self._parts.items():
             end = start + int(np.prod(shape))
-            views[name] = flat[start:end].view(shape)
+            modes[name] = flat[start:end].view(shape)
             start = end
-        return views
+        return modes
 
 
-def _shares(lengths: np.ndarray, num_programs: int, final_len: int) -> np.ndarray:
+def _program_bounds(lengths: np.ndarray, num_programs: int, final_len: int) -> np.ndarray:
     """Where each program's pieces begin, and the last one's end, for about as many tokens each.
 
     The last program reads the final block, too.

@@ -12,11 +12,11 @@ import psutil
 import torch
 
 from blockft.errors import UserError
-from blockft.inference.block_key import Key, KVShape, num_tokens
+from blockft.inference.block_key import BlockKey, KVShape, num_tokens
 from blockft.units import format_bytes
 
 
-def on_device(device: torch.device) -> AbstractContextManager[Any]:
+def use_device(device: torch.device) -> AbstractContextManager[Any]:
     """A GPU that is not the current one is so within: streams, events and kernels go by the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
@@ -54,11 +54,11 @@ class DeviceTier:
             size_text = format_bytes(max_bytes)
             raise UserError(f"{device} has no {size_text} for blocks: lower the device budget") from error
         self.evicted = 0
-        self._slots: OrderedDict[Key, int] = OrderedDict()
+        self._slots: OrderedDict[BlockKey, int] = OrderedDict()
         self._holes = [(0, self.num_slots)]
-        self._unfilled: set[Key] = set()
+        self._unfilled: set[BlockKey] = set()
 
-    def __contains__(self, key: Key) -> bool:
+    def __contains__(self, key: BlockKey) -> bool:
         return key in self._slots and key not in self._unfilled
 
     @property
@@ -69,17 +69,17 @@ class DeviceTier:
     def used_bytes(self) -> int:
         return sum(map(self.shape.block_bytes, self._slots.keys() - self._unfilled))
 
-    def slot(self, key: Key) -> int:
+    def slot(self, key: BlockKey) -> int:
         """The first slot of a block that has some; it counts as used."""
         self._slots.move_to_end(key)
         return self._slots[key]
 
-    def block(self, key: Key) -> torch.Tensor:
+    def block(self, key: BlockKey) -> torch.Tensor:
         """The keys and values of a block that has slots, in place: (L, n, 2, K, D)."""
         start = self._slots[key]
         return self.cache_LS2KD[:, start : start + num_tokens(key)]
 
-    def check_fits(self, keys: Iterable[Key]) -> None:
+    def check_fits(self, keys: Iterable[BlockKey]) -> None:
         """Raises:
         UserError: these blocks do not fit together.
         """
@@ -92,7 +92,7 @@ class DeviceTier:
             )
 
     @contextmanager
-    def add(self, keys: Sequence[Key], keep: Collection[Key]) -> Iterator[None]:
+    def add(self, keys: Sequence[BlockKey], keep: Collection[BlockKey]) -> Iterator[None]:
         """Give slots to blocks that are not there yet; others than these and `keep` may be evicted.
 
         The body fills them: they are there when it has come to its end, and not if it has failed.
@@ -117,7 +117,7 @@ class DeviceTier:
         yield
         self._unfilled.clear()
 
-    def drop(self, key: Key) -> None:
+    def drop(self, key: BlockKey) -> None:
         """Free the slots of a block."""
         start = self._slots.pop(key)
         self._holes.append((start, num_tokens(key)))

@@ -14,17 +14,17 @@ from pathlib import Path
 import torch
 
 from blockft.errors import UserError
-from blockft.inference.block_key import Key, digest, num_tokens
+from blockft.inference.block_key import BlockKey, key_digest, num_tokens
 from blockft.inference.cache_entry import SUFFIX, CacheModel, DamagedEntry, Entry, write_entry
-from blockft.inference.cache_folder import MODEL, CacheFolder, Ledger
+from blockft.inference.cache_folder import MODEL, ByteCount, CacheFolder
 from blockft.units import format_bytes
 
 __all__ = ["CacheModel", "DamagedEntry", "DiskEntry", "DiskStatistics", "DiskTier"]
 
-LOW_WATER = 0.9
+EVICTION_TARGET = 0.9
 """Eviction goes on down to this part of the budget, so that the folder is not searched at every write."""
 
-TOUCH_S = 60
+TOUCH_INTERVAL_S = 60
 """A use is recorded when the last record is this old."""
 
 _log = logging.getLogger("blockft.cache")
@@ -72,15 +72,15 @@ class DiskTier:
         self._statistics = DiskStatistics()
         self._said: set[str] = set()
         try:
-            self._folder.admit(model)
+            self._folder.create_model_folder(model)
         except OSError as error:
-            self._say_unwritable(error)
+            self._warn_unwritable(error)
 
     @property
     def statistics(self) -> DiskStatistics:
         return self._statistics
 
-    def open(self, key: Key, holds: bool = True) -> "DiskEntry | None":
+    def open(self, key: BlockKey, holds: bool = True) -> "DiskEntry | None":
         """The entry of a block, ready to be read, or None if there is none that can be used.
 
         holds: keep its file open; see `DiskEntry`.
@@ -95,7 +95,7 @@ class DiskTier:
             self._report(path, error)
             return None
         except OSError as error:
-            self._say_unreadable(path, error)
+            self._warn_unreadable(path, error)
             return None
         assert entry.key == key, "two blocks of one digest"
         self._touch(entry.status, entry.touch)
@@ -104,31 +104,31 @@ class DiskTier:
         self._count(entries_read=1)
         return DiskEntry(self, entry)
 
-    def num_bytes(self, key: Key) -> int:
+    def num_bytes(self, key: BlockKey) -> int:
         """What the entry of a block takes."""
         return self._model.entry_bytes(num_tokens(key))
 
-    def names(self) -> set[str]:
+    def digests(self) -> set[str]:
         """The digests of the blocks that are there."""
         return {entry.path.stem for entry in self._folder.entries(self._model.fingerprint)}
 
-    def write(self, key: Key, kv: torch.Tensor) -> None:
+    def write(self, key: BlockKey, kv: torch.Tensor) -> None:
         """Keep a block's keys and values, (layers, n, 2, K, D) on the CPU, unless they are there already."""
         path, num_bytes = self._path(key), self.num_bytes(key)
         if self._max_bytes is not None and num_bytes > self._max_bytes:
             self._count(entries_lost=1)
             size, budget = format_bytes(num_bytes), format_bytes(self._max_bytes)
             text = f"a block of {num_tokens(key)} tokens takes {size}, the disk cache may hold {budget}"
-            self._say("budget", f"{text}: such blocks are not kept on the disk")
+            self._warn_once("budget", f"{text}: such blocks are not kept on the disk")
             return
         try:
             if not self._is_there(path, num_bytes) and self._write(path, key, kv, num_bytes):
                 self._count(entries_written=1, bytes_written=num_bytes)
         except (OSError, UserError) as error:  # UserError: another version has taken the folder over
             self._count(entries_lost=1)
-            self._say_unwritable(error)
+            self._warn_unwritable(error)
 
-    def touch(self, keys: Iterable[Key]) -> None:
+    def touch(self, keys: Iterable[BlockKey]) -> None:
         """Record that blocks are used now, though not read here; those that are not there are passed over."""
         for key in keys:
             with suppress(OSError):  # what cannot be read is said when it is read
@@ -145,11 +145,11 @@ class DiskTier:
         self._touch(status, partial(os.utime, path))
         return True
 
-    def _write(self, path: Path, key: Key, kv: torch.Tensor, num_bytes: int) -> bool:
+    def _write(self, path: Path, key: BlockKey, kv: torch.Tensor, num_bytes: int) -> bool:
         """Whether the entry was written; not if another process has been faster."""
         if not (self._home / MODEL).exists():  # somebody has emptied the folder, or the disk is back
-            self._folder.admit(self._model)
-        with self._folder.draft() as (draft, file):
+            self._folder.create_model_folder(self._model)
+        with self._folder.temporary_file() as (draft, file):
             write_entry(file, self._model, key, kv)
             # where writing is put off until files are closed, a full disk says so now; the lock stays
             os.close(os.dup(file.fileno()))
@@ -162,31 +162,31 @@ class DiskTier:
                 draft.replace(path)
         return True
 
-    def _make_room(self, ledger: Ledger, num_bytes: int) -> int:
+    def _make_room(self, ledger: ByteCount, num_bytes: int) -> int:
         """Evict what must go for this many more bytes. Returns what is used then."""
         used = ledger.read()
         if used is None:
             used = sum(entry.num_bytes for entry in self._folder.entries())
         if self._max_bytes is not None and used + num_bytes > self._max_bytes:
-            goal = max(int(LOW_WATER * self._max_bytes) - num_bytes, 0)
+            goal = max(int(EVICTION_TARGET * self._max_bytes) - num_bytes, 0)
             evicted = self._folder.prune(ledger, max_bytes=goal)
             self._count(entries_evicted=len(evicted), bytes_evicted=sum(e.num_bytes for e in evicted))
             used = ledger.read() or 0
         return used
 
     def _touch(self, status: os.stat_result, touch: Callable[[], None]) -> None:
-        if abs(time.time() - status.st_mtime) > TOUCH_S:
+        if abs(time.time() - status.st_mtime) > TOUCH_INTERVAL_S:
             try:
                 touch()
             except FileNotFoundError:
                 pass  # evicted meanwhile
             except OSError as error:
                 text = f"uses of {self._folder.path} cannot be recorded ({error.strerror})"
-                self._say("touch", f"{text}: what is used may be evicted before what is not")
+                self._warn_once("touch", f"{text}: what is used may be evicted before what is not")
 
     def _report(self, path: Path, error: DamagedEntry) -> None:
         self._count(entries_damaged=1)
-        self._say(
+        self._warn_once(
             "damaged",
             f"{path} is damaged or foreign ({error}): such blocks are encoded again, "
             f"and blockft cache verify {self._folder.path} looks for more",
@@ -194,19 +194,23 @@ class DiskTier:
         try:
             self._folder.remove(path, error.status)
         except OSError as unwritable:
-            self._say_unwritable(unwritable)
+            self._warn_unwritable(unwritable)
 
-    def _say_unreadable(self, path: Path, error: OSError) -> None:
+    def _warn_unreadable(self, path: Path, error: OSError) -> None:
         if error.errno not in (errno.ENOENT, errno.ESTALE):  # evicted meanwhile, ESTALE: by another host
-            self._say("read", f"{path} cannot be read ({error.strerror}): such blocks are encoded again")
+            self._warn_once(
+                "read", f"{path} cannot be read ({error.strerror}): such blocks are encoded again"
+            )
 
-    def _say_unwritable(self, error: OSError | UserError) -> None:
+    def _warn_unwritable(self, error: OSError | UserError) -> None:
         reason = str(error)
         if isinstance(error, OSError) and error.strerror:
             reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
-        self._say("write", f"{self._folder.path} cannot be written ({reason}): blocks stay in memory alone")
+        self._warn_once(
+            "write", f"{self._folder.path} cannot be written ({reason}): blocks stay in memory alone"
+        )
 
-    def _say(self, kind: str, text: str) -> None:
+    def _warn_once(self, kind: str, text: str) -> None:
         with self._lock:
             said, self._said = kind in self._said, self._said | {kind}
         if not said:
@@ -217,8 +221,8 @@ class DiskTier:
             now = self._statistics
             self._statistics = replace(now, **{name: getattr(now, name) + n for name, n in more.items()})
 
-    def _path(self, key: Key) -> Path:
-        return self._home / f"{digest(key)}{SUFFIX}"
+    def _path(self, key: BlockKey) -> Path:
+        return self._home / f"{key_digest(key)}{SUFFIX}"
 
 
 class DiskEntry:
@@ -261,7 +265,7 @@ class DiskEntry:
                 self._tier._report(self._entry.path, error)
             raise
         except OSError as error:
-            self._tier._say_unreadable(self._entry.path, error)
+            self._tier._warn_unreadable(self._entry.path, error)
             raise DamagedEntry(str(error.strerror), self._entry.status) from error
         self._tier._count(bytes_read=layer.nbytes)
         return layer

@@ -10,18 +10,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockft.data.encoder import Encoder
 from blockft.data.fit import fit_prompt
-from blockft.data.rag_prompt import Document, RagPrompt, trained_prompt
-from blockft.data.request import request_of
+from blockft.data.rag_prompt import Document, RagPrompt, rag_prompt_of_export
+from blockft.data.request import parse_request
 from blockft.data.sample import RecordError, Sample
-from blockft.data.tokenizer import fingerprint
+from blockft.data.tokenizer import tokenizer_fingerprint
 from blockft.errors import UserError
-from blockft.inference.answer import Answer, Writing
-from blockft.inference.block_key import Key, key_of
-from blockft.inference.decoding import decode
+from blockft.inference.answer import Answer, PartialAnswer
+from blockft.inference.block_key import BlockKey, block_key
+from blockft.inference.decoding import decode_batch
 from blockft.inference.runner import BlockRunner, CacheOptions
 from blockft.inference.sampling import Sampler
 from blockft.inference.text_stream import TextStream
-from blockft.model.load import block_attention, device_of, load_model, load_tokenizer
+from blockft.model.load import block_attention_config, load_model, load_tokenizer, parse_device
 
 
 class Engine:
@@ -51,17 +51,17 @@ class Engine:
         self.runner = BlockRunner(
             model,
             name=name or model.name_or_path or "",
-            tokenizer=fingerprint(tokenizer),
+            tokenizer=tokenizer_fingerprint(tokenizer),
             cache=cache,
             side=side,
             compile=compile,
         )
-        self.prompt = prompt or trained_prompt(block_attention(model.config))
+        self.prompt = prompt or rag_prompt_of_export(block_attention_config(model.config))
         self._limit = model.config.max_position_embeddings
         self._encoder = Encoder(tokenizer)
         ends = model.generation_config.eos_token_id
         given = ends if isinstance(ends, list) else [ends]
-        self.ends = {*given, self._encoder.end_of_turn_id} - {None}
+        self.ends = {*given, self._encoder.eos_token_id} - {None}
 
     @classmethod
     def load(
@@ -81,7 +81,7 @@ class Engine:
         Raises:
             UserError: there is no such device or model, or it is not supported; see `BlockRunner`.
         """
-        place = device_of(device)
+        place = parse_device(device)
         dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
         model = load_model(path, backend="cached", dtype=dtype, revision=revision)
         tokenizer = load_tokenizer(path, revision)
@@ -99,7 +99,7 @@ class Engine:
     ) -> Answer:
         """Answer one request: documents and a question, or a chat, or the blocks of a templated prompt.
 
-        The three kinds are those of `data.request.request_of`, `settings` those of `generate_batch`.
+        The three kinds are those of `data.request.parse_request`, `settings` those of `generate_batch`.
         Documents stand in the order in which they are given, whatever their scores and the order in training,
         unless the engine was given a `prompt` that orders them.
 
@@ -111,13 +111,13 @@ class Engine:
         return self.generate_batch([self.request(record)], **settings)[0]
 
     def request(self, record: Mapping[str, Any], id: str = "request") -> Sample:
-        """The prompt that a record asks to answer; see `request_of`.
+        """The prompt that a record asks to answer; see `parse_request`.
 
         Raises:
             UserError: it asks nothing, or the model does not say how its questions are worded.
         """
         try:
-            return request_of(record, self._wording(), id)
+            return parse_request(record, self._wording(), id)
         except RecordError as error:
             raise UserError(f"{id}: {error}") from error
 
@@ -131,7 +131,7 @@ class Engine:
         top_p: float = 1,
         seed: int | None = 0,
         stop: Sequence[str] = (),
-        trims: bool = False,
+        trim: bool = False,
     ) -> list[Answer]:
         """Answers to a batch of prompts in block or full attention; responses of samples are ignored.
 
@@ -143,7 +143,7 @@ class Engine:
         Raises:
             UserError: a prompt and its answer are longer than the model's positions; see `Sampler`.
         """
-        ids = [self.encode(self._prompt(prompt), max_new_tokens, trims=trims) for prompt in prompts]
+        ids = [self.encode(self._prompt(prompt), max_new_tokens, trim=trim) for prompt in prompts]
         sampler = Sampler(temperature, top_p, seed)
         return self.generate_ids(ids, mode=mode, max_new_tokens=max_new_tokens, sampler=sampler, stop=stop)
 
@@ -157,7 +157,7 @@ class Engine:
         with self._turn:
             self.runner.store.flush()
 
-    def document_keys(self, documents: Sequence[Document]) -> list[Key]:
+    def document_keys(self, documents: Sequence[Document]) -> list[BlockKey]:
         """The blocks that stand before the question in a prompt over these documents, theirs among them.
 
         Raises:
@@ -169,7 +169,7 @@ class Engine:
             *blocks, _ = self._encoder.encode_prompt(prompt)
         if (longest := max(map(len, blocks), default=0)) >= self._limit:
             raise UserError(f"a document has {longest} tokens, the model has {self._limit} positions: cut it")
-        return [key_of(block) for block in blocks]
+        return [block_key(block) for block in blocks]
 
     def generate_ids(
         self,
@@ -199,7 +199,7 @@ class Engine:
         top_p: float = 1,
         seed: int | None = 0,
         stop: Sequence[str] = (),
-        trims: bool = False,
+        trim: bool = False,
     ) -> Generator[str, None, Answer]:
         """The answer to one prompt as it is written, in pieces that stay as they are; returns the `Answer`.
 
@@ -209,7 +209,7 @@ class Engine:
         Raises:
             UserError: as `generate_batch`.
         """
-        ids = self.encode(self._prompt(prompt), max_new_tokens, trims=trims)
+        ids = self.encode(self._prompt(prompt), max_new_tokens, trim=trim)
         sampler = Sampler(temperature, top_p, seed)
         answer = yield from self.stream_ids(
             ids, mode=mode, max_new_tokens=max_new_tokens, sampler=sampler, stop=stop
@@ -237,17 +237,17 @@ class Engine:
             if piece:
                 yield piece
 
-    def encode(self, prompt: Sample, max_new_tokens: int, *, trims: bool = False) -> list[list[int]]:
+    def encode(self, prompt: Sample, max_new_tokens: int, *, trim: bool = False) -> list[list[int]]:
         """The token ids of a prompt's blocks, few enough for an answer to fit; see `data.fit.fit_prompt`."""
-        return self.fit(prompt, max_new_tokens, trims=trims)[1]
+        return self.fit(prompt, max_new_tokens, trim=trim)[1]
 
     def fit(
-        self, prompt: Sample, max_new_tokens: int, *, trims: bool = False
+        self, prompt: Sample, max_new_tokens: int, *, trim: bool = False
     ) -> tuple[Sample, list[list[int]]]:
         """As `encode`, and before the ids the prompt without the documents that it lost."""
         _check_length(max_new_tokens)
         with self._turn:
-            return fit_prompt(prompt, self._encoder, self._limit, max_new_tokens, trims)
+            return fit_prompt(prompt, self._encoder, self._limit, max_new_tokens, trim)
 
     def _prompt(self, asked: Sample | Mapping[str, Any]) -> Sample:
         return asked if isinstance(asked, Sample) else self.request(asked)
@@ -282,8 +282,8 @@ class Engine:
                 )
         # full attention is the layout of one block
         blocks = prompts if mode == "block" else [[[id for block in p for id in block]] for p in prompts]
-        writings = [Writing(TextStream(self.tokenizer, stop), self.ends) for _ in blocks]
-        answers = yield from decode(self.runner, blocks, writings, max_new_tokens, sampler)
+        writings = [PartialAnswer(TextStream(self.tokenizer, stop), self.ends) for _ in blocks]
+        answers = yield from decode_batch(self.runner, blocks, writings, max_new_tokens, sampler)
         return answers
 
 

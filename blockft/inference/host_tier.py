@@ -5,7 +5,7 @@ from collections import OrderedDict
 
 import torch
 
-from blockft.inference.block_key import Key
+from blockft.inference.block_key import BlockKey
 from blockft.units import format_bytes
 
 _log = logging.getLogger("blockft.cache")
@@ -21,24 +21,24 @@ class HostTier:
         self.max_bytes = max_bytes
         self.used_bytes = 0
         self.evicted = 0
-        self._blocks: OrderedDict[Key, torch.Tensor] = OrderedDict()
+        self._blocks: OrderedDict[BlockKey, torch.Tensor] = OrderedDict()
         self._said = max_bytes == 0
 
-    def __contains__(self, key: Key) -> bool:
+    def __contains__(self, key: BlockKey) -> bool:
         return key in self._blocks
 
     @property
     def num_blocks(self) -> int:
         return len(self._blocks)
 
-    def get(self, key: Key) -> torch.Tensor | None:
+    def get(self, key: BlockKey) -> torch.Tensor | None:
         """A block, if it is there; it counts as used."""
         kv = self._blocks.get(key)
         if kv is not None:
             self._blocks.move_to_end(key)
         return kv
 
-    def put(self, key: Key, kv: torch.Tensor) -> None:
+    def put(self, key: BlockKey, kv: torch.Tensor) -> None:
         """Keep a block. The tensor is not copied."""
         if key in self._blocks:
             return

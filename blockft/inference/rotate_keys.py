@@ -11,29 +11,29 @@ from dataclasses import replace
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from blockft.attention.backends import BlockMasks
-from blockft.attention.layout import PADDING, Layout, Vectors, lay_out
-from blockft.attention.positions import Rotation
-from blockft.inference.block_key import Key, ids_of, num_tokens
+from blockft.attention.backends import AttentionMasks
+from blockft.attention.layout import PADDING, AttentionMetadata, Layout, build_metadata
+from blockft.attention.positions import RotaryEmbedding
+from blockft.inference.block_key import BlockKey, num_tokens, token_ids
 
 
 @torch.inference_mode()
-def encode_blocks(
-    model: PreTrainedModel, keys: Iterable[Key], max_tokens: int = 4096
-) -> Iterator[tuple[Key, torch.Tensor]]:
+def prefill_blocks(
+    model: PreTrainedModel, keys: Iterable[BlockKey], max_tokens: int = 4096
+) -> Iterator[tuple[BlockKey, torch.Tensor]]:
     """Encode each different block alone, several to a forward pass of at most `max_tokens` tokens.
 
     Yields a block's keys, at positions 0..n-1, and values: (L, n, 2, K, D), of memory that nobody overwrites.
     """
     for group in _groups(dict.fromkeys(keys), max_tokens):
         # a block that is an example of its own is encoded at positions 0..n-1 and sees nothing else
-        vectors = lay_out([Layout((num_tokens(key),)) for key in group]).to(model.device)
-        ids = torch.tensor([[token for key in group for token in ids_of(key)]], device=model.device)
+        metadata = build_metadata([Layout((num_tokens(key),)) for key in group]).to(model.device)
+        ids = torch.tensor([[token for key in group for token in token_ids(key)]], device=model.device)
         cache = DynamicCache()
         model.base_model(
             input_ids=ids,
-            position_ids=vectors.position_ids,
-            block_masks=BlockMasks(vectors),
+            position_ids=metadata.position_ids,
+            block_masks=AttentionMasks(metadata),
             past_key_values=cache,
             use_cache=True,
         )
@@ -44,7 +44,7 @@ def encode_blocks(
             yield key, torch.stack([layer[:, :, tokens].permute(2, 0, 1, 3) for layer in layers])
 
 
-class JoinedPrompts:
+class RotatedKeysBatch:
     """A batch of prompts whose local blocks are joined in one cache, ready for final blocks and decoding.
 
     ::
@@ -59,9 +59,9 @@ class JoinedPrompts:
     def __init__(
         self,
         model: PreTrainedModel,
-        layer_rotations: Sequence[Rotation],
-        contexts: Sequence[Sequence[Key]],
-        encoded: Mapping[Key, torch.Tensor],
+        layer_rotations: Sequence[RotaryEmbedding],
+        contexts: Sequence[Sequence[BlockKey]],
+        encoded: Mapping[BlockKey, torch.Tensor],
         *,
         reencoded: bool = True,
     ) -> None:
@@ -81,7 +81,7 @@ class JoinedPrompts:
                 self._cache.update(keys, values, layer)
 
     @torch.inference_mode()
-    def advance(self, new_ids: Sequence[Sequence[int]], num_logits: int = 1) -> torch.Tensor:
+    def decode_step(self, new_ids: Sequence[Sequence[int]], num_logits: int = 1) -> torch.Tensor:
         """Append at least one token to the final block of every prompt, not necessarily the same number.
 
         Returns the logits after the last `num_logits` columns, in which tokens stand right aligned:
@@ -90,13 +90,13 @@ class JoinedPrompts:
         added = torch.tensor([len(ids) for ids in new_ids])
         columns = _columns(self._lengths, added, is_final=True)
         self._lengths = self._lengths + added
-        self._vectors = self._vectors.followed_by(columns)
+        self._vectors = self._vectors.concatenate(columns)
         num_queries, device = int(added.max()), self._model.device
         padded = [[0] * (num_queries - len(ids)) + list(ids) for ids in new_ids]
         logits: torch.Tensor = self._model(
             input_ids=torch.tensor(padded, device=device),
             position_ids=columns.position_ids.to(device),
-            block_masks=BlockMasks(self._vectors.to(device)),
+            block_masks=AttentionMasks(self._vectors.to(device)),
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=num_logits,
@@ -104,11 +104,11 @@ class JoinedPrompts:
         return logits
 
 
-def _columns(starts: torch.Tensor, lengths: torch.Tensor, is_final: bool) -> Vectors:
+def _columns(starts: torch.Tensor, lengths: torch.Tensor, is_final: bool) -> AttentionMetadata:
     """The vectors of the next tokens of every prompt, right aligned; `starts` and `lengths` are (B,)."""
     index = torch.arange(int(lengths.max())) - (lengths.max() - lengths)[:, None]
     is_token = index >= 0
-    return Vectors(
+    return AttentionMetadata(
         position_ids=torch.where(is_token, starts[:, None] + index, 0),
         example_ids=torch.where(is_token, 0, PADDING),
         block_ids=torch.full_like(index, int(is_final)),
@@ -116,7 +116,7 @@ def _columns(starts: torch.Tensor, lengths: torch.Tensor, is_final: bool) -> Vec
     )
 
 
-def _local_positions(contexts: Sequence[Sequence[Key]]) -> torch.Tensor:
+def _local_positions(contexts: Sequence[Sequence[BlockKey]]) -> torch.Tensor:
     """Positions of blocks that stay at 0..n-1, right aligned: (B, S)."""
     rows = [[position for key in context for position in range(num_tokens(key))] for context in contexts]
     longest = max(map(len, rows))
@@ -124,10 +124,10 @@ def _local_positions(contexts: Sequence[Sequence[Key]]) -> torch.Tensor:
 
 
 def _join(
-    context: Sequence[Key],
-    encoded: Mapping[Key, torch.Tensor],
+    context: Sequence[BlockKey],
+    encoded: Mapping[BlockKey, torch.Tensor],
     layer: int,
-    rotation: Rotation | None,
+    rotation: RotaryEmbedding | None,
     length: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A layer's keys, moved if there is a rotation, and its values of one context: (K, length, D) each.
@@ -147,9 +147,9 @@ def _join(
     return torch.cat(keys, dim=1), torch.cat(values, dim=1)
 
 
-def _groups(keys: Iterable[Key], max_tokens: int) -> Iterator[list[Key]]:
+def _groups(keys: Iterable[BlockKey], max_tokens: int) -> Iterator[list[BlockKey]]:
     """Blocks in order, in groups of at most `max_tokens` tokens; a longer block is a group of its own."""
-    group: list[Key] = []
+    group: list[BlockKey] = []
     for key in keys:
         if group and sum(map(num_tokens, group)) + num_tokens(key) > max_tokens:
             yield group

@@ -15,27 +15,27 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from blockft.attention.positions import Rotation
-from blockft.attention.rotate_queries import SLACK, CachedAttention, turns
-from blockft.inference.block_key import Key, num_tokens
-from blockft.inference.cuda_graph import Frame, Size
-from blockft.inference.device_tier import DeviceTier, on_device
+from blockft.attention.positions import RotaryEmbedding
+from blockft.attention.rotate_queries import SLACK, CachedAttention, build_query_rotation
+from blockft.inference.block_key import BlockKey, num_tokens
+from blockft.inference.cuda_graph import GraphInputs, GraphSize
+from blockft.inference.device_tier import DeviceTier, use_device
 
-PIECE = 512
+PIECE_LEN = 512
 """Longer blocks are read in pieces of so many tokens, which programs share evenly."""
 
-GRAPH_TOKENS = 1024
+MAX_GRAPH_TOKENS = 1024
 """Batches of more query tokens run without a CUDA graph: the GPU is busy long enough to hide the launches."""
 
-GRAPHS = 24
+MAX_GRAPHS = 24
 """Graphs kept, the least recently used making way; each holds the activations of its shape."""
 
 
-class Overtaken(Exception):
+class CacheInvalidated(Exception):
     """Other prompts have begun since: these begin again, with what was written so far."""
 
 
-class QuerySide:
+class QueryRotationRunner:
     """Runs a model's final blocks over the blocks of a device tier, on a GPU from CUDA graphs.
 
     arrived: an event per layer, on a GPU; passes wait for it before they read the layer's part of the cache.
@@ -44,7 +44,7 @@ class QuerySide:
     def __init__(
         self,
         model: PreTrainedModel,
-        rotations: Sequence[Rotation],
+        rotations: Sequence[RotaryEmbedding],
         tier: DeviceTier,
         *,
         use_kernel: bool,
@@ -61,25 +61,25 @@ class QuerySide:
         self.arrived = [torch.cuda.Event(external=True) for _ in range(num_events)]
         for event in self.arrived:
             event.record()
-        self.running: CachedPrompts | None = None
+        self.running: RotatedQueriesBatch | None = None
         self._rotations = rotations
         self._finals: WeakValueDictionary[tuple[int, int], torch.Tensor] = WeakValueDictionary()
-        self._frames: OrderedDict[Size, Frame] = OrderedDict()
+        self._frames: OrderedDict[GraphSize, GraphInputs] = OrderedDict()
         config = model.config
         self._group = config.num_attention_heads // tier.shape.num_kv_heads
 
-    def prompts(self, contexts: Sequence[Sequence[Key]], num_columns: int) -> "CachedPrompts":
+    def prompts(self, contexts: Sequence[Sequence[BlockKey]], num_columns: int) -> "RotatedQueriesBatch":
         """A batch of prompts over blocks that are in the tier, with final blocks of at most `num_columns`."""
-        return CachedPrompts(self, contexts, num_columns)
+        return RotatedQueriesBatch(self, contexts, num_columns)
 
-    def frame(self, size: Size) -> Frame:
+    def frame(self, size: GraphSize) -> GraphInputs:
         """The inputs of passes of one size, kept with their graph if they run from one."""
         if size in self._frames:
             self._frames.move_to_end(size)
             return self._frames[size]
-        frame = Frame(size, self.model.device, self._final(size.prompts, size.columns))
-        if self.use_graphs and size.prompts * size.queries <= GRAPH_TOKENS:
-            while len(self._frames) >= GRAPHS:
+        frame = GraphInputs(size, self.model.device, self._final(size.prompts, size.columns))
+        if self.use_graphs and size.prompts * size.queries <= MAX_GRAPH_TOKENS:
+            while len(self._frames) >= MAX_GRAPHS:
                 self._frames.popitem(last=False)
             self._frames[size] = frame
         return frame
@@ -107,7 +107,7 @@ class QuerySide:
     def width(self, num_prompts: int, num_queries: int) -> int:
         """Columns for the first tokens of final blocks: few different numbers, where a graph is captured."""
         padded = _bucket(num_queries)
-        return padded if self.use_graphs and num_prompts * padded <= GRAPH_TOKENS else num_queries
+        return padded if self.use_graphs and num_prompts * padded <= MAX_GRAPH_TOKENS else num_queries
 
     def programs(self, num_prompts: int, num_queries: int) -> int:
         """Among how many programs to share each prompt's context."""
@@ -120,7 +120,7 @@ class QuerySide:
         half = self._rotations[0].inv_freq.numel()
         return num_programs(rows, heads, shape.head_size, half, shape.torch_dtype, self.model.device)
 
-    def run(self, frame: Frame) -> torch.Tensor:
+    def run(self, frame: GraphInputs) -> torch.Tensor:
         """One forward pass over a frame's inputs; returns logits (B, num_logits, vocabulary)."""
         if frame.size not in self._frames:
             with self._eagerly():
@@ -131,9 +131,11 @@ class QuerySide:
         frame.graph.replay()
         return frame.logits
 
-    def _forward(self, frame: Frame) -> torch.Tensor:
+    def _forward(self, frame: GraphInputs) -> torch.Tensor:
         kinds = {id(rotation): rotation for rotation in self._rotations}
-        turned = {kind: turns(rotation, frame.context.offsets) for kind, rotation in kinds.items()}
+        turned = {
+            kind: build_query_rotation(rotation, frame.context.offsets) for kind, rotation in kinds.items()
+        }
         cached = CachedAttention(
             cache_LS2KD=self.tier.cache_LS2KD,
             final_LBS2KD=frame.final_LBS2KD,
@@ -152,7 +154,7 @@ class QuerySide:
         return logits
 
 
-class CachedPrompts:
+class RotatedQueriesBatch:
     """A batch of prompts whose local blocks are in the device tier, ready for final blocks and decoding.
 
     ::
@@ -162,7 +164,9 @@ class CachedPrompts:
         prompt 1  . f f f f f n n
     """
 
-    def __init__(self, side: QuerySide, contexts: Sequence[Sequence[Key]], num_columns: int) -> None:
+    def __init__(
+        self, side: QueryRotationRunner, contexts: Sequence[Sequence[BlockKey]], num_columns: int
+    ) -> None:
         self._side, self._num_columns = side, num_columns
         self._contexts = contexts
         self._pieces: list[np.ndarray] = []
@@ -171,7 +175,7 @@ class CachedPrompts:
         self._first: list[int] = []
 
     @torch.inference_mode()
-    def advance(
+    def decode_step(
         self,
         new_ids: Sequence[Sequence[int]],
         num_logits: int = 1,
@@ -185,7 +189,7 @@ class CachedPrompts:
             Overtaken: other prompts have begun since.
         """
         if self._first and self._side.running is not self:
-            raise Overtaken
+            raise CacheInvalidated
         self._side.running = self
         side, longest = self._side, max(map(len, new_ids))
         width = longest if self._first else side.width(len(new_ids), longest)
@@ -199,22 +203,22 @@ class CachedPrompts:
             ]
         num_pieces = max(16, _bucket(max(map(len, self._pieces))))
         columns = _columns(self._num_columns)
-        with on_device(side.model.device):
-            frame = side.frame(Size(len(new_ids), width, columns, num_pieces, num_logits, programs))
+        with use_device(side.model.device):
+            frame = side.frame(GraphSize(len(new_ids), width, columns, num_pieces, num_logits, programs))
             frame.fill(new_ids, self._pieces, self._column, self._first, self._context_lens)
             self._column += width
             self._frame = frame  # holds the final blocks until the next call finds them
             return side.run(frame)
 
 
-def _pieces(context: Sequence[Key], tier: DeviceTier, programs: int, reencoded: bool) -> np.ndarray:
+def _pieces(context: Sequence[BlockKey], tier: DeviceTier, programs: int, reencoded: bool) -> np.ndarray:
     """Slot, length, start in its block and offset of every piece of a context: (N, 4) int32.
 
     A context too short for all programs is cut finer. Blocks that are not re-encoded all stand at 0.
     """
     lengths = [num_tokens(key) for key in context]
     offsets = accumulate(lengths, initial=0)
-    piece = min(PIECE, max(64, sum(lengths) // programs // 64 * 64))
+    piece = min(PIECE_LEN, max(64, sum(lengths) // programs // 64 * 64))
     rows = [
         (slot + start, min(piece, length - start), start, offset if reencoded else 0)
         for slot, length, offset in zip(map(tier.slot, context), lengths, offsets, strict=False)

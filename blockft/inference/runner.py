@@ -15,21 +15,21 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from blockft.attention.rotate_queries import SLACK
 from blockft.errors import UserError
-from blockft.inference.block_cache import BlockStore, DamagedBlocks, Found
-from blockft.inference.block_key import Key, KVShape
-from blockft.inference.device_tier import DeviceTier, free_bytes, on_device
+from blockft.inference.block_cache import BlockCache, CacheHit, DamagedBlocks
+from blockft.inference.block_key import BlockKey, KVShape
+from blockft.inference.device_tier import DeviceTier, free_bytes, use_device
 from blockft.inference.disk_tier import CacheModel, DiskTier
 from blockft.inference.host_tier import HostTier
-from blockft.inference.rotate_keys import JoinedPrompts, encode_blocks
-from blockft.inference.rotate_queries import CachedPrompts, QuerySide
+from blockft.inference.rotate_keys import RotatedKeysBatch, prefill_blocks
+from blockft.inference.rotate_queries import QueryRotationRunner, RotatedQueriesBatch
 from blockft.model.fingerprint import model_fingerprint
-from blockft.model.fused_linear import join_projections
-from blockft.model.load import compile_layers, reencodes, rotations
+from blockft.model.fused_linear import fuse_projections
+from blockft.model.load import compile_layers, rotary_embeddings, uses_reencoded_positions
 
 ATTENTION = "block_cached"
 """The backend that reads cached blocks, and encodes them."""
 
-SIDES = ("auto", "key", "query")
+ROTATIONS = ("auto", "key", "query")
 """Ways to read cached blocks; auto is query on a GPU and key elsewhere."""
 
 
@@ -51,17 +51,17 @@ class CacheOptions:
 
 
 @dataclass(frozen=True)
-class Begun:
+class Prefill:
     """A batch of prompts whose final blocks have been read.
 
-    prompts  takes what is generated, by `advance`
+    prompts  takes what is generated, by `decode_step`
     logits   after the last token of every prompt: (B, vocabulary)
     found    where each block of their contexts was; those that had to be encoded are missing
     """
 
-    prompts: JoinedPrompts | CachedPrompts
+    prompts: RotatedKeysBatch | RotatedQueriesBatch
     logits: torch.Tensor
-    found: Mapping[Key, Found]
+    found: Mapping[BlockKey, CacheHit]
 
 
 class BlockRunner:
@@ -88,11 +88,11 @@ class BlockRunner:
         side: str = "auto",
         compile: bool = False,
     ) -> None:
-        if side not in SIDES:
-            raise UserError(f"side is {side!r}, allowed are {', '.join(SIDES)}")
+        if side not in ROTATIONS:
+            raise UserError(f"side is {side!r}, allowed are {', '.join(ROTATIONS)}")
         _check_attends(model)
         self.model = model
-        self._rotations, self._reencoded = rotations(model), reencodes(model.config)
+        self._rotations, self._reencoded = rotary_embeddings(model), uses_reencoded_positions(model.config)
         self._is_cuda, self._is_compiled = model.device.type == "cuda", compile
         cache = cache or CacheOptions()
         uses_query_side = side == "query" or side == "auto" and self._is_cuda
@@ -107,11 +107,11 @@ class BlockRunner:
         host_bytes = cache.host_bytes
         if host_bytes is None:
             host_bytes = free_bytes(torch.device("cpu")) // 4
-        with on_device(model.device):
-            self.store = BlockStore(shape, host=HostTier(host_bytes), device=device, disk=disk)
+        with use_device(model.device):
+            self.store = BlockCache(shape, host=HostTier(host_bytes), device=device, disk=disk)
             self._query_side = None
             if device is not None:
-                self._query_side = QuerySide(
+                self._query_side = QueryRotationRunner(
                     model,
                     self._rotations,
                     device,
@@ -121,13 +121,13 @@ class BlockRunner:
                     eagerly=self._eagerly,
                 )
         if self._is_cuda:
-            join_projections(model)
+            fuse_projections(model)
         if compile:
             compile_layers(model)
 
-    def begin(
-        self, contexts: Sequence[Sequence[Key]], finals: Sequence[Sequence[int]], num_new: int
-    ) -> Begun:
+    def prefill(
+        self, contexts: Sequence[Sequence[BlockKey]], finals: Sequence[Sequence[int]], num_new: int
+    ) -> Prefill:
         """Read each prompt's final block over its context; up to `num_new` tokens may follow.
 
         Raises:
@@ -136,49 +136,49 @@ class BlockRunner:
         keys = list(dict.fromkeys(chain.from_iterable(contexts)))
         begin = self._begin_query_side if self._query_side else self._begin_key_side
         while True:
-            found = self.store.find(keys)
+            found = self.store.lookup(keys)
             try:
-                with on_device(self.model.device):
+                with use_device(self.model.device):
                     return begin(keys, found, contexts, finals, num_new)
             except DamagedBlocks:
                 continue  # an entry less that is trusted each time
 
-    def encode(self, keys: Sequence[Key]) -> int:
+    def prefill_blocks(self, keys: Sequence[BlockKey]) -> int:
         """Put blocks into the host and disk tiers that are in none; returns how many had to be encoded."""
-        found = self.store.find(dict.fromkeys(keys))
+        found = self.store.lookup(dict.fromkeys(keys))
         for at in found.values():
             if at.entry:
                 at.entry.close()
         missing = [key for key in dict.fromkeys(keys) if key not in found]
-        with on_device(self.model.device), self._eagerly():
-            for key, kv in encode_blocks(self.model, missing):
-                self.store.keep(key, kv)
+        with use_device(self.model.device), self._eagerly():
+            for key, kv in prefill_blocks(self.model, missing):
+                self.store.insert(key, kv)
         return len(missing)
 
     def _begin_key_side(
         self,
-        keys: Sequence[Key],
-        found: Mapping[Key, Found],
-        contexts: Sequence[Sequence[Key]],
+        keys: Sequence[BlockKey],
+        found: Mapping[BlockKey, CacheHit],
+        contexts: Sequence[Sequence[BlockKey]],
         finals: Sequence[Sequence[int]],
         num_new: int,
-    ) -> Begun:
+    ) -> Prefill:
         blocks = {key: kv.to(self.model.device) for key, kv in self.store.load(found).items()}
         found = {key: at for key, at in found.items() if key in blocks}
-        for key, kv in encode_blocks(self.model, (key for key in keys if key not in blocks)):
-            self.store.keep(key, kv)
+        for key, kv in prefill_blocks(self.model, (key for key in keys if key not in blocks)):
+            self.store.insert(key, kv)
             blocks[key] = kv
-        prompts = JoinedPrompts(self.model, self._rotations, contexts, blocks, reencoded=self._reencoded)
-        return Begun(prompts, prompts.advance(finals)[:, -1], found)
+        prompts = RotatedKeysBatch(self.model, self._rotations, contexts, blocks, reencoded=self._reencoded)
+        return Prefill(prompts, prompts.decode_step(finals)[:, -1], found)
 
     def _begin_query_side(
         self,
-        keys: Sequence[Key],
-        found: Mapping[Key, Found],
-        contexts: Sequence[Sequence[Key]],
+        keys: Sequence[BlockKey],
+        found: Mapping[BlockKey, CacheHit],
+        contexts: Sequence[Sequence[BlockKey]],
         finals: Sequence[Sequence[int]],
         num_new: int,
-    ) -> Begun:
+    ) -> Prefill:
         side, device = self._query_side, self.store.device
         assert side is not None and device is not None
         new = [key for key in keys if key not in device]
@@ -189,12 +189,12 @@ class BlockRunner:
             missing = [key for key in new if key not in found]
             if missing:
                 with self._eagerly():
-                    for key, kv in encode_blocks(self.model, missing):
+                    for key, kv in prefill_blocks(self.model, missing):
                         device.block(key).copy_(kv)
-                        self.store.keep(key, kv)
+                        self.store.insert(key, kv)
             prompts = side.prompts(contexts, max(map(len, finals)) + num_new)
-            logits = prompts.advance(finals)
-        return Begun(prompts, logits[:, -1], found)
+            logits = prompts.decode_step(finals)
+        return Prefill(prompts, logits[:, -1], found)
 
     def _eagerly(self) -> AbstractContextManager[Any]:
         """Layers run uncompiled within: blocks have as many lengths as there are documents."""

@@ -54,7 +54,7 @@ class TextStream:
         new = certain[self._settled_len :]
         self._settled_len = len(certain)
         if certain == text:
-            self._forget()
+            self._drop_decoded_tokens()
         return self._pass_on(new)
 
     def close(self) -> str:
@@ -69,7 +69,7 @@ class TextStream:
         skipped, kept = (backend.decode([token_id], skip_special_tokens=skip) for skip in (True, False))
         return skipped == "" != kept
 
-    def _forget(self) -> None:
+    def _drop_decoded_tokens(self) -> None:
         """Keep only the tokens since the text was last certain, if they have a text of their own."""
         recent = self._ids[self._num_settled :]
         if text := self._decode(recent):
@@ -83,12 +83,12 @@ class TextStream:
         held = self._held + new
         met = [(start + len(stop), start) for stop in self._stop if (start := held.find(stop)) >= 0]
         self.stopped = bool(met)
-        end = min(met)[1] if met else len(held) if is_last else len(held) - self._num_open(held)
+        end = min(met)[1] if met else len(held) if is_last else len(held) - self._stop_prefix_len(held)
         self._held = "" if met else held[end:]
         self.text += held[:end]
         return held[:end]
 
-    def _num_open(self, text: str) -> int:
+    def _stop_prefix_len(self, text: str) -> int:
         """How many characters at the end of a text are the beginning of a stop string."""
         longest = min(max(map(len, self._stop), default=0), len(text))
         return next((n for n in range(longest, 0, -1) if self._may_become_stop(text[-n:])), 0)

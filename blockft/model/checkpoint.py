@@ -17,16 +17,16 @@ from transformers import PreTrainedModel
 from blockft.attention.layout import Layout
 from blockft.errors import UserError
 from blockft.model.masked_forward import masked_logits
-from blockft.outputs import write_whole
+from blockft.outputs import write_atomic
 
 MARKER = "whole.json"
 """Written last: a checkpoint without it was cut short and does not count."""
 
-PROBE = "probe.safetensors"
+REFERENCE_LOGITS = "probe.safetensors"
 """What the run's model made of a fixed text, for exports to be compared with."""
 
 
-def mark_whole(
+def mark_complete(
     checkpoint: Path,
     *,
     step: int,
@@ -42,11 +42,11 @@ def mark_whole(
     are any: how many `steps`, and the sum of their losses on each rank (`losses`).
     """
     marker = {"step": step, "eval_losses": eval_losses, "eval_due": eval_due, "unlogged": unlogged}
-    write_whole(checkpoint / MARKER, json.dumps({**marker, "facts": facts}, indent=2) + "\n")
+    write_atomic(checkpoint / MARKER, json.dumps({**marker, "facts": facts}, indent=2) + "\n")
 
 
 def read_marker(checkpoint: Path) -> dict[str, Any]:
-    """What `mark_whole` was told of a whole checkpoint: its step, facts and evaluation losses, whether an
+    """What `mark_complete` was told of a whole checkpoint: its step, facts and evaluation losses, whether an
     evaluation is due, and what was not logged yet."""
     return json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
 
@@ -57,12 +57,12 @@ def _checkpoints(run: Path) -> list[Path]:
     return [path for _, path in sorted((int(match[1]), path) for match, path in numbered if match)]
 
 
-def whole_checkpoints(run: Path) -> list[Path]:
+def complete_checkpoints(run: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
     return [path for path in _checkpoints(run) if (path / MARKER).is_file()]
 
 
-def remove_torn(run: Path) -> None:
+def remove_incomplete(run: Path) -> None:
     """Delete the checkpoints not whole: a run that saved into one would mix its shards with old ones."""
     for checkpoint in _checkpoints(run):
         if not (checkpoint / MARKER).is_file():
@@ -71,7 +71,7 @@ def remove_torn(run: Path) -> None:
 
 def best_checkpoint(run: Path) -> Path | None:
     """The whole checkpoint with the lowest evaluation loss: in the block view, if the run has it."""
-    losses = {path: read_marker(path)["eval_losses"] for path in whole_checkpoints(run)}
+    losses = {path: read_marker(path)["eval_losses"] for path in complete_checkpoints(run)}
     evaluated = {
         path: by_view["block"] if "block" in by_view else by_view["full"]
         for path, by_view in losses.items()
@@ -90,26 +90,26 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Path:
         return path
     if not path.is_dir():
         raise UserError(f"{path} is no folder: name a run or one of its checkpoints")
-    if not (whole := whole_checkpoints(path)):
+    if not (whole := complete_checkpoints(path)):
         raise UserError(f"{path} holds no whole checkpoint (a folder checkpoint-N with {MARKER})")
     if not best:
         return whole[-1]
     if found := best_checkpoint(path):
         return found
-    raise UserError(f"{path} was not evaluated, so none is its best checkpoint: set train.eval_examples")
+    raise UserError(f"{path} was not evaluated, so none is its best checkpoint: set train.num_eval_examples")
 
 
-def remove_old(run: Path, keep: int, *, keep_best: bool) -> None:
+def remove_old_checkpoints(run: Path, keep: int, *, keep_best: bool) -> None:
     """Delete all but the newest `keep` whole checkpoints; markers go first, so none is ever half there."""
     best = best_checkpoint(run) if keep_best else None
-    for checkpoint in whole_checkpoints(run)[:-keep]:
+    for checkpoint in complete_checkpoints(run)[:-keep]:
         if checkpoint != best:
             (checkpoint / MARKER).unlink()
             shutil.rmtree(checkpoint)
 
 
 @torch.no_grad()
-def probe_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+def compute_reference_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """The logits (T, vocabulary) of a causal pass over `ids` (T,), computed in float32. All ranks call it.
 
     Whatever type the weights have: a pass of a small model in bfloat16 differs from one in float32 by 3 % of
@@ -153,13 +153,13 @@ def _float32_weights(model: torch.nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def write_probe(checkpoint: Path, ids: torch.Tensor, logits: torch.Tensor) -> None:
-    save_file({"input_ids": ids.contiguous(), "logits": logits.contiguous()}, checkpoint / PROBE)
+def save_reference_logits(checkpoint: Path, ids: torch.Tensor, logits: torch.Tensor) -> None:
+    save_file({"input_ids": ids.contiguous(), "logits": logits.contiguous()}, checkpoint / REFERENCE_LOGITS)
 
 
-def read_probe(checkpoint: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def load_reference_logits(checkpoint: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """The probe's ids (T,) and the run's logits (T, vocabulary)."""
-    tensors = load_file(checkpoint / PROBE)
+    tensors = load_file(checkpoint / REFERENCE_LOGITS)
     return tensors["input_ids"], tensors["logits"]
 
 

@@ -10,11 +10,11 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-TOGETHER = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj")))
+FUSED_PROJECTIONS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj")))
 """Linear layers that read the same input, by their place in a decoder layer; Phi-3 has them joined."""
 
 
-class JoinedLinear:
+class FusedLinear:
     """Several linear layers whose weights stand in one matrix, multiplied once for all of them."""
 
     def __init__(self, linears: Sequence[torch.nn.Linear]) -> None:
@@ -39,10 +39,10 @@ class JoinedLinear:
         return part
 
 
-class LinearPart(torch.nn.Module):
-    """One of the layers of a `JoinedLinear`, in its place; its weights are rows of the joined ones."""
+class FusedLinearSlice(torch.nn.Module):
+    """One of the layers of a `FusedLinear`, in its place; its weights are rows of the joined ones."""
 
-    def __init__(self, joined: JoinedLinear, rows: slice) -> None:
+    def __init__(self, joined: FusedLinear, rows: slice) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(joined.weight[rows], requires_grad=False)
         self.bias = None
@@ -54,17 +54,17 @@ class LinearPart(torch.nn.Module):
         return self._joined.part(x, self._rows)
 
 
-def join_projections(model: PreTrainedModel) -> None:
+def fuse_projections(model: PreTrainedModel) -> None:
     """Put weights that multiply the same input side by side; no number changes, and no memory is taken."""
     for layer in model.base_model.get_submodule("layers").children():
-        for place, names in TOGETHER:
+        for place, names in FUSED_PROJECTIONS:
             module = getattr(layer, place)
             if all(type(getattr(module, name, None)) is torch.nn.Linear for name in names):
-                _join(module, names)
+                _fuse(module, names)
 
 
-def _join(module: torch.nn.Module, names: Sequence[str]) -> None:
+def _fuse(module: torch.nn.Module, names: Sequence[str]) -> None:
     linears = [getattr(module, name) for name in names]
-    joined, start = JoinedLinear(linears), 0
+    joined, start = FusedLinear(linears), 0
     for name, linear in zip(names, linears, strict=True):
-        setattr(module, name, LinearPart(joined, slice(start, start := start + linear.out_features)))
+        setattr(module, name, FusedLinearSlice(joined, slice(start, start := start + linear.out_features)))

@@ -21,16 +21,16 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from blockft.attention.backends import BACKENDS
-from blockft.attention.positions import Rotation
+from blockft.attention.positions import RotaryEmbedding
 from blockft.errors import UserError
-from blockft.model.lora import merged
+from blockft.model.lora import merge_adapter
 from blockft.outputs import RECIPE
-from blockft.progress import is_shown
+from blockft.progress import is_enabled
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3")
+SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3")
 """Values of `config.model_type` for which law 4 is tested."""
 
-ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """RoPE kinds whose frequencies do not depend on the length of the prompt."""
 
 BLOCK_ATTENTION = "block_attention.json"
@@ -53,11 +53,11 @@ IMPLEMENTED: dict[str, tuple[Any, ...]] = {
 
 for _name, _backend in BACKENDS.items():
     AttentionInterface.register(_name, _backend)
-if not is_shown():
+if not is_enabled():
     disable_progress_bar()
 
 
-def dtype_of(name: str, auto: Auto) -> torch.dtype | Auto:
+def parse_dtype(name: str, auto: Auto) -> torch.dtype | Auto:
     """The type of that name; `auto` if that is its name.
 
     Raises:
@@ -68,7 +68,7 @@ def dtype_of(name: str, auto: Auto) -> torch.dtype | Auto:
     return auto if name == "auto" else DTYPES[name]
 
 
-def device_of(name: str | None) -> torch.device:
+def parse_device(name: str | None) -> torch.device:
     """The device of that name, as cpu or cuda:1; the GPU, if there is one, for None.
 
     Raises:
@@ -88,15 +88,16 @@ def check_supported(config: PreTrainedConfig) -> None:
         UserError: another family, RoPE kind, or a variant of a family that attends differently.
     """
     name = config.name_or_path or config.model_type
-    if config.model_type not in FAMILIES:
+    if config.model_type not in SUPPORTED_FAMILIES:
         raise UserError(
-            f"{name}: model type {config.model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
+            f"{name}: model type {config.model_type!r} is not supported; "
+            f"supported: {', '.join(SUPPORTED_FAMILIES)}"
         )
     for kind in sorted({rope["rope_type"] for rope in _rope_parameters(config).values()}):
-        if kind not in ROPE_KINDS:
+        if kind not in SUPPORTED_ROPE_TYPES:
             raise UserError(
                 f"{name}: RoPE kind {kind!r} is not supported (its frequencies depend on the prompt's "
-                f"length); supported: {', '.join(ROPE_KINDS)}"
+                f"length); supported: {', '.join(SUPPORTED_ROPE_TYPES)}"
             )
     for setting in ("attn_logit_softcapping", "use_bidirectional_attention"):
         if getattr(config, setting, None):
@@ -111,7 +112,7 @@ def load_config(path: str, revision: str | None = None) -> PreTrainedConfig:
     Raises:
         UserError: there is no such model, or it is not supported; see `block_attention`.
     """
-    base = adapter_base(path)
+    base = adapter_base_model(path)
     config = _open(AutoConfig, *(base or (path, revision)))
     if base and (entry := Path(path) / BLOCK_ATTENTION).is_file():
         try:
@@ -121,11 +122,11 @@ def load_config(path: str, revision: str | None = None) -> PreTrainedConfig:
         # what is wrong with it is not the base's fault
         config.name_or_path = path
     check_supported(config)
-    block_attention(config)
+    block_attention_config(config)
     return config
 
 
-def block_attention(config: PreTrainedConfig) -> Mapping[str, Any]:
+def block_attention_config(config: PreTrainedConfig) -> Mapping[str, Any]:
     """What an export says of the blocks that it was trained on; nothing if the model is none.
 
     Raises:
@@ -154,7 +155,7 @@ def block_attention(config: PreTrainedConfig) -> Mapping[str, Any]:
     return entry
 
 
-def adapter_base(path: str) -> tuple[str, str | None] | None:
+def adapter_base_model(path: str) -> tuple[str, str | None] | None:
     """The model and revision under the adapter in a folder; None if the folder holds none.
 
     Raises:
@@ -200,12 +201,12 @@ def load_model(
     if random_seed is not None:
         set_seed(random_seed)
         return AutoModelForCausalLM.from_config(config, **settings).eval()
-    base = adapter_base(path)
+    base = adapter_base_model(path)
     model = _open(AutoModelForCausalLM, *(base or (path, revision)), config=config, **settings)
-    return (merged(model, Path(path)) if base else model).eval()
+    return (merge_adapter(model, Path(path)) if base else model).eval()
 
 
-def load_plain(path: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
+def load_full_attention_model(path: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
     """The model as plain transformers opens it, with full attention.
 
     Raises:
@@ -221,13 +222,13 @@ def attention_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
     return tuple(dict.fromkeys(window if kind == "sliding_attention" else None for kind in kinds))
 
 
-def reencodes(config: PreTrainedConfig) -> bool:
+def uses_reencoded_positions(config: PreTrainedConfig) -> bool:
     """Whether cached keys are moved to where their block stands; exports say how the model was trained.
 
     Raises:
         UserError: see `block_attention`.
     """
-    return bool(block_attention(config).get("position_scheme", "reencoded") == "reencoded")
+    return bool(block_attention_config(config).get("position_scheme", "reencoded") == "reencoded")
 
 
 def compile_layers(model: PreTrainedModel) -> None:
@@ -237,11 +238,13 @@ def compile_layers(model: PreTrainedModel) -> None:
         layer.compile(dynamic=False)
 
 
-def rotations(model: PreTrainedModel) -> tuple[Rotation, ...]:
+def rotary_embeddings(model: PreTrainedModel) -> tuple[RotaryEmbedding, ...]:
     """The rotary embedding of each layer, with the frequencies that the model itself computes with."""
     rotary, config = model.base_model.rotary_emb, model.config
     ropes = _rope_parameters(config)
-    per_kind = {kind: Rotation(getattr(rotary, f"{kind}_inv_freq" if kind else "inv_freq")) for kind in ropes}
+    per_kind = {
+        kind: RotaryEmbedding(getattr(rotary, f"{kind}_inv_freq" if kind else "inv_freq")) for kind in ropes
+    }
     if "" in per_kind:
         return (per_kind[""],) * config.num_hidden_layers
     return tuple(per_kind[kind] for kind in config.layer_types)

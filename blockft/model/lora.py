@@ -35,7 +35,7 @@ def add_adapter(
         raise UserError(f"train.lora cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def with_adapter(base: PreTrainedModel, checkpoint: Path, weights: Mapping[str, torch.Tensor]) -> PeftModel:
+def load_adapter(base: PreTrainedModel, checkpoint: Path, weights: Mapping[str, torch.Tensor]) -> PeftModel:
     """The base model under a checkpoint's adapter, whose `weights` are named as in the run."""
     config = LoraConfig.from_pretrained(str(checkpoint))
     config.inference_mode = False
@@ -48,7 +48,7 @@ def with_adapter(base: PreTrainedModel, checkpoint: Path, weights: Mapping[str, 
     return model
 
 
-def merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """The base model with the adapter that a folder holds merged in.
 
     Raises:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from blockft.attention.backends import BlockMasks
-from blockft.attention.layout import Layout, lay_out
-from blockft.model.load import reencodes
+from blockft.attention.backends import AttentionMasks
+from blockft.attention.layout import Layout, build_metadata
+from blockft.model.load import uses_reencoded_positions
 
 
 def masked_logits(
@@ -21,11 +21,11 @@ def masked_logits(
     They are those of the last `logits_to_keep` tokens, of all if it is 0, or of the positions (N,) that it
     lists. The model attends by its own backend, and positions are those that it was trained with.
     """
-    vectors = lay_out(layouts, reencoded=reencodes(model.config)).to(model.device)
+    metadata = build_metadata(layouts, reencoded=uses_reencoded_positions(model.config)).to(model.device)
     logits: torch.Tensor = model(
         input_ids=torch.as_tensor(ids)[None].to(model.device),
-        position_ids=vectors.position_ids,
-        block_masks=BlockMasks(vectors),
+        position_ids=metadata.position_ids,
+        block_masks=AttentionMasks(metadata),
         use_cache=False,
         logits_to_keep=logits_to_keep,
     ).logits

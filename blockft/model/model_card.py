@@ -36,7 +36,7 @@ blockft generate ... --input prompts.jsonl               # block attention
 """
 
 
-def model_card(
+def build_model_card(
     *,
     base: str,
     version: str,

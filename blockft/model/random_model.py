@@ -42,7 +42,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 STD = 0.02
 
 
-def shape_config(name: str) -> PreTrainedConfig:
+def load_shape_config(name: str) -> PreTrainedConfig:
     """The configuration of a shape.
 
     Raises:
@@ -60,7 +60,9 @@ def weight_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def random_model(config: PreTrainedConfig, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def build_random_model(
+    config: PreTrainedConfig, *, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
     """A model made on the device, with attention over cached blocks.
 
     Layers write into the residual stream less the deeper they lie, 1 / sqrt(2 * depth), and embeddings have

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from blockft.data.rag_prompt import Document
-from blockft.data.request import document_of
+from blockft.data.request import parse_document
 from blockft.data.sample import RecordError
 from blockft.errors import UserError
-from blockft.inference.block_key import Key, digest
+from blockft.inference.block_key import BlockKey, key_digest
 from blockft.inference.disk_tier import DiskTier
 from blockft.inference.engine import Engine
 from blockft.progress import progress
-from blockft.stages.generate import CacheWords, open_engine
+from blockft.stages.generate import CacheArguments, open_engine
 from blockft.units import format_bytes
 
 BATCH = 64
@@ -29,7 +29,7 @@ STDIN = Path("-")
 
 
 @dataclass(frozen=True)
-class Line:
+class CorpusLine:
     """A document of a corpus; `at` names its place there."""
 
     at: str
@@ -44,7 +44,7 @@ class Corpus:
     name: Path
     file: BinaryIO
 
-    def lines(self) -> Iterator[Line]:
+    def lines(self) -> Iterator[CorpusLine]:
         """Every document, from the first one on.
 
         Raises:
@@ -57,14 +57,14 @@ class Corpus:
             at = f"{self.name}, line {number}"
             try:
                 record: Any = json.loads(line)
-                yield Line(at, len(line), document_of(record))
+                yield CorpusLine(at, len(line), parse_document(record))
             except RecordError as error:
                 raise UserError(f"{at}: {error}") from error
             except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or a number without end
                 raise UserError(f"{at} is not JSON: {error}") from error
 
 
-def build(model: str, corpus: Path, cache: CacheWords) -> None:
+def build(model: str, corpus: Path, cache: CacheArguments) -> None:
     """Encode every document of `corpus`, a file or - for standard input, into the folder of a cache.
 
     What the folder holds already is passed over, so a build that was interrupted goes on.
@@ -87,7 +87,7 @@ def build(model: str, corpus: Path, cache: CacheWords) -> None:
         num_encoded = 0
         with progress("encode", num_bytes) as advance:
             for keys, part in _new_blocks(engine, opened, names):
-                num_encoded += engine.runner.encode(keys)
+                num_encoded += engine.runner.prefill_blocks(keys)
                 engine.close()
                 if disk.statistics.entries_lost:
                     raise UserError(
@@ -97,7 +97,7 @@ def build(model: str, corpus: Path, cache: CacheWords) -> None:
                 advance(part)
     print(f"{len(names):,} blocks, {num_encoded:,} of them encoded now, in {cache.folder}")
     if evicted := disk.statistics.entries_evicted:
-        if gone := len(names - disk.names()):
+        if gone := len(names - disk.digests()):
             raise UserError(
                 f"{gone:,} of these blocks had to make way for others: allow more by --cache-bytes, and "
                 "go on by the same command"
@@ -120,18 +120,18 @@ def _check_budget(engine: Engine, disk: DiskTier, corpus: Corpus, num_bytes: int
         )
 
 
-def _new_blocks(engine: Engine, corpus: Corpus, names: set[str]) -> Iterator[tuple[list[Key], int]]:
+def _new_blocks(engine: Engine, corpus: Corpus, names: set[str]) -> Iterator[tuple[list[BlockKey], int]]:
     """Blocks of a few documents, without those in `names`, to which they are added; bytes of their lines."""
     lines = corpus.lines()
     batch_size = 1  # the first one alone, for a folder that takes nothing shows by it
     while batch := list(islice(lines, batch_size)):
-        blocks = {digest(key): key for key in _keys(engine, batch)}
+        blocks = {key_digest(key): key for key in _keys(engine, batch)}
         yield [key for name, key in blocks.items() if name not in names], sum(x.num_bytes for x in batch)
         names.update(blocks)
         batch_size = BATCH
 
 
-def _keys(engine: Engine, lines: Sequence[Line]) -> list[Key]:
+def _keys(engine: Engine, lines: Sequence[CorpusLine]) -> list[BlockKey]:
     """The blocks of documents, which are told apart only if one of them is unfit."""
     try:
         return engine.document_keys([line.document for line in lines])

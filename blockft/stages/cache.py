@@ -14,7 +14,7 @@ from rich.table import Column, Table
 
 from blockft.errors import UserError
 from blockft.inference.cache_entry import CacheModel, DamagedEntry, Entry
-from blockft.inference.cache_folder import CacheFolder, Stored
+from blockft.inference.cache_folder import CacheFolder, StoredEntry
 from blockft.progress import track
 from blockft.units import format_bytes, parse_bytes
 
@@ -45,7 +45,7 @@ def stats(folder: Path, *, as_json: bool = False) -> None:
     print(f"{total['entries']:,} entries, {format_bytes(total['bytes'])}")
 
 
-def verify(folder: Path, *, remove: bool = False, as_json: bool = False) -> None:
+def verify_cache(folder: Path, *, remove: bool = False, as_json: bool = False) -> None:
     """Compare every checksum of every entry, and print which do not fit; with `remove` these go.
 
     Raises:
@@ -111,7 +111,7 @@ def _opened(folder: Path) -> Iterator[CacheFolder]:
         raise UserError(f"{error.filename or folder} cannot be used: {error.strerror}") from error
 
 
-def _describe(model: CacheModel, entries: list[Stored]) -> dict[str, Any]:
+def _describe(model: CacheModel, entries: list[StoredEntry]) -> dict[str, Any]:
     times = [datetime.fromtimestamp(entry.used_at, UTC).isoformat(timespec="seconds") for entry in entries]
     return {
         "name": model.name,
@@ -125,7 +125,7 @@ def _describe(model: CacheModel, entries: list[Stored]) -> dict[str, Any]:
     }
 
 
-def _damage(entry: Stored, model: CacheModel) -> DamagedEntry | None:
+def _damage(entry: StoredEntry, model: CacheModel) -> DamagedEntry | None:
     try:
         with Entry(entry.path, model) as opened:
             opened.check()

@@ -12,7 +12,7 @@ from rich.table import Table
 from blockft.errors import UserError
 from blockft.evaluation.metrics import METRICS
 from blockft.evaluation.report import REPEATED, check_report
-from blockft.evaluation.report_render import TITLES, cell, draw
+from blockft.evaluation.report_render import TITLES, draw_scores, format_score
 from blockft.outputs import save_figure
 from blockft.stages.evaluate import METRIC, REPORT
 
@@ -32,12 +32,12 @@ def compare(
     """
     if metric not in METRICS:
         raise UserError(f"--metric is {metric!r}, allowed are {', '.join(METRICS)}")
-    reports = {name: _read(path) for name, path in _named(paths).items()}
+    reports = {name: _read(path) for name, path in _name_reports(paths).items()}
     columns = {f"{m} {name}": groups for name, r in reports.items() for m, groups in _scores(r).items()}
     rows = _rows(list(reports.values()))
     differing = _differing(reports)
     if png:
-        save_figure(draw(columns, rows, metric), png)
+        save_figure(draw_scores(columns, rows, metric), png)
     if as_json:
         scores = {name: {group: c[group] for group in rows} for name, c in columns.items()}
         print(json.dumps({"metric": metric, "scores": scores, "differing options": differing}, indent=2))
@@ -45,7 +45,7 @@ def compare(
         _print(columns, rows, metric, differing)
 
 
-def _named(paths: Sequence[Path]) -> dict[str, Path]:
+def _name_reports(paths: Sequence[Path]) -> dict[str, Path]:
     """The reports by name: that of their folder, unless several bear it.
 
     Raises:
@@ -83,7 +83,7 @@ def _print(columns: dict[str, Any], rows: list[str], metric: str, differing: dic
     table = Table("questions", "number", *columns, title=TITLES[metric])
     for group in rows:
         numbers = {groups[group]["questions"] for groups in columns.values()}
-        scores = (cell(groups[group], metric).replace(" [", "\n[") for groups in columns.values())
+        scores = (format_score(groups[group], metric).replace(" [", "\n[") for groups in columns.values())
         table.add_row(group, " / ".join(map(str, sorted(numbers))), *scores)
     console = Console()
     console.print(table)

@@ -15,30 +15,30 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from blockft import __version__
-from blockft.config.settings import BadRecord, Positions, Recipe, Retrieve, Source, TooLong
-from blockft.data.sample import Sample, to_record
-from blockft.data.sources import LAYOUTS
-from blockft.data.tokenizer import fingerprint
+from blockft.config.settings import BadRecordPolicy, Positions, Recipe, Retriever, Source, TooLongPolicy
+from blockft.data.sample import Sample, sample_to_record
+from blockft.data.sources import SOURCE_FORMATS
+from blockft.data.tokenizer import tokenizer_fingerprint
 from blockft.errors import UserError
 from blockft.evaluation.answers import (
     TOO_LONG,
     AnswerFile,
-    Asked,
+    EncodedQuestions,
     answer_batch,
+    build_predictions,
     encode_questions,
     plan_batches,
-    predictions,
 )
 from blockft.evaluation.metrics import METRICS
 from blockft.evaluation.report import DIFFERENCE, Prediction, build_report, histogram
-from blockft.evaluation.report_render import cell, draw, markdown
+from blockft.evaluation.report_render import draw_scores, format_score, report_markdown
 from blockft.inference.engine import Engine
 from blockft.inference.runner import CacheOptions
 from blockft.model.fingerprint import model_fingerprint
-from blockft.model.load import dtype_of, reencodes
-from blockft.outputs import partial_folder, refuse_existing, save_figure, whole_folder
+from blockft.model.load import parse_dtype, uses_reencoded_positions
+from blockft.outputs import atomic_folder, check_absent, resumable_folder, save_figure
 from blockft.progress import track
-from blockft.stages.questions import read_questions, revision_of
+from blockft.stages.questions import model_revision, read_questions
 
 REPORT = "report.json"
 METRIC = "substring_match"
@@ -49,29 +49,30 @@ SOURCES = "sources"
 
 
 def evaluate(model: str, recipe: Recipe, *, as_json: bool = False) -> Path:
-    """Answer the questions of `eval.sources`; write the report and each mode's predictions to `eval.out`.
+    """Answer the questions of `eval.sources`; write report and predictions to `eval.output_dir`.
 
     Answers are kept beside it batch by batch: after a kill the same command goes on, and the report is that
     of an evaluation that was never killed.
 
     Raises:
-        UserError: the recipe has no `eval`; `eval.out` exists, or was begun otherwise; a question without
+        UserError: the recipe has no `eval`; `eval.output_dir` exists, or was begun otherwise; a question
+            without
             answers; none that fits into the model; see `revision_of` and `Engine.load`.
         KeyboardInterrupt: after it was said that the same command goes on.
     """
     settings = recipe.eval
     if settings is None:
-        raise UserError("the recipe has no eval: add eval.out and eval.sources")
-    out = Path(settings.out)
-    refuse_existing(out, "choose another eval.out")
-    revision = revision_of(model, recipe)
+        raise UserError("the recipe has no eval: add eval.output_dir and eval.sources")
+    out = Path(settings.output_dir)
+    check_absent(out, "choose another eval.output_dir")
+    revision = model_revision(model, recipe)
     samples, dropped = read_questions(recipe)
-    dtype = dtype_of(recipe.model.dtype, None)
+    dtype = parse_dtype(recipe.model.dtype, None)
     # blocks are used within a batch, which the first tier holds
     cache = CacheOptions(host_bytes=0) if torch.cuda.is_available() else None
     engine = Engine.load(model, revision=revision, dtype=dtype, cache=cache)
     console = Console(stderr=True)
-    if recipe.data.positions is Positions.local and reencodes(engine.model.config):
+    if recipe.data.positions is Positions.local and uses_reencoded_positions(engine.model.config):
         said = "data.positions=local has no effect here: the model does not say that it was trained so"
         console.print(said, soft_wrap=True)
     asked = _encode(engine, samples, recipe, console)
@@ -79,7 +80,7 @@ def evaluate(model: str, recipe: Recipe, *, as_json: bool = False) -> Path:
     options["records dropped"] = dict(sorted((asked.dropped + Counter(dropped)).items()))
     facts = {name: value for name, value in options.items() if name != SOURCES}
     try:
-        with partial_folder(out, facts) as partial:
+        with resumable_folder(out, facts) as partial:
             answered = {
                 mode.value: _answer(engine, asked, mode.value, recipe, partial, console)
                 for mode in dict.fromkeys(settings.modes)
@@ -96,7 +97,7 @@ def evaluate(model: str, recipe: Recipe, *, as_json: bool = False) -> Path:
     return out
 
 
-def _encode(engine: Engine, samples: list[Sample], recipe: Recipe, console: Console) -> Asked:
+def _encode(engine: Engine, samples: list[Sample], recipe: Recipe, console: Console) -> EncodedQuestions:
     """The questions that fit, with their prompts; what is left out is said.
 
     Raises:
@@ -107,8 +108,8 @@ def _encode(engine: Engine, samples: list[Sample], recipe: Recipe, console: Cons
         engine,
         track(samples, "prompts"),
         recipe.eval.max_new_tokens,
-        trims=recipe.data.too_long is TooLong.trim,
-        skip_bad=recipe.data.on_bad_record is BadRecord.skip,
+        trim=recipe.data.too_long is TooLongPolicy.trim,
+        skip_bad=recipe.data.on_bad_record is BadRecordPolicy.skip,
     )
     if not asked.samples:
         raise UserError(f"no question fits: {asked.first_long or next(iter(asked.dropped))}")
@@ -118,11 +119,11 @@ def _encode(engine: Engine, samples: list[Sample], recipe: Recipe, console: Cons
     return asked
 
 
-def _options(recipe: Recipe, engine: Engine, asked: Asked, revision: str | None) -> dict[str, Any]:
+def _options(recipe: Recipe, engine: Engine, asked: EncodedQuestions, revision: str | None) -> dict[str, Any]:
     """Everything that decides an answer."""
     settings, data = recipe.eval, recipe.data
     assert settings
-    worded = any(LAYOUTS[source.format].question for source in settings.sources)
+    worded = any(SOURCE_FORMATS[source.format].question for source in settings.sources)
     wording = {
         "wording of the instruction": data.prompt.instruction,
         "wording of a document": data.prompt.document,
@@ -130,12 +131,14 @@ def _options(recipe: Recipe, engine: Engine, asked: Asked, revision: str | None)
         "message of the documents": data.prompt.documents_in.value,
         "order of documents": data.order.value,
     }
-    questions = "".join(json.dumps(to_record(sample), sort_keys=True) + "\n" for sample in asked.samples)
+    questions = "".join(
+        json.dumps(sample_to_record(sample), sort_keys=True) + "\n" for sample in asked.samples
+    )
     return {
         "revision": revision,
         "model fingerprint": model_fingerprint(engine.model),
-        "tokenizer fingerprint": fingerprint(engine.tokenizer),
-        "positions of blocks": "reencoded" if reencodes(engine.model.config) else "local",
+        "tokenizer fingerprint": tokenizer_fingerprint(engine.tokenizer),
+        "positions of blocks": "reencoded" if uses_reencoded_positions(engine.model.config) else "local",
         "dtype": str(engine.model.dtype).removeprefix("torch."),
         "device": engine.model.device.type,
         "output limit, tokens": settings.max_new_tokens,
@@ -158,12 +161,12 @@ def _options(recipe: Recipe, engine: Engine, asked: Asked, revision: str | None)
 
 def _describe(source: Source, dense_model: str) -> dict[str, Any]:
     """What the report says of a source."""
-    searched = {"dense_model": dense_model} if source.retrieve is Retrieve.dense else {}
+    searched = {"dense_model": dense_model} if source.retrieve is Retriever.dense else {}
     return asdict(source) | {"format": source.format.value, "retrieve": source.retrieve.value} | searched
 
 
 def _answer(
-    engine: Engine, asked: Asked, mode: str, recipe: Recipe, folder: Path, console: Console
+    engine: Engine, asked: EncodedQuestions, mode: str, recipe: Recipe, folder: Path, console: Console
 ) -> list[Prediction]:
     """The predictions of a mode; what `folder` holds of them already is not asked again."""
     assert recipe.eval
@@ -171,17 +174,17 @@ def _answer(
     answers = AnswerFile(folder / f"answers-{mode}.jsonl", plan_batches(samples, recipe.eval.batch_size))
     if answers.done:
         console.print(f"{mode} mode: going on after {len(answers.done)} of {len(samples)} answers")
-    for batch in track(answers.left, f"{mode} mode"):
+    for batch in track(answers.remaining_batches, f"{mode} mode"):
         answers.add(answer_batch(engine, asked.prompts, batch, mode=mode, max_new_tokens=limit))
-    return predictions(samples, answers.done, limit)
+    return build_predictions(samples, answers.done, limit)
 
 
 def _write(out: Path, report: dict[str, Any], answered: Mapping[str, list[Prediction]]) -> None:
-    with whole_folder(out) as draft:
+    with atomic_folder(out) as draft:
         (draft / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        (draft / "report.md").write_text(markdown(report), encoding="utf-8")
+        (draft / "report.md").write_text(report_markdown(report), encoding="utf-8")
         modes = report["modes"]
-        save_figure(draw(modes, list(next(iter(modes.values()))), METRIC), draft / "report.png")
+        save_figure(draw_scores(modes, list(next(iter(modes.values()))), METRIC), draft / "report.png")
         for mode, some in answered.items():
             lines = (json.dumps(p.to_record(), ensure_ascii=False) + "\n" for p in some)
             (draft / f"predictions-{mode}.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -202,6 +205,6 @@ def _print(report: dict[str, Any]) -> None:
     columns = report["modes"] | ({DIFFERENCE: report[DIFFERENCE]} if DIFFERENCE in report else {})
     for mode, groups in columns.items():
         for group, scores in groups.items():
-            cells = [cell(scores, name, signed=mode == DIFFERENCE) for name in METRICS]
+            cells = [format_score(scores, name, signed=mode == DIFFERENCE) for name in METRICS]
             table.add_row(mode, group, str(scores["questions"]), *(c.replace(" [", "\n[") for c in cells))
     Console().print(table)

@@ -11,13 +11,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from blockft import __version__
 from blockft.config.recipe import load_recipe
-from blockft.config.settings import Precision, Recipe
+from blockft.config.settings import DType, Recipe
 from blockft.errors import UserError
-from blockft.model.checkpoint import consolidate, find_checkpoint, read_marker, read_probe
-from blockft.model.load import BLOCK_ATTENTION, DTYPES, adapter_base, dtype_of, load_plain
-from blockft.model.lora import with_adapter
-from blockft.model.model_card import model_card
-from blockft.outputs import DATA, RECIPE, read_metrics, refuse_existing, whole_folder
+from blockft.model.checkpoint import consolidate, find_checkpoint, load_reference_logits, read_marker
+from blockft.model.load import (
+    BLOCK_ATTENTION,
+    DTYPES,
+    adapter_base_model,
+    load_full_attention_model,
+    parse_dtype,
+)
+from blockft.model.lora import load_adapter
+from blockft.model.model_card import build_model_card
+from blockft.outputs import DATA, RECIPE, atomic_folder, check_absent, read_metrics
 from blockft.units import parse_bytes
 
 EXACT, ROUNDED = 1e-5, 2e-2
@@ -40,7 +46,7 @@ def export(
         UserError: no whole checkpoint; `out` exists; an unknown type or size; no adapter where only that is
             wanted; a full disk. Nothing is left behind.
     """
-    refuse_existing(out, "choose another folder")
+    check_absent(out, "choose another folder")
     shard_bytes = parse_bytes(max_shard_size)
     checkpoint = find_checkpoint(path, best=best)
     facts = read_marker(checkpoint)["facts"]
@@ -52,9 +58,9 @@ def export(
     recipe = load_recipe(str(checkpoint.parent / RECIPE))
     console = Console(stderr=True)
     console.print(f"gathering the weights of {checkpoint}")
-    with whole_folder(out) as draft:
+    with atomic_folder(out) as draft:
         if adapter_only:
-            adapted = with_adapter(
+            adapted = load_adapter(
                 _empty(checkpoint, recipe, kind), checkpoint, consolidate(checkpoint, kind)
             )
             adapted.save_pretrained(str(draft))
@@ -82,9 +88,9 @@ def export(
 
 def _dtype(name: str, trained_in: torch.dtype) -> torch.dtype:
     """The type asked for; `auto` is the one that the run computed in."""
-    if name not in Precision.__members__:
-        raise UserError(f"--dtype is {name!r}, allowed are {', '.join(Precision.__members__)}")
-    return dtype_of(name, trained_in)
+    if name not in DType.__members__:
+        raise UserError(f"--dtype is {name!r}, allowed are {', '.join(DType.__members__)}")
+    return parse_dtype(name, trained_in)
 
 
 def _block_attention(recipe: Recipe) -> dict[str, Any]:
@@ -115,8 +121,8 @@ def _whole(checkpoint: Path, recipe: Recipe, dtype: torch.dtype) -> PreTrainedMo
 
 def _merged(checkpoint: Path, recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
     """The base model of a run with the run's adapter merged into its weights, in float32 before rounding."""
-    base = load_plain(recipe.model.path, recipe.model.revision, torch.float32)
-    adapted = with_adapter(base, checkpoint, consolidate(checkpoint, torch.float32))
+    base = load_full_attention_model(recipe.model.path, recipe.model.revision, torch.float32)
+    adapted = load_adapter(base, checkpoint, consolidate(checkpoint, torch.float32))
     return adapted.merge_and_unload().to(dtype)
 
 
@@ -129,7 +135,7 @@ def _empty(checkpoint: Path, recipe: Recipe, dtype: torch.dtype) -> PreTrainedMo
 
 
 def _card(checkpoint: Path, recipe: Recipe) -> str:
-    return model_card(
+    return build_model_card(
         base=recipe.model.path,
         version=__version__,
         step=read_marker(checkpoint)["step"],
@@ -145,10 +151,12 @@ def _compare(draft: Path, checkpoint: Path) -> float:
 
     Both are computed in float32 from weights of whatever type.
     """
-    ids, expected = read_probe(checkpoint)
-    if base := adapter_base(str(draft)):
+    ids, expected = load_reference_logits(checkpoint)
+    if base := adapter_base_model(str(draft)):
         # transformers' own reader of adapters does not know all kinds (DoRA)
-        model: torch.nn.Module = PeftModel.from_pretrained(load_plain(*base, torch.float32), draft)
+        model: torch.nn.Module = PeftModel.from_pretrained(
+            load_full_attention_model(*base, torch.float32), draft
+        )
     else:
         model = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.float32)
     logits = model(input_ids=ids[None], use_cache=False).logits[0]

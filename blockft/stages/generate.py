@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypedDict
 
-from blockft.config.settings import PromptSettings, View
+from blockft.config.settings import Mode, PromptSettings
 from blockft.data.rag_prompt import RagPrompt
 from blockft.data.sample import Sample
 from blockft.errors import UserError
@@ -23,7 +23,7 @@ from blockft.units import parse_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheWords:
+class CacheArguments:
     """The block cache as the command line spells it; see `CacheOptions`."""
 
     folder: Path | None = None
@@ -52,11 +52,11 @@ class _Settings(TypedDict):
     stop: Sequence[str]
 
 
-def open_engine(model: str, cache: CacheWords, *, compile: bool = False) -> Engine:
+def open_engine(model: str, cache: CacheArguments, *, compile: bool = False) -> Engine:
     """A model with its block cache; one that does not say how it is asked is asked as recipes do by default.
 
     Raises:
-        UserError: see `CacheWords` and `Engine`.
+        UserError: see `CacheArguments` and `Engine`.
     """
     engine = Engine.load(model, cache=cache.options(), compile=compile)
     if engine.prompt is None:
@@ -76,12 +76,12 @@ def generate(
     top_p: float = 1,
     seed: int = 0,
     stop: Sequence[str] = (),
-    trims: bool = False,
+    trim: bool = False,
     batch_size: int = 1,
-    streams: bool = False,
+    stream: bool = False,
     as_json: bool = False,
     compile: bool = False,
-    cache: CacheWords | None = None,
+    cache: CacheArguments | None = None,
 ) -> None:
     """Answer every line of `source`, a request as `data.request` reads it; all are read before the first one.
 
@@ -89,17 +89,17 @@ def generate(
         UserError: an unknown mode; settings that do not go together; a line that is no request, by its
             number, or is too long; see `open_engine`.
     """
-    if mode not in View.__members__:
-        raise UserError(f"--mode is {mode!r}, allowed are {', '.join(View.__members__)}")
-    if streams and (as_json or batch_size > 1):
+    if mode not in Mode.__members__:
+        raise UserError(f"--mode is {mode!r}, allowed are {', '.join(Mode.__members__)}")
+    if stream and (as_json or batch_size > 1):
         raise UserError("--stream writes one text after the other: leave out --json and --batch-size")
-    if mode == View.full and cache and cache.folder:
+    if mode == Mode.full and cache and cache.folder:
         raise UserError("--mode full has no blocks to keep or to reuse: leave out --cache")
     Sampler(temperature, top_p, seed)
     lines = _lines(source)
-    engine = open_engine(model, cache or CacheWords(), compile=compile)
+    engine = open_engine(model, cache or CacheArguments(), compile=compile)
     prompts = [_prompt(line, engine, f"{source}, line {number}") for number, line in lines]
-    ids = [engine.encode(prompt, max_new_tokens, trims=trims) for prompt in prompts]
+    ids = [engine.encode(prompt, max_new_tokens, trim=trim) for prompt in prompts]
     answers: list[Answer] = []
     with progress("answers", len(prompts), beside_results=True) as advance:
         for start in range(0, len(prompts), batch_size):
@@ -107,7 +107,7 @@ def generate(
             sampler = Sampler(temperature, top_p, seed + start)
             batch = ids[start : start + batch_size]
             settings = _Settings(mode=mode, max_new_tokens=max_new_tokens, sampler=sampler, stop=stop)
-            if streams:
+            if stream:
                 answers.append(_stream(engine, batch[0], settings))
             else:
                 new = engine.generate_ids(batch, **settings)

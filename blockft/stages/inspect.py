@@ -11,8 +11,8 @@ from rich.table import Column, Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from blockft.attention.mask import dense_mask
-from blockft.data.encoder import NO_LABEL, Example
+from blockft.attention.mask import example_mask
+from blockft.data.encoder import IGNORE_INDEX, Example
 from blockft.data.prepared import load_prepared
 from blockft.errors import UserError
 from blockft.model.load import load_tokenizer
@@ -51,7 +51,7 @@ def _decode(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:
 def _describe(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {
         "id": example.sample_ids[0] if len(example.sample_ids) == 1 else list(example.sample_ids),
-        "view": "block" if example.splits else "full",
+        "view": "block" if example.has_local_blocks else "full",
         "blocks": [_decode(block, tokenizer) for block in example.blocks],
         "block_lengths": list(example.block_lengths),
         "num_final": example.num_final,
@@ -65,7 +65,7 @@ def _colour(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
         f"{', '.join(example.sample_ids)}: {len(example):,} tokens in {len(example.block_lengths)} blocks\n\n"
     )
     first_final = len(example.block_lengths) - example.num_final
-    labelled = np.split(example.labels != NO_LABEL, np.cumsum(example.block_lengths)[:-1])
+    labelled = np.split(example.labels != IGNORE_INDEX, np.cumsum(example.block_lengths)[:-1])
     for number, (block, is_label) in enumerate(zip(example.blocks, labelled, strict=True)):
         style = Style(color=COLOURS[number % len(COLOURS)], bold=number >= first_final)
         text.append(f"[{number}: {len(block)}]", Style(dim=True))
@@ -94,6 +94,6 @@ def _draw(example: Example, png: Path) -> None:
 
     figure = Figure(figsize=(6, 6), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(dense_mask(example.block_lengths, example.num_final), cmap="Greys", interpolation="nearest")
+    axes.imshow(example_mask(example.block_lengths, example.num_final), cmap="Greys", interpolation="nearest")
     axes.set(xlabel="key token", ylabel="query token", title=f"{len(example.block_lengths)} blocks")
     save_figure(figure, png)

@@ -16,32 +16,32 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from blockft.config.settings import BadRecord, DataSettings, Recipe, Source, TooLong
-from blockft.data.encoder import NO_LABEL, Encoder, Example
-from blockft.data.fit import Outcome, encode_to_fit, share_context
-from blockft.data.packing import fill, list_items, plan_rows
+from blockft.config.settings import BadRecordPolicy, DataSettings, Recipe, Source, TooLongPolicy
+from blockft.data.encoder import IGNORE_INDEX, Encoder, Example
+from blockft.data.fit import EncodedSample, encode_samples, share_contexts
+from blockft.data.packing import fill_ratio, list_example_modes, plan_rows
 from blockft.data.parallel import map_in_order
-from blockft.data.prepared import MANIFEST, Writer, is_unfinished
+from blockft.data.prepared import MANIFEST, PreparedWriter, is_incomplete
 from blockft.data.sample import Sample
-from blockft.data.sources import Tally
-from blockft.data.split import CUT_FORMATS, cut_sample
-from blockft.data.tokenizer import fingerprint
+from blockft.data.sources import RecordCounts
+from blockft.data.split import SPLIT_FORMATS, split_sample
+from blockft.data.tokenizer import tokenizer_fingerprint
 from blockft.errors import UserError
 from blockft.evaluation.report import histogram
 from blockft.model.load import load_tokenizer
-from blockft.outputs import refuse_existing, whole_folder
-from blockft.progress import is_shown
+from blockft.outputs import atomic_folder, check_absent
+from blockft.progress import is_enabled
 from blockft.stages.source_settings import check_effect, check_wording, read_source
 
 TASK_SAMPLES = 64
 """Samples that a worker encodes at a time."""
 
-NOT_IN_MANIFEST = ("out", "num_workers", "positions")
+NOT_IN_MANIFEST = ("output_dir", "num_workers", "positions")
 """Settings that do not change what is written (law 12)."""
 
 
 @dataclasses.dataclass
-class Statistics:
+class ExampleStatistics:
     """What the examples look like."""
 
     lengths: list[int] = dataclasses.field(default_factory=list)
@@ -51,13 +51,13 @@ class Statistics:
 
     def add(self, example: Example) -> None:
         self.lengths.append(len(example))
-        self.splits.append(example.splits)
+        self.splits.append(example.has_local_blocks)
         self.num_blocks.append(len(example.block_lengths))
-        self.num_labels += int((example.labels != NO_LABEL).sum())
+        self.num_labels += int((example.labels != IGNORE_INDEX).sum())
 
 
 @dataclasses.dataclass
-class SourceCount(Tally):
+class SourceStatistics(RecordCounts):
     """A source's tally, and what is known only once its samples are encoded."""
 
     templated: int = 0
@@ -66,7 +66,7 @@ class SourceCount(Tally):
     # apart from `bad_records`: how far reading is ahead of encoding depends on the workers (law 12)
     unfit_samples: list[str] = dataclasses.field(default_factory=list)
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, outcome: EncodedSample) -> None:
         if not outcome.dropped:
             self.kept += 1
             self.templated += bool(outcome.sample.templated)
@@ -80,41 +80,41 @@ class SourceCount(Tally):
 
 
 def prepare(recipe: Recipe, overwrite: bool = False) -> Path:
-    """Write the prepared folder `data.out` and print a summary.
+    """Write the prepared folder `data.output_dir` and print a summary.
 
     Raises:
         UserError: the folder exists, a source or the tokenizer is missing or unfit, no example is left.
     """
     start = time.monotonic()
-    data, out = recipe.data, Path(recipe.data.out)
+    data, out = recipe.data, Path(recipe.data.output_dir)
     _check_out(out, overwrite)
     check_wording(data.prompt)
     check_effect(data)
     # workers are forked, and the tokenizer's threads would not survive that
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    counts = [SourceCount() for _ in data.sources]
+    counts = [SourceStatistics() for _ in data.sources]
     sources = [_read_copies(s, data, count) for s, count in zip(data.sources, counts, strict=True)]
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
     encoder = Encoder(tokenizer)
-    statistics = Statistics()
-    with whole_folder(out, replace=True) as draft, Writer(draft) as writer:
-        kept = _keep(_encode(encoder, data, sources), counts, writer)
+    statistics = ExampleStatistics()
+    with atomic_folder(out, replace=True) as draft, PreparedWriter(draft) as writer:
+        kept = _write_examples(_encode(encoder, data, sources), counts, writer)
         if data.shared_context:
-            kept = share_context(kept, data.row_len, data.questions_per_context)
+            kept = share_contexts(kept, data.row_len, data.questions_per_context)
         for example in kept:
             writer.add_example(example)
             statistics.add(example)
         if not statistics.lengths:
             raise UserError(_nothing_left(data, counts))
-        writer.finish(_facts(recipe, fingerprint(tokenizer), counts, statistics))
+        writer.finish(_manifest(recipe, tokenizer_fingerprint(tokenizer), counts, statistics))
     _log(out, time.monotonic() - start, data.num_workers)
     _print_summary(out, recipe, counts, statistics)
     return out
 
 
-def _read_copies(source: Source, data: DataSettings, count: SourceCount) -> Iterator[Sample]:
+def _read_copies(source: Source, data: DataSettings, count: SourceStatistics) -> Iterator[Sample]:
     """The samples of a source as often as there are copies, each time by another seed; see `read_source`."""
-    tallies = [Tally() for _ in range(data.copies)]
+    tallies = [RecordCounts() for _ in range(data.copies)]
     copies = [
         read_source(source, dataclasses.replace(data, seed=data.seed + number), tally)
         for number, tally in enumerate(tallies)
@@ -123,7 +123,7 @@ def _read_copies(source: Source, data: DataSettings, count: SourceCount) -> Iter
     def samples() -> Iterator[Sample]:
         for copy, tally in zip(copies, tallies, strict=True):
             yield from copy
-            count.include(tally)
+            count.merge(tally)
 
     return samples()
 
@@ -131,14 +131,14 @@ def _read_copies(source: Source, data: DataSettings, count: SourceCount) -> Iter
 def _check_out(out: Path, overwrite: bool) -> None:
     if (out / MANIFEST).is_file():
         if not overwrite:
-            refuse_existing(out, "set data.out to another folder, or add --overwrite")
-    elif out.exists() and not (out.is_dir() and is_unfinished(out)):
-        raise UserError(f"{out} exists and was not written by prepare: set data.out to another folder")
+            check_absent(out, "set data.output_dir to another folder, or add --overwrite")
+    elif out.exists() and not (out.is_dir() and is_incomplete(out)):
+        raise UserError(f"{out} exists and was not written by prepare: set data.output_dir to another folder")
 
 
 def _encode(
     encoder: Encoder, data: DataSettings, sources: list[Iterator[Sample]]
-) -> Iterator[tuple[int, Outcome]]:
+) -> Iterator[tuple[int, EncodedSample]]:
     """Every sample of every source, encoded: (source, outcome), in order."""
     work = partial(_encode_task, encoder=encoder, data=data)
     with Progress(
@@ -146,7 +146,7 @@ def _encode(
         TextColumn("{task.completed:,.0f} samples"),
         TimeElapsedColumn(),
         console=Console(stderr=True),
-        disable=not is_shown(),
+        disable=not is_enabled(),
         # no refresh thread: the workers are forked while the bar is shown
         auto_refresh=False,
         transient=True,
@@ -165,26 +165,26 @@ def _tasks(sources: list[Iterator[Sample]]) -> Iterator[tuple[int, list[Sample]]
 
 def _encode_task(
     task: tuple[int, list[Sample]], *, encoder: Encoder, data: DataSettings
-) -> tuple[int, list[Outcome]]:
+) -> tuple[int, list[EncodedSample]]:
     source, samples = task
     cut = partial(
-        cut_sample,
+        split_sample,
         count_tokens=encoder.count_tokens,
-        max_blocks=data.cut.max_blocks,
-        min_block_tokens=data.cut.min_block_tokens,
+        max_blocks=data.splitting.max_blocks,
+        min_block_tokens=data.splitting.min_block_tokens,
     )
-    return source, encode_to_fit(
+    return source, encode_samples(
         samples,
         encoder,
         data.row_len,
-        trims=data.too_long is TooLong.trim,
-        skip_bad=data.on_bad_record is BadRecord.skip,
-        cut=cut if data.sources[source].format in CUT_FORMATS else None,
+        trim=data.too_long is TooLongPolicy.trim,
+        skip_bad=data.on_bad_record is BadRecordPolicy.skip,
+        cut=cut if data.sources[source].format in SPLIT_FORMATS else None,
     )
 
 
-def _keep(
-    outcomes: Iterator[tuple[int, Outcome]], counts: list[SourceCount], writer: Writer
+def _write_examples(
+    outcomes: Iterator[tuple[int, EncodedSample]], counts: list[SourceStatistics], writer: PreparedWriter
 ) -> Iterator[Example]:
     """Count the outcomes, write the samples that stay, and pass on their examples."""
     for source, outcome in outcomes:
@@ -195,7 +195,7 @@ def _keep(
             yield outcome.example
 
 
-def _nothing_left(data: DataSettings, counts: list[SourceCount]) -> str:
+def _nothing_left(data: DataSettings, counts: list[SourceStatistics]) -> str:
     lengths = [count.shortest_dropped for count in counts if count.shortest_dropped]
     if lengths:
         return (
@@ -207,8 +207,8 @@ def _nothing_left(data: DataSettings, counts: list[SourceCount]) -> str:
     return f"nothing to train on in {', '.join(source.path for source in data.sources)} ({reasons})"
 
 
-def _facts(
-    recipe: Recipe, tokenizer: str, counts: list[SourceCount], statistics: Statistics
+def _manifest(
+    recipe: Recipe, tokenizer: str, counts: list[SourceStatistics], statistics: ExampleStatistics
 ) -> dict[str, Any]:
     options = dataclasses.asdict(recipe.data)
     for name in NOT_IN_MANIFEST:
@@ -228,7 +228,7 @@ def _facts(
     }
 
 
-def _describe(source: Source, count: SourceCount) -> dict[str, Any]:
+def _describe(source: Source, count: SourceStatistics) -> dict[str, Any]:
     return {
         "path": source.path,
         "format": source.format.value,
@@ -255,7 +255,9 @@ def _log(out: Path, seconds: float, num_workers: int) -> None:
         log.write(json.dumps(entry) + "\n")
 
 
-def _print_summary(out: Path, recipe: Recipe, counts: list[SourceCount], statistics: Statistics) -> None:
+def _print_summary(
+    out: Path, recipe: Recipe, counts: list[SourceStatistics], statistics: ExampleStatistics
+) -> None:
     table = Table(Column("source", overflow="fold"), box=None)
     for name in ("read", "samples", "kept", "dropped", "tokens"):
         table.add_column(name, justify="right")
@@ -269,7 +271,7 @@ def _print_summary(out: Path, recipe: Recipe, counts: list[SourceCount], statist
             dropped or "0",
             f"{count.tokens:,}",
         )
-    items = list_items(statistics.splits, recipe.data.views)
+    items = list_example_modes(statistics.splits, recipe.data.modes)
     lengths = [statistics.lengths[index] for index, _ in items]
     rows = plan_rows(lengths, recipe.data.row_len, recipe.train.seed, epoch=0)
     console = Console()
@@ -277,7 +279,7 @@ def _print_summary(out: Path, recipe: Recipe, counts: list[SourceCount], statist
     console.print(
         f"{out}: {len(statistics.lengths):,} examples, {sum(statistics.splits):,} of them split into blocks; "
         f"an epoch is {len(rows):,} rows of {recipe.data.row_len:,} tokens, "
-        f"{fill(rows, lengths, recipe.data.row_len):.1%} full",
+        f"{fill_ratio(rows, lengths, recipe.data.row_len):.1%} full",
         highlight=False,
         soft_wrap=True,
     )

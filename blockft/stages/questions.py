@@ -8,21 +8,23 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from blockft.config.recipe import find_recipe, make_recipe
-from blockft.config.settings import BadRecord, Format, Recipe, Source
+from blockft.config.recipe import build_recipe, find_recipe
+from blockft.config.settings import BadRecordPolicy, Format, Recipe, Source
 from blockft.data.sample import Sample
-from blockft.data.sources import LAYOUTS, Tally, locate
-from blockft.data.split import CUT_FORMATS
+from blockft.data.sources import SOURCE_FORMATS, RecordCounts, find_source_files
+from blockft.data.split import SPLIT_FORMATS
 from blockft.errors import UserError
-from blockft.model.load import block_attention, load_config
+from blockft.model.load import block_attention_config, load_config
 from blockft.stages.source_settings import read_source
 
 
-def recipe_for(model: str, data: str, overrides: Sequence[str] = (), *, format: str | None = None) -> Recipe:
+def recipe_for_questions(
+    model: str, data: str, overrides: Sequence[str] = (), *, format: str | None = None
+) -> Recipe:
     """The settings by which a model is asked the questions of a file, glob, folder or data set on the Hub.
 
     They are those of the model's training, if it is an export, and the defaults if it is not; the report goes
-    to out/eval/MODEL-DATA unless `eval.out` says otherwise.
+    to out/eval/MODEL-DATA unless `eval.output_dir` says otherwise.
 
     Raises:
         UserError: nothing is there, nor a recipe of that name; an unknown format; see `load_recipe`.
@@ -30,28 +32,28 @@ def recipe_for(model: str, data: str, overrides: Sequence[str] = (), *, format: 
     if format not in (None, *Format):
         raise UserError(f"--format is {format!r}, allowed are {', '.join(Format)}")
     try:
-        locate(format or Format.samples, data)
+        find_source_files(format or Format.samples, data)
     except UserError:
         if format is None and not Path(data).exists():
             find_recipe(data)
         raise
     format = str(format or Format.samples)
-    source, worded = {"format": format, "path": data}, LAYOUTS[format].question is not None
+    source, worded = {"format": format, "path": data}, SOURCE_FORMATS[format].question is not None
     # what concerns training is not read
     given: dict[str, Any] = {
         "model": {"path": model},
-        "data": {"out": ".", "sources": [source]},
-        "train": {"out": "."},
-        "eval": {"out": f"out/eval/{_name(model)}-{_name(data)}", "sources": [source]},
+        "data": {"output_dir": ".", "sources": [source]},
+        "train": {"output_dir": "."},
+        "eval": {"output_dir": f"out/eval/{_name(model)}-{_name(data)}", "sources": [source]},
     }
-    recipe = make_recipe(given, overrides, name := f"the evaluation of {data}")
+    recipe = build_recipe(given, overrides, name := f"the evaluation of {data}")
     if not worded:
         return recipe
-    given["data"] |= _wording(model, revision_of(model, recipe))
-    return make_recipe(given, overrides, name)
+    given["data"] |= _wording(model, model_revision(model, recipe))
+    return build_recipe(given, overrides, name)
 
 
-def revision_of(model: str, recipe: Recipe) -> str | None:
+def model_revision(model: str, recipe: Recipe) -> str | None:
     """The revision of a model that a recipe is to be evaluated with; a folder has none.
 
     Raises:
@@ -77,8 +79,8 @@ def read_questions(recipe: Recipe) -> tuple[list[Sample], dict[str, int]]:
         UserError: there are none, or one has no answers and is not to be skipped; see `read_source`.
     """
     assert recipe.eval
-    tallies = [Tally() for _ in recipe.eval.sources]
-    skips = recipe.data.on_bad_record is BadRecord.skip
+    tallies = [RecordCounts() for _ in recipe.eval.sources]
+    skips = recipe.data.on_bad_record is BadRecordPolicy.skip
     sources = [
         _with_answers(read_source(source, recipe.data, tally), source, tally, skips)
         for source, tally in zip(recipe.eval.sources, tallies, strict=True)
@@ -93,14 +95,16 @@ def read_questions(recipe: Recipe) -> tuple[list[Sample], dict[str, int]]:
     return [sample for _, sample in chosen], dict(sorted(dropped.items()))
 
 
-def _with_answers(samples: Iterable[Sample], source: Source, tally: Tally, skips: bool) -> Iterator[Sample]:
+def _with_answers(
+    samples: Iterable[Sample], source: Source, tally: RecordCounts, skips: bool
+) -> Iterator[Sample]:
     """The samples that have answers; if not `skips`, one without is an error."""
     for sample in samples:
         if sample.answers:
             yield sample
         elif skips:
             tally.drop("no answers")
-        elif source.format in CUT_FORMATS:
+        elif source.format in SPLIT_FORMATS:
             raise UserError(
                 f"{source.path} is in the format {source.format}, which holds no answers to be scored against"
             )
@@ -113,7 +117,7 @@ def _with_answers(samples: Iterable[Sample], source: Source, tally: Tally, skips
 
 def _wording(model: str, revision: str | None) -> dict[str, Any]:
     """The settings of `data` that an export says; none for a model that does not say how it is asked."""
-    known = block_attention(load_config(model, revision))
+    known = block_attention_config(load_config(model, revision))
     if "prompt" not in known:
         return {}
     return {

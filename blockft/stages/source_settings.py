@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from blockft.config.settings import BadRecord, DataSettings, Order, PromptSettings, Retrieve, Source
+from blockft.config.settings import BadRecordPolicy, DataSettings, Order, PromptSettings, Retriever, Source
 from blockft.data.rag_prompt import RagPrompt
 from blockft.data.sample import Sample
-from blockft.data.sources import LAYOUTS, Tally, read
+from blockft.data.sources import SOURCE_FORMATS, RecordCounts, read_samples
 from blockft.errors import UserError
 
 
@@ -35,7 +35,7 @@ def check_effect(data: DataSettings) -> None:
     Raises:
         UserError: a number of documents where no prompt is worded; copies in which nothing is drawn by lot.
     """
-    if data.num_documents is not None and not any(LAYOUTS[s.format].question for s in data.sources):
+    if data.num_documents is not None and not any(SOURCE_FORMATS[s.format].question for s in data.sources):
         raise UserError(
             f"data.num_documents is {data.num_documents}, and all sources have their documents in place: "
             "leave it out (data.too_long=trim shortens those longer than a row)"
@@ -43,18 +43,19 @@ def check_effect(data: DataSettings) -> None:
     if data.copies > 1 and not any(_draws_lots(source, data) for source in data.sources):
         raise UserError(
             f"data.copies is {data.copies}, and all would be the same, for no source has documents that are "
-            "drawn or put into order by lot: set data.order=shuffled, or train longer with train.epochs"
+            "drawn or put into order by lot: set data.order=shuffled, or train longer with "
+            "train.num_train_epochs"
         )
 
 
 def _draws_lots(source: Source, data: DataSettings) -> bool:
     """Whether the seed has a say in which documents stand in the prompts of a source, or where."""
-    if not LAYOUTS[source.format].question:
+    if not SOURCE_FORMATS[source.format].question:
         return False
     is_ordered_so = data.order is Order.shuffled or data.shared_context and data.order is not Order.given
     # a search ranks what lots would choose from; sets of documents to share are begun by lot all the same
     is_chosen_so = data.num_documents is not None and (
-        source.retrieve is Retrieve.none or data.shared_context
+        source.retrieve is Retriever.none or data.shared_context
     )
     return is_ordered_so or is_chosen_so
 
@@ -78,7 +79,7 @@ def rag_prompt(data: DataSettings) -> RagPrompt:
     )
 
 
-def read_source(source: Source, data: DataSettings, tally: Tally) -> Iterator[Sample]:
+def read_source(source: Source, data: DataSettings, tally: RecordCounts) -> Iterator[Sample]:
     """The samples of a source, lazily, in the wording of `data.prompt`; see `sources.read`.
 
     Raises:
@@ -89,7 +90,7 @@ def read_source(source: Source, data: DataSettings, tally: Tally) -> Iterator[Sa
             f"data.questions_per_context is {data.questions_per_context}, and no context is shared: "
             "set data.shared_context=true, or leave it out"
         )
-    return read(
+    return read_samples(
         source.format,
         source.path,
         tally,
@@ -99,7 +100,7 @@ def read_source(source: Source, data: DataSettings, tally: Tally) -> Iterator[Sa
         skip_samples=source.skip_samples,
         max_samples=source.max_samples,
         questions_per_context=data.questions_per_context,
-        skip_bad=data.on_bad_record is BadRecord.skip,
+        skip_bad=data.on_bad_record is BadRecordPolicy.skip,
         retriever=source.retrieve,
         dense_model=data.dense_model,
     )

@@ -14,9 +14,9 @@ from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
 from blockft.config.recipe import dump_recipe
-from blockft.config.settings import Init, Objective, Recipe
+from blockft.config.settings import Objective, Recipe, WeightInit
 from blockft.errors import UserError
-from blockft.model.checkpoint import read_marker, remove_torn
+from blockft.model.checkpoint import read_marker, remove_incomplete
 from blockft.model.fingerprint import model_fingerprint
 from blockft.model.load import compile_layers, load_config, load_model, load_tokenizer
 from blockft.model.lora import add_adapter
@@ -25,17 +25,23 @@ from blockft.outputs import (
     LOSS_PLOT,
     METRICS,
     RECIPE,
-    cut_metrics,
     read_metrics,
     save_figure,
-    write_whole,
+    truncate_metrics,
+    write_atomic,
 )
-from blockft.progress import is_shown
-from blockft.stages.plan import NUM_PROCESSES, TEACHER, Plan, check_run, compare_facts
-from blockft.training.launch import check_ranks, meet, part, prepare_worker, use_cpu
+from blockft.progress import is_enabled
+from blockft.stages.plan import NUM_PROCESSES, TEACHER, RunPlan, check_run, check_run_signature
+from blockft.training.launch import (
+    check_ranks,
+    init_distributed,
+    set_worker_environment,
+    shutdown_distributed,
+    use_cpu,
+)
 from blockft.training.objectives import Distillation
 
-PROBE_LEN = 256
+REFERENCE_LEN = 256
 """Tokens of the text on which exports are compared with the run: the start of its first row."""
 
 
@@ -46,11 +52,11 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
         UserError: see `check_run`; an unknown tracker; a loss that is not finite.
         KeyboardInterrupt: the run was asked to stop, and has saved a checkpoint.
     """
-    prepare_worker()
+    set_worker_environment()
     rank, num_processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # every rank checks: none writes before all have met
     plan, checkpoint = check_run(recipe, resume=resume, num_processes=num_processes)
-    run = Path(recipe.train.out)
+    run = Path(recipe.train.output_dir)
     marker = read_marker(checkpoint) if checkpoint else None
     if marker and marker["step"] >= plan.num_steps and not marker["eval_due"]:
         if rank == 0:
@@ -60,12 +66,18 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
 
     from transformers import TrainingArguments
 
-    from blockft.training.lr_schedule import RecipeSchedule
-    from blockft.training.run_callback import RunRecord
+    from blockft.training.lr_schedule import RecipeScheduleCallback
+    from blockft.training.run_callback import RunCallback
     from blockft.training.trainer import BlockTrainer
-    from blockft.training.universal_checkpoint import LOAD_UNIVERSAL, UNIVERSAL, StepsApart, convert, remove
+    from blockft.training.universal_checkpoint import (
+        LOAD_UNIVERSAL,
+        UNIVERSAL,
+        SeparateAdamStepsCallback,
+        convert_to_universal,
+        remove,
+    )
 
-    meet()
+    init_distributed()
     # ZeRO-0 has no shards
     same = not marker or marker["facts"][NUM_PROCESSES] == num_processes
     recut = not same and plan.facts["ZeRO stage"] > 0
@@ -83,16 +95,16 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
         raise UserError(f"the settings of train cannot be used: {str(error).splitlines()[0]}") from error
     check_ranks(run, {"recipe": dump_recipe(recipe), "checkpoint": str(checkpoint), **facts})
     if checkpoint:
-        compare_facts(checkpoint, facts)
+        check_run_signature(checkpoint, facts)
     model = _model(recipe, plan)
     # or the Trainer turns it off in the config, and so in every export
     arguments.use_cache = model.config.use_cache
-    record = RunRecord(
+    record = RunCallback(
         run,
         tokenizer=load_tokenizer(recipe.model.path, recipe.model.revision),
         facts=facts,
-        probe_ids=plan.rows[0]["input_ids"][0, :PROBE_LEN].clone(),
-        keep_checkpoints=recipe.train.keep_checkpoints,
+        probe_ids=plan.rows[0]["input_ids"][0, :REFERENCE_LEN].clone(),
+        save_total_limit=recipe.train.save_total_limit,
         keep_best=recipe.train.keep_best,
         evaluates=bool(plan.eval_rows),
         eval_steps=recipe.train.eval_steps,
@@ -108,7 +120,7 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
             train_dataset=Subset(plan.rows, range(plan.num_steps * recipe.train.batch_rows)),
             eval_rows=plan.eval_rows,
             distillation=distillation,
-            callbacks=[record, RecipeSchedule(), *([StepsApart()] if recut else [])],
+            callbacks=[record, RecipeScheduleCallback(), *([SeparateAdamStepsCallback()] if recut else [])],
         )
     except (ValueError, RuntimeError) as error:
         if not any(tracker in str(error) for tracker in recipe.train.report_to):
@@ -117,28 +129,28 @@ def train(recipe: Recipe, *, resume: bool) -> Path:
     record.trainer = trainer
     source = run / UNIVERSAL if recut else checkpoint
     if rank == 0:
-        _begin(run, recipe, plan, checkpoint)
+        _start_run_folder(run, recipe, plan, checkpoint)
         if checkpoint and recut:
-            convert(checkpoint)
+            convert_to_universal(checkpoint)
     torch.distributed.barrier()
     trainer.train(resume_from_checkpoint=str(source) if source else None)
     if rank == 0:
         remove(run)
         plot_loss(run)
-    part()
+    shutdown_distributed()
     if record.asked_to_stop:
         raise KeyboardInterrupt
     return run
 
 
-def _model(recipe: Recipe, plan: Plan) -> PreTrainedModel | PeftModel:
+def _model(recipe: Recipe, plan: RunPlan) -> PreTrainedModel | PeftModel:
     """The model to train, compiled and with an adapter if the recipe asks for them."""
     model = load_model(
         recipe.model.path,
         revision=recipe.model.revision,
         backend=plan.backend,
         dtype=plan.dtype,
-        random_seed=recipe.train.seed if recipe.model.init is Init.random else None,
+        random_seed=recipe.train.seed if recipe.model.init is WeightInit.random else None,
     )
     if recipe.train.compile:
         compile_layers(model)
@@ -147,7 +159,7 @@ def _model(recipe: Recipe, plan: Plan) -> PreTrainedModel | PeftModel:
     return add_adapter(model, recipe.train.lora, seed=recipe.train.seed, revision=recipe.model.revision)
 
 
-def _distillation(recipe: Recipe, plan: Plan) -> tuple[Distillation | None, dict[str, str]]:
+def _distillation(recipe: Recipe, plan: RunPlan) -> tuple[Distillation | None, dict[str, str]]:
     """Who teaches the model, if the objective is that somebody does, and the fact of which model that is."""
     settings = recipe.train
     if settings.objective is Objective.sft:
@@ -161,17 +173,17 @@ def _distillation(recipe: Recipe, plan: Plan) -> tuple[Distillation | None, dict
     return Distillation(teacher, settings.teacher_weight), fact
 
 
-def _begin(run: Path, recipe: Recipe, plan: Plan, checkpoint: Path | None) -> None:
+def _start_run_folder(run: Path, recipe: Recipe, plan: RunPlan, checkpoint: Path | None) -> None:
     """Write what the run's folder says of itself, and forget what came after the checkpoint."""
     run.mkdir(parents=True, exist_ok=True)
-    remove_torn(run)
-    write_whole(run / RECIPE, dump_recipe(recipe))
-    write_whole(run / DATA, json.dumps(plan.manifest, indent=2) + "\n")
+    remove_incomplete(run)
+    write_atomic(run / RECIPE, dump_recipe(recipe))
+    write_atomic(run / DATA, json.dumps(plan.manifest, indent=2) + "\n")
     if checkpoint:
         marker = read_marker(checkpoint)
-        cut_metrics(run, last_step=marker["step"], eval_due=marker["eval_due"])
+        truncate_metrics(run, last_step=marker["step"], eval_due=marker["eval_due"])
     else:
-        write_whole(run / METRICS, "")
+        write_atomic(run / METRICS, "")
 
 
 def describe(recipe: Recipe, num_processes: int, *, resume: bool = False) -> None:
@@ -238,17 +250,17 @@ def plot_loss(run: Path) -> None:
     save_figure(figure, run / LOSS_PLOT)
 
 
-def _arguments(recipe: Recipe, plan: Plan, num_processes: int) -> dict[str, Any]:
+def _arguments(recipe: Recipe, plan: RunPlan, num_processes: int) -> dict[str, Any]:
     """The settings of transformers.Trainer."""
     settings = recipe.train
     return {
-        "output_dir": settings.out,
+        "output_dir": settings.output_dir,
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": settings.batch_rows // num_processes,
         "max_steps": plan.num_steps,
         "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": settings.scheduler,
-        "lr_scheduler_kwargs": settings.scheduler_kwargs,
+        "lr_scheduler_type": settings.lr_scheduler_type,
+        "lr_scheduler_kwargs": settings.lr_scheduler_kwargs,
         "warmup_steps": settings.warmup_steps,
         "weight_decay": settings.weight_decay,
         "adam_beta1": settings.adam_beta1,
@@ -256,7 +268,7 @@ def _arguments(recipe: Recipe, plan: Plan, num_processes: int) -> dict[str, Any]
         "max_grad_norm": settings.max_grad_norm,
         "gradient_checkpointing": settings.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "logging_steps": settings.log_steps,
+        "logging_steps": settings.logging_steps,
         "logging_nan_inf_filter": False,
         "save_steps": settings.save_steps,
         "seed": settings.seed,
@@ -264,8 +276,8 @@ def _arguments(recipe: Recipe, plan: Plan, num_processes: int) -> dict[str, Any]
         "deepspeed": plan.deepspeed,
         "use_cpu": use_cpu(),
         "report_to": settings.report_to,
-        "run_name": Path(settings.out).name,
-        "disable_tqdm": not is_shown(),
+        "run_name": Path(settings.output_dir).name,
+        "disable_tqdm": not is_enabled(),
         # the trainer would drop the block ids, and go on with plain causal attention
         "remove_unused_columns": False,
         "average_tokens_across_devices": True,

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from blockft.errors import UserError
 
-FAILED = re.compile(r"pdsh@[^:]*: (\S+): ssh exited with exit code \d+")
+PDSH_FAILURE = re.compile(r"pdsh@[^:]*: (\S+): ssh exited with exit code \d+")
 """What pdsh writes to stderr as soon as a host's command has failed."""
 
-PORT = 29500
+DEFAULT_PORT = 29500
 """Where the ranks meet on the first host unless told otherwise: DeepSpeed's choice."""
 
 ENVIRONMENT = ".deepspeed_env"
@@ -73,7 +73,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return slots
 
 
-def choose_hosts(
+def resolve_hosts(
     file: Path | None,
     *,
     num_gpus: int | None,
@@ -114,7 +114,7 @@ def choose_hosts(
             "pdsh and ssh, which start the other hosts, are not both on PATH: install them, or start every "
             "host by itself with --no-ssh --node-rank N"
         )
-    address, port = master_addr or first, master_port or PORT
+    address, port = master_addr or first, master_port or DEFAULT_PORT
     try:
         socket.getaddrinfo(address, port)
     except OSError as error:
@@ -135,7 +135,7 @@ def choose_hosts(
     )
 
 
-def check_reach(hosts: Hosts) -> None:
+def check_hosts_reachable(hosts: Hosts) -> None:
     """Make sure that every host can be reached, and has this working directory and this Python.
 
     Raises:
@@ -147,8 +147,8 @@ def check_reach(hosts: Hosts) -> None:
         done = _pdsh(hosts, asked.replace("%", "%%"))
     except subprocess.TimeoutExpired as error:
         raise UserError(f"the hosts of {hosts.file} did not answer over ssh in time") from error
-    if failed := FAILED.findall(done.stderr):
-        said = [line for line in done.stderr.splitlines() if not FAILED.match(line)]
+    if failed := PDSH_FAILURE.findall(done.stderr):
+        said = [line for line in done.stderr.splitlines() if not PDSH_FAILURE.match(line)]
         raise UserError(
             f"{', '.join(failed)} cannot be used: it must be reached by ssh without a password and have the "
             f"directory {here} and the Python {python}" + (f"; it said: {said[0]}" if said else "")
@@ -182,7 +182,7 @@ def pdsh_environment(hosts: Hosts) -> dict[str, str]:
     return os.environ | {"PDSH_RCMD_TYPE": "ssh", "PDSH_SSH_ARGS_APPEND": options}
 
 
-def remote_word(word: str) -> str:
+def quote_for_remote_shell(word: str) -> str:
     """A word written so that it arrives unchanged after DeepSpeed, pdsh and the remote shell have read it."""
     word = word.replace("%", "%%")  # pdsh puts a host's name for %h
     if " " not in word:

@@ -18,11 +18,11 @@ import torch.distributed as dist
 
 from blockft.errors import UserError
 from blockft.training.hosts import (
-    FAILED,
+    PDSH_FAILURE,
     Hosts,
-    check_reach,
+    check_hosts_reachable,
     pdsh_environment,
-    remote_word,
+    quote_for_remote_shell,
     signal_hosts,
 )
 
@@ -40,7 +40,7 @@ def use_cpu() -> bool:
     return not torch.cuda.is_available()
 
 
-def prepare_worker() -> None:
+def set_worker_environment() -> None:
     """Make this process a worker: alone, unless a launcher has said otherwise.
 
     DeepSpeed would look for MPI if the variables were missing.
@@ -54,7 +54,7 @@ def prepare_worker() -> None:
         os.environ.update(alone, MASTER_PORT=str(_free_port()))
 
 
-def meet() -> None:
+def init_distributed() -> None:
     """Wait for all ranks of the run, DEEPSPEED_TIMEOUT minutes at most (10 unless set).
 
     Raises:
@@ -82,7 +82,7 @@ def meet() -> None:
             "(GLOO_SOCKET_IFNAME on CPU, NCCL_SOCKET_IFNAME on GPU)"
         ) from error
     if use_cpu():
-        atexit.register(_leave)
+        atexit.register(_destroy_process_group)
         dist.barrier()  # now every rank has opened every other's
         for buffer in SHARED_MEMORY.glob(_buffer_pattern()):
             buffer.unlink(missing_ok=True)
@@ -136,7 +136,7 @@ def check_ranks(run: Path, facts: dict[str, Any]) -> None:
             run.parent.mkdir(parents=True, exist_ok=True)
             sign.touch()
         except OSError as error:
-            fault = [f"train.out {run} cannot be written: {error.strerror}"]
+            fault = [f"train.output_dir {run} cannot be written: {error.strerror}"]
     dist.broadcast_object_list(fault)
     if fault[0]:
         raise UserError(fault[0])
@@ -145,21 +145,21 @@ def check_ranks(run: Path, facts: dict[str, Any]) -> None:
         sign.unlink()
     if blind := [i for i in range(num_processes) if not said[i]]:
         raise UserError(
-            f"rank {blind[0]} does not see what rank 0 writes beside {run}: put train.out on a file system "
-            "that all hosts share, for each rank writes its part of every checkpoint"
+            f"rank {blind[0]} does not see what rank 0 writes beside {run}: put train.output_dir on a file "
+            "system that all hosts share, for each rank writes its part of every checkpoint"
         )
 
 
-def part() -> None:
+def shutdown_distributed() -> None:
     """Wait for all ranks and leave their group: the end of a worker that did its work. All of them call it.
 
     A launcher ends a host's other ranks when one ends with a code, even if they are still writing.
     """
     dist.barrier()
-    _leave()
+    _destroy_process_group()
 
 
-def _leave() -> None:
+def _destroy_process_group() -> None:
     """Gloo's threads let go of Python objects; if they do so while Python shuts down, the process aborts."""
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -187,9 +187,9 @@ def start_workers(words: Sequence[str], *, num_gpus: int, hosts: Hosts | None) -
         command += ["--no_ssh", "--node_rank", str(hosts.node_rank)]
     environment = dict(os.environ)
     if hosts is not None and over_ssh:
-        check_reach(hosts)
+        check_hosts_reachable(hosts)
         environment = pdsh_environment(hosts)
-        words = [remote_word(word) for word in words]
+        words = [quote_for_remote_shell(word) for word in words]
     if use_cpu():
         environment["DS_ACCELERATOR"] = "cpu"
     # in a session of its own, or Ctrl-C would reach the workers a second time, which ends them at once
@@ -229,7 +229,7 @@ def _watch(lines: IO[str], hosts: Hosts, asked: list[int]) -> None:
     failed = False
     for line in lines:
         print(line, end="", file=sys.stderr, flush=True)
-        if FAILED.match(line) and not asked and not failed:
+        if PDSH_FAILURE.match(line) and not asked and not failed:
             failed = True
             signal_hosts(hosts, gently=False)
 

@@ -15,7 +15,7 @@ from transformers import (
 
 from blockft.errors import UserError
 
-BY_METRIC = ("reduce_lr_on_plateau", "greedy")
+UNSUPPORTED_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 """Schedules that go by what an evaluation finds, and not by the step."""
 
 
@@ -25,18 +25,18 @@ def check_schedule(name: str, settings: dict[str, Any], *, warmup_steps: int, nu
     Raises:
         UserError: the Trainer knows none of that name that goes by the step, or it takes other settings.
     """
-    allowed = [kind.value for kind in SchedulerType if kind.value not in BY_METRIC]
+    allowed = [kind.value for kind in SchedulerType if kind.value not in UNSUPPORTED_SCHEDULES]
     if name not in allowed:
-        raise UserError(f"train.scheduler is {name!r} (allowed: {', '.join(allowed)})")
+        raise UserError(f"train.lr_scheduler_type is {name!r} (allowed: {', '.join(allowed)})")
     try:
         get_scheduler(name, torch.optim.SGD([torch.zeros(1)]), warmup_steps, num_steps, settings)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"train.scheduler_kwargs {settings} do not fit train.scheduler {name}: {error}"
+            f"train.lr_scheduler_kwargs {settings} do not fit train.lr_scheduler_type {name}: {error}"
         ) from error
 
 
-class RecipeSchedule(TrainerCallback):
+class RecipeScheduleCallback(TrainerCallback):
     """A run that goes on has the learning rate that its recipe gives the step, from the first step on.
 
     A checkpoint brings back the rate and the schedule with which it was written: a lower rate in the recipe

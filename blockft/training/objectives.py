@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from blockft.data.encoder import NO_LABEL
+from blockft.data.encoder import IGNORE_INDEX
 
-EVAL_LOSS = "eval_loss_"
+EVAL_LOSS_PREFIX = "eval_loss_"
 """How the names of evaluation losses begin; the view follows."""
 
 
@@ -22,9 +22,12 @@ def label_loss(
     none does. A row without labels gives 0 with a gradient of 0.
     """
     losses = F.cross_entropy(
-        outputs.logits.float().flatten(0, 1), shift_labels.flatten(), ignore_index=NO_LABEL, reduction="sum"
+        outputs.logits.float().flatten(0, 1),
+        shift_labels.flatten(),
+        ignore_index=IGNORE_INDEX,
+        reduction="sum",
     )
-    return _part(losses, num_items_in_batch)
+    return _normalize_loss(losses, num_items_in_batch)
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Distillation:
 
 
 @dataclass(frozen=True)
-class Targets:
+class DistillationTargets:
     """What a row is to learn if it has a teacher.
 
     shift_labels    (1, N)              -100 where no label follows
@@ -56,7 +59,7 @@ class Targets:
 
 
 def distill_loss(
-    outputs: Any, targets: Targets, num_items_in_batch: torch.Tensor | int | None
+    outputs: Any, targets: DistillationTargets, num_items_in_batch: torch.Tensor | int | None
 ) -> torch.Tensor:
     """`label_loss`, but where a teacher has a say: there it is the weighted mean of the cross entropy and of
     KL(teacher || student) (Hinton, Vinyals, Dean 2015, at temperature 1).
@@ -65,18 +68,18 @@ def distill_loss(
     """
     labels_N = targets.shift_labels.flatten()
     student_NV = outputs.logits.float().flatten(0, 1).log_softmax(-1)
-    losses_N = F.nll_loss(student_NV, labels_N, ignore_index=NO_LABEL, reduction="none")
+    losses_N = F.nll_loss(student_NV, labels_N, ignore_index=IGNORE_INDEX, reduction="none")
     # these are the largest tensors of the step: only the taught rows, and no product of two of them is kept
-    taught = (targets.is_taught.flatten() & (labels_N != NO_LABEL)).nonzero().flatten()
+    taught = (targets.is_taught.flatten() & (labels_N != IGNORE_INDEX)).nonzero().flatten()
     size = min(student_NV.shape[-1], targets.teacher_logits.shape[-1])
     teacher_TV = targets.teacher_logits.flatten(0, 1)[taught, :size].float().log_softmax(-1)
     teacher_says = torch.linalg.vecdot(teacher_TV.exp(), teacher_TV)
     divergences_T = teacher_says - torch.linalg.vecdot(teacher_TV.exp(), student_NV[taught, :size])
     losses_T = losses_N[taught].lerp(divergences_T, targets.weight)
-    return _part(losses_N.index_copy(0, taught, losses_T).sum(), num_items_in_batch)
+    return _normalize_loss(losses_N.index_copy(0, taught, losses_T).sum(), num_items_in_batch)
 
 
-def _part(losses: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+def _normalize_loss(losses: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
     """Of the mean over the global batch, what a micro-batch's sum of losses is."""
     num_labels = torch.as_tensor(num_items_in_batch, device=losses.device)
     return losses / num_labels.clamp(min=1)

@@ -7,11 +7,11 @@ import torch
 from torch.utils.data import Dataset
 
 from blockft.data.collate import collate_row
-from blockft.data.encoder import NO_LABEL, Example
-from blockft.data.packing import complete, fill, list_items, plan_rows
+from blockft.data.encoder import IGNORE_INDEX, Example
+from blockft.data.packing import complete_last_batch, fill_ratio, list_example_modes, plan_rows
 
 
-class Rows(Dataset[dict[str, torch.Tensor]]):
+class RowDataset(Dataset[dict[str, torch.Tensor]]):
     """Every row of every epoch, a multiple of `batch_rows` each.
 
     Each process derives them from (seed, epoch) alone, so their order is that of a run with any other number
@@ -21,7 +21,7 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
     def __init__(
         self,
         examples: Sequence[Example],
-        views: Sequence[str],
+        modes: Sequence[str],
         *,
         row_len: int,
         batch_rows: int,
@@ -35,10 +35,11 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
         self._row = partial(
             collate_row, row_len=row_len, pad_id=pad_id, reencoded=reencoded, with_full=with_full
         )
-        self.items = list_items([example.splits for example in examples], views)
+        self.items = list_example_modes([example.has_local_blocks for example in examples], modes)
         self._lengths = [len(examples[index]) for index, _ in self.items]
         self.epochs = [
-            complete(plan_rows(self._lengths, row_len, seed, epoch), batch_rows) for epoch in range(epochs)
+            complete_last_batch(plan_rows(self._lengths, row_len, seed, epoch), batch_rows)
+            for epoch in range(epochs)
         ]
         self._rows = [row for epoch in self.epochs for row in epoch]
         self.num_tokens = sum(self._lengths)
@@ -48,14 +49,14 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         chosen = [self.items[item] for item in self._rows[index]]
-        return self._row([(self._examples[i], view) for i, view in chosen])
+        return self._row([(self._examples[i], mode) for i, mode in chosen])
 
     @property
     def fill(self) -> float:
         """The share of the first epoch's rows that is not padding."""
-        return fill(self.epochs[0], self._lengths, self._row_len)
+        return fill_ratio(self.epochs[0], self._lengths, self._row_len)
 
     @property
     def num_labels(self) -> int:
         """Label tokens in an epoch."""
-        return sum(int((self._examples[index].labels != NO_LABEL).sum()) for index, _ in self.items)
+        return sum(int((self._examples[index].labels != IGNORE_INDEX).sum()) for index, _ in self.items)

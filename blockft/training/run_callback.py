@@ -17,13 +17,19 @@ from transformers import (
 )
 
 from blockft.errors import UserError
-from blockft.model.checkpoint import mark_whole, probe_logits, read_marker, remove_old, write_probe
+from blockft.model.checkpoint import (
+    compute_reference_logits,
+    mark_complete,
+    read_marker,
+    remove_old_checkpoints,
+    save_reference_logits,
+)
 from blockft.outputs import METRICS
-from blockft.training.objectives import EVAL_LOSS
+from blockft.training.objectives import EVAL_LOSS_PREFIX
 from blockft.training.trainer import BlockTrainer
 
 
-class RunRecord(TrainerCallback):
+class RunCallback(TrainerCallback):
     """Writes `metrics.jsonl`, completes checkpoints, and on SIGINT or SIGTERM saves before the run ends.
 
     `facts` go into every checkpoint's marker; `probe_ids` (T,) is the text on which exports are compared;
@@ -42,7 +48,7 @@ class RunRecord(TrainerCallback):
         tokenizer: PreTrainedTokenizerBase,
         facts: dict[str, Any],
         probe_ids: torch.Tensor,
-        keep_checkpoints: int,
+        save_total_limit: int,
         keep_best: bool,
         evaluates: bool,
         eval_steps: int | None,
@@ -51,7 +57,7 @@ class RunRecord(TrainerCallback):
         eval_due: bool,
     ) -> None:
         self._run, self._tokenizer, self._facts, self._probe_ids = run, tokenizer, facts, probe_ids
-        self._keep, self._keep_best, self._tokens_per_step = keep_checkpoints, keep_best, tokens_per_step
+        self._keep, self._keep_best, self._tokens_per_step = save_total_limit, keep_best, tokens_per_step
         self._evaluates, self._eval_steps = evaluates, eval_steps
         self._eval_losses: dict[str, float] = {}
         self._logged_at, self._logged_step = 0.0, 0
@@ -63,7 +69,7 @@ class RunRecord(TrainerCallback):
     ) -> None:
         self._logged_at, self._logged_step = time.monotonic(), state.global_step
         if self._unlogged:
-            self.trainer.go_on_from(self._unlogged)
+            self.trainer.restore_unlogged(self._unlogged)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask_to_stop)
 
@@ -105,7 +111,7 @@ class RunRecord(TrainerCallback):
         UserError: loss or gradient are not finite; the last whole checkpoint stays as it is.
         """
         logs: dict[str, float] = passed["logs"]
-        if self._evaluates and any(name.startswith(EVAL_LOSS) for name in logs):
+        if self._evaluates and any(name.startswith(EVAL_LOSS_PREFIX) for name in logs):
             self._log_eval(state, logs)
         if "loss" not in logs:
             return
@@ -121,9 +127,9 @@ class RunRecord(TrainerCallback):
             self._write({"step": state.global_step, **numbers, "tokens_per_s": round(speed, 1)})
 
     def _log_eval(self, state: TrainerState, logs: dict[str, float]) -> None:
-        losses = {name: logs[name] for name in logs if name.startswith(EVAL_LOSS)}
+        losses = {name: logs[name] for name in logs if name.startswith(EVAL_LOSS_PREFIX)}
         _check_finite(losses, state.global_step)
-        self._eval_losses = {name.removeprefix(EVAL_LOSS): loss for name, loss in losses.items()}
+        self._eval_losses = {name.removeprefix(EVAL_LOSS_PREFIX): loss for name, loss in losses.items()}
         self._logged_at, self._logged_step = time.monotonic(), state.global_step
         if state.is_world_process_zero:
             self._write({"step": state.global_step, **losses})
@@ -135,8 +141,8 @@ class RunRecord(TrainerCallback):
         if self._eval_due and state.is_world_process_zero:
             checkpoint = self._run / f"checkpoint-{state.global_step}"
             evaluated = {"eval_losses": self._eval_losses, "eval_due": False}
-            mark_whole(checkpoint, **(read_marker(checkpoint) | evaluated))
-            remove_old(self._run, self._keep, keep_best=self._keep_best)
+            mark_complete(checkpoint, **(read_marker(checkpoint) | evaluated))
+            remove_old_checkpoints(self._run, self._keep, keep_best=self._keep_best)
         self._eval_due = False
 
     def _write(self, line: dict[str, float]) -> None:
@@ -149,7 +155,7 @@ class RunRecord(TrainerCallback):
         """The marker comes last, when every rank has written its shards; only then are older ones deleted."""
         checkpoint = self._run / f"checkpoint-{state.global_step}"
         model = passed["model"]
-        logits = probe_logits(model, self._probe_ids)
+        logits = compute_reference_logits(model, self._probe_ids)
         if not logits.isfinite().all():
             raise UserError(
                 f"the weights are not finite at step {state.global_step}, and its checkpoint does not count: "
@@ -163,8 +169,8 @@ class RunRecord(TrainerCallback):
             model.config.save_pretrained(checkpoint)
             if model.generation_config is not None:
                 model.generation_config.save_pretrained(checkpoint)
-            write_probe(checkpoint, self._probe_ids, logits)
-            mark_whole(
+            save_reference_logits(checkpoint, self._probe_ids, logits)
+            mark_complete(
                 checkpoint,
                 step=state.global_step,
                 facts=self._facts,
@@ -172,7 +178,7 @@ class RunRecord(TrainerCallback):
                 eval_due=self._eval_due,
                 unlogged=self._unlogged,
             )
-            remove_old(self._run, self._keep, keep_best=self._keep_best)
+            remove_old_checkpoints(self._run, self._keep, keep_best=self._keep_best)
         self._logged_at = time.monotonic()
 
 

@@ -8,10 +8,16 @@ from peft import PeftModel
 from torch.utils.data import SequentialSampler, Subset
 from transformers import PreTrainedModel, Trainer
 
-from blockft.data.encoder import NO_LABEL
-from blockft.training.model_inputs import forward_words
-from blockft.training.objectives import EVAL_LOSS, Distillation, Targets, distill_loss, label_loss
-from blockft.training.row_dataset import Rows
+from blockft.data.encoder import IGNORE_INDEX
+from blockft.training.model_inputs import build_model_inputs
+from blockft.training.objectives import (
+    EVAL_LOSS_PREFIX,
+    Distillation,
+    DistillationTargets,
+    distill_loss,
+    label_loss,
+)
+from blockft.training.row_dataset import RowDataset
 
 
 class BlockTrainer(Trainer):
@@ -25,7 +31,11 @@ class BlockTrainer(Trainer):
     train_dataset: Subset[dict[str, torch.Tensor]]
 
     def __init__(
-        self, *, eval_rows: Mapping[str, Rows], distillation: Distillation | None = None, **settings: Any
+        self,
+        *,
+        eval_rows: Mapping[str, RowDataset],
+        distillation: Distillation | None = None,
+        **settings: Any,
     ) -> None:
         objective = distill_loss if distillation else label_loss
         super().__init__(data_collator=_only_row, compute_loss_func=objective, **settings)
@@ -42,7 +52,7 @@ class BlockTrainer(Trainer):
             torch.distributed.all_reduce(sums)
         return {"losses": sums.tolist(), "steps": self.state.global_step - self._globalstep_last_logged}
 
-    def go_on_from(self, unlogged: Mapping[str, Any]) -> None:
+    def restore_unlogged(self, unlogged: Mapping[str, Any]) -> None:
         """Log with the steps to come those that were not logged before; call it when training begins.
 
         As many ranks go on with their own sums, to the last bit; another number with the mean.
@@ -61,27 +71,27 @@ class BlockTrainer(Trainer):
     ) -> Any:
         """Rows carry per-token ids: masks are built from them here, on the device."""
         # what the Trainer hands to the loss as it is
-        labels: torch.Tensor | Targets = inputs["shift_labels"][None]
+        labels: torch.Tensor | DistillationTargets = inputs["shift_labels"][None]
         if self._distillation:
             labels = self._targets(model, inputs, self._distillation)
         return super().compute_loss(
-            model, {**forward_words(inputs, self.model.config), "labels": labels}, *args, **kw
+            model, {**build_model_inputs(inputs, self.model.config), "labels": labels}, *args, **kw
         )
 
     @torch.no_grad()
     def _targets(
         self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], distillation: Distillation
-    ) -> Targets:
+    ) -> DistillationTargets:
         """What the teacher says to a row in its full view."""
         labels, teacher = inputs["shift_labels"][None], distillation.teacher
         config = (teacher or self.model).config
         # or dropout would have a say in what a model teaches itself
         model.eval()
-        logits = (teacher or model)(**forward_words(inputs, config, full=True)).logits
+        logits = (teacher or model)(**build_model_inputs(inputs, config, full=True)).logits
         model.train()
         # in the full view a model has nothing to learn from itself
         is_taught = torch.ones_like(labels, dtype=torch.bool) if teacher else inputs["is_block_view"][None]
-        return Targets(labels, is_taught, logits, distillation.weight)
+        return DistillationTargets(labels, is_taught, logits, distillation.weight)
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -89,16 +99,18 @@ class BlockTrainer(Trainer):
         training = self.model.training
         self.model.eval()
         losses = {}
-        for view, rows in self._eval_rows.items():
+        for mode, rows in self._eval_rows.items():
             sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
             for index in range(self.args.process_index, len(rows), self.args.world_size):
                 inputs = self._prepare_inputs(rows[index])
                 labels = inputs["shift_labels"]
-                sums[0] += label_loss(self.model(**forward_words(inputs, self.model.config)), labels[None], 1)
-                sums[1] += (labels != NO_LABEL).sum()
+                sums[0] += label_loss(
+                    self.model(**build_model_inputs(inputs, self.model.config)), labels[None], 1
+                )
+                sums[1] += (labels != IGNORE_INDEX).sum()
             if self.args.world_size > 1:
                 torch.distributed.all_reduce(sums)
-            losses[f"{EVAL_LOSS}{view}"] = float(sums[0] / sums[1])
+            losses[f"{EVAL_LOSS_PREFIX}{mode}"] = float(sums[0] / sums[1])
         self.model.train(training)
         self.log(losses)
         # or the Trainer would evaluate again at the end of the epoch

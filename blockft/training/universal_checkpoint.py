@@ -17,7 +17,7 @@ LOAD_UNIVERSAL = {"checkpoint": {"load_universal": True}}
 """What DeepSpeed's settings have to say for such a checkpoint."""
 
 
-def convert(checkpoint: Path) -> Path:
+def convert_to_universal(checkpoint: Path) -> Path:
     """A folder beside the checkpoint that stands for it: the same files, the shards in universal form.
 
     It needs as much disk as the checkpoint; `remove` it when the run has read it.
@@ -45,7 +45,7 @@ def convert(checkpoint: Path) -> Path:
     return folder
 
 
-class StepsApart(TrainerCallback):
+class SeparateAdamStepsCallback(TrainerCallback):
     """Gives each of Adam's states a step counter of its own when a run begins.
 
     Reading a universal checkpoint under ZeRO-3, DeepSpeed lets parameter groups share one tensor, which then

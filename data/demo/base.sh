@@ -10,8 +10,8 @@ python data/demo/blank.py "$out/blank"
 stage() { # NAME STEPS MODEL [KEY=VALUE ...]
   local name=$1 steps=$2 model=$3
   shift 3
-  blockft prepare demo-base data.out="$out/$name-data" data.sources.0.path="$out/world/$name.jsonl"
-  blockft train demo-base data.out="$out/$name-data" train.out="$out/$name" model.path="$model" \
+  blockft prepare demo-base data.output_dir="$out/$name-data" data.sources.0.path="$out/world/$name.jsonl"
+  blockft train demo-base data.output_dir="$out/$name-data" train.output_dir="$out/$name" model.path="$model" \
     train.max_steps="$steps" "$@"
   blockft export "$out/$name" "$out/$name-model"
 }

@@ -10,10 +10,10 @@ model=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
 out=${FOLDER:-out/paper-mini}
 # a search ranks the ten documents of a question, the best next to it; 2,000 of 11,058 samples are chats.
 # 1,000 steps are an epoch of both views, the paper's training, or two of one view: all models train for as many
-common=(smollm2-135m "model.path=$model" "data.out=$out/data" data.row_len=32768 data.order=ascending
+common=(smollm2-135m "model.path=$model" "data.output_dir=$out/data" data.row_len=32768 data.order=ascending
   data.sources.2.retrieve=bm25 data.sources.3.retrieve=bm25 data.sources.4.retrieve=bm25 data.sources.5.max_samples=2000
-  train.batch_rows=1 train.learning_rate=2.5e-4 train.epochs=3 train.max_steps=1000 train.save_steps=500
-  train.eval_examples=0 eval.batch_size=32 eval.sources.2.retrieve=bm25 eval.sources.3.retrieve=bm25
+  train.batch_rows=1 train.learning_rate=2.5e-4 train.num_train_epochs=3 train.max_steps=1000 train.save_steps=500
+  train.num_eval_examples=0 eval.batch_size=32 eval.sources.2.retrieve=bm25 eval.sources.3.retrieve=bm25
   eval.sources.0.max_samples=200 eval.sources.1.max_samples=200 eval.sources.2.max_samples=200
   eval.sources.3.max_samples=200 "$@")
 step() { printf '\n== %s\n' "$*"; }
@@ -37,23 +37,23 @@ train() { # NAME [KEY=VALUE ...]
   [ -e "$model" ] && return
   step "training: $name"
   [ -e "$run" ] && resume=(--resume)
-  blockft train "${common[@]}" "train.out=$run" "$@" "${resume[@]}"
+  blockft train "${common[@]}" "train.output_dir=$run" "$@" "${resume[@]}"
   blockft export "$run" "$model"
 }
 evaluate() { # NAME MODEL MODES
   [ -e "$out/$1/eval" ] && return
   step "evaluation: $1"
-  blockft eval "$2" "${common[@]}" "eval.out=$out/$1/eval" --modes "$3"
+  blockft eval "$2" "${common[@]}" "eval.output_dir=$out/$1/eval" --modes "$3"
 }
 
 prepare
-train full "data.views=[full]"
+train full "data.modes=[full]"
 evaluate full "$out/full/model" full,block
 train both
 evaluate both "$out/both/model" full,block
 train local data.positions=local
 evaluate local "$out/local/model" block
-train block-only "data.views=[block]"
+train block-only "data.modes=[block]"
 evaluate block-only "$out/block-only/model" block
 evaluate before "$model" full,block
 step "the table"

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from blockft.bench.timing import provenance
+from blockft.bench.timing import measurement_provenance
 from blockft.config.recipe import load_recipe
-from blockft.evaluation.bootstrap import interval
+from blockft.evaluation.bootstrap import bootstrap_interval
 from blockft.evaluation.report import ALL, INTERVALS
-from blockft.evaluation.report_render import cell, draw, markdown_table
+from blockft.evaluation.report_render import draw_scores, format_score, markdown_table
 from blockft.outputs import RECIPE, read_metrics
 
 METRIC = "substring_match"
@@ -55,7 +55,7 @@ def main(out: Path, results: Path) -> None:
     )
     differences = {row: _difference(hits[row], hits[REFERENCE]) for row in ROWS}
     table: dict[str, Any] = {
-        **provenance(),
+        **measurement_provenance(),
         "command": "bash data/paper-mini/paper-mini.sh",
         "metric": METRIC,
         "settings": (out / "settings").read_text().split(),
@@ -79,8 +79,8 @@ def main(out: Path, results: Path) -> None:
         [
             [
                 row,
-                *(cell(scores[row][group], METRIC) for group in groups),
-                "" if row == REFERENCE else cell(differences[row], METRIC, signed=True),
+                *(format_score(scores[row][group], METRIC) for group in groups),
+                "" if row == REFERENCE else format_score(differences[row], METRIC, signed=True),
                 paper or "",
             ]
             for row, (_, _, paper) in ROWS.items()
@@ -88,7 +88,7 @@ def main(out: Path, results: Path) -> None:
     )
     results.with_name(f"{results.name}.md").write_text(page + "\n", encoding="utf-8")
     named = {row: {SOURCES[group]: scores[row][group] for group in groups} for row in scores}
-    picture = draw(named, [SOURCES[group] for group in groups], METRIC)
+    picture = draw_scores(named, [SOURCES[group] for group in groups], METRIC)
     picture.savefig(results.with_name(f"{results.name}.png"), dpi=120)
     print(page)
 
@@ -103,14 +103,14 @@ def _difference(hits: list[tuple[str, float]], reference: list[tuple[str, float]
     """What a row scores above the reference, with the interval over pairs of answers to one question."""
     assert [q for q, _ in hits] == [q for q, _ in reference], "the evaluations asked different questions"
     apart = [score - other for (_, score), (_, other) in zip(hits, reference, strict=True)]
-    return {METRIC: statistics.fmean(apart), INTERVALS: {METRIC: interval(apart)}}
+    return {METRIC: statistics.fmean(apart), INTERVALS: {METRIC: bootstrap_interval(apart)}}
 
 
 def _run(run: Path) -> dict[str, Any]:
     recipe = load_recipe(str(run / RECIPE))
     lines = [line for line in read_metrics(run) if "loss" in line]
     return {
-        "views": [str(view) for view in recipe.data.views],
+        "modes": [str(mode) for mode in recipe.data.modes],
         "positions": str(recipe.data.positions),
         "seed": recipe.train.seed,
         "steps": lines[-1]["step"],

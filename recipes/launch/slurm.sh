@@ -3,7 +3,7 @@
 # stop; the job is requeued and goes on from there. Copy it, adapt the lines below, and run it where blockft is on PATH:
 #   sbatch recipes/launch/slurm.sh RECIPE OUT [key=value ...]
 #   sbatch --nodes 4 recipes/launch/slurm.sh my-recipe.yaml out/run train.batch_rows=64
-# OUT is the run's folder (train.out), on a file system that all nodes share; if it exists, the run is resumed.
+# OUT is the run's folder (train.output_dir), on a file system that all nodes share; if it exists, the run is resumed.
 # Network: export NCCL_SOCKET_IFNAME before sbatch where NCCL picks the wrong interface.
 #SBATCH --job-name=blockft
 #SBATCH --nodes=2
@@ -32,7 +32,7 @@ if [ -d "$out" ]; then resume=(--resume); fi
 code=0
 srun --kill-on-bad-exit=1 bash -c \
   'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec blockft train "$@"' \
-  blockft "$recipe" "train.out=$out" "$@" "${resume[@]}" || code=$?
+  blockft "$recipe" "train.output_dir=$out" "$@" "${resume[@]}" || code=$?
 
 # 130: asked to stop, and saved
 if [ "$code" -eq 130 ]; then scontrol requeue "$SLURM_JOB_ID"; fi

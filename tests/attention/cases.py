@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from blockft.attention.positions import Rotation
-from blockft.attention.rotate_queries import SLACK, CachedContext, turns
+from blockft.attention.positions import RotaryEmbedding
+from blockft.attention.rotate_queries import SLACK, CachedContext, build_query_rotation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class Case:
     cache_S2KD: torch.Tensor
     final_BS2KD: torch.Tensor
     context: CachedContext
-    rotation: Rotation
+    rotation: RotaryEmbedding
     scaling: float
     window: int | None
 
@@ -29,7 +29,7 @@ class Case:
             self.cache_S2KD,
             self.final_BS2KD,
             self.context,
-            turns(self.rotation, self.context.offsets),
+            build_query_rotation(self.rotation, self.context.offsets),
             scaling=self.scaling,
             window=self.window,
         )
@@ -100,7 +100,7 @@ def make_case(
             first=first,
             shift=shift,
         ),
-        rotation=Rotation(1.0 / 10000.0 ** (torch.arange(0, num_rotated, 2).double() / num_rotated)),
+        rotation=RotaryEmbedding(1.0 / 10000.0 ** (torch.arange(0, num_rotated, 2).double() / num_rotated)),
         scaling=head_size**-0.5,
         window=window,
     )

@@ -8,19 +8,19 @@ import torch
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from blockft.attention.backends import BlockMasks, block_flex, block_sdpa
-from blockft.attention.layout import Layout, Vectors, lay_out
-from blockft.attention.mask import dense_batch_mask
+from blockft.attention.backends import AttentionMasks, block_flex, block_sdpa
+from blockft.attention.layout import AttentionMetadata, Layout, build_metadata
+from blockft.attention.mask import build_dense_mask
 from tests.tiny import CONFIGS, WINDOW, build_model, random_ids, random_layout
 
 close = {"rtol": 1e-5, "atol": 1e-5}
 
 
-def forward(model: PreTrainedModel, ids: torch.Tensor, vectors: Vectors) -> torch.Tensor:
+def forward(model: PreTrainedModel, ids: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
     return model(
         input_ids=ids[None],
-        position_ids=vectors.position_ids,
-        block_masks=BlockMasks(vectors),
+        position_ids=metadata.position_ids,
+        block_masks=AttentionMasks(metadata),
         use_cache=False,
     ).logits[0]
 
@@ -29,35 +29,37 @@ def forward(model: PreTrainedModel, ids: torch.Tensor, vectors: Vectors) -> torc
 def test_law_1_one_block_is_plain_causal_attention(name: str) -> None:
     ids = random_ids(random.Random(name), 4 * WINDOW)
     plain = build_model(name, attention="eager")(input_ids=ids[None], use_cache=False).logits[0]
-    assert_close(forward(build_model(name), ids, lay_out([Layout((4 * WINDOW,))])), plain, **close)
+    assert_close(forward(build_model(name), ids, build_metadata([Layout((4 * WINDOW,))])), plain, **close)
 
 
 def oracle(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, vectors: Vectors, window: int | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: AttentionMetadata, window: int | None
 ) -> torch.Tensor:
     """Softmax attention in plain arithmetic under the dense mask; queries share keys in groups."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
-    scores = scores.masked_fill(~dense_batch_mask(vectors, window), float("-inf"))
+    scores = scores.masked_fill(~build_dense_mask(metadata, window), float("-inf"))
     return (scores.softmax(dim=-1) @ v).transpose(1, 2)
 
 
-def random_batch(seed: int, row_len: int) -> Vectors:
+def random_batch(seed: int, row_len: int) -> AttentionMetadata:
     rng = random.Random(seed)
     rows = [
-        lay_out(
+        build_metadata(
             [random_layout(rng, rng.randint(9, row_len // 3), rng.randint(3, 6), rng.randint(1, 3))] * 2,
             row_len,
         )
         for _ in range(2)
     ]
-    return Vectors(*(torch.cat(parts) for parts in zip(*(row.as_tuple() for row in rows), strict=True)))
+    return AttentionMetadata(
+        *(torch.cat(parts) for parts in zip(*(row.as_tuple() for row in rows), strict=True))
+    )
 
 
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("seed", range(3))
 def test_law_2_sdpa_agrees_with_the_oracle_and_its_gradients(seed: int, window: int | None) -> None:
-    vectors = random_batch(seed, 64)
+    metadata = random_batch(seed, 64)
     torch.manual_seed(seed)
     q, k, v = (torch.randn(2, heads, 64, 8, requires_grad=True) for heads in (6, 2, 2))
     out, _ = block_sdpa(
@@ -68,9 +70,9 @@ def test_law_2_sdpa_agrees_with_the_oracle_and_its_gradients(seed: int, window: 
         None,
         scaling=8**-0.5,
         sliding_window=window,
-        block_masks=BlockMasks(vectors),
+        block_masks=AttentionMasks(metadata),
     )
-    want = oracle(q, k, v, vectors, window)
+    want = oracle(q, k, v, metadata, window)
     assert_close(out, want, **close)
     weights = torch.randn_like(out)
     for got, expected in zip(
@@ -84,13 +86,20 @@ def test_law_2_sdpa_agrees_with_the_oracle_and_its_gradients(seed: int, window: 
 @pytest.mark.parametrize("window", [None, 50])
 def test_law_2_flex_agrees_with_the_oracle_forward(window: int | None) -> None:
     """On a CPU FlexAttention has no backward pass; `make test-gpu` shows gradients."""
-    vectors = random_batch(11, 256)
+    metadata = random_batch(11, 256)
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, 256, 16) for heads in (6, 2, 2))
     out, _ = block_flex(
-        torch.nn.Module(), q, k, v, None, scaling=0.25, sliding_window=window, block_masks=BlockMasks(vectors)
+        torch.nn.Module(),
+        q,
+        k,
+        v,
+        None,
+        scaling=0.25,
+        sliding_window=window,
+        block_masks=AttentionMasks(metadata),
     )
-    assert_close(out, oracle(q, k, v, vectors, window), **close)
+    assert_close(out, oracle(q, k, v, metadata, window), **close)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -106,11 +115,13 @@ def test_law_3_packing_changes_no_logit_and_no_gradient(name: str) -> None:
         return logits.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     alone_logits, alone_grads = gradients(
-        lambda: torch.cat([forward(model, i, lay_out([lo])) for i, lo in zip(ids, layouts, strict=True)])
+        lambda: torch.cat(
+            [forward(model, i, build_metadata([lo])) for i, lo in zip(ids, layouts, strict=True)]
+        )
     )
     padding = random_ids(rng, 8)
     packed_logits, packed_grads = gradients(
-        lambda: forward(model, torch.cat([*ids, padding]), lay_out(layouts, row_len=64))[:56]
+        lambda: forward(model, torch.cat([*ids, padding]), build_metadata(layouts, row_len=64))[:56]
     )
     assert_close(packed_logits, alone_logits, **close)
     for got, want in zip(packed_grads, alone_grads, strict=True):
@@ -121,8 +132,8 @@ def test_law_3_shared_questions_equal_questions_alone() -> None:
     rng, model = random.Random(5), build_model("gemma3")
     shared = Layout((8, 9, 5, 6), num_final=2)
     context, first, second = random_ids(rng, 28).split((17, 5, 6))
-    got = forward(model, torch.cat((context, first, second)), lay_out([shared]))
-    alone = forward(model, torch.cat((context, second)), lay_out([Layout((8, 9, 6))]))
+    got = forward(model, torch.cat((context, first, second)), build_metadata([shared]))
+    alone = forward(model, torch.cat((context, second)), build_metadata([Layout((8, 9, 6))]))
     assert_close(got[22:], alone[17:], **close)
 
 
@@ -133,10 +144,10 @@ def test_a_forgotten_mask_is_an_error(attention: str) -> None:
     with pytest.raises(ValueError, match="block_masks"):
         model(input_ids=ids)
     with pytest.raises(ValueError, match="block_masks"):
-        model(input_ids=ids, block_mask=BlockMasks(lay_out([Layout((8,))])))
+        model(input_ids=ids, block_mask=AttentionMasks(build_metadata([Layout((8,))])))
 
 
 def test_masks_of_another_length_are_an_error() -> None:
-    model, masks = build_model("llama"), BlockMasks(lay_out([Layout((7,))]))
+    model, masks = build_model("llama"), AttentionMasks(build_metadata([Layout((7,))]))
     with pytest.raises(ValueError, match="describe"):
         model(input_ids=random_ids(random.Random(0), 8)[None], block_masks=masks)

@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from blockft.attention.layout import PADDING, Layout, lay_out
-from blockft.attention.mask import dense_batch_mask, dense_mask, may_attend, tile_mask
+from blockft.attention.layout import PADDING, Layout, build_metadata
+from blockft.attention.mask import build_dense_mask, example_mask, may_attend, tile_occupancy
 from tests.tiny import random_layout
 
 
@@ -23,7 +23,7 @@ def test_the_rule_as_drawn() -> None:
         # # # # # .
         # # # # # #
     """)
-    assert torch.equal(dense_mask((2, 2, 2)), expected)
+    assert torch.equal(example_mask((2, 2, 2)), expected)
 
 
 def test_questions_that_share_a_context_are_blind_to_each_other() -> None:
@@ -35,28 +35,30 @@ def test_questions_that_share_a_context_are_blind_to_each_other() -> None:
         # # . . # .
         # # . . # #
     """)
-    assert torch.equal(dense_mask((1, 1, 2, 2), num_final=2), expected)
-    assert lay_out([Layout((1, 1, 2, 2), 2)]).position_ids.tolist() == [[0, 1, 2, 3, 2, 3]]
+    assert torch.equal(example_mask((1, 1, 2, 2), num_final=2), expected)
+    assert build_metadata([Layout((1, 1, 2, 2), 2)]).position_ids.tolist() == [[0, 1, 2, 3, 2, 3]]
 
 
 def test_without_reencoding_local_blocks_stay_where_they_were_cached() -> None:
     layouts = [Layout((2, 3, 2)), Layout((2, 1, 2, 1), 2), Layout((3,))]
-    vectors, moved = lay_out(layouts, 18, reencoded=False), lay_out(layouts, 18)
+    metadata, moved = build_metadata(layouts, 18, reencoded=False), build_metadata(layouts, 18)
     first, second, third = [0, 1, 0, 1, 2, 5, 6], [0, 1, 0, 3, 4, 3], [0, 1, 2]
-    assert vectors.position_ids.tolist() == [[*first, *second, *third, 0, 1]]
+    assert metadata.position_ids.tolist() == [[*first, *second, *third, 0, 1]]
     for name in ("example_ids", "block_ids", "is_final"):
-        assert torch.equal(getattr(vectors, name), getattr(moved, name))
+        assert torch.equal(getattr(metadata, name), getattr(moved, name))
 
 
 def test_windows_compare_positions_not_places() -> None:
-    mask = dense_mask((2, 1, 2), num_final=2, window=2)
+    mask = example_mask((2, 1, 2), num_final=2, window=2)
     # the second question stands at row index 3 but at position 2, one after the last token of the context
     assert mask[3].tolist() == [False, True, False, True, False]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 31])
 def test_law_1_one_block_is_causal(num_tokens: int) -> None:
-    assert torch.equal(dense_mask((num_tokens,)), torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril())
+    assert torch.equal(
+        example_mask((num_tokens,)), torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril()
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -66,31 +68,31 @@ def test_random_rows_obey_the_definition(seed: int) -> None:
     for _ in range(3):
         num_blocks = rng.randint(1, 5)
         layouts.append(random_layout(rng, rng.randint(5, 15), num_blocks, rng.randint(1, num_blocks)))
-    vectors = lay_out(layouts, row_len=50)
-    mask = dense_batch_mask(vectors)[0, 0]
+    metadata = build_metadata(layouts, row_len=50)
+    mask = build_dense_mask(metadata)[0, 0]
     example, block, final = (
-        v[0].tolist() for v in (vectors.example_ids, vectors.block_ids, vectors.is_final)
+        v[0].tolist() for v in (metadata.example_ids, metadata.block_ids, metadata.is_final)
     )
     for q in range(50):
         for k in range(50):
             allowed = k <= q and example[q] == example[k] and (block[q] == block[k] or final[q] > final[k])
             assert mask[q, k] == allowed
             assert mask[q, k] == may_attend(
-                q, k, vectors.example_ids[0], vectors.block_ids[0], vectors.is_final[0]
+                q, k, metadata.example_ids[0], metadata.block_ids[0], metadata.is_final[0]
             )
 
 
 def test_the_full_view_of_shared_questions_is_causal_for_each() -> None:
     layout = Layout((2, 3, 2, 1), num_final=2).full()
     assert layout == Layout((5, 2, 1), num_final=2)
-    assert torch.equal(dense_mask((5, 2)), dense_mask((7,)))
+    assert torch.equal(example_mask((5, 2)), example_mask((7,)))
     assert Layout((2, 3, 2)).full() == Layout((7,))
 
 
 def test_padding_is_an_example_of_its_own() -> None:
-    vectors = lay_out([Layout((2, 2))], row_len=6)
-    assert vectors.example_ids.tolist() == [[0, 0, 0, 0, PADDING, PADDING]]
-    mask = dense_batch_mask(vectors)[0, 0]
+    metadata = build_metadata([Layout((2, 2))], row_len=6)
+    assert metadata.example_ids.tolist() == [[0, 0, 0, 0, PADDING, PADDING]]
+    mask = build_dense_mask(metadata)[0, 0]
     assert not mask[4:, :4].any() and not mask[:4, 4:].any()
     assert mask.any(dim=1).all(), "a token that attends to nothing would give NaN"
 
@@ -103,7 +105,7 @@ def test_impossible_layouts_are_refused(lengths: tuple[int, ...], num_final: int
 
 def test_examples_longer_than_the_row_are_refused() -> None:
     with pytest.raises(ValueError, match="do not fit"):
-        lay_out([Layout((3,)), Layout((3,))], row_len=5)
+        build_metadata([Layout((3,)), Layout((3,))], row_len=5)
 
 
 @pytest.mark.parametrize("window", [None, 9])
@@ -111,12 +113,14 @@ def test_examples_longer_than_the_row_are_refused() -> None:
 def test_tiles_summarise_the_mask(window: int | None, row_len: int) -> None:
     """Strip by strip or at once, for rows that tiles divide and for others."""
     rng = random.Random(row_len)
-    vectors = lay_out([random_layout(rng, 20, 3), Layout((9,)), random_layout(rng, 25, 4, 2)], row_len)
-    dense = dense_batch_mask(vectors, window)[:, 0]
+    metadata = build_metadata(
+        [random_layout(rng, 20, 3), Layout((9,)), random_layout(rng, 25, 4, 2)], row_len
+    )
+    dense = build_dense_mask(metadata, window)[:, 0]
     missing = -row_len % 4
     padded = torch.nn.functional.pad(dense, (0, missing, 0, missing)).reshape(1, 16, 4, 16, 4)
     expected = padded.any(dim=4).any(dim=2), padded.all(dim=4).all(dim=2)
     assert expected[0].any() and expected[1].any() and not expected[0].all()
     for strip in (8, 64):
-        for found, wanted in zip(tile_mask(vectors, window, 4, strip), expected, strict=True):
+        for found, wanted in zip(tile_occupancy(metadata, window, 4, strip), expected, strict=True):
             assert torch.equal(found, wanted)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from blockft.attention.positions import Rotation
+from blockft.attention.positions import RotaryEmbedding
 
-ROTATION = Rotation(1.0 / 10000.0 ** (torch.arange(0, 16, 2) / 16))
+ROTATION = RotaryEmbedding(1.0 / 10000.0 ** (torch.arange(0, 16, 2) / 16))
 KEYS = torch.randn(1, 2, 5, 16, generator=torch.Generator().manual_seed(0))
 
 
@@ -24,7 +24,7 @@ def test_law_11_moving_by_0_changes_no_bit() -> None:
 
 
 def test_dimensions_beyond_the_rotated_ones_stay() -> None:
-    partial = Rotation(ROTATION.inv_freq[:4])
+    partial = RotaryEmbedding(ROTATION.inv_freq[:4])
     moved = partial.shift(KEYS, by=1234)
     assert torch.equal(moved[..., 8:], KEYS[..., 8:])
     assert not torch.equal(moved[..., :8], KEYS[..., :8])

@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from blockft.attention.positions import Rotation
-from blockft.attention.rotate_queries import attend_plainly, merge, turns
+from blockft.attention.positions import RotaryEmbedding
+from blockft.attention.rotate_queries import attend_reference, build_query_rotation, merge_partial_attention
 from tests.attention.cases import Case, make_case
 
 
-def rotation(num_rotated: int) -> Rotation:
-    return Rotation(1.0 / 10000.0 ** (torch.arange(0, num_rotated, 2) / num_rotated))
+def rotation(num_rotated: int) -> RotaryEmbedding:
+    return RotaryEmbedding(1.0 / 10000.0 ** (torch.arange(0, num_rotated, 2) / num_rotated))
 
 
 def attend_densely(case: Case) -> torch.Tensor:
@@ -51,7 +51,7 @@ def test_it_is_softmax_attention_over_moved_keys(
 ) -> None:
     for seed in range(5):
         case = make_case(seed, window=window, num_rotated=num_rotated, num_queries=num_queries)
-        want, got = attend_densely(case), case.attend(attend_plainly)
+        want, got = attend_densely(case), case.attend(attend_reference)
         for b in range(len(got)):
             # what stands before the first column is padding, and gets anything
             real = slice(max(0, int(case.context.first[b]) - int(case.context.column)), None)
@@ -60,23 +60,23 @@ def test_it_is_softmax_attention_over_moved_keys(
 
 def test_what_lies_between_blocks_is_never_read() -> None:
     case = make_case(3)
-    before = case.attend(attend_plainly)
+    before = case.attend(attend_reference)
     used = torch.zeros(len(case.cache_S2KD), dtype=torch.bool)
     for slot, length in zip(case.context.slots.flatten(), case.context.lengths.flatten(), strict=True):
         used[slot : slot + length] = True
     case.cache_S2KD[~used] = 1e30
-    assert torch.equal(case.attend(attend_plainly), before)
+    assert torch.equal(case.attend(attend_reference), before)
 
 
 def test_law_11_a_query_that_turns_is_one_that_was_moved_back() -> None:
     q_HTD = torch.randn(4, 3, 16, generator=torch.Generator().manual_seed(0))
     offsets = torch.tensor([[0, 1, 4099, 100_000]], dtype=torch.int32)
     for num_rotated in (16, 8):
-        turned = turns(rotation(num_rotated), offsets)
-        assert torch.equal(turned.turn(q_HTD, 0, 0), q_HTD)
+        turned = build_query_rotation(rotation(num_rotated), offsets)
+        assert torch.equal(turned.rotate(q_HTD, 0, 0), q_HTD)
         for n, offset in enumerate(offsets[0].tolist()):
             moved = rotation(num_rotated).shift(q_HTD, by=-offset)
-            assert_close(turned.turn(q_HTD, 0, n), moved, rtol=1e-6, atol=1e-6)
+            assert_close(turned.rotate(q_HTD, 0, n), moved, rtol=1e-6, atol=1e-6)
 
 
 def attend_to(scores_HTS: torch.Tensor, values_HSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,18 +98,19 @@ def test_merged_parts_are_the_whole(sizes: list[int], spread: float, seed: int) 
     values = torch.randn(2, sum(sizes), 4, generator=generator, dtype=torch.float64)
     want, _ = attend_to(scores, values)
     parts = [attend_to(*part) for part in zip(scores.split(sizes, -1), values.split(sizes, 1), strict=True)]
-    got = merge(*(torch.stack(part) for part in zip(*parts, strict=True)))
+    got = merge_partial_attention(*(torch.stack(part) for part in zip(*parts, strict=True)))
     assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
 def test_one_part_stays_as_it_is_and_none_is_nothing() -> None:
     out, lse = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3)
-    assert torch.equal(merge(out, lse), out[0])
+    assert torch.equal(merge_partial_attention(out, lse), out[0])
     assert torch.equal(
-        merge(torch.zeros(2, 2, 3, 4), torch.full((2, 2, 3), -torch.inf)), torch.zeros(2, 3, 4)
+        merge_partial_attention(torch.zeros(2, 2, 3, 4), torch.full((2, 2, 3), -torch.inf)),
+        torch.zeros(2, 3, 4),
     )
 
 
 def test_merging_survives_the_largest_scores() -> None:
     outs, lses = torch.randn(2, 1, 1, 4), torch.tensor([3e38, -3e38]).view(2, 1, 1)
-    assert torch.equal(merge(outs, lses), outs[0])
+    assert torch.equal(merge_partial_attention(outs, lses), outs[0])

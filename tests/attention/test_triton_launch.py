@@ -1,4 +1,4 @@
-"""The fused kernels compute what `attend_plainly` computes."""
+"""The fused kernels compute what `attend_reference` computes."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from blockft.attention import triton_launch
-from blockft.attention.rotate_queries import SLACK, attend_plainly
+from blockft.attention.rotate_queries import SLACK, attend_reference
 from tests.attention.cases import Case, make_case
 
 pytestmark = [
@@ -35,11 +34,11 @@ OTHERS = {
 
 
 def relative_error(case: Case, device: torch.device, dtype: torch.dtype, **options: Any) -> float:
-    from blockft.attention.triton_launch import attend
+    from blockft.attention.triton_launch import attend_cached
 
     on_device = case.to(device).to(dtype)
-    want = on_device.to(torch.float32).attend(attend_plainly)
-    got = on_device.attend(partial(attend, **options)).transpose(1, 2).float()
+    want = on_device.to(torch.float32).attend(attend_reference)
+    got = on_device.attend(partial(attend_cached, **options)).transpose(1, 2).float()
     assert got.isfinite().all()
     error = total = 0.0
     for b in range(len(got)):
@@ -78,29 +77,33 @@ def test_tiles_fit_the_shared_memory(
     shared: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
+    from blockft.attention import triton_launch
+
     properties = SimpleNamespace(shared_memory_per_block_optin=shared)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     for head_size in (64, 96, 128, 256):
         for half in (head_size // 2, head_size // 4):
             for num_rows in (4, 256):
-                found = triton_launch.tiles_for(num_rows, head_size, half, dtype, torch.device("cuda"))
+                found = triton_launch.choose_tile_config(
+                    num_rows, head_size, half, dtype, torch.device("cuda")
+                )
                 kept = (found.stages * found.keys + found.rows) * 2 * head_size * dtype.itemsize
                 assert kept < shared
 
 
 def test_no_tile_reaches_further_than_what_follows_a_cache() -> None:
-    from blockft.attention.triton_launch import Tiles
+    from blockft.attention.triton_launch import TileConfig
 
     with pytest.raises(AssertionError, match="beyond the cache"):
-        Tiles(rows=16, keys=SLACK + 1, warps=4, stages=1)
+        TileConfig(rows=16, keys=SLACK + 1, warps=4, stages=1)
 
 
 @pytest.mark.parametrize("num_queries", [1, 50])
 def test_law_2_whatever_the_tiles_that_a_smaller_gpu_would_need(num_queries: int) -> None:
-    from blockft.attention.triton_launch import FEW_ROWS, MANY_ROWS
+    from blockft.attention.triton_launch import FEW_ROWS_TILES, MANY_ROWS_TILES
 
     case = make_case(0, max_len=200, head_size=64, num_queries=num_queries)
-    for tiles in {*FEW_ROWS, *MANY_ROWS}:
+    for tiles in {*FEW_ROWS_TILES, *MANY_ROWS_TILES}:
         error = relative_error(case, torch.device("cuda"), torch.bfloat16, tiles=tiles)
         assert error < LIMITS[torch.bfloat16]
 
@@ -111,12 +114,12 @@ def test_new_tokens_are_written_into_their_columns(head_size: int) -> None:
 
 
 def check_append(head_size: int, device: torch.device) -> None:
-    from blockft.attention.triton_launch import append
+    from blockft.attention.triton_launch import append_keys_values
 
     # as layers give them: heads of one token stand together
     keys, values = (torch.randn(3, 5, 2, head_size, device=device).transpose(1, 2) for _ in range(2))
     final = torch.zeros(3, 20, 2, 2, head_size, device=device)
-    append(keys, values, final, torch.tensor([4], dtype=torch.int32, device=device))
+    append_keys_values(keys, values, final, torch.tensor([4], dtype=torch.int32, device=device))
     assert torch.equal(final[:, 4:9, 0], keys.transpose(1, 2))
     assert torch.equal(final[:, 4:9, 1], values.transpose(1, 2))
     assert not final[:, :4].any() and not final[:, 9:].any()

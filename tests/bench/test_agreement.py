@@ -12,7 +12,7 @@ from blockft.config.settings import Recipe
 from blockft.errors import UserError
 from blockft.inference.answer import Answer
 from blockft.inference.engine import Engine
-from blockft.stages.questions import recipe_for
+from blockft.stages.questions import recipe_for_questions
 from tests.run import save_model, save_samples
 
 
@@ -24,7 +24,7 @@ def model(tmp_path: Path) -> str:
 
 
 def settings(model: str) -> Recipe:
-    return recipe_for(model, str(Path(model).parent / "questions.jsonl"), ["model.dtype=float32"])
+    return recipe_for_questions(model, str(Path(model).parent / "questions.jsonl"), ["model.dtype=float32"])
 
 
 def compare(model: str, num_prompts: int = 4, max_new_tokens: int = 5) -> dict[str, Any]:

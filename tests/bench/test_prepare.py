@@ -8,7 +8,7 @@ import pytest
 
 import blockft.bench.prepare as stage
 from blockft.bench.prepare import bench_prepare
-from blockft.config.recipe import make_recipe
+from blockft.config.recipe import build_recipe
 from blockft.config.settings import Recipe
 from tests.run import save_model, save_samples
 
@@ -20,12 +20,12 @@ def recipe(tmp_path: Path) -> Recipe:
     given = {
         "model": {"path": str(tmp_path / "model")},
         "data": {
-            "out": str(tmp_path / "data"),
+            "output_dir": str(tmp_path / "data"),
             "sources": [{"format": "samples", "path": str(tmp_path / "samples.jsonl")}],
         },
-        "train": {"out": str(tmp_path / "run")},
+        "train": {"output_dir": str(tmp_path / "run")},
     }
-    return make_recipe(given, (), "the test")
+    return build_recipe(given, (), "the test")
 
 
 def test_it_measures_one_process_and_one_per_core(

@@ -9,9 +9,9 @@ import torch
 
 import blockft.bench.target as target
 import blockft.bench.train as stage
-from blockft.bench.train import CPU_WAYS, bench_train
+from blockft.bench.train import CPU_VARIANTS, bench_train
 from blockft.errors import UserError
-from blockft.model.random_model import shape_config, weight_bytes
+from blockft.model.random_model import load_shape_config, weight_bytes
 
 GIVEN: dict[str, Any] = {
     "row_len": 700,
@@ -30,7 +30,7 @@ def test_every_way_reads_the_same_samples(tmp_path: Path, capsys: pytest.Capture
     assert (result["samples"], result["dtype"], result["sample_len"]) == (3, "float32", 200)
     lines = result["measured"]
     assert [(line["packed"], line["checkpointing"]) for line in lines] == [
-        (way.packed, way.checkpointing) for way in CPU_WAYS
+        (way.packed, way.checkpointing) for way in CPU_VARIANTS
     ]
     for line in lines:
         assert line["loss"] == pytest.approx(lines[0]["loss"], rel=1e-5) and line["loss"] > 1
@@ -43,8 +43,8 @@ def test_another_loss_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     collate = stage.collate_row
 
     def wrong(examples: Any, row_len: int, pad_id: int) -> dict[str, torch.Tensor]:
-        view = "full" if len(examples) > 1 else "block"
-        return collate([(example, view) for example, _ in examples], row_len, pad_id)
+        mode = "full" if len(examples) > 1 else "block"
+        return collate([(example, mode) for example, _ in examples], row_len, pad_id)
 
     monkeypatch.setattr(stage, "collate_row", wrong)
     with pytest.raises(RuntimeError, match="packed row"):
@@ -59,7 +59,7 @@ def test_a_loss_that_is_no_number_is_told(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_model_for_which_there_is_too_little_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    needed = 4 * weight_bytes(shape_config("tiny"), torch.float32)
+    needed = 4 * weight_bytes(load_shape_config("tiny"), torch.float32)
     monkeypatch.setattr(target, "free_bytes", lambda device: needed - 1)
     with pytest.raises(UserError, match="the weights of tiny, and 3 numbers beside each take"):
         bench_train("tiny", **GIVEN)

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 import blockft.bench.target as stage_target
 import blockft.bench.ttft as ttft
 from blockft import progress
-from blockft.bench.timing import times_of
+from blockft.bench.timing import measure_ms
 from blockft.bench.ttft import bench_ttft, read_lengths, read_tiers
-from blockft.bench.ttft_prompt import Prompt, facts_of
+from blockft.bench.ttft_prompt import Prompt, derived_figures
 from blockft.errors import UserError
-from blockft.model.random_model import SHAPES, random_model, shape_config, weight_bytes
+from blockft.model.random_model import SHAPES, build_random_model, load_shape_config, weight_bytes
 from tests.run import save_model
 
 GIVEN: dict[str, Any] = {
@@ -37,7 +37,7 @@ BANDWIDTH = 1e10
 
 @pytest.fixture(autouse=True)
 def known_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ttft, "copy_bandwidth", lambda device: BANDWIDTH)
+    monkeypatch.setattr(ttft, "measure_copy_bandwidth", lambda device: BANDWIDTH)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the JSON and the picture of a run."""
     folder = tmp_path_factory.mktemp("ttft")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(ttft, "copy_bandwidth", lambda device: BANDWIDTH)
+        patched.setattr(ttft, "measure_copy_bandwidth", lambda device: BANDWIDTH)
         bench_ttft("tiny", **GIVEN | {"folder": folder, "out": folder / "t.json", "png": folder / "t.png"})
     return folder
 
@@ -104,8 +104,8 @@ def test_flops_and_bytes_are_counted_by_hand(measured: Path) -> None:
 )
 def test_questions_of_50_tokens_save_what_follows_from_the_lengths(length: int, saved: float) -> None:
     prompt = Prompt(torch.arange(length).numpy(), 50, 512)
-    model = random_model(shape_config("tiny"), device=torch.device("meta"), dtype=torch.bfloat16)
-    facts = facts_of(prompt, model, BANDWIDTH)
+    model = build_random_model(load_shape_config("tiny"), device=torch.device("meta"), dtype=torch.bfloat16)
+    facts = derived_figures(prompt, model, BANDWIDTH)
     assert facts["flops_saved_percent"] == pytest.approx(saved, abs=0.1)
 
 
@@ -141,7 +141,7 @@ def test_lengths_that_cannot_be_are_refused(given: dict[str, Any], said: str) ->
 
 
 def test_lengths_are_refused_before_any_weight_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage_target, "random_model", None)
+    monkeypatch.setattr(stage_target, "build_random_model", None)
     with pytest.raises(UserError, match="--lengths has 999999, the model has 131072 positions"):
         bench_ttft("llama-3-8b", **GIVEN | {"lengths": [999999]})
 
@@ -168,7 +168,7 @@ def test_without_a_terminal_each_length_is_a_line(
     lines = [re.sub(r"\d+\.\d ms", "x", line) for line in said]
     assert lines == ["40 tokens: full x, host x", "72 tokens: full x, host x"]
     for module in (ttft, progress):
-        monkeypatch.setattr(module, "is_shown", lambda: True)
+        monkeypatch.setattr(module, "is_enabled", lambda: True)
     bench_ttft("tiny", **given)
     out, err = capsys.readouterr()
     assert "100%" in err and "40 tokens" not in err and "FLOPs" in out and "100%" not in out
@@ -224,6 +224,6 @@ def test_warm_ups_do_not_count_and_what_comes_before_takes_no_time() -> None:
         calls.append("run")
         time.sleep(0.05 if len(calls) <= 4 else 0.001)
 
-    times = times_of(run, warmups=2, runs=5, before=lambda: calls.append("before") or time.sleep(0.03))
+    times = measure_ms(run, warmups=2, runs=5, before=lambda: calls.append("before") or time.sleep(0.03))
     assert calls == ["before", "run"] * 7
     assert times["runs"] == 5 and 1 <= times["median"] <= times["p95"] < 25

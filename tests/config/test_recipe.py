@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 
-from blockft.config.recipe import make_recipe
+from blockft.config.recipe import build_recipe
 from blockft.errors import UserError
 
 GIVEN: dict[str, Any] = {
     "model": {"path": "m"},
-    "data": {"out": "o", "sources": [{"format": "samples", "path": "p"}]},
-    "train": {"out": "o"},
+    "data": {"output_dir": "o", "sources": [{"format": "samples", "path": "p"}]},
+    "train": {"output_dir": "o"},
 }
 
 
@@ -35,12 +35,12 @@ GIVEN: dict[str, Any] = {
         ("data.sources.0.format=csv", ": data.sources[0].format is 'csv' (allowed: "),
         ("data.sources[0].max_samples=0", ": data.sources[0].max_samples is 0"),
         ("tran.seed=1", ": unknown key tran (did you mean train?)"),
-        ("data.out=${none}", ": Interpolation key 'none' not found (at data.out)"),
+        ("data.output_dir=${none}", ": Interpolation key 'none' not found (at data.output_dir)"),
     ],
 )
 def test_an_override_that_is_wrong_is_named(word: str, said: str) -> None:
     with pytest.raises(UserError) as raised:
-        make_recipe(GIVEN, ["data.seed=1", word, "train.seed=1"], "r.yaml")
+        build_recipe(GIVEN, ["data.seed=1", word, "train.seed=1"], "r.yaml")
     message = str(raised.value)
     assert message.startswith(word.rstrip()) and said in message
     assert "\n" not in message and "full_key" not in message and "r.yaml" not in message
@@ -49,13 +49,13 @@ def test_an_override_that_is_wrong_is_named(word: str, said: str) -> None:
 def test_the_recipe_is_named_for_its_own_faults() -> None:
     given = GIVEN | {"train": {"seed": 1}}
     with pytest.raises(UserError) as raised:
-        make_recipe(given, ["data.row_len=0", "train.seed=2"], "r.yaml")
+        build_recipe(given, ["data.row_len=0", "train.seed=2"], "r.yaml")
     assert str(raised.value) == (
-        "data.row_len=0: data.row_len is 0, it should be at least 1; r.yaml: train.out is missing"
+        "data.row_len=0: data.row_len is 0, it should be at least 1; r.yaml: train.output_dir is missing"
     )
     with pytest.raises(UserError, match=r"^r\.yaml: data\.sources is \[\], it should hold at least 1$"):
-        make_recipe(GIVEN | {"data": {"out": "o", "sources": []}}, ["data.seed=1"], "r.yaml")
+        build_recipe(GIVEN | {"data": {"output_dir": "o", "sources": []}}, ["data.seed=1"], "r.yaml")
 
 
 def test_large_numbers_are_no_fault_of_their_bounds() -> None:
-    assert make_recipe(GIVEN, [f"data.row_len={10**400}"], "r.yaml").data.row_len == 10**400
+    assert build_recipe(GIVEN, [f"data.row_len={10**400}"], "r.yaml").data.row_len == 10**400

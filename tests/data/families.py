@@ -31,7 +31,7 @@ class Family:
     end_of_turn: str
     system: str = "anywhere"
     """Where a system message may stand: `anywhere` first, only before a `single` turn, or `never`."""
-    trims: bool = False
+    trim: bool = False
     opening: str = ""
     loses: str = ""
     """A text that answers of earlier turns must not hold."""
@@ -74,7 +74,7 @@ FAMILIES = {
         bos="<|begin_of_text|>",
         eos="<|eot_id|>",
         end_of_turn="<|eot_id|>",
-        trims=True,
+        trim=True,
     ),
     "qwen25": Family(
         template="qwen25",
@@ -100,7 +100,7 @@ FAMILIES = {
         bos="<s>",
         eos="</s>",
         end_of_turn="</s>",
-        trims=True,
+        trim=True,
         opening=" ",
     ),
     "mistral_v3": Family(
@@ -120,7 +120,7 @@ FAMILIES = {
         bos="<s>",
         eos="</s>",
         end_of_turn="</s>",
-        trims=True,
+        trim=True,
         opening=" ",
     ),
     "gemma2": Family(
@@ -132,7 +132,7 @@ FAMILIES = {
         eos="<eos>",
         end_of_turn="<end_of_turn>",
         system="never",
-        trims=True,
+        trim=True,
     ),
     "gemma3": Family(
         template="gemma3",
@@ -142,7 +142,7 @@ FAMILIES = {
         bos="<bos>",
         eos="<eos>",
         end_of_turn="<end_of_turn>",
-        trims=True,
+        trim=True,
     ),
     "phi3": Family(
         template="phi3",

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from blockft.data.chat_formats import alpaca, blocks, messages
-from blockft.data.rag_prompt import trim
-from blockft.data.sample import RecordError, from_record, to_record
+from blockft.data.chat_formats import parse_alpaca, parse_blocks, parse_messages_record
+from blockft.data.rag_prompt import trim_sample
+from blockft.data.sample import RecordError, parse_sample, sample_to_record
 
 AT = "file.jsonl, line 7"
 TURNS = (
@@ -45,7 +45,7 @@ def tulu(*turns: tuple[str, Any], **fields: Any) -> dict[str, Any]:
 
 
 def test_a_chat_is_one_sample_per_answer() -> None:
-    first, second = messages(tulu(*TURNS, id="x", source="tulu/y", extra=1), AT)
+    first, second = parse_messages_record(tulu(*TURNS, id="x", source="tulu/y", extra=1), AT)
     assert [(m.role, m.content) for m in second.messages] == [(role, (text,)) for role, text in TURNS[:-1]]
     assert first.messages == second.messages[:2]
     assert (first.response, second.response) == ("Hello.", "Me.")
@@ -53,27 +53,33 @@ def test_a_chat_is_one_sample_per_answer() -> None:
 
 
 def test_a_sample_without_id_is_called_by_its_place() -> None:
-    (sample,) = messages(tulu(*TURNS[1:3], id=5), AT)
+    (sample,) = parse_messages_record(tulu(*TURNS[1:3], id=5), AT)
     assert (sample.id, sample.source) == (AT, "messages")
-    assert [sample.id for sample in messages(tulu(*TURNS), AT)] == [f"{AT}#1", f"{AT}#2"]
+    assert [sample.id for sample in parse_messages_record(tulu(*TURNS), AT)] == [f"{AT}#1", f"{AT}#2"]
 
 
 def test_share_gpt() -> None:
     spelt = {"user": "human", "assistant": "gpt"}
     said = [{"from": spelt[role], "value": text} for role, text in TURNS[1:]]
-    assert [*messages({"conversations": said, "system": "Be brief."}, AT)] == [*messages(tulu(*TURNS), AT)]
-    assert [*messages({"conversations": said, "system": ""}, AT)] == [*messages(tulu(*TURNS[1:]), AT)]
+    assert [*parse_messages_record({"conversations": said, "system": "Be brief."}, AT)] == [
+        *parse_messages_record(tulu(*TURNS), AT)
+    ]
+    assert [*parse_messages_record({"conversations": said, "system": ""}, AT)] == [
+        *parse_messages_record(tulu(*TURNS[1:]), AT)
+    ]
     system = {"from": "system", "value": "Be brief."}
-    assert [*messages({"conversations": [system, *said]}, AT)] == [*messages(tulu(*TURNS), AT)]
+    assert [*parse_messages_record({"conversations": [system, *said]}, AT)] == [
+        *parse_messages_record(tulu(*TURNS), AT)
+    ]
 
 
 def test_a_blank_answer_ends_the_chat() -> None:
-    (sample,) = messages(tulu(*TURNS[1:4], ("assistant", " "), *TURNS[1:3], id="x"), AT)
+    (sample,) = parse_messages_record(tulu(*TURNS[1:4], ("assistant", " "), *TURNS[1:3], id="x"), AT)
     assert (sample.id, sample.response, len(sample.messages)) == ("x#1", "Hello.", 1)
 
 
 def test_a_question_without_answer_and_a_blank_system_message_are_passed_over() -> None:
-    (sample,) = messages(tulu(("system", " "), *TURNS[1:4], id="x"), AT)
+    (sample,) = parse_messages_record(tulu(("system", " "), *TURNS[1:4], id="x"), AT)
     assert (sample.id, len(sample.messages)) == ("x", 1)
 
 
@@ -95,7 +101,7 @@ def test_a_question_without_answer_and_a_blank_system_message_are_passed_over() 
 )
 def test_a_bad_chat_names_the_field(turns: tuple[tuple[str, Any], ...], field: str) -> None:
     with pytest.raises(RecordError, match=field):
-        messages(tulu(*turns), AT)
+        parse_messages_record(tulu(*turns), AT)
 
 
 @pytest.mark.parametrize(
@@ -117,15 +123,15 @@ def test_a_bad_chat_names_the_field(turns: tuple[tuple[str, Any], ...], field: s
 )
 def test_a_record_that_is_no_chat_names_the_field(record: Any, field: str) -> None:
     with pytest.raises(RecordError, match=field):
-        messages(record, AT)
+        parse_messages_record(record, AT)
 
 
 def test_alpaca() -> None:
     record = {"instruction": "Add.", "input": "1, 2", "output": "3", "text": "ignored"}
-    (sample,) = alpaca(record, AT)
+    (sample,) = parse_alpaca(record, AT)
     assert (sample.blocks, sample.response, sample.id) == (("Add.\n\n1, 2",), "3", AT)
-    assert next(alpaca(record | {"input": ""}, AT)).blocks == ("Add.",)
-    first, last = alpaca(record | {"system": "Be brief.", "history": [["Hi", "Hello."]], "id": "x"}, AT)
+    assert next(parse_alpaca(record | {"input": ""}, AT)).blocks == ("Add.",)
+    first, last = parse_alpaca(record | {"system": "Be brief.", "history": [["Hi", "Hello."]], "id": "x"}, AT)
     assert (first.blocks, first.response) == (("Be brief.", "Hi"), "Hello.")
     assert (last.blocks, last.response) == (("Be brief.", "Hi", "Hello.", "Add.\n\n1, 2"), "3")
     assert [m.role for m in last.messages] == ["system", "user", "assistant", "user"]
@@ -145,7 +151,7 @@ def test_alpaca() -> None:
 )
 def test_a_bad_alpaca_record_names_the_field(change: dict[str, Any], field: str) -> None:
     with pytest.raises(RecordError, match=field):
-        alpaca({"instruction": "Add.", "input": "", "output": "3"} | change, AT)
+        parse_alpaca({"instruction": "Add.", "input": "", "output": "3"} | change, AT)
 
 
 @pytest.mark.parametrize("name", ["blocks", "chunks"])
@@ -157,38 +163,38 @@ def test_training_records_of_the_authors_keep_their_blocks(name: str) -> None:
         "block_tokens": [3, 4],
         "inputs": {"labels": [-100]},
     }
-    (sample,) = blocks(record, AT)
+    (sample,) = parse_blocks(record, AT)
     assert sample.blocks == sample.templated == tuple(TRAINING["blocks"])
     assert (sample.messages, sample.response, sample.id) == ((), "Yes.<|end_of_text|>", AT)
-    assert from_record(json.loads(json.dumps(to_record(sample)))) == sample
+    assert parse_sample(json.loads(json.dumps(sample_to_record(sample)))) == sample
 
 
 def test_rag_records_of_the_authors_are_cut_at_their_documents() -> None:
-    (sample,) = blocks(RAG, AT)
+    (sample,) = parse_blocks(RAG, AT)
     assert sample.blocks == (OPEN, *WRITTEN, CLOSE)
     assert "".join(sample.blocks) == RAG["prompt"]
     assert (sample.response, sample.answers) == ("The fox.", ("Fox", "The fox"))
     assert sample.meta == {"documents": [1, 2, 3], "relevance": [0.5, 0.25, 0.75]}
-    assert from_record(json.loads(json.dumps(to_record(sample)))) == sample
+    assert parse_sample(json.loads(json.dumps(sample_to_record(sample)))) == sample
 
 
 def test_a_rag_record_without_response_can_be_evaluated() -> None:
-    (sample,) = blocks(RAG | {"generated": ""}, AT)
+    (sample,) = parse_blocks(RAG | {"generated": ""}, AT)
     assert (sample.response, sample.answers) == ("", ("Fox", "The fox"))
     with pytest.raises(RecordError, match="'generated'"):
-        blocks(RAG | {"generated": "", "answers": []}, AT)
+        parse_blocks(RAG | {"generated": "", "answers": []}, AT)
 
 
 def test_a_rag_record_may_start_with_a_document_or_have_none() -> None:
-    (sample,) = blocks(RAG | {"prompt": RAG["prompt"].removeprefix(OPEN)}, AT)
+    (sample,) = parse_blocks(RAG | {"prompt": RAG["prompt"].removeprefix(OPEN)}, AT)
     assert (sample.blocks, sample.documents) == ((*WRITTEN, CLOSE), (0, 1, 2))
-    (sample,) = blocks(RAG | {"documents": []}, AT)
+    (sample,) = parse_blocks(RAG | {"documents": []}, AT)
     assert (sample.blocks, sample.meta) == ((RAG["prompt"],), {})
 
 
 def test_a_long_rag_record_loses_its_least_relevant_document() -> None:
-    (sample,) = blocks(RAG, AT)
-    trimmed = trim(sample)
+    (sample,) = parse_blocks(RAG, AT)
+    trimmed = trim_sample(sample)
     assert trimmed and trimmed.blocks == (OPEN, WRITTEN[0], WRITTEN[2], CLOSE)
     assert trimmed.meta == {"documents": [1, 2], "relevance": [0.5, 0.75]}
 
@@ -212,7 +218,7 @@ def test_a_long_rag_record_loses_its_least_relevant_document() -> None:
 )
 def test_a_bad_templated_record_names_the_field(record: Any, field: str) -> None:
     with pytest.raises(RecordError, match=field):
-        blocks(record, AT)
+        parse_blocks(record, AT)
 
 
 def real_data(name: str) -> Path:
@@ -225,7 +231,7 @@ def real_data(name: str) -> Path:
 @pytest.mark.real_data
 def test_instructions_as_published() -> None:
     records = [json.loads(line) for line in real_data("instructions_t0.jsonl").open(encoding="utf-8")]
-    samples = [sample for i, r in enumerate(records) for sample in messages(r, f"line {i}")]
+    samples = [sample for i, r in enumerate(records) for sample in parse_messages_record(r, f"line {i}")]
     assert [s.response for s in samples] == [r["messages"][1]["content"] for r in records]
     assert [s.source for s in samples] == [r["source"] for r in records]
     assert len({s.id for s in samples}) == len(samples) == 4000
@@ -234,6 +240,6 @@ def test_instructions_as_published() -> None:
 @pytest.mark.real_data
 def test_alpaca_as_published() -> None:
     records = json.loads(real_data("alpaca_en_demo.json").read_text(encoding="utf-8"))
-    samples = [sample for i, r in enumerate(records) for sample in alpaca(r, f"record {i}")]
+    samples = [sample for i, r in enumerate(records) for sample in parse_alpaca(r, f"record {i}")]
     assert [s.response for s in samples] == [r["output"] for r in records]
     assert sum("\n\n" in s.blocks[0] for s in samples) >= sum(bool(r["input"]) for r in records) == 412

@@ -4,7 +4,7 @@ import re
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from blockft.data.chat_template import Cut, Part, Template, UnfitText
+from blockft.data.chat_template import ChatTemplate, RenderedPrompt, TemplateMismatch, TextPart
 from blockft.data.sample import Message
 from blockft.errors import UserError
 from tests.data.families import family_tokenizer
@@ -23,7 +23,7 @@ START, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 
 
 def cut(messages: list[Message], documents: tuple[int, ...] = (), chat_template: str = CHATML) -> list[str]:
-    return text_of_cut(Template(toy_tokenizer(chat_template)).cut(messages, documents).blocks)
+    return text_of_cut(ChatTemplate(toy_tokenizer(chat_template)).cut(messages, documents).blocks)
 
 
 def user(*content: str) -> Message:
@@ -83,7 +83,9 @@ def test_a_trimming_template_trims_the_ends_of_a_message() -> None:
 def test_a_document_that_would_be_trimmed_is_unfit(content: tuple[str, ...], document: int) -> None:
     messages = [Message(role="system", content=content), user("Who?")]
     shown = re.escape(repr(content[document]))
-    with pytest.raises(UnfitText, match=f"{shown}, which would be another block elsewhere: put separators"):
+    with pytest.raises(
+        TemplateMismatch, match=f"{shown}, which would be another block elsewhere: put separators"
+    ):
         cut(messages, (document,), TRIMMING)
     assert cut(messages, (document,))[document + 1] == content[document]
 
@@ -93,39 +95,42 @@ def test_a_message_whose_text_looks_like_markup() -> None:
 
 
 def test_what_follows_the_response() -> None:
-    found = Template(toy_tokenizer()).cut([user("Who?")], (), " The fox")
+    found = ChatTemplate(toy_tokenizer()).cut([user("Who?")], (), " The fox")
     assert (found.response, found.ending) == (" The fox", "<|im_end|>\n")
-    assert Template(toy_tokenizer(TRIMMING)).cut([user("Who?")], (), " The fox").response == "The fox"
+    assert ChatTemplate(toy_tokenizer(TRIMMING)).cut([user("Who?")], (), " The fox").response == "The fox"
 
 
 def test_the_response_follows_the_generation_prompt() -> None:
-    found = Template(toy_tokenizer(THINKING)).cut([user("Who?")], (), "The fox")
+    found = ChatTemplate(toy_tokenizer(THINKING)).cut([user("Who?")], (), "The fox")
     assert text_of_cut(found.blocks) == [f"{START}Who?{END}<think></think>"]
     aloud = THINKING.replace("'<think></think>' if m", "'' if m")
-    with pytest.raises(UnfitText, match="otherwise than its generation prompt leads to"):
-        Template(toy_tokenizer(aloud)).cut([user("Who?")], (), "The fox")
+    with pytest.raises(TemplateMismatch, match="otherwise than its generation prompt leads to"):
+        ChatTemplate(toy_tokenizer(aloud)).cut([user("Who?")], (), "The fox")
 
 
 def test_what_a_template_writes_before_a_response_opens_the_answer() -> None:
     always = THINKING.replace("enable_thinking is false", "false")
-    found = Template(toy_tokenizer(always)).cut([user("Who?")], (), "The fox")
+    found = ChatTemplate(toy_tokenizer(always)).cut([user("Who?")], (), "The fox")
     assert text_of_cut(found.blocks) == [f"{START}Who?{END}"]
-    assert found.answer == (Part("<think></think>", True), Part("The fox", False))
-    spaced = Template(family_tokenizer("mistral_v1")).cut([user("Who?")], (), "The fox")
-    assert spaced == Cut(
-        ((Part("<s>[INST] ", True), Part("Who?", False), Part(" [/INST]", True)),), "The fox", "</s>", " "
+    assert found.answer == (TextPart("<think></think>", True), TextPart("The fox", False))
+    spaced = ChatTemplate(family_tokenizer("mistral_v1")).cut([user("Who?")], (), "The fox")
+    assert spaced == RenderedPrompt(
+        ((TextPart("<s>[INST] ", True), TextPart("Who?", False), TextPart(" [/INST]", True)),),
+        "The fox",
+        "</s>",
+        " ",
     )
-    assert spaced.answer == (Part(" The fox", False),)
+    assert spaced.answer == (TextPart(" The fox", False),)
 
 
 def test_a_response_is_kept_as_it_is_where_the_template_would_rewrite_it() -> None:
-    found = Template(family_tokenizer("qwen3")).cut([user("Who?")], (), "\n\nNo <think> or </think>\n")
+    found = ChatTemplate(family_tokenizer("qwen3")).cut([user("Who?")], (), "\n\nNo <think> or </think>\n")
     assert (found.opening, found.response, found.ending) == ("", "No <think> or </think>\n", "<|im_end|>\n")
 
 
 def test_a_system_text_that_is_dropped_once_there_is_a_response() -> None:
     messages = [Message(role="system", content=("Read.", "doc")), user("Who?")]
-    found = Template(family_tokenizer("mistral_v3")).cut(messages, (1,), "The fox")
+    found = ChatTemplate(family_tokenizer("mistral_v3")).cut(messages, (1,), "The fox")
     assert text_of_cut(found.blocks) == ["<s>[INST] ", "Read.", "doc", "\n\n", "Who?[/INST]"]
     assert (found.opening, found.ending) == (" ", "</s>")
 
@@ -133,8 +138,8 @@ def test_a_system_text_that_is_dropped_once_there_is_a_response() -> None:
 def test_an_empty_text() -> None:
     messages = [Message(role="system", content=("",)), user("", "Who?")]
     assert cut(messages) == [f"<|im_start|>system\n<|im_end|>\n{START}Who?{END}"]
-    with pytest.raises(UnfitText, match="changes the text ''"):
-        Template(family_tokenizer("phi35")).cut(messages, ())
+    with pytest.raises(TemplateMismatch, match="changes the text ''"):
+        ChatTemplate(family_tokenizer("phi35")).cut(messages, ())
 
 
 def roles(*names: str) -> list[Message]:
@@ -164,8 +169,8 @@ def roles(*names: str) -> list[Message]:
 def test_a_prompt_that_the_template_does_not_take_is_unfit(
     family: str, messages: list[Message], message: str, reason: str
 ) -> None:
-    template = Template(family_tokenizer(family))
-    with pytest.raises(UnfitText, match=message) as found:
+    template = ChatTemplate(family_tokenizer(family))
+    with pytest.raises(TemplateMismatch, match=message) as found:
         template.cut(messages, (), "The fox")
     # workers send it to their parent
     assert pickle.loads(pickle.dumps(found.value)).reason == f"{reason} by the chat template"
@@ -179,10 +184,10 @@ def named(**templates: str) -> PreTrainedTokenizerFast:
 
 
 def test_the_default_of_several_templates_is_taken() -> None:
-    found = Template(named(default=CHATML, tool_use=SHOUTING)).cut([user("Who?")], ())
+    found = ChatTemplate(named(default=CHATML, tool_use=SHOUTING)).cut([user("Who?")], ())
     assert text_of_cut(found.blocks) == [f"{START}Who?{END}"]
     with pytest.raises(UserError, match="no chat template named default"):
-        Template(named(tool_use=CHATML))
+        ChatTemplate(named(tool_use=CHATML))
 
 
 def test_a_dated_template_prints_the_same_date_every_day() -> None:
@@ -207,4 +212,4 @@ def test_a_dated_template_prints_the_same_date_every_day() -> None:
 )
 def test_an_unfit_template_is_refused(chat_template: str | None, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
-        Template(toy_tokenizer(chat_template)).cut([user("Who?")], ())
+        ChatTemplate(toy_tokenizer(chat_template)).cut([user("Who?")], ())

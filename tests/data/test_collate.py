@@ -2,17 +2,17 @@ import numpy as np
 import pytest
 import torch
 
-from blockft.attention.layout import lay_out
-from blockft.data.collate import LABEL_STEP, collate_row
-from blockft.data.encoder import NO_LABEL, Encoder, Example
-from blockft.data.fit import share_context
+from blockft.attention.layout import build_metadata
+from blockft.data.collate import LABEL_MULTIPLE, collate_row
+from blockft.data.encoder import IGNORE_INDEX, Encoder, Example
+from blockft.data.fit import share_contexts
 from tests.data.toys import rag_sample
 
 
 def test_a_row_holds_examples_each_in_its_view(encoder: Encoder) -> None:
     a, b = encoder.encode([rag_sample(), rag_sample("Which?", ("Other.",))])
     row = collate_row([(a, "block"), (b, "full")], 256, pad_id=7)
-    expected = lay_out([a.layout, b.layout.full()], 256)
+    expected = build_metadata([a.layout, b.layout.full()], 256)
     for name in ("position_ids", "example_ids", "block_ids", "is_final"):
         assert torch.equal(row[name], getattr(expected, name))
     both = [*a.input_ids.tolist(), *b.input_ids.tolist()]
@@ -23,14 +23,14 @@ def test_a_row_holds_examples_each_in_its_view(encoder: Encoder) -> None:
 def test_positions_may_be_those_of_blocks_that_stay(encoder: Encoder) -> None:
     a, b = encoder.encode([rag_sample(), rag_sample("Which?", ("Other.",))])
     row = collate_row([(a, "block"), (b, "full")], 256, pad_id=7, reencoded=False)
-    expected = lay_out([a.layout, b.layout.full()], 256, reencoded=False)
+    expected = build_metadata([a.layout, b.layout.full()], 256, reencoded=False)
     assert torch.equal(row["position_ids"], expected.position_ids)
-    assert not torch.equal(row["position_ids"], lay_out([a.layout, b.layout.full()], 256).position_ids)
+    assert not torch.equal(row["position_ids"], build_metadata([a.layout, b.layout.full()], 256).position_ids)
 
 
 @pytest.mark.parametrize("reencoded", [True, False])
 def test_the_full_view_may_stand_beside_the_others(encoder: Encoder, reencoded: bool) -> None:
-    a, b, *more = share_context(
+    a, b, *more = share_contexts(
         iter(encoder.encode([rag_sample(), rag_sample("Hm?"), rag_sample("Hm?", ())])), 256
     )
     assert a.num_final == 2 and not more
@@ -40,7 +40,7 @@ def test_the_full_view_may_stand_beside_the_others(encoder: Encoder, reencoded: 
     for name in ("position_ids", "block_ids", "is_final"):
         assert torch.equal(row[f"full_{name}"], alone[name])
     assert torch.equal(row["example_ids"], alone["example_ids"])
-    real = row["shift_labels"] != NO_LABEL
+    real = row["shift_labels"] != IGNORE_INDEX
     of_examples = row["example_ids"][0, row["logits_to_keep"][real]]
     assert torch.equal(row["is_block_view"][real], of_examples == 2)
     assert of_examples.eq(2).any() and of_examples.lt(2).any()
@@ -48,10 +48,10 @@ def test_the_full_view_may_stand_beside_the_others(encoder: Encoder, reencoded: 
 
 
 def test_kept_positions_predict_the_labels(encoder: Encoder) -> None:
-    a, b = share_context(iter(encoder.encode([rag_sample(), rag_sample("Hm?"), rag_sample("Hm?", ())])), 256)
+    a, b = share_contexts(iter(encoder.encode([rag_sample(), rag_sample("Hm?"), rag_sample("Hm?", ())])), 256)
     row = collate_row([(a, "block"), (b, "full")], 256, pad_id=0)
-    real = row["shift_labels"] != NO_LABEL
-    assert int(real.sum()) == int((row["labels"] != NO_LABEL).sum()) > 0
+    real = row["shift_labels"] != IGNORE_INDEX
+    assert int(real.sum()) == int((row["labels"] != IGNORE_INDEX).sum()) > 0
     kept = row["logits_to_keep"][real]
     assert torch.equal(row["labels"][0, kept + 1], row["shift_labels"][real])
     assert torch.equal(row["block_ids"][0, kept], row["block_ids"][0, kept + 1])
@@ -60,28 +60,30 @@ def test_kept_positions_predict_the_labels(encoder: Encoder) -> None:
 
 
 def test_the_number_of_kept_positions_is_a_multiple() -> None:
-    for num_labels in (1, LABEL_STEP, LABEL_STEP + 1):
+    for num_labels in (1, LABEL_MULTIPLE, LABEL_MULTIPLE + 1):
         ids = np.arange(num_labels + 1, dtype=np.int32)
-        labels = np.where(ids > 0, ids, NO_LABEL)
+        labels = np.where(ids > 0, ids, IGNORE_INDEX)
         example = Example(input_ids=ids, labels=labels, block_lengths=(len(ids),))
         row = collate_row([(example, "full")], 1024, pad_id=0)
         assert (
             row["logits_to_keep"].shape
             == row["shift_labels"].shape
-            == (-(-num_labels // LABEL_STEP) * LABEL_STEP,)
+            == (-(-num_labels // LABEL_MULTIPLE) * LABEL_MULTIPLE,)
         )
 
 
 def test_an_empty_row_is_padding_without_labels() -> None:
     row = collate_row([], 64, pad_id=3)
     assert row["input_ids"].eq(3).all() and row["example_ids"].eq(-1).all()
-    assert row["labels"].eq(NO_LABEL).all() and row["shift_labels"].eq(NO_LABEL).all()
-    assert row["shift_labels"].shape == row["logits_to_keep"].shape == (LABEL_STEP,)
+    assert row["labels"].eq(IGNORE_INDEX).all() and row["shift_labels"].eq(IGNORE_INDEX).all()
+    assert row["shift_labels"].shape == row["logits_to_keep"].shape == (LABEL_MULTIPLE,)
 
 
 def test_a_response_never_starts_a_block() -> None:
     ids = np.array([1, 2, 3], np.int32)
-    example = Example(input_ids=ids, labels=np.array([NO_LABEL, 2, NO_LABEL], np.int32), block_lengths=(1, 2))
+    example = Example(
+        input_ids=ids, labels=np.array([IGNORE_INDEX, 2, IGNORE_INDEX], np.int32), block_lengths=(1, 2)
+    )
     with pytest.raises(AssertionError, match="starts a block"):
         collate_row([(example, "block")], 8, pad_id=0)
 

@@ -4,10 +4,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from blockft.data.encoder import NO_LABEL, Encoder
-from blockft.data.fit import encode_to_fit, share_context
+from blockft.data.encoder import IGNORE_INDEX, Encoder
+from blockft.data.fit import encode_samples, share_contexts
 from blockft.data.sample import Message
-from blockft.data.tokenizer import PlainTokenizer, fingerprint
+from blockft.data.tokenizer import PlainTokenizer, tokenizer_fingerprint
 from blockft.errors import UserError
 from tests.data.toys import CHATML, ENDLESS, TRIMMING, rag_sample, toy_tokenizer
 
@@ -24,7 +24,11 @@ def test_law_5_a_block_s_ids_depend_on_its_own_text_alone(encoder: Encoder) -> N
     assert (ids[0], ids[1], ids[2], ids[3], ids[4]) == (other[0], other[1], other[5], other[4], other[2])
     assert sum(ids, []) == example.input_ids.tolist()
     assert tuple(map(len, ids)) == example.block_lengths
-    assert example.layout_of("full").num_tokens == example.layout_of("block").num_tokens == len(example)
+    assert (
+        example.layout_in_mode("full").num_tokens
+        == example.layout_in_mode("block").num_tokens
+        == len(example)
+    )
 
 
 @pytest.mark.parametrize("chat_template", [CHATML, TRIMMING])
@@ -79,7 +83,7 @@ def test_labels_are_the_response_and_the_end_of_turn(
     encoder: Encoder, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     (example,) = encoder.encode([rag_sample()])
-    labelled = example.labels != NO_LABEL
+    labelled = example.labels != IGNORE_INDEX
     assert tokenizer.decode(example.labels[labelled]) == "The fox<|im_end|>"
     assert (example.labels[labelled] == example.input_ids[labelled]).all()
     assert labelled.nonzero()[0][-1] == len(example) - 1
@@ -100,15 +104,15 @@ def test_a_sample_longer_than_a_row_is_dropped_or_trimmed(encoder: Encoder) -> N
     sample = rag_sample(documents=("long " * 50, "gold"))
     unlabelled = replace(sample, response="")
     gold_len = len(encoder.encode([rag_sample(documents=("gold",))])[0])
-    dropped = encode_to_fit([sample, unlabelled], encoder, gold_len, trims=False)
+    dropped = encode_samples([sample, unlabelled], encoder, gold_len, trim=False)
     assert [outcome.dropped for outcome in dropped] == ["too long", "no response"]
-    (trimmed,) = encode_to_fit([sample], encoder, gold_len, trims=True)
+    (trimmed,) = encode_samples([sample], encoder, gold_len, trim=True)
     assert (trimmed.dropped, trimmed.sample.blocks) == ("", ("Answer.\n\n", "gold", "Who?"))
-    (hopeless,) = encode_to_fit([sample], encoder, gold_len - 1, trims=True)
+    (hopeless,) = encode_samples([sample], encoder, gold_len - 1, trim=True)
     assert hopeless.dropped == "too long"
     unranked = replace(sample, meta={"documents": sample.meta["documents"]})
-    for trims, why in ((False, "too long"), (True, "too long, documents without relevance")):
-        (outcome,) = encode_to_fit([unranked], encoder, gold_len, trims=trims)
+    for trim, why in ((False, "too long"), (True, "too long, documents without relevance")):
+        (outcome,) = encode_samples([unranked], encoder, gold_len, trim=trim)
         assert outcome.dropped == why
 
 
@@ -120,18 +124,18 @@ def test_questions_over_one_context_share_it(encoder: Encoder) -> None:
         rag_sample("Hm?", ()),
     ]
     first, second, *rest = examples = encoder.encode([replace(s, id=str(i)) for i, s in enumerate(samples)])
-    merged, *others = share_context(iter(examples), row_len=1000)
+    merged, *others = share_contexts(iter(examples), row_len=1000)
     assert (merged.num_final, merged.sample_ids, others) == (2, ("0", "1"), rest)
     assert merged.block_lengths == (*first.block_lengths, second.block_lengths[-1])
     last = second.block_lengths[-1]
     assert merged.input_ids.tolist() == [*first.input_ids, *second.input_ids[-last:]]
     assert merged.labels.tolist() == [*first.labels, *second.labels[-last:]]
-    assert list(share_context(iter(examples), row_len=len(merged) - 1)) == examples
+    assert list(share_contexts(iter(examples), row_len=len(merged) - 1)) == examples
 
 
 def test_a_fingerprint_covers_vocabulary_and_template() -> None:
     tokenizer = toy_tokenizer()
-    assert fingerprint(tokenizer) == fingerprint(toy_tokenizer())
-    assert fingerprint(tokenizer) != fingerprint(toy_tokenizer(TRIMMING))
+    assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(toy_tokenizer())
+    assert tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(toy_tokenizer(TRIMMING))
     tokenizer.add_tokens(["<new>"])
-    assert fingerprint(tokenizer) != fingerprint(toy_tokenizer())
+    assert tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(toy_tokenizer())

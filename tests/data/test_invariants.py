@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockft.data.chat_template import Part, Template
-from blockft.data.encoder import NO_LABEL, Encoder
+from blockft.data.chat_template import ChatTemplate, TextPart
+from blockft.data.encoder import IGNORE_INDEX, Encoder
 from blockft.data.sample import Message, Sample
 from blockft.data.tokenizer import PlainTokenizer, encode_markup
 from tests.data.families import BLANKS, FAMILIES, Family, family_tokenizer
@@ -41,7 +41,7 @@ class Reading:
 
     family: Family
     tokenizer: Any
-    template: Template
+    template: ChatTemplate
     encoder: Encoder
     plain: PlainTokenizer
 
@@ -59,7 +59,7 @@ class Reading:
         added = self.tokenizer.added_tokens_decoder
         return {id for id, token in added.items() if token.content not in BLANKS}
 
-    def ids_of(self, part: Part) -> list[int]:
+    def ids_of(self, part: TextPart) -> list[int]:
         if part.is_markup:
             return encode_markup(part.text, self.tokenizer, self.plain)
         return self.plain.encode([part.text])[0]
@@ -78,7 +78,7 @@ class Reading:
 def reading(name: str) -> Reading:
     tokenizer = family_tokenizer(name)
     return Reading(
-        FAMILIES[name], tokenizer, Template(tokenizer), Encoder(tokenizer), PlainTokenizer(tokenizer)
+        FAMILIES[name], tokenizer, ChatTemplate(tokenizer), Encoder(tokenizer), PlainTokenizer(tokenizer)
     )
 
 
@@ -142,13 +142,17 @@ def test_law_5_the_ids_of_blocks_depend_on_their_text_and_markup_alone(name: str
         (example,) = r.encoder.encode([sample])
         blocks = [block.tolist() for block in example.blocks]
         assert [*chain.from_iterable(blocks)] == example.input_ids.tolist()
-        assert example.layout_of("full").num_tokens == example.layout_of("block").num_tokens == len(example)
+        assert (
+            example.layout_in_mode("full").num_tokens
+            == example.layout_in_mode("block").num_tokens
+            == len(example)
+        )
         expected = [[*chain.from_iterable(map(r.ids_of, block))] for block in cut.blocks]
         assert r.encoder.encode_prompt(sample) == expected
-        answer = [*chain.from_iterable(map(r.ids_of, cut.answer)), r.encoder.end_of_turn_id]
+        answer = [*chain.from_iterable(map(r.ids_of, cut.answer)), r.encoder.eos_token_id]
         assert blocks[:-1] == expected[:-1]
         assert blocks[-1][: len(expected[-1])] == expected[-1]
-        labels = [label for label in example.labels.tolist() if label != NO_LABEL]
+        labels = [label for label in example.labels.tolist() if label != IGNORE_INDEX]
         assert labels == blocks[-1][len(expected[-1]) :]
         assert (labels[: len(answer) - 1], labels[-1]) == (answer[:-1], answer[-1])
 
@@ -162,7 +166,7 @@ def test_law_5_a_document_is_the_same_block_in_any_prompt(name: str) -> None:
     @few
     @given(st.data(), texts(FAMILIES[name]))
     def holds(data: st.DataObject, document: str) -> None:
-        block = (Part(document, is_markup=False),)
+        block = (TextPart(document, is_markup=False),)
         found = []
         for sample in (data.draw(chats(name, document)), data.draw(chats(name, document))):
             cut = r.template.cut(sample.messages, sample.documents, sample.response)
@@ -195,7 +199,7 @@ def test_law_6_the_blocks_joined_are_the_rendered_prompt(name: str) -> None:
         assert cut.opening == r.family.opening
         written = [part.text for part in parts if not part.is_markup]
         for number, (own, text) in enumerate(zip(sample.blocks, written, strict=True)):
-            may_trim = r.family.trims and number not in sample.documents
+            may_trim = r.family.trim and number not in sample.documents
             assert text in {own, *([own.strip(), own.lstrip(), own.rstrip()] if may_trim else [])}
         assert cut.response in {sample.response, sample.response.strip(), sample.response.lstrip("\n")}
 
@@ -233,7 +237,7 @@ def test_law_7_text_from_data_never_becomes_an_added_token(name: str) -> None:
         (example,) = r.encoder.encode([sample])
         markup = [part.text for part in chain.from_iterable(cut.blocks) if part.is_markup]
         meant = [id for text in markup for id in r.tokenizer(text, add_special_tokens=False)["input_ids"]]
-        meant.append(r.encoder.end_of_turn_id)
+        meant.append(r.encoder.eos_token_id)
         assert [id for id in example.input_ids.tolist() if id in r.markers] == [
             id for id in meant if id in r.markers
         ]
@@ -260,13 +264,13 @@ def test_a_chat_s_control_tokens_are_those_of_the_model(name: str) -> None:
     rendered = r.rendered([("user", "One. Who?")])
     (example,) = r.encoder.encode([Sample(id="s", source="s", messages=messages, response="The fox")])
     known = [id for id in r.tokenizer(rendered, add_special_tokens=False)["input_ids"] if id in r.markers]
-    assert [id for id in example.input_ids.tolist() if id in r.markers] == [*known, r.encoder.end_of_turn_id]
+    assert [id for id in example.input_ids.tolist() if id in r.markers] == [*known, r.encoder.eos_token_id]
     ending, end, _ = r.template.cut(messages, (), "The fox").ending.partition(r.family.end_of_turn)
-    labels = [label for label in example.labels.tolist() if label != NO_LABEL]
+    labels = [label for label in example.labels.tolist() if label != IGNORE_INDEX]
     assert r.decoded(labels) == f"{r.family.opening}The fox{ending}{end}"
 
 
 @every_family
 def test_the_end_of_turn_is_the_model_s(name: str) -> None:
     r = reading(name)
-    assert r.tokenizer.convert_ids_to_tokens(r.encoder.end_of_turn_id) == r.family.end_of_turn
+    assert r.tokenizer.convert_ids_to_tokens(r.encoder.eos_token_id) == r.family.end_of_turn

@@ -2,7 +2,13 @@ import random
 
 import pytest
 
-from blockft.data.packing import WINDOW, complete, fill, list_items, plan_rows
+from blockft.data.packing import (
+    PACKING_WINDOW,
+    complete_last_batch,
+    fill_ratio,
+    list_example_modes,
+    plan_rows,
+)
 
 
 def lengths(number: int, longest: int) -> list[int]:
@@ -10,7 +16,7 @@ def lengths(number: int, longest: int) -> list[int]:
     return [rng.randint(1, longest) for _ in range(number)]
 
 
-@pytest.mark.parametrize("number", [0, 1, 50, WINDOW + 500])
+@pytest.mark.parametrize("number", [0, 1, 50, PACKING_WINDOW + 500])
 def test_every_item_stands_in_one_row_and_no_row_is_too_long(number: int) -> None:
     items = lengths(number, 100)
     rows = plan_rows(items, 128, seed=1, epoch=0)
@@ -20,8 +26,8 @@ def test_every_item_stands_in_one_row_and_no_row_is_too_long(number: int) -> Non
 
 def test_rows_are_well_filled() -> None:
     items = lengths(5000, 400)
-    assert fill(plan_rows(items, 1024, seed=1, epoch=0), items, 1024) > 0.98
-    assert fill([], [], 8) == 0
+    assert fill_ratio(plan_rows(items, 1024, seed=1, epoch=0), items, 1024) > 0.98
+    assert fill_ratio([], [], 8) == 0
 
 
 def test_an_item_that_fills_a_row_stands_alone() -> None:
@@ -41,10 +47,10 @@ def test_an_item_longer_than_a_row_is_refused() -> None:
 
 
 def test_the_last_batch_is_completed_with_empty_rows() -> None:
-    assert complete([[0], [1], [2]], 2) == [[0], [1], [2], []]
-    assert complete([[0], [1]], 2) == [[0], [1]]
+    assert complete_last_batch([[0], [1], [2]], 2) == [[0], [1], [2], []]
+    assert complete_last_batch([[0], [1]], 2) == [[0], [1]]
 
 
 def test_only_what_splits_has_a_block_view() -> None:
-    assert list_items([True, False], ["block", "full"]) == [(0, "block"), (0, "full"), (1, "full")]
-    assert list_items([True, False], ["block"]) == [(0, "block"), (1, "full")]
+    assert list_example_modes([True, False], ["block", "full"]) == [(0, "block"), (0, "full"), (1, "full")]
+    assert list_example_modes([True, False], ["block"]) == [(0, "block"), (1, "full")]

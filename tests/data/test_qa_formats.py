@@ -3,7 +3,13 @@ from typing import Any
 
 import pytest
 
-from blockft.data.qa_formats import Dropped, fid, hotpotqa, musique, two_wiki
+from blockft.data.qa_formats import (
+    RecordDropped,
+    parse_2wikimultihopqa,
+    parse_fid,
+    parse_hotpotqa,
+    parse_musique,
+)
 from blockft.data.sample import RecordError
 
 HOTPOTQA: dict[str, Any] = {
@@ -37,17 +43,17 @@ def ctxs(*changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_multi_hop_records() -> None:
-    question = hotpotqa(HOTPOTQA)
+    question = parse_hotpotqa(HOTPOTQA)
     assert (question.id, question.answers, question.meta) == ("h1", ("the fox",), {"type": "bridge"})
     assert [(d.title, d.text, d.relevance, d.supports) for d in question.documents] == [
         ("B", "One. Two.", 1, True),
         ("C", "Three.", 0, False),
     ]
-    spaced = two_wiki(HOTPOTQA | {"context": [["B", ["One.", "Two."]], ["C", ["Three."]]]})
+    spaced = parse_2wikimultihopqa(HOTPOTQA | {"context": [["B", ["One.", "Two."]], ["C", ["Three."]]]})
     assert spaced.documents == question.documents and spaced.source == "2wikimultihopqa"
 
 
-@pytest.mark.parametrize("parse", [hotpotqa, two_wiki])
+@pytest.mark.parametrize("parse", [parse_hotpotqa, parse_2wikimultihopqa])
 def test_multi_hop_records_as_the_hub_and_parquet_files_spell_them(parse: Any) -> None:
     hub = {
         "supporting_facts": {"title": ["B"], "sent_id": [0]},
@@ -60,28 +66,28 @@ def test_multi_hop_records_as_the_hub_and_parquet_files_spell_them(parse: Any) -
 
 
 def test_musique() -> None:
-    question = musique(MUSIQUE)
+    question = parse_musique(MUSIQUE)
     assert (question.answers, question.meta) == (("the fox", "a fox"), {"type": "3hop1"})
     assert [(d.title, d.text, d.supports) for d in question.documents] == [
         ("B", "One.", False),
         ("C", "Two.", True),
     ]
-    assert musique(MUSIQUE | {"id": "x"}).meta == {}
-    with pytest.raises(Dropped, match="no answer"):
-        musique(MUSIQUE | {"answerable": False})
+    assert parse_musique(MUSIQUE | {"id": "x"}).meta == {}
+    with pytest.raises(RecordDropped, match="no answer"):
+        parse_musique(MUSIQUE | {"answerable": False})
 
 
 def test_fid() -> None:
-    question = fid(FID)
+    question = parse_fid(FID)
     assert (question.id, question.answers) == ("", ("the fox", "a fox"))
     assert [(d.title, d.relevance, d.supports) for d in question.documents] == [
         ("B", 0, False),
         ("", -1, False),
     ]
-    assert fid(FID | {"id": 7, "target": "Fox"}).answers == ("Fox", "the fox", "a fox")
-    assert fid({**FID, "answers": None, "answer": "Fox", "id": "x"}).answers == ("Fox",)
-    with pytest.raises(Dropped, match="no answer"):
-        fid(FID | {"answers": []})
+    assert parse_fid(FID | {"id": 7, "target": "Fox"}).answers == ("Fox", "the fox", "a fox")
+    assert parse_fid({**FID, "answers": None, "answer": "Fox", "id": "x"}).answers == ("Fox",)
+    with pytest.raises(RecordDropped, match="no answer"):
+        parse_fid(FID | {"answers": []})
 
 
 @pytest.mark.parametrize(
@@ -97,7 +103,7 @@ def test_fid() -> None:
 def test_what_fid_tells_of_its_documents(
     changes: tuple[dict[str, Any], ...], relevance: list[float], supporting: list[int]
 ) -> None:
-    documents = fid(ctxs(*changes)).documents
+    documents = parse_fid(ctxs(*changes)).documents
     assert [d.relevance for d in documents] == relevance
     assert [i for i, d in enumerate(documents) if d.supports] == supporting
 
@@ -105,45 +111,57 @@ def test_what_fid_tells_of_its_documents(
 def test_the_training_files_of_dpr() -> None:
     positive, negative = [{"title": t, "text": "x", "score": 0, "passage_id": "9"} for t in "PN"]
     record = {"question": "who?", "answers": ["the fox"], "positive_ctxs": [positive, positive]}
-    documents = fid(record | {"negative_ctxs": [], "hard_negative_ctxs": [negative]}).documents
+    documents = parse_fid(record | {"negative_ctxs": [], "hard_negative_ctxs": [negative]}).documents
     assert [(d.title, d.relevance, d.supports) for d in documents] == [
         ("P", 1, True),
         ("P", 0, False),
         ("N", 0, False),
     ]
-    with pytest.raises(Dropped, match="no positive document"):
-        fid(record | {"positive_ctxs": [], "hard_negative_ctxs": [negative]})
+    with pytest.raises(RecordDropped, match="no positive document"):
+        parse_fid(record | {"positive_ctxs": [], "hard_negative_ctxs": [negative]})
 
 
 @pytest.mark.parametrize(
     ("parse", "record", "field"),
     [
-        (hotpotqa, HOTPOTQA | {"context": {"title": ["B"]}}, "'context'"),
-        (two_wiki, HOTPOTQA | {"answer": ""}, "'answer'"),
-        (musique, MUSIQUE | {"paragraphs": [1]}, r"'paragraphs\[0\]'"),
-        (musique, MUSIQUE | {"paragraphs": [{"paragraph_text": 1}]}, r"'paragraphs\[0\].paragraph_text'"),
-        (musique, MUSIQUE | {"answer_aliases": "x"}, "'answer_aliases'"),
-        (fid, {"question": "who?", "ctxs": []}, "'answers' is missing"),
-        (fid, FID | {"ctxs": None}, "'ctxs'"),
-        (fid, FID | {"answers": [1]}, "'answers'"),
-        (fid, FID | {"id": 1.5}, "'id'"),
-        (fid, ctxs({"score": "high"}), r"'ctxs\[0\].score'"),
-        (fid, ctxs({}, {"text": None}), r"'ctxs\[1\].text'"),
-        (fid, FID | {"positive_ctxs": ["x"]}, r"'positive_ctxs\[0\]'"),
-        (fid, FID | {"positive_ctxs": [{"text": "x"}, {"text": 1}]}, r"'positive_ctxs\[1\].text'"),
-        (fid, FID | {"positive_ctxs": [{"text": "x"}], "negative_ctxs": [{}]}, r"'negative_ctxs\[0\].text'"),
+        (parse_hotpotqa, HOTPOTQA | {"context": {"title": ["B"]}}, "'context'"),
+        (parse_2wikimultihopqa, HOTPOTQA | {"answer": ""}, "'answer'"),
+        (parse_musique, MUSIQUE | {"paragraphs": [1]}, r"'paragraphs\[0\]'"),
         (
-            hotpotqa,
+            parse_musique,
+            MUSIQUE | {"paragraphs": [{"paragraph_text": 1}]},
+            r"'paragraphs\[0\].paragraph_text'",
+        ),
+        (parse_musique, MUSIQUE | {"answer_aliases": "x"}, "'answer_aliases'"),
+        (parse_fid, {"question": "who?", "ctxs": []}, "'answers' is missing"),
+        (parse_fid, FID | {"ctxs": None}, "'ctxs'"),
+        (parse_fid, FID | {"answers": [1]}, "'answers'"),
+        (parse_fid, FID | {"id": 1.5}, "'id'"),
+        (parse_fid, ctxs({"score": "high"}), r"'ctxs\[0\].score'"),
+        (parse_fid, ctxs({}, {"text": None}), r"'ctxs\[1\].text'"),
+        (parse_fid, FID | {"positive_ctxs": ["x"]}, r"'positive_ctxs\[0\]'"),
+        (parse_fid, FID | {"positive_ctxs": [{"text": "x"}, {"text": 1}]}, r"'positive_ctxs\[1\].text'"),
+        (
+            parse_fid,
+            FID | {"positive_ctxs": [{"text": "x"}], "negative_ctxs": [{}]},
+            r"'negative_ctxs\[0\].text'",
+        ),
+        (
+            parse_hotpotqa,
             HOTPOTQA | {"context": {"title": ["B", "C"], "sentences": [["One."]]}},
             "'context' .* as many title as sentences, not 2 and 1",
         ),
         (
-            two_wiki,
+            parse_2wikimultihopqa,
             HOTPOTQA | {"supporting_facts": {"title": ["B"], "sent_id": []}},
             "'supporting_facts' .* not 1 and 0",
         ),
-        (two_wiki, HOTPOTQA | {"context": "[" * 100_000}, "'context' .* the text of one in JSON"),
-        (fid, [], "the record"),
+        (
+            parse_2wikimultihopqa,
+            HOTPOTQA | {"context": "[" * 100_000},
+            "'context' .* the text of one in JSON",
+        ),
+        (parse_fid, [], "the record"),
     ],
 )
 def test_a_bad_record_names_its_field(parse: Any, record: Any, field: str) -> None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockft.config.settings import PromptSettings
-from blockft.data.rag_prompt import Document, RagPrompt, shorten, trim
+from blockft.data.rag_prompt import Document, RagPrompt, trim_prompt, trim_sample
 from blockft.data.sample import Message, Sample
 from blockft.errors import UserError
 from tests.data.toys import rag_sample
@@ -142,12 +142,12 @@ def test_a_wrong_template_is_refused(wording: dict[str, Any], named: str) -> Non
 
 def test_trimming_takes_the_least_relevant_and_never_the_evidence() -> None:
     sample = rag_sample(documents=("gold", "x", "y"), meta={"documents": [1, 2, 3], "relevance": [1, 0, 0.5]})
-    once = trim(sample)
+    once = trim_sample(sample)
     assert once and once.blocks == ("Answer.\n\n", "gold", "y", "Who?")
     assert once.meta == {"documents": [1, 2], "relevance": [1, 0.5]}
-    twice = trim(once)
+    twice = trim_sample(once)
     assert twice and twice.blocks == ("Answer.\n\n", "gold", "Who?")
-    assert trim(twice) is None
+    assert trim_sample(twice) is None
 
 
 @pytest.mark.parametrize(
@@ -170,18 +170,18 @@ def test_prompts_are_shortened_by_relevance_then_from_the_end(
     found = []
     while sample:
         found.append("".join(sample.blocks[i] for i in sample.documents))
-        sample = shorten(sample)
+        sample = trim_prompt(sample)
     assert found == left
-    assert shorten(rag_sample(documents=(), meta={})) is None
+    assert trim_prompt(rag_sample(documents=(), meta={})) is None
 
 
 def test_trimming_spares_what_is_known_to_support() -> None:
     meta = {"documents": [1, 2, 3], "relevance": [0.1, 0.9, 0.2], "supporting": [1]}
     sample = rag_sample(documents=("gold", "x", "y"), meta=meta)
-    once = trim(sample)
+    once = trim_sample(sample)
     assert once and once.blocks == ("Answer.\n\n", "gold", "x", "Who?")
     assert once.meta == {"documents": [1, 2], "relevance": [0.1, 0.9], "supporting": [1]}
-    twice = trim(once)
-    assert twice and twice.blocks == ("Answer.\n\n", "gold", "Who?") and trim(twice) is None
-    last = trim(replace(sample, meta=meta | {"supporting": [2, 3]}))
+    twice = trim_sample(once)
+    assert twice and twice.blocks == ("Answer.\n\n", "gold", "Who?") and trim_sample(twice) is None
+    last = trim_sample(replace(sample, meta=meta | {"supporting": [2, 3]}))
     assert last and last.meta["supporting"] == [1, 2]

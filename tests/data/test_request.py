@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from blockft.data.rag_prompt import RagPrompt
-from blockft.data.request import request_of
-from blockft.data.sample import Message, RecordError, Sample, to_record
+from blockft.data.request import parse_request
+from blockft.data.sample import Message, RecordError, Sample, sample_to_record
 from tests.data.toys import rag_sample
 
 AT = "prompts.jsonl, line 7"
@@ -19,7 +19,7 @@ TEMPLATED = ["<|user|>\nOne.\n", "Who?\n<|assistant|>\n"]
 
 
 def asked(record: Any, prompt: RagPrompt = PROMPT) -> Sample:
-    return request_of(record, prompt, AT)
+    return parse_request(record, prompt, AT)
 
 
 def user(content: Any) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def test_templated_blocks_are_kept_as_given() -> None:
     "sample", [rag_sample(), Sample(id="t", source="toy", templated=tuple(TEMPLATED), response="Me.")]
 )
 def test_a_sample_is_a_request(sample: Sample) -> None:
-    found = asked(to_record(sample))
+    found = asked(sample_to_record(sample))
     assert (found.id, found.blocks, found.documents) == (sample.id, sample.blocks, sample.documents)
     assert (found.response, found.answers) == ("", ())
 

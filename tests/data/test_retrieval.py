@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from blockft.data.document_pool import Pool
+from blockft.data.document_pool import DocumentPool
 from blockft.data.qa_formats import Question
 from blockft.data.rag_prompt import Document
-from blockft.data.retrieval import best_first, bm25, dense, retrieve
+from blockft.data.retrieval import build_bm25_index, build_dense_index, retrieve, sort_by_score
 from blockft.errors import UserError
 
 DOCUMENTS = [
@@ -22,23 +22,27 @@ DOCUMENTS = [
 GOLD = Document(title="Bo", text="A dog's name is Bo.", supports=True, relevance=1)
 
 
-def ask(text: str, *own: Document, answers: tuple[str, ...] = ("bo",), pool: Pool | None = None) -> Question:
+def ask(
+    text: str, *own: Document, answers: tuple[str, ...] = ("bo",), pool: DocumentPool | None = None
+) -> Question:
     return Question(id="q", source="toy", question=text, answers=answers, documents=own, pool=pool)
 
 
 def found(question: Question, num_documents: int, index: Any = None) -> list[Document]:
-    (one,) = retrieve(iter([question]), index or bm25(), num_documents)
+    (one,) = retrieve(iter([question]), index or build_bm25_index(), num_documents)
     return list(one.documents)
 
 
 def test_a_pool_holds_every_document_once() -> None:
-    pool = Pool([*DOCUMENTS, replace(DOCUMENTS[0], relevance=3, text="The quick brown fox jumps. "), GOLD])
+    pool = DocumentPool(
+        [*DOCUMENTS, replace(DOCUMENTS[0], relevance=3, text="The quick brown fox jumps. "), GOLD]
+    )
     assert [d.title for d in pool.documents] == ["Fox", "Dog", "Fox hunt", "Cat", "Red fox", "Bo"]
     assert pool.index_of(GOLD) == 5 and not pool.documents[5].supports
 
 
 def test_no_distractor_holds_an_answer_in_any_case_or_spacing() -> None:
-    pool = Pool([*DOCUMENTS, GOLD])
+    pool = DocumentPool([*DOCUMENTS, GOLD])
     assert list(pool.distractors([GOLD], ["says bo"], range(6))) == [0, 1, 3, 4]
     assert list(pool.distractors([GOLD], ["Cat", "hounds  CHASE"], [4, 3, 2, 1])) == [4, 1]
     # in a title, too, unless the question's own document bears it
@@ -58,12 +62,12 @@ def test_no_distractor_holds_an_answer_in_any_case_or_spacing() -> None:
     ],
 )
 def test_no_distractor_holds_an_answer_in_another_spelling(text: str, answer: str) -> None:
-    assert list(Pool([Document(title="", text=text)]).distractors([], [answer], [0])) == []
-    assert list(Pool([Document(title="", text=answer)]).distractors([], [text], [0])) == []
+    assert list(DocumentPool([Document(title="", text=text)]).distractors([], [answer], [0])) == []
+    assert list(DocumentPool([Document(title="", text=answer)]).distractors([], [text], [0])) == []
 
 
 def test_questions_are_filled_up_from_the_pool() -> None:
-    pool = Pool([*DOCUMENTS, GOLD])
+    pool = DocumentPool([*DOCUMENTS, GOLD])
     documents = found(ask("Is the red fox a dog?", GOLD, pool=pool), 3)
     assert [d.title for d in documents] == ["Red fox", "Bo", "Dog"]
     assert [d.supports for d in documents] == [False, True, False]
@@ -75,7 +79,7 @@ def test_questions_are_filled_up_from_the_pool() -> None:
 
 def test_a_question_of_which_nothing_is_known_to_support_keeps_its_own_documents() -> None:
     own = replace(GOLD, supports=False)
-    pool = Pool([*DOCUMENTS, own])
+    pool = DocumentPool([*DOCUMENTS, own])
     assert "Bo" in [d.title for d in found(ask("fox?", own, DOCUMENTS[2], pool=pool), 3)]
 
 
@@ -90,7 +94,7 @@ def test_law_12_equal_scores_stand_in_order() -> None:
     rng = np.random.default_rng(0)
     for size in (0, 1, 63, 64, 65, 700):
         scores = rng.integers(0, 9, size).astype(float)
-        assert list(best_first(scores)) == sorted(range(size), key=lambda i: (-scores[i], i))
+        assert list(sort_by_score(scores)) == sorted(range(size), key=lambda i: (-scores[i], i))
 
 
 def test_scripts_without_spaces_are_searched_by_character() -> None:
@@ -114,15 +118,15 @@ class Letters:
 
 def test_dense_retrieval(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=Letters))
-    pool = Pool([*DOCUMENTS, GOLD])
-    documents = found(ask("cat", GOLD, pool=pool), 2, dense("letters"))
+    pool = DocumentPool([*DOCUMENTS, GOLD])
+    documents = found(ask("cat", GOLD, pool=pool), 2, build_dense_index("letters"))
     assert [d.title for d in documents] == ["Cat", "Bo"] and 0 < documents[1].relevance < 1
-    assert found(ask("cat"), 2, dense("letters")) == []
+    assert found(ask("cat"), 2, build_dense_index("letters")) == []
     with pytest.raises(UserError, match="data.dense_model none cannot be loaded: no such model$"):
-        dense("none")
+        build_dense_index("none")
 
 
 def test_dense_retrieval_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(UserError, match=r"pip install 'blockft\[dense\]'"):
-        dense("letters")
+        build_dense_index("letters")

@@ -3,10 +3,10 @@ from typing import Any
 
 import pytest
 
-from blockft.data.sample import RecordError, from_record, to_record
+from blockft.data.sample import RecordError, parse_sample, sample_to_record
 from tests.data.toys import rag_sample
 
-GOOD: dict[str, Any] = json.loads(json.dumps(to_record(rag_sample())))
+GOOD: dict[str, Any] = json.loads(json.dumps(sample_to_record(rag_sample())))
 
 
 def user(content: Any) -> dict[str, Any]:
@@ -14,27 +14,27 @@ def user(content: Any) -> dict[str, Any]:
 
 
 def test_a_record_and_its_sample_are_the_same() -> None:
-    assert from_record(GOOD) == rag_sample()
-    bare = to_record(rag_sample(answers=(), meta={}))
+    assert parse_sample(GOOD) == rag_sample()
+    bare = sample_to_record(rag_sample(answers=(), meta={}))
     assert "answers" not in bare and "meta" not in bare
-    assert to_record(from_record(bare)) == bare
+    assert sample_to_record(parse_sample(bare)) == bare
 
 
 def test_a_templated_sample_has_blocks_in_place_of_messages() -> None:
     record = {"id": "s", "source": "toy", "blocks": ["<s>One.\n", "Who?"], "response": "Fox"}
     record |= {"meta": {"documents": [0]}}
-    sample = from_record(record)
+    sample = parse_sample(record)
     assert (sample.messages, sample.blocks, sample.documents) == ((), ("<s>One.\n", "Who?"), (0,))
-    assert to_record(sample) == record
+    assert sample_to_record(sample) == record
     for blocks in ([], ["a", ""], ["a", "\n"], [1], "a"):
         with pytest.raises(RecordError, match="'blocks"):
-            from_record(record | {"blocks": blocks})
+            parse_sample(record | {"blocks": blocks})
 
 
 def test_a_response_may_be_empty_only_beside_answers() -> None:
-    assert from_record(GOOD | {"response": ""}).response == ""
+    assert parse_sample(GOOD | {"response": ""}).response == ""
     with pytest.raises(RecordError, match="response"):
-        from_record(GOOD | {"response": "", "answers": []})
+        parse_sample(GOOD | {"response": "", "answers": []})
 
 
 @pytest.mark.parametrize(
@@ -62,10 +62,10 @@ def test_a_response_may_be_empty_only_beside_answers() -> None:
 )
 def test_an_error_names_the_field(change: dict[str, Any], field: str) -> None:
     with pytest.raises(RecordError, match=field):
-        from_record(GOOD | change)
+        parse_sample(GOOD | change)
 
 
 @pytest.mark.parametrize("name", ["id", "source", "messages", "response"])
 def test_a_missing_field_is_named(name: str) -> None:
     with pytest.raises(RecordError, match=f"'{name}' is missing"):
-        from_record({key: value for key, value in GOOD.items() if key != name})
+        parse_sample({key: value for key, value in GOOD.items() if key != name})

@@ -11,8 +11,8 @@ import pytest
 
 from blockft.config.settings import Format
 from blockft.data.rag_prompt import RagPrompt
-from blockft.data.sample import Sample, to_record
-from blockft.data.sources import LAYOUTS, Tally, read
+from blockft.data.sample import Sample, sample_to_record
+from blockft.data.sources import SOURCE_FORMATS, RecordCounts, read_samples
 from blockft.errors import UserError
 from tests.data.test_qa_formats import MUSIQUE
 from tests.data.test_squad import article, rows
@@ -30,9 +30,9 @@ HOTPOTQA: dict[str, Any] = {
 }
 
 
-def read_all(path: Path, format: str = "samples", **options: Any) -> tuple[list[Sample], Tally]:
-    tally = Tally()
-    return list(read(format, str(path), tally, **{"prompt": PROMPT} | options)), tally
+def read_all(path: Path, format: str = "samples", **options: Any) -> tuple[list[Sample], RecordCounts]:
+    tally = RecordCounts()
+    return list(read_samples(format, str(path), tally, **{"prompt": PROMPT} | options)), tally
 
 
 def limited(num_documents: int) -> RagPrompt:
@@ -60,8 +60,8 @@ def test_questions_become_samples(tmp_path: Path) -> None:
 
 
 def test_every_format_has_a_layout_that_reads_its_questions_or_samples() -> None:
-    assert set(LAYOUTS) == set(Format)
-    assert all((layout.question is None) != (layout.samples is None) for layout in LAYOUTS.values())
+    assert set(SOURCE_FORMATS) == set(Format)
+    assert all((layout.question is None) != (layout.samples is None) for layout in SOURCE_FORMATS.values())
 
 
 def test_parquet_gives_the_same_samples(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_options_that_do_not_go_together_are_refused_at_once(
 ) -> None:
     path = write(tmp_path / "x.json", [])
     with pytest.raises(UserError, match=said):
-        read(format, str(path), Tally(), **{"prompt": PROMPT} | options)
+        read_samples(format, str(path), RecordCounts(), **{"prompt": PROMPT} | options)
 
 
 def test_what_is_read_is_kept_or_dropped_for_a_reason(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_a_gzipped_source_gives_the_same_samples(tmp_path: Path) -> None:
 
 def test_bad_records_can_be_skipped_and_are_listed(tmp_path: Path) -> None:
     path = tmp_path / "s.jsonl"
-    good = json.dumps(to_record(rag_sample()))
+    good = json.dumps(sample_to_record(rag_sample()))
     path.write_text(f'{good}\n{{"id": \n{good}\n{{"id": "x"}}\n')
     with pytest.raises(
         UserError, match=rf"{path}, line 2: not JSON .*\(data.on_bad_record=skip passes over it\)"
@@ -192,7 +192,7 @@ def test_bad_records_can_be_skipped_and_are_listed(tmp_path: Path) -> None:
 
 def test_no_more_records_are_read_than_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "s.jsonl"
-    path.write_text(json.dumps(to_record(rag_sample())) + "\nbroken")
+    path.write_text(json.dumps(sample_to_record(rag_sample())) + "\nbroken")
     samples, tally = read_all(path, max_samples=1)
     assert (len(samples), tally.read) == (1, 1)
 
@@ -216,7 +216,7 @@ def test_one_file_gives_two_parts_that_share_no_record(tmp_path: Path, format: s
     assert (one.read, two.read) == (2, tally.read - 2)
     few, last = read_all(path, format, **options, skip_samples=1, max_samples=2)
     assert few == everything[1:3] and last.read == 2
-    assert read_all(path, format, **options, skip_samples=tally.read) == ([], Tally())
+    assert read_all(path, format, **options, skip_samples=tally.read) == ([], RecordCounts())
 
 
 @pytest.mark.real_data

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from blockft.data.encoder import Encoder
 from blockft.data.sample import Message, Sample
-from blockft.data.split import cut_sample, cut_text
+from blockft.data.split import split_sample, split_text
 from tests.data.toys import rag_sample
 
 LINES = (
@@ -45,11 +45,11 @@ def chat(*texts: str, system: str = "") -> Sample:
 
 
 def cut(text: str, min_block_tokens: int = 1) -> list[str]:
-    return cut_text(text, count_words, min_block_tokens=min_block_tokens)
+    return split_text(text, count_words, min_block_tokens=min_block_tokens)
 
 
 def contents(sample: Sample, max_blocks: int = 16, min_block_tokens: int = 1) -> list[tuple[str, ...]]:
-    found = cut_sample(sample, count_words, max_blocks=max_blocks, min_block_tokens=min_block_tokens)
+    found = split_sample(sample, count_words, max_blocks=max_blocks, min_block_tokens=min_block_tokens)
     assert found.response == sample.response
     return [message.content for message in found.messages]
 
@@ -68,8 +68,8 @@ def test_text_in_is_text_out_within_bounds(texts: list[str], max_blocks: int, mi
 
 @given(CHATS, st.integers(1, 6))
 def test_what_has_been_cut_stays(texts: list[str], max_blocks: int) -> None:
-    once = cut_sample(chat(*texts), count_words, max_blocks=max_blocks, min_block_tokens=2)
-    assert cut_sample(once, count_words, max_blocks=max_blocks, min_block_tokens=2) == once
+    once = split_sample(chat(*texts), count_words, max_blocks=max_blocks, min_block_tokens=2)
+    assert split_sample(once, count_words, max_blocks=max_blocks, min_block_tokens=2) == once
 
 
 @given(st.lists(PLAIN | FENCES, max_size=6), st.booleans())
@@ -90,7 +90,7 @@ def test_a_fence_is_never_cut(parts: list[str], ends_open: bool) -> None:
 
 @given(TEXTS)
 def test_blocks_are_long_enough_by_the_count_of_the_tokenizer(encoder: Encoder, text: str) -> None:
-    sample = cut_sample(chat(text), encoder.count_tokens, max_blocks=16, min_block_tokens=3)
+    sample = split_sample(chat(text), encoder.count_tokens, max_blocks=16, min_block_tokens=3)
     assert min(encoder.count_tokens(sample.blocks)) >= (3 if len(sample.blocks) > 1 else 1)
 
 
@@ -138,4 +138,4 @@ def test_samples_with_marked_blocks_are_left_alone() -> None:
     one = replace(marked, messages=(Message(role="user", content=("a\n\nb",)),), meta={"documents": [0]})
     templated = Sample(id="s", source="toy", templated=("a\n\nb",), response="c")
     for sample in (marked, one, templated):
-        assert cut_sample(sample, count_words, max_blocks=16, min_block_tokens=1) is sample
+        assert split_sample(sample, count_words, max_blocks=16, min_block_tokens=1) is sample

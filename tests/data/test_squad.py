@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from blockft.data import squad
-from blockft.data.qa_formats import Dropped, Question
+from blockft.data.qa_formats import Question, RecordDropped
 from blockft.data.rag_prompt import RagPrompt
-from blockft.data.records import Placed
-from blockft.data.retrieval import bm25
+from blockft.data.records import PlacedRecord
+from blockft.data.retrieval import build_bm25_index
 from blockft.data.sample import RecordError
 
 ANSWERS = ["red", "blue", "green", "gold", "Red"]
@@ -34,8 +34,8 @@ def rows(title: str = "A") -> list[dict[str, Any]]:
 
 
 def ask(records: Iterable[Any]) -> Iterator[Question]:
-    placed: list[Placed] = [(f"line {n}", record) for n, record in enumerate(records, start=1)]
-    return (squad.question(posed) for _, posed in squad.pose(placed))
+    placed: list[PlacedRecord] = [(f"line {n}", record) for n, record in enumerate(records, start=1)]
+    return (squad.parse_question(posed) for _, posed in squad.read_article_questions(placed))
 
 
 def sets_of(num_documents: int | None, seed: int = 0) -> RagPrompt:
@@ -54,7 +54,7 @@ def texts(question: Question) -> list[str]:
 
 
 def test_the_other_paragraphs_are_distractors_unless_they_hold_the_answer() -> None:
-    asked = [squad.surround(question) for question in ask([article()])]
+    asked = [squad.add_distractors(question) for question in ask([article()])]
     assert [question.id for question in asked[:3]] == ["red0", "red1", "blue0"]
     assert texts(asked[0]) == ["It is red.", "It is blue.", "It is green.", "It is gold."]
     assert texts(asked[2]) == [f"It is {a}." for a in ANSWERS]
@@ -69,7 +69,7 @@ def test_the_other_paragraphs_are_distractors_unless_they_hold_the_answer() -> N
 
 def test_flat_rows_are_grouped_by_consecutive_titles() -> None:
     def flat(records: Iterable[Any]) -> list[tuple[Any, ...]]:
-        return [(q.id, q.answers, q.documents) for q in map(squad.surround, ask(records))]
+        return [(q.id, q.answers, q.documents) for q in map(squad.add_distractors, ask(records))]
 
     assert flat(rows() + rows("B")) == flat([article(), article("B")])
     first, *_, last = ask([*rows()[:2], *rows("B"), *rows()[2:]])
@@ -78,8 +78,10 @@ def test_flat_rows_are_grouped_by_consecutive_titles() -> None:
 
 def test_the_answer_of_most_annotators_is_the_response() -> None:
     answers = [{"text": text} for text in ("a long one", "two ", "two ", " a long one", "two ")]
-    posed = next(squad.pose([("", article())]))[1]
-    assert squad.question(squad.Posed(posed.pool, posed.own, qa("") | {"answers": answers})).answers == (
+    posed = next(squad.read_article_questions([("", article())]))[1]
+    assert squad.parse_question(
+        squad.ArticleQuestion(posed.pool, posed.own, qa("") | {"answers": answers})
+    ).answers == (
         "two",
         "a long one",
     )
@@ -89,10 +91,10 @@ def test_the_answer_of_most_annotators_is_the_response() -> None:
 def test_a_question_without_answer_is_dropped(change: dict[str, Any]) -> None:
     one = article()
     one["paragraphs"][0]["qas"][0] |= change
-    posed = [record for _, record in squad.pose([("", one)])]
-    with pytest.raises(Dropped, match="no answer"):
-        squad.question(posed[0])
-    assert squad.question(posed[1]).id == "red1"
+    posed = [record for _, record in squad.read_article_questions([("", one)])]
+    with pytest.raises(RecordDropped, match="no answer"):
+        squad.parse_question(posed[0])
+    assert squad.parse_question(posed[1]).id == "red1"
 
 
 @pytest.mark.parametrize(
@@ -113,11 +115,11 @@ def test_what_is_unfit_names_its_place(spoil: Any, said: str) -> None:
     one = article()
     spoil(one)
     faults = []
-    for at, record in squad.pose([("line 1", one), ("line 2", article())]):
+    for at, record in squad.read_article_questions([("line 1", one), ("line 2", article())]):
         try:
             if isinstance(record, RecordError):
                 raise record
-            squad.question(record)
+            squad.parse_question(record)
         except RecordError as error:
             faults.append(f"{at}: {error}")
     assert len(faults) == 1 and re.search(re.escape(said), faults[0])
@@ -125,14 +127,14 @@ def test_what_is_unfit_names_its_place(spoil: Any, said: str) -> None:
 
 def test_a_row_that_is_unfit_is_one_record() -> None:
     spoilt = [rows()[0] | {"context": 3}, *rows()[1:]]
-    posed = list(squad.pose([(str(n), row) for n, row in enumerate(spoilt)]))
+    posed = list(squad.read_article_questions([(str(n), row) for n, row in enumerate(spoilt)]))
     assert len(posed) == len(spoilt) and isinstance(posed[0][1], RecordError)
     assert not any(isinstance(record, RecordError) for _, record in posed[1:])
 
 
 def test_questions_of_a_set_share_its_paragraphs() -> None:
     dropped: list[str] = []
-    shared = list(squad.share(ask([article()]), sets_of(2, 1), dropped.append))
+    shared = list(squad.group_by_context(ask([article()]), sets_of(2, 1), dropped.append))
     assert {frozenset(texts(q)) for q in shared} == {
         frozenset(texts(q)) for q in shared if q.documents[0].supports
     }
@@ -142,7 +144,7 @@ def test_questions_of_a_set_share_its_paragraphs() -> None:
     distinct = {tuple(s) for s in sets}
     assert sum(map(len, distinct)) == len({text for s in distinct for text in s})
     assert len(shared) + len(dropped) == 10
-    drawn = (squad.share(ask([article()]), sets_of(2, seed), print) for seed in range(9))
+    drawn = (squad.group_by_context(ask([article()]), sets_of(2, seed), print) for seed in range(9))
     orders = {tuple(map(tuple, map(texts, questions))) for questions in drawn}
     assert len(orders) > 3
 
@@ -151,14 +153,14 @@ def test_sets_are_drawn_again_for_the_questions_that_a_set_has_no_room_for() -> 
     answers = [f"w{i}x" for i in range(12)]
     paragraphs = [{"context": f"It is {a}.", "qas": [qa(a, n) for n in range(5)]} for a in answers]
     asked = list(ask([{"title": "T", "paragraphs": paragraphs}]))
-    shared = list(squad.share(iter(asked), sets_of(4), print, limit=6))
+    shared = list(squad.group_by_context(iter(asked), sets_of(4), print, limit=6))
     assert sorted(q.id for q in shared) == sorted(q.id for q in asked)
     by_set = [list(some) for _, some in groupby(shared, key=texts)]
     assert max(map(len, by_set)) == 6 and len({tuple(texts(some[0])) for some in by_set}) > 6
     # of the first sets every paragraph is asked about, and some twice
     assert all(len({q.answers for q in some}) == 4 for some in by_set[:3])
     # a short set is filled
-    some_sets = list(squad.share(iter(asked[:55]), sets_of(5), print, limit=6))
+    some_sets = list(squad.group_by_context(iter(asked[:55]), sets_of(5), print, limit=6))
     assert len(some_sets) == 55 and {len(q.documents) for q in some_sets} == {5}
     ids = [q.id for q in by_set[0]]
     assert ids == [q.id for q in asked if q.id in ids]
@@ -170,15 +172,17 @@ def test_paragraphs_that_are_alike_meet_in_a_set() -> None:
     paragraphs = [{"context": f"{kind}, w{i}", "qas": [qa(f"w{i}")]} for i, kind in enumerate(kinds)]
     asked = list(ask([{"title": "T", "paragraphs": paragraphs}]))
     for seed in range(5):
-        shared = list(squad.share(iter(asked), sets_of(3, seed), print, bm25()))
+        shared = list(squad.group_by_context(iter(asked), sets_of(3, seed), print, build_bm25_index()))
         assert {len({text[:3] for text in texts(question)}) for question in shared} == {1}
     assert len(shared) == 9
-    by_lot = list(squad.share(iter(asked), sets_of(3), print))
+    by_lot = list(squad.group_by_context(iter(asked), sets_of(3), print))
     assert max(len({text[:3] for text in texts(question)}) for question in by_lot) > 1
 
 
 def test_a_question_whose_set_holds_its_answer_twice_is_dropped() -> None:
     dropped: list[str] = []
-    kept = [question.id for question in squad.share(ask([article()]), sets_of(None), dropped.append)]
+    kept = [
+        question.id for question in squad.group_by_context(ask([article()]), sets_of(None), dropped.append)
+    ]
     assert kept == ["blue0", "blue1", "green0", "green1", "gold0", "gold1"]
     assert dropped == ["answer in another document of its set"] * 4

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from blockft.data.chat_template import UnfitText
-from blockft.data.encoder import NO_LABEL, Encoder
-from blockft.data.fit import encode_to_fit
+from blockft.data.chat_template import TemplateMismatch
+from blockft.data.encoder import IGNORE_INDEX, Encoder
+from blockft.data.fit import encode_samples
 from blockft.data.sample import Sample
 from blockft.data.tokenizer import TemplatedTokenizer
 from blockft.errors import UserError
@@ -27,7 +27,7 @@ def templated(*blocks: str, response: str = "The fox") -> Sample:
 
 def response_of(encoder: Encoder, tokenizer: PreTrainedTokenizerFast, response: str) -> str:
     (example,) = encoder.encode([templated(*BLOCKS, response=response)])
-    return str(tokenizer.decode(example.labels[example.labels != NO_LABEL]))
+    return str(tokenizer.decode(example.labels[example.labels != IGNORE_INDEX]))
 
 
 @given(st.lists(TEXTS, min_size=1, max_size=4))
@@ -58,7 +58,7 @@ def test_a_tokenizer_without_chat_template_will_do() -> None:
     tokenizer = toy_tokenizer(None)
     encoder = Encoder(tokenizer)
     assert response_of(encoder, tokenizer, "The fox") == f"The fox{END}"
-    assert encoder.end_of_turn_id == tokenizer.eos_token_id
+    assert encoder.eos_token_id == tokenizer.eos_token_id
     with pytest.raises(UserError, match="no chat template"):
         encoder.encode([rag_sample()])
     tokenizer.eos_token = None
@@ -84,16 +84,16 @@ class Choosy(Encoder):
 
     def _cut(self, sample, response):  # type: ignore[no-untyped-def]
         if "x" in sample.messages[-1].text:
-            raise UnfitText(f"sample {sample.id}: the template changes it")
+            raise TemplateMismatch(f"sample {sample.id}: the template changes it")
         return super()._cut(sample, response)
 
 
 def test_an_unfit_sample_does_not_lose_its_batch() -> None:
     encoder = Choosy(toy_tokenizer())
     samples = [rag_sample(id="a"), rag_sample("x?", id="b"), templated(*BLOCKS), rag_sample(id="c")]
-    with pytest.raises(UnfitText, match="^sample b of "):
-        encode_to_fit(samples, encoder, 1000, trims=False)
-    outcomes = encode_to_fit(samples, encoder, 1000, trims=False, skip_bad=True)
+    with pytest.raises(TemplateMismatch, match="^sample b of "):
+        encode_samples(samples, encoder, 1000, trim=False)
+    outcomes = encode_samples(samples, encoder, 1000, trim=False, skip_bad=True)
     assert [o.dropped for o in outcomes] == ["", "unfit for the chat template", "", ""]
     assert [o.example is None for o in outcomes] == [False, True, False, False]
     assert [o.is_unfit for o in outcomes] == [False, True, False, False]
@@ -103,13 +103,13 @@ def test_an_unfit_sample_does_not_lose_its_batch() -> None:
 def test_a_sample_that_cannot_be_cut_is_unfit_and_named(encoder: Encoder) -> None:
     def cut(sample: Sample) -> Sample:
         if sample.id == "b":
-            raise UnfitText("the vocabulary spells a marker", "added token spelled by a text")
+            raise TemplateMismatch("the vocabulary spells a marker", "added token spelled by a text")
         return replace(sample, id=f"cut {sample.id}")
 
     samples = [rag_sample(id="a"), rag_sample(id="b"), replace(rag_sample(id="b"), response="")]
-    with pytest.raises(UnfitText, match=r"^sample b of \w+: the vocabulary spells a marker$"):
-        encode_to_fit(samples, encoder, 1000, trims=False, cut=cut)
-    outcomes = encode_to_fit(samples, encoder, 1000, trims=False, skip_bad=True, cut=cut)
+    with pytest.raises(TemplateMismatch, match=r"^sample b of \w+: the vocabulary spells a marker$"):
+        encode_samples(samples, encoder, 1000, trim=False, cut=cut)
+    outcomes = encode_samples(samples, encoder, 1000, trim=False, skip_bad=True, cut=cut)
     assert [o.dropped for o in outcomes] == ["", "added token spelled by a text", "no response"]
     assert [o.is_unfit for o in outcomes] == [False, True, False]
     assert outcomes[0].sample.id == "cut a"

@@ -9,11 +9,11 @@ import pytest
 from blockft.data.sample import Message, Sample
 from blockft.evaluation.answers import (
     WINDOW_BATCHES,
-    Answered,
     AnswerFile,
-    groups_of,
+    AnswerRecord,
+    build_predictions,
     plan_batches,
-    predictions,
+    question_groups,
 )
 from blockft.evaluation.report import ALL
 
@@ -26,8 +26,8 @@ def sample(id: str, text: str, **meta: str) -> Sample:
 SAMPLES = [sample(str(i), "x" * (i * 7 % 100 + 1)) for i in range(100)]
 
 
-def answered(*indices: int) -> list[Answered]:
-    return [Answered(i, f"ä\u2028{i}", 1, 5, 2) for i in indices]
+def answered(*indices: int) -> list[AnswerRecord]:
+    return [AnswerRecord(i, f"ä\u2028{i}", 1, 5, 2) for i in indices]
 
 
 def test_batches_are_of_like_length_within_a_window() -> None:
@@ -43,12 +43,12 @@ def test_batches_are_of_like_length_within_a_window() -> None:
 def test_answers_are_found_again_and_told_in_the_order_of_the_data(tmp_path: Path) -> None:
     path, batches = tmp_path / "a.jsonl", [(2, 0), (1, 3)]
     file = AnswerFile(path, batches)
-    for batch in file.left:
+    for batch in file.remaining_batches:
         file.add(answered(*batch))
     again = AnswerFile(path, batches)
-    assert again.done == file.done and not again.left
-    told = predictions(SAMPLES, again.done, max_new_tokens=2)
-    assert [p.id for p in told] == ["0", "1", "2", "3"] and all(p.cut_off for p in told)
+    assert again.done == file.done and not again.remaining_batches
+    told = build_predictions(SAMPLES, again.done, max_new_tokens=2)
+    assert [p.id for p in told] == ["0", "1", "2", "3"] and all(p.hit_token_limit for p in told)
 
 
 @pytest.mark.parametrize("damage", ["cut in a line", "cut in a batch", "zeros", "no record", "another order"])
@@ -69,14 +69,14 @@ def test_only_whole_batches_count(tmp_path: Path, damage: str) -> None:
         }[damage]
     )
     again = AnswerFile(path, batches)
-    assert list(again.left) == batches[1:]
-    for batch in again.left:
+    assert list(again.remaining_batches) == batches[1:]
+    for batch in again.remaining_batches:
         again.add(answered(*batch))
     assert path.read_bytes() == whole
 
 
 def test_questions_are_also_counted_by_source_and_hops() -> None:
     asked = sample("1", "x", type="bridge", level="hard")
-    assert groups_of(asked) == ("s", "s: bridge", "s: hard")
-    assert json.dumps(groups_of(sample("1", "x"))) == '["s"]'
-    assert groups_of(replace(asked, source=ALL))[:2] == ("source all", "source all: bridge")
+    assert question_groups(asked) == ("s", "s: bridge", "s: hard")
+    assert json.dumps(question_groups(sample("1", "x"))) == '["s"]'
+    assert question_groups(replace(asked, source=ALL))[:2] == ("source all", "source all: bridge")

@@ -5,29 +5,29 @@ import random
 import numpy as np
 import pytest
 
-from blockft.evaluation.bootstrap import interval
+from blockft.evaluation.bootstrap import bootstrap_interval
 
 
 def test_the_same_scores_give_the_same_interval() -> None:
     scores = [float(i % 3 == 0) for i in range(100)]
-    assert interval(scores) == interval(scores)
+    assert bootstrap_interval(scores) == bootstrap_interval(scores)
 
 
 def test_scores_that_agree_leave_no_doubt() -> None:
-    assert interval([1.0] * 20) == (1.0, 1.0)
+    assert bootstrap_interval([1.0] * 20) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize(("num", "share"), [(400, 0.3), (1000, 0.5), (450, 0.9)])
 def test_intervals_of_shares_are_those_of_the_normal_law(num: int, share: float) -> None:
     scores = [float(i < share * num) for i in range(num)]
     half = 1.96 * np.sqrt(share * (1 - share) / num)
-    assert interval(scores) == pytest.approx((share - half, share + half), abs=0.15 * half)
+    assert bootstrap_interval(scores) == pytest.approx((share - half, share + half), abs=0.15 * half)
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     rng, held = random.Random(0), 0
     for _ in range(200):
-        low, high = interval([float(rng.random() < 0.4) for _ in range(150)])
+        low, high = bootstrap_interval([float(rng.random() < 0.4) for _ in range(150)])
         held += low <= 0.4 <= high
     assert 180 <= held <= 200
 
@@ -36,6 +36,6 @@ def test_pairs_leave_out_how_hard_the_questions_are() -> None:
     rng = random.Random(1)
     block = [float(rng.random() < 0.5) for _ in range(300)]
     full = [1.0 if rng.random() < 0.05 else score for score in block]
-    low, high = interval([a - b for a, b in zip(block, full, strict=True)])
-    alone = interval(block)
+    low, high = bootstrap_interval([a - b for a, b in zip(block, full, strict=True)])
+    alone = bootstrap_interval(block)
     assert high - low < (alone[1] - alone[0]) / 2 and high <= 0

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from blockft.attention.backends import BlockMasks
-from blockft.attention.layout import Layout, lay_out
+from blockft.attention.backends import AttentionMasks
+from blockft.attention.layout import Layout, build_metadata
 from blockft.errors import UserError
 from tests.run import save_model
 
@@ -114,10 +114,13 @@ def test_shots_are_blocks(models: dict[str, BlockLM], monkeypatch: pytest.Monkey
     texts = ["Capitals.", "\n\nQ: Peru\nA: Lima", "\n\nQ: Kenya\nA: Nairobi", "\n\nQ: Norway\nA:"]
     for answer, (total, _) in zip(asked, scores, strict=True):
         blocks = model._plain.encode([*texts[:-1], texts[-1] + answer])
-        vectors = lay_out([Layout(tuple(map(len, blocks)))])
+        metadata = build_metadata([Layout(tuple(map(len, blocks)))])
         ids = torch.tensor([[id for block in blocks for id in block]])
         logits = model._engine.model(
-            input_ids=ids, position_ids=vectors.position_ids, block_masks=BlockMasks(vectors), use_cache=False
+            input_ids=ids,
+            position_ids=metadata.position_ids,
+            block_masks=AttentionMasks(metadata),
+            use_cache=False,
         ).logits[0, :-1]
         own = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[-len(answer) :]
         assert total == pytest.approx(float(own.detach().sum()), abs=1e-4)

@@ -11,20 +11,20 @@ from blockft.evaluation.report import (
     Prediction,
     build_report,
     check_report,
-    difference,
-    summarize,
+    paired_difference,
+    summarize_scores,
 )
-from blockft.evaluation.report_render import draw, markdown
+from blockft.evaluation.report_render import draw_scores, report_markdown
 
 
-def prediction(id: str, answer: str, *groups: str, cut_off: bool = False) -> Prediction:
-    return Prediction(id, answer, ("Paris",), groups, 3, 20, len(answer.split()), cut_off)
+def prediction(id: str, answer: str, *groups: str, hit_token_limit: bool = False) -> Prediction:
+    return Prediction(id, answer, ("Paris",), groups, 3, 20, len(answer.split()), hit_token_limit)
 
 
 ANSWERS = [
     prediction("1", "Paris", "world", "world: 1 hop"),
     prediction("2", "in Paris", "world", "world: 2 hops", "world: hard"),
-    prediction("3", "Rome", "world", "world: 2 hops", "world: hard", cut_off=True),
+    prediction("3", "Rome", "world", "world: 2 hops", "world: hard", hit_token_limit=True),
 ]
 OTHERS = [
     prediction(p.id, answer, *p.groups)
@@ -33,7 +33,7 @@ OTHERS = [
 
 
 def test_groups_are_counted_apart() -> None:
-    summary = summarize(ANSWERS)
+    summary = summarize_scores(ANSWERS)
     assert list(summary) == ["all", "world: 1 hop", "world: 2 hops"], "the same questions are said once"
     assert summary["all"]["questions"] == 3
     assert summary["all"]["substring_match"] == pytest.approx(200 / 3)
@@ -45,11 +45,11 @@ def test_groups_are_counted_apart() -> None:
 
 
 def test_modes_are_compared_question_by_question() -> None:
-    apart = difference(ANSWERS, OTHERS)
+    apart = paired_difference(ANSWERS, OTHERS)
     assert apart["all"]["exact_match"] == pytest.approx(-200 / 3)
     assert apart["world: 1 hop"]["intervals"]["exact_match"] == (0, 0)
     with pytest.raises(AssertionError):
-        difference(ANSWERS, OTHERS[::-1])
+        paired_difference(ANSWERS, OTHERS[::-1])
 
 
 def test_a_report_names_its_options_and_counts_its_prompts() -> None:
@@ -89,9 +89,9 @@ def test_a_report_can_be_read_as_a_page_and_as_a_picture() -> None:
             build_report("m", {"block": ANSWERS, "full": OTHERS}, {"order": "given", "wording": "\n\n{text}"})
         )
     )
-    page = markdown(report)
+    page = report_markdown(report)
     assert "| world: 2 hops | 2 | 50.0 [0.0, 100.0] | 100.0 [100.0, 100.0] | -50.0 [-100.0, +0.0] |" in page
     assert "| order | given |" in page and r'| wording | "\n\n{text}" |' in page
     assert "| answers cut off, block mode | 1 |" in page
-    figure = draw(report["modes"], ["all", "world: 1 hop"], "token_f1")
+    figure = draw_scores(report["modes"], ["all", "world: 1 hop"], "token_f1")
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["block", "full"]

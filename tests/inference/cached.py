@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from blockft.inference.block_key import Key, ids_of, key_of, num_tokens
+from blockft.inference.block_key import BlockKey, block_key, num_tokens, token_ids
 from blockft.inference.cache_entry import CacheModel, Entry, write_entry
 
 TOY = CacheModel(
@@ -16,19 +16,19 @@ OTHER = CacheModel(
 )
 
 
-def kv_of(key: Key, model: CacheModel = TOY) -> torch.Tensor:
+def kv_of(key: BlockKey, model: CacheModel = TOY) -> torch.Tensor:
     """Keys and values, (layers, n, 2, K, D), that nothing but the key decides."""
     shape = (model.num_layers, *model.layer_shape(num_tokens(key)))
-    generator = torch.Generator().manual_seed(sum(ids_of(key)))
+    generator = torch.Generator().manual_seed(sum(token_ids(key)))
     return torch.randn(shape, generator=generator).to(model.torch_dtype)
 
 
-def some_key(seed: int, length: int = 5) -> Key:
+def some_key(seed: int, length: int = 5) -> BlockKey:
     rng = random.Random(seed)
-    return key_of([rng.randrange(50_000) for _ in range(length)])
+    return block_key([rng.randrange(50_000) for _ in range(length)])
 
 
-def write_file(path: Path, key: Key, model: CacheModel = TOY) -> None:
+def write_file(path: Path, key: BlockKey, model: CacheModel = TOY) -> None:
     with path.open("wb", buffering=0) as file:
         write_entry(file, model, key, kv_of(key, model))
 

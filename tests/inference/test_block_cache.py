@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import blockft.inference.block_cache as store_module
-from blockft.inference.block_cache import BlockStore, DamagedBlocks, Tier
-from blockft.inference.block_key import Key, num_tokens
+from blockft.inference.block_cache import BlockCache, DamagedBlocks, Tier
+from blockft.inference.block_key import BlockKey, num_tokens
 from blockft.inference.cache_folder import CacheFolder
 from blockft.inference.device_tier import DeviceTier
 from blockft.inference.disk_tier import DiskTier
@@ -23,8 +23,8 @@ from tests.inference.test_disk_tier import flip, path_of
 KEYS = [some_key(seed, length) for seed, length in enumerate([5, 3, 8, 1, 5, 5])]
 
 
-def open_store(folder: Path | None, *, host: int = 2**20, device: int | None = None) -> BlockStore:
-    return BlockStore(
+def open_store(folder: Path | None, *, host: int = 2**20, device: int | None = None) -> BlockCache:
+    return BlockCache(
         TOY,
         host=HostTier(host),
         device=None if device is None else DeviceTier(TOY, torch.device("cpu"), device),
@@ -32,18 +32,18 @@ def open_store(folder: Path | None, *, host: int = 2**20, device: int | None = N
     )
 
 
-def keep(store: BlockStore, *keys: Key) -> None:
+def keep(store: BlockCache, *keys: BlockKey) -> None:
     for key in keys:
-        store.keep(key, kv_of(key))
+        store.insert(key, kv_of(key))
     store.flush()
 
 
-def tiers(store: BlockStore, keys: list[Key] = KEYS) -> list[Tier | None]:
-    found = store.find(keys)
+def tiers(store: BlockCache, keys: list[BlockKey] = KEYS) -> list[Tier | None]:
+    found = store.lookup(keys)
     return [found[key].tier if key in found else None for key in keys]
 
 
-def spoil(folder: Path, key: Key, layer: int = TOY.num_layers - 1) -> None:
+def spoil(folder: Path, key: BlockKey, layer: int = TOY.num_layers - 1) -> None:
     """Flip a bit of a layer, which is found when the layer is read."""
     path = path_of(folder, key)
     after = (TOY.num_layers - layer) * num_tokens(key) * TOY.layer_bytes
@@ -76,18 +76,18 @@ def test_the_nearest_tier_that_has_a_block_gives_it(folder: Path) -> None:
 
 def test_what_is_kept_is_a_copy(folder: Path) -> None:
     store, kv = open_store(folder), kv_of(KEYS[0])
-    store.keep(KEYS[0], kv)
+    store.insert(KEYS[0], kv)
     kv.zero_()
     store.flush()
     assert torch.equal(store.on_host(KEYS[0]), kv_of(KEYS[0]))
-    (loaded,) = open_store(folder).load(open_store(folder).find(KEYS[:1])).values()
+    (loaded,) = open_store(folder).load(open_store(folder).lookup(KEYS[:1])).values()
     assert torch.equal(loaded, kv_of(KEYS[0]))
 
 
 def test_blocks_of_the_disk_come_into_the_host_tier(folder: Path) -> None:
     keep(open_store(folder), *KEYS)
     store = open_store(folder)
-    blocks = store.load(store.find(KEYS))
+    blocks = store.load(store.lookup(KEYS))
     assert all(torch.equal(blocks[key], kv_of(key)) for key in KEYS)
     assert tiers(store) == [Tier.host] * len(KEYS)
 
@@ -96,7 +96,7 @@ def test_blocks_are_loaded_together_even_if_the_host_cannot_hold_them_together(f
     keep(open_store(folder), *KEYS)
     store = open_store(folder, host=9 * TOY.token_bytes)
     keep(store, KEYS[1])
-    found = store.find(KEYS)
+    found = store.lookup(KEYS)
     assert found[KEYS[1]].tier is Tier.host
     blocks = store.load(found)
     assert all(torch.equal(blocks[key], kv_of(key)) for key in KEYS)
@@ -106,13 +106,13 @@ def test_blocks_are_loaded_together_even_if_the_host_cannot_hold_them_together(f
 def test_without_room_anywhere_nothing_is_kept() -> None:
     store = open_store(None, host=0)
     keep(store, *KEYS)
-    assert not store.find(KEYS) and not store.host.num_blocks
+    assert not store.lookup(KEYS) and not store.host.num_blocks
 
 
 def test_more_blocks_than_may_wait_for_the_disk_all_arrive(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "PENDING_WRITES", 2)
+    monkeypatch.setattr(store_module, "MAX_PENDING_WRITES", 2)
     keep(open_store(folder, host=0), *KEYS)
     assert tiers(open_store(folder)) == [Tier.disk] * len(KEYS)
 
@@ -120,12 +120,12 @@ def test_more_blocks_than_may_wait_for_the_disk_all_arrive(
 # use
 
 
-def age(folder: Path, *keys: Key) -> None:
+def age(folder: Path, *keys: BlockKey) -> None:
     for key in keys:
         os.utime(path_of(folder, key), (0, 0))
 
 
-def used(folder: Path, store: BlockStore) -> list[bool]:
+def used(folder: Path, store: BlockCache) -> list[bool]:
     """Whether the disk knows of a use of each block that was not in 1970."""
     store.flush()
     return [path_of(folder, key).stat().st_mtime > 0 for key in KEYS]
@@ -137,7 +137,7 @@ def test_what_the_device_gives_is_not_what_the_host_forgets() -> None:
     assert store.device is not None
     with store.device.add(KEYS[:1], keep=()):
         pass
-    store.find(KEYS[:1])
+    store.lookup(KEYS[:1])
     keep(store, KEYS[4])
     assert KEYS[0] in store.host and KEYS[1] not in store.host
 
@@ -146,7 +146,7 @@ def test_what_the_device_gives_is_not_what_the_host_forgets() -> None:
 def test_what_memory_gives_is_not_what_the_disk_forgets(
     folder: Path, tier: Tier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "RECORD_S", 0)
+    monkeypatch.setattr(store_module, "TOUCH_INTERVAL_S", 0)
     store = open_store(folder, device=2**16)
     keep(store, *KEYS)
     if tier is Tier.device:
@@ -164,13 +164,13 @@ def test_a_use_is_recorded_once_in_a_while(folder: Path, monkeypatch: pytest.Mon
     store, clock = open_store(folder), [1000.0]
     monkeypatch.setattr(store_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     keep(store, *KEYS)
-    store.find(KEYS[:2])
+    store.lookup(KEYS[:2])
     store.flush()
     age(folder, *KEYS)
-    store.find(KEYS[:3])
+    store.lookup(KEYS[:3])
     assert used(folder, store) == [False, False, True, False, False, False]
-    clock[0] += store_module.RECORD_S
-    store.find(KEYS[:2])
+    clock[0] += store_module.TOUCH_INTERVAL_S
+    store.lookup(KEYS[:2])
     assert used(folder, store) == [True, True, True, False, False, False]
 
 
@@ -200,13 +200,13 @@ def test_a_block_whose_entry_is_damaged_is_missing_until_it_was_encoded_again(
     keep(open_store(folder), *KEYS[:2])
     spoil(folder, KEYS[0])
     store = open_store(folder)
-    blocks = store.load(store.find(KEYS[:2]))
+    blocks = store.load(store.lookup(KEYS[:2]))
     assert list(blocks) == [KEYS[1]]
     assert len(said.records) == 1 and "damaged" in said.text
     assert tiers(store, KEYS[:2]) == [None, Tier.host]
     keep(store, KEYS[0])
     store.host.clear()
-    assert torch.equal(store.load(store.find(KEYS[:1]))[KEYS[0]], kv_of(KEYS[0]))
+    assert torch.equal(store.load(store.lookup(KEYS[:1]))[KEYS[0]], kv_of(KEYS[0]))
 
 
 def test_a_damaged_entry_that_cannot_be_removed_is_not_looked_for_twice(
@@ -220,8 +220,8 @@ def test_a_damaged_entry_that_cannot_be_removed_is_not_looked_for_twice(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("blockft.inference.cache_folder.CacheFolder.remove", refuse)
-    assert not store.load(store.find(KEYS[:1]))
-    assert path_of(folder, KEYS[0]).exists() and not store.find(KEYS[:1])
+    assert not store.load(store.lookup(KEYS[:1]))
+    assert path_of(folder, KEYS[0]).exists() and not store.lookup(KEYS[:1])
     assert len(said.records) == 2 and "blocks stay in memory alone" in said.text
 
 
@@ -235,10 +235,10 @@ def test_more_blocks_than_files_that_may_be_open_are_found_and_loaded(
     keys = [some_key(seed, 2) for seed in range(100)]
     keep(open_store(folder), *keys)
     store = open_store(folder, device=device)
-    monkeypatch.setattr(store_module, "HELD_FILES", 4)
+    monkeypatch.setattr(store_module, "MAX_OPEN_FILES", 4)
     with open(os.devnull) as lowest:
         # files that are held, one for each reader, and what Python opens by the way
-        limit = lowest.fileno() + 4 + store_module.READERS + 8
+        limit = lowest.fileno() + 4 + store_module.NUM_READERS + 8
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
     try:
@@ -248,7 +248,7 @@ def test_more_blocks_than_files_that_may_be_open_are_found_and_loaded(
             assert store.device is not None
             blocks = {key: store.device.block(key) for key in keys}
         else:
-            blocks = store.load(store.find(keys))
+            blocks = store.load(store.lookup(keys))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert all(torch.equal(blocks[key], kv_of(key)) for key in keys) and not said.records
@@ -257,12 +257,12 @@ def test_more_blocks_than_files_that_may_be_open_are_found_and_loaded(
 def test_blocks_evicted_after_they_were_found_are_missing_unless_their_files_are_held(
     folder: Path, said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "HELD_FILES", 2)
+    monkeypatch.setattr(store_module, "MAX_OPEN_FILES", 2)
     keep(open_store(folder), *KEYS)
     for device in (None, 2**16):
         keep(open_store(folder), *KEYS)
         store = open_store(folder, device=device)
-        found = store.find(KEYS)
+        found = store.lookup(KEYS)
         with CacheFolder(folder).locked() as ledger:
             CacheFolder(folder).prune(ledger, max_bytes=0)
         if store.device is None:
@@ -272,16 +272,16 @@ def test_blocks_evicted_after_they_were_found_are_missing_unless_their_files_are
         else:
             with pytest.raises(DamagedBlocks), store.device.add(KEYS, keep=()):
                 store.load_layers(found, arrived=())
-            assert not store.find(KEYS)
+            assert not store.lookup(KEYS)
     assert not said.records, "that is nobody's fault"
 
 
 # to the device
 
 
-def load_all(store: BlockStore, keys: list[Key]) -> None:
+def load_all(store: BlockCache, keys: list[BlockKey]) -> None:
     assert store.device is not None
-    found = store.find(keys)
+    found = store.lookup(keys)
     with store.device.add([key for key in keys if key not in store.device], keep=keys):
         store.load_layers(found, arrived=())
 

@@ -3,20 +3,20 @@
 import pytest
 
 from blockft.errors import UserError
-from blockft.inference.block_key import digest, ids_of, key_of, num_tokens
+from blockft.inference.block_key import block_key, key_digest, num_tokens, token_ids
 from blockft.units import format_bytes, parse_bytes
 
 
 def test_a_key_is_the_ids_of_its_block() -> None:
     ids = [0, 1, 255, 256, 151_643, 2**31 - 1]
-    key = key_of(ids)
-    assert ids_of(key) == ids and num_tokens(key) == len(ids)
-    assert key == key_of(tuple(ids)) and key != key_of(ids[::-1])
+    key = block_key(ids)
+    assert token_ids(key) == ids and num_tokens(key) == len(ids)
+    assert key == block_key(tuple(ids)) and key != block_key(ids[::-1])
 
 
 def test_a_digest_stays_what_it_is() -> None:
     """Folders outlive versions: entries are found by it."""
-    assert digest(key_of([1, 2, 3])) == "b30a3c159d7e8193559a42a84f1fcae1"
+    assert key_digest(block_key([1, 2, 3])) == "b30a3c159d7e8193559a42a84f1fcae1"
 
 
 @pytest.mark.parametrize(

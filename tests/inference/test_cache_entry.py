@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from blockft.inference.block_key import digest, ids_of, num_tokens
+from blockft.inference.block_key import key_digest, num_tokens, token_ids
 from blockft.inference.cache_entry import CacheModel, DamagedEntry, Entry
 from tests.inference.cached import OTHER, TOY, check_file, kv_of, some_key, write_file
 
 KEY = some_key(0)
-NAME = f"{digest(KEY)}.safetensors"
+NAME = f"{key_digest(KEY)}.safetensors"
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def path(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("length", [1, 5, 700])
 def test_what_is_read_is_what_was_written(tmp_path: Path, model: CacheModel, length: int) -> None:
     key = some_key(length, length)
-    path = tmp_path / f"{digest(key)}.safetensors"
+    path = tmp_path / f"{key_digest(key)}.safetensors"
     write_file(path, key, model)
     size = path.stat().st_size
     assert size == model.entry_bytes(length) and model.num_tokens(size) == length
@@ -39,7 +39,7 @@ def test_what_is_read_is_what_was_written(tmp_path: Path, model: CacheModel, len
 
 def test_an_entry_is_an_ordinary_safetensors_file(path: Path) -> None:
     tensors = load_file(path)
-    assert tensors["token_ids"].tolist() == ids_of(KEY)
+    assert tensors["token_ids"].tolist() == token_ids(KEY)
     for index, layer in enumerate(kv_of(KEY)):
         assert torch.equal(tensors[f"layers.{index}"], layer)
 
@@ -103,7 +103,7 @@ def test_any_other_header_is_found(path: Path, header: bytes) -> None:
 
 
 def test_foreign_entries_are_found(path: Path) -> None:
-    other = path.with_name(f"{digest(some_key(1))}.safetensors")
+    other = path.with_name(f"{key_digest(some_key(1))}.safetensors")
     other.write_bytes(path.read_bytes())
     with pytest.raises(DamagedEntry, match="its block is"):
         Entry(other, TOY)

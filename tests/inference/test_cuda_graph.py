@@ -9,8 +9,8 @@ import torch
 from torch.testing import assert_close
 
 from blockft.inference.engine import Engine
-from blockft.inference.rotate_keys import encode_blocks
-from blockft.inference.rotate_queries import QuerySide
+from blockft.inference.rotate_keys import prefill_blocks
+from blockft.inference.rotate_queries import QueryRotationRunner
 from blockft.inference.runner import CacheOptions
 from tests.inference.engines import Prompt, forget, load_engine, make_engine, options
 from tests.inference.test_rotate_keys import cut, keys_of
@@ -58,14 +58,14 @@ def test_graphs_change_no_logit(name: str) -> None:
     tier, rotations = engine.runner.store.device, engine.runner._rotations
     assert tier is not None
     with tier.add(keys, keep=()):
-        for key, kv in encode_blocks(model, keys):
+        for key, kv in prefill_blocks(model, keys):
             tier.block(key).copy_(kv)
     logits = []
     for use_graphs in (False, True, True):
-        side = QuerySide(model, rotations, tier, use_kernel=True, use_graphs=use_graphs)
+        side = QueryRotationRunner(model, rotations, tier, use_kernel=True, use_graphs=use_graphs)
         running = side.prompts(keys_of(prompts), 200)
-        steps = [running.advance([prompt[-1] for prompt in prompts]).clone()]
-        steps += [running.advance([[7], [8]]).clone() for _ in range(4)]
+        steps = [running.decode_step([prompt[-1] for prompt in prompts]).clone()]
+        steps += [running.decode_step([[7], [8]]).clone() for _ in range(4)]
         logits.append(torch.cat(steps, dim=1))
     # a graph's programs may share the context in another way, for its questions are padded
     assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)

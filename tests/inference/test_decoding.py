@@ -144,7 +144,7 @@ def test_a_request_that_fails_changes_no_stream(toy_model: Path, monkeypatch: py
         raise Failure
 
     with monkeypatch.context() as patched:
-        patched.setattr(runner_module, "encode_blocks", fail)
+        patched.setattr(runner_module, "prefill_blocks", fail)
         with pytest.raises(Failure):
             ask(engine, [*some_prompt(4, 60, 40), [1]])
     assert finish(stream) == greedy(engine.model, PROMPT, NUM_NEW)

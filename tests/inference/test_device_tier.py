@@ -16,30 +16,30 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 import blockft.inference.device_tier as device_module
 from blockft.errors import UserError
-from blockft.inference.block_key import Key, KVShape, key_of, num_tokens
+from blockft.inference.block_key import BlockKey, KVShape, block_key, num_tokens
 from blockft.inference.device_tier import DeviceTier
 
 SHAPE = KVShape(num_layers=2, num_kv_heads=1, head_size=2, dtype="float32")
 NUM_SLOTS = 20
-KEYS = [key_of([i] * length) for i, length in enumerate([1, 2, 3, 3, 4, 5, 6, 7, 8, 11, 15, 20, 21])]
+KEYS = [block_key([i] * length) for i, length in enumerate([1, 2, 3, 3, 4, 5, 6, 7, 8, 11, 15, 20, 21])]
 
 
 def open_tier(num_slots: int = NUM_SLOTS) -> DeviceTier:
     return DeviceTier(SHAPE, torch.device("cpu"), num_slots * SHAPE.token_bytes + 3, slack=2)
 
 
-def content(key: Key) -> torch.Tensor:
+def content(key: BlockKey) -> torch.Tensor:
     generator = torch.Generator().manual_seed(KEYS.index(key))
     return torch.randn(2, num_tokens(key), 2, 1, 2, generator=generator)
 
 
-def fill(tier: DeviceTier, *keys: Key, keep: tuple[Key, ...] = ()) -> None:
+def fill(tier: DeviceTier, *keys: BlockKey, keep: tuple[BlockKey, ...] = ()) -> None:
     with tier.add(keys, keep=keep):
         for key in keys:
             tier.block(key).copy_(content(key))
 
 
-def holds(tier: DeviceTier, key: Key) -> bool:
+def holds(tier: DeviceTier, key: BlockKey) -> bool:
     return key in tier and torch.equal(tier.block(key), content(key))
 
 
@@ -49,10 +49,10 @@ class AnyUse(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.tier = open_tier()
-        self.queue: OrderedDict[Key, None] = OrderedDict()
+        self.queue: OrderedDict[BlockKey, None] = OrderedDict()
 
     @rule(asked=st.lists(st.sampled_from(KEYS), unique=True, max_size=5))
-    def request(self, asked: list[Key]) -> None:
+    def request(self, asked: list[BlockKey]) -> None:
         """As a batch of prompts uses it: what is there is kept, and counts as used once all have slots."""
         new = [key for key in asked if key not in self.queue]
         if sum(map(num_tokens, asked)) > NUM_SLOTS:

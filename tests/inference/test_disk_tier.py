@@ -20,7 +20,7 @@ import torch
 
 import blockft.inference.disk_tier as disk
 from blockft.errors import UserError
-from blockft.inference.block_key import Key, digest, key_of, num_tokens
+from blockft.inference.block_key import BlockKey, block_key, key_digest, num_tokens
 from blockft.inference.cache_entry import CacheModel
 from blockft.inference.cache_folder import DRAFTS, CacheFolder
 from blockft.inference.disk_tier import DamagedEntry, DiskTier
@@ -33,11 +33,11 @@ processes = get_context("forkserver")
 processes.set_forkserver_preload(["tests.inference.test_disk_tier"])
 
 
-def path_of(folder: Path, key: Key, model: CacheModel = TOY) -> Path:
-    return folder / model.fingerprint / f"{digest(key)}.safetensors"
+def path_of(folder: Path, key: BlockKey, model: CacheModel = TOY) -> Path:
+    return folder / model.fingerprint / f"{key_digest(key)}.safetensors"
 
 
-def read(tier: DiskTier, key: Key) -> torch.Tensor | None:
+def read(tier: DiskTier, key: BlockKey) -> torch.Tensor | None:
     entry = tier.open(key)
     if entry is None:
         return None
@@ -46,7 +46,7 @@ def read(tier: DiskTier, key: Key) -> torch.Tensor | None:
         return torch.stack([entry.layer(index) for index in range(TOY.num_layers)])
 
 
-def holds(tier: DiskTier, key: Key) -> bool:
+def holds(tier: DiskTier, key: BlockKey) -> bool:
     kv = read(tier, key)
     return kv is not None and torch.equal(kv, kv_of(key))
 
@@ -130,7 +130,7 @@ def test_damage_found_on_opening_is_reported_once_and_mended(
         flip(path_of(folder, key), offset)
         assert tier.open(key) is None and not path_of(folder, key).exists()
     assert tier.statistics.entries_damaged == 2 and used_bytes(folder) == 0
-    assert len(said) == 1 and digest(KEYS[0]) in said[0]
+    assert len(said) == 1 and key_digest(KEYS[0]) in said[0]
     tier.write(KEYS[0], kv_of(KEYS[0]))
     assert holds(tier, KEYS[0])
 
@@ -385,7 +385,7 @@ def test_a_read_only_cache_is_read(
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(CacheFolder, "locked", refuse)
-    monkeypatch.setattr(CacheFolder, "draft", refuse)
+    monkeypatch.setattr(CacheFolder, "temporary_file", refuse)
     monkeypatch.setattr(disk.os, "utime", refuse)
     later = DiskTier(folder, TOY)
     assert not said
@@ -443,7 +443,7 @@ def test_threads_that_write_and_read_the_same_blocks(folder: Path, tier: DiskTie
     assert tier.statistics.entries_written == len(KEYS) and used_bytes(folder) == stored_bytes(folder)
 
 
-def write_at_once(folder: Path, key: Key, barrier: Any, results: Any) -> None:
+def write_at_once(folder: Path, key: BlockKey, barrier: Any, results: Any) -> None:
     tier, kv = DiskTier(folder, TOY), kv_of(key)
     barrier.wait()
     tier.write(key, kv)
@@ -467,7 +467,7 @@ def write_forever(folder: Path, seed: int, started: Any) -> None:
     started.set()
     while True:
         length = rng.randrange(1, 20_000)
-        tier.write(key_of([rng.randrange(50_000)] * length), kv[:, :length])
+        tier.write(block_key([rng.randrange(50_000)] * length), kv[:, :length])
 
 
 def test_sigkill_while_writing_leaves_nothing_that_is_wrong(folder: Path) -> None:

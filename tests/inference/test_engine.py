@@ -66,7 +66,7 @@ def test_a_document_is_reused_wherever_it_stands(engine: Engine) -> None:
     keys = engine.document_keys(
         [Document(title="Foxes", text="They are red."), Document(title="", text="New")]
     )
-    assert len(engine.runner.store.find(keys)) == len(keys) - 1
+    assert len(engine.runner.store.lookup(keys)) == len(keys) - 1
 
 
 def test_any_sequences_are_lists(engine: Engine) -> None:
@@ -215,7 +215,7 @@ def test_a_prompt_that_is_too_long_is_named(engine: Engine) -> None:
     with pytest.raises(UserError, match=r"prompt the third: .* the model has 4096 positions: use fewer"):
         engine.generate_batch([prompt])
     with pytest.raises(UserError, match="no document can be spared"):
-        engine.generate_batch([prompt], trims=True)
+        engine.generate_batch([prompt], trim=True)
     chat = {"messages": [{"role": "user", "content": "x" * 5000}]}
     for asked in ({"documents": ["x"], "question": "?" * 5000}, chat):
         with pytest.raises(UserError, match="shorten its question, or ask for fewer new tokens"):
@@ -230,11 +230,11 @@ def test_long_prompts_lose_the_documents_of_the_lowest_score(engine: Engine) -> 
     scores = [0.3, 0.1, 0.9, 0.2]
     documents = [{"text": str(i) * 1500, "score": score} for i, score in enumerate(scores)]
     prompt = engine.request({"documents": documents, "question": "?"})
-    blocks = engine.encode(prompt, 100, trims=True)
+    blocks = engine.encode(prompt, 100, trim=True)
     texts = [engine.tokenizer.decode(block) for block in blocks]
     assert [text[1] for text in texts if len(text) > 1000] == ["0", "2"]
     with pytest.raises(UserError, match="no document can be spared"):
-        engine.encode(prompt, 3500, trims=True)
+        engine.encode(prompt, 3500, trim=True)
 
 
 def test_a_prompt_without_a_token_is_refused(engine: Engine) -> None:

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockft.inference.block_key import Key, key_of
+from blockft.inference.block_key import BlockKey, block_key
 from blockft.inference.host_tier import HostTier
 
-KEYS = [key_of([i]) for i in range(6)]
+KEYS = [block_key([i]) for i in range(6)]
 
 
 def block(num_bytes: int) -> torch.Tensor:
@@ -22,8 +22,8 @@ def block(num_bytes: int) -> torch.Tensor:
     st.lists(st.tuples(st.sampled_from(["put", "get", "clear"]), st.sampled_from(KEYS), st.integers(1, 12)))
 )
 @settings(max_examples=100, deadline=None)
-def test_it_is_a_queue_within_a_budget(uses: list[tuple[str, Key, int]]) -> None:
-    tier, queue, evicted = HostTier(10), OrderedDict[Key, torch.Tensor](), 0
+def test_it_is_a_queue_within_a_budget(uses: list[tuple[str, BlockKey, int]]) -> None:
+    tier, queue, evicted = HostTier(10), OrderedDict[BlockKey, torch.Tensor](), 0
     for use, key, size in uses:
         if use == "clear":
             tier.clear()

@@ -10,13 +10,13 @@ import torch
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from blockft.attention.backends import BlockMasks
-from blockft.attention.layout import Layout, lay_out
+from blockft.attention.backends import AttentionMasks
+from blockft.attention.layout import Layout, build_metadata
 from blockft.errors import UserError
-from blockft.inference.block_key import Key, key_of
+from blockft.inference.block_key import BlockKey, block_key
 from blockft.inference.engine import Engine
-from blockft.inference.rotate_keys import JoinedPrompts, encode_blocks
-from blockft.model.load import rotations
+from blockft.inference.rotate_keys import RotatedKeysBatch, prefill_blocks
+from blockft.model.load import rotary_embeddings
 from tests.run import save_model
 from tests.tiny import CONFIGS, build_model, random_ids, random_layout
 
@@ -25,8 +25,8 @@ def cut(ids: torch.Tensor, layout: Layout) -> list[list[int]]:
     return [part.tolist() for part in ids.split(layout.block_lengths)]
 
 
-def keys_of(prompts: list[list[list[int]]]) -> list[list[Key]]:
-    return [[key_of(block) for block in prompt[:-1]] for prompt in prompts]
+def keys_of(prompts: list[list[list[int]]]) -> list[list[BlockKey]]:
+    return [[block_key(block) for block in prompt[:-1]] for prompt in prompts]
 
 
 @torch.inference_mode()
@@ -34,11 +34,11 @@ def masked_logits(
     model: PreTrainedModel, ids: torch.Tensor, layout: Layout, *, reencoded: bool = True
 ) -> torch.Tensor:
     """The oracle: one forward pass under the block mask; the logits of the final block."""
-    vectors = lay_out([layout], reencoded=reencoded)
+    metadata = build_metadata([layout], reencoded=reencoded)
     out = model(
         input_ids=ids[None],
-        position_ids=vectors.position_ids,
-        block_masks=BlockMasks(vectors),
+        position_ids=metadata.position_ids,
+        block_masks=AttentionMasks(metadata),
         use_cache=False,
     )
     return out.logits[0, layout.context_len :]
@@ -48,10 +48,10 @@ def joined_logits(
     model: PreTrainedModel, prompts: list[list[list[int]]], *, reencoded: bool = True
 ) -> list[torch.Tensor]:
     contexts = keys_of(prompts)
-    encoded = dict(encode_blocks(model, chain.from_iterable(contexts), max_tokens=512))
-    joined = JoinedPrompts(model, rotations(model), contexts, encoded, reencoded=reencoded)
+    encoded = dict(prefill_blocks(model, chain.from_iterable(contexts), max_tokens=512))
+    joined = RotatedKeysBatch(model, rotary_embeddings(model), contexts, encoded, reencoded=reencoded)
     finals = [prompt[-1] for prompt in prompts]
-    logits = joined.advance(finals, num_logits=max(map(len, finals)))
+    logits = joined.decode_step(finals, num_logits=max(map(len, finals)))
     return [row[-len(final) :] for row, final in zip(logits, finals, strict=True)]
 
 
@@ -82,8 +82,10 @@ def test_decoding_continues_the_masked_forward() -> None:
     ids = random_ids(random.Random(3), layout.num_tokens)
     prompt = cut(ids, layout)
     (context,), final = keys_of([prompt]), prompt[-1]
-    joined = JoinedPrompts(model, rotations(model), [context], dict(encode_blocks(model, context)))
-    steps = [joined.advance([final[:2]]), *(joined.advance([[token]]) for token in final[2:])]
+    joined = RotatedKeysBatch(
+        model, rotary_embeddings(model), [context], dict(prefill_blocks(model, context))
+    )
+    steps = [joined.decode_step([final[:2]]), *(joined.decode_step([[token]]) for token in final[2:])]
     got = torch.cat([step[0] for step in steps])
     assert_close(got, masked_logits(model, ids, layout)[1:], rtol=1e-5, atol=1e-5)
 
@@ -108,5 +110,5 @@ def test_the_engine_leaves_blocks_where_training_left_them(tmp_path: Path) -> No
 
 def test_a_repeated_block_is_encoded_once() -> None:
     model = build_model("llama")
-    blocks = [key_of(ids) for ids in ([1, 2, 3], [4, 5], [1, 2, 3])]
-    assert [key for key, _ in encode_blocks(model, blocks)] == blocks[:2]
+    blocks = [block_key(ids) for ids in ([1, 2, 3], [4, 5], [1, 2, 3])]
+    assert [key for key, _ in prefill_blocks(model, blocks)] == blocks[:2]

@@ -14,10 +14,10 @@ from blockft.attention.layout import Layout
 from blockft.attention.rotate_queries import SLACK
 from blockft.inference import rotate_queries, runner
 from blockft.inference.device_tier import DeviceTier
-from blockft.inference.rotate_keys import encode_blocks
-from blockft.inference.rotate_queries import QuerySide
+from blockft.inference.rotate_keys import prefill_blocks
+from blockft.inference.rotate_queries import QueryRotationRunner
 from blockft.inference.runner import kv_shape
-from blockft.model.load import rotations
+from blockft.model.load import rotary_embeddings
 from tests.inference.engines import SIDES, Prompt, greedy, make_engine
 from tests.inference.test_rotate_keys import cut, keys_of, masked_logits
 from tests.tiny import CONFIGS, build_model, random_ids, random_layout
@@ -27,29 +27,29 @@ WINDOWED = ["gemma3", "mistral-window", "phi3-partial"]
 
 @pytest.fixture(autouse=True)
 def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rotate_queries, "PIECE", 20)
+    monkeypatch.setattr(rotate_queries, "PIECE_LEN", 20)
 
 
 def open_side(
     model: PreTrainedModel, prompts: list[Prompt], *, reencoded: bool = True, use_graphs: bool = False
-) -> QuerySide:
+) -> QueryRotationRunner:
     """The query side over a tier that holds the blocks of these prompts, in a random order."""
     keys = [*dict.fromkeys(chain.from_iterable(keys_of(prompts)))]
     random.Random(0).shuffle(keys)
     shape = kv_shape(model)
     tier = DeviceTier(shape, torch.device("cpu"), 4096 * shape.token_bytes, SLACK)
     with tier.add(keys, keep=()):
-        for key, kv in encode_blocks(model, keys):
+        for key, kv in prefill_blocks(model, keys):
             tier.block(key).copy_(kv)
-    return QuerySide(
-        model, rotations(model), tier, use_kernel=False, use_graphs=use_graphs, reencoded=reencoded
+    return QueryRotationRunner(
+        model, rotary_embeddings(model), tier, use_kernel=False, use_graphs=use_graphs, reencoded=reencoded
     )
 
 
-def final_logits(side: QuerySide, prompts: list[Prompt]) -> list[torch.Tensor]:
+def final_logits(side: QueryRotationRunner, prompts: list[Prompt]) -> list[torch.Tensor]:
     finals = [prompt[-1] for prompt in prompts]
     longest = max(map(len, finals))
-    logits = side.prompts(keys_of(prompts), longest).advance(finals, num_logits=longest)
+    logits = side.prompts(keys_of(prompts), longest).decode_step(finals, num_logits=longest)
     return [row[-len(final) :] for row, final in zip(logits, finals, strict=True)]
 
 
@@ -100,9 +100,9 @@ def test_decoding_continues_the_masked_forward(name: str) -> None:
     all_ids = [random_ids(random.Random(i), layout.num_tokens) for i, layout in enumerate(layouts)]
     prompts = [cut(ids, layout) for ids, layout in zip(all_ids, layouts, strict=True)]
     running = open_side(model, prompts).prompts(keys_of(prompts), 64)
-    steps = [running.advance([prompts[0][-1][:4], prompts[1][-1][:2]])]
+    steps = [running.decode_step([prompts[0][-1][:4], prompts[1][-1][:2]])]
     for i in range(12):
-        steps.append(running.advance([[prompts[0][-1][4 + i]], [prompts[1][-1][2 + i]]]))
+        steps.append(running.decode_step([[prompts[0][-1][4 + i]], [prompts[1][-1][2 + i]]]))
     got = torch.cat(steps, dim=1)
     for row, start, ids, layout in zip(got, (3, 1), all_ids, layouts, strict=True):
         assert_close(row, masked_logits(model, ids, layout)[start : start + 13], rtol=1e-5, atol=1e-5)
@@ -112,13 +112,13 @@ def test_questions_padded_to_the_size_of_a_graph_leave_room_for_the_answer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """257 tokens are padded to 512; with 140 more they need more columns than without padding."""
-    monkeypatch.setattr(rotate_queries, "GRAPH_TOKENS", 0)
+    monkeypatch.setattr(rotate_queries, "MAX_GRAPH_TOKENS", 0)
     model, layout = build_model("llama", "block_cached"), Layout((30, 397))
     ids = random_ids(random.Random(5), layout.num_tokens)
     prompt = cut(ids, layout)
     running = open_side(model, [prompt], use_graphs=True).prompts(keys_of([prompt]), 397)
-    first = running.advance([prompt[-1][:257]])
-    rest = running.advance([prompt[-1][257:]], num_logits=140)
+    first = running.decode_step([prompt[-1][:257]])
+    rest = running.decode_step([prompt[-1][257:]], num_logits=140)
     want = masked_logits(model, ids, layout)[256:]
     assert_close(torch.cat((first, rest), dim=1)[0], want, rtol=1e-5, atol=1e-5)
 
@@ -130,7 +130,7 @@ def test_what_is_loaded_whole_ends_within_the_cache(monkeypatch: pytest.MonkeyPa
     side, tier = engine.runner._query_side, engine.runner.store.device
     assert side is not None and tier is not None and tier.cache_LS2KD.shape[1] == tier.num_slots + 777
     prompts = side.prompts([[]], 300)
-    prompts.advance([[1, 2, 3]])
+    prompts.decode_step([[1, 2, 3]])
     assert prompts._frame.final_LBS2KD.shape[2] >= 300 + 777
 
 

@@ -16,7 +16,7 @@ from blockft.errors import UserError
 from blockft.inference.answer import Answer
 from blockft.inference.cache_folder import CacheFolder
 from blockft.inference.engine import Engine
-from blockft.inference.rotate_queries import QuerySide
+from blockft.inference.rotate_queries import QueryRotationRunner
 from blockft.inference.runner import CacheOptions
 from tests.inference.engines import SIDES, Prompt, forget, greedy, load_engine, make_engine, options
 from tests.inference.test_rotate_keys import keys_of
@@ -132,8 +132,8 @@ def test_prompts_of_a_batch_share_their_blocks(
         encoded.extend(keys)
         return runner_module_encode(model, keys)
 
-    runner_module_encode = runner_module.encode_blocks
-    monkeypatch.setattr(runner_module, "encode_blocks", counted)
+    runner_module_encode = runner_module.prefill_blocks
+    monkeypatch.setattr(runner_module, "prefill_blocks", counted)
     answers = engine.generate_ids([PROMPT, LARGER, PROMPT[-1:]], max_new_tokens=NUM_NEW)
     assert [answer.ids for answer in answers[:2]] == [wanted["prompt"], wanted["larger"]]
     assert len(encoded) == len(set(encoded)) == 6
@@ -143,12 +143,12 @@ def test_prompts_of_a_batch_share_their_blocks(
 def test_encoding_ahead_fills_host_and_disk(toy_model: Path, folder: Path, right: tuple[int, ...]) -> None:
     engine = load_engine(toy_model, "query", options(folder))
     (keys,) = keys_of([PROMPT])
-    assert engine.runner.encode([*keys, *keys]) == 4
-    assert engine.runner.encode(keys) == 0
+    assert engine.runner.prefill_blocks([*keys, *keys]) == 4
+    assert engine.runner.prefill_blocks(keys) == 0
     answer = ask(engine)
     assert answer.sources == {"host": 4} and answer.ids == right
     forget(engine)
-    assert engine.runner.encode(keys) == 0
+    assert engine.runner.prefill_blocks(keys) == 0
 
 
 # budgets
@@ -266,7 +266,7 @@ def test_damage_in_a_folder_that_cannot_be_changed(
     def refuse(*_: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    for name in ("remove", "draft"):
+    for name in ("remove", "temporary_file"):
         monkeypatch.setattr(CacheFolder, name, refuse)
     engine = load_engine(toy_model, side, options(folder, host=host))
     for _ in range(2):
@@ -287,7 +287,7 @@ def test_a_folder_that_cannot_be_written_is_said_once_and_memory_serves(
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(CacheFolder, "draft", refuse)
+    monkeypatch.setattr(CacheFolder, "temporary_file", refuse)
     engine = load_engine(toy_model, side, options(tmp_path / "full"))
     assert ask(engine).ids == ask(engine).ids == right
     engine.close()
@@ -319,7 +319,7 @@ def test_a_failure_while_encoding_leaves_no_wrong_block(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = load_engine(toy_model, side, options(folder))
-    encode = runner_module.encode_blocks
+    encode = runner_module.prefill_blocks
 
     def fail(*given: Any) -> Any:
         for number, encoded in enumerate(encode(*given)):
@@ -328,7 +328,7 @@ def test_a_failure_while_encoding_leaves_no_wrong_block(
             yield encoded
 
     with monkeypatch.context() as patched:
-        patched.setattr(runner_module, "encode_blocks", fail)
+        patched.setattr(runner_module, "prefill_blocks", fail)
         with pytest.raises(Failure):
             ask(engine)
     device = engine.runner.store.device
@@ -354,7 +354,7 @@ def test_a_failure_while_blocks_are_read_leaves_no_wrong_block(
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr(QuerySide, "run", fail)
+        patched.setattr(QueryRotationRunner, "run", fail)
         with pytest.raises(error):
             ask(engine)
     assert engine.runner.store.device is not None and engine.runner.store.device.num_blocks == 1

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from blockft.model.checkpoint import best_checkpoint, mark_whole, remove_torn, whole_checkpoints
-from blockft.model.model_card import model_card
+from blockft.model.checkpoint import best_checkpoint, complete_checkpoints, mark_complete, remove_incomplete
+from blockft.model.model_card import build_model_card
 
 
 def save_checkpoint(run: Path, step: int, **eval_losses: float) -> Path:
     checkpoint = run / f"checkpoint-{step}"
     checkpoint.mkdir()
-    mark_whole(checkpoint, step=step, facts={}, eval_losses=eval_losses, eval_due=False, unlogged={})
+    mark_complete(checkpoint, step=step, facts={}, eval_losses=eval_losses, eval_due=False, unlogged={})
     return checkpoint
 
 
@@ -32,13 +32,13 @@ def test_torn_checkpoints_are_removed_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-4" / "global_step4").mkdir(parents=True)
     (tmp_path / "checkpoint-4" / "global_step4" / "shard.pt").touch()
     (tmp_path / "checkpoint-mine").mkdir()
-    remove_torn(tmp_path)
+    remove_incomplete(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-mine"]
-    assert whole_checkpoints(tmp_path) == [whole]
+    assert complete_checkpoints(tmp_path) == [whole]
 
 
 def test_a_card_names_the_last_logged_loss_if_there_is_one() -> None:
     lines = [{"step": 2, "loss": 0.5}, {"step": 4, "loss": 0.25}]
     for metrics, said in (([], "after 3 steps."), (lines, "after 3 steps; the last logged loss is 0.5000.")):
-        card = model_card(base="m", version="1", step=3, recipe="", manifest={}, metrics=metrics)
+        card = build_model_card(base="m", version="1", step=3, recipe="", manifest={}, metrics=metrics)
         assert said in card

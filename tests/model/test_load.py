@@ -12,22 +12,22 @@ from transformers.models.gemma3 import Gemma3TextConfig
 from transformers.models.gpt2 import GPT2Config
 from transformers.models.llama import LlamaConfig
 
-from blockft.attention.backends import BlockMasks
-from blockft.attention.layout import Layout, lay_out
-from blockft.config.settings import Precision
+from blockft.attention.backends import AttentionMasks
+from blockft.attention.layout import Layout, build_metadata
+from blockft.config.settings import DType
 from blockft.errors import UserError
 from blockft.model.load import (
     attention_windows,
-    block_attention,
+    block_attention_config,
     check_supported,
     compile_layers,
-    device_of,
-    dtype_of,
     load_config,
     load_model,
     load_tokenizer,
-    reencodes,
-    rotations,
+    parse_device,
+    parse_dtype,
+    rotary_embeddings,
+    uses_reencoded_positions,
 )
 from blockft.model.lora import add_adapter
 from tests.tiny import CONFIGS, SIZE, build_model
@@ -56,7 +56,7 @@ def test_what_no_law_covers_is_refused(config: object, named: str) -> None:
 
 
 def test_gemma3_has_two_rotations() -> None:
-    local, globally = rotations(build_model("gemma3"))
+    local, globally = rotary_embeddings(build_model("gemma3"))
     assert not torch.equal(local.inv_freq, globally.inv_freq)
 
 
@@ -128,7 +128,7 @@ def test_an_export_that_asks_for_more_than_is_built_is_refused(tmp_path: Path, e
     with pytest.raises(UserError, match=f"^{tmp_path}: .*{said}"):
         load_config(str(tmp_path))
     with pytest.raises(UserError, match=said):
-        reencodes(model.config)
+        uses_reencoded_positions(model.config)
 
 
 @pytest.mark.parametrize(("text", "said"), [('{"version": 2}', "has version 2"), ('{"vers', "is not JSON")])
@@ -157,29 +157,33 @@ def test_what_an_adapter_says_is_not_its_bases_fault(tmp_path: Path, text: str, 
 )
 def test_what_exports_say_is_read(entry: dict[str, Any]) -> None:
     config = build_model("llama").config
-    assert block_attention(config) == {}
+    assert block_attention_config(config) == {}
     config.block_attention = entry
-    assert block_attention(config) == entry
+    assert block_attention_config(config) == entry
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_windows_of_a_model_are_those_its_layers_ask_for(name: str) -> None:
     asked = []
 
-    class Asked(BlockMasks):
+    class Asked(AttentionMasks):
         def dense(self, window: int | None, num_queries: int) -> torch.Tensor:
             asked.append(window)
             return super().dense(window, num_queries)
 
-    model, vectors = build_model(name), lay_out([Layout((3, 4))])
-    model(input_ids=torch.ones(1, 7, dtype=torch.int64), block_masks=Asked(vectors), use_cache=False)
+    model, metadata = build_model(name), build_metadata([Layout((3, 4))])
+    model(input_ids=torch.ones(1, 7, dtype=torch.int64), block_masks=Asked(metadata), use_cache=False)
     assert set(asked) == set(attention_windows(model.config))
 
 
 def test_compiled_layers_give_the_same_logits() -> None:
-    model, vectors = build_model("mistral-window"), lay_out([Layout((3, 4)), Layout((5,))])
-    words = {"input_ids": torch.arange(1, 13)[None], "position_ids": vectors.position_ids, "use_cache": False}
-    masks = [BlockMasks(vectors).build("block_sdpa", attention_windows(model.config)) for _ in range(2)]
+    model, metadata = build_model("mistral-window"), build_metadata([Layout((3, 4)), Layout((5,))])
+    words = {
+        "input_ids": torch.arange(1, 13)[None],
+        "position_ids": metadata.position_ids,
+        "use_cache": False,
+    }
+    masks = [AttentionMasks(metadata).build("block_sdpa", attention_windows(model.config)) for _ in range(2)]
     with torch.no_grad():
         plain = model(**words, block_masks=masks[0]).logits
         compile_layers(model)
@@ -187,13 +191,13 @@ def test_compiled_layers_give_the_same_logits() -> None:
 
 
 def test_types_and_devices_have_names() -> None:
-    assert dtype_of("bfloat16", None) is torch.bfloat16 and dtype_of("auto", None) is None
-    assert dtype_of(Precision.auto, torch.float32) is torch.float32
+    assert parse_dtype("bfloat16", None) is torch.bfloat16 and parse_dtype("auto", None) is None
+    assert parse_dtype(DType.auto, torch.float32) is torch.float32
     for name in ("float33", "int8", "load"):
         with pytest.raises(UserError, match=f"dtype is '{name}', allowed are auto, float32, bfloat16"):
-            dtype_of(name, None)
-    assert device_of("cpu") == torch.device("cpu")
-    assert device_of(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
+            parse_dtype(name, None)
+    assert parse_device("cpu") == torch.device("cpu")
+    assert parse_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
     for name in ("gpu", "cuda:99"):
         with pytest.raises(UserError, match=f"there is no device '{name}': "):
-            device_of(name)
+            parse_device(name)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from blockft.config.settings import DataSettings, Format, ModelSettings, Recipe, Source, TrainSettings
-from blockft.data.sample import to_record
+from blockft.data.sample import sample_to_record
 from tests.data.toys import rag_sample, save_toy_tokenizer
 
 Make = Callable[..., Recipe]
@@ -26,11 +26,11 @@ def make_recipe(tmp_path: Path, toy_model: Path) -> Make:
         rag_sample(f"Question {i}?", (f"Fox {i // 2}.\n\n", "dog " * (i // 2) + "\n\n"), id=str(i))
         for i in range(200)
     ]
-    source.write_text("".join(json.dumps(to_record(sample)) + "\n" for sample in samples))
+    source.write_text("".join(json.dumps(sample_to_record(sample)) + "\n" for sample in samples))
 
     def make(**settings: object) -> Recipe:
         given = {
-            "out": str(tmp_path / "out" / "set"),
+            "output_dir": str(tmp_path / "out" / "set"),
             "sources": [Source(format=Format.samples, path=str(source))],
             "row_len": 1024,
             "num_workers": 1,
@@ -38,7 +38,7 @@ def make_recipe(tmp_path: Path, toy_model: Path) -> Make:
         return Recipe(
             model=ModelSettings(path=str(toy_model)),
             data=DataSettings(**given | settings),  # type: ignore[arg-type]
-            train=TrainSettings(out=str(tmp_path / "run")),
+            train=TrainSettings(output_dir=str(tmp_path / "run")),
         )
 
     return make

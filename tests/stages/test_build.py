@@ -18,8 +18,8 @@ from blockft.inference.cache_folder import CacheFolder
 from blockft.inference.disk_tier import DiskTier
 from blockft.inference.runner import BlockRunner
 from blockft.stages.build import build
-from blockft.stages.cache import verify
-from blockft.stages.generate import CacheWords, generate
+from blockft.stages.cache import verify_cache
+from blockft.stages.generate import CacheArguments, generate
 from tests.run import save_model
 
 ROOT = Path(__file__).parents[2]
@@ -48,9 +48,9 @@ def corpus_of(tmp_path: Path, number: int) -> Path:
     return write(tmp_path / "corpus.jsonl", [*map(document, range(number - 1)), "A text alone."])
 
 
-def words(folder: Path, **more: str) -> CacheWords:
+def words(folder: Path, **more: str) -> CacheArguments:
     """As the command line passes them."""
-    return CacheWords(folder=folder, host="0", device="0", **more)
+    return CacheArguments(folder=folder, host="0", device="0", **more)
 
 
 def num_entries(folder: Path) -> int:
@@ -99,7 +99,7 @@ def test_a_build_that_was_killed_goes_on(
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it should not have ended by itself"
     kept = num_entries(folder)
-    verify(folder, remove=False, as_json=True)
+    verify_cache(folder, remove=False, as_json=True)
     capsys.readouterr()
     build(str(model), corpus, words(folder))
     whole = num_entries(folder)
@@ -174,11 +174,11 @@ def test_a_folder_that_does_not_take_a_block_ends_it_at_once(
         raise OSError(28, "No space left on device")
 
     encoded: list[int] = []
-    encode = BlockRunner.encode
+    encode = BlockRunner.prefill_blocks
     monkeypatch.setattr(
-        BlockRunner, "encode", lambda self, keys: encoded.append(len(keys)) or encode(self, keys)
+        BlockRunner, "prefill_blocks", lambda self, keys: encoded.append(len(keys)) or encode(self, keys)
     )
-    monkeypatch.setattr(CacheFolder, "draft", refuse)
+    monkeypatch.setattr(CacheFolder, "temporary_file", refuse)
     with pytest.raises(UserError, match="does not take all blocks: make room"):
         build(str(model), corpus_of(tmp_path, 30), words(folder))
     assert len(encoded) == 1 and encoded[0] < 5
@@ -219,6 +219,6 @@ def test_blocks_that_others_pushed_out_are_no_success(
 ) -> None:
     build(str(model), corpus_of(tmp_path, 20), words(folder))
     others = write(tmp_path / "others.jsonl", [document(i) for i in range(100, 110)])
-    monkeypatch.setattr(DiskTier, "names", lambda self: set())  # as if another process had been there
+    monkeypatch.setattr(DiskTier, "digests", lambda self: set())  # as if another process had been there
     with pytest.raises(UserError, match="of these blocks had to make way for others: allow more"):
         build(str(model), others, words(folder, disk="150kB"))

@@ -13,7 +13,7 @@ import pytest
 from blockft.errors import UserError
 from blockft.inference.cache_folder import DRAFTS, CacheFolder
 from blockft.inference.disk_tier import DiskTier
-from blockft.stages.cache import prune, stats, verify
+from blockft.stages.cache import prune, stats, verify_cache
 from tests.inference.cached import OTHER, TOY, kv_of, some_key
 
 ROOT = Path(__file__).parents[2]
@@ -70,23 +70,23 @@ def test_stats_of_a_cache_without_entries(tmp_path: Path, capsys: pytest.Capture
     stats(tmp_path / "cache", as_json=True)
     assert printed(capsys)["models"][0]["oldest_use"] is None
     stats(tmp_path / "cache")
-    verify(tmp_path / "cache")
+    verify_cache(tmp_path / "cache")
     prune(tmp_path / "cache", max_bytes="0")
 
 
 def test_verify_finds_what_is_damaged_and_removes_it(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    verify(folder, as_json=True)
+    verify_cache(folder, as_json=True)
     assert printed(capsys) == {"entries": 5, "damaged": [], "removed": False}
     paths = damage(folder, 2)
     with pytest.raises(UserError, match="2 of 5 entries in .* are damaged: add --remove"):
-        verify(folder, as_json=True)
+        verify_cache(folder, as_json=True)
     assert [line["path"] for line in printed(capsys)["damaged"]] == list(map(str, paths))
-    verify(folder, remove=True)
+    verify_cache(folder, remove=True)
     assert "2 damaged and removed" in capsys.readouterr().out
     assert num_entries(folder) == 3 and not any(path.exists() for path in paths)
-    verify(folder, remove=True)
+    verify_cache(folder, remove=True)
 
 
 def test_prune_keeps_the_latest_within_the_bytes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,7 +135,7 @@ def test_prunes_mistakes_cost_nothing(folder: Path, options: dict[str, str], sai
 def test_what_is_no_cache_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "missing", tmp_path / "file", tmp_path):
-        for verb in (stats, verify, lambda path: prune(path, max_bytes="0")):
+        for verb in (stats, verify_cache, lambda path: prune(path, max_bytes="0")):
             with pytest.raises(UserError, match="folder"):
                 verb(path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -15,7 +15,7 @@ from blockft.config.settings import PromptSettings
 from blockft.errors import UserError
 from blockft.evaluation import answers
 from blockft.stages.evaluate import evaluate
-from blockft.stages.questions import read_questions, recipe_for
+from blockft.stages.questions import read_questions, recipe_for_questions
 from tests.run import save_model, save_samples
 
 ROOT = Path(__file__).parents[2]
@@ -31,8 +31,8 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(toy: Path, out: str, *overrides: str, data: str = "questions.jsonl") -> Path:
-    words = (f"eval.out={toy / out}", "eval.max_new_tokens=4", "eval.batch_size=4", *overrides)
-    return evaluate(str(toy / "model"), recipe_for(str(toy / "model"), str(toy / data), words))
+    words = (f"eval.output_dir={toy / out}", "eval.max_new_tokens=4", "eval.batch_size=4", *overrides)
+    return evaluate(str(toy / "model"), recipe_for_questions(str(toy / "model"), str(toy / data), words))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -46,7 +46,8 @@ def test_an_export_need_not_say_how_questions_are_worded(toy: Path, tmp_path: Pa
     questions = tmp_path / "questions.json"
     questions.write_text("[]")
     plain, export = (
-        recipe_for(str(model), str(questions), format="hotpotqa") for model in (toy / "model", tmp_path)
+        recipe_for_questions(str(model), str(questions), format="hotpotqa")
+        for model in (toy / "model", tmp_path)
     )
     assert export.data.prompt == plain.data.prompt
 
@@ -122,10 +123,10 @@ def test_unfit_questions_are_skipped_if_bad_records_are(toy: Path, tmp_path: Pat
     records[1] |= {"messages": [{"role": "user", "content": ["\na=1", "a?"]}], "meta": {"documents": [0]}}
     data = tmp_path / "unfit.jsonl"
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
-    words = ["eval.max_new_tokens=2", f"eval.out={tmp_path / 'out'}", "eval.modes=[block]"]
+    words = ["eval.max_new_tokens=2", f"eval.output_dir={tmp_path / 'out'}", "eval.modes=[block]"]
     with pytest.raises(UserError, match="sample q1 of toy: .* trims the user message"):
-        evaluate(str(model), recipe_for(str(model), str(data), words))
-    recipe = recipe_for(str(model), str(data), [*words, "data.on_bad_record=skip"])
+        evaluate(str(model), recipe_for_questions(str(model), str(data), words))
+    recipe = recipe_for_questions(str(model), str(data), [*words, "data.on_bad_record=skip"])
     options = json.loads((evaluate(str(model), recipe) / "report.json").read_text())["options"]
     assert options["questions"] == 2
     assert options["records dropped"] == {"document trimmed by the chat template": 1}
@@ -174,7 +175,7 @@ def test_an_evaluation_that_failed_goes_on(
 ) -> None:
     whole, calls = contents(run(toy, "never")), []
 
-    def failing(*given: object, **named: object) -> list[answers.Answered]:
+    def failing(*given: object, **named: object) -> list[answers.AnswerRecord]:
         calls.append(given)
         if len(calls) == 4:
             raise KeyboardInterrupt
@@ -192,10 +193,10 @@ def test_an_evaluation_that_failed_goes_on(
         run(toy, "failed", "eval.max_samples=20")
     # model, data and folder by other names
     again = f"{toy}/../{toy.name}"
-    recipe = recipe_for(
+    recipe = recipe_for_questions(
         f"{again}/model",
         f"{again}/questions.jsonl",
-        [f"eval.out={again}/failed", "eval.max_new_tokens=4", "eval.batch_size=4"],
+        [f"eval.output_dir={again}/failed", "eval.max_new_tokens=4", "eval.batch_size=4"],
     )
     goes_on = contents(evaluate(f"{again}/model", recipe))
     assert len(calls) == 4 + 12 - 3, "three batches of twelve were kept"
@@ -210,7 +211,7 @@ def test_show_4_an_evaluation_that_was_killed_gives_the_report_of_one_that_was_n
     command += ["eval.max_samples=48", "eval.batch_size=4", "eval.max_new_tokens=4"]
 
     def start(out: str) -> subprocess.Popen[bytes]:
-        words = [*command, f"eval.out={tmp_path / out}"]
+        words = [*command, f"eval.output_dir={tmp_path / out}"]
         return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
     killed = start("killed")
@@ -236,10 +237,10 @@ def test_an_export_is_asked_as_it_was_trained(toy: Path) -> None:
     (export / "config.json").write_text(json.dumps(config))
     questions = toy / "h.json"
     questions.write_text("[]")
-    recipe = recipe_for(str(export), str(questions), format="hotpotqa")
+    recipe = recipe_for_questions(str(export), str(questions), format="hotpotqa")
     assert recipe.data.order == "descending" and recipe.data.prompt.documents_in == "system"
     assert recipe.data.prompt.document == "\n{text}" and recipe.eval
-    assert recipe.eval.out == f"out/eval/{toy.name}-export-{toy.name}-h"
+    assert recipe.eval.output_dir == f"out/eval/{toy.name}-export-{toy.name}-h"
 
 
 HOTPOT = [
@@ -265,8 +266,8 @@ def test_the_demo_model_is_asked_questions_of_a_file(tmp_path: Path, wording: st
         config["block_attention"]["prompt"]["document"] = "{title}\n{text}\n\n"
         (model / "config.json").write_text(json.dumps(config))
     (tmp_path / "h.json").write_text(json.dumps(HOTPOT))
-    words = ["eval.max_new_tokens=2", f"eval.out={tmp_path / 'out'}", "eval.modes=[block]"]
-    recipe = recipe_for(str(model), str(tmp_path / "h.json"), words, format="hotpotqa")
+    words = ["eval.max_new_tokens=2", f"eval.output_dir={tmp_path / 'out'}", "eval.modes=[block]"]
+    recipe = recipe_for_questions(str(model), str(tmp_path / "h.json"), words, format="hotpotqa")
     report = json.loads((evaluate(str(model), recipe) / "report.json").read_text())
     options = report["options"]
     if wording == "today's":
@@ -281,8 +282,8 @@ def test_published_questions_are_counted_by_their_hops(toy: Path) -> None:
     path = Path(os.environ.get("BLOCKFT_REAL_DATA", "../shared/data")) / "hotpotqa_distractor_dev.json"
     if not path.exists():
         pytest.skip(f"{path} is not there (set BLOCKFT_REAL_DATA)")
-    samples, dropped = read_questions(recipe_for(str(toy / "model"), str(path), format="hotpotqa"))
-    groups = {group for sample in samples for group in answers.groups_of(sample)}
+    samples, dropped = read_questions(recipe_for_questions(str(toy / "model"), str(path), format="hotpotqa"))
+    groups = {group for sample in samples for group in answers.question_groups(sample)}
     assert len(samples) == 200 and not dropped
     assert groups == {"hotpotqa", "hotpotqa: bridge", "hotpotqa: comparison", "hotpotqa: hard"}
 
@@ -298,4 +299,4 @@ def test_published_questions_are_counted_by_their_hops(toy: Path) -> None:
 )
 def test_questions_that_are_not_there(toy: Path, data: str, format: str | None, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        recipe_for(str(toy / "model"), data, format=format)
+        recipe_for_questions(str(toy / "model"), data, format=format)

@@ -16,7 +16,7 @@ from blockft import progress
 from blockft.config.settings import PromptSettings
 from blockft.errors import UserError
 from blockft.inference.cache_folder import CacheFolder
-from blockft.stages.generate import CacheWords, generate, open_engine
+from blockft.stages.generate import CacheArguments, generate, open_engine
 from tests.run import save_model
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ REQUESTS: list[dict[str, Any]] = [
     {"id": 7, "messages": [{"role": "user", "content": ["Read.\n", "Dogs bark.\n", "What barks?"]}]},
     {"blocks": ["<|user|>one ", "two ", "three?<|end|><|assistant|>"]},
 ]
-SMALL = CacheWords(host="1MB", device="1MB")
+SMALL = CacheArguments(host="1MB", device="1MB")
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,8 @@ def write(path: Path, records: list[Any]) -> Path:
     return path
 
 
-def cached_in(folder: Path, **words: str) -> CacheWords:
-    return CacheWords(folder=folder, **{"host": "1MB", "device": "1MB"} | words)
+def cached_in(folder: Path, **words: str) -> CacheArguments:
+    return CacheArguments(folder=folder, **{"host": "1MB", "device": "1MB"} | words)
 
 
 def answered(model: Path, source: Path, capsys: pytest.CaptureFixture[str], **given: Any) -> list[Any]:
@@ -107,7 +107,7 @@ def test_a_stream_writes_the_same_texts(
     model: Path, requests: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts = [line["answer"] for line in answered(model, requests, capsys, stop=["e"], max_new_tokens=20)]
-    generate(str(model), str(requests), streams=True, max_new_tokens=20, stop=["e"], cache=SMALL)
+    generate(str(model), str(requests), stream=True, max_new_tokens=20, stop=["e"], cache=SMALL)
     out, err = capsys.readouterr()
     rest = out
     for text in texts:
@@ -122,7 +122,7 @@ def test_a_terminal_sees_how_far_it_is(
     generate(str(model), str(requests), max_new_tokens=6, cache=SMALL)
     out, err = capsys.readouterr()
     assert "100%" not in err
-    monkeypatch.setattr(progress, "is_shown", lambda: True)
+    monkeypatch.setattr(progress, "is_enabled", lambda: True)
     generate(str(model), str(requests), max_new_tokens=6, cache=SMALL)
     shown = capsys.readouterr()
     assert shown.out == out and "answers" in shown.err and "100%" in shown.err
@@ -178,7 +178,7 @@ def test_long_prompts_lose_documents_if_asked(
     source = write(tmp_path / "long.jsonl", [{"documents": documents, "question": "?"}])
     with pytest.raises(UserError, match="long.jsonl, line 1: .* the model has 4096 positions"):
         answered(model, source, capsys)
-    (line,) = answered(model, source, capsys, trims=True)
+    (line,) = answered(model, source, capsys, trim=True)
     assert line["blocks"] == 5
 
 
@@ -192,7 +192,7 @@ def test_documents_of_one_score_may_be_lost(
     ]
     ways = [documents, documents[:2]]
     source = write(tmp_path / "long.jsonl", [{"documents": way, "question": "?"} for way in ways])
-    trimmed, short = answered(model, source, capsys, trims=True)
+    trimmed, short = answered(model, source, capsys, trim=True)
     assert trimmed["answer_ids"] == short["answer_ids"] and trimmed["prompt_tokens"] == short["prompt_tokens"]
     assert trimmed["blocks_reused"] == 0 and short["blocks_reused"] == short["blocks"] - 1
 
@@ -251,17 +251,20 @@ def test_the_folder_stays_within_its_budget(
     ("given", "said"),
     [
         ({"mode": "half"}, "--mode is 'half', allowed are block, full"),
-        ({"streams": True}, "leave out --json"),
-        ({"as_json": False, "streams": True, "batch_size": 2}, "leave out --json and --batch-size"),
+        ({"stream": True}, "leave out --json"),
+        ({"as_json": False, "stream": True, "batch_size": 2}, "leave out --json and --batch-size"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 0.9}, "top_p is 0.9 at temperature 0"),
-        ({"mode": "full", "cache": CacheWords(folder=Path("no/such"))}, "--mode full has no blocks to keep"),
+        (
+            {"mode": "full", "cache": CacheArguments(folder=Path("no/such"))},
+            "--mode full has no blocks to keep",
+        ),
         ({"stop": [""]}, "not empty"),
-        ({"cache": CacheWords(disk="1GB")}, "--cache-bytes needs --cache FOLDER"),
-        ({"cache": CacheWords(host="much")}, "'much' is no size"),
-        ({"cache": CacheWords(device="")}, "'' is no size"),
-        ({"cache": CacheWords(folder=Path("no/such"), disk="0")}, "cannot hold a block"),
+        ({"cache": CacheArguments(disk="1GB")}, "--cache-bytes needs --cache FOLDER"),
+        ({"cache": CacheArguments(host="much")}, "'much' is no size"),
+        ({"cache": CacheArguments(device="")}, "'' is no size"),
+        ({"cache": CacheArguments(folder=Path("no/such"), disk="0")}, "cannot hold a block"),
     ],
 )
 def test_a_mistake_is_found_before_the_first_answer(

@@ -9,21 +9,21 @@ import pytest
 from transformers import AutoTokenizer
 
 from blockft.config.settings import (
-    BadRecord,
-    CutSettings,
+    BadRecordPolicy,
     Format,
     ModelSettings,
     Order,
     PromptSettings,
     Recipe,
-    Retrieve,
+    Retriever,
     Source,
-    TooLong,
+    SplittingSettings,
+    TooLongPolicy,
 )
-from blockft.data.chat_template import UnfitText
+from blockft.data.chat_template import TemplateMismatch
 from blockft.data.encoder import Encoder
 from blockft.data.prepared import load_prepared
-from blockft.data.sample import from_record
+from blockft.data.sample import parse_sample
 from blockft.errors import UserError
 from blockft.stages.prepare import TASK_SAMPLES, prepare
 from tests.data.test_squad import article
@@ -37,7 +37,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def samples_of(folder: Path) -> list[Any]:
     lines = (line for path in sorted(folder.glob("samples-*.jsonl")) for line in path.open(encoding="utf-8"))
-    return [from_record(json.loads(line)) for line in lines]
+    return [parse_sample(json.loads(line)) for line in lines]
 
 
 def test_a_prepared_folder(make_recipe: Make, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,9 +56,14 @@ def test_a_prepared_folder(make_recipe: Make, capsys: pytest.CaptureFixture[str]
 def test_law_12_the_bytes_do_not_depend_on_the_number_of_workers(
     make_recipe: Make, tmp_path: Path, shared_context: bool
 ) -> None:
-    options: dict[str, Any] = {"shared_context": shared_context, "too_long": TooLong.trim, "row_len": 128}
+    options: dict[str, Any] = {
+        "shared_context": shared_context,
+        "too_long": TooLongPolicy.trim,
+        "row_len": 128,
+    }
     one, other = (
-        prepare(make_recipe(**options, num_workers=n, out=str(tmp_path / "by" / str(n)))) for n in (1, 3)
+        prepare(make_recipe(**options, num_workers=n, output_dir=str(tmp_path / "by" / str(n))))
+        for n in (1, 3)
     )
     assert files(one) == files(other)
     assert str(one).encode() not in (one / "manifest.json").read_bytes()
@@ -101,7 +106,7 @@ def test_copies_are_those_of_other_seeds_where_records_have_no_ids(make_recipe: 
         "sources": [Source(format=Format.fid, path=str(path))],
         "order": Order.shuffled,
     }
-    options["on_bad_record"] = BadRecord.skip
+    options["on_bad_record"] = BadRecordPolicy.skip
     out = prepare(make_recipe(**options, copies=2))
     asked = samples_of(out)
     (counts,) = load_prepared(out).manifest["sources"]
@@ -132,13 +137,13 @@ def test_options_that_would_do_nothing(make_recipe: Make, options: dict[str, Any
         ({"shared_context": True}, True),
         ({"num_documents": 2}, True),
         ({"num_documents": 2, "order": Order.given, "shared_context": True}, True),
-        ({"num_documents": 2, "retrieve": Retrieve.bm25}, False),
+        ({"num_documents": 2, "retrieve": Retriever.bm25}, False),
     ],
 )
 def test_copies_are_taken_where_lots_are_drawn(
     make_recipe: Make, tmp_path: Path, options: dict[str, Any], varies: bool
 ) -> None:
-    source = replace(squad_source(tmp_path, "ABCDEF"), retrieve=options.get("retrieve", Retrieve.none))
+    source = replace(squad_source(tmp_path, "ABCDEF"), retrieve=options.get("retrieve", Retriever.none))
     options = {name: value for name, value in options.items() if name != "retrieve"} | {"sources": [source]}
     one, other = (samples_of(prepare(make_recipe(**options, seed=seed), overwrite=True)) for seed in (0, 1))
     assert (one != other) is varies
@@ -152,7 +157,7 @@ def test_copies_are_taken_where_lots_are_drawn(
 
 def test_a_sample_longer_than_a_row_is_dropped_or_trimmed(make_recipe: Make) -> None:
     dropped = load_prepared(prepare(make_recipe(row_len=128))).manifest["sources"][0]["dropped"]["too long"]
-    out = prepare(make_recipe(row_len=128, too_long=TooLong.trim), overwrite=True)
+    out = prepare(make_recipe(row_len=128, too_long=TooLongPolicy.trim), overwrite=True)
     assert 0 < load_prepared(out).manifest["sources"][0]["dropped"]["too long"] < dropped
     trimmed = [sample for sample in samples_of(out) if len(sample.documents) == 1]
     assert trimmed and all(sample.meta["relevance"] == [1] for sample in trimmed)
@@ -160,7 +165,7 @@ def test_a_sample_longer_than_a_row_is_dropped_or_trimmed(make_recipe: Make) -> 
 
 
 def test_bad_records_are_counted_and_listed(make_recipe: Make) -> None:
-    recipe = make_recipe(on_bad_record=BadRecord.skip)
+    recipe = make_recipe(on_bad_record=BadRecordPolicy.skip)
     path = Path(recipe.data.sources[0].path)
     path.write_text(path.read_text() + "broken\n")
     source = load_prepared(prepare(recipe)).manifest["sources"][0]
@@ -231,7 +236,7 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(
     with pytest.raises(UserError, match=said) as raised:
         prepare(recipe)
     assert "\n" not in str(raised.value)
-    out = Path(recipe.data.out)
+    out = Path(recipe.data.output_dir)
     assert not out.parent.exists() or not list(out.parent.iterdir())
 
 
@@ -272,8 +277,8 @@ def test_chats_are_cut_and_give_a_sample_per_answer(make_recipe: Make, tmp_path:
     chat = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
     path.write_text(json.dumps({"id": "c", "messages": chat}) + '\n{"messages": []}\n')
     source = Source(format=Format.messages, path=str(path))
-    cut = CutSettings(min_block_tokens=2)
-    out = prepare(make_recipe(sources=[source], on_bad_record=BadRecord.skip, cut=cut))
+    cut = SplittingSettings(min_block_tokens=2)
+    out = prepare(make_recipe(sources=[source], on_bad_record=BadRecordPolicy.skip, splitting=cut))
     (counts,) = load_prepared(out).manifest["sources"]
     assert (counts["read"], counts["samples"], counts["kept"]) == (2, 2, 2)
     assert counts["dropped"] == {"bad record": 1}
@@ -283,10 +288,10 @@ def test_chats_are_cut_and_give_a_sample_per_answer(make_recipe: Make, tmp_path:
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_law_12_retrieval_gives_the_same_bytes(make_recipe: Make, tmp_path: Path, num_workers: int) -> None:
-    source = replace(squad_source(tmp_path, "ABCDEFGHI"), retrieve=Retrieve.bm25)
+    source = replace(squad_source(tmp_path, "ABCDEFGHI"), retrieve=Retriever.bm25)
     options: dict[str, Any] = {"sources": [source], "num_documents": 3, "order": Order.shuffled}
     one, other = (
-        prepare(make_recipe(**options, num_workers=n, out=str(tmp_path / "by" / str(n))))
+        prepare(make_recipe(**options, num_workers=n, output_dir=str(tmp_path / "by" / str(n))))
         for n in (1, num_workers + 1)
     )
     assert files(one) == files(other)
@@ -301,7 +306,7 @@ def test_law_12_unfit_samples_are_counted_and_listed(
 
     def choosy(self: Encoder, texts: Sequence[str]) -> list[int]:
         if any("marker" in text for text in texts):
-            raise UnfitText("the vocabulary spells a marker", "added token spelled by a text")
+            raise TemplateMismatch("the vocabulary spells a marker", "added token spelled by a text")
         return count_tokens(self, texts)
 
     monkeypatch.setattr(Encoder, "count_tokens", choosy)
@@ -310,9 +315,10 @@ def test_law_12_unfit_samples_are_counted_and_listed(
     records = [{"id": str(n), "instruction": f"a\n\n{text}", "output": "x"} for n, text in enumerate(texts)]
     path.write_text("\n".join(map(json.dumps, records)) + "\nbroken\n")
     options: dict[str, Any] = {"sources": [Source(format=Format.alpaca, path=str(path))]}
-    options |= {"cut": CutSettings(min_block_tokens=1), "on_bad_record": BadRecord.skip}
+    options |= {"splitting": SplittingSettings(min_block_tokens=1), "on_bad_record": BadRecordPolicy.skip}
     one, other = (
-        prepare(make_recipe(**options, num_workers=n, out=str(tmp_path / "by" / str(n)))) for n in (1, 3)
+        prepare(make_recipe(**options, num_workers=n, output_dir=str(tmp_path / "by" / str(n))))
+        for n in (1, 3)
     )
     assert files(one) == files(other)
     (counts,) = load_prepared(one).manifest["sources"]
@@ -325,15 +331,15 @@ def test_law_12_unfit_samples_are_counted_and_listed(
     again = load_prepared(twice).manifest["sources"][0]
     assert again["dropped"] == {unfit: 8, "bad record": 2} and again["bad_records"] == counts["bad_records"]
     with pytest.raises(UserError, match="^sample 7 of alpaca: the vocabulary spells a marker$"):
-        prepare(make_recipe(**options | {"on_bad_record": BadRecord.error}), overwrite=True)
+        prepare(make_recipe(**options | {"on_bad_record": BadRecordPolicy.error}), overwrite=True)
 
 
 REAL = {
-    Format.squad: ("squadshifts_new_wiki_dev.json", Retrieve.none),
-    Format.fid: ("nq_open_oracle_dev.jsonl", Retrieve.bm25),
-    Format.hotpotqa: ("hotpotqa_distractor_train.json", Retrieve.none),
-    Format.two_wiki: ("2wikimultihopqa_train.json", Retrieve.bm25),
-    Format.musique: ("musique_train.jsonl", Retrieve.none),
+    Format.squad: ("squadshifts_new_wiki_dev.json", Retriever.none),
+    Format.fid: ("nq_open_oracle_dev.jsonl", Retriever.bm25),
+    Format.hotpotqa: ("hotpotqa_distractor_train.json", Retriever.none),
+    Format.two_wiki: ("2wikimultihopqa_train.json", Retriever.bm25),
+    Format.musique: ("musique_train.jsonl", Retriever.none),
 }
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from blockft.config.recipe import make_recipe
+from blockft.config.recipe import build_recipe
 from blockft.config.settings import Recipe
 from blockft.errors import UserError
 from blockft.stages import questions
-from blockft.stages.questions import read_questions, recipe_for, revision_of
+from blockft.stages.questions import model_revision, read_questions, recipe_for_questions
 
 
 def save_questions(path: Path, num_questions: int, *, without_answers: tuple[int, ...] = ()) -> str:
@@ -31,11 +31,11 @@ def save_questions(path: Path, num_questions: int, *, without_answers: tuple[int
 def settings(paths: list[str], *overrides: str) -> Recipe:
     given = {
         "model": {"path": "owner/base"},
-        "data": {"out": "o", "sources": [{"format": "samples", "path": "p"}]},
-        "train": {"out": "o"},
-        "eval": {"out": "o", "sources": [{"format": "samples", "path": path} for path in paths]},
+        "data": {"output_dir": "o", "sources": [{"format": "samples", "path": "p"}]},
+        "train": {"output_dir": "o"},
+        "eval": {"output_dir": "o", "sources": [{"format": "samples", "path": path} for path in paths]},
     }
-    return make_recipe(given, overrides, "test")
+    return build_recipe(given, overrides, "test")
 
 
 @pytest.mark.parametrize(
@@ -53,8 +53,8 @@ def test_a_limit_takes_from_every_source(tmp_path: Path, limit: str, expected: s
 
 def test_reports_of_models_that_differ_in_size_do_not_share_a_folder(tmp_path: Path) -> None:
     data = save_questions(tmp_path / "dev.v1.jsonl", 1)
-    outs = [recipe_for(f"meta/Llama-3.{x}B", data).eval for x in ("1-8", "2-3")]
-    names = [Path(out.out).name for out in outs if out]
+    outs = [recipe_for_questions(f"meta/Llama-3.{x}B", data).eval for x in ("1-8", "2-3")]
+    names = [Path(out.output_dir).name for out in outs if out]
     assert names == [f"meta-Llama-3.{x}B-{tmp_path.name}-dev.v1" for x in ("1-8", "2-3")]
 
 
@@ -72,18 +72,18 @@ def test_questions_without_answers_are_skipped_if_bad_records_are(tmp_path: Path
 def test_chats_hold_no_answers(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "x"}]
     (tmp_path / "c.jsonl").write_text(json.dumps({"messages": turns}))
-    recipe = recipe_for("owner/base", str(tmp_path / "c.jsonl"), format="messages")
+    recipe = recipe_for_questions("owner/base", str(tmp_path / "c.jsonl"), format="messages")
     with pytest.raises(UserError, match=r"c\.jsonl is in the format messages, which holds no answers"):
         read_questions(recipe)
 
 
 def test_a_revision_is_of_one_model(tmp_path: Path) -> None:
     recipe = settings([], "model.revision=v2")
-    assert revision_of("owner/base", recipe) == "v2"
-    assert revision_of(str(tmp_path), recipe) is None, "a folder has none"
-    assert revision_of("owner/export", settings([])) is None
+    assert model_revision("owner/base", recipe) == "v2"
+    assert model_revision(str(tmp_path), recipe) is None, "a folder has none"
+    assert model_revision("owner/export", settings([])) is None
     with pytest.raises(UserError, match="model.revision is 'v2', of 'owner/base', but 'owner/export'"):
-        revision_of("owner/export", recipe)
+        model_revision("owner/export", recipe)
 
 
 def test_the_wording_is_that_of_the_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,5 +94,5 @@ def test_the_wording_is_that_of_the_revision(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(questions, "load_config", load_config)
     (tmp_path / "h.json").write_text("[]")
-    recipe_for("owner/export", str(tmp_path / "h.json"), ["model.revision=v2"], format="hotpotqa")
+    recipe_for_questions("owner/export", str(tmp_path / "h.json"), ["model.revision=v2"], format="hotpotqa")
     assert opened == [("owner/export", "v2")]

@@ -16,12 +16,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blockft.config.recipe import load_recipe
 from blockft.errors import UserError
-from blockft.model.checkpoint import MARKER, consolidate, find_checkpoint, read_probe, whole_checkpoints
+from blockft.model.checkpoint import (
+    MARKER,
+    complete_checkpoints,
+    consolidate,
+    find_checkpoint,
+    load_reference_logits,
+)
 from blockft.outputs import LOSS_PLOT, METRICS, RECIPE, read_metrics
 from blockft.stages import export as export_stage
 from blockft.stages.evaluate import evaluate
 from blockft.stages.export import export
-from blockft.stages.plan import make_plan
+from blockft.stages.plan import build_plan
 from blockft.stages.prepare import prepare
 from blockft.stages.train import describe
 from tests.data.test_squad import article
@@ -58,13 +64,13 @@ def exported(toy: Path) -> Path:
 def test_a_run_leaves_its_recipe_metrics_plot_and_whole_checkpoints(toy: Path) -> None:
     run = toy / "run"
     assert all((run / name).is_file() for name in (RECIPE, METRICS, LOSS_PLOT))
-    assert [path.name for path in whole_checkpoints(run)] == ["checkpoint-4", "checkpoint-5"]
+    assert [path.name for path in complete_checkpoints(run)] == ["checkpoint-4", "checkpoint-5"]
     assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4, 5]
     assert losses(run)[-1] < losses(run)[0]
 
 
 def test_law_8_two_ranks_give_the_losses_of_one(toy: Path) -> None:
-    done = blockft("train", toy / "recipe.yaml", f"train.out={toy}/run2", "--num-gpus", "2")
+    done = blockft("train", toy / "recipe.yaml", f"train.output_dir={toy}/run2", "--num-gpus", "2")
     assert done.returncode == 0, done.stderr
     assert (
         json.loads((find_checkpoint(toy / "run2") / MARKER).read_text())["facts"]["number of processes"] == 2
@@ -75,7 +81,7 @@ def test_law_8_two_ranks_give_the_losses_of_one(toy: Path) -> None:
 def test_law_9_a_resumed_run_gives_the_losses_of_one_never_stopped(toy: Path) -> None:
     """As after a kill between two checkpoints: the newer one has no marker, and the metrics ran ahead."""
     again = toy / "again"
-    done = blockft("train", toy / "recipe.yaml", f"train.out={again}", "train.save_steps=2")
+    done = blockft("train", toy / "recipe.yaml", f"train.output_dir={again}", "train.save_steps=2")
     assert done.returncode == 0, done.stderr
     assert losses(again) == losses(toy / "run")
     (again / "checkpoint-5" / MARKER).unlink()
@@ -83,14 +89,16 @@ def test_law_9_a_resumed_run_gives_the_losses_of_one_never_stopped(toy: Path) ->
     stray.write_bytes(b"of a rank that the resumed run has not")
     with (again / METRICS).open("a") as metrics:
         metrics.write('{"step": 6, "lo')
-    done = blockft("train", toy / "recipe.yaml", f"train.out={again}", "train.save_steps=2", "--resume")
+    done = blockft(
+        "train", toy / "recipe.yaml", f"train.output_dir={again}", "train.save_steps=2", "--resume"
+    )
     assert done.returncode == 0, done.stderr
     assert losses(again) == losses(toy / "run")
     assert (again / "checkpoint-5" / MARKER).is_file() and not stray.exists()
 
 
 def test_law_10_an_export_gives_the_runs_logits(toy: Path, exported: Path) -> None:
-    ids, expected = read_probe(find_checkpoint(toy / "run"))
+    ids, expected = load_reference_logits(find_checkpoint(toy / "run"))
     plain = AutoModelForCausalLM.from_pretrained(exported)
     with torch.no_grad():
         assert_close(plain(input_ids=ids[None]).logits[0], expected, rtol=1e-5, atol=1e-5)
@@ -121,7 +129,7 @@ def test_an_export_carries_its_card_and_how_prompts_were_cut(exported: Path) -> 
 
 
 def test_a_run_without_reencoding_says_so_in_its_export(toy: Path) -> None:
-    words = ("train", toy / "recipe.yaml", f"train.out={toy}/local", "train.max_steps=1")
+    words = ("train", toy / "recipe.yaml", f"train.output_dir={toy}/local", "train.max_steps=1")
     done = blockft(*words, "data.positions=local")
     assert done.returncode == 0, done.stderr
     assert losses(toy / "local")[0] != losses(toy / "run")[0]
@@ -192,17 +200,17 @@ def test_an_unknown_export_type_is_refused(toy: Path) -> None:
     ("words", "said"),
     [
         ((), "exists already"),
-        (("train.out={toy}/other", "--resume"), "no folder"),
-        (("train.out={toy}/other", "train.deepspeed=zero9"), "zero2"),
-        (("train.out={toy}/other", "data.out={toy}/nothing"), "blockft prepare"),
-        (("train.out={toy}/other", "train.batch_rows=3", "--num-gpus", "2"), "multiple of 2"),
+        (("train.output_dir={toy}/other", "--resume"), "no folder"),
+        (("train.output_dir={toy}/other", "train.deepspeed=zero9"), "zero2"),
+        (("train.output_dir={toy}/other", "data.output_dir={toy}/nothing"), "blockft prepare"),
+        (("train.output_dir={toy}/other", "train.batch_rows=3", "--num-gpus", "2"), "multiple of 2"),
         (("model.path={toy}/wide", "--resume"), "another model"),
         (("train.batch_rows=2", "--resume"), "another train.batch_rows"),
-        (("train.eval_examples=3", "--resume"), "another train.eval_examples"),
-        (("train.out={toy}/other", "data.row_len=10"), "example of"),
-        (("train.out={toy}/other", "model.path=data/demo/model"), "tokenizer"),
-        (("train.out={toy}/other", "train.scheduler=foo"), "foo"),
-        (("train.out={toy}/other", "train.report_to=[foo]"), "foo"),
+        (("train.num_eval_examples=3", "--resume"), "another train.num_eval_examples"),
+        (("train.output_dir={toy}/other", "data.row_len=10"), "example of"),
+        (("train.output_dir={toy}/other", "model.path=data/demo/model"), "tokenizer"),
+        (("train.output_dir={toy}/other", "train.lr_scheduler_type=foo"), "foo"),
+        (("train.output_dir={toy}/other", "train.report_to=[foo]"), "foo"),
     ],
 )
 def test_runs_that_cannot_be(toy: Path, words: tuple[str, ...], said: str) -> None:
@@ -219,12 +227,12 @@ def test_runs_that_cannot_be(toy: Path, words: tuple[str, ...], said: str) -> No
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("train.out={toy}/run", "go on from its last checkpoint with --resume"),
-        ("train.out={toy}/begun", "begin it anew"),
-        ("train.scheduler=foo", "'foo' (allowed: linear"),
-        ("train.scheduler=reduce_lr_on_plateau", "(allowed: linear"),
-        ("train.scheduler_kwargs={{min: 1}}", "unexpected keyword argument 'min'"),
-        ("train.scheduler=cosine_with_min_lr", "min_lr"),
+        ("train.output_dir={toy}/run", "go on from its last checkpoint with --resume"),
+        ("train.output_dir={toy}/begun", "begin it anew"),
+        ("train.lr_scheduler_type=foo", "'foo' (allowed: linear"),
+        ("train.lr_scheduler_type=reduce_lr_on_plateau", "(allowed: linear"),
+        ("train.lr_scheduler_kwargs={{min: 1}}", "unexpected keyword argument 'min'"),
+        ("train.lr_scheduler_type=cosine_with_min_lr", "min_lr"),
         ("train.report_to=[foo]", "foo"),
         ("model.attention=flex", "needs a GPU"),
         ("train.deepspeed={toy}/begun/list.json", "should hold a JSON object"),
@@ -236,7 +244,7 @@ def test_a_dry_run_refuses_what_a_run_would(toy: Path, word: str, said: str) -> 
     begun.mkdir(exist_ok=True)
     for name, text in (("recipe.yaml", ""), ("list.json", "[1]"), ("stage.json", '{"zero_optimization": 3}')):
         (begun / name).write_text(text)
-    words = [f"train.out={toy}/dry", word.format(toy=toy)]
+    words = [f"train.output_dir={toy}/dry", word.format(toy=toy)]
     with pytest.raises(UserError, match=re.escape(said)):
         describe(load_recipe(str(toy / "recipe.yaml"), words), 1)
 
@@ -249,17 +257,22 @@ def test_a_run_is_no_model(toy: Path) -> None:
 def test_nothing_is_held_out_that_another_copy_teaches(toy: Path, tmp_path: Path) -> None:
     (tmp_path / "squad.json").write_text(json.dumps({"data": [article()]}))
     words = [f"data.sources=[{{format: squad, path: {tmp_path}/squad.json}}]", "data.row_len=1024"]
-    words += [f"data.out={tmp_path}/twice", "data.copies=2", "data.order=shuffled", "train.eval_examples=2"]
+    words += [
+        f"data.output_dir={tmp_path}/twice",
+        "data.copies=2",
+        "data.order=shuffled",
+        "train.num_eval_examples=2",
+    ]
     recipe = load_recipe(str(toy / "recipe.yaml"), words)
     prepare(recipe)
     with pytest.raises(UserError, match=r"twice asks every question 2 times \(data.copies\)"):
-        make_plan(recipe, 1)
-    recipe.train.eval_examples = 0
-    assert make_plan(recipe, 1).manifest["options"]["copies"] == 2
+        build_plan(recipe, 1)
+    recipe.train.num_eval_examples = 0
+    assert build_plan(recipe, 1).manifest["options"]["copies"] == 2
 
 
 def test_a_dry_run_writes_nothing(toy: Path) -> None:
-    done = blockft("train", toy / "recipe.yaml", f"train.out={toy}/dry", "--dry-run")
+    done = blockft("train", toy / "recipe.yaml", f"train.output_dir={toy}/dry", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "5 of 4 rows" in done.stdout and "ZeRO-2" in done.stdout
     assert not (toy / "dry").exists()
@@ -269,16 +282,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(toy: Path) -> None:
     done = blockft(
         "train",
         toy / "recipe.yaml",
-        f"train.out={toy}/nan",
+        f"train.output_dir={toy}/nan",
         "train.learning_rate=1e39",
         "train.max_grad_norm=0",
     )
     assert done.returncode == 2 and "learning_rate" in done.stderr.splitlines()[-1]
-    assert not whole_checkpoints(toy / "nan")
+    assert not complete_checkpoints(toy / "nan")
 
 
 def test_wandb_works_offline(toy: Path) -> None:
-    words = (f"train.out={toy}/tracked", "train.report_to=[wandb]", "train.max_steps=1")
+    words = (f"train.output_dir={toy}/tracked", "train.report_to=[wandb]", "train.max_steps=1")
     done = blockft("train", toy / "recipe.yaml", *words, WANDB_MODE="offline", WANDB_DIR=str(toy))
     assert done.returncode == 0, done.stderr
     assert list((toy / "wandb").glob("offline-run-*"))

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from blockft.config.recipe import load_recipe
-from blockft.config.settings import DataSettings, Format, Order, PromptSettings, Retrieve, Role, Source
+from blockft.config.settings import DataSettings, Format, Order, PromptSettings, Retriever, Role, Source
 from blockft.data.sample import Sample
-from blockft.data.sources import LAYOUTS, Tally
+from blockft.data.sources import SOURCE_FORMATS, RecordCounts
 from blockft.errors import UserError
 from blockft.stages.source_settings import check_wording, rag_prompt, read_source
 
@@ -28,7 +28,7 @@ COUNTS = {
 
 
 def settings(**changes: Any) -> DataSettings:
-    return DataSettings(**{"out": "out", "sources": []} | changes)
+    return DataSettings(**{"output_dir": "out", "sources": []} | changes)
 
 
 @pytest.mark.parametrize(
@@ -46,10 +46,10 @@ def test_a_wording_that_would_change_documents_is_refused(wording: dict[str, str
     assert "\n" not in str(raised.value)
 
 
-def real_samples(source: Source, data: DataSettings) -> tuple[list[Sample], Tally]:
+def real_samples(source: Source, data: DataSettings) -> tuple[list[Sample], RecordCounts]:
     if not Path(source.path).exists():
         pytest.skip(f"{source.path} is not there (set BLOCKFT_REAL_DATA)")
-    tally = Tally()
+    tally = RecordCounts()
     return list(read_source(source, data, tally)), tally
 
 
@@ -62,7 +62,7 @@ def test_the_recipe_reads_every_record_of_the_real_files() -> None:
         samples, tally = real_samples(source, recipe.data)
         assert tally.read == tally.samples == len(samples) and not tally.dropped
         ids.setdefault(Path(source.path).name, []).extend(sample.id for sample in samples)
-        if LAYOUTS[source.format].question:
+        if SOURCE_FORMATS[source.format].question:
             assert all(sample.meta["supporting"] for sample in samples)
             num_documents = Counter(len(sample.documents) for sample in samples)
             assert max(num_documents) == 10 and num_documents[10] > 0.95 * len(samples)
@@ -93,7 +93,7 @@ def test_the_same_document_is_the_same_block_in_every_prompt() -> None:
     source = Source(
         format=Format.fid,
         path=str(REAL_DATA / "nq_open_oracle_dev.jsonl"),
-        retrieve=Retrieve.bm25,
+        retrieve=Retriever.bm25,
         max_samples=60,
     )
     blocks_of: dict[tuple[Order, Role, int], list[set[str]]] = {}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from torch.testing import assert_close
 
-from blockft.model.checkpoint import best_checkpoint, find_checkpoint, read_marker, whole_checkpoints
+from blockft.model.checkpoint import best_checkpoint, complete_checkpoints, find_checkpoint, read_marker
 from blockft.outputs import read_metrics
 from blockft.stages.export import export
 from blockft.stages.prepare import prepare
@@ -22,15 +22,15 @@ ROOT = Path(__file__).parents[2]
 STOPPED = """
 import sys
 from blockft.cli import main
-from blockft.training.run_callback import RunRecord
+from blockft.training.run_callback import RunCallback
 
-step, honest = int(sys.argv.pop(1)), RunRecord.on_step_end
+step, honest = int(sys.argv.pop(1)), RunCallback.on_step_end
 
 def on_step_end(self, args, state, control, **passed):
     self.asked_to_stop |= state.global_step == step  # as SIGTERM during this step
     return honest(self, args, state, control, **passed)
 
-RunRecord.on_step_end = on_step_end
+RunCallback.on_step_end = on_step_end
 main()
 """
 
@@ -47,7 +47,7 @@ def run_to(step: int, run: Path, *words: str, ranks: int = 2) -> None:
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_gpus", str(ranks)]
     command += ["--master_port", port, str(script), str(step), "train", str(run.parent / "recipe.yaml")]
     done = subprocess.run(
-        [*command, f"train.out={run}", *words],
+        [*command, f"train.output_dir={run}", *words],
         env=os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
@@ -71,8 +71,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_law_9_a_run_stopped_again_and_again_gives_every_line_of_one_never_stopped(folder: Path) -> None:
     """Twice between two lines, where an evaluation is due with and without a checkpoint, and at the end."""
-    words = ("train.deepspeed=zero3", "train.log_steps=4", "train.save_steps=4", "train.eval_steps=6")
-    words += ("train.eval_examples=6", "train.epochs=3", "train.max_steps=8")
+    words = ("train.deepspeed=zero3", "train.logging_steps=4", "train.save_steps=4", "train.eval_steps=6")
+    words += ("train.num_eval_examples=6", "train.num_train_epochs=3", "train.max_steps=8")
     whole, run, alone = (folder / name for name in ("whole", "stopped", "alone"))
     run_to(NEVER, whole, *words)
     assert [(line["step"], "loss" in line) for line in curve(whole)] == [
@@ -100,6 +100,6 @@ def test_law_9_a_run_stopped_again_and_again_gives_every_line_of_one_never_stopp
 
 def test_a_run_stopped_before_its_first_line_is_exported(folder: Path) -> None:
     run = folder / "early"
-    run_to(2, run, "train.log_steps=10", ranks=1)
-    assert not read_metrics(run) and [path.name for path in whole_checkpoints(run)] == ["checkpoint-2"]
+    run_to(2, run, "train.logging_steps=10", ranks=1)
+    assert not read_metrics(run) and [path.name for path in complete_checkpoints(run)] == ["checkpoint-2"]
     assert "after 2 steps.\n" in (export(run, folder / "export") / "README.md").read_text()

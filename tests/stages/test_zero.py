@@ -20,10 +20,10 @@ from blockft.errors import UserError
 from blockft.model.checkpoint import (
     MARKER,
     best_checkpoint,
+    complete_checkpoints,
     find_checkpoint,
+    load_reference_logits,
     read_marker,
-    read_probe,
-    whole_checkpoints,
 )
 from blockft.model.load import load_config
 from blockft.outputs import METRICS, read_metrics
@@ -33,7 +33,12 @@ from blockft.training.launch import SHARED_MEMORY
 from tests.run import toy_recipe
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = ("train.epochs=3", "train.save_steps=7", "train.eval_examples=6", "train.keep_checkpoints=1")
+SETTINGS = (
+    "train.num_train_epochs=3",
+    "train.save_steps=7",
+    "train.num_eval_examples=6",
+    "train.save_total_limit=1",
+)
 LORA = "train.lora={r: 8, lora_alpha: 16}"
 RUNS = [(stage, adapter) for adapter in (False, True) for stage in (1, 2, 3)]
 
@@ -41,7 +46,7 @@ Train = Callable[..., Path]
 
 
 def command(folder: Path, run: Path, *words: str) -> list[str]:
-    given = [f"train.out={run}", *SETTINGS, *words, "--num-gpus", "2"]
+    given = [f"train.output_dir={run}", *SETTINGS, *words, "--num-gpus", "2"]
     return [sys.executable, "-m", "blockft", "train", str(folder / "recipe.yaml"), *given]
 
 
@@ -113,7 +118,7 @@ def test_law_10_an_export_gives_the_runs_logits_and_answers(
     run = train(stage, adapter)
     out = export(run, folder / f"export-{stage}-{adapter}", max_shard_size="20KB")
     assert len(list(out.glob("model-*.safetensors"))) > 1
-    ids, expected = read_probe(find_checkpoint(run))
+    ids, expected = load_reference_logits(find_checkpoint(run))
     model = AutoModelForCausalLM.from_pretrained(out)
     assert_close(logits_of(model, ids), expected, rtol=1e-5, atol=1e-5)
     before = AutoModelForCausalLM.from_pretrained(folder / "model")
@@ -130,7 +135,7 @@ def test_law_10_an_adapter_on_its_base_equals_the_run(train: Train, folder: Path
     run = train(stage, adapter=True)
     out = export(run, folder / f"adapter-{stage}", adapter_only=True)
     assert not list(out.glob("model*.safetensors"))
-    ids, expected = read_probe(find_checkpoint(run))
+    ids, expected = load_reference_logits(find_checkpoint(run))
     base = AutoModelForCausalLM.from_pretrained(folder / "model")
     for model in (AutoModelForCausalLM.from_pretrained(out), PeftModel.from_pretrained(base, out)):
         assert_close(logits_of(model, ids), expected, rtol=1e-5, atol=1e-5)
@@ -144,7 +149,12 @@ def test_the_adapter_of_a_run_of_all_weights_is_refused(train: Train, folder: Pa
 
 def test_the_best_checkpoint_is_kept_and_exported(train: Train, folder: Path) -> None:
     run = folder / "best"
-    words = ("train.learning_rate=1", "train.scheduler=constant", "train.save_steps=1", "train.max_steps=4")
+    words = (
+        "train.learning_rate=1",
+        "train.lr_scheduler_type=constant",
+        "train.save_steps=1",
+        "train.max_steps=4",
+    )
     done = subprocess.run(command(folder, run, *words), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     losses = {
@@ -152,7 +162,7 @@ def test_the_best_checkpoint_is_kept_and_exported(train: Train, folder: Path) ->
     }
     best = min((step for step in losses if step), key=losses.__getitem__)
     assert best != 4, "the settings make it worse and worse"
-    assert [path.name for path in whole_checkpoints(run)] == [f"checkpoint-{best}", "checkpoint-4"]
+    assert [path.name for path in complete_checkpoints(run)] == [f"checkpoint-{best}", "checkpoint-4"]
     assert best_checkpoint(run) == find_checkpoint(run, best=True) == run / f"checkpoint-{best}"
     assert read_marker(run / "checkpoint-4")["eval_losses"]["block"] == losses[4]
 
@@ -195,7 +205,7 @@ def test_law_9_a_run_killed_between_two_checkpoints_goes_on_as_if_it_had_not_bee
         process.send_signal(signal.SIGKILL)
     launched.wait()
     assert set(SHARED_MEMORY.glob("deepspeed*")) <= shared_memory
-    assert [path.name for path in whole_checkpoints(run)] == ["checkpoint-7"]
+    assert [path.name for path in complete_checkpoints(run)] == ["checkpoint-7"]
     assert 8 <= read_metrics(run)[-1]["step"] < 12
     resume(folder, run, stage)
     assert curve(run) == curve(train(stage, adapter=False))
@@ -240,7 +250,7 @@ def test_a_finished_run_is_not_resumed_and_one_without_checkpoint_begins_anew(fo
     lines = read_metrics(run)
     done = alone(folder, run, "train.max_steps=3", "--resume")
     assert done.returncode == 0, done.stderr
-    assert read_metrics(run) == lines and [p.name for p in whole_checkpoints(run)] == ["checkpoint-3"]
+    assert read_metrics(run) == lines and [p.name for p in complete_checkpoints(run)] == ["checkpoint-3"]
     (run / "checkpoint-3" / MARKER).unlink()
     done = alone(folder, run, "train.max_steps=3", "--resume")
     assert done.returncode == 0, done.stderr

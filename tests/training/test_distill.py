@@ -8,14 +8,14 @@ import torch
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from blockft.data.encoder import NO_LABEL
-from blockft.training.model_inputs import forward_words
-from blockft.training.objectives import Targets, distill_loss, label_loss
-from blockft.training.row_dataset import Rows
+from blockft.data.encoder import IGNORE_INDEX
+from blockft.training.model_inputs import build_model_inputs
+from blockft.training.objectives import DistillationTargets, distill_loss, label_loss
+from blockft.training.row_dataset import RowDataset
 from tests.tiny import build_model
 from tests.training.test_objectives import make_examples
 
-LABELS = torch.tensor([[5, 6, 7, NO_LABEL]])
+LABELS = torch.tensor([[5, 6, 7, IGNORE_INDEX]])
 TAUGHT = torch.tensor([[True, True, False, True]])
 
 
@@ -24,7 +24,9 @@ def random_logits(seed: int, vocabulary: int = 11) -> torch.Tensor:
 
 
 def loss_of(student: torch.Tensor, teacher: torch.Tensor, weight: float) -> torch.Tensor:
-    return distill_loss(SimpleNamespace(logits=student), Targets(LABELS, TAUGHT, teacher, weight), 3)
+    return distill_loss(
+        SimpleNamespace(logits=student), DistillationTargets(LABELS, TAUGHT, teacher, weight), 3
+    )
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.25])
@@ -40,7 +42,7 @@ def test_taught_labels_cost_the_divergence_from_the_teacher(weight: float) -> No
 def test_who_answers_as_the_teacher_does_pays_for_the_other_labels_alone() -> None:
     logits = random_logits(0).requires_grad_()
     loss = loss_of(logits, logits.detach(), weight=1.0)
-    others = torch.where(TAUGHT, NO_LABEL, LABELS)
+    others = torch.where(TAUGHT, IGNORE_INDEX, LABELS)
     assert_close(loss, label_loss(SimpleNamespace(logits=logits), others, 3), rtol=1e-5, atol=1e-6)
     loss.backward()
     assert_close(logits.grad[0, :2], torch.zeros(2, 11), rtol=0, atol=1e-6)
@@ -58,14 +60,14 @@ def test_vocabularies_may_be_padded_to_different_sizes() -> None:
 
 def test_a_row_without_labels_adds_0() -> None:
     logits = random_logits(0).requires_grad_()
-    nothing = Targets(torch.full((1, 4), NO_LABEL), TAUGHT, random_logits(1), 1.0)
+    nothing = DistillationTargets(torch.full((1, 4), IGNORE_INDEX), TAUGHT, random_logits(1), 1.0)
     loss = distill_loss(SimpleNamespace(logits=logits), nothing, 0)
     loss.backward()
     assert loss == 0 and torch.equal(logits.grad, torch.zeros_like(logits))
 
 
 def logits_of(model: PreTrainedModel, row: Mapping[str, torch.Tensor], *, full: bool) -> torch.Tensor:
-    logits: torch.Tensor = model(**forward_words(row, model.config, full=full)).logits
+    logits: torch.Tensor = model(**build_model_inputs(row, model.config, full=full)).logits
     return logits
 
 
@@ -73,7 +75,7 @@ def test_law_8_the_loss_does_not_depend_on_packing() -> None:
     """A model whose full view teaches its block view, over all examples in both views as one global batch."""
     model, examples, losses = build_model("llama"), make_examples(12), []
     for row_len in (32, 64, 300):
-        rows = Rows(
+        rows = RowDataset(
             examples,
             ["block", "full"],
             row_len=row_len,
@@ -83,11 +85,11 @@ def test_law_8_the_loss_does_not_depend_on_packing() -> None:
             pad_id=0,
             with_full=True,
         )
-        num_labels = sum(int((row["labels"] != NO_LABEL).sum()) for row in rows)
+        num_labels = sum(int((row["labels"] != IGNORE_INDEX).sum()) for row in rows)
         total = torch.zeros(())
         for row in rows:
             teacher = logits_of(model, row, full=True).detach()
-            targets = Targets(row["shift_labels"][None], row["is_block_view"][None], teacher, 1.0)
+            targets = DistillationTargets(row["shift_labels"][None], row["is_block_view"][None], teacher, 1.0)
             student = SimpleNamespace(logits=logits_of(model, row, full=False))
             total = total + distill_loss(student, targets, num_labels)
         model.zero_grad()

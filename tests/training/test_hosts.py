@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from blockft.config.recipe import SHIPPED
 from blockft.errors import UserError
-from blockft.training.hosts import Hosts, check_reach, read_hostfile, remote_word
+from blockft.training.hosts import Hosts, check_hosts_reachable, quote_for_remote_shell, read_hostfile
 from tests.training.launched import alone, start
 
 
@@ -73,7 +73,7 @@ def test_launches_that_cannot_be(hostfile: Path, words: list[str], said: str) ->
     """On a machine that knows no `here`, and where pdsh is not on PATH."""
     given = [word.format(hosts=hostfile) for word in words]
     run = hostfile.parent / "run"
-    process = start("blockft", "train", "demo", f"train.out={run}", *given, PATH="/nowhere")
+    process = start("blockft", "train", "demo", f"train.output_dir={run}", *given, PATH="/nowhere")
     out = process.communicate()[0]
     assert process.returncode == 2, out
     assert len(out.splitlines()) == 1 and out.startswith("blockft: ") and said in out
@@ -108,7 +108,7 @@ def test_a_host_that_cannot_be_reached_is_named(tmp_path: Path, monkeypatch: pyt
         node_rank=None,
     )
     with pytest.raises(UserError, match=r"b cannot be used: .* it said: b: Permission denied"):
-        check_reach(hosts)
+        check_hosts_reachable(hosts)
 
 
 @settings(max_examples=60, deadline=None)
@@ -117,7 +117,7 @@ def test_words_arrive_unchanged_on_other_hosts(words: list[str]) -> None:
     """Through DeepSpeed's quoting, pdsh's % and the remote shell."""
     from deepspeed.launcher.multinode_runner import PDSHRunner
 
-    given = SimpleNamespace(args=SimpleNamespace(user_args=[remote_word(word) for word in words]))
+    given = SimpleNamespace(args=SimpleNamespace(user_args=[quote_for_remote_shell(word) for word in words]))
     line = " ".join(PDSHRunner.parse_user_args(given)).replace("%%", "%")
     done = subprocess.run(["sh", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == words

@@ -20,7 +20,7 @@ from typer import Exit
 from blockft.cli import pipeline
 from blockft.config.recipe import SHIPPED
 from blockft.errors import UserError
-from blockft.model.checkpoint import whole_checkpoints
+from blockft.model.checkpoint import complete_checkpoints
 from blockft.stages.prepare import prepare
 from blockft.training import launch
 from tests.run import toy_recipe
@@ -34,7 +34,9 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared toy recipe, and its run on two processes of this machine."""
     folder = tmp_path_factory.mktemp("toy")
     prepare(toy_recipe(folder))
-    finish(start("blockft", "train", folder / "recipe.yaml", f"train.out={folder}/two", "--num-gpus", "2"))
+    finish(
+        start("blockft", "train", folder / "recipe.yaml", f"train.output_dir={folder}/two", "--num-gpus", "2")
+    )
     return folder
 
 
@@ -49,7 +51,7 @@ def hostfile(tmp_path: Path) -> Path:
 def test_hosts_that_each_start_their_own_give_the_losses_of_two_processes_on_one(
     toy: Path, hostfile: Path
 ) -> None:
-    words = ("blockft", "train", toy / "recipe.yaml", f"train.out={toy}/alone")
+    words = ("blockft", "train", toy / "recipe.yaml", f"train.output_dir={toy}/alone")
     finish(*(start(*words, *alone(rank, hostfile, 29541), GLOO_SOCKET_IFNAME="lo") for rank in (0, 1)))
     assert losses(toy / "alone") == losses(toy / "two")
 
@@ -133,7 +135,7 @@ def test_the_slurm_script_starts_a_rank_a_task_and_requeues_what_was_stopped(tmp
     (tmp_path / "scontrol.log").unlink()
     assert slurm(fake_slurm(tmp_path, says), "demo", out).returncode == 0
     assert "requeue" not in (tmp_path / "scontrol.log").read_text()
-    ranks = [f"{i} {i} 2 127.0.0.1 29512 train demo train.out={out}" for i in (0, 1)]
+    ranks = [f"{i} {i} 2 127.0.0.1 29512 train demo train.output_dir={out}" for i in (0, 1)]
     said = (tmp_path / "said").read_text().splitlines()
     assert sorted(said[:2]) == [f"{rank} a=b c" for rank in ranks]
     assert sorted(said[2:]) == [f"{rank} --resume" for rank in ranks]
@@ -157,7 +159,7 @@ def test_more_processes_than_gpus_are_refused_before_any_starts(
         return 7
 
     monkeypatch.setattr(launch, "start_workers", start_workers)
-    recipe, words = str(toy / "recipe.yaml"), [f"train.out={toy}/gpus"]
+    recipe, words = str(toy / "recipe.yaml"), [f"train.output_dir={toy}/gpus"]
     with pytest.raises(Exit):  # without GPUs they are processes on CPUs
         pipeline.train(recipe, words, num_gpus=2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -168,7 +170,7 @@ def test_more_processes_than_gpus_are_refused_before_any_starts(
         pipeline.train(recipe, words, num_gpus=4)
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match="LOCAL_RANK is 2, and this process sees 2 GPUs: start one process"):
-        launch.meet()
+        launch.init_distributed()
 
 
 missing = [name for name in ("ip", "sshd", "ssh", "pdsh", "pkill") if not shutil.which(name)]
@@ -206,7 +208,9 @@ def rank_of(run: Path, rank: int) -> psutil.Process:
     """The process of a rank of a run on this machine, whatever its network namespace."""
     for process in psutil.process_iter():
         try:
-            ours = f"train.out={run}" in process.cmdline() and process.environ().get("RANK") == str(rank)
+            ours = f"train.output_dir={run}" in process.cmdline() and process.environ().get("RANK") == str(
+                rank
+            )
         except psutil.Error:
             continue
         if ours:
@@ -227,7 +231,7 @@ def test_two_hosts_over_pdsh_give_the_losses_of_two_processes_on_one(
     toy: Path, two_hosts: Hosted, form: str
 ) -> None:
     run = toy / f"by {form}, 100%h [a] $HOME" if form == "blockft" else toy / "by-deepspeed"
-    words = (toy / "recipe.yaml", f"train.out={run}")
+    words = (toy / "recipe.yaml", f"train.output_dir={run}")
     if form == "blockft":
         finish(over_pdsh(two_hosts, *words))
     else:
@@ -237,24 +241,24 @@ def test_two_hosts_over_pdsh_give_the_losses_of_two_processes_on_one(
         launch = ("deepspeed.launcher.runner", *launch, *words)
         finish(start(*launch, cwd=file.parent, inside="node0", **environment))
     assert losses(run) == losses(toy / "two")
-    assert json.loads((whole_checkpoints(run)[-1] / "whole.json").read_text())["step"] == 5
+    assert json.loads((complete_checkpoints(run)[-1] / "whole.json").read_text())["step"] == 5
 
 
 @pytest.mark.slow
 @two_hosts_only
 def test_sigterm_lets_all_hosts_save_and_the_resumed_run_goes_on(toy: Path, two_hosts: Hosted) -> None:
-    words = (toy / "recipe.yaml", "train.epochs=20", "train.save_steps=25")
-    finish(start("blockft", "train", *words, f"train.out={toy}/never", "--num-gpus", "2"))
+    words = (toy / "recipe.yaml", "train.num_train_epochs=20", "train.save_steps=25")
+    finish(start("blockft", "train", *words, f"train.output_dir={toy}/never", "--num-gpus", "2"))
     run = toy / "stopped"
-    started = over_pdsh(two_hosts, *words, f"train.out={run}")
+    started = over_pdsh(two_hosts, *words, f"train.output_dir={run}")
     wait_for_steps(run, started)
     for process in psutil.Process(started.pid).children():
         process.send_signal(signal.SIGTERM)
     said = started.communicate()[0]
     assert started.returncode == 130, said
-    (*_, last) = whole_checkpoints(run)
+    (*_, last) = complete_checkpoints(run)
     assert 0 < len(losses(run)) < len(losses(toy / "never")) and last.name == f"checkpoint-{len(losses(run))}"
-    finish(over_pdsh(two_hosts, *words, f"train.out={run}", "--resume"))
+    finish(over_pdsh(two_hosts, *words, f"train.output_dir={run}", "--resume"))
     assert losses(run) == losses(toy / "never")
 
 
@@ -263,7 +267,12 @@ def test_sigterm_lets_all_hosts_save_and_the_resumed_run_goes_on(toy: Path, two_
 @pytest.mark.parametrize("when", ["before the first step", "while training"])
 def test_a_host_that_fails_ends_the_other(toy: Path, two_hosts: Hosted, when: str) -> None:
     run = toy / f"killed-{when.split()[0]}"
-    words = (toy / "recipe.yaml", f"train.out={run}", "train.epochs=3000", "train.save_steps=1000000")
+    words = (
+        toy / "recipe.yaml",
+        f"train.output_dir={run}",
+        "train.num_train_epochs=3000",
+        "train.save_steps=1000000",
+    )
     started = over_pdsh(two_hosts, *words)
     if when == "while training":
         wait_for_steps(run, started)

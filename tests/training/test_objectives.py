@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from blockft.attention.backends import BlockMasks
-from blockft.attention.layout import Vectors
-from blockft.data.encoder import NO_LABEL, Example
+from blockft.attention.backends import AttentionMasks
+from blockft.attention.layout import AttentionMetadata
+from blockft.data.encoder import IGNORE_INDEX, Example
 from blockft.training.objectives import label_loss
-from blockft.training.row_dataset import Rows
+from blockft.training.row_dataset import RowDataset
 from tests.tiny import build_model, random_ids, random_layout
 
 
@@ -21,7 +21,7 @@ def make_examples(num_examples: int) -> list[Example]:
     for _ in range(num_examples):
         layout = random_layout(rng, rng.randint(12, 30), rng.randint(1, 4))
         ids = random_ids(rng, layout.num_tokens).numpy().astype(np.int32)
-        labels = np.full_like(ids, NO_LABEL)
+        labels = np.full_like(ids, IGNORE_INDEX)
         num_labels = rng.randint(1, layout.block_lengths[-1]) - 1
         labels[len(ids) - num_labels :] = ids[len(ids) - num_labels :]
         examples.append(Example(input_ids=ids, labels=labels, block_lengths=layout.block_lengths))
@@ -31,15 +31,17 @@ def make_examples(num_examples: int) -> list[Example]:
 def loss_and_gradient(row_len: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of all examples in both views as one global batch, summed over its micro-batches."""
     model, examples = build_model("llama"), make_examples(12)
-    rows = Rows(examples, ["block", "full"], row_len=row_len, batch_rows=1, epochs=1, seed=0, pad_id=0)
-    num_labels = sum(int((row["labels"] != NO_LABEL).sum()) for row in rows)
+    rows = RowDataset(examples, ["block", "full"], row_len=row_len, batch_rows=1, epochs=1, seed=0, pad_id=0)
+    num_labels = sum(int((row["labels"] != IGNORE_INDEX).sum()) for row in rows)
     total = torch.zeros(())
     for row in rows:
-        vectors = Vectors(row["position_ids"], row["example_ids"], row["block_ids"], row["is_final"])
+        metadata = AttentionMetadata(
+            row["position_ids"], row["example_ids"], row["block_ids"], row["is_final"]
+        )
         outputs = model(
             input_ids=row["input_ids"],
-            position_ids=vectors.position_ids,
-            block_masks=BlockMasks(vectors),
+            position_ids=metadata.position_ids,
+            block_masks=AttentionMasks(metadata),
             logits_to_keep=row["logits_to_keep"],
             use_cache=False,
         )
@@ -62,28 +64,30 @@ def test_label_only_logits_give_the_plain_loss() -> None:
     losses = []
     for example in examples:
         ids, labels = (torch.from_numpy(x.astype(np.int64)) for x in (example.input_ids, example.labels))
-        for view in ("block", "full") if example.splits else ("full",):
-            rows = Rows([example], [view], row_len=len(ids), batch_rows=1, epochs=1, seed=0, pad_id=0)
-            vectors = Vectors(*(rows[0][n] for n in ("position_ids", "example_ids", "block_ids", "is_final")))
+        for mode in ("block", "full") if example.has_local_blocks else ("full",):
+            rows = RowDataset([example], [mode], row_len=len(ids), batch_rows=1, epochs=1, seed=0, pad_id=0)
+            metadata = AttentionMetadata(
+                *(rows[0][n] for n in ("position_ids", "example_ids", "block_ids", "is_final"))
+            )
             logits = model(
-                input_ids=ids[None], position_ids=vectors.position_ids, block_masks=BlockMasks(vectors)
+                input_ids=ids[None], position_ids=metadata.position_ids, block_masks=AttentionMasks(metadata)
             ).logits[0]
             losses.append(torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="none"))
-            losses[-1] = losses[-1][labels[1:] != NO_LABEL]
+            losses[-1] = losses[-1][labels[1:] != IGNORE_INDEX]
     expected = torch.cat(losses).mean()
     assert_close(loss_and_gradient(row_len=64)[0], expected.detach(), rtol=1e-5, atol=0)
 
 
 def test_a_row_without_labels_adds_0() -> None:
     logits = torch.randn(1, 256, 97, requires_grad=True)
-    loss = label_loss(type("Outputs", (), {"logits": logits}), torch.full((1, 256), NO_LABEL), 0)
+    loss = label_loss(type("Outputs", (), {"logits": logits}), torch.full((1, 256), IGNORE_INDEX), 0)
     loss.backward()
     assert loss == 0 and torch.equal(logits.grad, torch.zeros_like(logits))
 
 
 @pytest.mark.parametrize("batch_rows", [1, 4, 7])
 def test_rows_are_completed_never_repeated(batch_rows: int) -> None:
-    rows = Rows(
+    rows = RowDataset(
         make_examples(12), ["block", "full"], row_len=64, batch_rows=batch_rows, epochs=3, seed=1, pad_id=0
     )
     assert all(len(epoch) % batch_rows == 0 for epoch in rows.epochs)
