@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from blockft.config.recipe import SHIPPED, load_recipe
+from blockft.config.recipe import RECIPES_FOLDER, load_recipe
 
 ROOT = Path(__file__).parents[1]
 SHARED = {"config", "outputs", "progress", "units", "errors"}
@@ -45,7 +45,7 @@ def imported_parts(path: Path) -> set[str]:
 
 
 SOURCES = sorted((ROOT / "blockft").rglob("*.py"))
-RECIPES = sorted(SHIPPED.glob("*.yaml"))
+RECIPES = sorted(RECIPES_FOLDER.glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from blockft.config.recipe import SHIPPED
+from blockft.config.recipe import RECIPES_FOLDER
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -152,7 +152,7 @@ def test_every_command_of_the_readme_exists(command: str) -> None:
     assert helped.returncode == 0, helped.stderr
     for option in (word for word in words if word.startswith("--")):
         assert option in helped.stdout
-    named = {path.stem for path in SHIPPED.glob("*.yaml")}
+    named = {path.stem for path in RECIPES_FOLDER.glob("*.yaml")}
     if verb[0] in ("prepare", "train"):
         assert words[1] in named
 

@@ -118,8 +118,8 @@ def test_a_table_is_made_of_four_runs_and_five_evaluations(workplace: Path) -> N
         load_recipe(words[2], words[3 : words.index("--modes")]) for words in asked if words[0] == "eval"
     ]
     assert {recipe.data.order for recipe in (*asked_of, *recipes.values())} == {"ascending"}
-    assert {source.retrieve for recipe in asked_of for source in recipe.eval.sources} == {"bm25"}
-    assert {source.retrieve for source in recipes["both"].data.sources[:5]} == {"bm25"}
+    assert {source.retriever for recipe in asked_of for source in recipe.eval.sources} == {"bm25"}
+    assert {source.retriever for source in recipes["both"].data.sources[:5]} == {"bm25"}
     # no question that trained is asked
     trained = {source.path: source.max_samples for source in recipes["both"].data.sources}
     twice = [source for source in asked_of[0].eval.sources if source.path in trained]

@@ -13,7 +13,7 @@ from typing import Any, cast, get_args, get_origin, get_type_hints
 from blockft.config.settings import Recipe
 from blockft.errors import UserError
 
-SHIPPED = next(
+RECIPES_FOLDER = next(
     p for p in (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "recipes") if p.is_dir()
 )
 """The folder of the recipes that ship: inside the installed package, or beside it in a checkout."""
@@ -28,7 +28,7 @@ def find_recipe(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    shipped = {p.stem: p for p in sorted(SHIPPED.glob("*.yaml"))}
+    shipped = {p.stem: p for p in sorted(RECIPES_FOLDER.glob("*.yaml"))}
     if name in shipped:
         return shipped[name]
     hint = difflib.get_close_matches(path.stem, shipped, n=1)
@@ -38,7 +38,7 @@ def find_recipe(name: str) -> Path:
 
 def is_recipe(name: str) -> bool:
     """Whether a word names a recipe, by its suffix or as one that ships."""
-    return Path(name).suffix in (".yaml", ".yml") or (SHIPPED / f"{name}.yaml").is_file()
+    return Path(name).suffix in (".yaml", ".yml") or (RECIPES_FOLDER / f"{name}.yaml").is_file()
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -128,7 +128,7 @@ class Source:
     # none takes the documents of the record (squad: of the article); bm25 and dense fill a prompt up to
     # data.num_documents with those that a search ranks best (fid: from all documents of the source, squad: of
     # the article) and that hold no answer; its relevance is then the search's score, in every format
-    retrieve: Retriever = Retriever.none
+    retriever: Retriever = Retriever.none
 
 
 @dataclass(kw_only=True)
@@ -195,16 +195,16 @@ class DataSettings:
     order: Order = Order.ascending
     # questions in a row over the same documents share them in one example, and see them in one order: drawn
     # by lot, unless it is `given`; squad's articles are cut into sets of num_documents paragraphs, drawn by
-    # lot or, if the source has `retrieve`, like one another
+    # lot or, if the source has `retriever`, like one another
     shared_context: bool = False
     # questions that share a context at most, null for no limit; squad's sets are drawn anew for those left,
     # if the article has more paragraphs than num_documents
-    questions_per_context: int | None = at_least(1, None)
+    max_questions_per_context: int | None = at_least(1, None)
     # times that prepare asks every question, as by seed, seed + 1, ...: small data teach more if documents
     # come in another order and squad's sets are drawn anew (what a search finds stays the same). All else
     # comes as often; the manifest counts all copies. eval asks once, and train.num_eval_examples has to be 0
-    copies: int = at_least(1, 1)
-    # the sentence-transformers model of `retrieve: dense`, a folder or an id on the Hub
+    num_copies: int = at_least(1, 1)
+    # the sentence-transformers model of `retriever: dense`, a folder or an id on the Hub
     dense_model: str = "sentence-transformers/all-MiniLM-L6-v2"
     # error names file, line and field; skip counts and lists the record; to eval a question without answers
     # is one, too
@@ -253,7 +253,7 @@ class TrainSettings:
     adam_beta2: float = at_least(0, 0.95, below=1)
     max_grad_norm: float = at_least(0, 1.0)
     # compile the model's layers: fewer, larger kernels, for a minute or more at the start of a process
-    compile: bool = False
+    torch_compile: bool = False
     # recompute activations in the backward pass: less memory, a third more time
     gradient_checkpointing: bool = False
     # log the loss every so many steps

@@ -61,7 +61,7 @@ def build_dense_index(model: str) -> Index:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise UserError(
-            "retrieve: dense needs sentence-transformers, not installed here: pip install 'blockft[dense]'"
+            "retriever: dense needs sentence-transformers, not installed here: pip install 'blockft[dense]'"
         ) from error
     try:
         encoder = SentenceTransformer(model)

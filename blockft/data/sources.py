@@ -85,7 +85,7 @@ def read_samples(
     name: str | None = None,
     skip_samples: int = 0,
     max_samples: int | None = None,
-    questions_per_context: int | None = None,
+    max_questions_per_context: int | None = None,
     skip_bad: bool = False,
     retriever: str = "none",
     dense_model: str = "",
@@ -93,7 +93,7 @@ def read_samples(
     """The samples of a source, lazily, in its order. Counts into `tally` what is read, dropped and bad.
 
     `prompt` words the prompts of questions; `skip_samples` records are passed over, and no more than
-    `max_samples` read. At most `questions_per_context` see a set of documents that `squad` shares. With a
+    `max_samples` read. At most `max_questions_per_context` see a set of documents that `squad` shares. With a
     `retriever` (`bm25` or `dense`) all documents of a `fid` source are read before its questions and stay in
     memory, the documents alone; `squad` keeps an article at a time, every other format a record.
 
@@ -131,7 +131,9 @@ def read_samples(
     def with_documents() -> Iterator[Question]:
         found = asked(wanted(), tally)
         if shares:
-            return squad.group_by_context(found, prompt, tally.drop, index and index(), questions_per_context)
+            return squad.group_by_context(
+                found, prompt, tally.drop, index and index(), max_questions_per_context
+            )
         if index:
             if layout.pool == "source":
                 pool = DocumentPool(
@@ -174,10 +176,10 @@ def _check_retrieval(format: str, path: str, num_documents: int | None) -> None:
     if not layout.question:
         asked = ", ".join(name for name, layout in SOURCE_FORMATS.items() if layout.question)
         raise UserError(
-            f"source {path} has retrieve, but the format {format} holds no documents (allowed: {asked})"
+            f"source {path} has a retriever, but the format {format} holds no documents (allowed: {asked})"
         )
     if layout.pool != "record" and num_documents is None:
-        raise UserError(f"source {path} has retrieve, which has to know how many: set data.num_documents")
+        raise UserError(f"source {path} has a retriever, which has to know how many: set data.num_documents")
 
 
 def _parse_records(

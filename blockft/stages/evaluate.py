@@ -150,7 +150,7 @@ def _options(recipe: Recipe, engine: Engine, asked: EncodedQuestions, revision: 
         "seed of the order": data.seed,
         "number of documents": data.num_documents if worded and data.num_documents is not None else "all",
         "shared context": worded and data.shared_context,
-        "questions per context": data.questions_per_context if worded else None,
+        "questions per context": data.max_questions_per_context if worded else None,
         "documents per prompt": histogram(len(sample.documents) for sample in asked.samples),
         "prompts that are too long": data.too_long.value,
         "prompts trimmed": asked.num_trimmed,
@@ -161,8 +161,8 @@ def _options(recipe: Recipe, engine: Engine, asked: EncodedQuestions, revision: 
 
 def _describe(source: Source, dense_model: str) -> dict[str, Any]:
     """What the report says of a source."""
-    searched = {"dense_model": dense_model} if source.retrieve is Retriever.dense else {}
-    return asdict(source) | {"format": source.format.value, "retrieve": source.retrieve.value} | searched
+    searched = {"dense_model": dense_model} if source.retriever is Retriever.dense else {}
+    return asdict(source) | {"format": source.format.value, "retriever": source.retriever.value} | searched
 
 
 def _answer(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from blockft.config.recipe import SHIPPED
+from blockft.config.recipe import RECIPES_FOLDER
 from blockft.config.settings import AttentionBackend, Mode, Objective, Positions, Recipe
 from blockft.data.encoder import Example
 from blockft.data.prepared import Chosen, load_prepared
@@ -83,9 +83,9 @@ def build_plan(recipe: Recipe, num_processes: int) -> RunPlan:
             "raise data.row_len, or prepare again"
         )
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    if (copies := prepared.manifest["options"].get("copies", 1)) > 1 and settings.num_eval_examples:
+    if (copies := prepared.manifest["options"].get("num_copies", 1)) > 1 and settings.num_eval_examples:
         raise UserError(
-            f"{data.output_dir} asks every question {copies} times (data.copies), so what "
+            f"{data.output_dir} asks every question {copies} times (data.num_copies), so what "
             "train.num_eval_examples holds out would be learnt from another copy: "
             "set train.num_eval_examples=0, or prepare one copy"
         )
@@ -237,10 +237,10 @@ def _architecture(config: Any) -> dict[str, Any]:
 
 def _load_deepspeed_config(name: str) -> dict[str, Any]:
     """DeepSpeed's settings from a JSON file or by the name of one that ships."""
-    shipped = SHIPPED / "deepspeed" / f"{name}.json"
+    shipped = RECIPES_FOLDER / "deepspeed" / f"{name}.json"
     path = shipped if shipped.is_file() else Path(name)
     if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in (SHIPPED / "deepspeed").glob("*.json")))
+        names = ", ".join(sorted(p.stem for p in (RECIPES_FOLDER / "deepspeed").glob("*.json")))
         raise UserError(f"train.deepspeed {name!r} is neither a file nor one that ships ({names})")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))

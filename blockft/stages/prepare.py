@@ -100,7 +100,7 @@ def prepare(recipe: Recipe, overwrite: bool = False) -> Path:
     with atomic_folder(out, replace=True) as draft, PreparedWriter(draft) as writer:
         kept = _write_examples(_encode(encoder, data, sources), counts, writer)
         if data.shared_context:
-            kept = share_contexts(kept, data.row_len, data.questions_per_context)
+            kept = share_contexts(kept, data.row_len, data.max_questions_per_context)
         for example in kept:
             writer.add_example(example)
             statistics.add(example)
@@ -114,7 +114,7 @@ def prepare(recipe: Recipe, overwrite: bool = False) -> Path:
 
 def _read_copies(source: Source, data: DataSettings, count: SourceStatistics) -> Iterator[Sample]:
     """The samples of a source as often as there are copies, each time by another seed; see `read_source`."""
-    tallies = [RecordCounts() for _ in range(data.copies)]
+    tallies = [RecordCounts() for _ in range(data.num_copies)]
     copies = [
         read_source(source, dataclasses.replace(data, seed=data.seed + number), tally)
         for number, tally in enumerate(tallies)

@@ -40,10 +40,10 @@ def check_effect(data: DataSettings) -> None:
             f"data.num_documents is {data.num_documents}, and all sources have their documents in place: "
             "leave it out (data.too_long=trim shortens those longer than a row)"
         )
-    if data.copies > 1 and not any(_draws_lots(source, data) for source in data.sources):
+    if data.num_copies > 1 and not any(_draws_lots(source, data) for source in data.sources):
         raise UserError(
-            f"data.copies is {data.copies}, and all would be the same, for no source has documents that are "
-            "drawn or put into order by lot: set data.order=shuffled, or train longer with "
+            f"data.num_copies is {data.num_copies}, and all would be the same, for no source has documents "
+            "that are drawn or put into order by lot: set data.order=shuffled, or train longer with "
             "train.num_train_epochs"
         )
 
@@ -55,7 +55,7 @@ def _draws_lots(source: Source, data: DataSettings) -> bool:
     is_ordered_so = data.order is Order.shuffled or data.shared_context and data.order is not Order.given
     # a search ranks what lots would choose from; sets of documents to share are begun by lot all the same
     is_chosen_so = data.num_documents is not None and (
-        source.retrieve is Retriever.none or data.shared_context
+        source.retriever is Retriever.none or data.shared_context
     )
     return is_ordered_so or is_chosen_so
 
@@ -85,9 +85,9 @@ def read_source(source: Source, data: DataSettings, tally: RecordCounts) -> Iter
     Raises:
         UserError: nothing is there, settings do not go together, or, later, a record is bad.
     """
-    if data.questions_per_context and not data.shared_context:
+    if data.max_questions_per_context and not data.shared_context:
         raise UserError(
-            f"data.questions_per_context is {data.questions_per_context}, and no context is shared: "
+            f"data.max_questions_per_context is {data.max_questions_per_context}, and no context is shared: "
             "set data.shared_context=true, or leave it out"
         )
     return read_samples(
@@ -99,8 +99,8 @@ def read_source(source: Source, data: DataSettings, tally: RecordCounts) -> Iter
         name=source.name,
         skip_samples=source.skip_samples,
         max_samples=source.max_samples,
-        questions_per_context=data.questions_per_context,
+        max_questions_per_context=data.max_questions_per_context,
         skip_bad=data.on_bad_record is BadRecordPolicy.skip,
-        retriever=source.retrieve,
+        retriever=source.retriever,
         dense_model=data.dense_model,
     )

@@ -152,7 +152,7 @@ def _model(recipe: Recipe, plan: RunPlan) -> PreTrainedModel | PeftModel:
         dtype=plan.dtype,
         random_seed=recipe.train.seed if recipe.model.init is WeightInit.random else None,
     )
-    if recipe.train.compile:
+    if recipe.train.torch_compile:
         compile_layers(model)
     if recipe.train.lora is None:
         return model
@@ -168,7 +168,7 @@ def _distillation(recipe: Recipe, plan: RunPlan) -> tuple[Distillation | None, d
         return Distillation(None, settings.teacher_weight), {}
     teacher = load_model(settings.teacher, backend=plan.backend, dtype=plan.dtype).requires_grad_(False)
     fact = {TEACHER: model_fingerprint(teacher)}
-    if settings.compile:
+    if settings.torch_compile:
         compile_layers(teacher)
     return Distillation(teacher, settings.teacher_weight), fact
 

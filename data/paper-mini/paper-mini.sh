@@ -11,9 +11,9 @@ out=${FOLDER:-out/paper-mini}
 # a search ranks the ten documents of a question, the best next to it; 2,000 of 11,058 samples are chats.
 # 1,000 steps are an epoch of both views, the paper's training, or two of one view: all models train for as many
 common=(smollm2-135m "model.path=$model" "data.output_dir=$out/data" data.row_len=32768 data.order=ascending
-  data.sources.2.retrieve=bm25 data.sources.3.retrieve=bm25 data.sources.4.retrieve=bm25 data.sources.5.max_samples=2000
+  data.sources.2.retriever=bm25 data.sources.3.retriever=bm25 data.sources.4.retriever=bm25 data.sources.5.max_samples=2000
   train.batch_rows=1 train.learning_rate=2.5e-4 train.num_train_epochs=3 train.max_steps=1000 train.save_steps=500
-  train.num_eval_examples=0 eval.batch_size=32 eval.sources.2.retrieve=bm25 eval.sources.3.retrieve=bm25
+  train.num_eval_examples=0 eval.batch_size=32 eval.sources.2.retriever=bm25 eval.sources.3.retriever=bm25
   eval.sources.0.max_samples=200 eval.sources.1.max_samples=200 eval.sources.2.max_samples=200
   eval.sources.3.max_samples=200 "$@")
 step() { printf '\n== %s\n' "$*"; }

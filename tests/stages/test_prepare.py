@@ -78,14 +78,14 @@ def test_questions_share_their_context(make_recipe: Make) -> None:
 
 
 def test_no_more_questions_share_a_context_than_asked_for(make_recipe: Make) -> None:
-    found = load_prepared(prepare(make_recipe(shared_context=True, questions_per_context=1)))
+    found = load_prepared(prepare(make_recipe(shared_context=True, max_questions_per_context=1)))
     assert {example.num_final for example in found.examples} == {1} and len(found.examples) == 200
 
 
 def test_copies_ask_every_question_over_other_documents(make_recipe: Make, tmp_path: Path) -> None:
     options: dict[str, Any] = {"sources": [squad_source(tmp_path, "A")], "order": Order.shuffled}
     once = samples_of(prepare(make_recipe(**options)))
-    out = prepare(make_recipe(**options, copies=3), overwrite=True)
+    out = prepare(make_recipe(**options, num_copies=3), overwrite=True)
     asked = samples_of(out)
     assert asked[: len(once)] == once and len(asked) == 3 * len(once)
     orders = {tuple(s.blocks[:-1] for s in asked if s.id == sample.id) for sample in once}
@@ -93,7 +93,7 @@ def test_copies_ask_every_question_over_other_documents(make_recipe: Make, tmp_p
     # what the second copy holds is what another seed gives
     other = samples_of(prepare(make_recipe(**options, seed=1), overwrite=True))
     assert asked[len(once) : 2 * len(once)] == other
-    manifest = load_prepared(prepare(make_recipe(**options, copies=3), overwrite=True)).manifest
+    manifest = load_prepared(prepare(make_recipe(**options, num_copies=3), overwrite=True)).manifest
     assert manifest["sources"][0]["read"] == 30 == manifest["num_samples"]
 
 
@@ -107,7 +107,7 @@ def test_copies_are_those_of_other_seeds_where_records_have_no_ids(make_recipe: 
         "order": Order.shuffled,
     }
     options["on_bad_record"] = BadRecordPolicy.skip
-    out = prepare(make_recipe(**options, copies=2))
+    out = prepare(make_recipe(**options, num_copies=2))
     asked = samples_of(out)
     (counts,) = load_prepared(out).manifest["sources"]
     assert [s.id for s in asked] == 2 * [f"nq-{n}" for n in range(1, 5)]
@@ -119,9 +119,9 @@ def test_copies_are_those_of_other_seeds_where_records_have_no_ids(make_recipe: 
     ("options", "said"),
     [
         # samples come worded, whatever the order
-        ({"copies": 2, "order": Order.shuffled}, "all would be the same"),
+        ({"num_copies": 2, "order": Order.shuffled}, "all would be the same"),
         ({"num_documents": 2}, "documents in place"),
-        ({"questions_per_context": 2}, "set data.shared_context=true"),
+        ({"max_questions_per_context": 2}, "set data.shared_context=true"),
     ],
 )
 def test_options_that_would_do_nothing(make_recipe: Make, options: dict[str, Any], said: str) -> None:
@@ -137,17 +137,17 @@ def test_options_that_would_do_nothing(make_recipe: Make, options: dict[str, Any
         ({"shared_context": True}, True),
         ({"num_documents": 2}, True),
         ({"num_documents": 2, "order": Order.given, "shared_context": True}, True),
-        ({"num_documents": 2, "retrieve": Retriever.bm25}, False),
+        ({"num_documents": 2, "retriever": Retriever.bm25}, False),
     ],
 )
 def test_copies_are_taken_where_lots_are_drawn(
     make_recipe: Make, tmp_path: Path, options: dict[str, Any], varies: bool
 ) -> None:
-    source = replace(squad_source(tmp_path, "ABCDEF"), retrieve=options.get("retrieve", Retriever.none))
-    options = {name: value for name, value in options.items() if name != "retrieve"} | {"sources": [source]}
+    source = replace(squad_source(tmp_path, "ABCDEF"), retriever=options.get("retriever", Retriever.none))
+    options = {name: value for name, value in options.items() if name != "retriever"} | {"sources": [source]}
     one, other = (samples_of(prepare(make_recipe(**options, seed=seed), overwrite=True)) for seed in (0, 1))
     assert (one != other) is varies
-    recipe = make_recipe(**options, copies=2)
+    recipe = make_recipe(**options, num_copies=2)
     if varies:
         assert samples_of(prepare(recipe, overwrite=True)) == one + other
     else:
@@ -288,7 +288,7 @@ def test_chats_are_cut_and_give_a_sample_per_answer(make_recipe: Make, tmp_path:
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_law_12_retrieval_gives_the_same_bytes(make_recipe: Make, tmp_path: Path, num_workers: int) -> None:
-    source = replace(squad_source(tmp_path, "ABCDEFGHI"), retrieve=Retriever.bm25)
+    source = replace(squad_source(tmp_path, "ABCDEFGHI"), retriever=Retriever.bm25)
     options: dict[str, Any] = {"sources": [source], "num_documents": 3, "order": Order.shuffled}
     one, other = (
         prepare(make_recipe(**options, num_workers=n, output_dir=str(tmp_path / "by" / str(n))))
@@ -327,7 +327,7 @@ def test_law_12_unfit_samples_are_counted_and_listed(
     assert "line 201: not JSON" in counts["bad_records"][0]
     assert counts["bad_records"][1:] == [f"sample {n}: {unfit}" for n in (7, 57, 107, 157)]
     sources = [*options["sources"], squad_source(tmp_path)]
-    twice = prepare(make_recipe(**options | {"sources": sources, "num_documents": 2, "copies": 2}))
+    twice = prepare(make_recipe(**options | {"sources": sources, "num_documents": 2, "num_copies": 2}))
     again = load_prepared(twice).manifest["sources"][0]
     assert again["dropped"] == {unfit: 8, "bad record": 2} and again["bad_records"] == counts["bad_records"]
     with pytest.raises(UserError, match="^sample 7 of alpaca: the vocabulary spells a marker$"):
@@ -346,11 +346,11 @@ REAL = {
 @pytest.mark.real_data
 @pytest.mark.parametrize("format", REAL)
 def test_laws_5_and_6_on_real_data(make_recipe: Make, toy_model: Path, format: Format) -> None:
-    name, retrieve = REAL[format]
+    name, retriever = REAL[format]
     path = Path(os.environ.get("BLOCKFT_REAL_DATA", "../shared/data")) / name
     if not path.exists():
         pytest.skip(f"{path} is not there (set BLOCKFT_REAL_DATA)")
-    source = Source(format=format, path=str(path), max_samples=40, retrieve=retrieve)
+    source = Source(format=format, path=str(path), max_samples=40, retriever=retriever)
     out = prepare(make_recipe(sources=[source], row_len=16384, num_documents=10))
     tokenizer = AutoTokenizer.from_pretrained(toy_model)
     assert load_prepared(out).manifest["sources"][0]["kept"] == 40

@@ -10,7 +10,7 @@ def test_recipes_are_listed_with_their_opening_comment(
 ) -> None:
     (tmp_path / "demo.yaml").write_text("# Win back what was lost.\nmodel:\n")
     (tmp_path / "bare.yaml").write_text("model:\n")
-    monkeypatch.setattr(stage, "SHIPPED", tmp_path)
+    monkeypatch.setattr(stage, "RECIPES_FOLDER", tmp_path)
     stage.recipes()
     bare, demo = (line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:])
     assert [bare[0].strip(), *demo] == ["bare", "demo", demo[1]] and demo[

@@ -259,16 +259,16 @@ def test_nothing_is_held_out_that_another_copy_teaches(toy: Path, tmp_path: Path
     words = [f"data.sources=[{{format: squad, path: {tmp_path}/squad.json}}]", "data.row_len=1024"]
     words += [
         f"data.output_dir={tmp_path}/twice",
-        "data.copies=2",
+        "data.num_copies=2",
         "data.order=shuffled",
         "train.num_eval_examples=2",
     ]
     recipe = load_recipe(str(toy / "recipe.yaml"), words)
     prepare(recipe)
-    with pytest.raises(UserError, match=r"twice asks every question 2 times \(data.copies\)"):
+    with pytest.raises(UserError, match=r"twice asks every question 2 times \(data.num_copies\)"):
         build_plan(recipe, 1)
     recipe.train.num_eval_examples = 0
-    assert build_plan(recipe, 1).manifest["options"]["copies"] == 2
+    assert build_plan(recipe, 1).manifest["options"]["num_copies"] == 2
 
 
 def test_a_dry_run_writes_nothing(toy: Path) -> None:

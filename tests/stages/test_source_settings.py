@@ -93,7 +93,7 @@ def test_the_same_document_is_the_same_block_in_every_prompt() -> None:
     source = Source(
         format=Format.fid,
         path=str(REAL_DATA / "nq_open_oracle_dev.jsonl"),
-        retrieve=Retriever.bm25,
+        retriever=Retriever.bm25,
         max_samples=60,
     )
     blocks_of: dict[tuple[Order, Role, int], list[set[str]]] = {}

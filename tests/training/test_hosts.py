@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockft.config.recipe import SHIPPED
+from blockft.config.recipe import RECIPES_FOLDER
 from blockft.errors import UserError
 from blockft.training.hosts import Hosts, check_hosts_reachable, quote_for_remote_shell, read_hostfile
 from tests.training.launched import alone, start
@@ -48,7 +48,7 @@ def test_hostfiles_that_cannot_be(text: str | None, said: str, tmp_path: Path) -
 def test_deepspeed_reads_the_shipped_hostfile_as_we_do() -> None:
     from deepspeed.launcher.runner import fetch_hostfile
 
-    path = SHIPPED / "launch" / "hostfile"
+    path = RECIPES_FOLDER / "launch" / "hostfile"
     assert read_hostfile(path) == dict(fetch_hostfile(str(path))) == {"node0": 8, "node1": 8}
 
 

@@ -18,7 +18,7 @@ import torch
 from typer import Exit
 
 from blockft.cli import pipeline
-from blockft.config.recipe import SHIPPED
+from blockft.config.recipe import RECIPES_FOLDER
 from blockft.errors import UserError
 from blockft.model.checkpoint import complete_checkpoints
 from blockft.stages.prepare import prepare
@@ -117,7 +117,7 @@ def fake_slurm(folder: Path, blockft: str) -> dict[str, str]:
 
 def slurm(environment: dict[str, str], *words: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", SHIPPED / "launch" / "slurm.sh", *words],
+        ["bash", RECIPES_FOLDER / "launch" / "slurm.sh", *words],
         env=environment,
         capture_output=True,
         text=True,
