@@ -1,11 +1,9 @@
-"""Whole runs of a toy: train, resume, export, eval, generate; laws 8, 9, 10, and what must not get lost."""
+"""A whole run on toy data: train, resume, export, evaluate, generate, and what is refused."""
 
+import atexit
 import json
-import os
 import re
 import resource
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,29 +28,17 @@ from blockft.stages.export import export
 from blockft.stages.plan import build_plan
 from blockft.stages.prepare import prepare
 from blockft.stages.train import describe
+from tests.commands import blockft, finish, logged, run_ranks, start, train
 from tests.data.test_squad import article
 from tests.run import save_model, toy_recipe
 
 
-def blockft(*words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own."""
-    command = [sys.executable, "-m", "blockft", *map(str, words)]
-    return subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | environment, cwd=Path(__file__).parents[2]
-    )
-
-
-def losses(run: Path) -> list[float]:
-    return [line["loss"] for line in read_metrics(run)]
-
-
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a toy recipe whose run is done."""
+    """A folder with a toy recipe and its finished run on one rank."""
     folder = tmp_path_factory.mktemp("toy")
     prepare(toy_recipe(folder))
-    done = blockft("train", folder / "recipe.yaml")
-    assert done.returncode == 0, done.stderr
+    train(folder / "recipe.yaml", folder / "run")
     return folder
 
 
@@ -61,52 +47,46 @@ def exported(toy: Path) -> Path:
     return export(toy / "run", toy / "export")
 
 
-def test_a_run_leaves_its_recipe_metrics_plot_and_whole_checkpoints(toy: Path) -> None:
+def test_a_run_writes_its_recipe_metrics_plot_and_complete_checkpoints(toy: Path) -> None:
     run = toy / "run"
     assert all((run / name).is_file() for name in (RECIPE, METRICS, LOSS_PLOT))
     assert [path.name for path in complete_checkpoints(run)] == ["checkpoint-4", "checkpoint-5"]
     assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4, 5]
-    assert losses(run)[-1] < losses(run)[0]
+    assert logged(run)[-1] < logged(run)[0]
 
 
-def test_law_8_two_ranks_give_the_losses_of_one(toy: Path) -> None:
-    done = blockft("train", toy / "recipe.yaml", f"train.output_dir={toy}/run2", "--num-gpus", "2")
-    assert done.returncode == 0, done.stderr
-    assert (
-        json.loads((find_checkpoint(toy / "run2") / MARKER).read_text())["facts"]["number of processes"] == 2
-    )
-    assert_close(losses(toy / "run2"), losses(toy / "run"), rtol=1e-5, atol=0)
+def test_two_ranks_started_by_the_command_line_give_the_losses_of_one(toy: Path) -> None:
+    """The launcher of DeepSpeed starts the ranks, as for a user."""
+    run = toy / "run2"
+    finish(start("blockft", "train", toy / "recipe.yaml", f"train.output_dir={run}", "--num-gpus", "2"))
+    assert json.loads((find_checkpoint(run) / MARKER).read_text())["facts"]["number of processes"] == 2
+    assert_close(logged(run), logged(toy / "run"), rtol=1e-5, atol=0)
 
 
-def test_law_9_a_resumed_run_gives_the_losses_of_one_never_stopped(toy: Path) -> None:
-    """As after a kill between two checkpoints: the newer one has no marker, and the metrics ran ahead."""
-    again = toy / "again"
-    done = blockft("train", toy / "recipe.yaml", f"train.output_dir={again}", "train.save_steps=2")
-    assert done.returncode == 0, done.stderr
-    assert losses(again) == losses(toy / "run")
-    (again / "checkpoint-5" / MARKER).unlink()
-    stray = again / "checkpoint-5" / "global_step5" / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
-    stray.write_bytes(b"of a rank that the resumed run has not")
-    with (again / METRICS).open("a") as metrics:
+def test_a_resumed_run_gives_the_losses_of_one_never_stopped(toy: Path) -> None:
+    """As after a kill: the newest checkpoint has no marker, and the last metrics line is cut off."""
+    run, options = toy / "again", ["train.save_steps=2"]
+    train(toy / "recipe.yaml", run, *options)
+    assert logged(run) == logged(toy / "run")
+    (run / "checkpoint-5" / MARKER).unlink()
+    stray = run / "checkpoint-5" / "global_step5" / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    stray.write_bytes(b"a shard of a rank that the resumed run does not have")
+    with (run / METRICS).open("a") as metrics:
         metrics.write('{"step": 6, "lo')
-    done = blockft(
-        "train", toy / "recipe.yaml", f"train.output_dir={again}", "train.save_steps=2", "--resume"
-    )
-    assert done.returncode == 0, done.stderr
-    assert losses(again) == losses(toy / "run")
-    assert (again / "checkpoint-5" / MARKER).is_file() and not stray.exists()
+    train(toy / "recipe.yaml", run, *options, "--resume")
+    assert logged(run) == logged(toy / "run")
+    assert (run / "checkpoint-5" / MARKER).is_file() and not stray.exists()
 
 
-def test_law_10_an_export_gives_the_runs_logits(toy: Path, exported: Path) -> None:
+def test_an_export_gives_the_logits_of_its_run(toy: Path, exported: Path) -> None:
     ids, expected = load_reference_logits(find_checkpoint(toy / "run"))
     plain = AutoModelForCausalLM.from_pretrained(exported)
     with torch.no_grad():
         assert_close(plain(input_ids=ids[None]).logits[0], expected, rtol=1e-5, atol=1e-5)
     before = AutoModelForCausalLM.from_pretrained(toy / "model")
     with torch.no_grad():
-        assert not torch.allclose(before(input_ids=ids[None]).logits[0], expected, atol=1e-2), (
-            "nothing learnt"
-        )
+        untrained = before(input_ids=ids[None]).logits[0]
+    assert not torch.allclose(untrained, expected, atol=1e-2), "the run changed nothing"
 
 
 def test_an_export_answers_through_plain_transformers(exported: Path) -> None:
@@ -117,26 +97,25 @@ def test_an_export_answers_through_plain_transformers(exported: Path) -> None:
     ids = prompt if isinstance(prompt, torch.Tensor) else prompt["input_ids"]
     out = model.generate(ids, max_new_tokens=3, do_sample=False)
     assert out.shape[1] > ids.shape[1]
-    # as the base's, whatever training set
+    # training turns the cache off, the export has the base model's setting
     assert model.config.use_cache and model(ids).past_key_values is not None
 
 
-def test_an_export_carries_its_card_and_how_prompts_were_cut(exported: Path) -> None:
+def test_an_export_holds_its_model_card_and_how_prompts_were_split(exported: Path) -> None:
     entry = json.loads((exported / "config.json").read_text())["block_attention"]
     assert entry["version"] == 1 and entry["position_scheme"] == "reencoded"
     assert "batch_rows: 4" in (exported / "README.md").read_text()
     assert "content_hash" in (exported / "README.md").read_text()
 
 
-def test_a_run_without_reencoding_says_so_in_its_export(toy: Path) -> None:
-    words = ("train", toy / "recipe.yaml", f"train.output_dir={toy}/local", "train.max_steps=1")
-    done = blockft(*words, "data.positions=local")
-    assert done.returncode == 0, done.stderr
-    assert losses(toy / "local")[0] != losses(toy / "run")[0]
-    out = export(toy / "local", toy / "local-export")
+def test_a_run_with_local_positions_says_so_in_its_export(toy: Path) -> None:
+    run, options = toy / "local", ["train.max_steps=1", "data.positions=local"]
+    train(toy / "recipe.yaml", run, *options)
+    assert logged(run)[0] != logged(toy / "run")[0]
+    out = export(run, toy / "local-export")
     entry = json.loads((out / "config.json").read_text())["block_attention"]
     assert entry["position_scheme"] == "local"
-    done = blockft(*words, "train.max_steps=2", "--resume")
+    done = blockft("train", toy / "recipe.yaml", f"train.output_dir={run}", "train.max_steps=2", "--resume")
     assert done.returncode == 2 and "another data.positions (local)" in done.stderr
 
 
@@ -148,48 +127,48 @@ def test_a_16_bit_export_is_within_its_tolerance(toy: Path) -> None:
 def test_an_export_that_differs_from_the_run_never_appears(
     toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoilt(checkpoint: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def change_weights(checkpoint: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         weights = consolidate(checkpoint, dtype)
         weights["model.norm.weight"] = weights["model.norm.weight"] * 1.01
         return weights
 
-    monkeypatch.setattr(export_stage, "consolidate", spoilt)
+    monkeypatch.setattr(export_stage, "consolidate", change_weights)
     with pytest.raises(RuntimeError, match="differ"):
-        export(toy / "run", toy / "spoilt")
-    assert not [path for path in toy.iterdir() if "spoilt" in path.name]
+        export(toy / "run", toy / "changed")
+    assert not [path for path in toy.iterdir() if "changed" in path.name]
+
+
+def limit_file_size() -> None:
+    """Let no file of this process grow beyond 20 kB until the command has ended."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    atexit.register(resource.setrlimit, resource.RLIMIT_FSIZE, (hard, hard))
 
 
 def test_a_full_disk_while_exporting_leaves_nothing(toy: Path) -> None:
-    def small_disk() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    done = subprocess.run(
-        [sys.executable, "-m", "blockft", "export", str(toy / "run"), str(toy / "full")],
-        capture_output=True,
-        text=True,
-        preexec_fn=small_disk,
-        cwd=Path(__file__).parents[2],
-    )
+    done = run_ranks("export", toy / "run", toy / "full", before=limit_file_size)
     assert done.returncode == 2, done.stderr
     assert "disk is full" in done.stderr.splitlines()[-1]
     assert not [path for path in toy.iterdir() if "full" in path.name]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("run", "export"), "exists already"),
         (("nothing", "new"), "no folder"),
         (("model", "new"), "no whole checkpoint"),
     ],
 )
-def test_exports_that_cannot_be(toy: Path, exported: Path, arguments: tuple[str, str], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_an_impossible_export_is_refused(
+    toy: Path, exported: Path, arguments: tuple[str, str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
         export(toy / arguments[0], toy / arguments[1])
     assert not (toy / "new").exists()
 
 
-def test_an_unknown_export_type_is_refused(toy: Path) -> None:
+def test_an_unknown_type_or_shard_size_is_refused(toy: Path) -> None:
     with pytest.raises(UserError, match="float32"):
         export(toy / "run", toy / "new", dtype="float31")
     with pytest.raises(UserError, match="'lots' is no size"):
@@ -197,7 +176,7 @@ def test_an_unknown_export_type_is_refused(toy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         ((), "exists already"),
         (("train.output_dir={toy}/other", "--resume"), "no folder"),
@@ -213,61 +192,64 @@ def test_an_unknown_export_type_is_refused(toy: Path) -> None:
         (("train.output_dir={toy}/other", "train.report_to=[foo]"), "foo"),
     ],
 )
-def test_runs_that_cannot_be(toy: Path, words: tuple[str, ...], said: str) -> None:
+def test_an_impossible_run_is_refused(toy: Path, arguments: tuple[str, ...], message: str) -> None:
+    """In one line, before anything is written."""
     if not (toy / "wide").exists():
         save_model(toy / "wide", hidden_size=64)
     before = sorted(str(path) for path in toy.rglob("*"))
-    done = blockft("train", toy / "recipe.yaml", *(word.format(toy=toy) for word in words))
+    done = blockft("train", toy / "recipe.yaml", *(argument.format(toy=toy) for argument in arguments))
     assert done.returncode == 2
-    assert said in done.stderr.splitlines()[-1]
+    assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert sorted(str(path) for path in toy.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("override", "message"),
     [
         ("train.output_dir={toy}/run", "go on from its last checkpoint with --resume"),
-        ("train.output_dir={toy}/begun", "begin it anew"),
+        ("train.output_dir={toy}/started", "begin it anew"),
         ("train.lr_scheduler_type=foo", "'foo' (allowed: linear"),
         ("train.lr_scheduler_type=reduce_lr_on_plateau", "(allowed: linear"),
         ("train.lr_scheduler_kwargs={{min: 1}}", "unexpected keyword argument 'min'"),
         ("train.lr_scheduler_type=cosine_with_min_lr", "min_lr"),
         ("train.report_to=[foo]", "foo"),
         ("model.attention=flex", "needs a GPU"),
-        ("train.deepspeed={toy}/begun/list.json", "should hold a JSON object"),
-        ("train.deepspeed={toy}/begun/stage.json", "should hold a JSON object"),
+        ("train.deepspeed={toy}/started/list.json", "should hold a JSON object"),
+        ("train.deepspeed={toy}/started/stage.json", "should hold a JSON object"),
     ],
 )
-def test_a_dry_run_refuses_what_a_run_would(toy: Path, word: str, said: str) -> None:
-    begun = toy / "begun"
-    begun.mkdir(exist_ok=True)
+def test_a_dry_run_refuses_the_settings_that_a_run_refuses(toy: Path, override: str, message: str) -> None:
+    started = toy / "started"
+    started.mkdir(exist_ok=True)
     for name, text in (("recipe.yaml", ""), ("list.json", "[1]"), ("stage.json", '{"zero_optimization": 3}')):
-        (begun / name).write_text(text)
-    words = [f"train.output_dir={toy}/dry", word.format(toy=toy)]
-    with pytest.raises(UserError, match=re.escape(said)):
-        describe(load_recipe(str(toy / "recipe.yaml"), words), 1)
+        (started / name).write_text(text)
+    overrides = [f"train.output_dir={toy}/dry", override.format(toy=toy)]
+    with pytest.raises(UserError, match=re.escape(message)):
+        describe(load_recipe(str(toy / "recipe.yaml"), overrides), 1)
 
 
-def test_a_run_is_no_model(toy: Path) -> None:
+def test_a_run_is_not_accepted_as_a_model(toy: Path) -> None:
     with pytest.raises(UserError, match=rf"run is a run, not a model: blockft export {toy}/run FOLDER"):
         evaluate(str(toy / "run"), toy_recipe(toy))
 
 
-def test_nothing_is_held_out_that_another_copy_teaches(toy: Path, tmp_path: Path) -> None:
+def test_no_example_is_held_out_while_a_copy_of_it_is_trained_on(toy: Path, tmp_path: Path) -> None:
     (tmp_path / "squad.json").write_text(json.dumps({"data": [article()]}))
-    words = [f"data.sources=[{{format: squad, path: {tmp_path}/squad.json}}]", "data.row_len=1024"]
-    words += [
+    overrides = [
+        f"data.sources=[{{format: squad, path: {tmp_path}/squad.json}}]",
+        "data.row_len=1024",
         f"data.output_dir={tmp_path}/twice",
         "data.num_copies=2",
         "data.order=shuffled",
         "train.num_eval_examples=2",
     ]
-    recipe = load_recipe(str(toy / "recipe.yaml"), words)
+    recipe = load_recipe(str(toy / "recipe.yaml"), overrides)
     prepare(recipe)
     with pytest.raises(UserError, match=r"twice asks every question 2 times \(data.num_copies\)"):
         build_plan(recipe, 1)
-    recipe.train.num_eval_examples = 0
+    overrides[-1] = "train.num_eval_examples=0"
+    recipe = load_recipe(str(toy / "recipe.yaml"), overrides)
     assert build_plan(recipe, 1).manifest["options"]["num_copies"] == 2
 
 
@@ -279,21 +261,15 @@ def test_a_dry_run_writes_nothing(toy: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(toy: Path) -> None:
-    done = blockft(
-        "train",
-        toy / "recipe.yaml",
-        f"train.output_dir={toy}/nan",
-        "train.learning_rate=1e39",
-        "train.max_grad_norm=0",
-    )
+    overrides = (f"train.output_dir={toy}/nan", "train.learning_rate=1e39", "train.max_grad_norm=0")
+    done = run_ranks("train", toy / "recipe.yaml", *overrides)
     assert done.returncode == 2 and "learning_rate" in done.stderr.splitlines()[-1]
     assert not complete_checkpoints(toy / "nan")
 
 
 def test_wandb_works_offline(toy: Path) -> None:
-    words = (f"train.output_dir={toy}/tracked", "train.report_to=[wandb]", "train.max_steps=1")
-    done = blockft("train", toy / "recipe.yaml", *words, WANDB_MODE="offline", WANDB_DIR=str(toy))
-    assert done.returncode == 0, done.stderr
+    overrides = ("train.report_to=[wandb]", "train.max_steps=1")
+    train(toy / "recipe.yaml", toy / "tracked", *overrides, WANDB_MODE="offline", WANDB_DIR=str(toy))
     assert list((toy / "wandb").glob("offline-run-*"))
 
 
@@ -311,19 +287,19 @@ def test_eval_scores_both_modes(toy: Path, exported: Path) -> None:
     assert (toy / "compared.png").stat().st_size > 0
 
 
-def test_generate_reads_both_kinds_of_prompt(toy: Path, exported: Path) -> None:
+def test_generate_answers_documents_and_chats(toy: Path, exported: Path) -> None:
     prompts: list[dict[str, Any]] = [
         {"documents": [{"title": "A", "text": "a is 7."}], "question": "What is a?"},
         {"messages": [{"role": "user", "content": ["a=7\n", "a?"]}]},
     ]
     source = toy / "prompts.jsonl"
     source.write_text("\n".join(map(json.dumps, prompts)))
-    words = ("generate", exported, "--input", source, "--max-new-tokens", "3")
-    done = blockft(*words, "--json")
+    arguments = ("generate", exported, "--input", source, "--max-new-tokens", "3")
+    done = blockft(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()]
-    # the template's opening, the instruction, the document, the question
+    # four blocks: the template's opening, the instruction, the document, the question
     assert [answer["blocks"] for answer in answers] == [4, 3]
     source.write_text('{"question": "no documents"}\n')
-    done = blockft(*words)
+    done = blockft(*arguments)
     assert done.returncode == 2 and "line 1" in done.stderr and "documents" in done.stderr

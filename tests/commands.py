@@ -1,0 +1,223 @@
+"""Run blockft commands: in this process, in a process of its own, or on ranks forked from a warm process.
+
+A test takes the cheapest way that shows its behaviour: a refusal needs no process, a training needs forked
+ranks, and only tests of launchers and of a process's start and end need a new interpreter.
+"""
+
+import atexit
+import io
+import multiprocessing
+import multiprocessing.connection
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from multiprocessing import forkserver
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from blockft import cli
+from blockft.outputs import read_metrics
+
+ROOT = Path(__file__).parents[1]
+
+TIMEOUT_S = 240
+"""Limit of each command: many times the usual duration, because machines may be busy."""
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def blockft(*arguments: str | Path) -> CompletedProcess[str]:
+    """Run `blockft ARGUMENTS` in this process, for commands that start no training.
+
+    Environment variables, signal handlers and exit handlers of this process stay as they are.
+    """
+    stdout, stderr = io.StringIO(), io.StringIO()
+    code: object = None
+    with (
+        chdir(ROOT),
+        redirect_stdout(stdout),
+        redirect_stderr(stderr),
+        patch.dict(os.environ),
+        patch.object(sys, "argv", ["blockft", *map(str, arguments)]),
+        patch.object(atexit, "register"),
+        patch.object(signal, "signal"),
+    ):
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code
+    assert isinstance(code, int)
+    return CompletedProcess(sys.argv, code, stdout.getvalue(), stderr.getvalue())
+
+
+def start(
+    *arguments: str | Path, cwd: Path = ROOT, namespace: str = "", **environment: str
+) -> subprocess.Popen[str]:
+    """Start `python -m ARGUMENTS` under a time limit, in a network namespace if one is named."""
+    timeout = shutil.which("timeout")
+    assert timeout
+    command = [timeout, "-k", "60", str(TIMEOUT_S), sys.executable, "-m", *map(str, arguments)]
+    return subprocess.Popen(
+        (["ip", "netns", "exec", namespace] if namespace else []) + command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        cwd=cwd,
+    )
+
+
+def finish(*processes: subprocess.Popen[str]) -> list[str]:
+    """Wait for processes that must succeed and return what each has printed."""
+    outputs = [process.communicate()[0] for process in processes]
+    assert not any(process.returncode for process in processes), "\n".join(outputs)
+    return outputs
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Forked processes that run one command together."""
+
+    processes: list[multiprocessing.process.BaseProcess]
+    port: int
+    folder: tempfile.TemporaryDirectory[str] = field(default_factory=tempfile.TemporaryDirectory)
+
+    def output(self, name: str) -> str:
+        path = Path(self.folder.name, name)
+        return path.read_text() if path.exists() else ""
+
+    def is_alive(self) -> bool:
+        return any(process.is_alive() for process in self.processes)
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to every rank that is alive."""
+        for process in self.processes:
+            if process.is_alive():
+                assert process.pid
+                os.kill(process.pid, number)
+
+    def wait(self) -> CompletedProcess[str]:
+        """Wait for all ranks; when one fails the others are killed, as a launcher does.
+
+        The exit code is that of the first rank that failed, or 0.
+        """
+        deadline, code = time.monotonic() + TIMEOUT_S, 0
+        waiting = {process.sentinel: process for process in self.processes}
+        while waiting:
+            ended = multiprocessing.connection.wait(list(waiting), timeout=deadline - time.monotonic())
+            for sentinel in ended:
+                process = waiting.pop(sentinel)  # type: ignore[call-overload]
+                process.join()
+                if not code and process.exitcode:
+                    code = process.exitcode
+                    # the others may be saving a checkpoint, or may wait for the failed rank forever
+                    deadline = time.monotonic() + 30
+            if not ended:
+                self.send_signal(signal.SIGKILL)
+                code = code or -signal.SIGKILL
+                deadline = time.monotonic() + 60
+        return CompletedProcess([], code, self.output("stdout"), self.output("stderr"))
+
+
+def _run_rank(
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    outputs: Path,
+    before: Callable[[], None] | None,
+) -> None:
+    """Run `blockft ARGUMENTS` in this forked process, and end the process as the command line does."""
+    os.environ.clear()
+    os.environ.update(environment)
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        file = os.open(outputs / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, descriptor)
+        os.close(file)
+    sys.argv = ["blockft", *arguments]
+    code: object = 1
+    try:
+        if before:
+            before()
+        cli.main()
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    # multiprocessing would end the process without its exit handlers
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(code if isinstance(code, int) else 1)
+
+
+def start_ranks(
+    *arguments: str | Path,
+    num_ranks: int = 1,
+    before: Callable[[], None] | None = None,
+    **environment: str,
+) -> Ranks:
+    """Start `blockft ARGUMENTS` on ranks forked from a warm process.
+
+    Every rank first calls `before`, a function of a module or a partial of one. A single rank starts as from
+    a shell, without a launcher's variables.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.fork_server", __name__])
+    accelerator = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
+    added = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **accelerator}
+    with chdir(ROOT), patch.dict(os.environ, added):
+        forkserver.ensure_running()
+        ranks = Ranks([], free_port())
+        for rank in range(num_ranks):
+            variables: dict[str, str] = dict(os.environ) | environment
+            if num_ranks > 1:
+                variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+                variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ranks.port)}
+            process = context.Process(
+                target=_run_rank,
+                args=(
+                    [str(argument) for argument in arguments],
+                    variables,
+                    Path(ranks.folder.name),
+                    before,
+                ),
+            )
+            process.start()
+            ranks.processes.append(process)
+    return ranks
+
+
+def run_ranks(*arguments: str | Path, **options: Any) -> CompletedProcess[str]:
+    """Run a command as `start_ranks` does, and wait for it."""
+    return start_ranks(*arguments, **options).wait()
+
+
+def train(recipe: Path, run: Path, *arguments: str | Path, num_ranks: int = 1, **options: Any) -> None:
+    """Train on forked ranks; the training must succeed."""
+    done = run_ranks("train", recipe, f"train.output_dir={run}", *arguments, num_ranks=num_ranks, **options)
+    assert done.returncode == 0, done.stderr
+
+
+def logged(run: Path, name: str = "loss") -> list[Any]:
+    """Return the values that a run logged under a name, in order."""
+    return [line[name] for line in read_metrics(run) if name in line]
+
+
+def all_logged(run: Path) -> list[dict[str, Any]]:
+    """Return every logged line without its speed."""
+    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in read_metrics(run)]

@@ -1,0 +1,31 @@
+"""What a training imports: `tests.commands` forks every rank from a process that has imported this module.
+
+The imports take about ten seconds, a toy training about one.
+"""
+
+import gc
+import os
+import sys
+from pathlib import Path
+
+import deepspeed.checkpoint.ds_to_universal
+import deepspeed.runtime.zero.muon.muon_optimizer
+import deepspeed.runtime.zero.stage3  # noqa: F401
+import matplotlib.backends.backend_agg
+import matplotlib.figure  # noqa: F401
+import torch
+import transformers.models.llama.modeling_llama  # noqa: F401
+from deepspeed.comm.torch import build_shm_op
+
+import blockft.stages.export
+import blockft.stages.train
+import blockft.training.run_callback
+import blockft.training.trainer
+import blockft.training.universal_checkpoint  # noqa: F401
+
+# DeepSpeed builds an op for communication on a CPU, with the ninja that is installed beside Python
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+if not torch.cuda.is_available():
+    build_shm_op()
+# collections of garbage in the ranks pass over all that is imported here
+gc.freeze()
