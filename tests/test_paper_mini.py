@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from blockft.config.choices import Mode, Positions
 from blockft.config.recipe import load_recipe
-from blockft.config.settings import Mode, Positions
 from blockft.evaluation.report import Prediction, build_report
 from tests.test_cli import ROOT
 

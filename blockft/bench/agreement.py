@@ -10,7 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blockft.attention.layout import Layout
 from blockft.bench.timing import measurement_provenance
-from blockft.config.settings import BadRecordPolicy, Recipe, TooLongPolicy
+from blockft.config.choices import BadRecordPolicy, TooLongPolicy
+from blockft.config.settings import Recipe
 from blockft.errors import UserError
 from blockft.evaluation.answers import encode_questions
 from blockft.inference.engine import Engine

@@ -1,7 +1,6 @@
 """`blockft bench prepare`: how fast a recipe's data are prepared, by one process and by one per core."""
 
 import contextlib
-import dataclasses
 import io
 import json
 import os
@@ -32,8 +31,8 @@ def bench_prepare(recipe: Recipe, *, out: Path | None) -> None:
     if out:
         check_writable(out)
     cores = len(os.sched_getaffinity(0))
-    few = [dataclasses.replace(source, max_samples=TASK_SAMPLES) for source in recipe.data.sources]
-    _measure(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=few)), 1)
+    few = [source.model_copy(update={"max_samples": TASK_SAMPLES}) for source in recipe.data.sources]
+    _measure(_with_data(recipe, sources=few), 1)
     lines = [_measure(recipe, workers) for workers in sorted({1, cores})]
     table = Table("processes", "seconds", "examples/s", "tokens/s", "ratio", title="prepare")
     for line in lines:
@@ -52,13 +51,17 @@ def bench_prepare(recipe: Recipe, *, out: Path | None) -> None:
         raise RuntimeError(f"the number of processes changed the data: {lines}")
 
 
+def _with_data(recipe: Recipe, **settings: Any) -> Recipe:
+    """Return a copy of the recipe with other settings of `data`."""
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=settings)})
+
+
 def _measure(recipe: Recipe, num_workers: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="blockft-prepare-") as folder:
         made = Path(folder) / "data"
-        data = dataclasses.replace(recipe.data, output_dir=str(made), num_workers=num_workers)
         start = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
-            prepare(dataclasses.replace(recipe, data=data))
+            prepare(_with_data(recipe, output_dir=str(made), num_workers=num_workers))
         seconds = time.perf_counter() - start
         manifest = json.loads((made / MANIFEST).read_text(encoding="utf-8"))
     return {

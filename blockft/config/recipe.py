@@ -1,51 +1,78 @@
-"""Recipes: finding them by path or name, and reading them into settings."""
+"""Recipes: find one by path or name, read it, apply overrides, validate it, and write it as YAML."""
 
-import dataclasses
 import difflib
-import math
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from enum import StrEnum
 from pathlib import Path
-from typing import Any, cast, get_args, get_origin, get_type_hints
+from typing import Any
 
+from pydantic import ValidationError
+
+from blockft.config.reference import list_keys
 from blockft.config.settings import Recipe
 from blockft.errors import UserError
 
 RECIPES_FOLDER = next(
     p for p in (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "recipes") if p.is_dir()
 )
-"""The folder of the recipes that ship: inside the installed package, or beside it in a checkout."""
+"""The folder of the shipped recipes: inside the installed package, or beside it in a checkout."""
+
+_EXPECTED = {
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "a string",
+    "list": "a list",
+    "dict": "a mapping",
+}
+"""What a setting should be, by the first word of pydantic's error type."""
+
+_BOUNDS = {
+    "greater_than_equal": ("at least", "ge"),
+    "greater_than": ("above", "gt"),
+    "less_than_equal": ("at most", "le"),
+    "less_than": ("below", "lt"),
+}
+"""What pydantic calls a value that is out of bounds: the bound in words, and where the error holds it."""
+
+
+def list_recipes() -> dict[str, Path]:
+    """Return the shipped recipes: name -> file, sorted by name."""
+    return {path.stem: path for path in sorted(RECIPES_FOLDER.glob("*.yaml"))}
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe given by path or by the name of one that ships.
+    """Return the file of a recipe, given its path or the name of a shipped one.
 
     Raises:
-        UserError: there is none; the names that ship are listed.
+        UserError: there is no such recipe; the message lists the shipped ones.
     """
     path = Path(name)
     if path.is_file():
         return path
-    shipped = {p.stem: p for p in sorted(RECIPES_FOLDER.glob("*.yaml"))}
+    shipped = list_recipes()
     if name in shipped:
         return shipped[name]
-    hint = difflib.get_close_matches(path.stem, shipped, n=1)
-    guess = f"; did you mean {hint[0]}?" if hint else ""
-    raise UserError(f"recipe {name!r} is neither a file nor one that ships ({', '.join(shipped)}){guess}")
+    close = difflib.get_close_matches(path.stem, shipped, n=1)
+    suggestion = f"; did you mean {close[0]}?" if close else ""
+    raise UserError(
+        f"recipe {name!r} is neither a file nor a shipped recipe ({', '.join(shipped)}){suggestion}"
+    )
 
 
 def is_recipe(name: str) -> bool:
-    """Whether a word names a recipe, by its suffix or as one that ships."""
-    return Path(name).suffix in (".yaml", ".yml") or (RECIPES_FOLDER / f"{name}.yaml").is_file()
+    """Return whether a name ends in .yaml or .yml, or is the name of a shipped recipe."""
+    return Path(name).suffix in (".yaml", ".yml") or name in list_recipes()
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply `key=value` overrides to it.
+    """Read a recipe and apply `key=value` overrides.
+
+    name: the path of a YAML file, or the name of a shipped recipe.
 
     Raises:
-        UserError: an unknown key (with a suggestion), a missing or ill-typed value; all faults at once.
+        UserError: the recipe is not found or not YAML, or a setting is unknown, missing or has a wrong value.
+            The message names all faulty settings.
     """
     import yaml
     from omegaconf import DictConfig, OmegaConf
@@ -53,16 +80,20 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
     path = find_recipe(name)
     try:
-        given = OmegaConf.load(path)
+        settings = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} cannot be read as a recipe: {' '.join(str(error).split())}") from error
-    if not isinstance(given, DictConfig):
-        raise UserError(f"{path} holds no mapping: a recipe has the keys {', '.join(_fields(Recipe))}")
-    return build_recipe(given, overrides, str(path))
+    if not isinstance(settings, DictConfig):
+        raise UserError(
+            f"{path} does not contain a mapping: a recipe has the keys {', '.join(Recipe.model_fields)}"
+        )
+    return build_recipe(settings, overrides, str(path))
 
 
-def build_recipe(given: Any, overrides: Sequence[str], path: str) -> Recipe:
-    """The recipe that a mapping of settings describes, with `key=value` overrides; `path` names it in errors.
+def build_recipe(settings: Any, overrides: Sequence[str], origin: str) -> Recipe:
+    """Build a recipe from a mapping of settings and `key=value` overrides.
+
+    origin: where the settings come from; error messages name it.
 
     Raises:
         UserError: see `load_recipe`.
@@ -71,126 +102,129 @@ def build_recipe(given: Any, overrides: Sequence[str], path: str) -> Recipe:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    given = OmegaConf.create(given)
-    for word in overrides:
-        key, equals, value = word.partition("=")
+    settings = OmegaConf.create(settings)
+    for override in overrides:
+        key, equals, value = override.partition("=")
         if not equals:
-            raise UserError(f"{word!r} is no setting: write key=value, for example train.learning_rate=1e-4")
+            raise UserError(
+                f"{override!r} is not an override: write key=value, for example train.learning_rate=1e-4"
+            )
         try:
-            OmegaConf.update(given, key, yaml.safe_load(value))
+            OmegaConf.update(settings, key, yaml.safe_load(value))
         except (yaml.YAMLError, OmegaConfBaseException, TypeError) as error:
-            raise UserError(f"{word} cannot be set: {_reason(error)}") from error
+            raise UserError(f"{override} cannot be set: {_reason(error)}") from error
     try:
-        plain = cast(dict[str, Any], OmegaConf.to_container(given, resolve=True))
-        if faults := _faults(Recipe, plain, ""):
-            by_origin: dict[str, list[str]] = {}
-            for key, fault in faults.items():
-                by_origin.setdefault(_origin(key, overrides, path), []).append(fault)
-            raise UserError("; ".join(f"{origin}: {'; '.join(found)}" for origin, found in by_origin.items()))
-        return cast(Recipe, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), plain)))
+        plain = OmegaConf.to_container(settings, resolve=True)
     except OmegaConfBaseException as error:
-        at = error.full_key or ""
-        where = f" (at {at})" if at else ""
-        raise UserError(f"{_origin(at, overrides, path)}: {_reason(error)}{where}") from error
+        key = error.full_key or ""
+        where = f" (at {key})" if key else ""
+        raise UserError(f"{_origin(key, overrides, origin)}: {_reason(error)}{where}") from error
+    try:
+        return Recipe.model_validate(_without_missing(plain))
+    except ValidationError as error:
+        by_origin: dict[str, list[str]] = {}
+        for fault in error.errors(include_url=False):
+            key = _key(fault["loc"])
+            by_origin.setdefault(_origin(key, overrides, origin), []).append(_describe(key, fault))
+        message = "; ".join(f"{source}: {'; '.join(faults)}" for source, faults in by_origin.items())
+        raise UserError(message) from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML with every setting written out; `load_recipe` reads it back."""
-    import yaml
+    """Return the recipe as YAML with every setting written out. `load_recipe` reads it back."""
+    from omegaconf import OmegaConf
 
-    def spelt(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        return {key: _spell(value) for key, value in pairs}
-
-    plain = dataclasses.asdict(recipe, dict_factory=spelt)
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    # unlike yaml.safe_dump it quotes a text such as 1e5, which OmegaConf would read as a number
+    return OmegaConf.to_yaml(OmegaConf.create(_escape(recipe.model_dump(mode="json"))))
 
 
-def _spell(value: Any) -> Any:
-    """A setting as recipes write it: choices are plain texts."""
+def _escape(value: Any) -> Any:
+    """Return settings in which OmegaConf reads `${` as text, not as an interpolation."""
+    if isinstance(value, dict):
+        return {key: _escape(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_spell(item) for item in value]
-    return str(value) if isinstance(value, StrEnum) else value
+        return [_escape(inner) for inner in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
+    return value
+
+
+def _without_missing(value: Any) -> Any:
+    """Return settings without those that hold OmegaConf's mark `???` of a missing value."""
+    if isinstance(value, dict):
+        return {key: _without_missing(inner) for key, inner in value.items() if inner != "???"}
+    if isinstance(value, list):
+        return [_without_missing(inner) for inner in value]
+    return value
+
+
+def _describe(key: str, fault: Mapping[str, Any]) -> str:
+    """Return what is wrong with a setting: what was found, what is allowed, and a suggestion."""
+    found, kind, context = fault["input"], fault["type"], fault.get("ctx", {})
+    expected = _EXPECTED.get(kind.partition("_")[0])
+    if kind == "extra_forbidden":
+        return f"unknown key {key} ({_suggest(key)})"
+    if kind == "missing" or (found is None and expected):
+        return f"{key} is missing"
+    if kind == "enum":
+        return (
+            f"{key} is {found!r} (allowed: {context['expected'].replace(' or ', ', ').replace(chr(39), '')})"
+        )
+    if kind == "model_type":
+        return f"{key} is {found!r}, it should hold {', '.join(_names_in(key))}"
+    if kind == "too_short":
+        return f"{key} is {found}, it should hold at least {context['min_length']}"
+    if kind == "finite_number":
+        return f"{key} is {found}, it should be finite"
+    if kind in _BOUNDS:
+        word, name = _BOUNDS[kind]
+        return f"{key} is {found}, it should be {word} {context[name]:g}"
+    if expected:
+        return f"{key} is {found!r}, it should be {expected}"
+    return f"{key} is {found!r}: {fault['msg']}"
+
+
+def _names_in(key: str) -> list[str]:
+    """Return the names of the settings in a section; "" is the whole recipe."""
+    prefix = re.sub(r"\[\d+\]", "[]", f"{key}." if key else "")
+    return [
+        name.removeprefix(prefix)
+        for name in list_keys()
+        if name.startswith(prefix) and "." not in name.removeprefix(prefix)
+    ]
+
+
+def _suggest(key: str) -> str:
+    """Return a remedy for an unknown key: a similar key of its section or of another one, or all keys."""
+    section, dot, name = key.rpartition(".")
+    names = _names_in(section)
+    if close := difflib.get_close_matches(name, names, n=1):
+        return f"did you mean {section}{dot}{close[0]}?"
+    elsewhere = {other.rpartition(".")[2]: other for other in reversed(list_keys())}
+    if name in elsewhere:
+        return f"did you mean {elsewhere[name]}?"
+    return f"allowed: {', '.join(names)}"
 
 
 def _reason(error: Exception) -> str:
-    """What YAML or OmegaConf say is wrong, in one line."""
+    """Return the message of a YAML or OmegaConf error as one line."""
     return " ".join(str(error).partition("\n    full_key:")[0].split())
 
 
-def _origin(key: str, overrides: Sequence[str], path: str) -> str:
-    """Where a setting comes from: the last override of it or of what it is part of, or the recipe."""
-    for word in reversed(overrides):
-        parts = zip(_parts(key), _parts(word.partition("=")[0]), strict=False)
-        if key and all(part == set_part for part, set_part in parts):
-            return word
-    return path
+def _key(location: Sequence[str | int]) -> str:
+    """Return the full name of a setting, as in `data.sources[0].path`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+
+
+def _origin(key: str, overrides: Sequence[str], origin: str) -> str:
+    """Return the last override of a setting or of a section that holds it; otherwise `origin`."""
+    for override in reversed(overrides):
+        pairs = zip(_parts(key), _parts(override.partition("=")[0]), strict=False)
+        if key and all(part == set_part for part, set_part in pairs):
+            return override
+    return origin
 
 
 def _parts(key: str) -> list[str]:
-    """The names and places of a key, spelt `a.0.b` or `a[0].b`."""
+    """Return the names and list positions of a key that is written `a.0.b` or `a[0].b`."""
     return re.findall(r"[^.\[\]]+", key)
-
-
-def _fields(kind: type) -> list[str]:
-    return [f.name for f in dataclasses.fields(kind)]
-
-
-def _nested(kind: type) -> dict[str, tuple[type, bool]]:
-    """The fields that hold settings themselves: name -> (dataclass, is it a list of them)."""
-    found = {}
-    for name, hint in get_type_hints(kind).items():
-        for inner in (hint, *get_args(hint)):
-            if dataclasses.is_dataclass(inner):
-                found[name] = (cast(type, inner), get_origin(hint) is list)
-    return found
-
-
-def _faults(kind: type, given: dict[str, Any], at: str) -> dict[str, str]:
-    """By key, every unknown or missing one below `at`, every unknown choice, all that is out of bounds."""
-    faults = {}
-    hints = get_type_hints(kind)
-    for key in given:
-        if key not in _fields(kind):
-            hint = difflib.get_close_matches(str(key), _fields(kind), n=1)
-            remedy = f"did you mean {at}{hint[0]}?" if hint else f"allowed: {', '.join(_fields(kind))}"
-            faults[f"{at}{key}"] = f"unknown key {at}{key} ({remedy})"
-    for f in dataclasses.fields(kind):
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if required and given.get(f.name) in (None, "???"):
-            faults[f"{at}{f.name}"] = f"{at}{f.name} is missing"
-        elif f.name in given:
-            faults |= _bad_value(f"{at}{f.name}", given[f.name], hints[f.name], f.metadata)
-    for name, (inner, many) in _nested(kind).items():
-        value = given.get(name)
-        if many and isinstance(value, list):
-            parts = [(f"{at}{name}[{i}].", part) for i, part in enumerate(value)]
-        else:
-            parts = [(f"{at}{name}.", value)] if value is not None and not many else []
-        for where, part in parts:
-            if isinstance(part, dict):
-                faults |= _faults(inner, part, where)
-            else:
-                faults[where[:-1]] = f"{where[:-1]} is {part!r}, it should hold {', '.join(_fields(inner))}"
-    return faults
-
-
-def _bad_value(at: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> dict[str, str]:
-    """What is wrong with a value: no choice, or out of bounds. Its type is OmegaConf's to check."""
-    values = value if isinstance(value, list) else [value]
-    for choice in (h for h in (hint, *get_args(hint)) if isinstance(h, type) and issubclass(h, StrEnum)):
-        if unknown := [v for v in values if v not in list(choice)]:
-            return {at: f"{at} is {unknown[0]!r} (allowed: {', '.join(choice)})"}
-    holds, size = ("hold", len(value)) if isinstance(value, list) else ("be", value)
-    if hint is float and isinstance(value, str):
-        with suppress(ValueError):  # YAML takes 1e-4 for a text
-            size = float(value)
-    if not isinstance(size, int | float):
-        return {}
-    minimum, below = limits.get("minimum"), limits.get("below")
-    if isinstance(size, float) and not math.isfinite(size):
-        return {at: f"{at} is {value}, it should be finite"}
-    if minimum is not None and size < minimum:
-        return {at: f"{at} is {value}, it should {holds} at least {minimum}"}
-    if below is not None and size >= below:
-        return {at: f"{at} is {value}, it should be below {below}"}
-    return {}

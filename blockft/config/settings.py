@@ -1,299 +1,367 @@
-"""The settings of one run: dataclasses, overridden by a recipe (YAML), overridden by `key=value` words.
+"""Settings of a run as pydantic models: the type, default, bounds and description of every setting.
 
-Only `cli` and `stages` read them; everything below takes plain arguments. The comment above a field is its
-documentation, and a recipe need not repeat a default.
+A recipe overrides the defaults, and `key=value` overrides a recipe (see `blockft.config.recipe`). Only `cli`
+and `stages` read settings; all other code takes plain arguments.
 """
 
-from dataclasses import MISSING, dataclass, field
-from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from blockft.config.choices import (
+    AttentionBackend,
+    BadRecordPolicy,
+    DType,
+    Format,
+    Mode,
+    Objective,
+    Order,
+    Positions,
+    Retriever,
+    Role,
+    TooLongPolicy,
+    WeightInit,
+)
 
 
-def at_least(minimum: float, default: Any = MISSING, below: float | None = None) -> Any:
-    """A setting with a smallest value, or one for the length of a list; `recipe` enforces both limits."""
-    given = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    return field(**given, metadata={"minimum": minimum, "below": below})
+def _parse_int(value: Any) -> Any:
+    """Refuse what pydantic would convert silently: `true`, `3.0` and the text "3.0" are not whole numbers."""
+    try:
+        if isinstance(value, str):
+            return int(value)
+    except ValueError as error:
+        raise PydanticCustomError("int_parsing", "not a whole number") from error
+    if isinstance(value, bool | float):
+        raise PydanticCustomError("int_type", "not a whole number")
+    return value
 
 
-class Format(StrEnum):
-    """Layouts of a source file."""
-
-    samples = "samples"
-    hotpotqa = "hotpotqa"
-    two_wiki = "2wikimultihopqa"
-    musique = "musique"
-    squad = "squad"
-    fid = "fid"
-    messages = "messages"
-    alpaca = "alpaca"
-    blocks = "blocks"
+def _refuse_bool(value: Any) -> Any:
+    """Refuse `true` and `false`, which pydantic would convert to 1 and 0."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("float_type", "not a number")
+    return value
 
 
-class Retriever(StrEnum):
-    """How a source's distractors are found and its documents ranked."""
-
-    none = "none"
-    bm25 = "bm25"
-    dense = "dense"
-
-
-class Mode(StrEnum):
-    """Which layout an example is trained or evaluated in."""
-
-    block = "block"
-    full = "full"
+Int = Annotated[int, BeforeValidator(_parse_int)]
+# the bound stands before the validator: in the other order pydantic leaves it out of the JSON Schema
+PositiveInt = Annotated[int, Field(ge=1), BeforeValidator(_parse_int)]
+NonNegativeInt = Annotated[int, Field(ge=0), BeforeValidator(_parse_int)]
+Float = Annotated[float, BeforeValidator(_refuse_bool)]
 
 
-class Order(StrEnum):
-    """How the documents of a prompt are ordered by relevance."""
+class Settings(BaseModel):
+    """A group of settings. Unknown keys are refused, and an assignment is validated."""
 
-    ascending = "ascending"
-    descending = "descending"
-    shuffled = "shuffled"
-    given = "given"
-
-
-class Objective(StrEnum):
-    """What a model learns from."""
-
-    sft = "sft"
-    distill = "distill"
+    model_config = ConfigDict(
+        extra="forbid",
+        validate_assignment=True,
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,
+    )
 
 
-class Positions(StrEnum):
-    """Where the tokens of local blocks stand."""
+class Source(Settings):
+    """One file, glob, folder or Hub dataset to read."""
 
-    reencoded = "reencoded"
-    local = "local"
-
-
-class Role(StrEnum):
-    """The message in which the documents stand."""
-
-    system = "system"
-    user = "user"
-
-
-class BadRecordPolicy(StrEnum):
-    """What a broken record does."""
-
-    error = "error"
-    skip = "skip"
-
-
-class TooLongPolicy(StrEnum):
-    """What happens to a sample longer than a row."""
-
-    drop = "drop"
-    trim = "trim"
-
-
-class AttentionBackend(StrEnum):
-    """Attention backends; `auto` is `flex` on a GPU and `sdpa` elsewhere."""
-
-    auto = "auto"
-    sdpa = "sdpa"
-    flex = "flex"
+    format: Format = Field(description="Format of the records.")
+    path: str = Field(description="A file, a glob, a folder, or the id of a dataset on the Hub.")
+    split: str | None = Field(default=None, description="Split of a Hub dataset. Required for a Hub dataset.")
+    name: str | None = Field(
+        default=None, description="Configuration of a Hub dataset. Required if the dataset has several."
+    )
+    skip_samples: NonNegativeInt = Field(
+        default=0,
+        description="Samples to skip at the start, so that one file can serve training and evaluation.",
+    )
+    max_samples: PositiveInt | None = Field(
+        default=None, description="Largest number of samples to read after the skipped ones. null reads all."
+    )
+    retriever: Retriever = Field(
+        default=Retriever.none,
+        description=(
+            "How the distractors of a question are found. `none` takes the documents of the record (`squad`: "
+            "of the article). `bm25` and `dense` search for documents without the answer until the prompt "
+            "has `data.num_documents`: `fid` searches the documents of the whole source, `squad` those of "
+            "the article. The relevance of every document is then its score in the search."
+        ),
+    )
 
 
-class DType(StrEnum):
-    """The type in which weights are computed with; `auto` is bfloat16 on a GPU and float32 elsewhere."""
+class ModelSettings(Settings):
+    """The model to start from."""
 
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class WeightInit(StrEnum):
-    """Where a run's first weights come from."""
-
-    pretrained = "pretrained"
-    random = "random"
-
-
-@dataclass(kw_only=True)
-class Source:
-    """One file, glob, folder or Hub data set to read."""
-
-    # the layout of its records
-    format: Format
-    # a file, a glob, a folder, or the id of a data set on the Hub
-    path: str
-    # the split, for a data set on the Hub, and its configuration if it has several
-    split: str | None = None
-    name: str | None = None
-    # pass over so many records first, and read no more than so many: one file can train and be asked about
-    skip_samples: int = at_least(0, 0)
-    max_samples: int | None = at_least(1, None)
-    # none takes the documents of the record (squad: of the article); bm25 and dense fill a prompt up to
-    # data.num_documents with those that a search ranks best (fid: from all documents of the source, squad: of
-    # the article) and that hold no answer; its relevance is then the search's score, in every format
-    retriever: Retriever = Retriever.none
+    path: str = Field(description="A local model folder or a model id on the Hub.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit on the Hub.")
+    init: WeightInit = Field(
+        default=WeightInit.pretrained,
+        description=(
+            "`pretrained` loads the weights. `random` reads only config.json and draws the weights with "
+            "`train.seed`."
+        ),
+    )
+    attention: AttentionBackend = Field(
+        default=AttentionBackend.auto,
+        description=(
+            "Attention backend of training. `auto` is `flex` on a GPU and `sdpa` elsewhere. Generation does "
+            "not read this setting."
+        ),
+    )
+    dtype: DType = Field(
+        default=DType.auto,
+        description=(
+            "Type of weights and activations in training. `auto` is `bfloat16` on a GPU and `float32` "
+            "elsewhere."
+        ),
+    )
 
 
-@dataclass(kw_only=True)
-class ModelSettings:
-    # a local folder or a model id on the Hub
-    path: str
-    # branch, tag or commit on the Hub
-    revision: str | None = None
-    # pretrained weights, or random ones from the folder's config.json and `train.seed`
-    init: WeightInit = WeightInit.pretrained
-    # the attention backend of training; answers are computed over cached blocks whatever it says: by sdpa, on
-    # GPUs by a kernel of their own
-    attention: AttentionBackend = AttentionBackend.auto
-    # the type of weights and activations in training
-    dtype: DType = DType.auto
+class PromptSettings(Settings):
+    """The wording of RAG prompts. Fields in braces are filled in.
 
-
-@dataclass(kw_only=True)
-class PromptSettings:
-    """The wording of a RAG prompt; fields in braces are filled in.
-
-    White space that separates stands before a document and the question: a chat template may trim the ends of
-    a message, and a document has to be the same block wherever it stands.
+    White space that separates blocks stands before a document and before the question. A chat template may
+    strip the end of a message, and a document must be the same block wherever it stands.
     """
 
-    # the block before the documents; not blank
-    instruction: str = "Answer the question using the following documents."
-    # one document: {title} and {text}, stripped; an empty title goes with the white space after it
-    document: str = "\n\n{title}\n{text}"
-    # the final block: {question}; white space before it is left out where it starts a message
-    question: str = "\n\nQuestion: {question}\nAnswer in a few words."
-    # the message that holds the documents
-    documents_in: Role = Role.user
+    instruction: str = Field(
+        default="Answer the question using the following documents.",
+        description="The block before the documents. It must not be blank.",
+    )
+    document: str = Field(
+        default="\n\n{title}\n{text}",
+        description=(
+            "The block of one document. {title} and {text} are stripped. An empty title is left out together "
+            "with the white space after it."
+        ),
+    )
+    question: str = Field(
+        default="\n\nQuestion: {question}\nAnswer in a few words.",
+        description=(
+            "The final block, which contains {question}. White space before it is left out where the block "
+            "starts a message."
+        ),
+    )
+    documents_in: Role = Field(default=Role.user, description="The message that holds the documents.")
 
 
-@dataclass(kw_only=True)
-class SplittingSettings:
-    """How the prompts of chats and instructions are cut into blocks."""
+class SplittingSettings(Settings):
+    """How the prompts of chats and instructions are split into blocks."""
 
-    # at most this many blocks in a prompt; the turns of a chat are never joined
-    max_blocks: int = at_least(1, 16)
-    # at least this many tokens in a block, where a message is cut
-    min_block_tokens: int = at_least(1, 8)
-
-
-@dataclass(kw_only=True)
-class DataSettings:
-    # the folder that `prepare` writes and `train` reads
-    output_dir: str
-    # what to train on
-    sources: list[Source] = at_least(1)
-    # tokens in a row: the longest example that can be trained on
-    row_len: int = at_least(1, 4096)
-    # the views of every example that splits into blocks
-    modes: list[Mode] = at_least(1, [Mode.block, Mode.full])
-    # reencoded: a block's tokens stand where the prompt has them, wherever they were cached; local: they stay
-    # at 0..n-1 (the paper's ablation). Training alone reads it, for prepared data serve both;
-    # eval and generate go by what an export says
-    positions: Positions = Positions.reencoded
-    # documents in a RAG prompt, and never less than those that support the answer; null keeps all that the
-    # record has, 0 asks without documents
-    num_documents: int | None = at_least(0, None)
-    # order of the documents: `ascending` puts the most relevant one next to the question
-    order: Order = Order.ascending
-    # questions in a row over the same documents share them in one example, and see them in one order: drawn
-    # by lot, unless it is `given`; squad's articles are cut into sets of num_documents paragraphs, drawn by
-    # lot or, if the source has `retriever`, like one another
-    shared_context: bool = False
-    # questions that share a context at most, null for no limit; squad's sets are drawn anew for those left,
-    # if the article has more paragraphs than num_documents
-    max_questions_per_context: int | None = at_least(1, None)
-    # times that prepare asks every question, as by seed, seed + 1, ...: small data teach more if documents
-    # come in another order and squad's sets are drawn anew (what a search finds stays the same). All else
-    # comes as often; the manifest counts all copies. eval asks once, and train.num_eval_examples has to be 0
-    num_copies: int = at_least(1, 1)
-    # the sentence-transformers model of `retriever: dense`, a folder or an id on the Hub
-    dense_model: str = "sentence-transformers/all-MiniLM-L6-v2"
-    # error names file, line and field; skip counts and lists the record; to eval a question without answers
-    # is one, too
-    on_bad_record: BadRecordPolicy = BadRecordPolicy.error
-    # of a sample longer than a row, or in eval than the model's positions allow: drop it, or trim its least
-    # relevant documents
-    too_long: TooLongPolicy = TooLongPolicy.drop
-    # worker processes for tokenising; 0 is one per core
-    num_workers: int = at_least(0, 0)
-    # seed of every shuffle in `prepare`
-    seed: int = 0
-    prompt: PromptSettings = field(default_factory=PromptSettings)
-    splitting: SplittingSettings = field(default_factory=SplittingSettings)
+    max_blocks: PositiveInt = Field(
+        default=16, description="Largest number of blocks of a prompt. Turns of a chat are never merged."
+    )
+    min_block_tokens: PositiveInt = Field(
+        default=8, description="Smallest number of tokens of a block that results from splitting a message."
+    )
 
 
-@dataclass(kw_only=True)
-class TrainSettings:
-    # the run's folder
-    output_dir: str
-    # DeepSpeed settings: a JSON file, or the name of one that ships (zero0 to zero3, zero2-offload, ...)
-    deepspeed: str = "zero2"
-    # arguments of peft.LoraConfig, to train an adapter ({} for its defaults); null trains all weights
-    lora: dict[str, Any] | None = None
-    # sft: cross entropy of the answers (the paper's); distill: what a teacher with the full view would answer
-    objective: Objective = Objective.sft
-    # of distill: a model with the same tokenizer that teaches every view, frozen, whole on every GPU; null is
-    # the model itself, whose full view teaches its block view
-    teacher: str | None = None
-    # of distill: the teacher's part in the loss where it teaches, above 0 and up to 1; the rest is of sft
-    teacher_weight: float = 1.0
-    # rows in a global batch; a multiple of the number of processes
-    batch_rows: int = at_least(1, 8)
-    # passes over the data
-    num_train_epochs: int = at_least(1, 1)
-    # stop after this many optimizer steps; null runs all epochs
-    max_steps: int | None = at_least(1, None)
-    learning_rate: float = at_least(0, 2e-5)
-    # any scheduler of transformers.Trainer that goes by the step
-    lr_scheduler_type: str = "cosine"
-    # extra arguments of the scheduler
-    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
-    # steps over which the learning rate rises from 0
-    warmup_steps: int = at_least(0, 0)
-    weight_decay: float = at_least(0, 0.0)
-    adam_beta1: float = at_least(0, 0.9, below=1)
-    adam_beta2: float = at_least(0, 0.95, below=1)
-    max_grad_norm: float = at_least(0, 1.0)
-    # compile the model's layers: fewer, larger kernels, for a minute or more at the start of a process
-    torch_compile: bool = False
-    # recompute activations in the backward pass: less memory, a third more time
-    gradient_checkpointing: bool = False
-    # log the loss every so many steps
-    logging_steps: int = at_least(1, 1)
-    # save a checkpoint every so many steps, and at the end
-    save_steps: int = at_least(1, 500)
-    # whole checkpoints kept
-    save_total_limit: int = at_least(1, 2)
-    # examples held out of training: the loss over them is logged for each view
-    num_eval_examples: int = at_least(0, 0)
-    # evaluate every so many steps, beside before the first and at every checkpoint
-    eval_steps: int | None = at_least(1, None)
-    # keep the checkpoint with the lowest evaluation loss, too (in the block view, if `data.modes` has it)
-    keep_best: bool = True
-    # seed of the row order and of random weights
-    seed: int = 0
-    # trackers: none, wandb, tensorboard
-    report_to: list[str] = field(default_factory=lambda: ["none"])
+class DataSettings(Settings):
+    """What to train on, and how prompts are built."""
+
+    output_dir: str = Field(description="Folder that `prepare` writes and `train` reads.")
+    sources: list[Source] = Field(min_length=1, description="Sources of the training data.")
+    row_len: PositiveInt = Field(
+        default=4096, description="Tokens of a packed row. No example can be longer than a row."
+    )
+    modes: list[Mode] = Field(
+        default=[Mode.block, Mode.full],
+        min_length=1,
+        description="Attention modes in which every example that splits into blocks is trained.",
+    )
+    positions: Positions = Field(
+        default=Positions.reencoded,
+        description=(
+            "Positions of the tokens of local blocks. `reencoded`: their index in the prompt. `local`: "
+            "0..n-1 in every block (an ablation of the paper). Only `train` reads this setting; `generate` "
+            "and `eval` read it from the export."
+        ),
+    )
+    num_documents: NonNegativeInt | None = Field(
+        default=None,
+        description=(
+            "Documents of a RAG prompt. Documents that support the answer are always kept. null keeps all "
+            "documents of the record, 0 asks without documents."
+        ),
+    )
+    order: Order = Field(
+        default=Order.ascending,
+        description="Order of the documents. `ascending` puts the most relevant one next to the question.",
+    )
+    shared_context: bool = Field(
+        default=False,
+        description=(
+            "Merge successive questions over the same documents into one example, which holds the documents "
+            "once. The order of the documents is then shuffled, unless `order` is `given`. `squad` divides "
+            "an article into sets of `num_documents` paragraphs: at random, or similar ones together if the "
+            "source has a `retriever`."
+        ),
+    )
+    max_questions_per_context: PositiveInt | None = Field(
+        default=None,
+        description=(
+            "Largest number of questions that share a context. null sets no limit. `squad` draws new sets "
+            "for the remaining questions if the article has more than `num_documents` paragraphs."
+        ),
+    )
+    num_copies: PositiveInt = Field(
+        default=1,
+        description=(
+            "How often `prepare` reads the sources, with seeds `seed`, `seed + 1`, and so on. Small data "
+            "teach more if the order of the documents and the sets of `squad` differ between copies. "
+            "Everything else is repeated unchanged. `eval` uses one copy. Requires `train.num_eval_examples` "
+            "0."
+        ),
+    )
+    dense_model: str = Field(
+        default="sentence-transformers/all-MiniLM-L6-v2",
+        description="The sentence-transformers model of `retriever: dense`: a folder or an id on the Hub.",
+    )
+    on_bad_record: BadRecordPolicy = Field(
+        default=BadRecordPolicy.error,
+        description=(
+            "`error` stops at a bad record and names file, line and field. `skip` counts and lists the "
+            "record. In `eval`, a question without answers is a bad record."
+        ),
+    )
+    too_long: TooLongPolicy = Field(
+        default=TooLongPolicy.drop,
+        description=(
+            "What happens to a sample that is longer than a row (in `eval`: than the model's context). "
+            "`drop` leaves it out. `trim` drops its least relevant documents; among equals the last one goes "
+            "first."
+        ),
+    )
+    num_workers: NonNegativeInt = Field(
+        default=0,
+        description="Worker processes of `prepare`. 0 starts one per core. Does not change the output.",
+    )
+    seed: Int = Field(default=0, description="Seed of all random choices of `prepare`.")
+    prompt: PromptSettings = Field(default_factory=PromptSettings, description="Wording of RAG prompts.")
+    splitting: SplittingSettings = Field(
+        default_factory=SplittingSettings, description="How chats and instructions are split into blocks."
+    )
 
 
-@dataclass(kw_only=True)
-class EvalSettings:
-    # the folder for the report, the predictions and the plot
-    output_dir: str
-    # held-out samples with answers
-    sources: list[Source]
-    modes: list[Mode] = at_least(1, [Mode.block, Mode.full])
-    # the longest answer, in tokens
-    max_new_tokens: int = at_least(1, 32)
-    # evaluate no more than this many samples, one of each source in turn; null is all
-    max_samples: int | None = at_least(1, None)
-    # prompts decoded together
-    batch_size: int = at_least(1, 32)
+class TrainSettings(Settings):
+    """How to train."""
+
+    output_dir: str = Field(description="Folder of the run: checkpoints, metrics and the resolved recipe.")
+    deepspeed: str = Field(
+        default="zero2",
+        description=(
+            "DeepSpeed configuration: a JSON file, or the name of a shipped one (`zero0` to `zero3`, "
+            "`zero2-offload`, ...)."
+        ),
+    )
+    lora: dict[str, Any] | None = Field(
+        default=None,
+        description="Arguments of peft.LoraConfig; {} takes its defaults. null trains all weights.",
+    )
+    objective: Objective = Field(
+        default=Objective.sft,
+        description=(
+            "`sft`: cross entropy of the answers (the paper). `distill`: match the answer distribution of a "
+            "teacher in full mode."
+        ),
+    )
+    teacher: str | None = Field(
+        default=None,
+        description=(
+            "Teacher of `distill`: a model with the same tokenizer. It teaches every mode, is frozen, and is "
+            "held whole on every GPU. null distills the full mode of the trained model into its block mode."
+        ),
+    )
+    teacher_weight: Float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Weight of the distillation loss where the teacher teaches. `sft` has the rest.",
+    )
+    batch_rows: PositiveInt = Field(
+        default=8, description="Rows of a global batch; a multiple of the number of processes."
+    )
+    num_train_epochs: PositiveInt = Field(default=1, description="Passes over the training data.")
+    max_steps: PositiveInt | None = Field(
+        default=None, description="Stop after this number of optimizer steps. null trains all epochs."
+    )
+    learning_rate: Float = Field(default=2e-5, ge=0, description="Peak learning rate.")
+    lr_scheduler_type: str = Field(
+        default="cosine",
+        description="Scheduler of transformers.Trainer. Schedulers that follow a metric are not supported.",
+    )
+    lr_scheduler_kwargs: dict[str, Any] = Field(default={}, description="Further arguments of the scheduler.")
+    warmup_steps: NonNegativeInt = Field(
+        default=0, description="Steps in which the learning rate rises from 0 to its peak."
+    )
+    weight_decay: Float = Field(default=0.0, ge=0, description="Weight decay of AdamW.")
+    adam_beta1: Float = Field(default=0.9, ge=0, lt=1, description="Decay of AdamW's mean of gradients.")
+    adam_beta2: Float = Field(
+        default=0.95, ge=0, lt=1, description="Decay of AdamW's mean of squared gradients."
+    )
+    max_grad_norm: Float = Field(
+        default=1.0, ge=0, description="Gradients are clipped to this norm. 0 does not clip."
+    )
+    torch_compile: bool = Field(
+        default=False,
+        description=(
+            "Compile the model's layers. Faster steps, but each process takes a minute or more longer to "
+            "start."
+        ),
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description=(
+            "Recompute activations in the backward pass. Saves memory and takes about a third more time."
+        ),
+    )
+    logging_steps: PositiveInt = Field(default=1, description="Steps between two log entries.")
+    save_steps: PositiveInt = Field(
+        default=500, description="Steps between two checkpoints. The last step is always saved."
+    )
+    save_total_limit: PositiveInt = Field(default=2, description="Number of checkpoints kept.")
+    num_eval_examples: NonNegativeInt = Field(
+        default=0, description="Examples held out of training, whose loss is logged for each mode."
+    )
+    eval_steps: PositiveInt | None = Field(
+        default=None,
+        description=(
+            "Steps between two evaluations. The held-out loss is also evaluated before the first step and at "
+            "every checkpoint."
+        ),
+    )
+    keep_best: bool = Field(
+        default=True,
+        description=(
+            "Also keep the checkpoint with the lowest held-out loss (in block mode, if `data.modes` has it)."
+        ),
+    )
+    seed: Int = Field(default=0, description="Seed of the row order and of random weights.")
+    report_to: list[str] = Field(default=["none"], description="Trackers: `none`, `wandb`, `tensorboard`.")
 
 
-@dataclass(kw_only=True)
-class Recipe:
-    """One whole run: every verb reads the part that concerns it."""
+class EvalSettings(Settings):
+    """Which questions `blockft eval` asks."""
 
-    model: ModelSettings
-    data: DataSettings
-    train: TrainSettings
-    eval: EvalSettings | None = None
+    output_dir: str = Field(description="Folder of the report, the predictions and the plot.")
+    sources: list[Source] = Field(description="Held-out samples with accepted answers.")
+    modes: list[Mode] = Field(
+        default=[Mode.block, Mode.full],
+        min_length=1,
+        description="Attention modes in which the questions are asked.",
+    )
+    max_new_tokens: PositiveInt = Field(default=32, description="Longest answer, in tokens.")
+    max_samples: PositiveInt | None = Field(
+        default=None,
+        description="Largest number of questions, taken from the sources in turn. null asks all.",
+    )
+    batch_size: PositiveInt = Field(default=32, description="Questions answered together.")
+
+
+class Recipe(Settings):
+    """All settings of a run. Each command reads the sections that it needs."""
+
+    model: ModelSettings = Field(description="The model to start from.")
+    data: DataSettings = Field(description="What to train on, and how prompts are built.")
+    train: TrainSettings = Field(description="How to train.")
+    eval: EvalSettings | None = Field(default=None, description="Which questions `blockft eval` asks.")

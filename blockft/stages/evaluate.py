@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from blockft import __version__
-from blockft.config.settings import BadRecordPolicy, Positions, Recipe, Retriever, Source, TooLongPolicy
+from blockft.config.choices import BadRecordPolicy, Positions, Retriever, TooLongPolicy
+from blockft.config.settings import Recipe, Source
 from blockft.data.sample import Sample, sample_to_record
 from blockft.data.sources import SOURCE_FORMATS
 from blockft.data.tokenizer import tokenizer_fingerprint
@@ -162,7 +162,7 @@ def _options(recipe: Recipe, engine: Engine, asked: EncodedQuestions, revision: 
 def _describe(source: Source, dense_model: str) -> dict[str, Any]:
     """What the report says of a source."""
     searched = {"dense_model": dense_model} if source.retriever is Retriever.dense else {}
-    return asdict(source) | {"format": source.format.value, "retriever": source.retriever.value} | searched
+    return source.model_dump(mode="json") | searched
 
 
 def _answer(

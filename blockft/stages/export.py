@@ -10,8 +10,9 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from blockft import __version__
+from blockft.config.choices import DType
 from blockft.config.recipe import load_recipe
-from blockft.config.settings import DType, Recipe
+from blockft.config.settings import Recipe
 from blockft.errors import UserError
 from blockft.model.checkpoint import consolidate, find_checkpoint, load_reference_logits, read_marker
 from blockft.model.load import (

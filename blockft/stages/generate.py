@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypedDict
 
-from blockft.config.settings import Mode, PromptSettings
+from blockft.config.choices import Mode
+from blockft.config.settings import PromptSettings
 from blockft.data.rag_prompt import RagPrompt
 from blockft.data.sample import Sample
 from blockft.errors import UserError

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
+from blockft.config.choices import AttentionBackend, Mode, Objective, Positions
 from blockft.config.recipe import RECIPES_FOLDER
-from blockft.config.settings import AttentionBackend, Mode, Objective, Positions, Recipe
+from blockft.config.settings import Recipe
 from blockft.data.encoder import Example
 from blockft.data.prepared import Chosen, load_prepared
 from blockft.data.tokenizer import tokenizer_fingerprint

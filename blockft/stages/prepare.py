@@ -1,11 +1,11 @@
 """`blockft prepare`: text -> samples -> examples, in a folder that appears whole or not at all."""
 
-import dataclasses
 import json
 import os
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from itertools import islice
@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from blockft.config.settings import BadRecordPolicy, DataSettings, Recipe, Source, TooLongPolicy
+from blockft.config.choices import BadRecordPolicy, TooLongPolicy
+from blockft.config.settings import DataSettings, Recipe, Source
 from blockft.data.encoder import IGNORE_INDEX, Encoder, Example
 from blockft.data.fit import EncodedSample, encode_samples, share_contexts
 from blockft.data.packing import fill_ratio, list_example_modes, plan_rows
@@ -40,13 +41,13 @@ NOT_IN_MANIFEST = ("output_dir", "num_workers", "positions")
 """Settings that do not change what is written (law 12)."""
 
 
-@dataclasses.dataclass
+@dataclass
 class ExampleStatistics:
     """What the examples look like."""
 
-    lengths: list[int] = dataclasses.field(default_factory=list)
-    splits: list[bool] = dataclasses.field(default_factory=list)
-    num_blocks: list[int] = dataclasses.field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    splits: list[bool] = field(default_factory=list)
+    num_blocks: list[int] = field(default_factory=list)
     num_labels: int = 0
 
     def add(self, example: Example) -> None:
@@ -56,7 +57,7 @@ class ExampleStatistics:
         self.num_labels += int((example.labels != IGNORE_INDEX).sum())
 
 
-@dataclasses.dataclass
+@dataclass
 class SourceStatistics(RecordCounts):
     """A source's tally, and what is known only once its samples are encoded."""
 
@@ -64,7 +65,7 @@ class SourceStatistics(RecordCounts):
     tokens: int = 0
     shortest_dropped: int | None = None
     # apart from `bad_records`: how far reading is ahead of encoding depends on the workers (law 12)
-    unfit_samples: list[str] = dataclasses.field(default_factory=list)
+    unfit_samples: list[str] = field(default_factory=list)
 
     def add(self, outcome: EncodedSample) -> None:
         if not outcome.dropped:
@@ -116,7 +117,7 @@ def _read_copies(source: Source, data: DataSettings, count: SourceStatistics) ->
     """The samples of a source as often as there are copies, each time by another seed; see `read_source`."""
     tallies = [RecordCounts() for _ in range(data.num_copies)]
     copies = [
-        read_source(source, dataclasses.replace(data, seed=data.seed + number), tally)
+        read_source(source, data.model_copy(update={"seed": data.seed + number}), tally)
         for number, tally in enumerate(tallies)
     ]
 
@@ -210,7 +211,7 @@ def _nothing_left(data: DataSettings, counts: list[SourceStatistics]) -> str:
 def _manifest(
     recipe: Recipe, tokenizer: str, counts: list[SourceStatistics], statistics: ExampleStatistics
 ) -> dict[str, Any]:
-    options = dataclasses.asdict(recipe.data)
+    options = recipe.data.model_dump(mode="json")
     for name in NOT_IN_MANIFEST:
         del options[name]
     return {

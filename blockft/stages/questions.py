@@ -8,8 +8,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from blockft.config.choices import BadRecordPolicy, Format
 from blockft.config.recipe import build_recipe, find_recipe
-from blockft.config.settings import BadRecordPolicy, Format, Recipe, Source
+from blockft.config.settings import Recipe, Source
 from blockft.data.sample import Sample
 from blockft.data.sources import SOURCE_FORMATS, RecordCounts, find_source_files
 from blockft.data.split import SPLIT_FORMATS

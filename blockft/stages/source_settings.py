@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from blockft.config.settings import BadRecordPolicy, DataSettings, Order, PromptSettings, Retriever, Source
+from blockft.config.choices import BadRecordPolicy, Order, Retriever
+from blockft.config.settings import DataSettings, PromptSettings, Source
 from blockft.data.rag_prompt import RagPrompt
 from blockft.data.sample import Sample
 from blockft.data.sources import SOURCE_FORMATS, RecordCounts, read_samples

@@ -13,8 +13,9 @@ from rich.table import Table
 from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
+from blockft.config.choices import Objective, WeightInit
 from blockft.config.recipe import dump_recipe
-from blockft.config.settings import Objective, Recipe, WeightInit
+from blockft.config.settings import Recipe
 from blockft.errors import UserError
 from blockft.model.checkpoint import read_marker, remove_incomplete
 from blockft.model.fingerprint import model_fingerprint

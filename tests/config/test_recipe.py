@@ -1,13 +1,16 @@
-"""Overrides: a word that is wrong is named, not the recipe that it changes."""
+"""Reading a recipe: conversions, and error messages that name the override or the file at fault."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from blockft.config.recipe import build_recipe
+from blockft.config.choices import Mode, Retriever
+from blockft.config.recipe import build_recipe, dump_recipe, list_recipes, load_recipe
 from blockft.errors import UserError
 
-GIVEN: dict[str, Any] = {
+SETTINGS: dict[str, Any] = {
     "model": {"path": "m"},
     "data": {"output_dir": "o", "sources": [{"format": "samples", "path": "p"}]},
     "train": {"output_dir": "o"},
@@ -15,47 +18,105 @@ GIVEN: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("override", "message"),
     [
         ("data.sources.9.path=3", "cannot be set: list index out of range"),
         ("data.sources.x.path=3", "cannot be set: Index 'x' (str) is not an int"),
         ("train.lora={r: ", "cannot be set: while parsing"),
-        (
-            "data.row_len=1e3",
-            ": Value '1e3' of type 'str' could not be converted to Integer (at data.row_len)",
-        ),
+        ("data.row_len=1e3", ": data.row_len is '1e3', it should be an integer"),
+        ("data.row_len=3.5", ": data.row_len is 3.5, it should be an integer"),
+        ("data.row_len=3.0", ": data.row_len is 3.0, it should be an integer"),
+        ("data.row_len='3.0'", ": data.row_len is '3.0', it should be an integer"),
+        ("data.row_len=true", ": data.row_len is True, it should be an integer"),
+        ("data.seed=[1]", ": data.seed is [1], it should be an integer"),
+        ("data.row_len=null", ": data.row_len is missing"),
+        ("data.output_dir=???", ": data.output_dir is missing"),
         ("data.row_len=0", ": data.row_len is 0, it should be at least 1"),
+        ("train.learning_rate=true", ": train.learning_rate is True, it should be a number"),
         ("train.learning_rate=-1e-4", ": train.learning_rate is -1e-4, it should be at least 0"),
         ("train.learning_rate=.nan", ": train.learning_rate is nan, it should be finite"),
         ("train.max_grad_norm=inf", ": train.max_grad_norm is inf, it should be finite"),
         ("train.adam_beta2=1.0", ": train.adam_beta2 is 1.0, it should be below 1"),
-        ("train.weight_decay=x", ": Value 'x' of type 'str' could not be converted to Float"),
+        ("train.teacher_weight=0", ": train.teacher_weight is 0, it should be above 0"),
+        ("train.teacher_weight=2", ": train.teacher_weight is 2, it should be at most 1"),
+        ("train.weight_decay=x", ": train.weight_decay is 'x', it should be a number"),
+        ("train.torch_compile=maybe", ": train.torch_compile is 'maybe', it should be true or false"),
+        ("train.report_to=wandb", ": train.report_to is 'wandb', it should be a list"),
+        ("train.lora=yes", ": train.lora is True, it should be a mapping"),
+        ("model.path=[a]", ": model.path is ['a'], it should be a string"),
+        ("model=m", ": model is 'm', it should hold path, revision, init, attention, dtype"),
         ("data.sources=[]", ": data.sources is [], it should hold at least 1"),
         ("data.sources=[{path: p}]", ": data.sources[0].format is missing"),
-        ("data.sources.0.format=csv", ": data.sources[0].format is 'csv' (allowed: "),
+        ("data.sources.0.format=csv", ": data.sources[0].format is 'csv' (allowed: samples, hotpotqa, "),
+        ("data.modes=[block, half]", ": data.modes[1] is 'half' (allowed: block, full)"),
         ("data.sources[0].max_samples=0", ": data.sources[0].max_samples is 0"),
+        ("data.sources[0].pth=x", ": unknown key data.sources[0].pth (did you mean data.sources[0].path?)"),
         ("tran.seed=1", ": unknown key tran (did you mean train?)"),
+        ("learning_rate=1", ": unknown key learning_rate (did you mean train.learning_rate?)"),
+        ("model.xyz=1", ": unknown key model.xyz (allowed: path, revision, init, attention, dtype)"),
         ("data.output_dir=${none}", ": Interpolation key 'none' not found (at data.output_dir)"),
     ],
 )
-def test_an_override_that_is_wrong_is_named(word: str, said: str) -> None:
+def test_a_wrong_override_is_named(override: str, message: str) -> None:
     with pytest.raises(UserError) as raised:
-        build_recipe(GIVEN, ["data.seed=1", word, "train.seed=1"], "r.yaml")
-    message = str(raised.value)
-    assert message.startswith(word.rstrip()) and said in message
-    assert "\n" not in message and "full_key" not in message and "r.yaml" not in message
+        build_recipe(SETTINGS, ["data.seed=1", override, "train.seed=1"], "r.yaml")
+    found = str(raised.value)
+    assert found.startswith(override.rstrip()) and message in found
+    assert "\n" not in found and "full_key" not in found and "r.yaml" not in found
 
 
-def test_the_recipe_is_named_for_its_own_faults() -> None:
-    given = GIVEN | {"train": {"seed": 1}}
+def test_all_faults_are_reported_with_their_origin() -> None:
+    settings = SETTINGS | {"train": {"seed": 1}}
     with pytest.raises(UserError) as raised:
-        build_recipe(given, ["data.row_len=0", "train.seed=2"], "r.yaml")
+        build_recipe(settings, ["data.row_len=0", "train.seed=2", "data.seed=x"], "r.yaml")
     assert str(raised.value) == (
-        "data.row_len=0: data.row_len is 0, it should be at least 1; r.yaml: train.output_dir is missing"
+        "data.row_len=0: data.row_len is 0, it should be at least 1; "
+        "data.seed=x: data.seed is 'x', it should be an integer; "
+        "r.yaml: train.output_dir is missing"
     )
     with pytest.raises(UserError, match=r"^r\.yaml: data\.sources is \[\], it should hold at least 1$"):
-        build_recipe(GIVEN | {"data": {"output_dir": "o", "sources": []}}, ["data.seed=1"], "r.yaml")
+        build_recipe(SETTINGS | {"data": {"output_dir": "o", "sources": []}}, ["data.seed=1"], "r.yaml")
 
 
-def test_large_numbers_are_no_fault_of_their_bounds() -> None:
-    assert build_recipe(GIVEN, [f"data.row_len={10**400}"], "r.yaml").data.row_len == 10**400
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("train.learning_rate=1e-4", 1e-4),
+        ("train.learning_rate=1", 1.0),
+        ("train.max_steps='5'", 5),
+        ("train.max_steps=null", None),
+        ("train.torch_compile=on", True),
+        ("train.teacher=7", "7"),
+        ("train.deepspeed=${model.path}", "m"),
+        (f"train.batch_rows={10**400}", 10**400),
+    ],
+)
+def test_values_are_converted_to_the_type_of_the_setting(override: str, value: object) -> None:
+    recipe = build_recipe(SETTINGS, [override], "r.yaml")
+    found = getattr(recipe.train, override.partition("=")[0].removeprefix("train."))
+    assert found == value and type(found) is type(value)
+
+
+def test_choices_are_enums_and_an_assignment_is_validated() -> None:
+    recipe = build_recipe(SETTINGS, ["data.sources.0.retriever=bm25"], "r.yaml")
+    assert recipe.data.sources[0].retriever is Retriever.bm25 and recipe.data.modes == [Mode.block, Mode.full]
+    with pytest.raises(ValidationError):
+        recipe.train.batch_rows = 0
+    with pytest.raises(ValidationError):
+        recipe.train.batch_size = 1  # type: ignore[attr-defined]
+
+
+def test_defaults_are_not_shared_between_recipes() -> None:
+    one, other = (build_recipe(SETTINGS, [], "r.yaml") for _ in range(2))
+    one.data.modes.pop()
+    one.train.lr_scheduler_kwargs["power"] = 2
+    assert len(other.data.modes) == 2 and not other.train.lr_scheduler_kwargs
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_a_dumped_recipe_is_read_back(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name, ["train.lora={r: 8, key: null}", "train.learning_rate=1e-5"])
+    recipe.model.revision = "1e5"
+    recipe.data.prompt.instruction = "Zür ${x} \\${y} 'z' \\n:\n- yes\n"
+    (tmp_path / "r.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(str(tmp_path / "r.yaml")) == recipe

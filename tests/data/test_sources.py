@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from blockft.config.settings import Format
+from blockft.config.choices import Format
 from blockft.data.rag_prompt import RagPrompt
 from blockft.data.sample import Sample, sample_to_record
 from blockft.data.sources import SOURCE_FORMATS, RecordCounts, read_samples

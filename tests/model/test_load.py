@@ -14,7 +14,7 @@ from transformers.models.llama import LlamaConfig
 
 from blockft.attention.backends import AttentionMasks
 from blockft.attention.layout import Layout, build_metadata
-from blockft.config.settings import DType
+from blockft.config.choices import DType
 from blockft.errors import UserError
 from blockft.model.load import (
     attention_windows,

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from blockft.config.settings import DataSettings, Format, ModelSettings, Recipe, Source, TrainSettings
+from blockft.config.choices import Format
+from blockft.config.settings import DataSettings, ModelSettings, Recipe, Source, TrainSettings
 from blockft.data.sample import sample_to_record
 from tests.data.toys import rag_sample, save_toy_tokenizer
 

@@ -1,25 +1,14 @@
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
-from blockft.config.settings import (
-    BadRecordPolicy,
-    Format,
-    ModelSettings,
-    Order,
-    PromptSettings,
-    Recipe,
-    Retriever,
-    Source,
-    SplittingSettings,
-    TooLongPolicy,
-)
+from blockft.config.choices import BadRecordPolicy, Format, Order, Retriever, TooLongPolicy
+from blockft.config.settings import ModelSettings, PromptSettings, Recipe, Source, SplittingSettings
 from blockft.data.chat_template import TemplateMismatch
 from blockft.data.encoder import Encoder
 from blockft.data.prepared import load_prepared
@@ -143,7 +132,7 @@ def test_options_that_would_do_nothing(make_recipe: Make, options: dict[str, Any
 def test_copies_are_taken_where_lots_are_drawn(
     make_recipe: Make, tmp_path: Path, options: dict[str, Any], varies: bool
 ) -> None:
-    source = replace(squad_source(tmp_path, "ABCDEF"), retriever=options.get("retriever", Retriever.none))
+    source = squad_source(tmp_path, "ABCDEF", retriever=options.get("retriever", Retriever.none))
     options = {name: value for name, value in options.items() if name != "retriever"} | {"sources": [source]}
     one, other = (samples_of(prepare(make_recipe(**options, seed=seed), overwrite=True)) for seed in (0, 1))
     assert (one != other) is varies
@@ -208,11 +197,11 @@ def empty(recipe: Recipe) -> Recipe:
 
 
 def with_data(**settings: Any) -> Callable[[Recipe], Recipe]:
-    return lambda recipe: replace(recipe, data=replace(recipe.data, **settings))
+    return lambda recipe: recipe.model_copy(update={"data": recipe.data.model_copy(update=settings)})
 
 
 def with_model(path: str) -> Callable[[Recipe], Recipe]:
-    return lambda recipe: replace(recipe, model=ModelSettings(path=path))
+    return lambda recipe: recipe.model_copy(update={"model": ModelSettings(path=path)})
 
 
 @pytest.mark.parametrize(
@@ -240,10 +229,10 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(
     assert not out.parent.exists() or not list(out.parent.iterdir())
 
 
-def squad_source(folder: Path, titles: str = "AB") -> Source:
+def squad_source(folder: Path, titles: str = "AB", retriever: Retriever = Retriever.none) -> Source:
     path = folder / "squad.json"
     path.write_text(json.dumps({"data": [article(title) for title in titles]}))
-    return Source(format=Format.squad, path=str(path))
+    return Source(format=Format.squad, path=str(path), retriever=retriever)
 
 
 def test_the_manifest_accounts_for_every_record(make_recipe: Make, tmp_path: Path) -> None:
@@ -288,7 +277,7 @@ def test_chats_are_cut_and_give_a_sample_per_answer(make_recipe: Make, tmp_path:
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_law_12_retrieval_gives_the_same_bytes(make_recipe: Make, tmp_path: Path, num_workers: int) -> None:
-    source = replace(squad_source(tmp_path, "ABCDEFGHI"), retriever=Retriever.bm25)
+    source = squad_source(tmp_path, "ABCDEFGHI", retriever=Retriever.bm25)
     options: dict[str, Any] = {"sources": [source], "num_documents": 3, "order": Order.shuffled}
     one, other = (
         prepare(make_recipe(**options, num_workers=n, output_dir=str(tmp_path / "by" / str(n))))

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from blockft.config.choices import Format, Order, Retriever, Role
 from blockft.config.recipe import load_recipe
-from blockft.config.settings import DataSettings, Format, Order, PromptSettings, Retriever, Role, Source
+from blockft.config.settings import DataSettings, PromptSettings, Source
 from blockft.data.sample import Sample
 from blockft.data.sources import SOURCE_FORMATS, RecordCounts
 from blockft.errors import UserError
@@ -27,8 +28,11 @@ COUNTS = {
 """Records in the sources of the recipe: every one gives a sample."""
 
 
+SOURCE = Source(format=Format.samples, path="samples.jsonl")
+
+
 def settings(**changes: Any) -> DataSettings:
-    return DataSettings(**{"output_dir": "out", "sources": []} | changes)
+    return DataSettings(**{"output_dir": "out", "sources": [SOURCE]} | changes)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,107 @@
+"""Values that a setting can be chosen from. Imports nothing heavy, so that the command line starts fast."""
+
+from enum import StrEnum
+
+
+class Format(StrEnum):
+    """Format of the records of a source."""
+
+    samples = "samples"
+    hotpotqa = "hotpotqa"
+    two_wiki = "2wikimultihopqa"
+    musique = "musique"
+    squad = "squad"
+    fid = "fid"
+    messages = "messages"
+    alpaca = "alpaca"
+    blocks = "blocks"
+
+
+class Retriever(StrEnum):
+    """Search that ranks the documents of a question and finds its distractors."""
+
+    none = "none"
+    bm25 = "bm25"
+    dense = "dense"
+
+
+class Mode(StrEnum):
+    """Attention of a prompt: independent blocks, or one block."""
+
+    block = "block"
+    full = "full"
+
+
+class Order(StrEnum):
+    """Order of the documents of a prompt by relevance."""
+
+    ascending = "ascending"
+    descending = "descending"
+    shuffled = "shuffled"
+    given = "given"
+
+
+class Objective(StrEnum):
+    """Training objective: cross entropy of the answers, or distillation from a teacher."""
+
+    sft = "sft"
+    distill = "distill"
+
+
+class Positions(StrEnum):
+    """Positions of the tokens of local blocks: their index in the prompt, or in their block."""
+
+    reencoded = "reencoded"
+    local = "local"
+
+
+class Role(StrEnum):
+    """Role of the message that holds the documents."""
+
+    system = "system"
+    user = "user"
+
+
+class BadRecordPolicy(StrEnum):
+    """Treatment of a record that cannot be read."""
+
+    error = "error"
+    skip = "skip"
+
+
+class TooLongPolicy(StrEnum):
+    """Treatment of a sample that is longer than a row."""
+
+    drop = "drop"
+    trim = "trim"
+
+
+class AttentionBackend(StrEnum):
+    """Attention backend; `auto` is `flex` on a GPU and `sdpa` elsewhere."""
+
+    auto = "auto"
+    sdpa = "sdpa"
+    flex = "flex"
+
+
+class DType(StrEnum):
+    """Type of weights and activations; `auto` is `bfloat16` on a GPU and `float32` elsewhere."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class WeightInit(StrEnum):
+    """Origin of the weights that a run starts from."""
+
+    pretrained = "pretrained"
+    random = "random"
+
+
+class Metric(StrEnum):
+    """Score of an answer against the accepted answers."""
+
+    substring_match = "substring_match"
+    exact_match = "exact_match"
+    token_f1 = "token_f1"
