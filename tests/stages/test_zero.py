@@ -1,9 +1,9 @@
-"""Two ranks under ZeRO 0 to 3, all weights and LoRA: killed, resumed and exported; laws 8, 9, 10."""
+"""Runs on two ranks under ZeRO 0 to 3, of all weights and of LoRA: killed, stopped, resumed and exported."""
 
 import json
+import re
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,9 +30,10 @@ from blockft.outputs import METRICS, read_metrics
 from blockft.stages.export import export
 from blockft.stages.prepare import prepare
 from blockft.training.launch import SHARED_MEMORY
+from tests import commands
+from tests.commands import Ranks, all_logged, logged, run_ranks, start_ranks
 from tests.run import toy_recipe
 
-ROOT = Path(__file__).parents[2]
 SETTINGS = (
     "train.num_train_epochs=3",
     "train.save_steps=7",
@@ -41,19 +42,30 @@ SETTINGS = (
 )
 LORA = "train.lora={r: 8, lora_alpha: 16}"
 RUNS = [(stage, adapter) for adapter in (False, True) for stage in (1, 2, 3)]
+LOSSES = ("loss", "eval_loss_block", "eval_loss_full")
 
-Train = Callable[..., Path]
-
-
-def command(folder: Path, run: Path, *words: str) -> list[str]:
-    given = [f"train.output_dir={run}", *SETTINGS, *words, "--num-gpus", "2"]
-    return [sys.executable, "-m", "blockft", "train", str(folder / "recipe.yaml"), *given]
+TrainOnce = Callable[[int, bool], Path]
+Killed = Callable[[int], Path]
 
 
-def alone(folder: Path, run: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Train with one process."""
-    words = (*command(folder, run, *words), "--num-gpus", "1")
-    return subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+def train(run: Path, *overrides: str, num_ranks: int = 2) -> None:
+    """Train with the toy recipe that lies beside the run."""
+    commands.train(run.parent / "recipe.yaml", run, *SETTINGS, *overrides, num_ranks=num_ranks)
+
+
+def start(run: Path, stage: int) -> Ranks:
+    recipe, zero = run.parent / "recipe.yaml", f"train.deepspeed=zero{stage}"
+    return start_ranks("train", recipe, f"train.output_dir={run}", *SETTINGS, zero, num_ranks=2)
+
+
+def wait_for_step(run: Path, step: int, is_running: Callable[[], bool]) -> None:
+    """Wait until a run has logged a step."""
+    while is_running():
+        text = (run / METRICS).read_text() if (run / METRICS).exists() else ""
+        if f'"step": {step}, "loss"' in text:
+            return
+        time.sleep(0.005)
+    raise AssertionError("the run ended before the step")
 
 
 @pytest.fixture(scope="module")
@@ -64,34 +76,40 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def train(folder: Path) -> Train:
-    """Trains on two ranks, once for each choice of settings."""
+def train_once(folder: Path) -> TrainOnce:
+    """A function that trains on two ranks, once for each choice of ZeRO stage and adapter."""
 
-    def run_of(stage: int, adapter: bool) -> Path:
+    def train_or_reuse(stage: int, adapter: bool) -> Path:
         run = folder / f"run-{stage}-{'lora' if adapter else 'full'}"
         if not run.exists():
-            words = (f"train.deepspeed=zero{stage}", *([LORA] if adapter else []))
-            done = subprocess.run(command(folder, run, *words), capture_output=True, text=True, cwd=ROOT)
-            assert done.returncode == 0, done.stderr
+            train(run, f"train.deepspeed=zero{stage}", *([LORA] if adapter else []))
         return run
 
-    return run_of
+    return train_or_reuse
 
 
-def test_law_8_one_process_gives_the_losses_of_two(train: Train, folder: Path) -> None:
-    run = folder / "alone"
-    done = alone(folder, run, "train.deepspeed=zero0")
-    assert done.returncode == 0, done.stderr
-    for name in ("loss", "eval_loss_block", "eval_loss_full"):
-        found, expected = (
-            [line[name] for line in read_metrics(r) if name in line] for r in (run, train(2, False))
-        )
-        assert_close(found, expected, rtol=1e-5, atol=0)
+@pytest.fixture(scope="module")
+def killed(folder: Path) -> Killed:
+    """A function that returns a run whose two ranks were killed after step 8, once for each ZeRO stage."""
+
+    def kill_or_reuse(stage: int) -> Path:
+        run = folder / f"killed-{stage}"
+        if not run.exists():
+            ranks = start(run, stage)
+            wait_for_step(run, 8, ranks.is_alive)
+            ranks.send_signal(signal.SIGKILL)
+            ranks.wait()
+            assert not list(SHARED_MEMORY.glob(f"deepspeed*_{ranks.port}_*"))
+        return run
+
+    return kill_or_reuse
 
 
-def curve(run: Path) -> list[dict[str, Any]]:
-    """All that was logged, but the speed."""
-    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in read_metrics(run)]
+def test_one_rank_gives_the_losses_of_two(train_once: TrainOnce, folder: Path) -> None:
+    run = folder / "one-rank"
+    train(run, "train.deepspeed=zero0", num_ranks=1)
+    for name in LOSSES:
+        assert_close(logged(run, name), logged(train_once(2, False), name), rtol=1e-5, atol=0)
 
 
 def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -100,29 +118,30 @@ def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-@pytest.mark.parametrize(("stage", "adapter"), [(s, adapter) for s, adapter in RUNS if s != 2])
-def test_law_8_every_stage_gives_the_same_losses(train: Train, stage: int, adapter: bool) -> None:
-    lines, reference = (read_metrics(train(s, adapter)) for s in (stage, 2))
-    assert [line["step"] for line in reference if "loss" in line] == list(range(1, 13))
-    assert [line["step"] for line in reference if "eval_loss_block" in line] == [0, 7, 12]
-    for name in ("loss", "eval_loss_block", "eval_loss_full"):
-        found, expected = ([line[name] for line in of if name in line] for of in (lines, reference))
+@pytest.mark.parametrize(("stage", "adapter"), [(stage, adapter) for stage, adapter in RUNS if stage != 2])
+def test_every_zero_stage_gives_the_same_losses(train_once: TrainOnce, stage: int, adapter: bool) -> None:
+    run, reference = train_once(stage, adapter), train_once(2, adapter)
+    lines = read_metrics(reference)
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
+    assert [line["step"] for line in lines if "eval_loss_block" in line] == [0, 7, 12]
+    for name in LOSSES:
+        expected = logged(reference, name)
         assert expected[-1] < expected[0] - 0.5
-        assert_close(found, expected, rtol=1e-5, atol=0)
+        assert_close(logged(run, name), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(("stage", "adapter"), RUNS)
-def test_law_10_an_export_gives_the_runs_logits_and_answers(
-    train: Train, folder: Path, stage: int, adapter: bool
+def test_an_export_gives_the_logits_of_its_run_and_answers(
+    train_once: TrainOnce, folder: Path, stage: int, adapter: bool
 ) -> None:
-    run = train(stage, adapter)
+    run = train_once(stage, adapter)
     out = export(run, folder / f"export-{stage}-{adapter}", max_shard_size="20KB")
     assert len(list(out.glob("model-*.safetensors"))) > 1
     ids, expected = load_reference_logits(find_checkpoint(run))
     model = AutoModelForCausalLM.from_pretrained(out)
     assert_close(logits_of(model, ids), expected, rtol=1e-5, atol=1e-5)
     before = AutoModelForCausalLM.from_pretrained(folder / "model")
-    assert not torch.allclose(logits_of(before, ids), expected, atol=1e-2), "nothing learnt"
+    assert not torch.allclose(logits_of(before, ids), expected, atol=1e-2), "the run changed nothing"
     prompt = AutoTokenizer.from_pretrained(out).apply_chat_template(
         [{"role": "user", "content": "Answer.\na=7\na?"}], add_generation_prompt=True, return_tensors="pt"
     )
@@ -131,8 +150,10 @@ def test_law_10_an_export_gives_the_runs_logits_and_answers(
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_law_10_an_adapter_on_its_base_equals_the_run(train: Train, folder: Path, stage: int) -> None:
-    run = train(stage, adapter=True)
+def test_an_adapter_on_its_base_model_gives_the_logits_of_its_run(
+    train_once: TrainOnce, folder: Path, stage: int
+) -> None:
+    run = train_once(stage, True)
     out = export(run, folder / f"adapter-{stage}", adapter_only=True)
     assert not list(out.glob("model*.safetensors"))
     ids, expected = load_reference_logits(find_checkpoint(run))
@@ -142,152 +163,126 @@ def test_law_10_an_adapter_on_its_base_equals_the_run(train: Train, folder: Path
     assert load_config(str(out)).block_attention["version"] == 1
 
 
-def test_the_adapter_of_a_run_of_all_weights_is_refused(train: Train, folder: Path) -> None:
+def test_a_run_of_all_weights_has_no_adapter_to_export(train_once: TrainOnce, folder: Path) -> None:
     with pytest.raises(UserError, match="adapter"):
-        export(train(2, adapter=False), folder / "none", adapter_only=True)
+        export(train_once(2, False), folder / "none", adapter_only=True)
 
 
-def test_the_best_checkpoint_is_kept_and_exported(train: Train, folder: Path) -> None:
+def test_the_best_checkpoint_is_kept_and_exported(folder: Path) -> None:
     run = folder / "best"
-    words = (
+    train(
+        run,
         "train.learning_rate=1",
         "train.lr_scheduler_type=constant",
         "train.save_steps=1",
         "train.max_steps=4",
     )
-    done = subprocess.run(command(folder, run, *words), capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
     losses = {
         line["step"]: line["eval_loss_block"] for line in read_metrics(run) if "eval_loss_block" in line
     }
     best = min((step for step in losses if step), key=losses.__getitem__)
-    assert best != 4, "the settings make it worse and worse"
+    assert best != 4, "the learning rate is so high that the loss must rise"
     assert [path.name for path in complete_checkpoints(run)] == [f"checkpoint-{best}", "checkpoint-4"]
     assert best_checkpoint(run) == find_checkpoint(run, best=True) == run / f"checkpoint-{best}"
     assert read_marker(run / "checkpoint-4")["eval_losses"]["block"] == losses[4]
 
 
-def processes_of(launched: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    parent = psutil.Process(launched.pid)
-    return [*parent.children(recursive=True), parent]
-
-
-def wait_for_step(run: Path, step: int, launched: subprocess.Popen[bytes]) -> None:
-    """Until a step is logged."""
-    while launched.poll() is None:
-        text = (run / METRICS).read_text() if (run / METRICS).exists() else ""
-        if f'"step": {step}, "loss"' in text:
-            return
-        time.sleep(0.005)
-    raise AssertionError("the run ended too early")
-
-
-def start(folder: Path, run: Path, stage: int) -> subprocess.Popen[bytes]:
-    words = command(folder, run, f"train.deepspeed=zero{stage}")
-    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def resume(folder: Path, run: Path, stage: int) -> None:
-    words = command(folder, run, f"train.deepspeed=zero{stage}", "--resume")
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.parametrize("stage", [2, 3])
-def test_law_9_a_run_killed_between_two_checkpoints_goes_on_as_if_it_had_not_been(
-    train: Train, folder: Path, stage: int
+def test_a_run_killed_between_two_checkpoints_resumes_as_if_never_killed(
+    train_once: TrainOnce, killed: Killed, folder: Path, stage: int
 ) -> None:
-    run = folder / f"killed-{stage}"
-    shared_memory = set(SHARED_MEMORY.glob("deepspeed*"))
-    launched = start(folder, run, stage)
-    wait_for_step(run, 8, launched)
-    for process in processes_of(launched):
-        process.send_signal(signal.SIGKILL)
-    launched.wait()
-    assert set(SHARED_MEMORY.glob("deepspeed*")) <= shared_memory
+    run = shutil.copytree(killed(stage), folder / f"resumed-{stage}")
     assert [path.name for path in complete_checkpoints(run)] == ["checkpoint-7"]
     assert 8 <= read_metrics(run)[-1]["step"] < 12
-    resume(folder, run, stage)
-    assert curve(run) == curve(train(stage, adapter=False))
-
-
-def test_law_9_a_run_asked_to_stop_saves_and_goes_on(train: Train, folder: Path) -> None:
-    run = folder / "stopped"
-    launched = start(folder, run, 3)
-    wait_for_step(run, 6, launched)
-    launched.send_signal(signal.SIGTERM)
-    assert launched.wait() == 130
-    last = find_checkpoint(run)
-    assert read_marker(last)["step"] == read_metrics(run)[-1]["step"] < 12
-    resume(folder, run, 3)
-    assert curve(run) == curve(train(3, False))
+    train(run, f"train.deepspeed=zero{stage}", "--resume")
+    assert all_logged(run) == all_logged(train_once(stage, False))
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_law_9_a_run_goes_on_with_another_number_of_processes(train: Train, folder: Path, stage: int) -> None:
-    """From two to one after a kill."""
-    run = folder / f"recut-{stage}"
-    launched = start(folder, run, stage)
-    wait_for_step(run, 8, launched)
-    for process in processes_of(launched):
-        process.send_signal(signal.SIGKILL)
-    launched.wait()
-    zero = f"train.deepspeed=zero{stage}"
-    done = alone(folder, run, zero, "--resume")
-    assert done.returncode == 0, done.stderr
+def test_a_run_of_two_ranks_resumes_on_one(
+    train_once: TrainOnce, killed: Killed, folder: Path, stage: int
+) -> None:
+    run = shutil.copytree(killed(stage), folder / f"one-rank-{stage}")
+    train(run, f"train.deepspeed=zero{stage}", "--resume", num_ranks=1)
     assert not (run / ".universal").exists()
-    found, expected = (
-        [line["loss"] for line in curve(r) if "loss" in line] for r in (run, train(stage, False))
-    )
-    assert found[:7] == expected[:7]
-    assert_close(found, expected, rtol=1e-3, atol=0)
+    losses, expected = logged(run), logged(train_once(stage, False))
+    assert losses[:7] == expected[:7]
+    assert_close(losses, expected, rtol=1e-3, atol=0)
 
 
-def test_a_finished_run_is_not_resumed_and_one_without_checkpoint_begins_anew(folder: Path) -> None:
+def check_stopped_run_resumes(run: Path, exit_code: int, expected: Path) -> None:
+    """A run that SIGTERM stopped has saved its last step, and resumes as if never stopped."""
+    assert exit_code == 130
+    assert read_marker(find_checkpoint(run))["step"] == read_metrics(run)[-1]["step"] < 12
+    train(run, "train.deepspeed=zero3", "--resume")
+    assert all_logged(run) == all_logged(expected)
+
+
+def test_sigterm_makes_the_ranks_save_and_the_run_resumes(train_once: TrainOnce, folder: Path) -> None:
+    run = folder / "stopped"
+    ranks = start(run, 3)
+    wait_for_step(run, 6, ranks.is_alive)
+    ranks.send_signal(signal.SIGTERM)
+    check_stopped_run_resumes(run, ranks.wait().returncode, train_once(3, False))
+
+
+@pytest.mark.slow  # the launcher starts five interpreters
+def test_the_command_line_passes_sigterm_on_to_its_ranks(train_once: TrainOnce, folder: Path) -> None:
+    run = folder / "stopped-launcher"
+    overrides = (f"train.output_dir={run}", *SETTINGS, "train.deepspeed=zero3")
+    process = commands.start("blockft", "train", folder / "recipe.yaml", *overrides, "--num-gpus", "2")
+    wait_for_step(run, 6, lambda: process.poll() is None)
+    # the child of `timeout`, which would end with a code of its own
+    (command,) = psutil.Process(process.pid).children()
+    command.send_signal(signal.SIGTERM)
+    process.communicate()
+    check_stopped_run_resumes(run, process.returncode, train_once(3, False))
+
+
+def test_a_finished_run_is_left_as_it_is_and_a_run_without_a_checkpoint_starts_again(folder: Path) -> None:
     run = folder / "early"
-    done = alone(folder, run, "train.max_steps=3")
-    assert done.returncode == 0, done.stderr
+    train(run, "train.max_steps=3", num_ranks=1)
     lines = read_metrics(run)
-    done = alone(folder, run, "train.max_steps=3", "--resume")
-    assert done.returncode == 0, done.stderr
+    train(run, "train.max_steps=3", "--resume", num_ranks=1)
     assert read_metrics(run) == lines and [p.name for p in complete_checkpoints(run)] == ["checkpoint-3"]
     (run / "checkpoint-3" / MARKER).unlink()
-    done = alone(folder, run, "train.max_steps=3", "--resume")
-    assert done.returncode == 0, done.stderr
+    train(run, "train.max_steps=3", "--resume", num_ranks=1)
     assert [line["step"] for line in read_metrics(run)] == [line["step"] for line in lines]
 
 
-def test_an_export_killed_while_it_writes_leaves_no_folder(train: Train, folder: Path) -> None:
-    """The folder is watched, and the process killed as soon as something of the export lies anywhere."""
-    run, out = train(2, adapter=False), folder / "out" / "killed"
+def test_a_killed_export_leaves_no_finished_folder(train_once: TrainOnce, folder: Path) -> None:
+    """The process is killed as soon as the first weights of the export are on disk."""
+    run, out = train_once(2, False), folder / "out" / "killed"
     out.parent.mkdir()
-    words = [sys.executable, "-m", "blockft", "export", str(run), str(out)]
-    launched = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while launched.poll() is None and not list(out.parent.glob(".*/model.safetensors")):
+    process = start_ranks("export", run, out)
+    while process.is_alive() and not list(out.parent.glob(".*/model.safetensors")):
         time.sleep(0.001)
-    launched.kill()
-    assert launched.wait() == -signal.SIGKILL
-    (draft,) = out.parent.iterdir()
-    assert draft.name.startswith(".killed.")
+    process.send_signal(signal.SIGKILL)
+    assert process.wait().returncode == -signal.SIGKILL
+    (temporary,) = out.parent.iterdir()
+    assert temporary.name.startswith(".killed.")
     export(run, out)
     assert [path.name for path in out.parent.iterdir()] == ["killed"]
     assert json.loads((out / "config.json").read_text())["block_attention"]
 
 
-def rates(run: Path) -> list[float]:
+def learning_rates(run: Path) -> list[float]:
     return [line["learning_rate"] for line in read_metrics(run) if "loss" in line]
 
 
-def test_a_run_goes_on_under_the_schedule_of_its_recipe(folder: Path) -> None:
-    whole, run = folder / "schedule-whole", folder / "schedule"
-    words = ("train.deepspeed=zero1", "train.warmup_steps=1", "train.learning_rate=2e-4", "train.max_steps=6")
-    assert alone(folder, whole, *words).returncode == 0
-    begun = alone(folder, run, *words, "train.learning_rate=1e-3", "train.max_steps=3")
-    gone_on = alone(folder, run, *words, "--resume")
-    assert (begun.returncode, gone_on.returncode) == (0, 0), gone_on.stderr
-    assert rates(run)[:3] != rates(whole)[:3] and rates(run)[3:] == rates(whole)[3:]
-    # what would change the weights otherwise is refused, and there may be nothing to do
-    refused = alone(folder, run, *words, "train.weight_decay=0.1", "--resume")
+def test_a_resumed_run_follows_the_schedule_of_its_present_recipe(folder: Path) -> None:
+    settings = ("train.deepspeed=zero1", "train.warmup_steps=1", "train.learning_rate=2e-4")
+    settings += ("train.max_steps=6",)
+    uninterrupted, run = folder / "schedule-uninterrupted", folder / "schedule"
+    train(uninterrupted, *settings, num_ranks=1)
+    train(run, *settings, "train.learning_rate=1e-3", "train.max_steps=3", num_ranks=1)
+    train(run, *settings, "--resume", num_ranks=1)
+    rates, expected = learning_rates(run), learning_rates(uninterrupted)
+    assert rates[:3] != expected[:3] and rates[3:] == expected[3:]
+    # a setting that would change the weights is refused, and a finished run has nothing left to do
+    resume = ("train", folder / "recipe.yaml", f"train.output_dir={run}", *SETTINGS, *settings, "--resume")
+    refused = run_ranks(*resume, "train.weight_decay=0.1")
     assert refused.returncode == 2 and "another train.weight_decay (0.0)" in refused.stderr
-    done = alone(folder, run, *words, "--resume")
-    assert done.returncode == 0 and "at step 6 of 6: nothing is left to do" in done.stderr
+    done = run_ranks(*resume)
+    message = re.sub(r"\s+", " ", done.stderr)
+    assert done.returncode == 0 and "at step 6 of 6: nothing is left to do" in message
