@@ -8,9 +8,10 @@ import pytest
 from blockft.config.recipe import RECIPES_FOLDER, load_recipe
 
 ROOT = Path(__file__).parents[1]
-SHARED = {"config", "outputs", "progress", "units", "errors"}
+SHARED = {"config", "outputs", "progress", "units", "errors", "version"}
 MAY_IMPORT = {
     "errors": set(),
+    "version": set(),
     "config": {"errors"},
     "outputs": {"errors"},
     "units": {"errors"},
@@ -25,7 +26,7 @@ MAY_IMPORT = {
     "stages": {"bench", "training", "evaluation", "inference", "data", "model", "attention", *SHARED},
     "cli": {"bench", "stages", "training", *SHARED},
     "__main__": {"cli"},
-    "__init__": set(),
+    "__init__": {"stages", "inference", "data", "config", "version"},
 }
 """Where each part may import from: downwards only, and only cli and stages know the settings."""
 
@@ -41,7 +42,7 @@ def imported_parts(path: Path) -> set[str]:
             names |= {node.module} if node.module != "blockft" else {f"blockft.{a.name}" for a in node.names}
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names if alias.name.split(".")[0] == "blockft"}
-    return {name.split(".")[1] for name in names if "." in name} - {"__version__"}
+    return {name.split(".")[1] for name in names if "." in name}
 
 
 SOURCES = sorted((ROOT / "blockft").rglob("*.py"))

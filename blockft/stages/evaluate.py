@@ -13,7 +13,6 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
-from blockft import __version__
 from blockft.config.choices import BadRecordPolicy, Positions, Retriever, TooLongPolicy
 from blockft.config.settings import Recipe, Source
 from blockft.data.sample import Sample, sample_to_record
@@ -39,6 +38,7 @@ from blockft.model.load import parse_dtype, uses_reencoded_positions
 from blockft.outputs import atomic_folder, check_absent, resumable_folder, save_figure
 from blockft.progress import track
 from blockft.stages.questions import model_revision, read_questions
+from blockft.version import __version__
 
 REPORT = "report.json"
 METRIC = "substring_match"

@@ -9,7 +9,6 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from blockft import __version__
 from blockft.config.choices import DType
 from blockft.config.recipe import load_recipe
 from blockft.config.settings import Recipe
@@ -26,6 +25,7 @@ from blockft.model.lora import load_adapter
 from blockft.model.model_card import build_model_card
 from blockft.outputs import DATA, RECIPE, atomic_folder, check_absent, read_metrics
 from blockft.units import parse_bytes
+from blockft.version import __version__
 
 EXACT, ROUNDED = 1e-5, 2e-2
 """The largest difference (its norm over the norm) allowed between an export's logits and the run's, with the
