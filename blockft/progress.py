@@ -1,4 +1,4 @@
-"""How far long work is, on stderr if that is a terminal; never on stdout, where the results go."""
+"""Progress bars on stderr, shown only if stderr is a terminal; stdout carries the results."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,25 +12,26 @@ Item = TypeVar("Item")
 
 
 def is_enabled() -> bool:
-    """Whether anybody watches: bars are for terminals."""
+    """Return whether progress bars are shown: stderr is a terminal."""
     return sys.stderr.isatty()
 
 
 @contextmanager
 def progress(label: str, total: float, *, beside_results: bool = False) -> Iterator[Callable[[float], None]]:
-    """A bar; call what this gives with how much more of `total` is done.
+    """Show a bar; yields a function that advances it by a part of `total`.
 
-    beside_results: results are printed meanwhile; if they go to a terminal, they show how far the work is.
+    beside_results: results are printed meanwhile. If stdout is a terminal they show the progress themselves,
+        and the bar is off.
     """
     is_off = not is_enabled() or beside_results and sys.stdout.isatty()
-    # rich would send what is printed on stdout to the terminal, past the file that it is meant for
+    # rich would otherwise redirect stdout to the terminal, even if it is meant for a file
     with Progress(console=Console(stderr=True), disable=is_off, redirect_stdout=False) as bar:
         task = bar.add_task(label, total=total)
-        yield lambda more: bar.advance(task, more)
+        yield lambda amount: bar.advance(task, amount)
 
 
 def track(items: Sequence[Item], label: str) -> Iterator[Item]:
-    """The items, with a bar that counts them."""
+    """Yield the items while a bar counts them."""
     with progress(label, len(items)) as advance:
         for item in items:
             yield item

@@ -1,4 +1,4 @@
-"""Numbers of bytes as people spell them."""
+"""Sizes and durations as people write them, such as 10GB or 7d."""
 
 import re
 
@@ -7,27 +7,44 @@ from blockft.errors import UserError
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)b?", re.IGNORECASE | re.ASCII)
 
+_UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])", re.ASCII)
+
 
 def parse_bytes(text: str) -> int:
-    """The number of bytes that `10GB`, `512MiB`, `1.5 tb` or `4096` says: GB is 1000^3, GiB is 1024^3.
+    """Return the number of bytes of a size such as "10GB", "512MiB", "1.5 tb" or "4096".
+
+    GB is 1000^3 bytes, GiB is 1024^3.
 
     Raises:
-        UserError: the text says no such number.
+        UserError: the text is not a size.
     """
-    found = _SIZE.fullmatch(text.strip())
-    if not found or (found[3] and not found[2]):
+    match = _SIZE.fullmatch(text.strip())
+    if not match or (match[3] and not match[2]):
         raise UserError(
-            f"{text!r} is no size: write a number of bytes, or one with a unit as in 10GB or 512MiB"
+            f"{text!r} is not a size: write a number of bytes, or a number with a unit such as 10GB or 512MiB"
         )
-    power = _POWERS[found[2].lower()]
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    power = _POWERS[match[2].lower()]
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def format_bytes(num_bytes: int) -> str:
-    """A size to be read by people, in units of 1000."""
+    """Format a number of bytes in units of 1000, such as "1.5 GB"."""
     size, unit = float(num_bytes), "B"
     for larger in ("kB", "MB", "GB", "TB"):
         if size < 999.5:
             break
         size, unit = size / 1000, larger
     return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds of a duration such as "30m", "12h" or "7d".
+
+    Raises:
+        UserError: the text is not a duration.
+    """
+    match = _DURATION.fullmatch(text.strip())
+    if not match:
+        raise UserError(f"{text!r} is not a duration: write a number with a unit, such as 30m, 12h or 7d")
+    return float(match[1]) * _UNIT_SECONDS[match[2]]

@@ -1,69 +1,53 @@
-"""`blockft bench prepare`: how fast a recipe's data are prepared, by one process and by one per core."""
+"""`blockft bench prepare`: the speed of data preparation with one process and with one process per core."""
 
-import contextlib
-import io
 import json
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from blockft.bench.timing import measurement_provenance
-from blockft.config.settings import Recipe
+from blockft.bench.measurement import write_measurement
 from blockft.data.prepared import MANIFEST
-from blockft.outputs import check_writable, write_atomic
-from blockft.stages.prepare import TASK_SAMPLES, prepare
+from blockft.outputs import check_writable
+
+Prepare = Callable[[Path, int], object]
+"""Prepares data: takes the folder to write and the number of worker processes."""
 
 
-def bench_prepare(recipe: Recipe, *, out: Path | None) -> None:
-    """Prepare the recipe's data in temporary folders; `data.output_dir` is left alone.
+def bench_prepare(prepare: Prepare, *, warm_up: Prepare, out: Path | None) -> None:
+    """Prepare data in temporary folders, print a table of speeds, and write the figures to `out`.
 
-    A few samples of each source are prepared before, and not counted: imports and files are then at hand.
+    warm_up: prepares a few samples first, so that imports and the file cache do not count.
 
     Raises:
-        UserError: see `prepare`; a file that cannot be written.
-        RuntimeError: the processes made something else of the data (law 12).
+        UserError: `out` cannot be written; see `prepare`.
+        RuntimeError: the number of processes changed the prepared data.
     """
     if out:
         check_writable(out)
-    cores = len(os.sched_getaffinity(0))
-    few = [source.model_copy(update={"max_samples": TASK_SAMPLES}) for source in recipe.data.sources]
-    _measure(_with_data(recipe, sources=few), 1)
-    lines = [_measure(recipe, workers) for workers in sorted({1, cores})]
-    table = Table("processes", "seconds", "examples/s", "tokens/s", "ratio", title="prepare")
-    for line in lines:
-        line["ratio"] = lines[0]["seconds"] / line["seconds"]
-        rates = (line[name] / line["seconds"] for name in ("examples", "tokens"))
-        table.add_row(
-            str(line["processes"]),
-            f"{line['seconds']:.1f}",
-            *(f"{rate:,.0f}" for rate in rates),
-            f"{line['ratio']:.2f}",
-        )
-    Console().print(table)
-    if out:
-        write_atomic(out, json.dumps(measurement_provenance() | {"measured": lines}, indent=2) + "\n")
-    if len({line["content_hash"] for line in lines}) > 1:
-        raise RuntimeError(f"the number of processes changed the data: {lines}")
+    num_cores = len(os.sched_getaffinity(0))
+    _measure(warm_up, 1)
+    measured = [_measure(prepare, num_workers) for num_workers in sorted({1, num_cores})]
+    for figures in measured:
+        figures["ratio"] = measured[0]["seconds"] / figures["seconds"]
+    _print_table(measured)
+    write_measurement(out, {"measured": measured})
+    if len({figures["content_hash"] for figures in measured}) > 1:
+        raise RuntimeError(f"the number of processes changed the prepared data: {measured}")
 
 
-def _with_data(recipe: Recipe, **settings: Any) -> Recipe:
-    """Return a copy of the recipe with other settings of `data`."""
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update=settings)})
-
-
-def _measure(recipe: Recipe, num_workers: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="blockft-prepare-") as folder:
-        made = Path(folder) / "data"
+def _measure(prepare: Prepare, num_workers: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="blockft-prepare-") as temporary:
+        folder = Path(temporary) / "data"
         start = time.perf_counter()
-        with contextlib.redirect_stdout(io.StringIO()):
-            prepare(_with_data(recipe, output_dir=str(made), num_workers=num_workers))
+        prepare(folder, num_workers)
         seconds = time.perf_counter() - start
-        manifest = json.loads((made / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     return {
         "processes": num_workers,
         "seconds": seconds,
@@ -71,3 +55,16 @@ def _measure(recipe: Recipe, num_workers: int) -> dict[str, Any]:
         "tokens": manifest["num_tokens"],
         "content_hash": manifest["content_hash"],
     }
+
+
+def _print_table(measured: list[dict[str, Any]]) -> None:
+    table = Table("processes", "seconds", "examples/s", "tokens/s", "ratio", title="Speed of blockft prepare")
+    for figures in measured:
+        table.add_row(
+            str(figures["processes"]),
+            f"{figures['seconds']:.1f}",
+            f"{figures['examples'] / figures['seconds']:,.0f}",
+            f"{figures['tokens'] / figures['seconds']:,.0f}",
+            f"{figures['ratio']:.2f}",
+        )
+    Console().print(table)

@@ -1,7 +1,7 @@
-"""`blockft bench train`: the speed of training steps, packed rows against one sample at a time."""
+"""`blockft bench train`: the speed of training steps, packed rows beside one sample at a time."""
 
-import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from blockft.bench.attention import LIMITS
-from blockft.bench.target import open_target, target_config
-from blockft.bench.timing import measure_ms, measurement_provenance
+from blockft.bench.attention import MAX_RELATIVE_ERROR
+from blockft.bench.benchmark_model import load_benchmark_config, load_benchmark_model
+from blockft.bench.measurement import measure_ms, write_measurement
 from blockft.data.collate import collate_row
 from blockft.data.encoder import IGNORE_INDEX, Example
 from blockft.errors import UserError
 from blockft.model.load import compile_layers
-from blockft.outputs import check_writable, write_atomic
+from blockft.outputs import check_writable
 from blockft.progress import track
 from blockft.training.model_inputs import build_model_inputs
 from blockft.training.objectives import label_loss
@@ -30,7 +30,7 @@ ANSWER_LEN = 32
 
 @dataclass(frozen=True, kw_only=True)
 class StepVariant:
-    """How a step reads its samples: packed into one row, or one after the other."""
+    """How a training step reads its samples: packed into one row, or one after the other."""
 
     packed: bool
     backend: str
@@ -38,9 +38,9 @@ class StepVariant:
     compiled: bool = False
 
     def __str__(self) -> str:
-        words = ["packed row" if self.packed else "one sample at a time", self.backend]
-        words += ["gradient checkpointing"] * self.checkpointing + ["compiled layers"] * self.compiled
-        return ", ".join(words)
+        parts = ["packed row" if self.packed else "one sample at a time", self.backend]
+        parts += ["gradient checkpointing"] * self.checkpointing + ["compiled layers"] * self.compiled
+        return ", ".join(parts)
 
 
 GPU_VARIANTS = (
@@ -50,14 +50,15 @@ GPU_VARIANTS = (
     StepVariant(packed=True, backend="flex"),
     StepVariant(packed=True, backend="flex", compiled=True),
 )
-"""The first is how the trainer released with the paper runs; compiled layers come last, for they stay so."""
+"""The first variant is that of the trainer released with the paper. The compiled one comes last because
+layers stay compiled."""
 
 CPU_VARIANTS = (*GPU_VARIANTS[:2], StepVariant(packed=True, backend="sdpa"))
-"""FlexAttention has no backward pass on a CPU."""
+"""Without flex: FlexAttention has no backward pass on a CPU."""
 
 
 def bench_train(
-    target: str,
+    model_or_shape: str,
     *,
     row_len: int,
     sample_len: int,
@@ -66,79 +67,103 @@ def bench_train(
     runs: int,
     out: Path | None,
 ) -> None:
-    """Time whole steps (forward, backward, AdamW) of a model, or of random weights of a shape, side by side.
+    """Measure whole training steps (forward, backward, AdamW) of every variant on the same samples.
 
-    Every way reads the same samples of random tokens, as many as fit a row, into one step. The optimizer's
-    learning rate is 0, so that each must find the same loss.
+    The samples are random tokens, as many samples as fit into one row. The learning rate is 0, so every
+    variant must compute the same loss. Prints a table and writes the figures to `out`.
 
     Raises:
-        UserError: no such model or shape, or too little memory for it; a sample too short for its documents,
-            or too long for a row or the model; a file that cannot be written.
-        RuntimeError: the losses disagree.
+        UserError: no model or shape has that name, or there is too little memory for it; a sample is too
+            short for its documents, or too long for a row or the model; `out` cannot be written.
+        RuntimeError: the losses differ.
     """
     if out:
         check_writable(out)
+    config = load_benchmark_config(model_or_shape)
+    _check_lengths(model_or_shape, config, row_len, sample_len, num_documents)
+    # training stores each weight, its gradient and the two moments of AdamW
+    model = load_benchmark_model(model_or_shape, config, copies=4).train()
+    samples = _random_samples(row_len // sample_len, sample_len, num_documents, model.config.vocab_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    variants = GPU_VARIANTS if model.device.type == "cuda" else CPU_VARIANTS
+    measured = [
+        {**asdict(variant), **_measure(model, optimizer, samples, variant, row_len, warmups, runs)}
+        for variant in track(variants, "variants")
+    ]
+    for figures in measured:
+        figures["ratio"] = figures["tokens_per_s"] / measured[0]["tokens_per_s"]
+    _print_table(model_or_shape, variants, measured)
+    arguments = {
+        "model": model_or_shape,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "parameters": model.num_parameters(),
+        "row_len": row_len,
+        "sample_len": sample_len,
+        "samples": len(samples),
+        "num_documents": num_documents,
+        "warmups": warmups,
+    }
+    write_measurement(out, arguments | {"measured": measured})
+    first_loss = measured[0]["loss"]
+    for variant, figures in zip(variants, measured, strict=True):
+        # `not <=` instead of `>`: a loss of NaN must fail, too
+        if not abs(figures["loss"] - first_loss) <= MAX_RELATIVE_ERROR[model.dtype] * first_loss:
+            raise RuntimeError(
+                f"{variant}: the loss is {figures['loss']}, but that of {variants[0]} is {first_loss}"
+            )
+
+
+def _check_lengths(
+    model_or_shape: str, config: PreTrainedConfig, row_len: int, sample_len: int, num_documents: int
+) -> None:
     if sample_len > row_len:
-        raise UserError(f"--sample-len is {sample_len}, a row has {row_len}")
+        raise UserError(f"--sample-len is {sample_len}, but a row has only {row_len} tokens")
     if sample_len < num_documents + 2 * ANSWER_LEN:
         raise UserError(
             f"--sample-len {sample_len} is too short for {num_documents} documents, "
             f"a question and an answer of {ANSWER_LEN} tokens each"
         )
-    config = target_config(target)
-    if sample_len > (positions := config.max_position_embeddings):
-        raise UserError(f"--sample-len is {sample_len}, {target} has {positions} positions")
-    # beside each weight its gradient and AdamW's two moments
-    model = open_target(target, config, copies=4).train()
-    samples = _samples(row_len // sample_len, sample_len, num_documents, model.config.vocab_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
-    ways = GPU_VARIANTS if model.device.type == "cuda" else CPU_VARIANTS
-    lines = [
-        {**asdict(way), **_measure(model, optimizer, samples, way, row_len, warmups, runs)}
-        for way in track(ways, "ways")
-    ]
-    table = Table("a step reads", "tokens/s", "ratio", "ms", "loss", "peak GiB", title=f"{target}: training")
-    first = lines[0]["tokens_per_s"]
-    for way, line in zip(ways, lines, strict=True):
-        line["ratio"] = line["tokens_per_s"] / first
-        peak = line["peak_bytes"]
+    if sample_len > (num_positions := config.max_position_embeddings):
+        raise UserError(
+            f"--sample-len is {sample_len}, but {model_or_shape} has only {num_positions} positions"
+        )
+
+
+def _print_table(
+    model_or_shape: str, variants: Sequence[StepVariant], measured: Sequence[dict[str, Any]]
+) -> None:
+    table = Table(
+        "variant",
+        "tokens/s",
+        "ratio",
+        "ms",
+        "loss",
+        "peak GiB",
+        title=f"{model_or_shape}: speed of training steps",
+    )
+    for variant, figures in zip(variants, measured, strict=True):
+        peak_bytes = figures["peak_bytes"]
         table.add_row(
-            str(way),
-            f"{line['tokens_per_s']:,.0f}",
-            f"{line['ratio']:.2f}",
-            f"{line['ms']['median']:,.1f}",
-            f"{line['loss']:.4f}",
-            "" if peak is None else f"{peak / 2**30:.1f}",
+            str(variant),
+            f"{figures['tokens_per_s']:,.0f}",
+            f"{figures['ratio']:.2f}",
+            f"{figures['ms']['median']:,.1f}",
+            f"{figures['loss']:.4f}",
+            "" if peak_bytes is None else f"{peak_bytes / 2**30:.1f}",
         )
     Console().print(table)
-    if out:
-        settings = {
-            "model": target,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "parameters": model.num_parameters(),
-            "row_len": row_len,
-            "sample_len": sample_len,
-            "samples": len(samples),
-            "num_documents": num_documents,
-            "warmups": warmups,
-        }
-        write_atomic(
-            out, json.dumps(measurement_provenance() | settings | {"measured": lines}, indent=2) + "\n"
-        )
-    for way, line in zip(ways, lines, strict=True):
-        # not even itself equals a loss that is no number
-        if not abs(line["loss"] - lines[0]["loss"]) <= LIMITS[model.dtype] * lines[0]["loss"]:
-            raise RuntimeError(f"{way}: the loss is {line['loss']}, of {ways[0]} it is {lines[0]['loss']}")
 
 
-def _samples(number: int, length: int, num_documents: int, vocab_size: int) -> list[Example]:
-    """Random tokens in equal documents; the final block is a question and an answer of as many tokens."""
+def _random_samples(num_samples: int, sample_len: int, num_documents: int, vocab_size: int) -> list[Example]:
+    """Return random samples: equal documents, then a question and an answer of `ANSWER_LEN` each."""
     rng = np.random.default_rng(0)
-    documents = np.diff(np.linspace(0, length - 2 * ANSWER_LEN, num_documents + 1).astype(int)).tolist()
+    boundaries = np.linspace(0, sample_len - 2 * ANSWER_LEN, num_documents + 1).astype(int)
+    documents = np.diff(boundaries).tolist()
     samples = []
-    for _ in range(number):
-        ids = rng.integers(vocab_size, size=length, dtype=np.int32)
-        labels = np.where(np.arange(length) >= length - ANSWER_LEN, ids, np.int32(IGNORE_INDEX))
+    for _ in range(num_samples):
+        ids = rng.integers(vocab_size, size=sample_len, dtype=np.int32)
+        is_label = np.arange(sample_len) >= sample_len - ANSWER_LEN
+        labels = np.where(is_label, ids, np.int32(IGNORE_INDEX))
         samples.append(Example(input_ids=ids, labels=labels, block_lengths=(*documents, 2 * ANSWER_LEN)))
     return samples
 
@@ -147,24 +172,16 @@ def _measure(
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     samples: list[Example],
-    way: StepVariant,
+    variant: StepVariant,
     row_len: int,
     warmups: int,
     runs: int,
 ) -> dict[str, Any]:
-    model.set_attn_implementation(f"block_{way.backend}")
-    with warnings.catch_warnings():
-        # their new names are younger than the oldest transformers that is supported
-        warnings.simplefilter("ignore", FutureWarning)
-        if way.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            model.gradient_checkpointing_disable()
-    if way.compiled:
-        compile_layers(model)
-    groups = [samples] if way.packed else [[sample] for sample in samples]
+    """Measure the steps of one variant: times, real tokens per second, loss and peak memory."""
+    _configure(model, variant)
+    groups = [samples] if variant.packed else [[sample] for sample in samples]
     rows = [
-        collate_row([(sample, "block") for sample in group], row_len if way.packed else len(group[0]), 0)
+        collate_row([(sample, "block") for sample in group], row_len if variant.packed else len(group[0]), 0)
         for group in groups
     ]
     rows = [{name: tensor.to(model.device) for name, tensor in row.items()} for row in rows]
@@ -176,9 +193,9 @@ def _measure(
         total = torch.zeros((), device=model.device)
         for row in rows:
             outputs = model(**build_model_inputs(row, model.config))
-            part = label_loss(outputs, row["shift_labels"][None], num_labels)
-            part.backward()
-            total += part.detach()
+            row_loss = label_loss(outputs, row["shift_labels"][None], num_labels)
+            row_loss.backward()
+            total += row_loss.detach()
         optimizer.step()
         optimizer.zero_grad()
         loss = float(total)  # waits for the device
@@ -193,3 +210,16 @@ def _measure(
         "loss": loss,
         "peak_bytes": torch.cuda.max_memory_allocated() if is_cuda else None,
     }
+
+
+def _configure(model: PreTrainedModel, variant: StepVariant) -> None:
+    model.set_attn_implementation(f"block_{variant.backend}")
+    with warnings.catch_warnings():
+        # the oldest supported transformers lacks the new names of these methods
+        warnings.simplefilter("ignore", FutureWarning)
+        if variant.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_disable()
+    if variant.compiled:
+        compile_layers(model)

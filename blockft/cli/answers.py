@@ -91,20 +91,20 @@ def evaluate(
     if format is None and is_recipe(target):
         settings = load_recipe(target, words)  # before the slow imports: most mistakes are found here
     else:
-        from blockft.stages.questions import recipe_for_questions
+        from blockft.stages.evaluate import evaluation_recipe
 
-        settings = recipe_for_questions(model, target, words, format=format)
+        settings = evaluation_recipe(model, target, overrides=words, format=format)
 
-    from blockft.stages.evaluate import evaluate
+    from blockft.stages.evaluate import evaluate, print_report
 
-    evaluate(model, settings, as_json=as_json)
+    print_report(evaluate(model, settings), as_json=as_json)
 
 
 @app.command()
 def compare(
     reports: Annotated[list[Path], typer.Argument(help="Report folders or report.json files.")],
     metric: Annotated[
-        str, typer.Option(help="substring_match, exact_match or token_f1.")
+        str, typer.Option(help="substring_match, word_match, exact_match or token_f1.")
     ] = "substring_match",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     png: Annotated[
@@ -112,6 +112,6 @@ def compare(
     ] = None,
 ) -> None:
     """Put reports of `eval` side by side."""
-    from blockft.stages.compare import compare
+    from blockft.stages.compare import compare, print_comparison
 
-    compare(reports, metric=metric, as_json=as_json, png=png)
+    print_comparison(compare(reports, metric=metric, png=png), as_json=as_json)

@@ -45,14 +45,14 @@ def bench_ttft(
     png: Annotated[Path | None, typer.Option(help="Draw them into this file, or replace it.")] = None,
 ) -> None:
     """Time to the first token: full prefill against blocks cached on the device, the host and the disk."""
-    from blockft.bench.ttft import bench_ttft, read_lengths, read_tiers
+    from blockft.bench.ttft import bench_ttft, parse_lengths, parse_tiers
 
     bench_ttft(
         target,
-        lengths=read_lengths(lengths),
+        lengths=parse_lengths(lengths),
         question_len=question_len,
         block_len=block_len,
-        tiers=read_tiers(tiers),
+        tiers=parse_tiers(tiers),
         warmups=warmups,
         runs=runs,
         folder=folder,
@@ -72,8 +72,8 @@ def bench_agreement(
     out: Out = None,
 ) -> None:
     """Greedy answers over cached blocks against those of the masked forward."""
-    from blockft.bench.agreement import bench_agreement
     from blockft.config.recipe import load_recipe
+    from blockft.stages.bench import bench_agreement
 
     settings = load_recipe(recipe, overrides or ())
     bench_agreement(model, settings, num_prompts=num_prompts, max_new_tokens=max_new_tokens, out=out)
@@ -82,8 +82,8 @@ def bench_agreement(
 @bench.command("prepare")
 def bench_prepare(recipe: RecipeName, overrides: Overrides = None, out: Out = None) -> None:
     """Examples per second of prepare, by one process and by one per core; the data are thrown away."""
-    from blockft.bench.prepare import bench_prepare
     from blockft.config.recipe import load_recipe
+    from blockft.stages.bench import bench_prepare
 
     bench_prepare(load_recipe(recipe, overrides or ()), out=out)
 

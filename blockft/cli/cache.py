@@ -18,10 +18,10 @@ def cache_build(
     cache_bytes: CacheBytes = None,
 ) -> None:
     """Encode the documents of a corpus before anybody asks about them; goes on after a kill."""
-    from blockft.stages.build import build
+    from blockft.stages.cache import build_cache
     from blockft.stages.generate import CacheArguments
 
-    build(model, corpus, CacheArguments(folder=folder, disk=cache_bytes, host="0", device="0"))
+    build_cache(model, corpus, CacheArguments(folder=folder, disk=cache_bytes, host="0", device="0"))
 
 
 @cache.command("stats")
@@ -30,9 +30,9 @@ def cache_stats(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say which models' blocks a cache holds, how many, and when they were used."""
-    from blockft.stages.cache import stats
+    from blockft.stages.cache import print_cache_stats
 
-    stats(folder, as_json=as_json)
+    print_cache_stats(folder, as_json=as_json)
 
 
 @cache.command("verify")
@@ -67,6 +67,6 @@ def cache_prune(
     ] = None,
 ) -> None:
     """Remove entries of a cache, and what killed processes left; one option at least."""
-    from blockft.stages.cache import prune
+    from blockft.stages.cache import prune_cache
 
-    prune(folder, max_bytes=max_bytes, older_than=older_than, model=model)
+    prune_cache(folder, max_bytes=max_bytes, older_than=older_than, model=model)

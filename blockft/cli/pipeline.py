@@ -18,9 +18,11 @@ def prepare(
 ) -> None:
     """Read the sources, cut them into blocks and encode them: text -> samples -> examples."""
     from blockft.config.recipe import load_recipe
-    from blockft.stages.prepare import prepare
+    from blockft.stages.prepare import prepare, print_summary
 
-    prepare(load_recipe(recipe, overrides or ()), overwrite=overwrite)
+    settings = load_recipe(recipe, overrides or ())
+    prepare(settings, overwrite=overwrite)
+    print_summary(settings)
 
 
 @app.command()

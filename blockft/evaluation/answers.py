@@ -1,4 +1,4 @@
-"""The answers of an evaluation, batch by batch, kept on disk so that one that was killed goes on."""
+"""The questions of an evaluation, encoded, and their answers, stored batch by batch so that it can resume."""
 
 import json
 import os
@@ -11,20 +11,24 @@ from pathlib import Path
 from blockft.data.chat_template import TemplateMismatch
 from blockft.data.fit import PromptTooLong
 from blockft.data.sample import Sample
+from blockft.evaluation.metrics import is_yes_no
 from blockft.evaluation.report import ALL, Prediction
 from blockft.inference.engine import Engine
 
-GROUPS = ("type", "level")
-"""Entries of a sample's meta data by which the questions of a source are also counted apart."""
+GROUP_FIELDS = ("type", "level")
+"""Fields of a sample's metadata whose values form groups of the report."""
+
+YES_NO = "yes/no"
+"""The group of a source's questions whose gold answers are all yes or no."""
 
 TOO_LONG = "too long"
-"""Why a question is left out that does not fit into the model."""
+"""The reason under which questions that do not fit into the model are counted."""
 
 WINDOW_BATCHES = 16
-"""Batches whose questions are sorted by length together."""
+"""Questions are sorted by length within windows of this many batches."""
 
 Batch = tuple[int, ...]
-"""The places of a batch's samples in the data."""
+"""The indices of a batch's samples."""
 
 Blocks = Sequence[Sequence[int]]
 """The token ids of each block of a prompt."""
@@ -32,7 +36,7 @@ Blocks = Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class AnswerRecord:
-    """One line of the file: the answer to the sample at `index`."""
+    """One line of an answer file: the answer to the sample at `index`."""
 
     index: int
     answer: str
@@ -41,64 +45,76 @@ class AnswerRecord:
     num_tokens: int
 
 
-def plan_batches(samples: Sequence[Sample], batch_size: int) -> list[Batch]:
-    """Batches of prompts of like length: sorted inside windows of the data, always in the same way."""
-    lengths = [sum(map(len, sample.blocks)) for sample in samples]
-    window, batches = WINDOW_BATCHES * batch_size, []
-    for start in range(0, len(samples), window):
-        places = sorted(range(start, min(start + window, len(samples))), key=lengths.__getitem__)
-        batches += [tuple(places[i : i + batch_size]) for i in range(0, len(places), batch_size)]
-    return batches
-
-
 @dataclass(frozen=True)
 class EncodedQuestions:
-    """The questions of an evaluation that fit, as asked, each with its prompt; what became of the others."""
+    """The questions that fit into the model, with their prompts, and counts of the others.
+
+    samples: the questions, trimmed where necessary.
+    prompts: the prompt of each sample.
+    dropped: the number of questions left out, by reason.
+    num_trimmed: the number of questions that lost documents.
+    first_too_long: the message about the first question that is too long; empty if there is none.
+    """
 
     samples: list[Sample]
     prompts: list[Blocks]
     dropped: Counter[str]
     num_trimmed: int
-    first_long: str = ""
+    first_too_long: str = ""
 
 
 def encode_questions(
     engine: Engine, samples: Iterable[Sample], max_new_tokens: int, *, trim: bool, skip_bad: bool
 ) -> EncodedQuestions:
-    """Encode all questions before the first is answered; those that are too long are left out and counted.
+    """Encode all questions; those that are too long for the model are left out and counted.
 
-    If `trims`, they lose their least relevant documents first. With `skip_bad` those that are unfit for the
-    chat template or the tokenizer are left out, too.
+    trim: drop the least relevant documents of a question that is too long.
+    skip_bad: leave out and count questions that the chat template or the tokenizer does not keep unchanged.
 
     Raises:
-        UnfitText: the template or the tokenizer does not keep a text of a question, which is named.
+        TemplateMismatch: the template or the tokenizer changes a question, which the message names.
     """
     fitting: list[Sample] = []
     prompts: list[Blocks] = []
-    dropped, num_trimmed, first_long = Counter[str](), 0, ""
+    dropped, num_trimmed, first_too_long = Counter[str](), 0, ""
     for sample in samples:
         try:
-            asked, blocks = engine.fit(sample, max_new_tokens, trim=trim)
+            fitted, blocks = engine.fit(sample, max_new_tokens, trim=trim)
         except PromptTooLong as error:
             dropped[TOO_LONG] += 1
-            first_long = first_long or str(error)
+            first_too_long = first_too_long or str(error)
         except TemplateMismatch as error:
             if not skip_bad:
                 raise
             dropped[error.reason] += 1
         else:
-            fitting.append(asked)
-            # all wait in memory: 4 bytes a token, not a list's 36
+            fitting.append(fitted)
+            # all prompts wait in memory: an array takes 4 bytes per token, a list 36
             prompts.append([array("i", block) for block in blocks])
-            num_trimmed += asked is not sample
-    return EncodedQuestions(fitting, prompts, dropped, num_trimmed, first_long)
+            num_trimmed += fitted is not sample
+    return EncodedQuestions(fitting, prompts, dropped, num_trimmed, first_too_long)
+
+
+def plan_batches(samples: Sequence[Sample], batch_size: int) -> list[Batch]:
+    """Group samples of similar length into batches.
+
+    Samples are sorted by length within windows of `WINDOW_BATCHES` batches. The same samples always give the
+    same batches.
+    """
+    lengths = [sum(map(len, sample.blocks)) for sample in samples]
+    window, batches = WINDOW_BATCHES * batch_size, []
+    for start in range(0, len(samples), window):
+        indices = sorted(range(start, min(start + window, len(samples))), key=lengths.__getitem__)
+        batches += [tuple(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
+    return batches
 
 
 def answer_batch(
     engine: Engine, prompts: Sequence[Blocks], batch: Batch, *, mode: str, max_new_tokens: int
 ) -> list[AnswerRecord]:
-    """The answers to the prompts of a batch."""
-    # which blocks are packed together decides their last bits: after a kill it must be the same ones
+    """Answer the prompts of a batch greedily in block or full mode."""
+    # the last bits of a block's keys and values depend on the blocks computed with it: start each batch with
+    # an empty cache, so that a resumed evaluation computes the same groups of blocks
     engine.forget()
     answers = engine.generate_ids([prompts[i] for i in batch], mode=mode, max_new_tokens=max_new_tokens)
     return [
@@ -108,7 +124,9 @@ def answer_batch(
 
 
 class AnswerFile:
-    """The answers in one mode, in the order of the batches; only whole batches count.
+    """The answers in one mode, in the order of the batches.
+
+    An existing file is read up to the first incomplete batch and truncated there.
 
     Raises:
         OSError: the file cannot be written.
@@ -116,65 +134,70 @@ class AnswerFile:
 
     def __init__(self, path: Path, batches: Sequence[Batch]) -> None:
         self._path, self._batches = path, batches
-        self.done: list[AnswerRecord] = []
-        kept = 0
+        self.records: list[AnswerRecord] = []
+        num_bytes = 0
         if path.is_file():
             lines = _read_complete_lines(path.read_bytes())
             for batch in batches:
-                answered = [one for _, one in zip(batch, lines, strict=False)]
-                if tuple(one.index for one in answered) != batch:
+                records = [record for _, record in zip(batch, lines, strict=False)]
+                if tuple(record.index for record in records) != batch:
                     break
-                self.done += answered
-                kept += sum(len(_to_json_line(one)) for one in answered)
-            os.truncate(path, kept)
+                self.records += records
+                num_bytes += sum(len(_to_json_line(record)) for record in records)
+            os.truncate(path, num_bytes)
 
     @property
     def remaining_batches(self) -> Sequence[Batch]:
-        """The batches to be answered still."""
-        answered = {one.index for one in self.done}
+        """The batches without answers."""
+        answered = {record.index for record in self.records}
         return [batch for batch in self._batches if batch[0] not in answered]
 
-    def add(self, answered: Sequence[AnswerRecord]) -> None:
-        """Append a batch; on return it is on the disk."""
+    def add(self, records: Sequence[AnswerRecord]) -> None:
+        """Append the answers of a batch and wait until they are on the disk."""
         with self._path.open("ab") as file:
-            file.write(b"".join(map(_to_json_line, answered)))
+            file.write(b"".join(map(_to_json_line, records)))
             file.flush()
             os.fsync(file.fileno())
-        self.done += answered
+        self.records += records
 
 
 def build_predictions(
-    samples: Sequence[Sample], answered: Iterable[AnswerRecord], max_new_tokens: int
+    samples: Sequence[Sample], records: Iterable[AnswerRecord], max_new_tokens: int
 ) -> list[Prediction]:
-    """The predictions in the order of the data."""
+    """Build the predictions from the answers, in the order of the samples."""
     return [
         Prediction(
-            id=samples[one.index].id,
-            answer=one.answer,
-            golds=samples[one.index].answers,
-            groups=question_groups(samples[one.index]),
-            num_blocks=one.num_blocks,
-            prompt_tokens=one.prompt_tokens,
-            num_tokens=one.num_tokens,
-            hit_token_limit=one.num_tokens == max_new_tokens,
+            id=samples[record.index].id,
+            answer=record.answer,
+            golds=samples[record.index].answers,
+            groups=question_groups(samples[record.index]),
+            num_blocks=record.num_blocks,
+            prompt_tokens=record.prompt_tokens,
+            num_tokens=record.num_tokens,
+            hit_token_limit=record.num_tokens == max_new_tokens,
         )
-        for one in sorted(answered, key=lambda one: one.index)
+        for record in sorted(records, key=lambda record: record.index)
     ]
 
 
 def question_groups(sample: Sample) -> tuple[str, ...]:
-    """The source of a question, and its kinds within that source; none is called as all questions are."""
+    """Return the report's groups of a question: its source, and its kinds within the source.
+
+    The kinds are the values of `GROUP_FIELDS` in its metadata, and `YES_NO`. A source that is named like the
+    group of all questions is renamed.
+    """
     source = sample.source if sample.source != ALL else f"source {ALL}"
-    kinds = (f"{source}: {sample.meta[name]}" for name in GROUPS if name in sample.meta)
-    return tuple(dict.fromkeys([source, *kinds]))
+    kinds = [sample.meta[name] for name in GROUP_FIELDS if name in sample.meta]
+    kinds += [YES_NO] * is_yes_no(sample.answers)
+    return tuple(dict.fromkeys([source, *(f"{source}: {kind}" for kind in kinds)]))
 
 
-def _to_json_line(answered: AnswerRecord) -> bytes:
-    return json.dumps(asdict(answered), ensure_ascii=False).encode() + b"\n"
+def _to_json_line(record: AnswerRecord) -> bytes:
+    return json.dumps(asdict(record), ensure_ascii=False).encode() + b"\n"
 
 
 def _read_complete_lines(content: bytes) -> Iterator[AnswerRecord]:
-    """The answers up to the first line that a kill or a power cut left damaged."""
+    """Yield the answers up to the first line that an interruption or a power failure damaged."""
     for line in content.split(b"\n")[:-1]:
         try:
             yield AnswerRecord(**json.loads(line))

@@ -1,29 +1,35 @@
-"""Reports of an evaluation: scores per mode, over all questions and per group of them."""
+"""The report of an evaluation: mean scores by mode, for all questions and for each group of questions."""
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from statistics import fmean
 from typing import Any
 
+from blockft.data.statistics import histogram
 from blockft.evaluation.bootstrap import LEVEL, NUM_RESAMPLES, SEED, bootstrap_interval
 from blockft.evaluation.metrics import METRICS
 
-VERSION = 1
+VERSION = 2
+"""The version of the report's format; reports of another version are refused."""
+
 ALL = "all"
+"""The group of all questions."""
+
 INTERVALS = "intervals"
 DIFFERENCE = "block - full"
 REPEATED = "same questions"
-"""Groups that hold the same questions as another, under which they are counted: their name -> its name."""
+"""The entry for groups that hold the same questions as an earlier group: their name -> the earlier name."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One answered question.
+    """An answered question.
 
-    `groups` are the names under which it is also counted: its source, its kind of hops. `num_tokens` is the
-    answer's length, and `cut_off` says that the answer reached the output limit.
+    groups: the groups of the report that count the question besides `ALL`, such as its source.
+    num_tokens: the length of the answer.
+    hit_token_limit: whether the answer ended only because it reached the output limit.
     """
 
     id: str
@@ -37,35 +43,42 @@ class Prediction:
 
     @cached_property
     def scores(self) -> dict[str, float]:
+        """The score of each metric, from 0 to 1."""
         return {name: metric(self.answer, self.golds) for name, metric in METRICS.items()}
 
     def to_record(self) -> dict[str, Any]:
+        """Return the prediction and its scores as a JSON object."""
         return asdict(self) | {"scores": self.scores}
 
 
 def summarize_scores(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Mean scores in percent with their intervals, of all predictions and of each group under its name."""
+    """Return mean scores in percent, their intervals and the number of questions, for each group."""
     return {
-        group: _means([predictions[i].scores for i in members])
-        for group, members in _groups(predictions).items()
+        group: _mean_scores([predictions[i].scores for i in indices])
+        for group, indices in _distinct_groups(predictions).items()
     }
 
 
 def paired_difference(block: Sequence[Prediction], full: Sequence[Prediction]) -> dict[str, Any]:
-    """What block mode scores above full mode, question by question, in the form of `summarize`."""
+    """Return the mean of block score minus full score of each question, in the form of `summarize_scores`."""
     assert [p.id for p in block] == [p.id for p in full]
     return {
-        group: _means([{n: block[i].scores[n] - full[i].scores[n] for n in METRICS} for i in members])
-        for group, members in _groups(block).items()
+        group: _mean_scores(
+            [{name: block[i].scores[name] - full[i].scores[name] for name in METRICS} for i in indices]
+        )
+        for group, indices in _distinct_groups(block).items()
     }
 
 
 def build_report(
     model: str, predictions: Mapping[str, Sequence[Prediction]], options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What `report.json` holds: the model, the options that decide an answer, a summary of each mode.
+    """Build the content of `report.json` from the predictions of each mode.
 
-    It holds no time and no folder of its own, so that the same answers give the same report.
+    The report holds no time and no output folder: the same answers give the same report. It equals what is
+    read back from its JSON.
+
+    options: everything that decides an answer, for the reader of the report.
     """
     report = {
         "version": VERSION,
@@ -73,8 +86,8 @@ def build_report(
         "options": dict(options),
         INTERVALS: {"level": LEVEL, "resamples": NUM_RESAMPLES, "seed": SEED},
         "modes": {mode: summarize_scores(answered) for mode, answered in predictions.items()},
-        "prompts": {mode: _prompts(answered) for mode, answered in predictions.items()},
-        REPEATED: _repeated(next(iter(predictions.values()), ())),
+        "prompts": {mode: _prompt_statistics(answered) for mode, answered in predictions.items()},
+        REPEATED: _repeated_groups(next(iter(predictions.values()), ())),
     }
     if {"block", "full"} <= predictions.keys():
         report[DIFFERENCE] = paired_difference(predictions["block"], predictions["full"])
@@ -82,29 +95,30 @@ def build_report(
 
 
 def check_report(report: Any) -> None:
-    """Refuse what was read as a report and has not the form that `build_report` gives it.
+    """Check that JSON content has the form of a report.
 
     Raises:
-        ValueError: the sentence says what is missing.
+        ValueError: a part is missing or has another form; the message names it.
     """
     modes = report.get("modes") if isinstance(report, dict) else None
     if not isinstance(modes, dict) or not modes:
         raise ValueError("it has no 'modes'")
     if report.get("version") != VERSION:
         raise ValueError(
-            f"it is of version {report.get('version')}, this blockft reads version {VERSION}: evaluate again"
+            f"its version is {report.get('version')}, this blockft reads version {VERSION}: "
+            "run the evaluation again"
         )
     if not isinstance(report.get("options"), dict):
         raise ValueError("it has no 'options'")
     for mode, groups in modes.items():
         if not isinstance(groups, dict) or ALL not in groups:
-            raise ValueError(f"mode {mode!r} holds no scores")
+            raise ValueError(f"mode {mode!r} has no scores")
         for group, scores in groups.items():
             if not _is_summary(scores):
-                raise ValueError(f"mode {mode!r} holds no scores of {group!r}")
+                raise ValueError(f"mode {mode!r} has no scores of {group!r}")
         repeated = report.get(REPEATED, {})
         if not isinstance(repeated, dict) or not groups.keys() >= set(map(str, repeated.values())):
-            raise ValueError(f"{REPEATED!r} names groups that mode {mode!r} has not")
+            raise ValueError(f"{REPEATED!r} names groups that mode {mode!r} does not have")
 
 
 def _is_summary(scores: Any) -> bool:
@@ -112,34 +126,30 @@ def _is_summary(scores: Any) -> bool:
         case {"questions": int(), "intervals": {**intervals}}:
             return all(
                 isinstance(scores.get(name), int | float)
-                and isinstance(ends := intervals.get(name), list)
-                and len(ends) == 2
-                and all(isinstance(end, int | float) for end in ends)
+                and isinstance(bounds := intervals.get(name), list)
+                and len(bounds) == 2
+                and all(isinstance(bound, int | float) for bound in bounds)
                 for name in METRICS
             )
     return False
 
 
-def histogram(numbers: Iterable[int]) -> dict[str, int]:
-    """How often each number occurs; JSON has texts for keys."""
-    return {str(number): times for number, times in sorted(Counter(numbers).items())}
+def _distinct_groups(predictions: Sequence[Prediction]) -> dict[str, list[int]]:
+    """Return the indices of the predictions in each group, without groups that repeat an earlier one."""
+    repeated = _repeated_groups(predictions)
+    return {group: indices for group, indices in _groups(predictions).items() if group not in repeated}
+
+
+def _repeated_groups(predictions: Sequence[Prediction]) -> dict[str, str]:
+    """Map each group that holds the same predictions as an earlier group to the earlier group."""
+    first: dict[tuple[int, ...], str] = {}
+    firsts = {
+        group: first.setdefault(tuple(indices), group) for group, indices in _groups(predictions).items()
+    }
+    return {group: earlier for group, earlier in firsts.items() if group != earlier}
 
 
 def _groups(predictions: Sequence[Prediction]) -> dict[str, list[int]]:
-    """Which predictions are in each group; one that holds the same as another before it is left out."""
-    repeated = _repeated(predictions)
-    return {group: members for group, members in _members(predictions).items() if group not in repeated}
-
-
-def _repeated(predictions: Sequence[Prediction]) -> dict[str, str]:
-    """The groups that hold the same predictions as another before them, and that one."""
-    first: dict[tuple[int, ...], str] = {}
-    groups = _members(predictions)
-    firsts = {group: first.setdefault(tuple(members), group) for group, members in groups.items()}
-    return {group: other for group, other in firsts.items() if group != other}
-
-
-def _members(predictions: Sequence[Prediction]) -> dict[str, list[int]]:
     groups: dict[str, list[int]] = defaultdict(list)
     for index, prediction in enumerate(predictions):
         for group in (ALL, *prediction.groups):
@@ -147,19 +157,19 @@ def _members(predictions: Sequence[Prediction]) -> dict[str, list[int]]:
     return groups
 
 
-def _means(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    columns = {name: [100 * one[name] for one in scores] for name in METRICS}
+def _mean_scores(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    percents = {name: [100 * score[name] for score in scores] for name in METRICS}
     return (
         {"questions": len(scores)}
-        | {name: fmean(column) for name, column in columns.items()}
-        | {INTERVALS: {name: bootstrap_interval(column) for name, column in columns.items()}}
+        | {name: fmean(values) for name, values in percents.items()}
+        | {INTERVALS: {name: list(bootstrap_interval(values)) for name, values in percents.items()}}
     )
 
 
-def _prompts(predictions: Sequence[Prediction]) -> dict[str, Any]:
+def _prompt_statistics(predictions: Sequence[Prediction]) -> dict[str, Any]:
     return {
         "blocks_per_prompt": histogram(p.num_blocks for p in predictions),
         "mean_prompt_tokens": fmean(p.prompt_tokens for p in predictions),
         "mean_answer_tokens": fmean(p.num_tokens for p in predictions),
-        "answers_cut_off": sum(p.hit_token_limit for p in predictions),
+        "answers_at_the_output_limit": sum(p.hit_token_limit for p in predictions),
     }

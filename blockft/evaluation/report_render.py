@@ -1,4 +1,4 @@
-"""Reports for people: as markdown, and as a picture."""
+"""Reports for people: scores as text, a report as a markdown page, and bar charts of scores."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,30 +9,37 @@ from matplotlib.figure import Figure
 from blockft.evaluation.report import DIFFERENCE, INTERVALS
 
 Groups = Mapping[str, Mapping[str, Any]]
-"""The scores of each group of questions: what a report holds for a mode."""
+"""The scores of each group of questions in one mode: an entry of a report's `modes`."""
 
 TITLES = {
     "substring_match": "answers that contain a gold answer, %",
+    "word_match": "answers that contain a gold answer as whole words, %",
     "exact_match": "answers that equal a gold answer, %",
     "token_f1": "mean F1 of the words of answer and gold answer, %",
 }
 """What each metric shows."""
 
+MODE_COLOURS = {"block": "tab:blue", "full": "tab:orange"}
+"""One colour per mode, the same in every picture."""
+
 
 def format_score(scores: Mapping[str, Any], metric: str, *, signed: bool = False) -> str:
-    """A score and its interval."""
+    """Format a score and its interval, such as "46.0 [40.1, 51.2]"."""
     low, high = scores[INTERVALS][metric]
     sign = "+" if signed else ""
     return f"{scores[metric]:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Format a markdown table; vertical bars inside cells are escaped."""
     lines = [list(columns), ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
 def report_markdown(report: Mapping[str, Any]) -> str:
-    """The report as a page: a table for each metric, then all that decided the answers."""
+    """Format a report as a markdown page: a table per metric, then everything that decided the answers."""
     modes = report["modes"]
     columns = dict(modes) | ({DIFFERENCE: report[DIFFERENCE]} if DIFFERENCE in report else {})
     parts = [f"# Evaluation of {report['model']}"]
@@ -41,54 +48,86 @@ def report_markdown(report: Mapping[str, Any]) -> str:
             [
                 group,
                 scores["questions"],
-                *(format_score(c[group], metric, signed=name == DIFFERENCE) for name, c in columns.items()),
+                *(
+                    format_score(groups[group], metric, signed=name == DIFFERENCE)
+                    for name, groups in columns.items()
+                ),
             ]
             for group, scores in next(iter(modes.values())).items()
         ]
         parts += [f"## {title}", markdown_table(["questions", "number", *columns], rows)]
-    drawn = report[INTERVALS]
+    bootstrap = report[INTERVALS]
     parts.append(
-        f"In brackets: {drawn['level']:.0%} intervals by percentile bootstrap over questions "
-        f"({drawn['resamples']:,} resamples, seed {drawn['seed']}); those of {DIFFERENCE} are paired."
+        f"In brackets: {bootstrap['level']:.0%} intervals by percentile bootstrap over questions "
+        f"({bootstrap['resamples']:,} resamples, seed {bootstrap['seed']}). "
+        f"The intervals of {DIFFERENCE} are paired."
     )
-    facts = [[name, _plain(value)] for name, value in report["options"].items()]
+    options = [[name, _format_value(value)] for name, value in report["options"].items()]
     for mode, prompts in report["prompts"].items():
-        facts += [
-            [f"{name.replace('_', ' ')}, {mode} mode", _plain(value)] for name, value in prompts.items()
+        options += [
+            [f"{name.replace('_', ' ')}, {mode} mode", _format_value(value)]
+            for name, value in prompts.items()
         ]
-    return "\n\n".join([*parts, "## How", markdown_table(["what", "value"], facts)]) + "\n"
+    return "\n\n".join([*parts, "## Options", markdown_table(["option", "value"], options)]) + "\n"
 
 
-def _plain(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {_plain(inner)}" for key, inner in value.items())
+        return ", ".join(f"{key}: {_format_value(inner)}" for key, inner in value.items())
     if isinstance(value, list):
-        return "; ".join(map(_plain, value))
+        return "; ".join(map(_format_value, value))
     if isinstance(value, str):
         return value if value.isprintable() else json.dumps(value, ensure_ascii=False)
     return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
-def draw_scores(columns: Mapping[str, Groups], groups: Sequence[str], metric: str) -> Figure:
-    """Bars with intervals, one for each column in each group."""
-    figure = Figure(figsize=(max(7, 1.2 + 0.45 * len(columns) * len(groups)), 4.5), layout="constrained")
+def draw_scores(
+    reports: Mapping[str, Mapping[str, Groups]], groups: Sequence[str], metric: str, *, title: str
+) -> Figure:
+    """Draw horizontal bars with intervals: one bar per group of questions, report and mode.
+
+    Each bar has its report's name at its left and its score at its right. With a single report the groups
+    stand at the left instead. A mode has the same colour everywhere.
+
+    reports: report name -> mode -> group -> scores.
+    """
+    rows = [(group, name, mode) for group in groups for name in reports for mode in reports[name]]
+    bar, report_gap, group_gap = 1.0, 0.35, 1.3 if len(reports) > 1 else 0.0
+    positions: list[float] = []
+    labels: dict[float, str] = {}
+    headers: dict[float, str] = {}
+    top = 0.0
+    for group in groups:
+        if len(reports) > 1:
+            headers[top + group_gap / 2] = group
+            top += group_gap
+        for name, modes in reports.items():
+            middle = top + len(modes) * bar / 2
+            labels[middle] = name if len(reports) > 1 else group
+            positions += [top + (i + 0.5) * bar for i in range(len(modes))]
+            top += len(modes) * bar + report_gap
+    figure = Figure(figsize=(8, 1.6 + 0.2 * top), layout="constrained")
     axes = figure.subplots()
-    width, highest = 0.8 / len(columns), 0.0
-    for i, (name, scores) in enumerate(columns.items()):
-        heights = [scores[group][metric] for group in groups]
-        ends = [scores[group][INTERVALS][metric] for group in groups]
-        # an interval may lie beside the mean by a rounding error
-        errors = [
-            [max(0.0, height - low) for height, (low, _) in zip(heights, ends, strict=True)],
-            [max(0.0, high - height) for height, (_, high) in zip(heights, ends, strict=True)],
-        ]
-        places = [x + i * width for x in range(len(groups))]
-        axes.bar(places, heights, width, label=name)
-        axes.errorbar(places, heights, yerr=errors, fmt="none", ecolor="black", elinewidth=0.8, capsize=2)
-        for place, height, (_, high) in zip(places, heights, ends, strict=True):
-            axes.text(place, high + 0.5, f"{height:.0f}", ha="center", va="bottom", fontsize=8)
-        highest = max(highest, *(high for _, high in ends))
-    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(groups))], groups, fontsize=8)
-    axes.set(ylim=(0, max(5.0, 1.08 * highest)), ylabel=TITLES[metric])
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=min(3, len(columns)), frameon=False)
+    highest = 0.0
+    for position, (group, name, mode) in zip(positions, rows, strict=True):
+        scores = reports[name][mode][group]
+        score, (low, high) = scores[metric], scores[INTERVALS][metric]
+        # rounding can put the mean just outside its interval
+        errors = [[max(0.0, score - low)], [max(0.0, high - score)]]
+        axes.barh(position, score, 0.85 * bar, color=MODE_COLOURS[mode])
+        axes.errorbar(score, position, xerr=errors, fmt="none", ecolor="black", elinewidth=0.8, capsize=2)
+        axes.annotate(
+            f"{score:.1f}", (max(high, score), position), (4, 0), textcoords="offset points", va="center"
+        ).set_fontsize(8)
+        highest = max(highest, high, score)
+    axes.set_yticks(list(labels), list(labels.values()), fontsize=8)
+    for position, group in headers.items():
+        axes.text(0, position, f" {group}", va="center", fontsize=9, fontweight="bold")
+    axes.set(ylim=(top, 0), xlim=(0, max(5.0, 1.12 * highest)), xlabel=TITLES[metric])
+    axes.set_title(title, fontsize=11)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    used_modes = dict.fromkeys(mode for _, _, mode in rows)
+    handles = [axes.barh(0, 0, color=MODE_COLOURS[mode], label=f"{mode} mode") for mode in used_modes]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     return figure

@@ -1,114 +1,216 @@
-"""`blockft cache`: what a cache folder holds, whether it is sound, and what may go."""
+"""`blockft cache`: fill the folder of a block cache, list it, verify it, and remove entries."""
 
 import json
-import re
+import shutil
+import sys
+import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rich.console import Console
 from rich.table import Column, Table
 
+from blockft.data.rag_prompt import Document
+from blockft.data.request import parse_document
+from blockft.data.sample import RecordError
 from blockft.errors import UserError
+from blockft.inference.block_key import BlockKey, key_digest
 from blockft.inference.cache_entry import CacheModel, DamagedEntry, Entry
 from blockft.inference.cache_folder import CacheFolder, StoredEntry
-from blockft.progress import track
-from blockft.units import format_bytes, parse_bytes
+from blockft.inference.disk_tier import DiskTier
+from blockft.inference.engine import Engine
+from blockft.progress import progress, track
+from blockft.stages.generate import CacheArguments, open_engine
+from blockft.units import format_bytes, parse_bytes, parse_duration
 
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-_AGE = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])", re.ASCII)
+BATCH_DOCUMENTS = 64
+"""Documents that are looked up and encoded together."""
 
-
-def stats(folder: Path, *, as_json: bool = False) -> None:
-    """Print, for each model, its entries, their tokens and bytes, and when the first and last were used.
-
-    Raises:
-        UserError: `folder` is no cache that can be read.
-    """
-    with _opened(folder) as cache:
-        lines = [_describe(model, list(cache.entries(name))) for name, model in cache.models().items()]
-    total = {name: sum(line[name] for line in lines) for name in ("entries", "tokens", "bytes")}
-    if as_json:
-        print(json.dumps(total | {"models": lines}))
-        return
-    right = [Column(name, justify="right", no_wrap=True) for name in ("entries", "tokens", "size")]
-    names = [Column(name, no_wrap=True) for name in ("fingerprint", "oldest use", "latest use")]
-    table = Table(Column("model", overflow="fold"), names[0], *right, *names[1:], box=None)
-    for line in lines:
-        numbers = f"{line['entries']:,}", f"{line['tokens']:,}", format_bytes(line["bytes"])
-        uses = ((line[name] or "")[:10] for name in ("oldest_use", "latest_use"))
-        table.add_row(line["name"], line["fingerprint"][:12], *numbers, *uses)
-    Console().print(table)
-    print(f"{total['entries']:,} entries, {format_bytes(total['bytes'])}")
+STDIN = Path("-")
 
 
-def verify_cache(folder: Path, *, remove: bool = False, as_json: bool = False) -> None:
-    """Compare every checksum of every entry, and print which do not fit; with `remove` these go.
-
-    Raises:
-        UserError: `folder` is no cache that can be read, or entries are damaged and were not to be removed.
-    """
-    damaged = []
-    with _opened(folder) as cache:
-        models = cache.models()
-        entries = [entry for name in models for entry in cache.entries(name)]
-        for entry in track(entries, "verify"):
-            found = _damage(entry, models[entry.fingerprint])
-            if found:
-                damaged.append({"path": str(entry.path), "reason": str(found)})
-                if remove:
-                    cache.remove(entry.path, found.status)
-    if as_json:
-        print(json.dumps({"entries": len(entries), "damaged": damaged, "removed": remove}))
-    else:
-        for line in damaged:
-            print(f"{line['path']}: {line['reason']}")
-        print(f"{len(entries):,} entries, {len(damaged):,} damaged{' and removed' if remove else ''}")
-    if damaged and not remove:
-        raise UserError(f"{len(damaged)} of {len(entries)} entries in {folder} are damaged: add --remove")
+# cache build
 
 
-def prune(
-    folder: Path, *, max_bytes: str | None = None, older_than: str | None = None, model: str | None = None
-) -> None:
-    """Remove entries that were not used for `older_than`, then the least recently used beyond `max_bytes`.
+@dataclass(frozen=True)
+class CorpusLine:
+    """A document of a corpus; `location` names its file and line."""
 
-    Both limits hold for the entries of `model` (a name, or how a fingerprint begins), or for all together;
-    without a limit all entries of the model go.
+    location: str
+    num_bytes: int
+    document: Document
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A file of documents, one JSON line each: {"title", "text"} or a text. It can be read several times."""
+
+    name: Path
+    file: BinaryIO
+
+    def lines(self) -> Iterator[CorpusLine]:
+        """Yield every document from the start of the file.
+
+        Raises:
+            UserError: a line is not a document; the message has its number.
+        """
+        self.file.seek(0)
+        for number, line in enumerate(self.file, start=1):
+            if not line.strip():
+                continue
+            location = f"{self.name}, line {number}"
+            try:
+                record: Any = json.loads(line)
+                yield CorpusLine(location, len(line), parse_document(record))
+            except RecordError as error:
+                raise UserError(f"{location}: {error}") from error
+            except (
+                ValueError,
+                RecursionError,
+            ) as error:  # not JSON, not UTF-8, or a number of too many digits
+                raise UserError(f"{location} is not JSON: {error}") from error
+
+
+def build_cache(model: str, corpus: Path, cache: CacheArguments) -> None:
+    """Compute the blocks of all documents of a corpus and store them in the cache folder.
+
+    Blocks that the folder already holds are skipped, so an interrupted build resumes.
+
+    corpus: a file, or - for standard input.
 
     Raises:
-        UserError: neither a limit nor a model is given, there is no such model, a limit cannot be read, or
-            `folder` is no cache that can be read and written.
+        UserError: there is no document; a line is not a document or does not fit the model (the message has
+            its number); the folder cannot take all blocks, or its budget is too small; see `open_engine`.
     """
-    if max_bytes is None and older_than is None:
-        if model is None:
+    with _open_corpus(corpus) as opened:
+        # read all lines first: an error in the last one must not appear after hours
+        num_bytes = sum(line.num_bytes for line in opened.lines())
+        if not num_bytes:
+            raise UserError(f"{corpus} holds no document")
+        engine = open_engine(model, cache)
+        disk = engine.runner.store.disk
+        assert disk
+        if (max_bytes := cache.options().disk_bytes) is not None:
+            _check_budget(engine, disk, opened, num_bytes, max_bytes)
+        digests: set[str] = set()
+        num_encoded = 0
+        with progress("encode", num_bytes) as advance:
+            for keys, num_line_bytes in _new_blocks(engine, opened, digests):
+                num_encoded += engine.runner.prefill_blocks(keys)
+                engine.close()
+                if disk.statistics.entries_lost:
+                    raise UserError(
+                        f"{cache.folder} does not take all blocks: make room or name another folder, then "
+                        "run the same command again to resume"
+                    )
+                advance(num_line_bytes)
+    print(f"{len(digests):,} blocks are in {cache.folder}, {num_encoded:,} of them new")
+    if num_evicted := disk.statistics.entries_evicted:
+        if num_missing := len(digests - disk.digests()):
             raise UserError(
-                "prune needs a limit: add --max-bytes as in 10GB, --older-than as in 7d, or --model"
+                f"{num_missing:,} of these blocks were evicted again: raise --cache-bytes, then run the same "
+                "command again to resume"
             )
-        max_bytes = "0"
-    with _opened(folder) as cache:
-        chosen = None if model is None else _choose(cache, model)
-        limit = None if max_bytes is None else parse_bytes(max_bytes)
-        since = None if older_than is None else time.time() - _parse_age(older_than)
-        with cache.locked() as ledger:
-            removed = cache.prune(ledger, max_bytes=limit, unused_since=since, fingerprints=chosen)
-            kept = ledger.read() or 0
-    size = format_bytes(sum(entry.num_bytes for entry in removed))
-    print(f"{len(removed):,} entries removed, {size}; {format_bytes(kept)} are left in {folder}")
+        remark = f"{num_evicted:,} other blocks were evicted to make room: raise --cache-bytes to keep them"
+        print(remark, file=sys.stderr)
+
+
+def _check_budget(engine: Engine, disk: DiskTier, corpus: Corpus, num_bytes: int, max_bytes: int) -> None:
+    """Refuse a budget in which the blocks of the corpus would evict each other."""
+    digests: set[str] = set()
+    needed_bytes = 0
+    with progress("measure", num_bytes) as advance:
+        for keys, num_line_bytes in _new_blocks(engine, corpus, digests):
+            needed_bytes += sum(map(disk.num_bytes, keys))
+            advance(num_line_bytes)
+    if needed_bytes > max_bytes:
+        raise UserError(
+            f"the {len(digests):,} blocks of {corpus.name} take {format_bytes(needed_bytes)}, but "
+            f"--cache-bytes is {max_bytes}: set it to at least {needed_bytes}"
+        )
+
+
+def _new_blocks(engine: Engine, corpus: Corpus, digests: set[str]) -> Iterator[tuple[list[BlockKey], int]]:
+    """Yield, for each batch of documents, the blocks that are not in `digests` and the bytes of the lines.
+
+    Adds the digests of the blocks to `digests`.
+    """
+    lines = corpus.lines()
+    batch_size = 1  # one document first: a folder that cannot be written is found at once
+    while batch := list(islice(lines, batch_size)):
+        keys = {key_digest(key): key for key in _document_keys(engine, batch)}
+        new_keys = [key for digest, key in keys.items() if digest not in digests]
+        yield new_keys, sum(line.num_bytes for line in batch)
+        digests.update(keys)
+        batch_size = BATCH_DOCUMENTS
+
+
+def _document_keys(engine: Engine, lines: Sequence[CorpusLine]) -> list[BlockKey]:
+    """Return the blocks of the documents; an error names the line of the document."""
+    try:
+        return engine.document_keys([line.document for line in lines])
+    except UserError:
+        for line in lines:
+            try:
+                engine.document_keys([line.document])
+            except UserError as error:
+                raise UserError(f"{line.location}: {error}") from error
+        raise
 
 
 @contextmanager
-def _opened(folder: Path) -> Iterator[CacheFolder]:
-    cache = CacheFolder(folder)
-    try:
-        if not cache.exists():
-            raise UserError(f"{folder} is no block cache: name a folder that blockft cache build has written")
-        yield cache
-    except OSError as error:
-        raise UserError(f"{error.filename or folder} cannot be used: {error.strerror}") from error
+def _open_corpus(path: Path) -> Iterator[Corpus]:
+    """Open a corpus; a pipe can be read only once, so it is copied into a temporary file."""
+    with ExitStack() as stack:
+        try:
+            file = sys.stdin.buffer if path == STDIN else stack.enter_context(path.open("rb"))
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        if path == STDIN or not file.seekable():
+            try:
+                source, file = file, stack.enter_context(tempfile.TemporaryFile())
+                shutil.copyfileobj(source, file)
+            except OSError as error:
+                raise UserError(
+                    f"{path} cannot be copied into {tempfile.gettempdir()}: {error.strerror}"
+                ) from error
+        yield Corpus(path, file)
+
+
+# cache stats
+
+
+def print_cache_stats(folder: Path, *, as_json: bool = False) -> None:
+    """Print for each model its entries, their tokens and bytes, and the dates of the oldest and latest use.
+
+    Raises:
+        UserError: `folder` is not a block cache, or cannot be read.
+    """
+    with _open_cache(folder) as cache:
+        models = [_describe(model, list(cache.entries(name))) for name, model in cache.models().items()]
+    total = {name: sum(model[name] for model in models) for name in ("entries", "tokens", "bytes")}
+    if as_json:
+        print(json.dumps(total | {"models": models}))
+        return
+    table = Table(
+        Column("model", overflow="fold"),
+        Column("fingerprint", no_wrap=True),
+        *(Column(name, justify="right", no_wrap=True) for name in ("entries", "tokens", "size")),
+        *(Column(name, no_wrap=True) for name in ("oldest use", "latest use")),
+        box=None,
+    )
+    for model in models:
+        numbers = f"{model['entries']:,}", f"{model['tokens']:,}", format_bytes(model["bytes"])
+        dates = ((model[name] or "")[:10] for name in ("oldest_use", "latest_use"))
+        table.add_row(model["name"], model["fingerprint"][:12], *numbers, *dates)
+    Console().print(table)
+    print(f"{total['entries']:,} entries, {format_bytes(total['bytes'])}")
 
 
 def _describe(model: CacheModel, entries: list[StoredEntry]) -> dict[str, Any]:
@@ -125,31 +227,113 @@ def _describe(model: CacheModel, entries: list[StoredEntry]) -> dict[str, Any]:
     }
 
 
-def _damage(entry: StoredEntry, model: CacheModel) -> DamagedEntry | None:
+# cache verify
+
+
+def verify_cache(folder: Path, *, remove: bool = False, as_json: bool = False) -> None:
+    """Verify the checksums of all entries and print the damaged entries.
+
+    remove: remove the damaged entries.
+
+    Raises:
+        UserError: `folder` is not a block cache, or cannot be read; entries are damaged and not removed.
+    """
+    damaged = []
+    with _open_cache(folder) as cache:
+        models = cache.models()
+        entries = [entry for name in models for entry in cache.entries(name)]
+        for entry in track(entries, "verify"):
+            damage = _find_damage(entry, models[entry.fingerprint])
+            if damage:
+                damaged.append({"path": str(entry.path), "reason": str(damage)})
+                if remove:
+                    cache.remove(entry.path, damage.status)
+    if as_json:
+        print(json.dumps({"entries": len(entries), "damaged": damaged, "removed": remove}))
+    else:
+        for line in damaged:
+            print(f"{line['path']}: {line['reason']}")
+        print(f"{len(entries):,} entries, {len(damaged):,} damaged{' and removed' if remove else ''}")
+    if damaged and not remove:
+        raise UserError(f"{len(damaged)} of {len(entries)} entries in {folder} are damaged: add --remove")
+
+
+def _find_damage(entry: StoredEntry, model: CacheModel) -> DamagedEntry | None:
     try:
         with Entry(entry.path, model) as opened:
             opened.check()
     except DamagedEntry as error:
         return error
     except OSError as error:
-        if not entry.path.exists():  # evicted meanwhile
+        if not entry.path.exists():  # another process evicted it
             return None
         return DamagedEntry(f"it cannot be read ({error.strerror})", entry.path.stat())
     return None
 
 
-def _choose(cache: CacheFolder, model: str) -> set[str]:
+# cache prune
+
+
+def prune_cache(
+    folder: Path, *, max_bytes: str | None = None, older_than: str | None = None, model: str | None = None
+) -> None:
+    """Remove entries unused for `older_than`, then the least recently used ones beyond `max_bytes`.
+
+    Both limits apply to the entries of `model`, or to all entries together. A model without a limit loses all
+    its entries.
+
+    max_bytes: a size such as 10GB.
+    older_than: a duration such as 7d.
+    model: a model's name, or the beginning of its fingerprint.
+
+    Raises:
+        UserError: there is neither a limit nor a model; there is no such model; a limit cannot be parsed;
+            `folder` is not a block cache, or cannot be read and written.
+    """
+    if max_bytes is None and older_than is None:
+        if model is None:
+            raise UserError(
+                "prune needs a limit: add --max-bytes such as 10GB, --older-than such as 7d, or --model"
+            )
+        max_bytes = "0"
+    with _open_cache(folder) as cache:
+        fingerprints = None if model is None else _find_models(cache, model)
+        limit = None if max_bytes is None else parse_bytes(max_bytes)
+        unused_since = None if older_than is None else time.time() - parse_duration(older_than)
+        with cache.locked() as ledger:
+            removed = cache.prune(
+                ledger, max_bytes=limit, unused_since=unused_since, fingerprints=fingerprints
+            )
+            left_bytes = ledger.read() or 0
+    removed_bytes = format_bytes(sum(entry.num_bytes for entry in removed))
+    print(
+        f"{len(removed):,} entries removed, {removed_bytes}; {format_bytes(left_bytes)} are left in {folder}"
+    )
+
+
+def _find_models(cache: CacheFolder, model: str) -> set[str]:
+    """Return the fingerprints of the models with that name, or whose fingerprint begins so."""
     models = cache.models()
-    # an empty word, as of a shell variable that is not set, begins every fingerprint
-    chosen = {n for n, facts in models.items() if model and (facts.name == model or n.startswith(model))}
+    # every fingerprint begins with the empty text, which an unset shell variable gives: match nothing
+    chosen = {
+        fingerprint
+        for fingerprint, cached in models.items()
+        if model and (cached.name == model or fingerprint.startswith(model))
+    }
     if not chosen:
-        known = ", ".join(f"{facts.name} ({name[:12]})" for name, facts in models.items()) or "none"
-        raise UserError(f"{cache.path} holds no model {model!r}: it holds {known}")
+        known = ", ".join(f"{cached.name} ({name[:12]})" for name, cached in models.items()) or "none"
+        raise UserError(f"{cache.path} holds no entries of model {model!r}; its models: {known}")
     return chosen
 
 
-def _parse_age(text: str) -> float:
-    found = _AGE.fullmatch(text.strip())
-    if not found:
-        raise UserError(f"{text!r} is no age: write a number with a unit, as in 30m, 12h or 7d")
-    return float(found[1]) * _SECONDS[found[2]]
+@contextmanager
+def _open_cache(folder: Path) -> Iterator[CacheFolder]:
+    cache = CacheFolder(folder)
+    try:
+        if not cache.exists():
+            raise UserError(
+                f"{folder} is not a block cache: name a folder that blockft cache build has written"
+            )
+        yield cache
+    except OSError as error:
+        raise UserError(f"{error.filename or folder} cannot be used: {error.strerror}") from error

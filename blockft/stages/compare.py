@@ -1,106 +1,139 @@
-"""`blockft compare`: reports of `eval` side by side, as a table, as JSON and as a picture."""
+"""`blockft compare`: the scores of several evaluations side by side, as a table, JSON and a picture."""
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from blockft.errors import UserError
 from blockft.evaluation.metrics import METRICS
 from blockft.evaluation.report import REPEATED, check_report
 from blockft.evaluation.report_render import TITLES, draw_scores, format_score
 from blockft.outputs import save_figure
-from blockft.stages.evaluate import METRIC, REPORT
+from blockft.stages.evaluate import PLOTTED_METRIC, REPORT
 
-OF_THE_MODEL = ("revision", "model fingerprint", "tokenizer fingerprint")
-"""Options in which reports are expected to differ."""
+MODEL_OPTIONS = ("revision", "model fingerprint", "tokenizer fingerprint")
+"""Options that are expected to differ, because they name the evaluated model."""
+
+Scores = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""Report name -> mode -> group of questions -> scores."""
 
 
 def compare(
-    paths: list[Path], *, metric: str = METRIC, as_json: bool = False, png: Path | None = None
-) -> None:
-    """Print a score of every report and mode, for all questions and each group they share.
+    paths: Sequence[Path], *, metric: str = PLOTTED_METRIC, png: Path | None = None
+) -> dict[str, Any]:
+    """Compare reports by one metric, over all questions and over each group that all reports share.
 
-    Options in which the evaluations differ are named, for they alone may explain what is seen.
+    png: a file to draw the comparison into.
+
+    Returns:
+        {"metric": ..., "scores": {report name: {mode: {group: scores}}}, "differing options": {option:
+        {report name: value}}}. Differing options may explain a difference of the scores.
 
     Raises:
-        UserError: a path is no report, or is given twice; an unknown metric.
+        UserError: a path holds no report, or is given twice; the metric is unknown; `png` cannot be written.
     """
     if metric not in METRICS:
         raise UserError(f"--metric is {metric!r}, allowed are {', '.join(METRICS)}")
     reports = {name: _read(path) for name, path in _name_reports(paths).items()}
-    columns = {f"{m} {name}": groups for name, r in reports.items() for m, groups in _scores(r).items()}
-    rows = _rows(list(reports.values()))
-    differing = _differing(reports)
+    groups = _shared_groups(list(reports.values()))
+    scores = {
+        name: {
+            mode: {group: by_group[group] for group in groups} for mode, by_group in _scores(report).items()
+        }
+        for name, report in reports.items()
+    }
     if png:
-        save_figure(draw_scores(columns, rows, metric), png)
+        title = "Evaluation" if len(reports) == 1 else f"Comparison of {len(reports)} evaluations"
+        save_figure(draw_scores(scores, groups, metric, title=title), png)
+    return {"metric": metric, "scores": scores, "differing options": _differing_options(reports)}
+
+
+def print_comparison(comparison: Mapping[str, Any], *, as_json: bool = False) -> None:
+    """Print a comparison as a table of at most 80 columns, or as JSON.
+
+    Differing options are a remark on stderr below the table.
+    """
     if as_json:
-        scores = {name: {group: c[group] for group in rows} for name, c in columns.items()}
-        print(json.dumps({"metric": metric, "scores": scores, "differing options": differing}, indent=2))
-    else:
-        _print(columns, rows, metric, differing)
+        print(json.dumps(comparison, indent=2))
+        return
+    scores, metric = comparison["scores"], comparison["metric"]
+    modes = list(dict.fromkeys(mode for by_mode in scores.values() for mode in by_mode))
+    table = Table(
+        Column("questions", overflow="fold"),
+        Column("report", overflow="fold"),
+        Column("number", justify="right", no_wrap=True),
+        *(Column(f"{mode} mode", no_wrap=True) for mode in modes),
+        title=TITLES[metric],
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for group in next(iter(next(iter(scores.values())).values())):
+        for i, (name, by_mode) in enumerate(scores.items()):
+            number = next(iter(by_mode.values()))[group]["questions"]
+            cells = [format_score(by_mode[mode][group], metric) if mode in by_mode else "" for mode in modes]
+            table.add_row("" if i else group, name, str(number), *cells)
+        table.add_section()
+    Console().print(table)
+    remarks = Console(stderr=True)
+    for option, values in comparison["differing options"].items():
+        listed = ", ".join(f"{name} {json.dumps(v, ensure_ascii=False)}" for name, v in values.items())
+        remarks.print(f"differing option: {option}: {listed}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _name_reports(paths: Sequence[Path]) -> dict[str, Path]:
-    """The reports by name: that of their folder, unless several bear it.
+    """Name each report after its folder, or after its path if two folders have the same name.
 
     Raises:
         UserError: a report is given twice.
     """
-    places = [path.parent if path.name == REPORT else path for path in paths]
-    for i, place in enumerate(places):
-        if place.resolve() in (other.resolve() for other in places[:i]):
+    folders = [path.parent if path.name == REPORT else path for path in paths]
+    for i, folder in enumerate(folders):
+        if folder.resolve() in (other.resolve() for other in folders[:i]):
             raise UserError(f"{paths[i]} is given twice: name different reports")
-    # of the folder at hand the path says no name
-    short = [Path(os.path.abspath(place)).name for place in places]
-    names = short if len(set(short)) == len(short) else map(str, places)
+    # the path "." has no name of its own
+    short_names = [Path(os.path.abspath(folder)).name for folder in folders]
+    names = short_names if len(set(short_names)) == len(short_names) else map(str, folders)
     return dict(zip(names, paths, strict=True))
 
 
-def _scores(report: dict[str, Any]) -> dict[str, Any]:
-    """The scores of each mode, also of the groups that hold the same questions as another."""
+def _scores(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the scores of each mode, with the groups that repeat another group added."""
     return {
-        mode: groups | {group: groups[other] for group, other in report.get(REPEATED, {}).items()}
+        mode: groups | {group: groups[earlier] for group, earlier in report.get(REPEATED, {}).items()}
         for mode, groups in report["modes"].items()
     }
 
 
-def _rows(reports: Sequence[dict[str, Any]]) -> list[str]:
-    """The groups that all reports share; those that hold the same questions in every one are said once."""
-    found: dict[tuple[str, ...], str] = {}
+def _shared_groups(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the groups that all reports have; groups with the same questions in every report once."""
+    shared: dict[tuple[str, ...], str] = {}
     for group in next(iter(_scores(reports[0]).values())):
         if all(group in groups for report in reports for groups in _scores(report).values()):
             counted_as = tuple(report.get(REPEATED, {}).get(group, group) for report in reports)
-            found.setdefault(counted_as, group)
-    return list(found.values())
+            shared.setdefault(counted_as, group)
+    return list(shared.values())
 
 
-def _print(columns: dict[str, Any], rows: list[str], metric: str, differing: dict[str, Any]) -> None:
-    table = Table("questions", "number", *columns, title=TITLES[metric])
-    for group in rows:
-        numbers = {groups[group]["questions"] for groups in columns.values()}
-        scores = (format_score(groups[group], metric).replace(" [", "\n[") for groups in columns.values())
-        table.add_row(group, " / ".join(map(str, sorted(numbers))), *scores)
-    console = Console()
-    console.print(table)
-    for name, values in differing.items():
-        said = ", ".join(f"{report} {json.dumps(v, ensure_ascii=False)}" for report, v in values.items())
-        console.print(f"not asked alike: {name}: {said}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _differing(reports: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The options of the evaluations that are not the same everywhere: name -> report -> value."""
-    names = dict.fromkeys(name for report in reports.values() for name in report["options"])
-    found = {
-        name: {report: reports[report]["options"].get(name) for report in reports}
-        for name in names
-        if name not in OF_THE_MODEL
+def _differing_options(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the options that differ between the reports: option -> report name -> value."""
+    options = dict.fromkeys(option for report in reports.values() for option in report["options"])
+    values = {
+        option: {name: report["options"].get(option) for name, report in reports.items()}
+        for option in options
+        if option not in MODEL_OPTIONS
     }
-    return {n: values for n, values in found.items() if len({json.dumps(v) for v in values.values()}) > 1}
+    return {
+        option: by_report
+        for option, by_report in values.items()
+        if len({json.dumps(value) for value in by_report.values()}) > 1
+    }
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -115,5 +148,5 @@ def _read(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{file} is not JSON: {error}") from error
     except ValueError as error:
-        raise UserError(f"{file} is no report of blockft eval that can be read: {error}") from error
+        raise UserError(f"{file} is not a report of blockft eval: {error}") from error
     return cast(dict[str, Any], report)

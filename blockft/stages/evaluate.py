@@ -1,10 +1,13 @@
-"""`blockft eval`: held-out questions answered in block and full mode, and scored."""
+"""`blockft eval`: answer held-out questions in block and full mode, and score the answers."""
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
 from importlib.metadata import version
+from itertools import chain, islice, repeat, zip_longest
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
-from blockft.config.choices import BadRecordPolicy, Positions, Retriever, TooLongPolicy
+from blockft.config.choices import BadRecordPolicy, Format, Positions, Retriever, TooLongPolicy
+from blockft.config.recipe import build_recipe, find_recipe, is_recipe, load_recipe
 from blockft.config.settings import Recipe, Source
 from blockft.data.sample import Sample, sample_to_record
-from blockft.data.sources import SOURCE_FORMATS
+from blockft.data.sources import SOURCE_FORMATS, RecordCounts, find_source_files
+from blockft.data.split import SPLIT_FORMATS
+from blockft.data.statistics import histogram
 from blockft.data.tokenizer import tokenizer_fingerprint
 from blockft.errors import UserError
 from blockft.evaluation.answers import (
@@ -29,37 +35,60 @@ from blockft.evaluation.answers import (
     plan_batches,
 )
 from blockft.evaluation.metrics import METRICS
-from blockft.evaluation.report import DIFFERENCE, Prediction, build_report, histogram
+from blockft.evaluation.report import DIFFERENCE, Prediction, build_report
 from blockft.evaluation.report_render import draw_scores, format_score, report_markdown
 from blockft.inference.engine import Engine
 from blockft.inference.runner import CacheOptions
 from blockft.model.fingerprint import model_fingerprint
-from blockft.model.load import parse_dtype, uses_reencoded_positions
+from blockft.model.load import (
+    block_attention_config,
+    load_config,
+    parse_dtype,
+    uses_reencoded_positions,
+)
 from blockft.outputs import atomic_folder, check_absent, resumable_folder, save_figure
 from blockft.progress import track
-from blockft.stages.questions import model_revision, read_questions
+from blockft.stages.source_settings import read_source
 from blockft.version import __version__
 
 REPORT = "report.json"
-METRIC = "substring_match"
-"""What is drawn: the paper's accuracy."""
+PLOTTED_METRIC = "substring_match"
+"""The metric of the plot: the accuracy of the paper."""
 
 SOURCES = "sources"
-"""The one option that decides no answer: the hash of the questions does, wherever they were read."""
+"""The one entry of the options that decides no answer: the hash of the questions does, wherever they lie."""
 
 
-def evaluate(model: str, recipe: Recipe, *, as_json: bool = False) -> Path:
-    """Answer the questions of `eval.sources`; write report and predictions to `eval.output_dir`.
+def evaluate(
+    model: str,
+    recipe_or_data: Recipe | str,
+    *,
+    overrides: Sequence[str] = (),
+    format: str | None = None,
+    modes: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Answer the questions of `eval.sources`, score the answers, and write the report.
 
-    Answers are kept beside it batch by batch: after a kill the same command goes on, and the report is that
-    of an evaluation that was never killed.
+    `eval.output_dir` receives report.json, report.md, report.png and predictions-MODE.jsonl. The answers are
+    stored batch by batch: after an interruption the same call resumes, and the report equals that of an
+    uninterrupted evaluation.
+
+    model: an export, any model folder, or a Hub id.
+    recipe_or_data: a recipe; the name or path of one; or a file, glob, folder or Hub dataset of questions,
+        which are asked with the settings of `evaluation_recipe`.
+    overrides: `key=value` settings, if `recipe_or_data` is a text.
+    format: the format of the questions, if `recipe_or_data` names data.
+    modes: block, full or both; None takes `eval.modes`.
+
+    Returns:
+        The content of report.json; see `build_report`.
 
     Raises:
-        UserError: the recipe has no `eval`; `eval.output_dir` exists, or was begun otherwise; a question
-            without
-            answers; none that fits into the model; see `revision_of` and `Engine.load`.
-        KeyboardInterrupt: after it was said that the same command goes on.
+        UserError: the recipe has no `eval`; the output folder exists, or holds an evaluation with other
+            options; a question has no answers; no question fits into the model; see `model_revision` and
+            `Engine.load`.
     """
+    recipe = evaluation_recipe(model, recipe_or_data, overrides=overrides, format=format, modes=modes)
     settings = recipe.eval
     if settings is None:
         raise UserError("the recipe has no eval: add eval.output_dir and eval.sources")
@@ -68,62 +97,194 @@ def evaluate(model: str, recipe: Recipe, *, as_json: bool = False) -> Path:
     revision = model_revision(model, recipe)
     samples, dropped = read_questions(recipe)
     dtype = parse_dtype(recipe.model.dtype, None)
-    # blocks are used within a batch, which the first tier holds
+    # blocks are reused within a batch only, and the device tier holds the blocks of a batch
     cache = CacheOptions(host_bytes=0) if torch.cuda.is_available() else None
     engine = Engine.load(model, revision=revision, dtype=dtype, cache=cache)
-    console = Console(stderr=True)
     if recipe.data.positions is Positions.local and uses_reencoded_positions(engine.model.config):
-        said = "data.positions=local has no effect here: the model does not say that it was trained so"
-        console.print(said, soft_wrap=True)
-    asked = _encode(engine, samples, recipe, console)
-    options = _options(recipe, engine, asked, revision)
-    options["records dropped"] = dict(sorted((asked.dropped + Counter(dropped)).items()))
-    facts = {name: value for name, value in options.items() if name != SOURCES}
+        _remark("data.positions=local has no effect: the model was not trained with local positions")
+    questions = _encode(engine, samples, recipe)
+    options = _options(recipe, engine, questions, revision)
+    options["records dropped"] = dict(sorted((questions.dropped + Counter(dropped)).items()))
+    signature = {name: value for name, value in options.items() if name != SOURCES}
     try:
-        with resumable_folder(out, facts) as partial:
-            answered = {
-                mode.value: _answer(engine, asked, mode.value, recipe, partial, console)
+        with resumable_folder(out, signature) as partial:
+            predictions = {
+                mode.value: _answer(engine, questions, mode.value, recipe, partial)
                 for mode in dict.fromkeys(settings.modes)
             }
-            report = build_report(model, answered, options)
-            _write(out, report, answered)
+            report = build_report(model, predictions, options)
+            _write(out, report, predictions)
     except KeyboardInterrupt:
-        console.print("interrupted: the same command goes on where this one stopped")
+        _remark("interrupted: run the same command again to resume")
         raise
-    if as_json:
-        print(json.dumps(report, indent=2))
-    else:
-        _print(report)
-    return out
+    return report
 
 
-def _encode(engine: Engine, samples: list[Sample], recipe: Recipe, console: Console) -> EncodedQuestions:
-    """The questions that fit, with their prompts; what is left out is said.
+def evaluation_recipe(
+    model: str,
+    recipe_or_data: Recipe | str,
+    *,
+    overrides: Sequence[str] = (),
+    format: str | None = None,
+    modes: Sequence[str] | None = None,
+) -> Recipe:
+    """Return the settings of an evaluation: those of a recipe, or those for the questions of a file.
+
+    Questions are asked with the wording that an export was trained with, otherwise with the default wording.
+    Their report goes to out/eval/MODEL-DATA unless `eval.output_dir` says otherwise.
 
     Raises:
-        UserError: none fits, or one is unfit for the chat template and not to be skipped.
+        UserError: there are neither questions nor a recipe of that name; the format is unknown; see
+            `load_recipe`.
+    """
+    if isinstance(recipe_or_data, Recipe):
+        assert not overrides and format is None and modes is None, "a recipe holds its settings already"
+        return recipe_or_data
+    if modes is not None:
+        overrides = [*overrides, f"eval.modes=[{','.join(modes)}]"]
+    if format is None and is_recipe(recipe_or_data):
+        return load_recipe(recipe_or_data, overrides)
+    return _recipe_for_data(model, recipe_or_data, overrides, format)
+
+
+def _recipe_for_data(model: str, data: str, overrides: Sequence[str], format: str | None) -> Recipe:
+    if format not in (None, *Format):
+        raise UserError(f"--format is {format!r}, allowed are {', '.join(Format)}")
+    try:
+        find_source_files(format or Format.samples, data)
+    except UserError:
+        if format is None and not Path(data).exists():
+            find_recipe(data)  # its message suggests recipes of similar names
+        raise
+    format = str(format or Format.samples)
+    source, has_wording = {"format": format, "path": data}, SOURCE_FORMATS[format].question is not None
+    # an evaluation reads no setting of the training: its folders are placeholders
+    given: dict[str, Any] = {
+        "model": {"path": model},
+        "data": {"output_dir": ".", "sources": [source]},
+        "train": {"output_dir": "."},
+        "eval": {"output_dir": f"out/eval/{_short_name(model)}-{_short_name(data)}", "sources": [source]},
+    }
+    recipe = build_recipe(given, overrides, name := f"the evaluation of {data}")
+    if not has_wording:
+        return recipe
+    given["data"] |= _trained_wording(model, model_revision(model, recipe))
+    return build_recipe(given, overrides, name)
+
+
+def _trained_wording(model: str, revision: str | None) -> dict[str, Any]:
+    """Return the settings of `data` that an export records; empty for a model that records none."""
+    recorded = block_attention_config(load_config(model, revision))
+    if "prompt" not in recorded:
+        return {}
+    return {
+        "order": recorded["order"],
+        "prompt": {**recorded["prompt"], "documents_in": recorded["documents_in"]},
+    }
+
+
+def _short_name(path: str) -> str:
+    """Return the last two parts of a path, because exports are mostly called `model`; no file suffix."""
+    # other dots belong to the name: Llama-3.1-8B is not Llama-3.2-3B
+    stem = reduce(str.removesuffix, (".gz", ".json", ".jsonl", ".parquet"), path)
+    parts = [part for part in Path(stem).parts if part not in ("/", "..", ".")]
+    return "-".join(parts[-2:]).replace("*", "all")
+
+
+def model_revision(model: str, recipe: Recipe) -> str | None:
+    """Return the revision at which a model is evaluated; None for a folder.
+
+    Raises:
+        UserError: the recipe sets the revision of another model.
+    """
+    if Path(model).is_dir():
+        return None
+    path, revision = recipe.model.path, recipe.model.revision
+    if revision is not None and model != path:
+        raise UserError(
+            f"model.revision is {revision!r} and belongs to {path!r}, but the evaluated model is {model!r}: "
+            "set model.revision=null, or set model.path to the evaluated model"
+        )
+    return revision
+
+
+def read_questions(recipe: Recipe) -> tuple[list[Sample], dict[str, int]]:
+    """Read the samples of `eval.sources`, and count the records that gave none, by reason.
+
+    With `eval.max_samples` the sources contribute equally, as far as they reach. The samples are in the order
+    of the sources.
+
+    Raises:
+        UserError: there is no question, or one has no answers and `data.on_bad_record` is error; see
+            `read_source`.
     """
     assert recipe.eval
-    asked = encode_questions(
+    counts = [RecordCounts() for _ in recipe.eval.sources]
+    skip_bad = recipe.data.on_bad_record is BadRecordPolicy.skip
+    sources = [
+        _with_answers(read_source(source, recipe.data, count), source, count, skip_bad)
+        for source, count in zip(recipe.eval.sources, counts, strict=True)
+    ]
+    rounds = zip_longest(*(zip(repeat(i), source) for i, source in enumerate(sources)))
+    interleaved = (entry for entry in chain.from_iterable(rounds) if entry)
+    chosen = sorted(islice(interleaved, recipe.eval.max_samples), key=itemgetter(0))
+    dropped = sum((count.dropped for count in counts), Counter[str]())
+    if not chosen:
+        reasons = ", ".join(f"{reason}: {number}" for reason, number in dropped.items())
+        raise UserError(f"eval.sources hold no question{f' ({reasons})' if reasons else ''}")
+    return [sample for _, sample in chosen], dict(sorted(dropped.items()))
+
+
+def _with_answers(
+    samples: Iterable[Sample], source: Source, count: RecordCounts, skip_bad: bool
+) -> Iterator[Sample]:
+    """Yield the samples that have answers; count the others, or raise an error."""
+    for sample in samples:
+        if sample.answers:
+            yield sample
+        elif skip_bad:
+            count.drop("no answers")
+        elif source.format in SPLIT_FORMATS:
+            raise UserError(
+                f"{source.path} has the format {source.format}, which holds no answers to score against"
+            )
+        else:
+            raise UserError(
+                f"question {sample.id} of {sample.source} has no answers to score against "
+                "(data.on_bad_record=skip leaves it out)"
+            )
+
+
+def _encode(engine: Engine, samples: list[Sample], recipe: Recipe) -> EncodedQuestions:
+    """Encode the questions that fit into the model; report on stderr how many do not.
+
+    Raises:
+        UserError: none fits, or the chat template changes one and `data.on_bad_record` is error.
+    """
+    assert recipe.eval
+    questions = encode_questions(
         engine,
         track(samples, "prompts"),
         recipe.eval.max_new_tokens,
         trim=recipe.data.too_long is TooLongPolicy.trim,
         skip_bad=recipe.data.on_bad_record is BadRecordPolicy.skip,
     )
-    if not asked.samples:
-        raise UserError(f"no question fits: {asked.first_long or next(iter(asked.dropped))}")
-    if asked.first_long:
-        number = f"{asked.dropped[TOO_LONG]} of {len(samples)}"
-        console.print(f"left out as too long: {number}; {asked.first_long}", markup=False, soft_wrap=True)
-    return asked
+    if not questions.samples:
+        reason = questions.first_too_long or next(iter(questions.dropped))
+        raise UserError(f"no question fits into the model: {reason}")
+    if questions.first_too_long:
+        number = f"{questions.dropped[TOO_LONG]} of {len(samples)} questions"
+        _remark(f"{number} are too long and left out; the first: {questions.first_too_long}")
+    return questions
 
 
-def _options(recipe: Recipe, engine: Engine, asked: EncodedQuestions, revision: str | None) -> dict[str, Any]:
-    """Everything that decides an answer."""
+def _options(
+    recipe: Recipe, engine: Engine, questions: EncodedQuestions, revision: str | None
+) -> dict[str, Any]:
+    """Return everything that decides an answer, under names for the reader of the report."""
     settings, data = recipe.eval, recipe.data
     assert settings
-    worded = any(SOURCE_FORMATS[source.format].question for source in settings.sources)
+    has_wording = any(SOURCE_FORMATS[source.format].question for source in settings.sources)
     wording = {
         "wording of the instruction": data.prompt.instruction,
         "wording of a document": data.prompt.document,
@@ -131,9 +292,8 @@ def _options(recipe: Recipe, engine: Engine, asked: EncodedQuestions, revision: 
         "message of the documents": data.prompt.documents_in.value,
         "order of documents": data.order.value,
     }
-    questions = "".join(
-        json.dumps(sample_to_record(sample), sort_keys=True) + "\n" for sample in asked.samples
-    )
+    lines = (json.dumps(sample_to_record(sample), sort_keys=True) + "\n" for sample in questions.samples)
+    num_documents = data.num_documents if has_wording else None
     return {
         "revision": revision,
         "model fingerprint": model_fingerprint(engine.model),
@@ -143,68 +303,84 @@ def _options(recipe: Recipe, engine: Engine, asked: EncodedQuestions, revision: 
         "device": engine.model.device.type,
         "output limit, tokens": settings.max_new_tokens,
         "prompts in a batch": settings.batch_size,
-        "questions": len(asked.samples),
-        "hash of the questions": hashlib.sha256(questions.encode()).hexdigest(),
-        SOURCES: [_describe(source, data.dense_model) for source in settings.sources],
-        **(wording if worded else dict.fromkeys(wording, "as in the samples")),
+        "questions": len(questions.samples),
+        "hash of the questions": hashlib.sha256("".join(lines).encode()).hexdigest(),
+        SOURCES: [_describe_source(source, data.dense_model) for source in settings.sources],
+        **(wording if has_wording else dict.fromkeys(wording, "as in the samples")),
         "seed of the order": data.seed,
-        "number of documents": data.num_documents if worded and data.num_documents is not None else "all",
-        "shared context": worded and data.shared_context,
-        "questions per context": data.max_questions_per_context if worded else None,
-        "documents per prompt": histogram(len(sample.documents) for sample in asked.samples),
+        "number of documents": "all" if num_documents is None else num_documents,
+        "shared context": has_wording and data.shared_context,
+        "questions per context": data.max_questions_per_context if has_wording else None,
+        "documents per prompt": histogram(len(sample.documents) for sample in questions.samples),
         "prompts that are too long": data.too_long.value,
-        "prompts trimmed": asked.num_trimmed,
+        "prompts trimmed": questions.num_trimmed,
         "blockft": __version__,
         **{name: version(name) for name in ("torch", "transformers")},
     }
 
 
-def _describe(source: Source, dense_model: str) -> dict[str, Any]:
-    """What the report says of a source."""
-    searched = {"dense_model": dense_model} if source.retriever is Retriever.dense else {}
-    return source.model_dump(mode="json") | searched
+def _describe_source(source: Source, dense_model: str) -> dict[str, Any]:
+    retrieval = {"dense_model": dense_model} if source.retriever is Retriever.dense else {}
+    return source.model_dump(mode="json") | retrieval
 
 
 def _answer(
-    engine: Engine, asked: EncodedQuestions, mode: str, recipe: Recipe, folder: Path, console: Console
+    engine: Engine, questions: EncodedQuestions, mode: str, recipe: Recipe, folder: Path
 ) -> list[Prediction]:
-    """The predictions of a mode; what `folder` holds of them already is not asked again."""
+    """Answer the questions in one mode, except those whose answers `folder` already holds."""
     assert recipe.eval
-    samples, limit = asked.samples, recipe.eval.max_new_tokens
+    samples, max_new_tokens = questions.samples, recipe.eval.max_new_tokens
     answers = AnswerFile(folder / f"answers-{mode}.jsonl", plan_batches(samples, recipe.eval.batch_size))
-    if answers.done:
-        console.print(f"{mode} mode: going on after {len(answers.done)} of {len(samples)} answers")
+    if answers.records:
+        _remark(f"{mode} mode: resuming after {len(answers.records)} of {len(samples)} answers")
     for batch in track(answers.remaining_batches, f"{mode} mode"):
-        answers.add(answer_batch(engine, asked.prompts, batch, mode=mode, max_new_tokens=limit))
-    return build_predictions(samples, answers.done, limit)
+        answers.add(answer_batch(engine, questions.prompts, batch, mode=mode, max_new_tokens=max_new_tokens))
+    return build_predictions(samples, answers.records, max_new_tokens)
 
 
-def _write(out: Path, report: dict[str, Any], answered: Mapping[str, list[Prediction]]) -> None:
-    with atomic_folder(out) as draft:
-        (draft / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        (draft / "report.md").write_text(report_markdown(report), encoding="utf-8")
-        modes = report["modes"]
-        save_figure(draw_scores(modes, list(next(iter(modes.values()))), METRIC), draft / "report.png")
-        for mode, some in answered.items():
-            lines = (json.dumps(p.to_record(), ensure_ascii=False) + "\n" for p in some)
-            (draft / f"predictions-{mode}.jsonl").write_text("".join(lines), encoding="utf-8")
-
-
-def _print(report: dict[str, Any]) -> None:
-    # a score is wider than anything that says whose it is, and never broken
-    names = (Column(name, no_wrap=True) for name in ("number", *(n.replace("_", "\n") for n in METRICS)))
-    table = Table(
-        "mode",
-        Column("questions", overflow="fold"),
-        *names,
-        title=report["model"],
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
+def _write(out: Path, report: dict[str, Any], predictions: Mapping[str, list[Prediction]]) -> None:
+    modes = report["modes"]
+    figure = draw_scores(
+        {report["model"]: modes},
+        list(next(iter(modes.values()))),
+        PLOTTED_METRIC,
+        title=f"Evaluation of {report['model']}",
     )
+    with atomic_folder(out) as folder:
+        (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        (folder / "report.md").write_text(report_markdown(report), encoding="utf-8")
+        save_figure(figure, folder / "report.png")
+        for mode, answered in predictions.items():
+            lines = (json.dumps(p.to_record(), ensure_ascii=False) + "\n" for p in answered)
+            (folder / f"predictions-{mode}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _remark(text: str) -> None:
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_report(report: Mapping[str, Any], *, as_json: bool = False) -> None:
+    """Print a report as a table of at most 80 columns, or as JSON."""
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
     columns = report["modes"] | ({DIFFERENCE: report[DIFFERENCE]} if DIFFERENCE in report else {})
-    for mode, groups in columns.items():
+    console = Console()
+    console.print(f"{report['model']}: scores in percent, with their 95 % intervals", markup=False)
+    for name, groups in columns.items():
+        is_difference = name == DIFFERENCE
+        table = Table(
+            Column("questions", overflow="fold", min_width=12),
+            Column("number", justify="right", no_wrap=True),
+            # a score stands above its interval, and neither is ever broken
+            *(Column(metric.replace("_", "\n"), no_wrap=True) for metric in METRICS),
+            title=name if is_difference else f"{name} mode",
+            box=SIMPLE_HEAD,
+            show_edge=False,
+            padding=(0, 1, 0, 0),
+        )
         for group, scores in groups.items():
-            cells = [format_score(scores, name, signed=mode == DIFFERENCE) for name in METRICS]
-            table.add_row(mode, group, str(scores["questions"]), *(c.replace(" [", "\n[") for c in cells))
-    Console().print(table)
+            cells = [format_score(scores, metric, signed=is_difference) for metric in METRICS]
+            table.add_row(group, str(scores["questions"]), *(cell.replace(" [", "\n[") for cell in cells))
+        console.print()
+        console.print(table)

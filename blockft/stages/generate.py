@@ -1,4 +1,4 @@
-"""`blockft generate`: requests from JSON lines, answers as text or JSON, and what was reused for them."""
+"""`blockft generate`: answer requests of a JSON lines file, and report how many cached blocks were reused."""
 
 import json
 import statistics
@@ -25,7 +25,7 @@ from blockft.units import parse_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class CacheArguments:
-    """The block cache as the command line spells it; see `CacheOptions`."""
+    """The block cache's options as texts of the command line, sizes such as 10GB; see `CacheOptions`."""
 
     folder: Path | None = None
     disk: str | None = None
@@ -33,19 +33,21 @@ class CacheArguments:
     device: str | None = None
 
     def options(self) -> CacheOptions:
-        """Raises:
-        UserError: one is no size, or there is a budget for a disk without a folder.
+        """Return the options with sizes in bytes.
+
+        Raises:
+            UserError: a text is not a size, or there is a size for the disk without a folder.
         """
         if self.disk is not None and not self.folder:
-            raise UserError("--cache-bytes needs --cache FOLDER, the folder that they are for")
+            raise UserError("--cache-bytes needs --cache FOLDER, the folder that it limits")
         disk, host, device = (
             None if text is None else parse_bytes(text) for text in (self.disk, self.host, self.device)
         )
         return CacheOptions(folder=self.folder, disk_bytes=disk, host_bytes=host, device_bytes=device)
 
 
-class _Settings(TypedDict):
-    """How `Engine.generate_ids` and `Engine.stream_ids` answer."""
+class _GenerateOptions(TypedDict):
+    """Keyword arguments of `Engine.generate_ids` and `Engine.stream_ids`."""
 
     mode: str
     max_new_tokens: int
@@ -54,10 +56,10 @@ class _Settings(TypedDict):
 
 
 def open_engine(model: str, cache: CacheArguments, *, compile: bool = False) -> Engine:
-    """A model with its block cache; one that does not say how it is asked is asked as recipes do by default.
+    """Load a model with its block cache; a model that records no wording gets the default wording.
 
     Raises:
-        UserError: see `CacheArguments` and `Engine`.
+        UserError: see `CacheArguments.options` and `Engine.load`.
     """
     engine = Engine.load(model, cache=cache.options(), compile=compile)
     if engine.prompt is None:
@@ -84,54 +86,66 @@ def generate(
     compile: bool = False,
     cache: CacheArguments | None = None,
 ) -> None:
-    """Answer every line of `source`, a request as `data.request` reads it; all are read before the first one.
+    """Answer every line of `source` and print the answers; a summary of reused blocks goes to stderr.
+
+    All lines are read before the first answer. Prompt i is sampled with the seed `seed + i`.
+
+    source: a file of requests as `blockft.data.request` reads them, or - for standard input.
 
     Raises:
-        UserError: an unknown mode; settings that do not go together; a line that is no request, by its
-            number, or is too long; see `open_engine`.
+        UserError: the mode is unknown; options do not go together; a line is not a request or is too long
+            (the message has its number); see `open_engine`.
     """
     if mode not in Mode.__members__:
         raise UserError(f"--mode is {mode!r}, allowed are {', '.join(Mode.__members__)}")
     if stream and (as_json or batch_size > 1):
-        raise UserError("--stream writes one text after the other: leave out --json and --batch-size")
+        raise UserError("--stream prints one answer while it is generated: leave out --json and --batch-size")
     if mode == Mode.full and cache and cache.folder:
-        raise UserError("--mode full has no blocks to keep or to reuse: leave out --cache")
-    Sampler(temperature, top_p, seed)
-    lines = _lines(source)
+        raise UserError("--mode full has no blocks to store or to reuse: leave out --cache")
+    Sampler(temperature, top_p, seed)  # raises its errors before the model is loaded
+    lines = _read_lines(source)
     engine = open_engine(model, cache or CacheArguments(), compile=compile)
-    prompts = [_prompt(line, engine, f"{source}, line {number}") for number, line in lines]
-    ids = [engine.encode(prompt, max_new_tokens, trim=trim) for prompt in prompts]
+    samples = [_parse_request(line, engine, f"{source}, line {number}") for number, line in lines]
+    prompts = [engine.encode(sample, max_new_tokens, trim=trim) for sample in samples]
     answers: list[Answer] = []
     with progress("answers", len(prompts), beside_results=True) as advance:
         for start in range(0, len(prompts), batch_size):
-            # prompt i is sampled with the seed `seed + i`, whatever the batch
-            sampler = Sampler(temperature, top_p, seed + start)
-            batch = ids[start : start + batch_size]
-            settings = _Settings(mode=mode, max_new_tokens=max_new_tokens, sampler=sampler, stop=stop)
+            batch = prompts[start : start + batch_size]
+            options = _GenerateOptions(
+                mode=mode,
+                max_new_tokens=max_new_tokens,
+                sampler=Sampler(temperature, top_p, seed + start),
+                stop=stop,
+            )
             if stream:
-                answers.append(_stream(engine, batch[0], settings))
+                answers.append(_print_stream(engine, batch[0], options))
             else:
-                new = engine.generate_ids(batch, **settings)
-                answers += new
-                for prompt, answer in zip(prompts[start:], new, strict=False):
-                    print(_as_json(prompt, answer) if as_json else answer.text, flush=True)
+                batch_answers = engine.generate_ids(batch, **options)
+                answers += batch_answers
+                for sample, answer in zip(samples[start:], batch_answers, strict=False):
+                    print(_to_json(sample, answer) if as_json else answer.text, flush=True)
             advance(len(batch))
     engine.close()
-    print(_summary(answers), file=sys.stderr)
+    print(_reuse_summary(answers), file=sys.stderr)
 
 
-def _stream(engine: Engine, ids: Sequence[Sequence[int]], settings: _Settings) -> Answer:
-    pieces = engine.stream_ids(ids, **settings)
+def _print_stream(engine: Engine, prompt: Sequence[Sequence[int]], options: _GenerateOptions) -> Answer:
+    stream = engine.stream_ids(prompt, **options)
     while True:
         try:
-            print(next(pieces), end="", flush=True)
-        except StopIteration as end:
+            print(next(stream), end="", flush=True)
+        except StopIteration as stop:
             print(flush=True)
-            answer: Answer = end.value
+            answer: Answer = stop.value
             return answer
 
 
-def _lines(source: str) -> list[tuple[int, str]]:
+def _read_lines(source: str) -> list[tuple[int, str]]:
+    """Return the lines that are not blank, each with its number.
+
+    Raises:
+        UserError: the file cannot be read, or all lines are blank.
+    """
     try:
         text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -139,40 +153,36 @@ def _lines(source: str) -> list[tuple[int, str]]:
     text = text.removeprefix("\ufeff")  # a byte order mark
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
-        raise UserError(f"--input {source} holds no prompt")
+        raise UserError(f"--input {source} holds no request")
     return lines
 
 
-def _prompt(line: str, engine: Engine, at: str) -> Sample:
-    """The prompt of one line of input.
-
-    Raises:
-        UserError: it is none.
-    """
+def _parse_request(line: str, engine: Engine, location: str) -> Sample:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{at} is not JSON: {error}") from error
-    return engine.request(record, at)
+        raise UserError(f"{location} is not JSON: {error}") from error
+    return engine.request(record, location)
 
 
-def _as_json(prompt: Sample, answer: Answer) -> str:
-    facts = asdict(answer)
-    renamed = {"id": prompt.id, "answer": facts.pop("text"), "answer_ids": facts.pop("ids")}
-    rounded = {name: round(v, 2) if isinstance(v, float) else v for name, v in facts.items()}
-    return json.dumps(renamed | {"blocks": rounded.pop("num_blocks")} | rounded, ensure_ascii=False)
+def _to_json(sample: Sample, answer: Answer) -> str:
+    fields = asdict(answer)
+    first = {"id": sample.id, "answer": fields.pop("text"), "answer_ids": fields.pop("ids")}
+    rounded = {name: round(value, 2) if isinstance(value, float) else value for name, value in fields.items()}
+    return json.dumps(first | {"blocks": rounded.pop("num_blocks")} | rounded, ensure_ascii=False)
 
 
-def _summary(answers: Sequence[Answer]) -> str:
+def _reuse_summary(answers: Sequence[Answer]) -> str:
     sources = Counter[str]()
     for answer in answers:
         sources.update(answer.sources)
     tiers = ", ".join(f"{sources[tier]} from the {tier}" for tier in Tier if sources[tier])
-    tokens = sum(answer.prompt_tokens for answer in answers)
-    reused, saved = (sum(getattr(a, f"{name}_reused") for a in answers) for name in ("blocks", "tokens"))
-    ttft = statistics.median(answer.ttft_ms for answer in answers)
+    num_tokens = sum(answer.prompt_tokens for answer in answers)
+    blocks_reused = sum(answer.blocks_reused for answer in answers)
+    tokens_reused = sum(answer.tokens_reused for answer in answers)
+    ttft_ms = statistics.median(answer.ttft_ms for answer in answers)
     return (
-        f"{len(answers)} answers; {reused} of {sources.total()} context blocks reused"
-        f"{f' ({tiers})' if tiers else ''}, {saved:,} of {tokens:,} prompt tokens "
-        f"({100 * saved / tokens:.0f} %); median time to first token {ttft:.1f} ms"
+        f"{len(answers)} answers; {blocks_reused} of {sources.total()} context blocks reused"
+        f"{f' ({tiers})' if tiers else ''}, {tokens_reused:,} of {num_tokens:,} prompt tokens "
+        f"({100 * tokens_reused / num_tokens:.0f} %); median time to first token {ttft_ms:.1f} ms"
     )

@@ -1,6 +1,7 @@
-"""`blockft inspect`: an example of a prepared folder, block by block, and the set's statistics."""
+"""`blockft inspect`: show an example of a prepared folder, its mask, and the folder's statistics."""
 
 import json
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +19,92 @@ from blockft.errors import UserError
 from blockft.model.load import load_tokenizer
 from blockft.outputs import save_figure
 
-COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "red")
+BLOCK_COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "red")
+"""Terminal colours of consecutive blocks."""
+
+LOCAL_COLOUR, FINAL_COLOUR = "tab:blue", "tab:orange"
+"""Colours of the mask picture: pairs whose query is in a local block, or in a final block."""
+
+MAX_NAMED_BLOCKS = 40
+"""With more blocks their names would overlap in the picture; only every n-th block is named."""
 
 
 def inspect(folder: Path, index: int = 0, as_json: bool = False, png: Path | None = None) -> None:
-    """Print an example in colour (final blocks bold, labels underlined) or as JSON; draw its mask into `png`.
+    """Print an example in colour or as JSON, and draw its mask.
+
+    In colour each block has its own colour, final blocks are bold and labels are underlined; the statistics
+    of the folder follow.
 
     Raises:
-        UserError: no prepared folder, no such example, or the picture cannot be written.
+        UserError: `folder` is not a prepared folder; it has no example `index`; `png` cannot be written.
     """
     prepared = load_prepared(folder)
     if not 0 <= index < len(prepared.examples):
-        raise UserError(f"{folder} has no example {index}: it holds 0 to {len(prepared.examples) - 1}")
+        raise UserError(
+            f"{folder} has no example {index}: its examples are 0 to {len(prepared.examples) - 1}"
+        )
     model = prepared.manifest["model"]
     tokenizer = load_tokenizer(model["path"], model["revision"])
     example = prepared.examples[index]
     if png is not None:
-        _draw(example, png)
+        save_figure(draw_mask(example), png)
     if as_json:
         print(json.dumps(_describe(example, tokenizer), ensure_ascii=False))
     else:
         console = Console()
-        console.print(_colour(example, tokenizer), soft_wrap=True)
+        console.print(_coloured_text(example, tokenizer), soft_wrap=True)
         console.print()
-        console.print(_statistics(prepared.manifest))
+        console.print(_statistics_table(prepared.manifest))
+
+
+def draw_mask(example: Example) -> Any:
+    """Return a figure of the example's mask: which query token (row) attends to which key token (column).
+
+    Lines separate the blocks, and their names stand at both axes.
+    """
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    bounds = [0, *accumulate(example.block_lengths)]
+    names = _block_names(len(example.block_lengths), example.num_final)
+    mask = np.asarray(example_mask(example.block_lengths, example.num_final), dtype=int)
+    mask[bounds[-1 - example.num_final] :] *= 2  # 0: no attention, 1: local query, 2: final query
+    figure = Figure(figsize=(7.5, 7.5), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(
+        mask,
+        cmap=ListedColormap(["white", LOCAL_COLOUR, FINAL_COLOUR]),
+        vmin=0,
+        vmax=2,
+        interpolation="nearest",
+        extent=(0, bounds[-1], bounds[-1], 0),
+    )
+    for bound in bounds[1:-1]:
+        axes.axhline(bound, color="grey", linewidth=0.5)
+        axes.axvline(bound, color="grey", linewidth=0.5)
+    middles = [(start + end) / 2 for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    step = 1 + len(names) // MAX_NAMED_BLOCKS
+    # count back from the end, so that the final block is always named
+    shown = range(len(names) - 1, -1, -step)
+    ticks, labels = [middles[i] for i in shown], [names[i] for i in shown]
+    axes.set_xticks(ticks, labels, rotation=90, fontsize=8)
+    axes.set_yticks(ticks, labels, fontsize=8)
+    axes.tick_params(length=0)
+    title = f"{example.sample_ids[0]}: {len(example):,} tokens in {len(names)} blocks"
+    axes.set(xlabel="key tokens", ylabel="query tokens", title=title)
+    legend = [Patch(color=FINAL_COLOUR, label="the final block attends to all blocks")]
+    if len(names) > example.num_final:
+        legend.insert(0, Patch(color=LOCAL_COLOUR, label="a block attends to itself"))
+    figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False)
+    return figure
+
+
+def _block_names(num_blocks: int, num_final: int) -> list[str]:
+    names = [f"block {i}" for i in range(1, num_blocks - num_final + 1)]
+    if num_final == 1:
+        return [*names, "final block"]
+    return [*names, *(f"final block {i}" for i in range(1, num_final + 1))]
 
 
 def _decode(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -51,7 +114,7 @@ def _decode(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:
 def _describe(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {
         "id": example.sample_ids[0] if len(example.sample_ids) == 1 else list(example.sample_ids),
-        "view": "block" if example.has_local_blocks else "full",
+        "mode": "block" if example.has_local_blocks else "full",
         "blocks": [_decode(block, tokenizer) for block in example.blocks],
         "block_lengths": list(example.block_lengths),
         "num_final": example.num_final,
@@ -60,40 +123,34 @@ def _describe(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str,
     }
 
 
-def _colour(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
-    text = Text(
-        f"{', '.join(example.sample_ids)}: {len(example):,} tokens in {len(example.block_lengths)} blocks\n\n"
-    )
-    first_final = len(example.block_lengths) - example.num_final
-    labelled = np.split(example.labels != IGNORE_INDEX, np.cumsum(example.block_lengths)[:-1])
-    for number, (block, is_label) in enumerate(zip(example.blocks, labelled, strict=True)):
-        style = Style(color=COLOURS[number % len(COLOURS)], bold=number >= first_final)
-        text.append(f"[{number}: {len(block)}]", Style(dim=True))
-        # labels end a final block, so one cut is enough
-        end = len(block) - int(is_label.sum())
-        text.append(_decode(block[:end], tokenizer), style)
-        text.append(_decode(block[end:], tokenizer), style + Style(underline=True))
+def _coloured_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
+    num_blocks = len(example.block_lengths)
+    text = Text(f"{', '.join(example.sample_ids)}: {len(example):,} tokens in {num_blocks} blocks\n\n")
+    names = _block_names(num_blocks, example.num_final)
+    is_label = np.split(example.labels != IGNORE_INDEX, np.cumsum(example.block_lengths)[:-1])
+    for i, (block, block_is_label) in enumerate(zip(example.blocks, is_label, strict=True)):
+        is_final = i >= num_blocks - example.num_final
+        style = Style(color=BLOCK_COLOURS[i % len(BLOCK_COLOURS)], bold=is_final)
+        text.append(f"[{names[i]}: {len(block)} tokens]", Style(dim=True))
+        # the labels of a block are its last tokens
+        labels_start = len(block) - int(block_is_label.sum())
+        text.append(_decode(block[:labels_start], tokenizer), style)
+        text.append(_decode(block[labels_start:], tokenizer), style + Style(underline=True))
     return text
 
 
-def _statistics(manifest: dict[str, Any]) -> Table:
+def _statistics_table(manifest: dict[str, Any]) -> Table:
     table = Table(Column(overflow="fold"), show_header=False, box=None)
     for name in ("num_samples", "num_examples", "num_tokens", "num_labels"):
         table.add_row(name.removeprefix("num_"), f"{manifest[name]:,}")
-    for name, label in {"blocks_per_example": "{} blocks", "tokens_per_example": "up to {} tokens"}.items():
-        for number, times in manifest[name].items():
-            table.add_row(label.format(number), f"{times:,}")
+    histograms = {
+        "blocks_per_example": "examples of {} blocks",
+        "tokens_per_example": "examples of up to {} tokens",
+    }
+    for name, label in histograms.items():
+        for number, count in manifest[name].items():
+            table.add_row(label.format(number), f"{count:,}")
     for source in manifest["sources"]:
         dropped = ", ".join(f"{number:,} {reason}" for reason, number in source["dropped"].items()) or "none"
         table.add_row(source["path"], f"{source['read']:,} read, {source['kept']:,} kept, dropped: {dropped}")
     return table
-
-
-def _draw(example: Example, png: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 6), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(example_mask(example.block_lengths, example.num_final), cmap="Greys", interpolation="nearest")
-    axes.set(xlabel="key token", ylabel="query token", title=f"{len(example.block_lengths)} blocks")
-    save_figure(figure, png)

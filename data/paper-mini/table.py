@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from blockft.bench.timing import measurement_provenance
+from blockft.bench.measurement import measurement_provenance
 from blockft.config.recipe import load_recipe
 from blockft.evaluation.bootstrap import bootstrap_interval
 from blockft.evaluation.report import ALL, INTERVALS
@@ -87,8 +87,13 @@ def main(out: Path, results: Path) -> None:
         ],
     )
     results.with_name(f"{results.name}.md").write_text(page + "\n", encoding="utf-8")
-    named = {row: {SOURCES[group]: scores[row][group] for group in groups} for row in scores}
-    picture = draw_scores(named, [SOURCES[group] for group in groups], METRIC)
+    named = {
+        row: {mode: {SOURCES[group]: scores[row][group] for group in groups}}
+        for row, (_, mode, _) in ROWS.items()
+    }
+    picture = draw_scores(
+        named, [SOURCES[group] for group in groups], METRIC, title="Block-Attention fine-tuning, small table"
+    )
     picture.savefig(results.with_name(f"{results.name}.png"), dpi=120)
     print(page)
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from blockft.bench.agreement import bench_agreement
 from blockft.config.settings import Recipe
 from blockft.errors import UserError
 from blockft.inference.answer import Answer
 from blockft.inference.engine import Engine
-from blockft.stages.questions import recipe_for_questions
+from blockft.stages.bench import bench_agreement
+from blockft.stages.evaluate import evaluation_recipe
 from tests.run import save_model, save_samples
 
 
@@ -24,7 +24,9 @@ def model(tmp_path: Path) -> str:
 
 
 def settings(model: str) -> Recipe:
-    return recipe_for_questions(model, str(Path(model).parent / "questions.jsonl"), ["model.dtype=float32"])
+    return evaluation_recipe(
+        model, str(Path(model).parent / "questions.jsonl"), overrides=["model.dtype=float32"]
+    )
 
 
 def compare(model: str, num_prompts: int = 4, max_new_tokens: int = 5) -> dict[str, Any]:
@@ -36,8 +38,8 @@ def compare(model: str, num_prompts: int = 4, max_new_tokens: int = 5) -> dict[s
 
 def test_cached_blocks_answer_like_the_masked_forward(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     result = compare(model)
-    assert (result["prompts"], result["equal_answers"], result["parted"]) == (4, 4, [])
-    assert result["equal_by_another_masked_kernel"] == 4
+    assert (result["num_prompts"], result["num_equal"], result["different"]) == (4, 4, [])
+    assert result["num_equal_with_another_kernel"] == 4
     assert (result["dtype"], result["max_new_tokens"]) == ("float32", 5)
     assert capsys.readouterr().out.startswith("4 of 4 greedy answers")
 
@@ -46,7 +48,7 @@ def test_blocks_that_stay_where_they_were_cached_are_compared_with_such_a_forwar
     config = Path(model) / "config.json"
     words = json.loads(config.read_text()) | {"block_attention": {"position_scheme": "local"}}
     config.write_text(json.dumps(words))
-    assert compare(model, 5, max_new_tokens=40)["equal_answers"] == 5
+    assert compare(model, 5, max_new_tokens=40)["num_equal"] == 5
 
 
 def test_questions_that_do_not_fit_are_left_out(model: str) -> None:
@@ -56,7 +58,7 @@ def test_questions_that_do_not_fit_are_left_out(model: str) -> None:
     sample["messages"][-1]["content"][-1] += " again" * 2000
     questions.write_text("\n".join([json.dumps(sample), *rest]) + "\n")
     result = compare(model, 5)
-    assert (result["prompts"], result["records dropped"]) == (4, {"too long": 1})
+    assert (result["num_prompts"], result["dropped_records"]) == (4, {"too long": 1})
 
 
 def test_an_engine_that_answers_otherwise_is_found_out(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,13 +71,13 @@ def test_an_engine_that_answers_otherwise_is_found_out(model: str, monkeypatch: 
 
     monkeypatch.setattr(Engine, "generate_ids", changed)
     result = compare(model)
-    assert result["equal_answers"] == 0
-    first = result["parted"][0]
+    assert result["num_equal"] == 0
+    first = result["different"][0]
     assert first["step"] == 2 and first["margin"] > 0 and first["source"] == "toy"
 
 
 def test_more_prompts_than_questions_are_refused(model: str) -> None:
-    with pytest.raises(UserError, match="has 5 questions, --num-prompts asks for 6"):
+    with pytest.raises(UserError, match="has 5 questions, but --num-prompts is 6"):
         compare(model, 6)
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-import blockft.bench.prepare as stage
-from blockft.bench.prepare import bench_prepare
+import blockft.bench.prepare as benchmark
 from blockft.config.recipe import build_recipe
 from blockft.config.settings import Recipe
+from blockft.stages.bench import bench_prepare
 from tests.run import save_model, save_samples
 
 
@@ -45,6 +45,6 @@ def test_it_measures_one_process_and_one_per_core(
 def test_other_data_are_told(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     line = {"seconds": 1.0, "examples": 1, "tokens": 1}
-    monkeypatch.setattr(stage, "_measure", lambda _, n: line | {"processes": n, "content_hash": str(n)})
-    with pytest.raises(RuntimeError, match="changed the data"):
+    monkeypatch.setattr(benchmark, "_measure", lambda _, n: line | {"processes": n, "content_hash": str(n)})
+    with pytest.raises(RuntimeError, match="changed the prepared data"):
         bench_prepare(recipe, out=None)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-import blockft.bench.target as target
+import blockft.bench.benchmark_model as benchmark_model
 import blockft.bench.train as stage
 from blockft.bench.train import CPU_VARIANTS, bench_train
 from blockft.errors import UserError
@@ -60,16 +60,16 @@ def test_a_loss_that_is_no_number_is_told(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_model_for_which_there_is_too_little_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     needed = 4 * weight_bytes(load_shape_config("tiny"), torch.float32)
-    monkeypatch.setattr(target, "free_bytes", lambda device: needed - 1)
-    with pytest.raises(UserError, match="the weights of tiny, and 3 numbers beside each take"):
+    monkeypatch.setattr(benchmark_model, "free_bytes", lambda device: needed - 1)
+    with pytest.raises(UserError, match="the weights of tiny with 3 more numbers per weight take"):
         bench_train("tiny", **GIVEN)
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"sample_len": 140000, "row_len": 140000}, "tiny has 131072 positions"),
-        ({"sample_len": 701}, "--sample-len is 701, a row has 700"),
+        ({"sample_len": 140000, "row_len": 140000}, "but tiny has only 131072 positions"),
+        ({"sample_len": 701}, "--sample-len is 701, but a row has only 700 tokens"),
         ({"sample_len": 66}, "too short for 3 documents"),
         ({"out": Path("no/such/file.json")}, "no/such"),
     ],

@@ -10,12 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import blockft.bench.target as stage_target
+import blockft.bench.benchmark_model as benchmark_model
 import blockft.bench.ttft as ttft
 from blockft import progress
-from blockft.bench.timing import measure_ms
-from blockft.bench.ttft import bench_ttft, read_lengths, read_tiers
-from blockft.bench.ttft_prompt import Prompt, derived_figures
+from blockft.bench.measurement import measure_ms
+from blockft.bench.ttft import Prompt, bench_ttft, derived_figures, parse_lengths, parse_tiers
 from blockft.errors import UserError
 from blockft.model.random_model import SHAPES, build_random_model, load_shape_config, weight_bytes
 from tests.run import save_model
@@ -131,8 +130,8 @@ def test_a_model_is_measured_like_a_shape(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"lengths": [72, 10]}, "--lengths has 10, which does not hold a question of 10 tokens"),
-        ({"lengths": [131073]}, "--lengths has 131073, the model has 131072 positions"),
+        ({"lengths": [72, 10]}, "--lengths has 10, too short for a question of 10 tokens"),
+        ({"lengths": [131073]}, "--lengths has 131073, but the model has only 131072 positions"),
     ],
 )
 def test_lengths_that_cannot_be_are_refused(given: dict[str, Any], said: str) -> None:
@@ -141,8 +140,8 @@ def test_lengths_that_cannot_be_are_refused(given: dict[str, Any], said: str) ->
 
 
 def test_lengths_are_refused_before_any_weight_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage_target, "build_random_model", None)
-    with pytest.raises(UserError, match="--lengths has 999999, the model has 131072 positions"):
+    monkeypatch.setattr(benchmark_model, "build_random_model", None)
+    with pytest.raises(UserError, match="--lengths has 999999, but the model has only 131072 positions"):
         bench_ttft("llama-3-8b", **GIVEN | {"lengths": [999999]})
 
 
@@ -150,12 +149,14 @@ def test_default_lengths_are_those_that_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, out = save_model(tmp_path / "model", max_position_embeddings=80), tmp_path / "t.json"
-    monkeypatch.setattr(ttft, "LENGTHS", [8, 40, 72, 100])
+    monkeypatch.setattr(ttft, "DEFAULT_LENGTHS", [8, 40, 72, 100])
     bench_ttft(str(path), **GIVEN | {"lengths": None, "tiers": ["host"], "out": out})
     assert [line["length"] for line in json.loads(out.read_text())["measured"]] == [40, 72]
     said = capsys.readouterr().err.splitlines()
-    assert said[0] == "left out 8, 100 tokens: the model has 80 positions, the question 10 tokens"
-    with pytest.raises(UserError, match="none of 8, 40, 72, 100 fits: set --lengths"):
+    assert said[0] == "not measured: 8, 100 tokens (the model has 80 positions and the question 10 tokens)"
+    with pytest.raises(
+        UserError, match="none of the lengths 8, 40, 72, 100 can be measured, .*: set --lengths"
+    ):
         bench_ttft(str(path), **GIVEN | {"lengths": None, "question_len": 80})
 
 
@@ -175,9 +176,9 @@ def test_without_a_terminal_each_length_is_a_line(
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage_target, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(benchmark_model, "free_bytes", lambda device: 1000)
     for target in ("tiny", str(save_model(tmp_path / "model"))):
-        with pytest.raises(UserError, match=r"the weights of .* take .* kB in .*, and 1.0 kB are free"):
+        with pytest.raises(UserError, match=r"the weights of .* take .* kB in .*, but only 1.0 kB are free"):
             bench_ttft(target, **GIVEN)
 
 
@@ -201,20 +202,20 @@ def test_an_unknown_shape_is_refused_with_those_that_there_are() -> None:
 
 
 def test_lengths_and_tiers_are_read_from_words() -> None:
-    assert read_lengths("512, 1024") == [512, 1024] and read_lengths("") is None
+    assert parse_lengths("512, 1024") == [512, 1024] and parse_lengths("") is None
     for text, bad in [("512,", "''"), ("4K", "'4K'"), ("-1", "'-1'"), ("5²", "'5²'")]:
         with pytest.raises(UserError, match=f"--lengths has {bad}"):
-            read_lengths(text)
-    assert read_tiers("disk,none") == ["disk", "none"]
-    with pytest.raises(UserError, match="--tiers has 'tape', here there are .*host, disk and none"):
-        read_tiers("host,tape")
+            parse_lengths(text)
+    assert parse_tiers("disk,none") == ["disk", "none"]
+    with pytest.raises(UserError, match="--tiers has 'tape', allowed on this machine are .*host, disk, none"):
+        parse_tiers("host,tape")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_there_is_no_device_tier() -> None:
-    assert read_tiers("") == ["host", "disk"]
+    assert parse_tiers("") == ["host", "disk"]
     with pytest.raises(UserError, match="--tiers has 'device'"):
-        read_tiers("device")
+        parse_tiers("device")
 
 
 def test_warm_ups_do_not_count_and_what_comes_before_takes_no_time() -> None:

@@ -46,8 +46,8 @@ def test_answers_are_found_again_and_told_in_the_order_of_the_data(tmp_path: Pat
     for batch in file.remaining_batches:
         file.add(answered(*batch))
     again = AnswerFile(path, batches)
-    assert again.done == file.done and not again.remaining_batches
-    told = build_predictions(SAMPLES, again.done, max_new_tokens=2)
+    assert again.records == file.records and not again.remaining_batches
+    told = build_predictions(SAMPLES, again.records, max_new_tokens=2)
     assert [p.id for p in told] == ["0", "1", "2", "3"] and all(p.hit_token_limit for p in told)
 
 

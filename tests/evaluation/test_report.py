@@ -41,13 +41,13 @@ def test_groups_are_counted_apart() -> None:
     two = summary["world: 2 hops"]
     assert (two["questions"], two["substring_match"], two["exact_match"]) == (2, 50, 0)
     assert two["token_f1"] == pytest.approx(100 / 3)
-    assert two["intervals"]["substring_match"] == (0, 100)
+    assert two["intervals"]["substring_match"] == [0, 100]
 
 
 def test_modes_are_compared_question_by_question() -> None:
     apart = paired_difference(ANSWERS, OTHERS)
     assert apart["all"]["exact_match"] == pytest.approx(-200 / 3)
-    assert apart["world: 1 hop"]["intervals"]["exact_match"] == (0, 0)
+    assert apart["world: 1 hop"]["intervals"]["exact_match"] == [0, 0]
     with pytest.raises(AssertionError):
         paired_difference(ANSWERS, OTHERS[::-1])
 
@@ -57,7 +57,7 @@ def test_a_report_names_its_options_and_counts_its_prompts() -> None:
     assert report["options"]["order"] == "ascending"
     assert set(report["modes"]) == {"block", "full"} and DIFFERENCE in report
     assert report["prompts"]["block"]["blocks_per_prompt"] == {"3": 3}
-    assert report["prompts"]["block"]["answers_cut_off"] == 1
+    assert report["prompts"]["block"]["answers_at_the_output_limit"] == 1
     assert DIFFERENCE not in build_report("m", {"block": ANSWERS}, {})
     assert report[REPEATED] == {"world": "all", "world: hard": "world: 2 hops"}
 
@@ -68,11 +68,11 @@ def test_what_is_no_report_is_told_from_one() -> None:
     scores = report["modes"]["block"]["all"]
     for faulty, said in [
         ([], "no 'modes'"),
-        ({"version": 1, "modes": {"a": 1}}, "no 'options'"),
-        (report | {"version": 7}, "version 7, .* evaluate again"),
+        ({"version": 2, "modes": {"a": 1}}, "no 'options'"),
+        (report | {"version": 7}, "version is 7, .* run the evaluation again"),
         (report | {"modes": {}}, "no 'modes'"),
-        (report | {"modes": {"a": 1}}, "mode 'a' holds no scores"),
-        (report | {"modes": {"a": {}}}, "mode 'a' holds no scores"),
+        (report | {"modes": {"a": 1}}, "mode 'a' has no scores"),
+        (report | {"modes": {"a": {}}}, "mode 'a' has no scores"),
         (report | {"modes": {"a": {"all": {"questions": 3}}}}, "no scores of 'all'"),
         (report | {"modes": {"a": {"all": scores | {"token_f1": "?"}}}}, "no scores of 'all'"),
         (report | {"modes": {"a": {"all": scores | {"intervals": {}}}}}, "no scores of 'all'"),
@@ -92,6 +92,6 @@ def test_a_report_can_be_read_as_a_page_and_as_a_picture() -> None:
     page = report_markdown(report)
     assert "| world: 2 hops | 2 | 50.0 [0.0, 100.0] | 100.0 [100.0, 100.0] | -50.0 [-100.0, +0.0] |" in page
     assert "| order | given |" in page and r'| wording | "\n\n{text}" |' in page
-    assert "| answers cut off, block mode | 1 |" in page
-    figure = draw_scores(report["modes"], ["all", "world: 1 hop"], "token_f1")
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["block", "full"]
+    assert "| answers at the output limit, block mode | 1 |" in page
+    figure = draw_scores({"m": report["modes"]}, ["all", "world: 1 hop"], "token_f1", title="Scores")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["block mode", "full mode"]

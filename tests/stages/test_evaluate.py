@@ -1,4 +1,4 @@
-"""Evaluations: of data alone, killed and continued; one block is full attention."""
+"""`blockft eval`: which questions are asked, what the report holds, and how an evaluation resumes."""
 
 import json
 import os
@@ -8,14 +8,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from blockft.config.settings import PromptSettings
+from blockft.config.recipe import build_recipe
+from blockft.config.settings import PromptSettings, Recipe
 from blockft.errors import UserError
 from blockft.evaluation import answers
-from blockft.stages.evaluate import evaluate
-from blockft.stages.questions import read_questions, recipe_for_questions
+from blockft.stages import evaluate as stage
+from blockft.stages.evaluate import (
+    evaluate,
+    evaluation_recipe,
+    model_revision,
+    print_report,
+    read_questions,
+)
 from tests.run import save_model, save_samples
 
 ROOT = Path(__file__).parents[2]
@@ -31,28 +39,31 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(toy: Path, out: str, *overrides: str, data: str = "questions.jsonl") -> Path:
-    words = (f"eval.output_dir={toy / out}", "eval.max_new_tokens=4", "eval.batch_size=4", *overrides)
-    return evaluate(str(toy / "model"), recipe_for_questions(str(toy / "model"), str(toy / data), words))
+    """Evaluate the toy model and return the folder of the report."""
+    settings = (f"eval.output_dir={toy / out}", "eval.max_new_tokens=4", "eval.batch_size=4", *overrides)
+    report = evaluate(str(toy / "model"), str(toy / data), overrides=settings)
+    assert report == json.loads((toy / out / "report.json").read_text())
+    return toy / out
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_an_export_need_not_say_how_questions_are_worded(toy: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_recorded_wording_gets_the_default_wording(toy: Path, tmp_path: Path) -> None:
     config = json.loads((toy / "model" / "config.json").read_text())
     config["block_attention"] = {"version": 1, "position_scheme": "local"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     questions = tmp_path / "questions.json"
     questions.write_text("[]")
     plain, export = (
-        recipe_for_questions(str(model), str(questions), format="hotpotqa")
+        evaluation_recipe(str(model), str(questions), format="hotpotqa")
         for model in (toy / "model", tmp_path)
     )
     assert export.data.prompt == plain.data.prompt
 
 
-def test_data_alone_are_scored_in_both_modes(toy: Path) -> None:
+def test_questions_without_a_recipe_are_scored_in_both_modes(toy: Path) -> None:
     out = run(toy, "both")
     report = json.loads((out / "report.json").read_text())
     assert set(report["modes"]) == {"block", "full"} and report["modes"]["full"]["all"]["questions"] == 21
@@ -73,7 +84,7 @@ def test_data_alone_are_scored_in_both_modes(toy: Path) -> None:
     assert not list(toy.glob(".both*"))
 
 
-def test_questions_that_are_left_out_are_counted(toy: Path) -> None:
+def test_bad_records_are_counted(toy: Path) -> None:
     lines = (toy / "questions.jsonl").read_text().splitlines()
     (toy / "faulty.jsonl").write_text("\n".join([*lines[:3], "{}", lines[3]]))
     with pytest.raises(UserError, match="line 4"):
@@ -105,17 +116,18 @@ def test_questions_that_are_too_long_are_left_out_before_the_first_answer(
     assert (options["questions"], options["prompts trimmed"]) == (kept, trimmed)
     assert options["records dropped"] == {"too long": 8 - kept}
     assert options["prompts that are too long"] == too_long
-    said = capsys.readouterr().err
-    assert f"left out as too long: {8 - kept} of 8; prompt q3: " in said and "shorten its question" in said
+    remark = capsys.readouterr().err
+    assert f"{8 - kept} of 8 questions are too long and left out; the first: prompt q3: " in remark
+    assert "shorten its question" in remark
 
 
 def test_an_evaluation_of_nothing_but_long_questions_is_refused(toy: Path) -> None:
-    with pytest.raises(UserError, match="no question fits: prompt q0: .* fewer new tokens"):
+    with pytest.raises(UserError, match="no question fits into the model: prompt q0: .* fewer new tokens"):
         run(toy, "none", "eval.max_new_tokens=4096")
     assert not list(toy.glob("*none*"))
 
 
-def test_unfit_questions_are_skipped_if_bad_records_are(toy: Path, tmp_path: Path) -> None:
+def test_on_bad_record_skip_leaves_out_questions_that_the_template_changes(toy: Path, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     template = model / "chat_template.jinja"
     template.write_text(template.read_text().replace("m.content", "m.content | trim"))
@@ -123,27 +135,27 @@ def test_unfit_questions_are_skipped_if_bad_records_are(toy: Path, tmp_path: Pat
     records[1] |= {"messages": [{"role": "user", "content": ["\na=1", "a?"]}], "meta": {"documents": [0]}}
     data = tmp_path / "unfit.jsonl"
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
-    words = ["eval.max_new_tokens=2", f"eval.output_dir={tmp_path / 'out'}", "eval.modes=[block]"]
+    settings = ["eval.max_new_tokens=2", f"eval.output_dir={tmp_path / 'out'}", "eval.modes=[block]"]
     with pytest.raises(UserError, match="sample q1 of toy: .* trims the user message"):
-        evaluate(str(model), recipe_for_questions(str(model), str(data), words))
-    recipe = recipe_for_questions(str(model), str(data), [*words, "data.on_bad_record=skip"])
-    options = json.loads((evaluate(str(model), recipe) / "report.json").read_text())["options"]
+        evaluate(str(model), str(data), overrides=settings)
+    options = evaluate(str(model), str(data), overrides=[*settings, "data.on_bad_record=skip"])["options"]
     assert options["questions"] == 2
     assert options["records dropped"] == {"document trimmed by the chat template": 1}
 
 
-def test_positions_are_those_of_the_model(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_positions_follow_the_model_not_the_recipe(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = run(toy, "local", "data.positions=local", "eval.modes=[block]", "eval.max_samples=2")
     options = json.loads((report / "report.json").read_text())["options"]
     assert options["positions of blocks"] == "reencoded"
     assert "data.positions=local has no effect" in capsys.readouterr().err
 
 
-def test_a_table_of_eighty_columns_breaks_no_word(
+def test_the_table_fits_80_columns_and_breaks_no_word(
     toy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    run(toy, "table")
+    report = json.loads((run(toy, "table") / "report.json").read_text())
+    print_report(report)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     words = {word for line in lines for word in line.split()}
@@ -156,7 +168,7 @@ def test_answers_do_not_depend_on_the_batches(toy: Path) -> None:
         assert contents(one)[f"predictions-{mode}.jsonl"] == contents(many)[f"predictions-{mode}.jsonl"]
 
 
-def test_one_block_is_answered_alike_in_both_modes(toy: Path) -> None:
+def test_prompts_of_one_block_get_the_same_answers_in_both_modes(toy: Path) -> None:
     lines = []
     for line in (toy / "questions.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -170,10 +182,10 @@ def test_one_block_is_answered_alike_in_both_modes(toy: Path) -> None:
     assert report["block - full"]["all"]["intervals"]["token_f1"] == [0, 0]
 
 
-def test_an_evaluation_that_failed_goes_on(
+def test_an_interrupted_evaluation_resumes_with_the_same_options_only(
     toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole, calls = contents(run(toy, "never")), []
+    complete, calls = contents(run(toy, "never")), []
 
     def failing(*given: object, **named: object) -> list[answers.AnswerRecord]:
         calls.append(given)
@@ -185,7 +197,7 @@ def test_an_evaluation_that_failed_goes_on(
     monkeypatch.setattr("blockft.stages.evaluate.answer_batch", failing)
     with pytest.raises(KeyboardInterrupt):
         run(toy, "failed")
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "run the same command again to resume" in capsys.readouterr().err
     assert not (toy / "failed").exists()
     with pytest.raises(UserError, match="output limit, tokens: 4, not 3"):
         run(toy, "failed", "eval.max_new_tokens=3")
@@ -193,18 +205,15 @@ def test_an_evaluation_that_failed_goes_on(
         run(toy, "failed", "eval.max_samples=20")
     # model, data and folder by other names
     again = f"{toy}/../{toy.name}"
-    recipe = recipe_for_questions(
-        f"{again}/model",
-        f"{again}/questions.jsonl",
-        [f"eval.output_dir={again}/failed", "eval.max_new_tokens=4", "eval.batch_size=4"],
-    )
-    goes_on = contents(evaluate(f"{again}/model", recipe))
+    settings = [f"eval.output_dir={again}/failed", "eval.max_new_tokens=4", "eval.batch_size=4"]
+    evaluate(f"{again}/model", f"{again}/questions.jsonl", overrides=settings)
+    resumed = contents(toy / "failed")
     assert len(calls) == 4 + 12 - 3, "three batches of twelve were kept"
     for name in ("predictions-block.jsonl", "predictions-full.jsonl"):
-        assert goes_on[name] == whole[name]
+        assert resumed[name] == complete[name]
 
 
-def test_show_4_an_evaluation_that_was_killed_gives_the_report_of_one_that_was_not(tmp_path: Path) -> None:
+def test_a_killed_evaluation_resumes_and_gives_the_report_of_an_uninterrupted_one(tmp_path: Path) -> None:
     world = [sys.executable, "data/demo/world.py", str(tmp_path / "world"), "--scenes", "1"]
     subprocess.run(world, cwd=ROOT, check=True)
     command = [sys.executable, "-m", "blockft", "eval", MODEL, str(tmp_path / "world" / "heldout.jsonl")]
@@ -222,14 +231,14 @@ def test_show_4_an_evaluation_that_was_killed_gives_the_report_of_one_that_was_n
     assert killed.wait() == -signal.SIGKILL and not (tmp_path / "killed").exists()
     assert 0 < len(kept.read_bytes().splitlines()) < 48
     for out in ("killed", "never"):
-        _, said = (done := start(out)).communicate()
-        assert done.returncode == 0, said
-        assert (b"going on after" in said) == (out == "killed")
+        _, remarks = (done := start(out)).communicate()
+        assert done.returncode == 0, remarks
+        assert (b"resuming after" in remarks) == (out == "killed")
     assert contents(tmp_path / "killed") == contents(tmp_path / "never")
     assert not list(tmp_path.glob(".*"))
 
 
-def test_an_export_is_asked_as_it_was_trained(toy: Path) -> None:
+def test_an_export_is_asked_with_the_wording_of_its_training(toy: Path) -> None:
     config = json.loads((toy / "model" / "config.json").read_text())
     wording = {"instruction": "Read.", "document": "\n{text}", "question": "\n{question}"}
     config["block_attention"] = {"order": "descending", "documents_in": "system", "prompt": wording}
@@ -237,7 +246,7 @@ def test_an_export_is_asked_as_it_was_trained(toy: Path) -> None:
     (export / "config.json").write_text(json.dumps(config))
     questions = toy / "h.json"
     questions.write_text("[]")
-    recipe = recipe_for_questions(str(export), str(questions), format="hotpotqa")
+    recipe = evaluation_recipe(str(export), str(questions), format="hotpotqa")
     assert recipe.data.order == "descending" and recipe.data.prompt.documents_in == "system"
     assert recipe.data.prompt.document == "\n{text}" and recipe.eval
     assert recipe.eval.output_dir == f"out/eval/{toy.name}-export-{toy.name}-h"
@@ -257,39 +266,42 @@ HOTPOT = [
 ]
 
 
-@pytest.mark.parametrize("wording", ["today's", "that of exports with separators behind documents"])
-def test_the_demo_model_is_asked_questions_of_a_file(tmp_path: Path, wording: str) -> None:
+@pytest.mark.parametrize("wording", ["default", "separators behind documents"])
+def test_the_demo_model_answers_questions_of_a_file(tmp_path: Path, wording: str) -> None:
     model = tmp_path / "model"
     shutil.copytree(ROOT / MODEL, model)
-    if wording != "today's":
+    if wording != "default":
         config = json.loads((model / "config.json").read_text())
         config["block_attention"]["prompt"]["document"] = "{title}\n{text}\n\n"
         (model / "config.json").write_text(json.dumps(config))
     (tmp_path / "h.json").write_text(json.dumps(HOTPOT))
-    words = ["eval.max_new_tokens=2", f"eval.output_dir={tmp_path / 'out'}", "eval.modes=[block]"]
-    recipe = recipe_for_questions(str(model), str(tmp_path / "h.json"), words, format="hotpotqa")
-    report = json.loads((evaluate(str(model), recipe) / "report.json").read_text())
+    settings = ["eval.max_new_tokens=2", f"eval.output_dir={tmp_path / 'out'}"]
+    recipe = evaluation_recipe(
+        str(model), str(tmp_path / "h.json"), overrides=settings, format="hotpotqa", modes=["block"]
+    )
+    report = evaluate(str(model), recipe)
     options = report["options"]
-    if wording == "today's":
+    if wording == "default":
         assert recipe.data.prompt == PromptSettings(), "as an export of the recipe demo-base"
+    assert set(report["modes"]) == {"block"}
     assert options["questions"] == 2 and options["message of the documents"] == "user"
     assert options["wording of a document"] == recipe.data.prompt.document
     assert options["sources"][0].keys() >= {"split", "name"}
 
 
 @pytest.mark.real_data
-def test_published_questions_are_counted_by_their_hops(toy: Path) -> None:
+def test_published_questions_are_grouped_by_kind(toy: Path) -> None:
     path = Path(os.environ.get("BLOCKFT_REAL_DATA", "../shared/data")) / "hotpotqa_distractor_dev.json"
     if not path.exists():
         pytest.skip(f"{path} is not there (set BLOCKFT_REAL_DATA)")
-    samples, dropped = read_questions(recipe_for_questions(str(toy / "model"), str(path), format="hotpotqa"))
+    samples, dropped = read_questions(evaluation_recipe(str(toy / "model"), str(path), format="hotpotqa"))
     groups = {group for sample in samples for group in answers.question_groups(sample)}
     assert len(samples) == 200 and not dropped
-    assert groups == {"hotpotqa", "hotpotqa: bridge", "hotpotqa: comparison", "hotpotqa: hard"}
+    assert groups == {f"hotpotqa{kind}" for kind in ("", ": bridge", ": comparison", ": hard", ": yes/no")}
 
 
 @pytest.mark.parametrize(
-    ("data", "format", "said"),
+    ("data", "format", "message"),
     [
         ("demmo", None, "did you mean demo"),
         ("no/such.jsonl", None, "neither a file"),
@@ -297,6 +309,102 @@ def test_published_questions_are_counted_by_their_hops(toy: Path) -> None:
         ("README.md", "csv", "allowed are samples"),
     ],
 )
-def test_questions_that_are_not_there(toy: Path, data: str, format: str | None, said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        recipe_for_questions(str(toy / "model"), data, format=format)
+def test_missing_questions_and_unknown_formats_are_refused(
+    toy: Path, data: str, format: str | None, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        evaluation_recipe(str(toy / "model"), data, format=format)
+
+
+# the questions
+
+
+def save_questions(path: Path, num_questions: int, *, without_answers: tuple[int, ...] = ()) -> str:
+    records: list[dict[str, Any]] = [
+        {
+            "id": str(i),
+            "source": path.stem,
+            "messages": [{"role": "user", "content": ["?"]}],
+            "response": "x",
+            "answers": [] if i in without_answers else ["x"],
+        }
+        for i in range(num_questions)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def recipe_of(paths: list[str], *overrides: str) -> Recipe:
+    given = {
+        "model": {"path": "owner/base"},
+        "data": {"output_dir": "o", "sources": [{"format": "samples", "path": "p"}]},
+        "train": {"output_dir": "o"},
+        "eval": {"output_dir": "o", "sources": [{"format": "samples", "path": path} for path in paths]},
+    }
+    return build_recipe(given, overrides, "test")
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [("8", "aaabbbcc"), ("4", "aabc"), ("11", "aaaaabbbbcc"), ("null", "a" * 10 + "bbbbcc")],
+)
+def test_max_samples_takes_from_every_source(tmp_path: Path, limit: str, expected: str) -> None:
+    paths = [save_questions(tmp_path / f"{name}.jsonl", n) for name, n in (("a", 10), ("b", 4), ("c", 2))]
+    samples, _ = read_questions(recipe_of(paths, f"eval.max_samples={limit}"))
+    assert "".join(sample.source for sample in samples) == expected
+    assert [sample.id for sample in samples if sample.source == "a"] == list("0123456789")[
+        : expected.count("a")
+    ]
+
+
+def test_the_default_folder_keeps_the_whole_name_of_the_model(tmp_path: Path) -> None:
+    data = save_questions(tmp_path / "dev.v1.jsonl", 1)
+    outs = [evaluation_recipe(f"meta/Llama-3.{x}B", data).eval for x in ("1-8", "2-3")]
+    names = [Path(out.output_dir).name for out in outs if out]
+    assert names == [f"meta-Llama-3.{x}B-{tmp_path.name}-dev.v1" for x in ("1-8", "2-3")]
+
+
+def test_on_bad_record_skip_leaves_out_questions_without_answers(tmp_path: Path) -> None:
+    path = save_questions(tmp_path / "a.jsonl", 5, without_answers=(1, 3))
+    with pytest.raises(UserError, match=r"question 1 of a has no answers .*data.on_bad_record=skip"):
+        read_questions(recipe_of([path]))
+    samples, dropped = read_questions(recipe_of([path], "data.on_bad_record=skip"))
+    assert [sample.id for sample in samples] == ["0", "2", "4"] and dropped == {"no answers": 2}
+    path = save_questions(tmp_path / "a.jsonl", 2, without_answers=(0, 1))
+    with pytest.raises(UserError, match=r"hold no question \(no answers: 2\)"):
+        read_questions(recipe_of([path], "data.on_bad_record=skip"))
+
+
+def test_chats_are_refused_because_they_hold_no_answers(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "x"}]
+    (tmp_path / "c.jsonl").write_text(json.dumps({"messages": turns}))
+    recipe = evaluation_recipe("owner/base", str(tmp_path / "c.jsonl"), format="messages")
+    with pytest.raises(UserError, match=r"c\.jsonl has the format messages, which holds no answers"):
+        read_questions(recipe)
+
+
+def test_the_revision_of_another_model_is_refused(tmp_path: Path) -> None:
+    recipe = recipe_of([], "model.revision=v2")
+    assert model_revision("owner/base", recipe) == "v2"
+    assert model_revision(str(tmp_path), recipe) is None, "a folder has none"
+    assert model_revision("owner/export", recipe_of([])) is None
+    with pytest.raises(
+        UserError,
+        match="model.revision is 'v2' and belongs to 'owner/base', but the evaluated model is 'owner/export'",
+    ):
+        model_revision("owner/export", recipe)
+
+
+def test_the_recorded_wording_is_read_at_the_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+
+    def load_config(path: str, revision: str | None = None) -> None:
+        loaded.append((path, revision))
+
+    monkeypatch.setattr(stage, "load_config", load_config)
+    (tmp_path / "h.json").write_text("[]")
+    data, overrides = str(tmp_path / "h.json"), ["model.revision=v2"]
+    evaluation_recipe("owner/export", data, overrides=overrides, format="hotpotqa")
+    assert loaded == [("owner/export", "v2")]

@@ -258,12 +258,12 @@ def test_the_folder_stays_within_its_budget(
         ({"top_p": 0.9}, "top_p is 0.9 at temperature 0"),
         (
             {"mode": "full", "cache": CacheArguments(folder=Path("no/such"))},
-            "--mode full has no blocks to keep",
+            "--mode full has no blocks to store",
         ),
         ({"stop": [""]}, "not empty"),
         ({"cache": CacheArguments(disk="1GB")}, "--cache-bytes needs --cache FOLDER"),
-        ({"cache": CacheArguments(host="much")}, "'much' is no size"),
-        ({"cache": CacheArguments(device="")}, "'' is no size"),
+        ({"cache": CacheArguments(host="much")}, "'much' is not a size"),
+        ({"cache": CacheArguments(device="")}, "'' is not a size"),
         ({"cache": CacheArguments(folder=Path("no/such"), disk="0")}, "cannot hold a block"),
     ],
 )
@@ -302,7 +302,11 @@ def test_a_bad_line_is_named_before_the_first_answer(
 def test_input_without_a_prompt_is_refused(model: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n \n")
     (tmp_path / "latin.jsonl").write_bytes(b'{"question": "\xe9"}')
-    for name, said in [("empty", "holds no prompt"), ("latin", "cannot be read"), ("none", "cannot be read")]:
+    for name, said in [
+        ("empty", "holds no request"),
+        ("latin", "cannot be read"),
+        ("none", "cannot be read"),
+    ]:
         with pytest.raises(UserError, match=said):
             generate(str(model), str(tmp_path / f"{name}.jsonl"))
 

@@ -1,3 +1,5 @@
+"""`blockft inspect`: an example as JSON and in colour, its mask as a picture, and refusals."""
+
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,19 +9,19 @@ import pytest
 from blockft.config.settings import Recipe
 from blockft.data.prepared import load_prepared
 from blockft.errors import UserError
-from blockft.stages.inspect import inspect
+from blockft.stages.inspect import draw_mask, inspect
 from blockft.stages.prepare import prepare
 
 Make = Callable[..., Recipe]
 
 
-def test_json_holds_the_blocks(make_recipe: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_holds_the_blocks_and_token_ids(make_recipe: Make, capsys: pytest.CaptureFixture[str]) -> None:
     out = prepare(make_recipe())
     capsys.readouterr()
     inspect(out, index=3, as_json=True)
     shown = json.loads(capsys.readouterr().out)
     example = load_prepared(out).examples[3]
-    assert (shown["id"], shown["view"], shown["num_final"]) == ("3", "block", 1)
+    assert (shown["id"], shown["mode"], shown["num_final"]) == ("3", "block", 1)
     assert shown["blocks"][:3] == ["<|im_start|>user\n", "Answer.\n\n", "Fox 1.\n\n"]
     assert shown["blocks"][-1] == "Question 3?<|im_end|>\n<|im_start|>assistant\nThe fox<|im_end|>"
     assert shown["block_lengths"] == list(example.block_lengths)
@@ -27,7 +29,7 @@ def test_json_holds_the_blocks(make_recipe: Make, capsys: pytest.CaptureFixture[
     assert shown["labels"] == example.labels.tolist()
 
 
-def test_a_sample_is_shown_with_the_set_s_statistics_and_its_mask(
+def test_an_example_is_shown_with_statistics_and_mask(
     make_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = prepare(make_recipe(shared_context=True))
@@ -38,7 +40,7 @@ def test_a_sample_is_shown_with_the_set_s_statistics_and_its_mask(
     assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_mistakes(make_recipe: Make, tmp_path: Path) -> None:
+def test_wrong_arguments_are_refused(make_recipe: Make, tmp_path: Path) -> None:
     out = prepare(make_recipe())
     for index in (-1, 200):
         with pytest.raises(UserError, match="0 to 199"):
@@ -47,3 +49,17 @@ def test_mistakes(make_recipe: Make, tmp_path: Path) -> None:
         inspect(tmp_path / "none")
     with pytest.raises(UserError, match="cannot be written"):
         inspect(out, png=tmp_path / "none" / "mask.png")
+
+
+def test_the_mask_picture_names_its_blocks(make_recipe: Make) -> None:
+    examples = load_prepared(prepare(make_recipe())).examples
+    axes = draw_mask(examples[3]).axes[0]
+    names = ["block 1", "block 2", "block 3", "block 4", "final block"]
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+        assert [label.get_text() for label in reversed(labels)] == names
+    assert axes.get_title().startswith("3: ")
+    (legend,) = axes.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "a block attends to itself",
+        "the final block attends to all blocks",
+    ]

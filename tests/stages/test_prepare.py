@@ -14,7 +14,7 @@ from blockft.data.encoder import Encoder
 from blockft.data.prepared import load_prepared
 from blockft.data.sample import parse_sample
 from blockft.errors import UserError
-from blockft.stages.prepare import TASK_SAMPLES, prepare
+from blockft.stages.prepare import TASK_SAMPLES, prepare, print_summary
 from tests.data.test_squad import article
 
 Make = Callable[..., Recipe]
@@ -37,6 +37,8 @@ def test_a_prepared_folder(make_recipe: Make, capsys: pytest.CaptureFixture[str]
     assert found.manifest["num_samples"] == found.manifest["num_examples"] == len(found.examples) == 200
     assert found.manifest["num_tokens"] == sum(map(len, found.examples))
     assert found.manifest["blocks_per_example"] == {"5": 200}
+    assert capsys.readouterr() == ("", "")
+    print_summary(make_recipe())
     printed = capsys.readouterr()
     assert "200 examples, 200 of them split" in printed.out and printed.err == ""
 
@@ -179,7 +181,7 @@ def test_an_unfinished_folder_is_redone_and_a_foreign_one_left_alone(make_recipe
     (out / "manifest.json").unlink()
     (out / "thesis.tex").touch()
     for overwrite in (False, True):
-        with pytest.raises(UserError, match="not written by prepare"):
+        with pytest.raises(UserError, match="not a prepared folder"):
             prepare(make_recipe(), overwrite=overwrite)
     assert (out / "thesis.tex").exists()
 
@@ -208,8 +210,8 @@ def with_model(path: str) -> Callable[[Recipe], Recipe]:
     ("spoil", "said"),
     [
         (broken_line, r"source.jsonl, line 101: not JSON"),
-        (empty, "nothing to train on"),
-        (with_data(row_len=20), r"row_len is 20, .* the shortest has \d+ tokens"),
+        (empty, "no example to train on"),
+        (with_data(row_len=20), r"row_len is 20, but the shortest example has \d+ tokens"),
         (with_data(sources=[Source(format=Format.samples, path="data/none.jsonl")]), "data/none.jsonl"),
         (with_data(sources=[Source(format=Format.samples, path="owner/name", split="train")]), "owner/name"),
         (with_data(prompt=PromptSettings(document="{txt}")), "{txt}"),

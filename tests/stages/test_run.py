@@ -171,7 +171,7 @@ def test_an_impossible_export_is_refused(
 def test_an_unknown_type_or_shard_size_is_refused(toy: Path) -> None:
     with pytest.raises(UserError, match="float32"):
         export(toy / "run", toy / "new", dtype="float31")
-    with pytest.raises(UserError, match="'lots' is no size"):
+    with pytest.raises(UserError, match="'lots' is not a size"):
         export(toy / "run", toy / "new", max_shard_size="lots")
 
 
@@ -275,15 +275,15 @@ def test_wandb_works_offline(toy: Path) -> None:
 
 def test_eval_scores_both_modes(toy: Path, exported: Path) -> None:
     recipe = toy_recipe(toy)
-    out = evaluate(str(exported), recipe)
-    report = json.loads((out / "report.json").read_text())
+    assert recipe.eval
+    report, out = evaluate(str(exported), recipe), Path(recipe.eval.output_dir)
     assert set(report["modes"]) == {"block", "full"}
     assert report["modes"]["block"]["all"]["questions"] == 10
     assert len((out / "predictions-full.jsonl").read_text().splitlines()) == 10
     with pytest.raises(UserError, match="exists already"):
         evaluate(str(exported), recipe)
     done = blockft("compare", out, "--png", toy / "compared.png")
-    assert done.returncode == 0 and "block eval" in done.stdout
+    assert done.returncode == 0 and "block mode" in done.stdout
     assert (toy / "compared.png").stat().st_size > 0
 
 
