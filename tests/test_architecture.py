@@ -1,6 +1,8 @@
-"""The house rules that code can check: imports go one way, and every recipe that ships can be read."""
+"""Rules of structure that code can check: imports go one way and form no cycle; shipped recipes load."""
 
 import ast
+from collections.abc import Collection
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,8 @@ import pytest
 from blockft.config.recipe import RECIPES_FOLDER, load_recipe
 
 ROOT = Path(__file__).parents[1]
-SHARED = {"config", "outputs", "progress", "units", "errors", "version"}
+LIBRARY = {"attention", "data", "model", "inference"}
+SUPPORT = {"outputs", "progress", "units", "errors", "version"}
 MAY_IMPORT = {
     "errors": set(),
     "version": set(),
@@ -20,39 +23,69 @@ MAY_IMPORT = {
     "data": {"attention", "errors"},
     "model": {"attention", "outputs", "progress", "errors"},
     "inference": {"data", "model", "attention", "units", "errors"},
-    "training": {"inference", "data", "model", "attention", "outputs", "errors"},
-    "evaluation": {"inference", "data", "model", "attention", "errors"},
-    "bench": {"stages", "evaluation", "training", "inference", "data", "model", "attention", *SHARED},
-    "stages": {"bench", "training", "evaluation", "inference", "data", "model", "attention", *SHARED},
-    "cli": {"bench", "stages", "training", *SHARED},
+    "training": LIBRARY | {"outputs", "errors"},
+    "evaluation": LIBRARY | {"errors"},
+    "bench": LIBRARY | {"training"} | SUPPORT,
+    "stages": LIBRARY | {"bench", "training", "evaluation", "config"} | SUPPORT,
+    "cli": {"bench", "stages", "training", "config"} | SUPPORT,
     "__main__": {"cli"},
-    "__init__": {"stages", "inference", "data", "config", "version"},
+    "__init__": {"version"},
 }
-"""Where each part may import from: downwards only, and only cli and stages know the settings."""
+"""The parts that each part may import: downwards only; only cli and stages import the settings."""
 
 
 def part_of(path: Path) -> str:
     return path.relative_to(ROOT / "blockft").parts[0].removesuffix(".py")
 
 
-def imported_parts(path: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "blockft":
-            names |= {node.module} if node.module != "blockft" else {f"blockft.{a.name}" for a in node.names}
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names if alias.name.split(".")[0] == "blockft"}
-    return {name.split(".")[1] for name in names if "." in name}
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def imported_modules(node: ast.AST, modules: Collection[str]) -> set[str]:
+    """Return the modules of blockft imported anywhere below a node, also inside functions.
+
+    Imports under `if TYPE_CHECKING` are left out: they never run.
+    """
+    found = set()
+    if isinstance(node, ast.ImportFrom) and node.module:
+        for alias in node.names:
+            submodule = f"{node.module}.{alias.name}"
+            found.add(submodule if submodule in modules else node.module)
+    if isinstance(node, ast.Import):
+        found |= {alias.name for alias in node.names}
+    for child in ast.iter_child_nodes(node):
+        if not is_type_checking(child):
+            found |= imported_modules(child, modules)
+    return found & set(modules)
 
 
 SOURCES = sorted((ROOT / "blockft").rglob("*.py"))
+MODULES = {module_name(path): path for path in SOURCES}
+IMPORTS = {
+    name: imported_modules(ast.parse(path.read_text(encoding="utf-8")), MODULES)
+    for name, path in MODULES.items()
+}
 RECIPES = sorted(RECIPES_FOLDER.glob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_go_one_way(path: Path) -> None:
-    part = part_of(path)
-    assert imported_parts(path) <= MAY_IMPORT[part] | {part}
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_one_way(name: str) -> None:
+    part = part_of(MODULES[name])
+    imported = {part_of(MODULES[other]) for other in IMPORTS[name]}
+    assert imported <= MAY_IMPORT[part] | {part}
+
+
+@pytest.mark.xfail(reason="triton_launch and rotate_queries import each other")
+def test_imports_form_no_cycle() -> None:
+    try:
+        TopologicalSorter(IMPORTS).prepare()
+    except CycleError as error:
+        pytest.fail(f"import cycle: {' <- '.join(error.args[1])}")
 
 
 def test_there_are_sources_and_recipes() -> None:
@@ -60,6 +93,6 @@ def test_there_are_sources_and_recipes() -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
-def test_every_recipe_can_be_read(path: Path) -> None:
+def test_every_shipped_recipe_loads(path: Path) -> None:
     assert load_recipe(path.stem) == load_recipe(str(path))
     assert path.read_text(encoding="utf-8").startswith("# "), "a recipe opens with its purpose"

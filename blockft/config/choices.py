@@ -103,5 +103,6 @@ class Metric(StrEnum):
     """Score of an answer against the accepted answers."""
 
     substring_match = "substring_match"
+    word_match = "word_match"
     exact_match = "exact_match"
     token_f1 = "token_f1"

@@ -130,7 +130,7 @@ def _check_output(out: Path, overwrite: bool) -> None:
 
 
 def _read_copies(source: Source, data: DataSettings, count: SourceStatistics) -> Iterator[Sample]:
-    """Read the samples of a source `data.num_copies` times, each time with another seed; see `read_source`."""
+    """Read the samples of a source `data.num_copies` times, each time with another seed."""
     counts = [RecordCounts() for _ in range(data.num_copies)]
     copies = [
         read_source(source, data.model_copy(update={"seed": data.seed + number}), copy_count)

@@ -1,6 +1,5 @@
-"""Batches of like length, and a file of answers that survives whatever ends its writer."""
+"""Batches of similar length, groups of questions, and an answer file that survives an interruption."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,11 +25,11 @@ def sample(id: str, text: str, **meta: str) -> Sample:
 SAMPLES = [sample(str(i), "x" * (i * 7 % 100 + 1)) for i in range(100)]
 
 
-def answered(*indices: int) -> list[AnswerRecord]:
+def records_of(*indices: int) -> list[AnswerRecord]:
     return [AnswerRecord(i, f"ä\u2028{i}", 1, 5, 2) for i in indices]
 
 
-def test_batches_are_of_like_length_within_a_window() -> None:
+def test_batches_are_sorted_by_length_within_a_window() -> None:
     batches = plan_batches(SAMPLES, 3)
     assert sorted(i for batch in batches for i in batch) == list(range(100))
     window = batches[:WINDOW_BATCHES]
@@ -40,43 +39,51 @@ def test_batches_are_of_like_length_within_a_window() -> None:
     assert plan_batches(SAMPLES, 3) == batches
 
 
-def test_answers_are_found_again_and_told_in_the_order_of_the_data(tmp_path: Path) -> None:
+def test_an_answer_file_is_read_again_and_gives_predictions_in_the_order_of_the_data(tmp_path: Path) -> None:
     path, batches = tmp_path / "a.jsonl", [(2, 0), (1, 3)]
     file = AnswerFile(path, batches)
     for batch in file.remaining_batches:
-        file.add(answered(*batch))
+        file.add(records_of(*batch))
     again = AnswerFile(path, batches)
     assert again.records == file.records and not again.remaining_batches
-    told = build_predictions(SAMPLES, again.records, max_new_tokens=2)
-    assert [p.id for p in told] == ["0", "1", "2", "3"] and all(p.hit_token_limit for p in told)
+    predictions = build_predictions(SAMPLES, again.records, max_new_tokens=2)
+    assert [p.id for p in predictions] == ["0", "1", "2", "3"] and all(p.hit_token_limit for p in predictions)
 
 
-@pytest.mark.parametrize("damage", ["cut in a line", "cut in a batch", "zeros", "no record", "another order"])
-def test_only_whole_batches_count(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize(
+    "damage", ["incomplete line", "incomplete batch", "zeros", "not a record", "another order"]
+)
+def test_only_complete_batches_are_kept(tmp_path: Path, damage: str) -> None:
     path, batches = tmp_path / "a.jsonl", [(2, 0), (1, 3), (4,)]
     file = AnswerFile(path, batches)
     for batch in batches:
-        file.add(answered(*batch))
-    whole = path.read_bytes()
-    lines = whole.splitlines(keepends=True)
+        file.add(records_of(*batch))
+    complete = path.read_bytes()
+    lines = complete.splitlines(keepends=True)
     path.write_bytes(
         {
-            "cut in a line": whole[: len(lines[0] + lines[1]) + 5],
-            "cut in a batch": b"".join(lines[:3]),
+            "incomplete line": complete[: len(lines[0] + lines[1]) + 5],
+            "incomplete batch": b"".join(lines[:3]),
             "zeros": b"".join(lines[:2]) + b"\0" * 20,
-            "no record": b"".join([*lines[:2], b"7\n"]),
+            "not a record": b"".join([*lines[:2], b"7\n"]),
             "another order": b"".join([*lines[:2], lines[4]]),
         }[damage]
     )
     again = AnswerFile(path, batches)
     assert list(again.remaining_batches) == batches[1:]
     for batch in again.remaining_batches:
-        again.add(answered(*batch))
-    assert path.read_bytes() == whole
+        again.add(records_of(*batch))
+    assert path.read_bytes() == complete
 
 
-def test_questions_are_also_counted_by_source_and_hops() -> None:
-    asked = sample("1", "x", type="bridge", level="hard")
-    assert question_groups(asked) == ("s", "s: bridge", "s: hard")
-    assert json.dumps(question_groups(sample("1", "x"))) == '["s"]'
-    assert question_groups(replace(asked, source=ALL))[:2] == ("source all", "source all: bridge")
+def test_questions_are_grouped_by_source_and_kind() -> None:
+    question = sample("1", "x", type="bridge", level="hard")
+    assert question_groups(question) == ("s", "s: bridge", "s: hard")
+    assert question_groups(sample("1", "x")) == ("s",)
+    assert question_groups(replace(question, source=ALL))[:2] == ("source all", "source all: bridge")
+
+
+def test_yes_no_questions_form_a_group() -> None:
+    question = sample("1", "x", type="comparison")
+    assert question_groups(replace(question, answers=("No",))) == ("s", "s: comparison", "s: yes/no")
+    assert question_groups(replace(question, answers=("no", "none"))) == ("s", "s: comparison")
