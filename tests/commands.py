@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -43,7 +44,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def blockft(*arguments: str | Path) -> CompletedProcess[str]:
+def blockft(*arguments: str | Path, cwd: Path = ROOT, **environment: str) -> CompletedProcess[str]:
     """Run `blockft ARGUMENTS` in this process, for commands that start no training.
 
     Environment variables, signal handlers and exit handlers of this process stay as they are.
@@ -51,10 +52,10 @@ def blockft(*arguments: str | Path) -> CompletedProcess[str]:
     stdout, stderr = io.StringIO(), io.StringIO()
     code: object = None
     with (
-        chdir(ROOT),
+        chdir(cwd),
         redirect_stdout(stdout),
         redirect_stderr(stderr),
-        patch.dict(os.environ),
+        patch.dict(os.environ, environment),
         patch.object(sys, "argv", ["blockft", *map(str, arguments)]),
         patch.object(atexit, "register"),
         patch.object(signal, "signal"),
@@ -136,33 +137,59 @@ class Ranks:
         return CompletedProcess([], code, self.output("stdout"), self.output("stderr"))
 
 
-def _run_rank(
-    arguments: Sequence[str],
-    environment: Mapping[str, str],
-    outputs: Path,
-    before: Callable[[], None] | None,
-) -> None:
-    """Run `blockft ARGUMENTS` in this forked process, and end the process as the command line does."""
+def _run_rank(function: Callable[[], None], environment: Mapping[str, str], outputs: Path) -> None:
+    """Call a function in this forked process, and end the process as an interpreter does."""
     os.environ.clear()
     os.environ.update(environment)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         file = os.open(outputs / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, descriptor)
         os.close(file)
-    sys.argv = ["blockft", *arguments]
-    code: object = 1
+    code = 1
     try:
-        if before:
-            before()
-        cli.main()
+        function()
+        code = 0
     except SystemExit as end:
-        code = end.code
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     # multiprocessing would end the process without its exit handlers
     atexit._run_exitfuncs()
     sys.stdout.flush()
-    os._exit(code if isinstance(code, int) else 1)
+    os._exit(code)
+
+
+def fork_ranks(function: Callable[[], None], *, num_ranks: int = 1, **environment: str) -> Ranks:
+    """Call a function, of a module or a partial of one, on ranks forked from a warm process.
+
+    A single rank has no launcher's variables in its environment, like a process started from a shell.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.fork_server", __name__])
+    accelerator = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
+    added = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **accelerator}
+    ranks = Ranks([], free_port())
+    with chdir(ROOT), patch.dict(os.environ, added):
+        # the warm process takes the directory and the variables of this moment
+        forkserver.ensure_running()
+        for rank in range(num_ranks):
+            variables: dict[str, str] = dict(os.environ) | environment
+            if num_ranks > 1:
+                variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+                variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ranks.port)}
+            process = context.Process(target=_run_rank, args=(function, variables, Path(ranks.folder.name)))
+            process.start()
+            ranks.processes.append(process)
+    return ranks
+
+
+def _run_command(arguments: Sequence[str], before: Callable[[], None] | None) -> None:
+    if before:
+        before()
+    sys.argv = ["blockft", *arguments]
+    cli.main()
 
 
 def start_ranks(
@@ -171,35 +198,9 @@ def start_ranks(
     before: Callable[[], None] | None = None,
     **environment: str,
 ) -> Ranks:
-    """Start `blockft ARGUMENTS` on ranks forked from a warm process.
-
-    Every rank first calls `before`, a function of a module or a partial of one. A single rank starts as from
-    a shell, without a launcher's variables.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.fork_server", __name__])
-    accelerator = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
-    added = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **accelerator}
-    with chdir(ROOT), patch.dict(os.environ, added):
-        forkserver.ensure_running()
-        ranks = Ranks([], free_port())
-        for rank in range(num_ranks):
-            variables: dict[str, str] = dict(os.environ) | environment
-            if num_ranks > 1:
-                variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
-                variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ranks.port)}
-            process = context.Process(
-                target=_run_rank,
-                args=(
-                    [str(argument) for argument in arguments],
-                    variables,
-                    Path(ranks.folder.name),
-                    before,
-                ),
-            )
-            process.start()
-            ranks.processes.append(process)
-    return ranks
+    """Start `blockft ARGUMENTS` on forked ranks, which call `before` first."""
+    command = partial(_run_command, [str(argument) for argument in arguments], before)
+    return fork_ranks(command, num_ranks=num_ranks, **environment)
 
 
 def run_ranks(*arguments: str | Path, **options: Any) -> CompletedProcess[str]:

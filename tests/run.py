@@ -1,4 +1,4 @@
-"""A model folder, a source and a recipe, all tiny, for tests of whole runs."""
+"""Toy data for tests of whole runs: a tiny model, source files and a recipe that uses them."""
 
 import json
 import random
@@ -21,7 +21,7 @@ TEMPLATE = (
 
 
 def save_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Bytes are the only tokens, beside the chat markup."""
+    """Save a tokenizer whose tokens are the 256 bytes and the chat markup."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -34,7 +34,7 @@ def save_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def save_model(folder: Path, **size: float) -> Path:
-    """A random Llama with its tokenizer."""
+    """Save a random Llama and its tokenizer; `size` overrides settings of its config."""
     tokenizer = save_tokenizer(folder)
     config = LlamaConfig(
         **(SIZE | {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | size),
@@ -48,18 +48,18 @@ def save_model(folder: Path, **size: float) -> Path:
 
 
 def save_samples(path: Path, num_samples: int, seed: int = 0) -> Path:
-    """Questions whose answer is a digit in one of a few documents."""
+    """Write questions whose answer is a digit in one of two to four documents."""
     rng = random.Random(seed)
     lines = []
     for i in range(num_samples):
         names = rng.sample("abcdefgh", rng.randint(2, 4))
         values = [str(rng.randrange(10)) for _ in names]
-        asked = rng.randrange(len(names))
+        answer = rng.randrange(len(names))
         documents = [f"{name}={value}\n" for name, value in zip(names, values, strict=True)]
-        content = ["Answer.\n", *documents, f"{names[asked]}?"]
-        record: dict[str, Any] = {"id": f"q{i}", "source": "toy", "response": values[asked]}
+        content = ["Answer.\n", *documents, f"{names[answer]}?"]
+        record: dict[str, Any] = {"id": f"q{i}", "source": "toy", "response": values[answer]}
         record["messages"] = [{"role": "user", "content": content}]
-        record["answers"] = [values[asked]]
+        record["answers"] = [values[answer]]
         record["meta"] = {"documents": list(range(1, len(content) - 1))}
         lines.append(json.dumps(record))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -67,13 +67,13 @@ def save_samples(path: Path, num_samples: int, seed: int = 0) -> Path:
 
 
 def toy_recipe(folder: Path, *overrides: str) -> Recipe:
-    """A recipe for a run below `folder`, whose model and source are made if missing."""
+    """Load the toy recipe of `folder`; make its model and sources if they are missing."""
     if not (folder / "model").exists():
         save_model(folder / "model")
         save_samples(folder / "train.jsonl", 40)
         save_samples(folder / "heldout.jsonl", 10, seed=1)
         (folder / "recipe.yaml").write_text(
-            f"# A toy run.\n"
+            f"# a toy run\n"
             f"model: {{path: {folder}/model}}\n"
             f"data:\n"
             f"  output_dir: {folder}/data\n"

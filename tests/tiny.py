@@ -1,4 +1,4 @@
-"""Tiny random models of every family and RoPE kind of law 4, and random layouts to try them on."""
+"""Tiny random models that cover every supported family and RoPE type, and random layouts for them."""
 
 import random
 
@@ -67,19 +67,22 @@ CONFIGS = {
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
     ),
 }
-"""By name; together they cover every family and every RoPE kind of law 4."""
+"""Configs by name. Together they cover every supported family and every supported RoPE type."""
 
 
 def build_model(name: str, attention: str = "block_sdpa") -> PreTrainedModel:
+    """Build the model of a named config with fixed random weights, in evaluation mode."""
     torch.manual_seed(7)
     return AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation=attention).eval()
 
 
 def random_layout(rng: random.Random, num_tokens: int, num_blocks: int, num_final: int = 1) -> Layout:
-    """Blocks of random length that hold `num_tokens` together."""
-    cuts = sorted(rng.sample(range(1, num_tokens), num_blocks - 1))
-    return Layout(tuple(b - a for a, b in zip([0, *cuts], [*cuts, num_tokens], strict=True)), num_final)
+    """Return blocks of random lengths whose sum is `num_tokens`."""
+    starts = [0, *sorted(rng.sample(range(1, num_tokens), num_blocks - 1))]
+    ends = [*starts[1:], num_tokens]
+    return Layout(tuple(end - start for start, end in zip(starts, ends, strict=True)), num_final)
 
 
 def random_ids(rng: random.Random, num_tokens: int) -> torch.Tensor:
+    """Return token ids without the padding id."""
     return torch.tensor([rng.randrange(1, SIZE["vocab_size"]) for _ in range(num_tokens)])

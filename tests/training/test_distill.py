@@ -1,4 +1,4 @@
-"""Distillation: what the loss is, who has a say where, and law 8."""
+"""The distillation loss: its value, which labels it covers, and that it does not depend on packing."""
 
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -16,21 +16,21 @@ from tests.tiny import build_model
 from tests.training.test_objectives import make_examples
 
 LABELS = torch.tensor([[5, 6, 7, IGNORE_INDEX]])
-TAUGHT = torch.tensor([[True, True, False, True]])
+IS_TAUGHT = torch.tensor([[True, True, False, True]])
 
 
-def random_logits(seed: int, vocabulary: int = 11) -> torch.Tensor:
-    return torch.randn(1, 4, vocabulary, generator=torch.Generator().manual_seed(seed)) * 3
+def random_logits(seed: int, vocab_size: int = 11) -> torch.Tensor:
+    return torch.randn(1, 4, vocab_size, generator=torch.Generator().manual_seed(seed)) * 3
 
 
 def loss_of(student: torch.Tensor, teacher: torch.Tensor, weight: float) -> torch.Tensor:
     return distill_loss(
-        SimpleNamespace(logits=student), DistillationTargets(LABELS, TAUGHT, teacher, weight), 3
+        SimpleNamespace(logits=student), DistillationTargets(LABELS, IS_TAUGHT, teacher, weight), 3
     )
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.25])
-def test_taught_labels_cost_the_divergence_from_the_teacher(weight: float) -> None:
+def test_a_taught_label_costs_the_divergence_from_the_teacher(weight: float) -> None:
     student, teacher = random_logits(0), random_logits(1)
     p, q = teacher[0].double().softmax(-1), student[0].double().softmax(-1)
     divergence = (p * (p / q).log()).sum(-1)
@@ -39,10 +39,10 @@ def test_taught_labels_cost_the_divergence_from_the_teacher(weight: float) -> No
     assert_close(loss_of(student, teacher, weight).double(), expected, rtol=1e-5, atol=0)
 
 
-def test_who_answers_as_the_teacher_does_pays_for_the_other_labels_alone() -> None:
+def test_a_student_equal_to_its_teacher_pays_for_untaught_labels_only() -> None:
     logits = random_logits(0).requires_grad_()
     loss = loss_of(logits, logits.detach(), weight=1.0)
-    others = torch.where(TAUGHT, IGNORE_INDEX, LABELS)
+    others = torch.where(IS_TAUGHT, IGNORE_INDEX, LABELS)
     assert_close(loss, label_loss(SimpleNamespace(logits=logits), others, 3), rtol=1e-5, atol=1e-6)
     loss.backward()
     assert_close(logits.grad[0, :2], torch.zeros(2, 11), rtol=0, atol=1e-6)
@@ -50,18 +50,18 @@ def test_who_answers_as_the_teacher_does_pays_for_the_other_labels_alone() -> No
     assert torch.equal(logits.grad[0, 3], torch.zeros(11))
 
 
-def test_vocabularies_may_be_padded_to_different_sizes() -> None:
-    student, teacher = random_logits(0), random_logits(1, vocabulary=13)
+def test_student_and_teacher_may_pad_their_vocabularies_differently() -> None:
+    student, teacher = random_logits(0), random_logits(1, vocab_size=13)
     assert_close(loss_of(student, teacher, 1.0), loss_of(student, teacher[..., :11], 1.0))
-    wide, narrow = random_logits(2, vocabulary=13), random_logits(3)
-    never = torch.full((1, 4, 2), -1e9)
-    assert_close(loss_of(wide, narrow, 1.0), loss_of(wide, torch.cat([narrow, never], dim=-1), 1.0))
+    wide, narrow = random_logits(2, vocab_size=13), random_logits(3)
+    impossible = torch.full((1, 4, 2), -1e9)
+    assert_close(loss_of(wide, narrow, 1.0), loss_of(wide, torch.cat([narrow, impossible], dim=-1), 1.0))
 
 
-def test_a_row_without_labels_adds_0() -> None:
+def test_a_row_without_labels_adds_nothing_to_the_loss() -> None:
     logits = random_logits(0).requires_grad_()
-    nothing = DistillationTargets(torch.full((1, 4), IGNORE_INDEX), TAUGHT, random_logits(1), 1.0)
-    loss = distill_loss(SimpleNamespace(logits=logits), nothing, 0)
+    no_labels = DistillationTargets(torch.full((1, 4), IGNORE_INDEX), IS_TAUGHT, random_logits(1), 1.0)
+    loss = distill_loss(SimpleNamespace(logits=logits), no_labels, 0)
     loss.backward()
     assert loss == 0 and torch.equal(logits.grad, torch.zeros_like(logits))
 
@@ -71,8 +71,8 @@ def logits_of(model: PreTrainedModel, row: Mapping[str, torch.Tensor], *, full: 
     return logits
 
 
-def test_law_8_the_loss_does_not_depend_on_packing() -> None:
-    """A model whose full view teaches its block view, over all examples in both views as one global batch."""
+def test_the_loss_does_not_depend_on_packing() -> None:
+    """The model in full mode teaches itself in block mode; all examples in both modes are one batch."""
     model, examples, losses = build_model("llama"), make_examples(12), []
     for row_len in (32, 64, 300):
         rows = RowDataset(

@@ -1,4 +1,4 @@
-"""What is refused before any host starts, and how words travel to the others."""
+"""Hostfiles and launches that are refused before any host starts, and how arguments reach other hosts."""
 
 import os
 import re
@@ -13,19 +13,12 @@ from hypothesis import strategies as st
 from blockft.config.recipe import RECIPES_FOLDER
 from blockft.errors import UserError
 from blockft.training.hosts import Hosts, check_hosts_reachable, quote_for_remote_shell, read_hostfile
-from tests.training.launched import alone, start
-
-
-@pytest.fixture
-def hostfile(tmp_path: Path) -> Path:
-    """Two hosts that are this machine."""
-    path = tmp_path / "hosts"
-    path.write_text("here slots=1\nthere slots=1\n")
-    return path
+from tests.commands import blockft
+from tests.training.hosts import node_options
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (None, "cannot be read"),
         ("", "names no host"),
@@ -38,14 +31,14 @@ def hostfile(tmp_path: Path) -> Path:
         ("node[0-3] slots=1\n", "line 1"),
     ],
 )
-def test_hostfiles_that_cannot_be(text: str | None, said: str, tmp_path: Path) -> None:
+def test_an_unreadable_hostfile_is_refused(text: str | None, message: str, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "hosts").write_text(text)
-    with pytest.raises(UserError, match=re.escape(said)):
+    with pytest.raises(UserError, match=re.escape(message)):
         read_hostfile(tmp_path / "hosts")
 
 
-def test_deepspeed_reads_the_shipped_hostfile_as_we_do() -> None:
+def test_deepspeed_reads_the_shipped_hostfile_like_blockft() -> None:
     from deepspeed.launcher.runner import fetch_hostfile
 
     path = RECIPES_FOLDER / "launch" / "hostfile"
@@ -53,7 +46,7 @@ def test_deepspeed_reads_the_shipped_hostfile_as_we_do() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         (["--node-rank", "0"], "--hostfile"),
         (["--master-port", "29500"], "--hostfile"),
@@ -65,30 +58,30 @@ def test_deepspeed_reads_the_shipped_hostfile_as_we_do() -> None:
         (["--hostfile", "{hosts}", "--node-rank", "0"], "--no-ssh"),
         (["--hostfile", "{hosts}", "--no-ssh", "--node-rank", "0"], "--master-addr"),
         (["--hostfile", "{hosts}"], "--no-ssh --node-rank"),
-        (["train.batch_rows=3", *alone(0, Path("{hosts}"), 29543)], "multiple of 2"),
+        (["train.batch_rows=3", *node_options(0, Path("{hosts}"), 29543)], "multiple of 2"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_launches_that_cannot_be(hostfile: Path, words: list[str], said: str) -> None:
-    """On a machine that knows no `here`, and where pdsh is not on PATH."""
-    given = [word.format(hosts=hostfile) for word in words]
+def test_an_impossible_launch_is_refused(hostfile: Path, arguments: list[str], message: str) -> None:
+    """On a machine that resolves neither host and has no pdsh on PATH."""
     run = hostfile.parent / "run"
-    process = start("blockft", "train", "demo", f"train.output_dir={run}", *given, PATH="/nowhere")
-    out = process.communicate()[0]
-    assert process.returncode == 2, out
-    assert len(out.splitlines()) == 1 and out.startswith("blockft: ") and said in out
+    options = [argument.format(hosts=hostfile) for argument in arguments]
+    done = blockft("train", "demo", f"train.output_dir={run}", *options, PATH="/nowhere")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("blockft: ")
+    assert message in done.stderr
     assert not run.exists()
 
 
 def test_a_launcher_inside_a_run_and_a_bad_environment_file_are_refused(
     hostfile: Path, tmp_path: Path
 ) -> None:
-    words = ("blockft", "train", "demo", "--dry-run", *alone(1, hostfile, 29544))
-    said = start(*words, RANK="0").communicate()[0]
-    assert said.startswith("blockft: RANK is set")
+    arguments = ("train", "demo", "--dry-run", *node_options(1, hostfile, 29544))
+    assert blockft(*arguments, RANK="0").stderr.startswith("blockft: RANK is set")
     (tmp_path / ".deepspeed_env").write_text("A=1\n# a comment\n")
-    said = start(*words, cwd=tmp_path).communicate()[0]
-    assert said == "blockft: .deepspeed_env, line 2 is '# a comment': every line must be NAME=VALUE\n"
+    assert blockft(*arguments, cwd=tmp_path).stderr == (
+        "blockft: .deepspeed_env, line 2 is '# a comment': every line must be NAME=VALUE\n"
+    )
 
 
 def test_a_host_that_cannot_be_reached_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,11 +106,12 @@ def test_a_host_that_cannot_be_reached_is_named(tmp_path: Path, monkeypatch: pyt
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text(st.sampled_from("ab =[]{},:$`\\\"'%*;&(~#é"), min_size=1), min_size=1, max_size=3))
-def test_words_arrive_unchanged_on_other_hosts(words: list[str]) -> None:
+def test_arguments_reach_other_hosts_unchanged(arguments: list[str]) -> None:
     """Through DeepSpeed's quoting, pdsh's % and the remote shell."""
     from deepspeed.launcher.multinode_runner import PDSHRunner
 
-    given = SimpleNamespace(args=SimpleNamespace(user_args=[quote_for_remote_shell(word) for word in words]))
-    line = " ".join(PDSHRunner.parse_user_args(given)).replace("%%", "%")
+    quoted = [quote_for_remote_shell(argument) for argument in arguments]
+    runner = SimpleNamespace(args=SimpleNamespace(user_args=quoted))
+    line = " ".join(PDSHRunner.parse_user_args(runner)).replace("%%", "%")
     done = subprocess.run(["sh", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == words
+    assert done.stdout.splitlines() == arguments

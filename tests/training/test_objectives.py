@@ -1,4 +1,4 @@
-"""Law 8: the loss is the mean over the label tokens, whatever the packing and the accumulation."""
+"""The loss is the mean over the label tokens, however they are packed into rows and batches."""
 
 import random
 
@@ -29,7 +29,7 @@ def make_examples(num_examples: int) -> list[Example]:
 
 
 def loss_and_gradient(row_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of all examples in both views as one global batch, summed over its micro-batches."""
+    """Return loss and gradient of all examples in both modes: one batch, summed over its rows."""
     model, examples = build_model("llama"), make_examples(12)
     rows = RowDataset(examples, ["block", "full"], row_len=row_len, batch_rows=1, epochs=1, seed=0, pad_id=0)
     num_labels = sum(int((row["labels"] != IGNORE_INDEX).sum()) for row in rows)
@@ -50,7 +50,7 @@ def loss_and_gradient(row_len: int) -> tuple[torch.Tensor, torch.Tensor]:
     return total.detach(), model.base_model.embed_tokens.weight.grad
 
 
-def test_law_8_the_loss_does_not_depend_on_packing() -> None:
+def test_the_loss_does_not_depend_on_packing() -> None:
     loss, gradient = loss_and_gradient(row_len=32)
     for row_len in (64, 300):
         other_loss, other_gradient = loss_and_gradient(row_len)
@@ -58,8 +58,8 @@ def test_law_8_the_loss_does_not_depend_on_packing() -> None:
         assert_close(other_gradient, gradient, rtol=1e-5, atol=1e-5)
 
 
-def test_label_only_logits_give_the_plain_loss() -> None:
-    """Against cross entropy over whole sequences, each example alone."""
+def test_logits_of_label_tokens_alone_give_the_usual_loss() -> None:
+    """The expected loss is cross entropy over the whole sequence of each example alone."""
     model, examples = build_model("llama"), make_examples(12)
     losses = []
     for example in examples:
@@ -78,7 +78,7 @@ def test_label_only_logits_give_the_plain_loss() -> None:
     assert_close(loss_and_gradient(row_len=64)[0], expected.detach(), rtol=1e-5, atol=0)
 
 
-def test_a_row_without_labels_adds_0() -> None:
+def test_a_row_without_labels_adds_nothing_to_the_loss() -> None:
     logits = torch.randn(1, 256, 97, requires_grad=True)
     loss = label_loss(type("Outputs", (), {"logits": logits}), torch.full((1, 256), IGNORE_INDEX), 0)
     loss.backward()
@@ -86,7 +86,7 @@ def test_a_row_without_labels_adds_0() -> None:
 
 
 @pytest.mark.parametrize("batch_rows", [1, 4, 7])
-def test_rows_are_completed_never_repeated(batch_rows: int) -> None:
+def test_every_epoch_holds_every_example_once_in_full_batches(batch_rows: int) -> None:
     rows = RowDataset(
         make_examples(12), ["block", "full"], row_len=64, batch_rows=batch_rows, epochs=3, seed=1, pad_id=0
     )
