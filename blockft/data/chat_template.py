@@ -101,7 +101,7 @@ class ChatTemplate:
         self._forms: dict[tuple[Roles, bool], _TemplateMarkup] = {}
         self._answers: dict[Roles, _TemplateMarkup] = {}
 
-    def cut(
+    def render(
         self, messages: Sequence[Message], documents: Collection[int], response: str | None = None
     ) -> RenderedPrompt:
         """The prompt as the template renders it, with the generation prompt, cut into blocks (laws 5 and 6).
@@ -120,7 +120,7 @@ class ChatTemplate:
         form = self._form(roles, for_generation=True)
         contents = self._stripped(messages, form.strips, documents)
         texts = ["".join(content) for content in contents]
-        rendered = self._render(roles, [message.text for message in messages], for_generation=True)
+        rendered = self._apply(roles, [message.text for message in messages], for_generation=True)
         if rendered != "".join(chain.from_iterable(zip(form.markup, [*texts, ""], strict=True))):
             changed = _first_changed_text(rendered, form.markup, texts)
             self._fail(f"changes the text {changed} otherwise than by trimming it", "text changed")
@@ -155,7 +155,7 @@ class ChatTemplate:
         texts = [
             EDGE_MARKER + s + EDGE_MARKER[::-1] if i % 2 == edged else s for i, s in enumerate(stand_ins)
         ]
-        rest, pieces = self._render(roles, texts, for_generation), []
+        rest, pieces = self._apply(roles, texts, for_generation), []
         for stand_in in stand_ins:
             piece, found, rest = rest.partition(stand_in)
             if not found or stand_in in rest:
@@ -187,7 +187,7 @@ class ChatTemplate:
                 )
         return self._answers[roles]
 
-    def _render(self, roles: Roles, texts: Sequence[str], for_generation: bool) -> str:
+    def _apply(self, roles: Roles, texts: Sequence[str], for_generation: bool) -> str:
         chat = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
         try:
             return str(

@@ -32,7 +32,7 @@ def collate_row(
     `with_full` puts beside that where the tokens stand if all examples are in their full view:
 
     full_position_ids (1, T)  and `full_block_ids`, `full_is_final`
-    is_block_view     (N,)    whether a label's example is here in another view than that
+    is_block_mode     (N,)    whether a label's example is here in another view than that
 
     Raises:
         ValueError: the examples are longer than a row.
@@ -72,6 +72,6 @@ def collate_row(
             "full_position_ids": full.position_ids,
             "full_block_ids": full.block_ids,
             "full_is_final": full.is_final,
-            "is_block_view": torch.from_numpy(np.pad(of_labels, (0, padding))),
+            "is_block_mode": torch.from_numpy(np.pad(of_labels, (0, padding))),
         }
     return row

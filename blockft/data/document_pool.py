@@ -1,4 +1,4 @@
-"""Pools: documents from which the distractors of questions are taken."""
+"""Document pools: the documents from which the distractors of questions are taken."""
 
 import re
 import unicodedata
@@ -8,11 +8,14 @@ from dataclasses import replace
 from blockft.data.rag_prompt import Document
 
 CHARACTER_VARIANTS = {"'": "‘’‚‛′‵ʼ´`", '"': "“”„‟″«»", "-": "‐‑‒–—―−"}
-"""Apostrophes, quotes and dashes, which texts about the same thing spell differently."""
+"""Apostrophes, quotes and dashes that texts use for the same ASCII character."""
+
+_ASCII_OF = {variant: ascii for ascii, variants in CHARACTER_VARIANTS.items() for variant in variants}
+_VARIANT = re.compile(f"[{''.join(_ASCII_OF)}]")
 
 
 class DocumentPool:
-    """Distinct documents, by title and text, in the order of their first appearance."""
+    """Distinct documents by title and text, in the order of their first appearance."""
 
     def __init__(self, documents: Iterable[Document]) -> None:
         distinct: dict[tuple[str, str], Document] = {}
@@ -20,38 +23,40 @@ class DocumentPool:
             distinct.setdefault(document.key, replace(document, relevance=0, supports=False))
         self.documents = tuple(distinct.values())
         self._index_of = {key: index for index, key in enumerate(distinct)}
-        self._folded = [(normalize_text(d.title), normalize_text(d.text)) for d in self.documents]
+        self._normalized = [(normalize_text(d.title), normalize_text(d.text)) for d in self.documents]
 
     def __len__(self) -> int:
         return len(self.documents)
 
     def index_of(self, document: Document) -> int:
-        """Where a document of the pool stands in it."""
+        """Return the index of a document of the pool."""
         return self._index_of[document.key]
 
     def distractors(
-        self, own: Collection[Document], answers: Collection[str], indices: Iterable[int]
+        self, question_documents: Collection[Document], answers: Collection[str], candidates: Iterable[int]
     ) -> Iterator[int]:
-        """Those of `indices` that are none of a question's own documents and hold none of its answers.
+        """Yield the candidate indices that are not a question's own documents and contain no answer.
 
-        Titles count, unless one of the own documents bears the same: that of an article tells nothing.
+        An answer in a title counts, too, unless a document of the question has the same title. Paragraphs of
+        one article share their title, which then says nothing about a single paragraph.
         """
-        own_indices, own_titles = set(map(self.index_of, own)), {normalize_text(d.title) for d in own}
-        folded = [normalize_text(answer) for answer in answers]
-        for index in indices:
-            title, text = self._folded[index]
-            searched = (text,) if title in own_titles else (text, title)
-            if index not in own_indices and not any(a in s for a in folded for s in searched):
+        excluded = set(map(self.index_of, question_documents))
+        known_titles = {normalize_text(d.title) for d in question_documents}
+        normalized_answers = [normalize_text(answer) for answer in answers]
+        for index in candidates:
+            title, text = self._normalized[index]
+            searched = (text,) if title in known_titles else (text, title)
+            contains_answer = any(answer in field for answer in normalized_answers for field in searched)
+            if index not in excluded and not contains_answer:
                 yield index
 
 
 def normalize_text(text: str) -> str:
-    """The text as answers are looked for in it: no case, single spaces, one spelling of each character."""
-    text = _SPELT.sub(lambda found: _PLAIN[found[0]], text)
+    """Return the text in the form in which answers are searched.
+
+    Case is folded, white space becomes single spaces, and variants of a character become one character.
+    """
+    text = _VARIANT.sub(lambda match: _ASCII_OF[match[0]], text)
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
     return " ".join(text.casefold().split())
-
-
-_PLAIN = {spelt: plain for plain, several in CHARACTER_VARIANTS.items() for spelt in several}
-_SPELT = re.compile(f"[{''.join(_PLAIN)}]")

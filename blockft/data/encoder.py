@@ -95,7 +95,7 @@ class Encoder:
         """
         if sample.templated:
             return self._templated_ids(sample.templated)
-        cut = self._cut(sample, None)
+        cut = self._render(sample, None)
         ids_of = self._ids_of_parts([cut])
         return [self._block_ids(block, ids_of) for block in cut.blocks]
 
@@ -116,7 +116,7 @@ class Encoder:
     def _ending(self) -> Ids:
         """The end of turn where no template wrote one."""
         if self._tokenizer.chat_template:
-            cut = self._template.cut((Message(role="user", content=("?",)),), (), "!")
+            cut = self._template.render((Message(role="user", content=("?",)),), (), "!")
             return self._end_of_turn(cut.ending)
         if self._tokenizer.eos_token_id is None:
             raise UserError(
@@ -132,7 +132,7 @@ class Encoder:
         return frozenset({id for id, token in added.items() if token.special} | {self.eos_token_id})
 
     def _encode_chats(self, samples: Sequence[Sample]) -> list[Example]:
-        cuts = [self._cut(sample, sample.response) for sample in samples]
+        cuts = [self._render(sample, sample.response) for sample in samples]
         ids_of = self._ids_of_parts(cuts)
         examples = []
         for sample, cut in zip(samples, cuts, strict=True):
@@ -147,9 +147,9 @@ class Encoder:
             answer += self._ending
         return _example(sample, self._templated_ids(sample.templated), answer)
 
-    def _cut(self, sample: Sample, response: str | None) -> RenderedPrompt:
+    def _render(self, sample: Sample, response: str | None) -> RenderedPrompt:
         try:
-            return self._template.cut(sample.messages, sample.documents, response)
+            return self._template.render(sample.messages, sample.documents, response)
         except TemplateMismatch as error:
             raise TemplateMismatch(f"sample {sample.id} of {sample.source}: {error}", error.reason) from error
 

@@ -1,4 +1,8 @@
-"""A file of JSON, decoded value by value: it is never in memory whole."""
+"""Decode a JSON file value by value, in bounded memory, with the line of each value.
+
+ijson 3.6 with its C backend is faster (290 MB/s against 200 MB/s on a 200 MB file shaped like HotpotQA), but
+it reports no line, refuses NaN and integers of more than 64 bits, and exhausts memory on deeply nested JSON.
+"""
 
 import codecs
 import json
@@ -9,79 +13,98 @@ from typing import Any, BinaryIO, NoReturn
 from blockft.errors import UserError
 
 READ_BYTES = 1 << 20
-"""How much of a file is read at once; a value longer than that is read in growing steps."""
+"""Number of bytes read at a time. A value that is longer is read in steps that double."""
 
-NO_PART_OF_A_NUMBER = re.compile(r"[^+\-.0-9eE]")
+NOT_IN_NUMBER = re.compile(r"[^+\-.0-9eE]")
 
 
-class Window:
-    """A sliding window over a file of JSON: tokens and values are taken one after the other."""
+class JsonStream:
+    """A sliding window over a JSON file, from which characters and values are taken in order.
+
+    `line` is the line of the next character, counted from 1.
+    """
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.line = 1
         self._path, self._file = path, file
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")()
         self._json = json.JSONDecoder()
-        self._text, self._at, self._ended = "", 0, False
+        self._text, self._position, self._is_at_end = "", 0, False
 
     def peek(self) -> str:
-        """The next character that is no white space; empty at the end of the file."""
+        """Skip white space and return the next character; return "" at the end of the file."""
         while True:
-            rest = len(self._text)
-            while self._at < rest and self._text[self._at] in " \t\r\n":
-                self.line += self._text[self._at] == "\n"
-                self._at += 1
-            if self._at < rest or self._ended:
-                return self._text[self._at : self._at + 1]
-            self._more(READ_BYTES)
+            text_len = len(self._text)
+            while self._position < text_len and self._text[self._position] in " \t\r\n":
+                self.line += self._text[self._position] == "\n"
+                self._position += 1
+            if self._position < text_len or self._is_at_end:
+                return self._text[self._position : self._position + 1]
+            self._read_more(READ_BYTES)
 
-    def take(self, wanted: str) -> None:
-        """Step over one character; empty is the end of the file."""
-        if (found := self.peek()) != wanted:
-            name = repr(wanted) if wanted else "the end of the file"
-            self.fail(f"expected {name}, found {repr(found) if found else 'the end of the file'}")
-        self._at += len(wanted)
+    def expect(self, character: str) -> None:
+        """Skip white space and take one character.
 
-    def value(self) -> Any:
-        """Step over one JSON value."""
+        Raises:
+            UserError: another character follows, or the file ends.
+        """
+        if (found := self.peek()) != character:
+            self.fail(f"expected {character!r}, found {repr(found) if found else 'the end of the file'}")
+        self._position += 1
+
+    def expect_end(self) -> None:
+        """Skip white space.
+
+        Raises:
+            UserError: the file does not end.
+        """
+        if found := self.peek():
+            self.fail(f"expected the end of the file, found {found!r}")
+
+    def read_value(self) -> Any:
+        """Decode and take one JSON value.
+
+        Raises:
+            UserError: no valid JSON value follows.
+        """
         self.peek()
         step = READ_BYTES
         while True:
             try:
-                value, end = self._json.raw_decode(self._text, self._at)
+                value, end = self._json.raw_decode(self._text, self._position)
             except json.JSONDecodeError as error:
-                # a value cut off by the window fails at its end, or inside a text that has not closed yet
-                cut_off = error.msg.startswith("Unterminated string") or error.pos > len(self._text) - 16
-                if self._ended or not cut_off:
+                # a value that the window cuts off fails near the window's end, or in an unterminated string
+                is_cut_off = error.msg.startswith("Unterminated string") or error.pos > len(self._text) - 16
+                if self._is_at_end or not is_cut_off:
                     self.fail(f"not JSON ({error.msg})")
-                self._more(step)
+                self._read_more(step)
                 step *= 2
                 continue
             except (RecursionError, ValueError) as error:
-                self.fail(why_unreadable(error))
-            if not self._ended and not NO_PART_OF_A_NUMBER.search(self._text, end):
-                # the beginning of a number is a number, too
-                self._more(step)
+                self.fail(decoding_problem(error))
+            if not self._is_at_end and not NOT_IN_NUMBER.search(self._text, end):
+                # the window may end inside a number, whose first digits are a valid number as well
+                self._read_more(step)
                 continue
-            self.line += self._text.count("\n", self._at, end)
-            self._at = end
+            self.line += self._text.count("\n", self._position, end)
+            self._position = end
             return value
 
     def fail(self, reason: str) -> NoReturn:
-        """Raise UserError for the record at hand."""
+        """Raise a UserError that names the file and the current line."""
         raise UserError(f"{self._path}, line {self.line}: {reason}")
 
-    def _more(self, num_bytes: int) -> None:
+    def _read_more(self, num_bytes: int) -> None:
         data = self._file.read(num_bytes)
-        rest = self._text[self._at :]
+        rest = self._text[self._position :]
         try:
-            self._text, self._at = rest + self._decoder.decode(data, final=not data), 0
+            self._text, self._position = rest + self._utf8.decode(data, final=not data), 0
         except UnicodeDecodeError as error:
             self.line += rest.count("\n") + error.object[: error.start].count(b"\n")
             self.fail("not UTF-8")
-        self._ended = not data
+        self._is_at_end = not data
 
 
-def why_unreadable(error: RecursionError | ValueError) -> str:
-    """Why JSON that is sound as far as it was read cannot be decoded."""
+def decoding_problem(error: RecursionError | ValueError) -> str:
+    """Return why Python cannot decode JSON whose syntax is correct."""
     return "nested too deeply" if isinstance(error, RecursionError) else "a whole number has too many digits"

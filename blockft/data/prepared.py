@@ -17,6 +17,7 @@ from typing import Any, TextIO, overload
 
 import numpy as np
 import pyarrow as pa
+from torch.utils.data import Dataset
 
 from blockft.data.encoder import Example
 from blockft.data.sample import Sample, sample_to_record
@@ -39,7 +40,7 @@ _SCHEMA = pa.schema(
 )
 
 
-class Examples(Sequence[Example]):
+class Examples(Sequence[Example], Dataset[Example]):
     """The examples of a prepared folder, mapped into memory."""
 
     def __init__(self, path: Path) -> None:
@@ -68,25 +69,6 @@ class Examples(Sequence[Example]):
             num_final=columns["num_final"].as_py(),
             sample_ids=tuple(columns["sample_ids"].as_py()),
         )
-
-
-class Chosen(Sequence[Example]):
-    """Some of a sequence of examples, by their indices."""
-
-    def __init__(self, examples: Sequence[Example], indices: Sequence[int]) -> None:
-        self._examples, self._indices = examples, indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self._examples[i] for i in self._indices[index]]
-        return self._examples[self._indices[index]]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""RAG prompts: an instruction, one block per document, the question last."""
+"""RAG prompts: how a question and its documents become the messages of a prompt, one block per document."""
 
 import hashlib
 import random
@@ -7,13 +7,17 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
-from blockft.data.sample import Message, Sample
+from blockft.data.sample import Message
 from blockft.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """A retrieved text before it becomes a block; `supports` if the answer is known to rest on it."""
+    """A retrieved text, before it becomes a block of a prompt.
+
+    `relevance` orders documents; higher is more relevant. `supports` means that the answer is known to rest
+    on this document.
+    """
 
     title: str
     text: str
@@ -22,25 +26,37 @@ class Document:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What documents are told apart by."""
+        """The stripped title and text. Documents with equal keys are the same document."""
         return self.title.strip(), self.text.strip()
 
 
 @dataclass(frozen=True, kw_only=True)
 class RagPrompt:
-    """How the prompts of a set are worded and which documents stand where.
+    """The wording of RAG prompts, and the choice and order of their documents.
 
-    `instruction`, `document` and `question` are templates: `{title}` and `{text}` are filled in for a
-    document, `{question}` for the question; a brace of their own is written twice. What is filled in is
-    stripped, and a title that is empty takes the white space after it along. No document carries its rank or
-    index, so that the same document is the same block everywhere.
+    A prompt has one block for the instruction, one block per document, and the question as its final block::
 
-    `num_documents` keeps the most relevant documents and every one that supports; 0 keeps none at all. With
-    `shared_context` the same documents stand in the same order in every prompt, whatever their relevance,
-    unless the order is `given`.
+        instruction | title and text of document 1 | title and text of document 2 | question
+
+    Args:
+        instruction: the text of the first block; an empty text gives no block.
+        document: the template of a document, with `{text}` and optionally `{title}`.
+        question: the template of the final block, with `{question}`.
+        documents_in: the message that holds instruction and documents, `system` or `user`.
+        order: `ascending` puts the most relevant document last, next to the question; `descending` puts it
+            first; `shuffled` is random; `given` keeps the order.
+        num_documents: keep this many of the most relevant documents, and always those that support the
+            answer. None keeps all documents, 0 keeps none.
+        shared_context: equal sets of documents get the same order in every prompt, independent of relevance
+            and question. `order="given"` takes precedence.
+        seed: the seed of every random choice.
+
+    A literal brace in a template is written twice. Values are stripped before they are filled in. If a title
+    is empty, the white space after `{title}` is left out as well. A document's block holds no rank or index,
+    so that the same document always gives the same block.
 
     Raises:
-        UserError: a template with a field that it does not know, or without the one that it needs.
+        UserError: a template has an unknown field or lacks a required one, or `num_documents` is negative.
     """
 
     instruction: str
@@ -57,10 +73,10 @@ class RagPrompt:
         _check_template("document", self.document, needed=("text",), optional=("title",))
         _check_template("question", self.question, needed=("question",), optional=())
         if not self.question.strip():
-            raise UserError("data.prompt.question is blank, it should hold {question}")
+            raise UserError("data.prompt.question is blank; it must contain {question}")
         if self.num_documents is not None and self.num_documents < 0:
             raise UserError(
-                f"data.num_documents is {self.num_documents}, it should be 0 or more, or null for all"
+                f"data.num_documents is {self.num_documents}; allowed are 0 or more, or null for all"
             )
         assert self.order in ("ascending", "descending", "shuffled", "given"), self.order
         assert self.documents_in in ("system", "user"), self.documents_in
@@ -68,14 +84,14 @@ class RagPrompt:
     def build(
         self, question: str, documents: Sequence[Document], sample_id: str
     ) -> tuple[tuple[Message, ...], dict[str, Any]]:
-        """The messages of a prompt, and the meta data that marks its documents.
+        """Return the messages of a prompt, and the metadata of its document blocks (see `Sample.meta`).
 
-        A document without title and text is left out; a final block that starts a message has no white space
-        before it.
+        Documents without title and text are left out. White space before the final block is removed if the
+        block starts a message.
         """
-        chosen = self._arrange([d for d in documents if any(d.key)], sample_id)
+        chosen = self._select_and_order([d for d in documents if any(d.key)], sample_id)
         instruction = [self.instruction.format()] if self.instruction else []
-        context = (*instruction, *map(self._render, chosen))
+        context = (*instruction, *map(self._render_document, chosen))
         final = self.question.format(question=question.strip())
         if not context:
             messages: tuple[Message, ...] = (Message(role="user", content=(final.lstrip(),)),)
@@ -84,94 +100,72 @@ class RagPrompt:
         else:
             system = Message(role="system", content=context)
             messages = (system, Message(role="user", content=(final.lstrip(),)))
-        numbers = range(len(instruction), len(context))
-        meta: dict[str, Any] = {"documents": list(numbers), "relevance": [d.relevance for d in chosen]}
-        if supporting := [number for number, d in zip(numbers, chosen, strict=True) if d.supports]:
+        block_indices = range(len(instruction), len(context))
+        meta: dict[str, Any] = {"documents": list(block_indices), "relevance": [d.relevance for d in chosen]}
+        if supporting := [index for index, d in zip(block_indices, chosen, strict=True) if d.supports]:
             meta["supporting"] = supporting
         return messages, meta
 
-    def _render(self, document: Document) -> str:
+    def _render_document(self, document: Document) -> str:
         title, text = document.key
         template = self.document if title else _without_title(self.document)
-        # the template's own end stays: a wording may separate its documents there
+        # keep the white space at the template's end: it may be what separates documents
         end = template[len(template.rstrip()) :]
         return template.format(title=title, text=text).rstrip() + end
 
-    def _arrange(self, documents: Sequence[Document], sample_id: str) -> list[Document]:
-        """The documents of the prompt in its order."""
-        lots = random.Random(
-            f"{self.seed}:{_hash_documents(documents) if self.shared_context else sample_id}"
-        )
-        chosen = self._limit(documents, lots)
+    def _select_and_order(self, documents: Sequence[Document], sample_id: str) -> list[Document]:
+        seed = _hash_documents(documents) if self.shared_context else sample_id
+        rng = random.Random(f"{self.seed}:{seed}")
+        chosen = self._limit_documents(documents, rng)
         if self.order == "given":
             return chosen
         if self.shared_context:
             chosen.sort(key=lambda d: d.key)
             random.Random(f"{self.seed}:{_hash_documents(chosen)}").shuffle(chosen)
         elif self.order == "shuffled":
-            lots.shuffle(chosen)
+            rng.shuffle(chosen)
         else:
             chosen.sort(key=lambda d: d.relevance, reverse=self.order == "descending")
         return chosen
 
-    def _limit(self, documents: Sequence[Document], lots: random.Random) -> list[Document]:
-        """The documents that a limit keeps, as given; equals draw lots, or the same ones might always win."""
+    def _limit_documents(self, documents: Sequence[Document], rng: random.Random) -> list[Document]:
+        """Return the `num_documents` best documents in their given order.
+
+        Ties are broken at random. A fixed rule would prefer the same documents in every prompt.
+        """
         if self.num_documents is None or self.num_documents >= len(documents):
             return list(documents)
         limit = self.num_documents and max(self.num_documents, sum(d.supports for d in documents))
-        keys = [(not d.supports, -d.relevance, lots.random()) for d in documents]
-        ranked = sorted(range(len(documents)), key=keys.__getitem__)
+        sort_keys = [(not d.supports, -d.relevance, rng.random()) for d in documents]
+        ranked = sorted(range(len(documents)), key=sort_keys.__getitem__)
         return [documents[i] for i in sorted(ranked[:limit])]
 
 
 def rag_prompt_of_export(export: Mapping[str, Any]) -> RagPrompt | None:
-    """How training worded questions, from the `block_attention` of an export; documents stand as given."""
+    """Return the wording that a model was trained with, with documents in the given order.
+
+    `export` is the `block_attention` entry of the model's config. Returns None if it holds no wording.
+    """
     if "prompt" not in export:
         return None
     return RagPrompt(**export["prompt"], documents_in=export["documents_in"], order="given")
 
 
-def trim_sample(sample: Sample) -> Sample | None:
-    """The sample without its least relevant document (the first of equals) that supports no answer.
-
-    None if there is none, or, where no document is known to support, if it would be one of the most relevant:
-    a question without its evidence teaches to invent. (Prompts to answer are shortened by `trim_prompt`.)
-    """
-    relevance, supporting = sample.meta.get("relevance", ()), sample.meta.get("supporting", ())
-    spare = [i for i, d in enumerate(sample.documents) if d not in supporting] if relevance else []
-    if not spare or not supporting and min(relevance) == max(relevance):
-        return None
-    return sample.without_document(min(spare, key=lambda i: relevance[i]))
-
-
-def trim_prompt(sample: Sample) -> Sample | None:
-    """The prompt without its least relevant document (the last of equals); None if that is its only one.
-
-    Documents without a relevance are equal; those that are known to support the answer go last.
-    """
-    supporting = sample.meta.get("supporting", ())
-    relevance = sample.meta.get("relevance") or [0] * len(sample.documents)
-    if len(relevance) < 2:
-        return None
-    worst = min(range(len(relevance)), key=lambda i: (sample.documents[i] in supporting, relevance[i], -i))
-    return sample.without_document(worst)
-
-
 def _hash_documents(documents: Sequence[Document]) -> str:
-    """A name that equal sets of documents share."""
+    """Return a hash that does not depend on the order of the documents."""
     return hashlib.sha256(repr(sorted(d.key for d in documents)).encode()).hexdigest()
 
 
 def _without_title(template: str) -> str:
-    """The template of a document without a title: the field goes, and the white space after it."""
-    kept, after_title = "", False
+    """Return the template without `{title}` and without the white space after it."""
+    result, follows_title = "", False
     for literal, name, spec, conversion in Formatter().parse(template):
         literal = literal.replace("{", "{{").replace("}", "}}")
-        kept += literal.lstrip() if after_title else literal
-        after_title = name == "title"
-        if name is not None and not after_title:
-            kept += f"{{{name}{f'!{conversion}' if conversion else ''}{f':{spec}' if spec else ''}}}"
-    return kept
+        result += literal.lstrip() if follows_title else literal
+        follows_title = name == "title"
+        if name is not None and not follows_title:
+            result += f"{{{name}{f'!{conversion}' if conversion else ''}{f':{spec}' if spec else ''}}}"
+    return result
 
 
 def _check_template(name: str, template: str, *, needed: Sequence[str], optional: Sequence[str]) -> None:
@@ -180,12 +174,12 @@ def _check_template(name: str, template: str, *, needed: Sequence[str], optional
         fields = {field for _, field, _, _ in Formatter().parse(template) if field is not None}
     except ValueError as error:
         raise UserError(
-            f"data.prompt.{name} cannot be read ({error}); write {{{{ or }}}} for a brace"
+            f"data.prompt.{name} cannot be read ({error}); write {{{{ or }}}} for a literal brace"
         ) from error
     if unknown := sorted(fields - {*needed, *optional}):
         raise UserError(
             f"data.prompt.{name} has the field {{{unknown[0]}}} (allowed: {allowed}); "
-            "write {{ or }} for a brace of its own"
+            "write {{ or }} for a literal brace"
         )
     if missing := [field for field in needed if field not in fields]:
         raise UserError(f"data.prompt.{name} lacks the field {{{missing[0]}}}")

@@ -1,99 +1,43 @@
-"""Records of a source: what a file, glob, folder or Hub data set holds, one by one and placed."""
+"""Records of a source: read JSON, JSON lines, parquet and Hub datasets one by one, with their places."""
 
-import codecs
-import glob
-import gzip
 import json
-import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
-from blockft.data.json_stream import Window, why_unreadable
+from blockft.data.files import open_json, without_gzip_suffix
+from blockft.data.json_stream import JsonStream, decoding_problem
 from blockft.data.sample import RecordError
 from blockft.errors import UserError
 
 PARQUET_ROWS = 1000
-"""Rows of a parquet file turned into records at a time."""
-
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-GZIP = b"\x1f\x8b"
-
-UNSUPPORTED_SUFFIXES = {
-    codecs.BOM_UTF16_LE: "is UTF-16: save it as UTF-8",
-    codecs.BOM_UTF16_BE: "is UTF-16: save it as UTF-8",
-    b"PAR1": "is parquet: let its name end in .parquet",
-    b"PK\x03\x04": "is compressed: unpack it first",
-    b"BZh": "is compressed: unpack it first",
-    b"\xfd7zXZ": "is compressed: unpack it first",
-    b"\x28\xb5\x2f\xfd": "is compressed: unpack it first",
-}
-"""How files begin that hold no JSON in UTF-8, and what to do about them."""
+"""Number of parquet rows that are converted to records at a time."""
 
 PlacedRecord = tuple[str, Any]
-"""Where a record stands (file and line), and the record, or the RecordError why it cannot be read."""
+"""The place of a record (file and line), and the record, or a RecordError if the record cannot be read."""
 
 
-def find_files(path: str, suffixes: Sequence[str]) -> list[Path]:
-    """The files of a source, sorted; in a folder those with one of the suffixes; none for a Hub id.
+def read_file(path: Path, array_key: str | None = None) -> Iterator[PlacedRecord]:
+    """Read the records of a file lazily. The content decides between a JSON array and JSON lines.
 
-    A file may be packed by gzip; in a folder it counts unless it lies there unpacked, too.
-
-    Raises:
-        UserError: nothing is there.
-    """
-    here = Path(path)
-    if here.is_file():
-        return [here]
-    if here.is_dir():
-        found = [file for file in sorted(here.iterdir()) if without_gzip_suffix(file).suffix in suffixes]
-        if in_folder := [
-            file
-            for file in found
-            if without_gzip_suffix(file) == file or without_gzip_suffix(file) not in found
-        ]:
-            return in_folder
-        raise UserError(f"source folder {path} holds no file that ends in {' or '.join(suffixes)}")
-    if found := [Path(name) for name in sorted(glob.glob(path, recursive=True)) if Path(name).is_file()]:
-        return found
-    if HUB_ID.fullmatch(path) and without_gzip_suffix(here).suffix not in (".json", ".jsonl", ".parquet"):
-        return []
-    raise UserError(
-        f"source {path} does not exist: no file, folder, match of a glob, or id on the Hub (owner/name)"
-    )
-
-
-def without_gzip_suffix(path: Path) -> Path:
-    """The name of a file without the suffix of gzip."""
-    return path.with_suffix("") if path.suffix == ".gz" else path
-
-
-def read_file(path: Path, under: str | None = None) -> Iterator[PlacedRecord]:
-    """The records of a file, lazily: of a JSON array, of JSON lines, or of a .parquet file.
-
-    `under` is the key by which a JSON object holds the array, where the format may wrap it so. JSON may be
-    packed by gzip, whatever the file is called.
+    A file whose name ends in `.parquet` is read as parquet. If `array_key` is given, a JSON object that has
+    this key is read as well: its value is the array of records.
 
     Raises:
-        UserError: the file cannot be read on, or is of another kind.
+        UserError: the file cannot be read, or is neither parquet, a JSON array nor JSON lines.
     """
     try:
         if path.suffix == ".parquet":
             yield from _read_parquet(path)
             return
-        opening = _first_character(path)
-        if opening == b"[":
+        first = _first_character(path)
+        is_lines = without_gzip_suffix(path).suffix == ".jsonl"
+        if first == b"[":
             yield from read_array(path)
-        elif (
-            opening == b"{"
-            and under
-            and without_gzip_suffix(path).suffix != ".jsonl"
-            and _may_contain_key(path, under)
-        ):
-            yield from read_array(path, under)
-        elif opening == b"{" and _is_multiline_object(path):
+        elif first == b"{" and array_key and not is_lines and _may_contain_key(path, array_key):
+            yield from read_array(path, array_key)
+        elif first == b"{" and _is_multiline_object(path):
             raise UserError(
                 f"source {path} is an object over several lines, neither JSON lines nor a list of records"
             )
@@ -105,95 +49,80 @@ def read_file(path: Path, under: str | None = None) -> Iterator[PlacedRecord]:
 
 
 def read_lines(path: Path) -> Iterator[PlacedRecord]:
-    """The records of a file of JSON lines; empty lines are passed over."""
-    with _open_unpacked(path) as lines:
+    """Read a file of JSON lines. Blank lines are skipped; a line that is not JSON gives a RecordError."""
+    with open_json(path) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield f"{path}, line {number}", _parse(line)
+                yield f"{path}, line {number}", _parse_line(line)
 
 
-def read_array(path: Path, under: str | None = None) -> Iterator[PlacedRecord]:
-    """The elements of a JSON array, or of that which an object holds `under` a key, decoded one by one.
+def read_array(path: Path, array_key: str | None = None) -> Iterator[PlacedRecord]:
+    """Read the elements of a JSON array one by one. With `array_key`, the array is the value of that key.
 
     Raises:
-        UserError: the file holds no such array, or breaks off; after that nothing in it can be read.
+        UserError: the file holds no such array, or its JSON is broken. The rest of the file is lost then.
     """
-    with _open_unpacked(path) as file:
-        window = Window(path, file)
-        if under is None:
-            yield from _array_elements(path, window)
+    with open_json(path) as file:
+        stream = JsonStream(path, file)
+        if array_key is None:
+            yield from _array_elements(path, stream)
         else:
-            yield from _elements_under_key(path, window, under)
-        window.take("")
+            yield from _elements_under_key(path, stream, array_key)
+        stream.expect_end()
 
 
 def read_hub(path: str, split: str | None, name: str | None = None) -> Iterator[PlacedRecord]:
-    """The records of a data set on the Hub, streamed; `name` is that of its configuration.
+    """Stream the records of a dataset on the Hub; `name` is its configuration.
 
     Raises:
-        UserError: no split is given, or the data set cannot be reached.
+        UserError: `split` is None, or the dataset cannot be reached.
     """
     import datasets
 
     if split is None:
-        raise UserError(f"source {path} does not exist here; for a data set on the Hub name its split, too")
+        raise UserError(f"source {path} does not exist here; for a dataset on the Hub name its split, too")
     try:
         records = iter(datasets.load_dataset(path, name, split=split, streaming=True))
-        first = next(records, None)
+        record = next(records, None)
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"source {path} is no local file, and the Hub gives no such data set: {reason}"
+            f"source {path} is no local file, and the Hub gives no such dataset: {reason}"
         ) from error
     place = f"{path} ({name}, {split})" if name else f"{path} ({split})"
     number = 1
-    while first is not None:
-        yield f"{place}, record {number}", first
-        first, number = next(records, None), number + 1
-
-
-def _open_unpacked(path: Path) -> BinaryIO:
-    """The file, unpacked, from behind its byte order mark, if it has one.
-
-    Raises:
-        UserError: by how it begins it holds no JSON in UTF-8.
-    """
-    with path.open("rb") as packed:
-        is_gzip = packed.read(len(GZIP)) == GZIP
-    file = cast(BinaryIO, gzip.GzipFile(path)) if is_gzip else path.open("rb")
-    opening = file.read(max(map(len, UNSUPPORTED_SUFFIXES)))
-    for kind, what in UNSUPPORTED_SUFFIXES.items():
-        if opening.startswith(kind):
-            file.close()
-            raise UserError(f"source {path} {what}")
-    file.seek(len(codecs.BOM_UTF8) if opening.startswith(codecs.BOM_UTF8) else 0)
-    return file
+    while record is not None:
+        yield f"{place}, record {number}", record
+        record, number = next(records, None), number + 1
 
 
 def _first_character(path: Path) -> bytes:
-    """The first character that is no white space."""
-    with _open_unpacked(path) as file:
-        while block := file.read(4096):
-            if text := block.lstrip():
+    """Return the first character of a file that is not white space."""
+    with open_json(path) as file:
+        while chunk := file.read(4096):
+            if text := chunk.lstrip():
                 return text[:1]
     return b""
 
 
-def _may_contain_key(path: Path, under: str | None) -> bool:
-    """Whether the object that opens a file has the key, or is no line of JSON lines, as it has several."""
-    with _open_unpacked(path) as file:
-        window = Window(path, file)
-        window.peek()
-        first_line = window.line
-        for key in _object_keys(window):
-            if key == under or window.line > first_line:
+def _may_contain_key(path: Path, array_key: str | None) -> bool:
+    """Return whether the first object of a file has the key or spans several lines.
+
+    An object over several lines is not a line of JSON lines, so the search stops at its second line.
+    """
+    with open_json(path) as file:
+        stream = JsonStream(path, file)
+        stream.peek()
+        first_line = stream.line
+        for key in _object_keys(stream):
+            if key == array_key or stream.line > first_line:
                 return True
-            window.value()
-        return window.line > first_line
+            stream.read_value()
+        return stream.line > first_line
 
 
 def _is_multiline_object(path: Path) -> bool:
-    """Whether the object that opens a file goes on behind its first line; one that is broken does not."""
+    """Return whether the first object of a file spans several lines; False if its first line is broken."""
     try:
         return _may_contain_key(path, None)
     except UserError:
@@ -216,42 +145,42 @@ def _read_parquet(path: Path) -> Iterator[PlacedRecord]:
         raise UserError(f"{path}, after row {number}: not parquet ({str(error).splitlines()[0]})") from error
 
 
-def _array_elements(path: Path, window: Window) -> Iterator[PlacedRecord]:
-    window.take("[")
-    while window.peek() != "]":
-        yield f"{path}, line {window.line}", window.value()
-        if window.peek() != "]":
-            window.take(",")
-            if window.peek() == "]":
-                window.fail("a record is missing after a comma")
-    window.take("]")
+def _array_elements(path: Path, stream: JsonStream) -> Iterator[PlacedRecord]:
+    stream.expect("[")
+    while stream.peek() != "]":
+        yield f"{path}, line {stream.line}", stream.read_value()
+        if stream.peek() != "]":
+            stream.expect(",")
+            if stream.peek() == "]":
+                stream.fail("a record is missing after a comma")
+    stream.expect("]")
 
 
-def _elements_under_key(path: Path, window: Window, under: str) -> Iterator[PlacedRecord]:
-    found = False
-    for key in _object_keys(window):
-        if key == under:
-            found = True
-            yield from _array_elements(path, window)
+def _elements_under_key(path: Path, stream: JsonStream, array_key: str) -> Iterator[PlacedRecord]:
+    has_key = False
+    for key in _object_keys(stream):
+        if key == array_key:
+            has_key = True
+            yield from _array_elements(path, stream)
         else:
-            window.value()
-    if not found:
-        window.fail(f"the JSON object has no list {under!r}")
+            stream.read_value()
+    if not has_key:
+        stream.fail(f"the JSON object has no list {array_key!r}")
 
 
-def _object_keys(window: Window) -> Iterator[Any]:
-    """The keys of a JSON object; the value of each is taken before the next is asked for."""
-    window.take("{")
-    while window.peek() != "}":
-        key = window.value()
-        window.take(":")
+def _object_keys(stream: JsonStream) -> Iterator[Any]:
+    """Yield the keys of a JSON object. The caller reads the value of a key before it takes the next key."""
+    stream.expect("{")
+    while stream.peek() != "}":
+        key = stream.read_value()
+        stream.expect(":")
         yield key
-        if window.peek() != "}":
-            window.take(",")
-    window.take("}")
+        if stream.peek() != "}":
+            stream.expect(",")
+    stream.expect("}")
 
 
-def _parse(line: bytes) -> Any:
+def _parse_line(line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -259,4 +188,4 @@ def _parse(line: bytes) -> Any:
     except json.JSONDecodeError as error:
         return RecordError(f"not JSON ({error.msg}, column {error.colno})")
     except (RecursionError, ValueError) as error:
-        return RecordError(why_unreadable(error))
+        return RecordError(decoding_problem(error))

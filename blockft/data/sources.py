@@ -1,18 +1,19 @@
-"""Sources: published layouts, read lazily into samples."""
+"""Sources: the formats that blockft reads, and how the files of a source become samples."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from blockft.data import chat_formats, qa_formats, retrieval, squad
+from blockft.data import chat_formats, qa_formats, squad
 from blockft.data.document_pool import DocumentPool
+from blockft.data.files import find_files, without_gzip_suffix
 from blockft.data.qa_formats import Question, RecordDropped
 from blockft.data.rag_prompt import RagPrompt
-from blockft.data.records import PlacedRecord, find_files, read_file, read_hub, without_gzip_suffix
+from blockft.data.records import PlacedRecord, read_file, read_hub
+from blockft.data.retrieval import Indexer, bm25_indexer, dense_indexer, retrieve
 from blockft.data.sample import RecordError, Sample, parse_sample
 from blockft.errors import UserError
 
@@ -21,10 +22,10 @@ T = TypeVar("T")
 
 @dataclass(kw_only=True)
 class RecordCounts:
-    """What became of a source's records.
+    """Counts of a source's records and samples.
 
-    Every record is dropped for a reason or gives samples, mostly one; every sample is kept or dropped for a
-    reason, so that `read` = `kept` + all `dropped` where each record gives one sample.
+    Each record either is dropped for a reason or gives one or more samples. Each sample either is kept or is
+    dropped for a reason. If every record gives one sample, `read` equals `kept` plus the sum of `dropped`.
     """
 
     read: int = 0
@@ -34,10 +35,11 @@ class RecordCounts:
     bad_records: list[str] = field(default_factory=list)
 
     def drop(self, reason: str) -> None:
+        """Count one dropped record or sample."""
         self.dropped[reason] += 1
 
     def merge(self, other: "RecordCounts") -> None:
-        """Add what became of the same records when they were read again."""
+        """Add the counts of another pass over the same records. A bad record is listed once."""
         self.read += other.read
         self.samples += other.samples
         self.dropped += other.dropped
@@ -46,39 +48,112 @@ class RecordCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFormat:
-    """A format: its files, where its records are in them, and what becomes of a record.
+    """A published format: its description, its files, and the parser of its records.
 
-    A record is a question to be worded, or gives samples as it stands. `regroup` turns what the files hold
-    into records. `pool` says where distractors can be retrieved: in the whole source, or its article.
+    Attributes:
+        description: one sentence that says what the format is.
+        blocks: what becomes a block of the prompt.
+        record: the shape of a record, for documentation.
+        suffixes: the files of a folder that belong to a source.
+        array_key: the key under which a JSON file may hold its records.
+        expand: converts what the files hold into one record per question.
+        parse_question: parses a record into a question, which a `RagPrompt` turns into a prompt.
+        parse_samples: parses a record into samples; the second argument is the id of a sample without one.
+            A format has either `parse_question` or `parse_samples`.
+        distractors_from: where the distractors of a question come from: its own record, its article, or the
+            whole source.
     """
 
+    description: str
+    blocks: str
+    record: str
     suffixes: tuple[str, ...] = (".json", ".jsonl", ".parquet")
-    under: str | None = None
-    regroup: Callable[[Iterator[PlacedRecord]], Iterator[PlacedRecord]] = iter
-    question: Callable[[Any], Question] | None = None
-    samples: Callable[[Any, str], Iterable[Sample]] | None = None
-    pool: str = "record"
+    array_key: str | None = None
+    expand: Callable[[Iterator[PlacedRecord]], Iterator[PlacedRecord]] = iter
+    parse_question: Callable[[Any], Question] | None = None
+    parse_samples: Callable[[Any, str], Iterable[Sample]] | None = None
+    distractors_from: Literal["record", "article", "source"] = "record"
 
 
 SOURCE_FORMATS = {
-    "samples": SourceFormat(suffixes=(".jsonl",), samples=lambda record, at: [parse_sample(record)]),
-    "hotpotqa": SourceFormat(question=qa_formats.parse_hotpotqa),
-    "2wikimultihopqa": SourceFormat(question=qa_formats.parse_2wikimultihopqa),
-    "musique": SourceFormat(question=qa_formats.parse_musique),
-    "squad": SourceFormat(
-        under="data", regroup=squad.read_article_questions, question=squad.parse_question, pool="article"
+    "samples": SourceFormat(
+        description="Samples in the format of blockft, with marked blocks.",
+        blocks="as marked",
+        record='{"id", "source", "messages": [{"role", "content": [block, ...]}, ...], "response", '
+        '"answers"?, "meta"?}',
+        suffixes=(".jsonl",),
+        parse_samples=lambda record, default_id: [parse_sample(record)],
     ),
-    "fid": SourceFormat(question=qa_formats.parse_fid, pool="source"),
-    "messages": SourceFormat(samples=chat_formats.parse_messages_record),
-    "alpaca": SourceFormat(samples=chat_formats.parse_alpaca),
-    "blocks": SourceFormat(samples=chat_formats.parse_blocks),
+    "hotpotqa": SourceFormat(
+        description="HotpotQA in the distractor setting: questions that need two of ten paragraphs.",
+        blocks="documents",
+        record='{"_id", "question", "answer", "supporting_facts": [[title, number], ...], '
+        '"context": [[title, [sentence, ...]], ...]}',
+        parse_question=qa_formats.parse_hotpotqa,
+    ),
+    "2wikimultihopqa": SourceFormat(
+        description="2WikiMultihopQA: questions over several Wikipedia articles, in the layout of HotpotQA.",
+        blocks="documents",
+        record='{"_id", "question", "answer", "supporting_facts": [[title, number], ...], '
+        '"context": [[title, [sentence, ...]], ...]}',
+        parse_question=qa_formats.parse_2wikimultihopqa,
+    ),
+    "musique": SourceFormat(
+        description="MuSiQue: questions of two to four hops, with twenty paragraphs each.",
+        blocks="documents",
+        record='{"id", "question", "answer", "answer_aliases"?, "answerable"?, '
+        '"paragraphs": [{"title", "paragraph_text", "is_supporting"}, ...]}',
+        parse_question=qa_formats.parse_musique,
+    ),
+    "squad": SourceFormat(
+        description="SQuAD 1 and 2; the other paragraphs of an article are the distractors, "
+        "except those that contain the answer.",
+        blocks="documents",
+        record='{"title", "paragraphs": [{"context", "qas": [{"id", "question", "answers": [{"text"}, ...]}, '
+        '...]}, ...]}, or one row per question: {"id", "title", "context", "question", '
+        '"answers": {"text": [...]}}',
+        array_key="data",
+        expand=squad.read_article_questions,
+        parse_question=squad.parse_question,
+        distractors_from="article",
+    ),
+    "fid": SourceFormat(
+        description="NQ, TriviaQA and other questions with retrieved passages, as FiD and DPR write them.",
+        blocks="documents",
+        record='{"id"?, "question", "answers": [...], "target"?, '
+        '"ctxs": [{"title", "text", "score"?}, ...]}, '
+        'or DPR\'s "positive_ctxs", "hard_negative_ctxs" and "negative_ctxs" in place of "ctxs"',
+        parse_question=qa_formats.parse_fid,
+        distractors_from="source",
+    ),
+    "messages": SourceFormat(
+        description="Chats as Tulu 3, OpenAI and ShareGPT write them; each answer gives a sample.",
+        blocks="turns and their paragraphs",
+        record='{"messages": [{"role", "content"}, ...]}, or '
+        '{"conversations": [{"from", "value"}, ...], "system"?}',
+        parse_samples=chat_formats.parse_messages_record,
+    ),
+    "alpaca": SourceFormat(
+        description="Instructions as Alpaca writes them; each answer gives a sample.",
+        blocks="turns and their paragraphs",
+        record='{"instruction", "input"?, "output", "system"?, "history"?: [[question, answer], ...]}',
+        parse_samples=chat_formats.parse_alpaca,
+    ),
+    "blocks": SourceFormat(
+        description="Prompts that already contain the chat template, as the authors of Block-Attention "
+        "write them.",
+        blocks="as given",
+        record='{"prompt", "blocks": [text, ...], "response"}, or '
+        '{"prompt", "documents": [{"title", "text", "score"?}, ...], "generated", "answers"}',
+        parse_samples=chat_formats.parse_blocks,
+    ),
 }
 
 
 def read_samples(
     format: str,
     path: str,
-    tally: RecordCounts,
+    counts: RecordCounts,
     *,
     prompt: RagPrompt,
     split: str | None = None,
@@ -90,137 +165,206 @@ def read_samples(
     retriever: str = "none",
     dense_model: str = "",
 ) -> Iterator[Sample]:
-    """The samples of a source, lazily, in its order. Counts into `tally` what is read, dropped and bad.
+    """Read the samples of a source lazily, in the order of the source.
 
-    `prompt` words the prompts of questions; `skip_samples` records are passed over, and no more than
-    `max_samples` read. At most `max_questions_per_context` see a set of documents that `squad` shares. With a
-    `retriever` (`bm25` or `dense`) all documents of a `fid` source are read before its questions and stay in
-    memory, the documents alone; `squad` keeps an article at a time, every other format a record.
+    Memory: with a retriever, the documents of a `fid` source stay in memory, because all of them are read
+    before the first question. `squad` keeps one article in memory, every other format one record.
+
+    Args:
+        format: a key of `SOURCE_FORMATS`.
+        path: a file, a folder, a glob or a dataset id on the Hub.
+        counts: updated with the records that are read, dropped and bad.
+        prompt: turns questions into prompts. Formats of chats and samples do not use it.
+        split, name: the split and the configuration of a dataset on the Hub.
+        skip_samples: the number of records to skip at the start of the source.
+        max_samples: the number of records to read; None reads all.
+        max_questions_per_context: the number of `squad` questions that may share one set of documents.
+        skip_bad: count and list bad records instead of raising.
+        retriever: `bm25` or `dense` searches distractors and ranks documents; `none` does not.
+        dense_model: the sentence-transformers model of the `dense` retriever.
 
     Raises:
-        UserError: nothing at `path`, or options that do not go together; later, unless `skip_bad`, a bad
-            record: with its file, line and field.
+        UserError: nothing exists at `path`, or the arguments contradict each other. While reading, unless
+            `skip_bad`: a record is bad; the message names file, line and field.
     """
-    layout = SOURCE_FORMATS[format]
-    files = find_source_files(format, path)
-    shares = prompt.shared_context and layout.pool == "article"
+    reader = _SourceReader(
+        format=format,
+        path=path,
+        files=find_source_files(format, path),
+        split=split,
+        name=name,
+        skip_samples=skip_samples,
+        max_samples=max_samples,
+        skip_bad=skip_bad,
+    )
     if retriever != "none":
         _check_retrieval(format, path, prompt.num_documents)
-    index = {
-        "none": None,
-        "bm25": retrieval.build_bm25_index,
-        "dense": partial(retrieval.build_dense_index, dense_model),
-    }[retriever]
-
-    def name_of(tally: RecordCounts) -> str:
-        """The name of the record at hand, if it has none; the same wherever the file lies."""
-        return f"{without_gzip_suffix(Path(path)).stem}-{skip_samples + tally.read}"
-
-    def records() -> Iterator[PlacedRecord]:
-        found = (read_file(file, layout.under) for file in files) if files else [read_hub(path, split, name)]
-        return layout.regroup(chain.from_iterable(found))
-
-    def wanted() -> Iterator[PlacedRecord]:
-        return islice(records(), skip_samples, None if max_samples is None else skip_samples + max_samples)
-
-    def asked(placed: Iterator[PlacedRecord], tally: RecordCounts) -> Iterator[Question]:
-        assert (ask := layout.question)
-        for question in _parse_records(placed, lambda record, at: ask(record), tally, skip_bad, format):
-            yield question if question.id else replace(question, id=name_of(tally))
-
-    def with_documents() -> Iterator[Question]:
-        found = asked(wanted(), tally)
-        if shares:
-            return squad.group_by_context(
-                found, prompt, tally.drop, index and index(), max_questions_per_context
-            )
-        if index:
-            if layout.pool == "source":
-                pool = DocumentPool(
-                    document
-                    for question in asked(records(), RecordCounts())
-                    for document in question.documents
-                )
-                found = (replace(question, pool=pool) for question in found)
-            return retrieval.retrieve(found, index(), prompt.num_documents or 0)
-        return map(squad.add_distractors, found) if layout.pool == "article" else found
-
-    def samples() -> Iterator[Sample]:
-        if give := layout.samples:
-            made = _parse_records(
-                wanted(), lambda r, at: tuple(give(r, name_of(tally))), tally, skip_bad, format
-            )
-        else:
-            made = ((_build_prompt(question, prompt),) for question in with_documents())
-        for some in made:
-            tally.samples += len(some)
-            yield from some
-
-    return samples()
+    if SOURCE_FORMATS[format].parse_samples:
+        return reader.samples(counts)
+    questions = _add_documents(reader, prompt, counts, retriever, dense_model, max_questions_per_context)
+    return _build_samples(questions, prompt, counts)
 
 
 def find_source_files(format: str, path: str) -> list[Path]:
-    """The files of a source; none if it is a data set on the Hub.
+    """Return the files of a source; the list is empty for a dataset on the Hub.
 
     Raises:
-        UserError: nothing is there.
+        UserError: nothing exists at `path`.
     """
     return find_files(path, SOURCE_FORMATS[format].suffixes)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _SourceReader:
+    """Reads the records of one source and parses them; see `read_samples` for the fields."""
+
+    format: str
+    path: str
+    files: list[Path]
+    split: str | None
+    name: str | None
+    skip_samples: int
+    max_samples: int | None
+    skip_bad: bool
+
+    def all_records(self) -> Iterator[PlacedRecord]:
+        """Yield every record of the source."""
+        source_format = SOURCE_FORMATS[self.format]
+        records: Iterable[Iterator[PlacedRecord]]
+        if self.files:
+            records = (read_file(file, source_format.array_key) for file in self.files)
+        else:
+            records = [read_hub(self.path, self.split, self.name)]
+        return source_format.expand(chain.from_iterable(records))
+
+    def selected_records(self) -> Iterator[PlacedRecord]:
+        """Yield the records from `skip_samples` on, at most `max_samples` of them."""
+        stop = None if self.max_samples is None else self.skip_samples + self.max_samples
+        return islice(self.all_records(), self.skip_samples, stop)
+
+    def questions(self, records: Iterator[PlacedRecord], counts: RecordCounts) -> Iterator[Question]:
+        """Parse records into questions. A question without an id gets the default id."""
+        parse_question = SOURCE_FORMATS[self.format].parse_question
+        assert parse_question
+        for question in self._parse_records(records, parse_question, counts):
+            yield question if question.id else replace(question, id=self._default_id(counts))
+
+    def samples(self, counts: RecordCounts) -> Iterator[Sample]:
+        """Parse the selected records of a chat or sample format into samples."""
+        parse_samples = SOURCE_FORMATS[self.format].parse_samples
+        assert parse_samples
+
+        def parse(record: Any) -> tuple[Sample, ...]:
+            return tuple(parse_samples(record, self._default_id(counts)))
+
+        for samples in self._parse_records(self.selected_records(), parse, counts):
+            counts.samples += len(samples)
+            yield from samples
+
+    def _default_id(self, counts: RecordCounts) -> str:
+        """Return an id for the record that was read last; it does not depend on the folder of the file."""
+        return f"{without_gzip_suffix(Path(self.path)).stem}-{self.skip_samples + counts.read}"
+
+    def _parse_records(
+        self, records: Iterable[PlacedRecord], parse: Callable[[Any], T], counts: RecordCounts
+    ) -> Iterator[T]:
+        """Yield the parsed records; count those that are dropped or bad.
+
+        Raises:
+            UserError: a record is bad and `skip_bad` is False. If it is the first record of the source, the
+                message asks whether the format is right.
+        """
+        for place, record in records:
+            counts.read += 1
+            try:
+                if isinstance(record, RecordError):
+                    raise record
+                result = parse(record)
+            except RecordDropped as reason:
+                counts.drop(str(reason))
+            except RecordError as error:
+                if not self.skip_bad:
+                    hint = " (data.on_bad_record=skip passes over it)"
+                    if counts.read == 1:
+                        hint = f"; is it in the format {self.format} (--format, sources[].format)?"
+                    raise UserError(f"{place}: {error}{hint}") from error
+                counts.drop("bad record")
+                counts.bad_records.append(f"{place}: {error}")
+            else:
+                yield result
+
+
+def _add_documents(
+    reader: _SourceReader,
+    prompt: RagPrompt,
+    counts: RecordCounts,
+    retriever: str,
+    dense_model: str,
+    max_questions_per_context: int | None,
+) -> Iterator[Question]:
+    """Yield the questions of a source with their documents, distractors included."""
+    distractors_from = SOURCE_FORMATS[reader.format].distractors_from
+    questions = reader.questions(reader.selected_records(), counts)
+    indexer = _build_indexer(retriever, dense_model)
+    if prompt.shared_context and distractors_from == "article":
+        yield from squad.group_by_context(questions, prompt, counts.drop, indexer, max_questions_per_context)
+    elif indexer:
+        if distractors_from == "source":
+            pool = _read_pool(reader)
+            questions = (replace(question, pool=pool) for question in questions)
+        yield from retrieve(questions, indexer, prompt.num_documents or 0)
+    elif distractors_from == "article":
+        yield from map(squad.add_distractors, questions)
+    else:
+        yield from questions
+
+
+def _read_pool(reader: _SourceReader) -> DocumentPool:
+    """Return the documents of all questions of a source. The records are counted elsewhere."""
+    questions = reader.questions(reader.all_records(), RecordCounts())
+    return DocumentPool(document for question in questions for document in question.documents)
+
+
+def _build_indexer(retriever: str, dense_model: str) -> Indexer | None:
+    match retriever:
+        case "none":
+            return None
+        case "bm25":
+            return bm25_indexer()
+        case "dense":
+            return dense_indexer(dense_model)
+    raise AssertionError(retriever)
+
+
 def _check_retrieval(format: str, path: str, num_documents: int | None) -> None:
-    """Raises:
-    UserError: documents cannot be retrieved so.
-    """
-    layout = SOURCE_FORMATS[format]
-    if not layout.question:
-        asked = ", ".join(name for name, layout in SOURCE_FORMATS.items() if layout.question)
-        raise UserError(
-            f"source {path} has a retriever, but the format {format} holds no documents (allowed: {asked})"
-        )
-    if layout.pool != "record" and num_documents is None:
-        raise UserError(f"source {path} has a retriever, which has to know how many: set data.num_documents")
-
-
-def _parse_records(
-    placed: Iterable[PlacedRecord],
-    parse: Callable[[Any, str], T],
-    tally: RecordCounts,
-    skip_bad: bool,
-    format: str,
-) -> Iterator[T]:
-    """What is made of each record, those left out that are dropped or bad.
+    """Check that documents can be retrieved for a source.
 
     Raises:
-        UserError: a record is bad and not to be skipped; if it is the first, `format` may be wrong.
+        UserError: the format has no documents, or the number of documents is not set.
     """
-    for at, record in placed:
-        tally.read += 1
-        try:
-            if isinstance(record, RecordError):
-                raise record
-            result = parse(record, at)
-        except RecordDropped as reason:
-            tally.drop(str(reason))
-        except RecordError as error:
-            if not skip_bad:
-                hint = " (data.on_bad_record=skip passes over it)"
-                if tally.read == 1:
-                    hint = f"; is it in the format {format} (--format, sources[].format)?"
-                raise UserError(f"{at}: {error}{hint}") from error
-            tally.drop("bad record")
-            tally.bad_records.append(f"{at}: {error}")
-        else:
-            yield result
+    source_format = SOURCE_FORMATS[format]
+    if not source_format.parse_question:
+        allowed = ", ".join(name for name, other in SOURCE_FORMATS.items() if other.parse_question)
+        raise UserError(
+            f"source {path} has a retriever, but the format {format} holds no documents (allowed: {allowed})"
+        )
+    if source_format.distractors_from != "record" and num_documents is None:
+        raise UserError(
+            f"source {path} has a retriever, which needs the number of documents: set data.num_documents"
+        )
 
 
-def _build_prompt(question: Question, prompt: RagPrompt) -> Sample:
-    messages, meta = prompt.build(question.question, question.documents, question.id)
-    return Sample(
-        id=question.id,
-        source=question.source,
-        messages=messages,
-        response=question.answers[0],
-        answers=question.answers,
-        meta=meta | question.meta,
-    )
+def _build_samples(
+    questions: Iterator[Question], prompt: RagPrompt, counts: RecordCounts
+) -> Iterator[Sample]:
+    for question in questions:
+        messages, meta = prompt.build(question.question, question.documents, question.id)
+        counts.samples += 1
+        yield Sample(
+            id=question.id,
+            source=question.source,
+            messages=messages,
+            response=question.answers[0],
+            answers=question.answers,
+            meta=meta | question.meta,
+        )

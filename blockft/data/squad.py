@@ -1,4 +1,4 @@
-"""SQuAD's layout: questions about the paragraphs of an article, of which the others are the distractors."""
+"""SQuAD: questions about the paragraphs of an article, whose other paragraphs are the distractors."""
 
 import random
 import sys
@@ -16,7 +16,7 @@ from blockft.data.document_pool import DocumentPool
 from blockft.data.qa_formats import NO_ANSWER, Question, RecordDropped, accepted_answers
 from blockft.data.rag_prompt import Document, RagPrompt
 from blockft.data.records import PlacedRecord
-from blockft.data.retrieval import Index, document_similarity
+from blockft.data.retrieval import Indexer, document_similarity
 from blockft.data.sample import RecordError, check_field, get_field, parse_text
 
 WaitingQuestions = deque[tuple[int, Question]]
@@ -25,36 +25,48 @@ WaitingQuestions = deque[tuple[int, Question]]
 
 @dataclass(frozen=True, eq=False)
 class ArticleQuestion:
-    """A question as an article poses it: the article's paragraphs, its own, and the JSON object."""
+    """The JSON object of a question, the paragraph that it is about, and all paragraphs of its article."""
 
     pool: DocumentPool
-    own: Document
+    paragraph: Document
     record: Any
 
 
 def read_article_questions(articles: Iterable[PlacedRecord]) -> Iterator[PlacedRecord]:
-    """A record per question, article by article.
+    """Convert articles into one record (`ArticleQuestion`) per question, article by article.
 
-    Articles come nested (`paragraphs` with `qas`), or flat, as the Hub has them: a row per question with
-    `title` and `context`, consecutive rows with one title being an article. An article is in memory whole.
+    The authors' files hold nested articles, and the dataset on the Hub one row per question. Consecutive rows
+    with the same title are one article::
+
+        {"title": ..., "paragraphs": [{"context": ..., "qas": [question, question]}, ...]}
+        {"title": ..., "context": ..., "id": ..., "question": ..., "answers": {"text": [...]}}
+
+    One article is in memory at a time.
     """
     for _, group in groupby(articles, key=_article_key):
         placed = list(group)
-        yield from (
-            _questions_from_rows(placed)
-            if _is_row_format(placed[0][1])
-            else _questions_from_paragraphs(*placed[0])
-        )
+        if _is_row_format(placed[0][1]):
+            yield from _questions_from_rows(placed)
+        else:
+            yield from _questions_from_paragraphs(*placed[0])
 
 
-def parse_question(posed: Any) -> Question:
-    """One question; the answer that most annotators gave is the response.
+def parse_question(article_question: Any) -> Question:
+    """Parse one question with its paragraph as its only document.
+
+    ::
+
+        {"id": "q1", "question": "who?", "answers": [{"text": "the fox"}, {"text": "a fox"}]}
+        -> answers ("the fox", "a fox"), documents (the paragraph,), pool (all paragraphs)
+
+    The answer that most annotators gave becomes the response.
 
     Raises:
-        Dropped: the question has no answer (SQuAD 2).
+        RecordDropped: the question has no answer (SQuAD 2).
+        RecordError: a field is missing or has the wrong type.
     """
-    assert isinstance(posed, ArticleQuestion)
-    record = posed.record
+    assert isinstance(article_question, ArticleQuestion)
+    record = article_question.record
     check_field(isinstance(record, Mapping), "the question", record, "be a JSON object")
     answers = get_field(record, "answers", [])
     if isinstance(answers, Mapping):
@@ -70,148 +82,162 @@ def parse_question(posed: Any) -> Question:
         source="squad",
         question=parse_text(get_field(record, "question"), "field 'question'"),
         answers=accepted_answers([text for text, _ in texts.most_common()], "field 'answers'"),
-        documents=(posed.own,),
-        pool=posed.pool,
+        documents=(article_question.paragraph,),
+        pool=article_question.pool,
     )
 
 
-def add_distractors(asked: Question) -> Question:
-    """The question with every paragraph of its article that holds no answer, in the article's order."""
-    assert asked.pool
-    others = asked.pool.distractors(asked.documents, asked.answers, range(len(asked.pool)))
-    return _with_paragraphs(asked, others)
+def add_distractors(question: Question) -> Question:
+    """Return the question with every paragraph of its article that contains no answer, in article order."""
+    assert question.pool
+    candidates = range(len(question.pool))
+    distractors = question.pool.distractors(question.documents, question.answers, candidates)
+    return _with_paragraphs(question, distractors)
 
 
 def group_by_context(
     questions: Iterator[Question],
     prompt: RagPrompt,
     drop: Callable[[str], None],
-    index: Index | None = None,
-    limit: int | None = None,
+    indexer: Indexer | None = None,
+    max_questions: int | None = None,
 ) -> Iterator[Question]:
-    """Questions of an article see sets of its paragraphs, each its own paragraph's, and come set by set.
+    """Yield the questions of each article grouped by the set of paragraphs that they share.
 
-    The sets hold `prompt.num_documents` each and are drawn by lot; with an index, paragraphs that are alike
-    meet in a set. Each paragraph is in one set, unless a `limit` is set to the questions of a set:
-    then these are about as many paragraphs as can be, all sets are full, and they are drawn again for
-    the questions that are left. A question is dropped if another paragraph of its set holds its answer.
+    The paragraphs of an article are divided into random sets of `prompt.num_documents`. A question sees the
+    set that contains its own paragraph. With an `indexer`, similar paragraphs are in the same set. `drop` is
+    called with a reason for each question whose answer is in another paragraph of its set.
+
+    Without `max_questions`, each paragraph is in one set, and the last set of an article may be smaller. With
+    `max_questions`, at most that many questions share a set, about as many different paragraphs as possible.
+    All sets are full then, and new sets are drawn for the questions that are left.
     """
     for pool, group in groupby(questions, key=attrgetter("pool")):
         waiting: list[WaitingQuestions] = [deque() for _ in pool.documents]
-        for number, one in enumerate(group):
-            waiting[pool.index_of(one.documents[0])].append((number, one))
-        scores = document_similarity(pool.documents, index) if index else None
-        lots = random.Random(f"{prompt.seed}:{pool.documents[0].title}")
+        for number, question in enumerate(group):
+            waiting[pool.index_of(question.documents[0])].append((number, question))
+        similarity = document_similarity(pool.documents, indexer) if indexer else None
+        rng = random.Random(f"{prompt.seed}:{pool.documents[0].title}")
+        fill_sets = max_questions is not None
         while any(waiting):
-            for indices in _paragraph_sets(pool, prompt.num_documents, lots, scores, fills=limit is not None):
-                for one in _next_batch([waiting[paragraph] for paragraph in indices], limit or sys.maxsize):
-                    others = list(pool.distractors(one.documents, one.answers, indices))
-                    if len(others) < len(indices) - 1:
+            for paragraphs in _paragraph_sets(len(pool), prompt.num_documents, rng, similarity, fill_sets):
+                queues = [waiting[paragraph] for paragraph in paragraphs]
+                for question in _next_batch(queues, max_questions or sys.maxsize):
+                    distractors = list(pool.distractors(question.documents, question.answers, paragraphs))
+                    if len(distractors) < len(paragraphs) - 1:
                         drop("answer in another document of its set")
                     else:
-                        yield _with_paragraphs(one, others)
+                        yield _with_paragraphs(question, distractors)
 
 
-def _next_batch(waiting: Sequence[WaitingQuestions], limit: int) -> list[Question]:
-    """Up to so many questions, in order: the first that waits for each paragraph, then the second, ..."""
+def _next_batch(queues: Sequence[WaitingQuestions], max_questions: int) -> list[Question]:
+    """Take up to `max_questions` questions: one of each queue, then a second one of each queue, and so on.
+
+    The questions are returned in the order of the article.
+    """
     taken: list[tuple[int, Question]] = []
-    while any(waiting) and len(taken) < limit:
-        asked = [queue for queue in waiting if queue]
-        taken += [queue.popleft() for queue in asked[: limit - len(taken)]]
-    return [one for _, one in sorted(taken, key=itemgetter(0))]
+    while any(queues) and len(taken) < max_questions:
+        nonempty = [queue for queue in queues if queue]
+        taken += [queue.popleft() for queue in nonempty[: max_questions - len(taken)]]
+    return [question for _, question in sorted(taken, key=itemgetter(0))]
 
 
 def _paragraph_sets(
-    pool: DocumentPool,
-    num_documents: int | None,
-    lots: random.Random,
-    scores: Sequence[NDArray[np.float64]] | None,
-    fills: bool,
+    num_paragraphs: int,
+    set_size: int | None,
+    rng: random.Random,
+    similarity: Sequence[NDArray[np.float64]] | None,
+    fill_sets: bool,
 ) -> list[list[int]]:
-    """The paragraphs of an article in sets: one drawn by lot, then others by lot, or the most like it.
+    """Divide the paragraphs of an article into sets of `set_size`; None puts all of them into one set.
 
-    A paragraph is in one set, the last of which is short, or, if sets are to be filled, in one or more.
+    Each set starts with a random paragraph. The others are random, too, or the most similar ones. The last
+    set is smaller if paragraphs run out; with `fill_sets`, it is filled with paragraphs of earlier sets.
     """
-    everything = list(range(len(pool)))
-    lots.shuffle(everything)
-    size = max(1, num_documents if num_documents is not None else len(everything))
-    left, used, sets = everything, set[int](), []
-    while left:
-        first, *others = left
-        if fills:
-            others += [paragraph for paragraph in everything if paragraph in used]
-        if scores:
-            others.sort(key=scores[first].__getitem__, reverse=True)
+    shuffled = list(range(num_paragraphs))
+    rng.shuffle(shuffled)
+    size = max(1, set_size if set_size is not None else num_paragraphs)
+    unused, used, sets = shuffled, set[int](), []
+    while unused:
+        first, *others = unused
+        if fill_sets:
+            others += [paragraph for paragraph in shuffled if paragraph in used]
+        if similarity:
+            others.sort(key=similarity[first].__getitem__, reverse=True)
         sets.append([first, *others[: size - 1]])
         used.update(sets[-1])
-        left = [paragraph for paragraph in left if paragraph not in used]
+        unused = [paragraph for paragraph in unused if paragraph not in used]
     return sets
 
 
-def _with_paragraphs(asked: Question, others: Iterable[int]) -> Question:
-    """The question with its own paragraph, which supports it, among others, in the article's order."""
-    pool = asked.pool
+def _with_paragraphs(question: Question, distractors: Iterable[int]) -> Question:
+    """Return the question with its own paragraph, which supports it, and distractors, in article order."""
+    pool = question.pool
     assert pool
-    own = pool.index_of(asked.documents[0])
-    documents = (asked.documents[0] if i == own else pool.documents[i] for i in sorted([own, *others]))
-    return replace(asked, documents=tuple(documents))
+    paragraph = question.documents[0]
+    index = pool.index_of(paragraph)
+    documents = (paragraph if i == index else pool.documents[i] for i in sorted([index, *distractors]))
+    return replace(question, documents=tuple(documents))
 
 
 def _article_key(placed: PlacedRecord) -> object:
-    """What rows of one article share, their title; anything else is an article of its own."""
+    """Return the title of a row. Rows with equal titles are one article; any other record is an article."""
     row = placed[1]
     return row["title"] if _is_row_format(row) and isinstance(row.get("title"), str) else object()
 
 
-def _is_row_format(row: Any) -> bool:
-    return isinstance(row, Mapping) and "context" in row
+def _is_row_format(record: Any) -> bool:
+    return isinstance(record, Mapping) and "context" in record
 
 
 def _questions_from_rows(placed: list[PlacedRecord]) -> Iterator[PlacedRecord]:
-    """The questions of an article that comes in rows."""
-    own: dict[str, Document] = {}
-    faults: dict[str, RecordError] = {}
-    for at, row in placed:
+    """Yield the questions of an article that comes as rows. A bad row becomes a RecordError."""
+    paragraph_of: dict[str, Document] = {}
+    errors: dict[str, RecordError] = {}
+    for place, row in placed:
         try:
             title = parse_text(get_field(row, "title"), "field 'title'", may_be_blank=True)
             context = parse_text(row["context"], "field 'context'")
-            own.setdefault(context, _document(title, context))
+            paragraph_of.setdefault(context, _paragraph(title, context))
         except RecordError as error:
-            faults[at] = error
-    pool = DocumentPool(own.values())
-    for at, row in placed:
-        yield at, faults[at] if at in faults else ArticleQuestion(pool, own[row["context"]], row)
+            errors[place] = error
+    pool = DocumentPool(paragraph_of.values())
+    for place, row in placed:
+        if place in errors:
+            yield place, errors[place]
+        else:
+            yield place, ArticleQuestion(pool, paragraph_of[row["context"]], row)
 
 
-def _questions_from_paragraphs(at: str, article: Any) -> Iterator[PlacedRecord]:
-    """The questions of an article that holds paragraphs; a paragraph or article that is unfit is a record."""
+def _questions_from_paragraphs(place: str, article: Any) -> Iterator[PlacedRecord]:
+    """Yield the questions of a nested article. A bad article or paragraph becomes one RecordError."""
     if isinstance(article, RecordError):
-        yield at, article
+        yield place, article
         return
-    own: dict[int, Document] = {}
     try:
         check_field(isinstance(article, Mapping), "the article", article, "be a JSON object")
         title = parse_text(get_field(article, "title", ""), "field 'title'", may_be_blank=True)
         paragraphs = get_field(article, "paragraphs")
         check_field(isinstance(paragraphs, list), "field 'paragraphs'", paragraphs, "be a list")
     except RecordError as error:
-        yield at, error
+        yield place, error
         return
-    at = f"{at}, article {title!r}"
+    place = f"{place}, article {title!r}"
+    documents: dict[int, Document] = {}
     for i, paragraph in enumerate(paragraphs):
         try:
             check_field(isinstance(paragraph, Mapping), "the paragraph", paragraph, "be a JSON object")
-            check_field(
-                isinstance(get_field(paragraph, "qas"), list), "field 'qas'", paragraph["qas"], "be a list"
-            )
-            own[i] = _document(title, parse_text(get_field(paragraph, "context"), "field 'context'"))
+            questions = get_field(paragraph, "qas")
+            check_field(isinstance(questions, list), "field 'qas'", questions, "be a list")
+            context = parse_text(get_field(paragraph, "context"), "field 'context'")
+            documents[i] = _paragraph(title, context)
         except RecordError as error:
-            yield f"{at}, paragraphs[{i}]", error
-    pool = DocumentPool(own.values())
-    for i, document in own.items():
+            yield f"{place}, paragraphs[{i}]", error
+    pool = DocumentPool(documents.values())
+    for i, document in documents.items():
         for j, record in enumerate(paragraphs[i]["qas"]):
-            yield f"{at}, paragraphs[{i}].qas[{j}]", ArticleQuestion(pool, document, record)
+            yield f"{place}, paragraphs[{i}].qas[{j}]", ArticleQuestion(pool, document, record)
 
 
-def _document(title: str, context: str) -> Document:
+def _paragraph(title: str, context: str) -> Document:
     return Document(title=title, text=context, relevance=1, supports=True)

@@ -38,18 +38,18 @@ class SourceStatistics(RecordCounts):
     tokens: int = 0
     shortest_dropped: int | None = None
     # kept apart from `bad_records`: how far reading is ahead of encoding depends on the number of workers
-    unfit_samples: list[str] = field(default_factory=list)
+    mismatched_samples: list[str] = field(default_factory=list)
 
     def add_encoded(self, encoded: EncodedSample) -> None:
         """Count an encoded sample as kept, or as dropped with its reason."""
-        if not encoded.dropped:
+        if not encoded.drop_reason:
             self.kept += 1
             self.templated += bool(encoded.sample.templated)
             self.tokens += len(encoded.example or ())
             return
-        self.drop(encoded.dropped)
-        if encoded.is_unfit:
-            self.unfit_samples.append(f"sample {encoded.sample.id}: {encoded.dropped}")
+        self.drop(encoded.drop_reason)
+        if encoded.is_mismatch:
+            self.mismatched_samples.append(f"sample {encoded.sample.id}: {encoded.drop_reason}")
         if encoded.example:
             length = len(encoded.example)
             self.shortest_dropped = min(length, self.shortest_dropped or length)

@@ -157,7 +157,7 @@ def _recipe_for_data(model: str, data: str, overrides: Sequence[str], format: st
             find_recipe(data)  # its message suggests recipes of similar names
         raise
     format = str(format or Format.samples)
-    source, has_wording = {"format": format, "path": data}, SOURCE_FORMATS[format].question is not None
+    source, has_wording = {"format": format, "path": data}, SOURCE_FORMATS[format].parse_question is not None
     # an evaluation reads no setting of the training: its folders are placeholders
     given: dict[str, Any] = {
         "model": {"path": model},
@@ -284,7 +284,7 @@ def _options(
     """Return everything that decides an answer, under names for the reader of the report."""
     settings, data = recipe.eval, recipe.data
     assert settings
-    has_wording = any(SOURCE_FORMATS[source.format].question for source in settings.sources)
+    has_wording = any(SOURCE_FORMATS[source.format].parse_question for source in settings.sources)
     wording = {
         "wording of the instruction": data.prompt.instruction,
         "wording of a document": data.prompt.document,

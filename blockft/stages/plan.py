@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Subset
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from blockft.config.choices import AttentionBackend, Mode, Objective, Positions
 from blockft.config.recipe import RECIPES_FOLDER
 from blockft.config.settings import Recipe
 from blockft.data.encoder import Example
-from blockft.data.prepared import Chosen, load_prepared
+from blockft.data.prepared import Examples, load_prepared
 from blockft.data.tokenizer import tokenizer_fingerprint
 from blockft.errors import UserError
 from blockft.model.checkpoint import complete_checkpoints, find_checkpoint, read_marker
@@ -212,8 +213,8 @@ def _check_trackers(names: list[str]) -> None:
 
 
 def _hold_out_examples(
-    examples: Sequence[Example], num_eval: int, seed: int
-) -> tuple[Sequence[Example], Sequence[Example]]:
+    examples: Examples, num_eval: int, seed: int
+) -> tuple[Examples | Subset[Example], Sequence[Example] | Subset[Example]]:
     """Examples to train on, and those held out: `num_eval` of the ones that split, whose views differ."""
     if not num_eval:
         return examples, []
@@ -225,8 +226,8 @@ def _hold_out_examples(
         )
     chosen = set(random.Random(f"{seed}:held out").sample(candidates, num_eval))
     return (
-        Chosen(examples, [index for index in range(len(examples)) if index not in chosen]),
-        Chosen(examples, sorted(chosen)),
+        Subset(examples, [index for index in range(len(examples)) if index not in chosen]),
+        Subset(examples, sorted(chosen)),
     )
 
 

@@ -18,11 +18,12 @@ from rich.table import Column, Table
 from blockft.config.choices import BadRecordPolicy, TooLongPolicy
 from blockft.config.settings import DataSettings, Recipe, Source
 from blockft.data.encoder import Encoder, Example
-from blockft.data.fit import EncodedSample, encode_samples, share_contexts
+from blockft.data.fit import EncodedSample, encode_samples
 from blockft.data.packing import fill_ratio, list_example_modes, plan_rows
 from blockft.data.parallel import map_in_order
 from blockft.data.prepared import MANIFEST, PreparedWriter, is_incomplete, load_prepared
 from blockft.data.sample import Sample
+from blockft.data.shared_context import merge_shared_contexts
 from blockft.data.sources import RecordCounts
 from blockft.data.split import SPLIT_FORMATS, split_sample
 from blockft.data.statistics import ExampleStatistics, SourceStatistics, histogram
@@ -69,7 +70,7 @@ def prepare(recipe: Recipe, *, overwrite: bool = False) -> Path:
     with atomic_folder(out, replace=True) as folder, PreparedWriter(folder) as writer:
         examples = _write_samples(_encode(Encoder(tokenizer), data, sources), counts, writer)
         if data.shared_context:
-            examples = share_contexts(examples, data.row_len, data.max_questions_per_context)
+            examples = merge_shared_contexts(examples, data.row_len, data.max_questions_per_context)
         for example in examples:
             writer.add_example(example)
             statistics.add(example)
@@ -188,7 +189,7 @@ def _encode_task(
         data.row_len,
         trim=data.too_long is TooLongPolicy.trim,
         skip_bad=data.on_bad_record is BadRecordPolicy.skip,
-        cut=split if data.sources[source].format in SPLIT_FORMATS else None,
+        split=split if data.sources[source].format in SPLIT_FORMATS else None,
     )
 
 
@@ -200,7 +201,7 @@ def _write_samples(
     """Count all samples, write those that are kept, and yield their examples."""
     for source, encoded in encoded_samples:
         counts[source].add_encoded(encoded)
-        if not encoded.dropped:
+        if not encoded.drop_reason:
             assert encoded.example
             writer.add_sample(encoded.sample)
             yield encoded.example
@@ -255,7 +256,7 @@ def _describe_source(source: Source, count: SourceStatistics) -> dict[str, Any]:
         "templated": count.templated,
         "tokens": count.tokens,
         "dropped": dict(sorted(count.dropped.items())),
-        "bad_records": [*dict.fromkeys(count.bad_records + count.unfit_samples)],
+        "bad_records": [*dict.fromkeys(count.bad_records + count.mismatched_samples)],
     }
 
 

@@ -36,7 +36,9 @@ def check_effect(data: DataSettings) -> None:
     Raises:
         UserError: a number of documents where no prompt is worded; copies in which nothing is drawn by lot.
     """
-    if data.num_documents is not None and not any(SOURCE_FORMATS[s.format].question for s in data.sources):
+    if data.num_documents is not None and not any(
+        SOURCE_FORMATS[s.format].parse_question for s in data.sources
+    ):
         raise UserError(
             f"data.num_documents is {data.num_documents}, and all sources have their documents in place: "
             "leave it out (data.too_long=trim shortens those longer than a row)"
@@ -51,7 +53,7 @@ def check_effect(data: DataSettings) -> None:
 
 def _draws_lots(source: Source, data: DataSettings) -> bool:
     """Whether the seed has a say in which documents stand in the prompts of a source, or where."""
-    if not SOURCE_FORMATS[source.format].question:
+    if not SOURCE_FORMATS[source.format].parse_question:
         return False
     is_ordered_so = data.order is Order.shuffled or data.shared_context and data.order is not Order.given
     # a search ranks what lots would choose from; sets of documents to share are begun by lot all the same

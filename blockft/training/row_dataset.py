@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from blockft.data.collate import collate_row
 from blockft.data.encoder import IGNORE_INDEX, Example
@@ -20,7 +20,7 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        examples: Sequence[Example] | Subset[Example],
         modes: Sequence[str],
         *,
         row_len: int,
@@ -35,7 +35,8 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
         self._row = partial(
             collate_row, row_len=row_len, pad_id=pad_id, reencoded=reencoded, with_full=with_full
         )
-        self.items = list_example_modes([example.has_local_blocks for example in examples], modes)
+        has_local_blocks = [examples[index].has_local_blocks for index in range(len(examples))]
+        self.items = list_example_modes(has_local_blocks, modes)
         self._lengths = [len(examples[index]) for index, _ in self.items]
         self.epochs = [
             complete_last_batch(plan_rows(self._lengths, row_len, seed, epoch), batch_rows)

@@ -90,7 +90,7 @@ class BlockTrainer(Trainer):
         logits = (teacher or model)(**build_model_inputs(inputs, config, full=True)).logits
         model.train()
         # in the full view a model has nothing to learn from itself
-        is_taught = torch.ones_like(labels, dtype=torch.bool) if teacher else inputs["is_block_view"][None]
+        is_taught = torch.ones_like(labels, dtype=torch.bool) if teacher else inputs["is_block_mode"][None]
         return DistillationTargets(labels, is_taught, logits, distillation.weight)
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from blockft.data.chat_formats import parse_alpaca, parse_blocks, parse_messages_record
-from blockft.data.rag_prompt import trim_sample
+from blockft.data.fit import trim_document
 from blockft.data.sample import RecordError, parse_sample, sample_to_record
 
 AT = "file.jsonl, line 7"
@@ -194,7 +194,7 @@ def test_a_rag_record_may_start_with_a_document_or_have_none() -> None:
 
 def test_a_long_rag_record_loses_its_least_relevant_document() -> None:
     (sample,) = parse_blocks(RAG, AT)
-    trimmed = trim_sample(sample)
+    trimmed = trim_document(sample, keep_evidence=True)
     assert trimmed and trimmed.blocks == (OPEN, WRITTEN[0], WRITTEN[2], CLOSE)
     assert trimmed.meta == {"documents": [1, 2], "relevance": [0.5, 0.75]}
 

@@ -14,8 +14,8 @@ from tests.data.toys import (
     SHOUTING,
     THINKING,
     TRIMMING,
+    block_texts,
     rag_sample,
-    text_of_cut,
     toy_tokenizer,
 )
 
@@ -23,7 +23,7 @@ START, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 
 
 def cut(messages: list[Message], documents: tuple[int, ...] = (), chat_template: str = CHATML) -> list[str]:
-    return text_of_cut(ChatTemplate(toy_tokenizer(chat_template)).cut(messages, documents).blocks)
+    return block_texts(ChatTemplate(toy_tokenizer(chat_template)).render(messages, documents).blocks)
 
 
 def user(*content: str) -> Message:
@@ -95,25 +95,25 @@ def test_a_message_whose_text_looks_like_markup() -> None:
 
 
 def test_what_follows_the_response() -> None:
-    found = ChatTemplate(toy_tokenizer()).cut([user("Who?")], (), " The fox")
+    found = ChatTemplate(toy_tokenizer()).render([user("Who?")], (), " The fox")
     assert (found.response, found.ending) == (" The fox", "<|im_end|>\n")
-    assert ChatTemplate(toy_tokenizer(TRIMMING)).cut([user("Who?")], (), " The fox").response == "The fox"
+    assert ChatTemplate(toy_tokenizer(TRIMMING)).render([user("Who?")], (), " The fox").response == "The fox"
 
 
 def test_the_response_follows_the_generation_prompt() -> None:
-    found = ChatTemplate(toy_tokenizer(THINKING)).cut([user("Who?")], (), "The fox")
-    assert text_of_cut(found.blocks) == [f"{START}Who?{END}<think></think>"]
+    found = ChatTemplate(toy_tokenizer(THINKING)).render([user("Who?")], (), "The fox")
+    assert block_texts(found.blocks) == [f"{START}Who?{END}<think></think>"]
     aloud = THINKING.replace("'<think></think>' if m", "'' if m")
     with pytest.raises(TemplateMismatch, match="otherwise than its generation prompt leads to"):
-        ChatTemplate(toy_tokenizer(aloud)).cut([user("Who?")], (), "The fox")
+        ChatTemplate(toy_tokenizer(aloud)).render([user("Who?")], (), "The fox")
 
 
 def test_what_a_template_writes_before_a_response_opens_the_answer() -> None:
     always = THINKING.replace("enable_thinking is false", "false")
-    found = ChatTemplate(toy_tokenizer(always)).cut([user("Who?")], (), "The fox")
-    assert text_of_cut(found.blocks) == [f"{START}Who?{END}"]
+    found = ChatTemplate(toy_tokenizer(always)).render([user("Who?")], (), "The fox")
+    assert block_texts(found.blocks) == [f"{START}Who?{END}"]
     assert found.answer == (TextPart("<think></think>", True), TextPart("The fox", False))
-    spaced = ChatTemplate(family_tokenizer("mistral_v1")).cut([user("Who?")], (), "The fox")
+    spaced = ChatTemplate(family_tokenizer("mistral_v1")).render([user("Who?")], (), "The fox")
     assert spaced == RenderedPrompt(
         ((TextPart("<s>[INST] ", True), TextPart("Who?", False), TextPart(" [/INST]", True)),),
         "The fox",
@@ -124,14 +124,14 @@ def test_what_a_template_writes_before_a_response_opens_the_answer() -> None:
 
 
 def test_a_response_is_kept_as_it_is_where_the_template_would_rewrite_it() -> None:
-    found = ChatTemplate(family_tokenizer("qwen3")).cut([user("Who?")], (), "\n\nNo <think> or </think>\n")
+    found = ChatTemplate(family_tokenizer("qwen3")).render([user("Who?")], (), "\n\nNo <think> or </think>\n")
     assert (found.opening, found.response, found.ending) == ("", "No <think> or </think>\n", "<|im_end|>\n")
 
 
 def test_a_system_text_that_is_dropped_once_there_is_a_response() -> None:
     messages = [Message(role="system", content=("Read.", "doc")), user("Who?")]
-    found = ChatTemplate(family_tokenizer("mistral_v3")).cut(messages, (1,), "The fox")
-    assert text_of_cut(found.blocks) == ["<s>[INST] ", "Read.", "doc", "\n\n", "Who?[/INST]"]
+    found = ChatTemplate(family_tokenizer("mistral_v3")).render(messages, (1,), "The fox")
+    assert block_texts(found.blocks) == ["<s>[INST] ", "Read.", "doc", "\n\n", "Who?[/INST]"]
     assert (found.opening, found.ending) == (" ", "</s>")
 
 
@@ -139,7 +139,7 @@ def test_an_empty_text() -> None:
     messages = [Message(role="system", content=("",)), user("", "Who?")]
     assert cut(messages) == [f"<|im_start|>system\n<|im_end|>\n{START}Who?{END}"]
     with pytest.raises(TemplateMismatch, match="changes the text ''"):
-        ChatTemplate(family_tokenizer("phi35")).cut(messages, ())
+        ChatTemplate(family_tokenizer("phi35")).render(messages, ())
 
 
 def roles(*names: str) -> list[Message]:
@@ -171,10 +171,10 @@ def test_a_prompt_that_the_template_does_not_take_is_unfit(
 ) -> None:
     template = ChatTemplate(family_tokenizer(family))
     with pytest.raises(TemplateMismatch, match=message) as found:
-        template.cut(messages, (), "The fox")
+        template.render(messages, (), "The fox")
     # workers send it to their parent
     assert pickle.loads(pickle.dumps(found.value)).reason == f"{reason} by the chat template"
-    assert template.cut([user("Who?")], (), "The fox").response == "The fox"
+    assert template.render([user("Who?")], (), "The fox").response == "The fox"
 
 
 def named(**templates: str) -> PreTrainedTokenizerFast:
@@ -184,8 +184,8 @@ def named(**templates: str) -> PreTrainedTokenizerFast:
 
 
 def test_the_default_of_several_templates_is_taken() -> None:
-    found = ChatTemplate(named(default=CHATML, tool_use=SHOUTING)).cut([user("Who?")], ())
-    assert text_of_cut(found.blocks) == [f"{START}Who?{END}"]
+    found = ChatTemplate(named(default=CHATML, tool_use=SHOUTING)).render([user("Who?")], ())
+    assert block_texts(found.blocks) == [f"{START}Who?{END}"]
     with pytest.raises(UserError, match="no chat template named default"):
         ChatTemplate(named(tool_use=CHATML))
 
@@ -212,4 +212,4 @@ def test_a_dated_template_prints_the_same_date_every_day() -> None:
 )
 def test_an_unfit_template_is_refused(chat_template: str | None, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
-        ChatTemplate(toy_tokenizer(chat_template)).cut([user("Who?")], ())
+        ChatTemplate(toy_tokenizer(chat_template)).render([user("Who?")], ())

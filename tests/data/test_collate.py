@@ -5,7 +5,7 @@ import torch
 from blockft.attention.layout import build_metadata
 from blockft.data.collate import LABEL_MULTIPLE, collate_row
 from blockft.data.encoder import IGNORE_INDEX, Encoder, Example
-from blockft.data.fit import share_contexts
+from blockft.data.shared_context import merge_shared_contexts
 from tests.data.toys import rag_sample
 
 
@@ -30,7 +30,7 @@ def test_positions_may_be_those_of_blocks_that_stay(encoder: Encoder) -> None:
 
 @pytest.mark.parametrize("reencoded", [True, False])
 def test_the_full_view_may_stand_beside_the_others(encoder: Encoder, reencoded: bool) -> None:
-    a, b, *more = share_contexts(
+    a, b, *more = merge_shared_contexts(
         iter(encoder.encode([rag_sample(), rag_sample("Hm?"), rag_sample("Hm?", ())])), 256
     )
     assert a.num_final == 2 and not more
@@ -42,13 +42,14 @@ def test_the_full_view_may_stand_beside_the_others(encoder: Encoder, reencoded: 
     assert torch.equal(row["example_ids"], alone["example_ids"])
     real = row["shift_labels"] != IGNORE_INDEX
     of_examples = row["example_ids"][0, row["logits_to_keep"][real]]
-    assert torch.equal(row["is_block_view"][real], of_examples == 2)
+    assert torch.equal(row["is_block_mode"][real], of_examples == 2)
     assert of_examples.eq(2).any() and of_examples.lt(2).any()
-    assert not row["is_block_view"][~real].any()
+    assert not row["is_block_mode"][~real].any()
 
 
 def test_kept_positions_predict_the_labels(encoder: Encoder) -> None:
-    a, b = share_contexts(iter(encoder.encode([rag_sample(), rag_sample("Hm?"), rag_sample("Hm?", ())])), 256)
+    examples = encoder.encode([rag_sample(), rag_sample("Hm?"), rag_sample("Hm?", ())])
+    a, b = merge_shared_contexts(iter(examples), 256)
     row = collate_row([(a, "block"), (b, "full")], 256, pad_id=0)
     real = row["shift_labels"] != IGNORE_INDEX
     assert int(real.sum()) == int((row["labels"] != IGNORE_INDEX).sum()) > 0

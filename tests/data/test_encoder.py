@@ -5,8 +5,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from blockft.data.encoder import IGNORE_INDEX, Encoder
-from blockft.data.fit import encode_samples, share_contexts
+from blockft.data.fit import encode_samples
 from blockft.data.sample import Message
+from blockft.data.shared_context import merge_shared_contexts
 from blockft.data.tokenizer import PlainTokenizer, tokenizer_fingerprint
 from blockft.errors import UserError
 from tests.data.toys import CHATML, ENDLESS, TRIMMING, rag_sample, toy_tokenizer
@@ -105,15 +106,15 @@ def test_a_sample_longer_than_a_row_is_dropped_or_trimmed(encoder: Encoder) -> N
     unlabelled = replace(sample, response="")
     gold_len = len(encoder.encode([rag_sample(documents=("gold",))])[0])
     dropped = encode_samples([sample, unlabelled], encoder, gold_len, trim=False)
-    assert [outcome.dropped for outcome in dropped] == ["too long", "no response"]
+    assert [outcome.drop_reason for outcome in dropped] == ["too long", "no response"]
     (trimmed,) = encode_samples([sample], encoder, gold_len, trim=True)
-    assert (trimmed.dropped, trimmed.sample.blocks) == ("", ("Answer.\n\n", "gold", "Who?"))
+    assert (trimmed.drop_reason, trimmed.sample.blocks) == ("", ("Answer.\n\n", "gold", "Who?"))
     (hopeless,) = encode_samples([sample], encoder, gold_len - 1, trim=True)
-    assert hopeless.dropped == "too long"
+    assert hopeless.drop_reason == "too long"
     unranked = replace(sample, meta={"documents": sample.meta["documents"]})
     for trim, why in ((False, "too long"), (True, "too long, documents without relevance")):
         (outcome,) = encode_samples([unranked], encoder, gold_len, trim=trim)
-        assert outcome.dropped == why
+        assert outcome.drop_reason == why
 
 
 def test_questions_over_one_context_share_it(encoder: Encoder) -> None:
@@ -124,13 +125,13 @@ def test_questions_over_one_context_share_it(encoder: Encoder) -> None:
         rag_sample("Hm?", ()),
     ]
     first, second, *rest = examples = encoder.encode([replace(s, id=str(i)) for i, s in enumerate(samples)])
-    merged, *others = share_contexts(iter(examples), row_len=1000)
+    merged, *others = merge_shared_contexts(iter(examples), row_len=1000)
     assert (merged.num_final, merged.sample_ids, others) == (2, ("0", "1"), rest)
     assert merged.block_lengths == (*first.block_lengths, second.block_lengths[-1])
     last = second.block_lengths[-1]
     assert merged.input_ids.tolist() == [*first.input_ids, *second.input_ids[-last:]]
     assert merged.labels.tolist() == [*first.labels, *second.labels[-last:]]
-    assert list(share_contexts(iter(examples), row_len=len(merged) - 1)) == examples
+    assert list(merge_shared_contexts(iter(examples), row_len=len(merged) - 1)) == examples
 
 
 def test_a_fingerprint_covers_vocabulary_and_template() -> None:

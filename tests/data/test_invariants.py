@@ -138,7 +138,7 @@ def test_law_5_the_ids_of_blocks_depend_on_their_text_and_markup_alone(name: str
     @few
     @given(chats(name))
     def holds(sample: Sample) -> None:
-        cut = r.template.cut(sample.messages, sample.documents, sample.response)
+        cut = r.template.render(sample.messages, sample.documents, sample.response)
         (example,) = r.encoder.encode([sample])
         blocks = [block.tolist() for block in example.blocks]
         assert [*chain.from_iterable(blocks)] == example.input_ids.tolist()
@@ -169,7 +169,7 @@ def test_law_5_a_document_is_the_same_block_in_any_prompt(name: str) -> None:
         block = (TextPart(document, is_markup=False),)
         found = []
         for sample in (data.draw(chats(name, document)), data.draw(chats(name, document))):
-            cut = r.template.cut(sample.messages, sample.documents, sample.response)
+            cut = r.template.render(sample.messages, sample.documents, sample.response)
             documents = [b for b in cut.blocks if b[0].text in {sample.blocks[d] for d in sample.documents}]
             assert documents.count(block) >= 1
             (example,) = r.encoder.encode([sample])
@@ -187,7 +187,7 @@ def test_law_6_the_blocks_joined_are_the_rendered_prompt(name: str) -> None:
     @few
     @given(chats(name))
     def holds(sample: Sample) -> None:
-        cut = r.template.cut(sample.messages, sample.documents, sample.response)
+        cut = r.template.render(sample.messages, sample.documents, sample.response)
         parts = [*chain.from_iterable(cut.blocks)]
         prompt = "".join(part.text for part in parts)
         messages = [(m.role, m.text) for m in sample.messages]
@@ -213,7 +213,7 @@ def test_law_6_markup_and_documents_keep_to_their_blocks(name: str) -> None:
     @few
     @given(chats(name))
     def holds(sample: Sample) -> None:
-        blocks = r.template.cut(sample.messages, sample.documents, sample.response).blocks
+        blocks = r.template.render(sample.messages, sample.documents, sample.response).blocks
         documents = [sample.blocks[number] for number in sample.documents]
         alone = [block[0].text for block in blocks[:-1] if len(block) == 1 and not block[0].is_markup]
         rest = iter(alone)
@@ -233,7 +233,7 @@ def test_law_7_text_from_data_never_becomes_an_added_token(name: str) -> None:
     @few
     @given(chats(name))
     def holds(sample: Sample) -> None:
-        cut = r.template.cut(sample.messages, sample.documents, sample.response)
+        cut = r.template.render(sample.messages, sample.documents, sample.response)
         (example,) = r.encoder.encode([sample])
         markup = [part.text for part in chain.from_iterable(cut.blocks) if part.is_markup]
         meant = [id for text in markup for id in r.tokenizer(text, add_special_tokens=False)["input_ids"]]
@@ -265,7 +265,7 @@ def test_a_chat_s_control_tokens_are_those_of_the_model(name: str) -> None:
     (example,) = r.encoder.encode([Sample(id="s", source="s", messages=messages, response="The fox")])
     known = [id for id in r.tokenizer(rendered, add_special_tokens=False)["input_ids"] if id in r.markers]
     assert [id for id in example.input_ids.tolist() if id in r.markers] == [*known, r.encoder.eos_token_id]
-    ending, end, _ = r.template.cut(messages, (), "The fox").ending.partition(r.family.end_of_turn)
+    ending, end, _ = r.template.render(messages, (), "The fox").ending.partition(r.family.end_of_turn)
     labels = [label for label in example.labels.tolist() if label != IGNORE_INDEX]
     assert r.decoded(labels) == f"{r.family.opening}The fox{ending}{end}"
 

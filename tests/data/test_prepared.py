@@ -4,8 +4,8 @@ import pytest
 
 from blockft.data import prepared
 from blockft.data.encoder import Encoder
-from blockft.data.fit import share_contexts
 from blockft.data.prepared import PreparedWriter, load_prepared
+from blockft.data.shared_context import merge_shared_contexts
 from blockft.errors import UserError
 from tests.data.toys import rag_sample
 
@@ -16,7 +16,7 @@ def test_examples_are_read_as_written(
     monkeypatch.setattr(prepared, "BATCH_EXAMPLES", 3)
     monkeypatch.setattr(prepared, "SHARD_SAMPLES", 4)
     samples = [rag_sample(f"Question {i}?", (f"doc {i // 2}",)) for i in range(14)]
-    written = list(share_contexts(iter(encoder.encode(samples)), 500))
+    written = list(merge_shared_contexts(iter(encoder.encode(samples)), 500))
     with PreparedWriter(tmp_path) as writer:
         for sample in samples:
             writer.add_sample(sample)

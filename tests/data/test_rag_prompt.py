@@ -6,10 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockft.config.settings import PromptSettings
-from blockft.data.rag_prompt import Document, RagPrompt, trim_prompt, trim_sample
-from blockft.data.sample import Message, Sample
+from blockft.data.rag_prompt import Document, RagPrompt
+from blockft.data.sample import Message
 from blockft.errors import UserError
-from tests.data.toys import rag_sample
 
 DOCUMENTS = [
     Document(title=t, text=f"{t} {{x}}", relevance=r) for t, r in (("A", 0), ("B", 1), ("C", 0), ("D", 1))
@@ -138,50 +137,3 @@ def test_a_prompt_is_instruction_documents_question() -> None:
 def test_a_wrong_template_is_refused(wording: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
         build(**wording)
-
-
-def test_trimming_takes_the_least_relevant_and_never_the_evidence() -> None:
-    sample = rag_sample(documents=("gold", "x", "y"), meta={"documents": [1, 2, 3], "relevance": [1, 0, 0.5]})
-    once = trim_sample(sample)
-    assert once and once.blocks == ("Answer.\n\n", "gold", "y", "Who?")
-    assert once.meta == {"documents": [1, 2], "relevance": [1, 0.5]}
-    twice = trim_sample(once)
-    assert twice and twice.blocks == ("Answer.\n\n", "gold", "Who?")
-    assert trim_sample(twice) is None
-
-
-@pytest.mark.parametrize(
-    ("relevance", "supporting", "left"),
-    [
-        (None, [], ["abcd", "abc", "ab", "a"]),
-        ([0, 0, 0, 0], [], ["abcd", "abc", "ab", "a"]),
-        ([1, 0, 1, 0], [], ["abcd", "abc", "ac", "a"]),
-        ([0.1, 0.2, 0.3, 0.4], [], ["abcd", "bcd", "cd", "d"]),
-        ([0.1, 0.2, 0.3, 0.4], [1, 2], ["abcd", "abd", "ab", "b"]),
-    ],
-)
-def test_prompts_are_shortened_by_relevance_then_from_the_end(
-    relevance: list[float] | None, supporting: list[int], left: list[str]
-) -> None:
-    """What is known to support an answer, as in evaluations, goes last."""
-    meta = {"documents": [1, 2, 3, 4], "supporting": supporting}
-    meta |= {"relevance": relevance} if relevance else {}
-    sample: Sample | None = rag_sample(documents=tuple("abcd"), meta=meta)
-    found = []
-    while sample:
-        found.append("".join(sample.blocks[i] for i in sample.documents))
-        sample = trim_prompt(sample)
-    assert found == left
-    assert trim_prompt(rag_sample(documents=(), meta={})) is None
-
-
-def test_trimming_spares_what_is_known_to_support() -> None:
-    meta = {"documents": [1, 2, 3], "relevance": [0.1, 0.9, 0.2], "supporting": [1]}
-    sample = rag_sample(documents=("gold", "x", "y"), meta=meta)
-    once = trim_sample(sample)
-    assert once and once.blocks == ("Answer.\n\n", "gold", "x", "Who?")
-    assert once.meta == {"documents": [1, 2], "relevance": [0.1, 0.9], "supporting": [1]}
-    twice = trim_sample(once)
-    assert twice and twice.blocks == ("Answer.\n\n", "gold", "Who?") and trim_sample(twice) is None
-    last = trim_sample(replace(sample, meta=meta | {"supporting": [2, 3]}))
-    assert last and last.meta["supporting"] == [1, 2]

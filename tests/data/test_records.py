@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from blockft.data import json_stream, records
-from blockft.data.records import find_files, read_array, read_file, read_hub, read_lines
+from blockft.data.records import read_array, read_file, read_hub, read_lines
 from blockft.data.sample import RecordError
 from blockft.errors import UserError
 
@@ -32,7 +32,7 @@ def test_an_array_is_read_through_a_small_window(
     assert [record for _, record in read_array(path)] == RECORDS
     wrapped = {"version": 1.25, "data": RECORDS, "n": 12, "empty": {}}
     path.write_text(json.dumps(wrapped, ensure_ascii=False, indent=indent), encoding="utf-8")
-    assert [record for _, record in read_array(path, under="data")] == RECORDS
+    assert [record for _, record in read_array(path, array_key="data")] == RECORDS
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_an_object_that_lacks_its_array_is_refused(tmp_path: Path, text: str) ->
     path = tmp_path / "a.json"
     path.write_text(text)
     with pytest.raises(UserError, match=f"{path}, line 1: "):
-        list(read_array(path, under="data"))
+        list(read_array(path, array_key="data"))
 
 
 def test_a_file_is_read_by_its_content(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_a_file_is_read_by_its_content(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     for name in ("array.json", "lines.json", "lines.txt"):
         assert [record for _, record in read_file(tmp_path / name)] == lines
-    assert [record for _, record in read_file(tmp_path / "object.json", under="data")] == lines
+    assert [record for _, record in read_file(tmp_path / "object.json", array_key="data")] == lines
     assert list(read_file(tmp_path / "empty.json")) == []
     with pytest.raises(UserError, match=r"none\.json cannot be read: No such file"):
         list(read_file(tmp_path / "none.json"))
@@ -119,13 +119,13 @@ def counted(path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
             copied += len(found)
             return found
 
-    more = json_stream.Window._more
+    more = json_stream.JsonStream._read_more
 
-    def more_of_it(self: json_stream.Window, num_bytes: int) -> None:
+    def more_of_it(self: json_stream.JsonStream, num_bytes: int) -> None:
         more(self, num_bytes)
         self._text = Text(self._text)
 
-    monkeypatch.setattr(json_stream.Window, "_more", more_of_it)
+    monkeypatch.setattr(json_stream.JsonStream, "_read_more", more_of_it)
     assert sum(1 for _ in read_array(path)) == 2000
     return copied
 
@@ -160,17 +160,17 @@ def test_a_byte_order_mark_is_passed_over(
     monkeypatch.setattr(json_stream, "READ_BYTES", read_bytes)
     for text in ('[{"a": 1}]', '{"a": 1}\n', '{"data": [{"a": 1}]}'):
         (tmp_path / "a.json").write_text(text, encoding="utf-8-sig")
-        found = read_file(tmp_path / "a.json", under="data")
+        found = read_file(tmp_path / "a.json", array_key="data")
         assert list(found) == [(f"{tmp_path / 'a.json'}, line 1", {"a": 1})]
 
 
 def test_an_object_a_line_is_told_from_one_object(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('\n{"a": {"data": 1}}\n{"a": 2}\n')
-    assert [record for _, record in read_file(path, under="data")] == [{"a": {"data": 1}}, {"a": 2}]
+    assert [record for _, record in read_file(path, array_key="data")] == [{"a": {"data": 1}}, {"a": 2}]
     path.write_text('{\n"a": 1}')
     with pytest.raises(UserError, match="no list 'data'"):
-        list(read_file(path, under="data"))
+        list(read_file(path, array_key="data"))
 
 
 def test_an_array_that_is_not_utf_8_names_its_line(tmp_path: Path) -> None:
@@ -189,36 +189,14 @@ def test_lines_are_placed_and_broken_ones_say_why(tmp_path: Path) -> None:
     assert all(isinstance(record, RecordError) for _, record in placed[1:])
 
 
-def test_files_are_found_by_name_glob_and_folder(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.jsonl", "manifest.json"):
-        (tmp_path / name).touch()
-    both = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
-    assert find_files(str(tmp_path), (".jsonl",)) == both
-    assert find_files(str(tmp_path / "*.jsonl"), (".jsonl",)) == both
-    assert find_files(str(both[0]), (".jsonl",)) == both[:1]
-    assert find_files("owner/name", (".jsonl",)) == []
-    for missing in (str(tmp_path / "none"), "data/none.jsonl", "none-*"):
-        with pytest.raises(UserError, match="does not exist"):
-            find_files(missing, (".jsonl",))
-
-
-def test_a_folder_may_hold_several_kinds_of_files(tmp_path: Path) -> None:
-    for name in ("a.parquet", "b.json", "README.md"):
-        (tmp_path / name).touch()
-    both = [tmp_path / "a.parquet", tmp_path / "b.json"]
-    assert find_files(str(tmp_path), (".json", ".parquet")) == both
-    with pytest.raises(UserError, match=r"\.jsonl or \.csv"):
-        find_files(str(tmp_path), (".jsonl", ".csv"))
-
-
-def test_a_data_set_on_the_hub_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_on_the_hub_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: asked.append((a, k)) or iter([{"a": 1}]))
     assert list(read_hub("owner/name", "train", "hard")) == [("owner/name (hard, train), record 1", {"a": 1})]
     assert asked == [(("owner/name", "hard"), {"split": "train", "streaming": True})]
 
 
-def test_a_data_set_that_cannot_be_reached_is_one_line() -> None:
+def test_a_dataset_that_cannot_be_reached_is_one_line() -> None:
     with pytest.raises(UserError, match="owner/name") as raised:
         list(read_hub("owner/name", "train"))
     assert "\n" not in str(raised.value)
@@ -230,7 +208,7 @@ def test_a_data_set_that_cannot_be_reached_is_one_line() -> None:
 def test_gzip_is_read_as_what_it_holds(tmp_path: Path, text: str) -> None:
     for name in ("a.json.gz", "a.json"):
         (tmp_path / name).write_bytes(gzip.compress(text.encode("utf-8-sig")))
-        assert [record for _, record in read_file(tmp_path / name, under="data")] == [{"a": 1}]
+        assert [record for _, record in read_file(tmp_path / name, array_key="data")] == [{"a": 1}]
 
 
 @pytest.mark.parametrize("spoil", [lambda data: data[:-9], lambda data: data[:12] + b"x" * 9 + data[21:]])
@@ -239,15 +217,6 @@ def test_damaged_gzip_is_one_line(tmp_path: Path, spoil: Callable[[bytes], bytes
     path.write_bytes(spoil(gzip.compress(b'{"a": 1}\n' * 9)))
     with pytest.raises(UserError, match=f"source {path} cannot be read: "):
         list(read_file(path))
-
-
-def test_gzipped_files_are_found_once(tmp_path: Path) -> None:
-    for name in ("a.jsonl", "a.jsonl.gz", "b.jsonl.gz", "c.txt.gz"):
-        (tmp_path / name).touch()
-    assert find_files(str(tmp_path), (".jsonl",)) == [tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz"]
-    assert len(find_files(f"{tmp_path}/*.jsonl*", (".jsonl",))) == 3
-    with pytest.raises(UserError, match="does not exist"):
-        find_files("data/none.jsonl.gz", (".jsonl",))
 
 
 @pytest.mark.parametrize(
@@ -272,9 +241,9 @@ def test_a_file_of_another_kind_is_said_to_be_one(tmp_path: Path, data: bytes, s
 def test_an_object_over_several_lines_is_no_bad_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(text)
-    for under in (None, "data"):
+    for array_key in (None, "data"):
         with pytest.raises(UserError, match=r"a\.jsonl is an object over several lines, neither"):
-            list(read_file(path, under))
+            list(read_file(path, array_key))
 
 
 @pytest.mark.parametrize("text", ['{"a":\n', '{"a": "x\n', '{"a": [1,\n', "{\n", '{"a": 1}}\n'])

@@ -9,7 +9,7 @@ import pytest
 from blockft.data.document_pool import DocumentPool
 from blockft.data.qa_formats import Question
 from blockft.data.rag_prompt import Document
-from blockft.data.retrieval import build_bm25_index, build_dense_index, retrieve, sort_by_score
+from blockft.data.retrieval import bm25_indexer, dense_indexer, retrieve, sort_by_score
 from blockft.errors import UserError
 
 DOCUMENTS = [
@@ -29,7 +29,7 @@ def ask(
 
 
 def found(question: Question, num_documents: int, index: Any = None) -> list[Document]:
-    (one,) = retrieve(iter([question]), index or build_bm25_index(), num_documents)
+    (one,) = retrieve(iter([question]), index or bm25_indexer(), num_documents)
     return list(one.documents)
 
 
@@ -119,14 +119,14 @@ class Letters:
 def test_dense_retrieval(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=Letters))
     pool = DocumentPool([*DOCUMENTS, GOLD])
-    documents = found(ask("cat", GOLD, pool=pool), 2, build_dense_index("letters"))
+    documents = found(ask("cat", GOLD, pool=pool), 2, dense_indexer("letters"))
     assert [d.title for d in documents] == ["Cat", "Bo"] and 0 < documents[1].relevance < 1
-    assert found(ask("cat"), 2, build_dense_index("letters")) == []
+    assert found(ask("cat"), 2, dense_indexer("letters")) == []
     with pytest.raises(UserError, match="data.dense_model none cannot be loaded: no such model$"):
-        build_dense_index("none")
+        dense_indexer("none")
 
 
 def test_dense_retrieval_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(UserError, match=r"pip install 'blockft\[dense\]'"):
-        build_dense_index("letters")
+        dense_indexer("letters")

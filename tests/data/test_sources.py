@@ -59,9 +59,12 @@ def test_questions_become_samples(tmp_path: Path) -> None:
     assert (tally.read, tally.samples) == (1, 1)
 
 
-def test_every_format_has_a_layout_that_reads_its_questions_or_samples() -> None:
+def test_every_format_is_described_and_parses_either_questions_or_samples() -> None:
     assert set(SOURCE_FORMATS) == set(Format)
-    assert all((layout.question is None) != (layout.samples is None) for layout in SOURCE_FORMATS.values())
+    for source_format in SOURCE_FORMATS.values():
+        assert (source_format.parse_question is None) != (source_format.parse_samples is None)
+        assert source_format.description.endswith(".") and ". " not in source_format.description
+        assert source_format.blocks and source_format.record.startswith("{")
 
 
 def test_parquet_gives_the_same_samples(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from blockft.data import squad
 from blockft.data.qa_formats import Question, RecordDropped
 from blockft.data.rag_prompt import RagPrompt
 from blockft.data.records import PlacedRecord
-from blockft.data.retrieval import build_bm25_index
+from blockft.data.retrieval import bm25_indexer
 from blockft.data.sample import RecordError
 
 ANSWERS = ["red", "blue", "green", "gold", "Red"]
@@ -80,7 +80,7 @@ def test_the_answer_of_most_annotators_is_the_response() -> None:
     answers = [{"text": text} for text in ("a long one", "two ", "two ", " a long one", "two ")]
     posed = next(squad.read_article_questions([("", article())]))[1]
     assert squad.parse_question(
-        squad.ArticleQuestion(posed.pool, posed.own, qa("") | {"answers": answers})
+        squad.ArticleQuestion(posed.pool, posed.paragraph, qa("") | {"answers": answers})
     ).answers == (
         "two",
         "a long one",
@@ -153,14 +153,14 @@ def test_sets_are_drawn_again_for_the_questions_that_a_set_has_no_room_for() -> 
     answers = [f"w{i}x" for i in range(12)]
     paragraphs = [{"context": f"It is {a}.", "qas": [qa(a, n) for n in range(5)]} for a in answers]
     asked = list(ask([{"title": "T", "paragraphs": paragraphs}]))
-    shared = list(squad.group_by_context(iter(asked), sets_of(4), print, limit=6))
+    shared = list(squad.group_by_context(iter(asked), sets_of(4), print, max_questions=6))
     assert sorted(q.id for q in shared) == sorted(q.id for q in asked)
     by_set = [list(some) for _, some in groupby(shared, key=texts)]
     assert max(map(len, by_set)) == 6 and len({tuple(texts(some[0])) for some in by_set}) > 6
     # of the first sets every paragraph is asked about, and some twice
     assert all(len({q.answers for q in some}) == 4 for some in by_set[:3])
     # a short set is filled
-    some_sets = list(squad.group_by_context(iter(asked[:55]), sets_of(5), print, limit=6))
+    some_sets = list(squad.group_by_context(iter(asked[:55]), sets_of(5), print, max_questions=6))
     assert len(some_sets) == 55 and {len(q.documents) for q in some_sets} == {5}
     ids = [q.id for q in by_set[0]]
     assert ids == [q.id for q in asked if q.id in ids]
@@ -172,7 +172,7 @@ def test_paragraphs_that_are_alike_meet_in_a_set() -> None:
     paragraphs = [{"context": f"{kind}, w{i}", "qas": [qa(f"w{i}")]} for i, kind in enumerate(kinds)]
     asked = list(ask([{"title": "T", "paragraphs": paragraphs}]))
     for seed in range(5):
-        shared = list(squad.group_by_context(iter(asked), sets_of(3, seed), print, build_bm25_index()))
+        shared = list(squad.group_by_context(iter(asked), sets_of(3, seed), print, bm25_indexer()))
         assert {len({text[:3] for text in texts(question)}) for question in shared} == {1}
     assert len(shared) == 9
     by_lot = list(squad.group_by_context(iter(asked), sets_of(3), print))

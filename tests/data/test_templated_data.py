@@ -82,10 +82,10 @@ def test_chats_and_templated_samples_keep_their_order(encoder: Encoder) -> None:
 class Choosy(Encoder):
     """Its template changes what holds an x."""
 
-    def _cut(self, sample, response):  # type: ignore[no-untyped-def]
+    def _render(self, sample, response):  # type: ignore[no-untyped-def]
         if "x" in sample.messages[-1].text:
             raise TemplateMismatch(f"sample {sample.id}: the template changes it")
-        return super()._cut(sample, response)
+        return super()._render(sample, response)
 
 
 def test_an_unfit_sample_does_not_lose_its_batch() -> None:
@@ -94,22 +94,22 @@ def test_an_unfit_sample_does_not_lose_its_batch() -> None:
     with pytest.raises(TemplateMismatch, match="^sample b of "):
         encode_samples(samples, encoder, 1000, trim=False)
     outcomes = encode_samples(samples, encoder, 1000, trim=False, skip_bad=True)
-    assert [o.dropped for o in outcomes] == ["", "unfit for the chat template", "", ""]
+    assert [o.drop_reason for o in outcomes] == ["", "unfit for the chat template", "", ""]
     assert [o.example is None for o in outcomes] == [False, True, False, False]
-    assert [o.is_unfit for o in outcomes] == [False, True, False, False]
+    assert [o.is_mismatch for o in outcomes] == [False, True, False, False]
     assert [o.sample for o in outcomes] == samples
 
 
 def test_a_sample_that_cannot_be_cut_is_unfit_and_named(encoder: Encoder) -> None:
-    def cut(sample: Sample) -> Sample:
+    def split(sample: Sample) -> Sample:
         if sample.id == "b":
             raise TemplateMismatch("the vocabulary spells a marker", "added token spelled by a text")
-        return replace(sample, id=f"cut {sample.id}")
+        return replace(sample, id=f"split {sample.id}")
 
     samples = [rag_sample(id="a"), rag_sample(id="b"), replace(rag_sample(id="b"), response="")]
     with pytest.raises(TemplateMismatch, match=r"^sample b of \w+: the vocabulary spells a marker$"):
-        encode_samples(samples, encoder, 1000, trim=False, cut=cut)
-    outcomes = encode_samples(samples, encoder, 1000, trim=False, skip_bad=True, cut=cut)
-    assert [o.dropped for o in outcomes] == ["", "added token spelled by a text", "no response"]
-    assert [o.is_unfit for o in outcomes] == [False, True, False]
-    assert outcomes[0].sample.id == "cut a"
+        encode_samples(samples, encoder, 1000, trim=False, split=split)
+    outcomes = encode_samples(samples, encoder, 1000, trim=False, skip_bad=True, split=split)
+    assert [o.drop_reason for o in outcomes] == ["", "added token spelled by a text", "no response"]
+    assert [o.is_mismatch for o in outcomes] == [False, True, False]
+    assert outcomes[0].sample.id == "split a"

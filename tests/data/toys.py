@@ -66,5 +66,5 @@ def rag_sample(
     return Sample(**given | changes)
 
 
-def text_of_cut(blocks: Any) -> list[str]:
+def block_texts(blocks: Any) -> list[str]:
     return ["".join(part.text for part in block) for block in blocks]

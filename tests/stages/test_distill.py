@@ -94,7 +94,7 @@ def test_a_model_teaches_itself_with_its_full_mode_logits_without_dropout(toy: P
         layer.self_attn.attention_dropout = 0.5
     rows = build_plan(load_recipe(str(toy / "recipe.yaml"), [DISTILL]), 1).rows
     row = {name: x % 97 if name == "input_ids" else x for name, x in rows[0].items()}
-    assert row["is_block_view"].any() and not torch.equal(row["block_ids"], row["full_block_ids"])
+    assert row["is_block_mode"].any() and not torch.equal(row["block_ids"], row["full_block_ids"])
     trainer = SimpleNamespace(model=model.train())
     targets, of_other_teacher = (
         BlockTrainer._targets(trainer, model, row, Distillation(teacher, 1.0)) for teacher in (None, model)
@@ -104,7 +104,7 @@ def test_a_model_teaches_itself_with_its_full_mode_logits_without_dropout(toy: P
         expected = model.eval()(**build_model_inputs(row, model.config, full=True)).logits
         block = model(**build_model_inputs(row, model.config)).logits
     assert torch.equal(targets.teacher_logits, expected) and not torch.allclose(block, expected)
-    assert torch.equal(targets.is_taught[0], row["is_block_view"]) and of_other_teacher.is_taught.all()
+    assert torch.equal(targets.is_taught[0], row["is_block_mode"]) and of_other_teacher.is_taught.all()
 
 
 def memory_gib(output: str) -> float:

@@ -66,7 +66,7 @@ def test_the_recipe_reads_every_record_of_the_real_files() -> None:
         samples, tally = real_samples(source, recipe.data)
         assert tally.read == tally.samples == len(samples) and not tally.dropped
         ids.setdefault(Path(source.path).name, []).extend(sample.id for sample in samples)
-        if SOURCE_FORMATS[source.format].question:
+        if SOURCE_FORMATS[source.format].parse_question:
             assert all(sample.meta["supporting"] for sample in samples)
             num_documents = Counter(len(sample.documents) for sample in samples)
             assert max(num_documents) == 10 and num_documents[10] > 0.95 * len(samples)

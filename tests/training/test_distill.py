@@ -89,7 +89,7 @@ def test_the_loss_does_not_depend_on_packing() -> None:
         total = torch.zeros(())
         for row in rows:
             teacher = logits_of(model, row, full=True).detach()
-            targets = DistillationTargets(row["shift_labels"][None], row["is_block_view"][None], teacher, 1.0)
+            targets = DistillationTargets(row["shift_labels"][None], row["is_block_mode"][None], teacher, 1.0)
             student = SimpleNamespace(logits=logits_of(model, row, full=False))
             total = total + distill_loss(student, targets, num_labels)
         model.zero_grad()
