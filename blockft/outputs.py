@@ -1,4 +1,4 @@
-"""Output folders that appear whole or not at all, and the files of a run's folder."""
+"""Output folders and files that appear complete or not at all."""
 
 import errno
 import fcntl
@@ -16,73 +16,73 @@ from safetensors import SafetensorError
 
 from blockft.errors import UserError
 
-RECIPE, DATA, METRICS, LOSS_PLOT = "recipe.yaml", "data.json", "metrics.jsonl", "loss.png"
-"""A run's recipe with every setting, its data's manifest, a line per logged step, a picture of its loss."""
+TEMPORARY = ".draft"
+"""Suffix of the hidden folder in which an atomic folder is written."""
 
-TEMPORARY, PARTIAL = ".draft", ".partial"
-"""How the hidden names of unfinished folders end, of those that begin anew and those that go on."""
+PARTIAL = ".partial"
+"""Suffix of the hidden folder in which a resumable folder is written."""
 
-SIGNATURE = "facts.json"
-"""In a folder that goes on: what decides its content."""
+SIGNATURE = "signature.json"
+"""File of a resumable folder: the settings that decide its content."""
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def check_absent(out: Path, remedy: str) -> None:
+def check_absent(path: Path, remedy: str) -> None:
     """Raises:
-    UserError: there is something at `out` already.
+    UserError: `path` exists.
     """
-    if out.exists():
-        raise UserError(f"{out} exists already and is never overwritten: {remedy}")
+    if path.exists():
+        raise UserError(f"{path} exists already and is never overwritten: {remedy}")
 
 
 @contextmanager
 def atomic_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A folder to write into, renamed to `out` at the end; on any error nothing is left.
+    """Yield a temporary folder and rename it to `out` at the end; on an error nothing is left.
 
-    It lies beside `out` under a hidden name, so the rename is atomic, and what a process that was killed left
-    there is removed. With `replace` an `out` that exists makes way at the end.
+    The temporary folder is hidden and lies beside `out`, so that the rename is atomic. Temporary folders of
+    killed processes are removed. With `replace` an existing `out` is replaced at the end.
 
     Raises:
-        UserError: the disk is full, the folder cannot be written, or `out` has come to exist.
+        UserError: the disk is full, the folder cannot be written, or `out` was created in the meantime.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(out)
-        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=TEMPORARY, dir=out.parent))
-        lock = _lock(draft)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=TEMPORARY, dir=out.parent))
+        lock = _lock(temporary)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}") from error
     try:
-        yield draft
-        draft.chmod(0o755)
-        old = draft.with_name(f"{draft.name}.old")
+        yield temporary
+        temporary.chmod(0o755)
+        replaced = temporary.with_name(f"{temporary.name}.old")
         if replace and out.exists():
-            out.rename(old)
-        check_absent(out, "something else wrote it meanwhile")
-        draft.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
+            out.rename(replaced)
+        check_absent(out, "another process wrote it in the meantime")
+        temporary.rename(out)
+        shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         if _is_disk_full(error):
             raise UserError(f"the disk is full: nothing was written to {out}") from error
         raise
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         os.close(lock)
 
 
 @contextmanager
-def resumable_folder(out: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
-    """A hidden folder beside `out` that outlives a kill and is found again by who makes the same of the same.
+def resumable_folder(out: Path, signature: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield a hidden folder beside `out` that survives an interruption; the same call finds it again.
 
-    `facts` are everything that decides what is written there. At the end, when `out` is whole, the folder is
-    removed; on any error it stays.
+    `signature` holds every setting that decides what is written there. The folder is removed at the end, when
+    `out` is complete, and stays on any error.
 
     Raises:
-        UserError: it was begun with other facts, another process is at work on it, or it cannot be written.
+        UserError: the folder has another signature, another process writes it, or it cannot be written.
     """
     partial = out.with_name(f".{out.name}{PARTIAL}")
-    asked = json.loads(json.dumps(dict(facts)))
+    expected = json.loads(json.dumps(dict(signature)))
     try:
         partial.mkdir(parents=True, exist_ok=True)
         lock = _lock(partial)
@@ -93,20 +93,21 @@ def resumable_folder(out: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
     try:
         if (partial / SIGNATURE).is_file():
             found = _read_signature(partial)
-            for name in asked | found:
-                if asked.get(name) != found.get(name):
+            for name in expected | found:
+                if expected.get(name) != found.get(name):
                     raise UserError(
-                        f"{partial} was begun otherwise ({name}: {found.get(name)}, not {asked.get(name)}): "
-                        "go on as it was begun, choose another folder, or remove it to begin anew"
+                        f"{partial} was started with other settings ({name}: {found.get(name)}, not "
+                        f"{expected.get(name)}): resume with the settings it was started with, choose "
+                        "another folder, or remove it to start again"
                     )
         else:
-            write_atomic(partial / SIGNATURE, json.dumps(asked, indent=2) + "\n")
+            write_atomic(partial / SIGNATURE, json.dumps(expected, indent=2) + "\n")
         yield partial
         shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         if _is_disk_full(error):
             raise UserError(
-                f"the disk is full: make room, and go on with {out} by the same command"
+                f"the disk is full: free some space, then resume {out} with the same command"
             ) from error
         raise
     finally:
@@ -119,51 +120,52 @@ def _read_signature(partial: Path) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise UserError(f"{partial / SIGNATURE} is damaged: remove {partial} to begin anew")
+        raise UserError(f"{partial / SIGNATURE} is damaged: remove {partial} to start again")
     return found
 
 
-def _lock(draft: Path) -> int:
-    """Claim a draft for as long as this process lives.
+def _lock(folder: Path) -> int:
+    """Lock a folder for the life of this process and return the lock's file descriptor.
 
     Raises:
-        BlockingIOError: another process that lives has claimed it.
+        BlockingIOError: another running process holds the lock.
     """
-    handle = os.open(draft, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        os.close(handle)
+        os.close(descriptor)
         raise
-    return handle
+    return descriptor
 
 
 def _remove_abandoned(out: Path) -> None:
-    for draft in out.parent.glob(f".{glob.escape(out.name)}.*{TEMPORARY}"):
+    for temporary in out.parent.glob(f".{glob.escape(out.name)}.*{TEMPORARY}"):
         try:
-            lock = _lock(draft)
+            lock = _lock(temporary)
         except OSError:
             continue
-        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         os.close(lock)
 
 
 def _is_disk_full(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in _DISK_FULL
-    # safetensors tells the number of the system's error in its text alone
+    # safetensors gives the number of the system's error only in the text of the message
     return any(f"(os error {number})" in str(error) for number in _DISK_FULL)
 
 
 def check_writable(path: Path) -> None:
-    """Find out before long work whether a file can be written, or replaced.
+    """Check before long work that a file can be written or replaced.
 
     Raises:
-        UserError: a folder or a device is there, or its folder is missing or takes no files.
+        UserError: `path` is a folder or a device, or its folder is missing or not writable.
     """
     try:
         if path.exists() and not path.is_file():
-            raise UserError(f"{path} cannot be written: it is {'a folder' if path.is_dir() else 'no file'}")
+            kind = "a folder" if path.is_dir() else "not a regular file"
+            raise UserError(f"{path} cannot be written: it is {kind}")
         if not path.parent.is_dir():
             raise UserError(f"{path} cannot be written: there is no folder {path.parent}")
         with tempfile.TemporaryFile(dir=path.parent):
@@ -174,51 +176,34 @@ def check_writable(path: Path) -> None:
 
 @contextmanager
 def _atomic_file(path: Path) -> Iterator[Path]:
-    """A hidden file beside `path` that takes its place at the end; on any error nothing is left."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    """Yield a hidden file beside `path` and rename it to `path` at the end; on an error nothing is left."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield draft
-        draft.replace(path)
+        yield temporary
+        temporary.replace(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
     finally:
         with suppress(OSError):
-            draft.unlink()
+            temporary.unlink()
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a text file atomically: readers see the old one or the new one.
+    """Write a text file atomically: readers see the old file or the new one.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
-    with _atomic_file(path) as draft:
-        draft.write_text(text, encoding="utf-8")
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`, one per logged step or evaluation; not one cut short by a kill."""
-    with (run / METRICS).open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def truncate_metrics(run: Path, last_step: int, *, eval_due: bool) -> None:
-    """Drop what will be logged again: what came after `last_step`, a line cut short by a kill, and the
-    evaluation at `last_step` if it is due."""
-    kept = [
-        line
-        for line in read_metrics(run)
-        if line["step"] < last_step or (line["step"] == last_step and ("loss" in line or not eval_due))
-    ]
-    write_atomic(run / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+    with _atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def save_figure(figure: Any, path: Path) -> None:
     """Write a matplotlib figure as PNG, atomically.
 
     Raises:
-        UserError: see `check_file`.
+        UserError: see `check_writable`.
     """
     check_writable(path)
-    with _atomic_file(path) as draft:
-        figure.savefig(draft, dpi=120, format="png")
+    with _atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")

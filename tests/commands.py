@@ -30,7 +30,7 @@ from unittest.mock import patch
 import torch
 
 from blockft import cli
-from blockft.outputs import read_metrics
+from blockft.run_folder import read_metrics
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,19 +11,20 @@ from blockft.config.recipe import RECIPES_FOLDER, load_recipe
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = {"attention", "data", "model", "inference"}
-SUPPORT = {"outputs", "progress", "units", "errors", "version"}
+SUPPORT = {"outputs", "run_folder", "progress", "units", "errors", "version"}
 MAY_IMPORT = {
     "errors": set(),
     "version": set(),
     "config": {"errors"},
     "outputs": {"errors"},
+    "run_folder": {"outputs", "errors"},
     "units": {"errors"},
     "progress": set(),
     "attention": {"errors"},
     "data": {"attention", "errors"},
-    "model": {"attention", "outputs", "progress", "errors"},
+    "model": {"attention", "outputs", "run_folder", "progress", "errors"},
     "inference": {"data", "model", "attention", "units", "errors"},
-    "training": LIBRARY | {"outputs", "errors"},
+    "training": LIBRARY | {"outputs", "run_folder", "errors"},
     "evaluation": LIBRARY | {"errors"},
     "bench": LIBRARY | {"training"} | SUPPORT,
     "stages": LIBRARY | {"bench", "training", "evaluation", "config"} | SUPPORT,

@@ -88,20 +88,20 @@ def train(
     )
     num_processes = hosts.num_processes if hosts else num_gpus or 1
 
-    from blockft.stages import plan
     from blockft.stages import train as stage
-    from blockft.training.launch import check_gpus, is_worker, start_workers
+    from blockft.training.distributed import is_worker
+    from blockft.training.launch import check_num_gpus, start_workers
 
     if dry_run:
-        stage.describe(settings, num_processes, resume=resume)
+        stage.print_dry_run(settings, num_processes, resume=resume)
     elif hosts or (num_processes > 1 and not is_worker()):
         if not hosts:
-            check_gpus(num_processes)
-        plan.check_run(settings, resume=resume, num_processes=num_processes)
+            check_num_gpus(num_processes)
+        stage.check_run(settings, resume=resume, num_processes=num_processes)
         words = ["train", recipe, *(overrides or ()), *(["--resume"] if resume else [])]
         raise typer.Exit(start_workers(words, num_gpus=num_processes, hosts=hosts))
     else:
-        stage.train(settings, resume=resume)
+        stage.train(settings, resume=resume, name=Path(recipe).stem)
 
 
 @app.command()

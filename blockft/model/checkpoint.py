@@ -1,11 +1,13 @@
-"""Checkpoints of a run: which are whole, what the model answered there, and their weights in one piece."""
+"""Checkpoints of a run: which are complete, which is the best, and the reference logits stored in each.
+
+Tensor suffixes: T tokens of the reference text, V vocabulary.
+"""
 
 import json
 import re
 import shutil
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,131 +21,140 @@ from blockft.errors import UserError
 from blockft.model.masked_forward import masked_logits
 from blockft.outputs import write_atomic
 
-MARKER = "whole.json"
-"""Written last: a checkpoint without it was cut short and does not count."""
+MARKER = "complete.json"
+"""Completion marker of a checkpoint, written last: a checkpoint without it is incomplete and is ignored."""
 
-REFERENCE_LOGITS = "probe.safetensors"
-"""What the run's model made of a fixed text, for exports to be compared with."""
+REFERENCE_LOGITS = "reference_logits.safetensors"
+"""The token ids of a fixed text and the run's logits on them; an export is compared with these."""
 
 
 def mark_complete(
     checkpoint: Path,
     *,
     step: int,
-    facts: dict[str, Any],
+    run_signature: dict[str, Any],
     eval_losses: dict[str, float],
     eval_due: bool,
     unlogged: dict[str, Any],
 ) -> None:
-    """Declare a checkpoint whole, or say more of one that is.
+    """Write the completion marker of a checkpoint, or replace it.
 
-    `facts` about the run are what a resume compares, `eval_losses` its losses by view; `eval_due` says that
-    the run stopped before it had evaluated here; `unlogged` are the steps since the last logged one, if there
-    are any: how many `steps`, and the sum of their losses on each rank (`losses`).
+    `run_signature` is what a resumed run must match. `eval_losses` holds the evaluation loss by mode;
+    `eval_due` says that the run stopped before the evaluation of this step. `unlogged` describes the steps
+    since the last logged one: their number (`num_steps`) and the sum of their losses on each rank
+    (`loss_sums`); it is empty if there are none.
     """
     marker = {"step": step, "eval_losses": eval_losses, "eval_due": eval_due, "unlogged": unlogged}
-    write_atomic(checkpoint / MARKER, json.dumps({**marker, "facts": facts}, indent=2) + "\n")
+    text = json.dumps({**marker, "run_signature": run_signature}, indent=2)
+    write_atomic(checkpoint / MARKER, text + "\n")
 
 
 def read_marker(checkpoint: Path) -> dict[str, Any]:
-    """What `mark_complete` was told of a whole checkpoint: its step, facts and evaluation losses, whether an
-    evaluation is due, and what was not logged yet."""
+    """Return the arguments of `mark_complete` that the marker of a complete checkpoint holds, by name."""
     return json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
 
 
-def _checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run, whole and torn, oldest first."""
+def _list_checkpoints(run: Path) -> list[Path]:
+    """Return all checkpoints of a run, complete and incomplete, oldest first."""
     numbered = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in run.glob("checkpoint-*"))
     return [path for _, path in sorted((int(match[1]), path) for match, path in numbered if match)]
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    return [path for path in _checkpoints(run) if (path / MARKER).is_file()]
+    """Return the complete checkpoints of a run, oldest first."""
+    return [path for path in _list_checkpoints(run) if (path / MARKER).is_file()]
 
 
 def remove_incomplete(run: Path) -> None:
-    """Delete the checkpoints not whole: a run that saved into one would mix its shards with old ones."""
-    for checkpoint in _checkpoints(run):
+    """Delete the incomplete checkpoints of a run, so that no later save mixes its shards with old ones."""
+    for checkpoint in _list_checkpoints(run):
         if not (checkpoint / MARKER).is_file():
             shutil.rmtree(checkpoint)
 
 
 def best_checkpoint(run: Path) -> Path | None:
-    """The whole checkpoint with the lowest evaluation loss: in the block view, if the run has it."""
-    losses = {path: read_marker(path)["eval_losses"] for path in complete_checkpoints(run)}
-    evaluated = {
-        path: by_view["block"] if "block" in by_view else by_view["full"]
-        for path, by_view in losses.items()
-        if by_view
+    """Return the complete checkpoint with the lowest evaluation loss, or None if none was evaluated.
+
+    The loss is that of the block mode, if the run evaluates it.
+    """
+    losses_by_mode = {path: read_marker(path)["eval_losses"] for path in complete_checkpoints(run)}
+    losses = {
+        path: by_mode["block"] if "block" in by_mode else by_mode["full"]
+        for path, by_mode in losses_by_mode.items()
+        if by_mode
     }
-    return min(evaluated, key=lambda path: evaluated[path], default=None)
+    return min(losses, key=lambda path: losses[path], default=None)
 
 
 def find_checkpoint(path: Path, *, best: bool = False) -> Path:
-    """The checkpoint itself, or the last whole one of a run, or its best.
+    """Return `path` if it is a complete checkpoint, otherwise the last (or best) one of the run `path`.
 
     Raises:
-        UserError: neither.
+        UserError: `path` is neither a checkpoint nor a run with such a checkpoint.
     """
     if (path / MARKER).is_file():
         return path
     if not path.is_dir():
-        raise UserError(f"{path} is no folder: name a run or one of its checkpoints")
-    if not (whole := complete_checkpoints(path)):
-        raise UserError(f"{path} holds no whole checkpoint (a folder checkpoint-N with {MARKER})")
+        raise UserError(f"{path} is not a folder: name a run or one of its checkpoints")
+    if not (complete := complete_checkpoints(path)):
+        raise UserError(f"{path} holds no complete checkpoint (a folder checkpoint-N with {MARKER})")
     if not best:
-        return whole[-1]
+        return complete[-1]
     if found := best_checkpoint(path):
         return found
-    raise UserError(f"{path} was not evaluated, so none is its best checkpoint: set train.num_eval_examples")
+    raise UserError(
+        f"no checkpoint of {path} was evaluated, so there is no best one: set train.num_eval_examples"
+    )
 
 
-def remove_old_checkpoints(run: Path, keep: int, *, keep_best: bool) -> None:
-    """Delete all but the newest `keep` whole checkpoints; markers go first, so none is ever half there."""
+def remove_old_checkpoints(run: Path, num_kept: int, *, keep_best: bool) -> None:
+    """Delete all but the newest `num_kept` complete checkpoints, and the best one if `keep_best`.
+
+    A marker is deleted before its checkpoint, so that a partly deleted checkpoint counts as incomplete.
+    """
     best = best_checkpoint(run) if keep_best else None
-    for checkpoint in complete_checkpoints(run)[:-keep]:
+    for checkpoint in complete_checkpoints(run)[:-num_kept]:
         if checkpoint != best:
             (checkpoint / MARKER).unlink()
             shutil.rmtree(checkpoint)
 
 
 @torch.no_grad()
-def compute_reference_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """The logits (T, vocabulary) of a causal pass over `ids` (T,), computed in float32. All ranks call it.
+def compute_reference_logits(model: PreTrainedModel, ids_T: torch.Tensor) -> torch.Tensor:
+    """Return the float32 logits (T, V) of a causal forward pass over `ids_T`. All ranks call it.
 
-    Whatever type the weights have: a pass of a small model in bfloat16 differs from one in float32 by 3 % of
-    the logits' norm, which would hide a wrong export.
+    The computation is in float32 whatever the dtype of the weights: in bfloat16 the logits of a small model
+    differ by 3 % of their norm, which would hide a wrong export.
     """
-    training, attention = model.training, model.config._attn_implementation
+    was_training, attention = model.training, model.config._attn_implementation
     model.set_attn_implementation("block_sdpa")
-    # adapters must not round their inputs to the type that their weights have between the hooks
+    # peft would cast the inputs of an adapter to the dtype that its weights have outside of the hooks
     with (
         _float32_weights(model),
         disable_input_dtype_casting(model),
         torch.compiler.set_stance("force_eager"),
     ):
-        logits = masked_logits(model.eval(), ids, [Layout((len(ids),))])
+        logits_TV = masked_logits(model.eval(), ids_T, [Layout((len(ids_T),))])
     model.set_attn_implementation(attention)
-    model.train(training)
-    return logits.cpu()
+    model.train(was_training)
+    return logits_TV.cpu()
 
 
 @contextmanager
 def _float32_weights(model: torch.nn.Module) -> Iterator[None]:
-    """Each module's weights are float32 while it computes, one module at a time, and then as they were."""
-    kept: dict[torch.nn.Parameter, torch.Tensor] = {}
+    """Convert each module's weights to float32 while the module computes, one module at a time."""
+    original: dict[torch.nn.Parameter, torch.Tensor] = {}
 
     def widen(module: torch.nn.Module, _: Any) -> None:
         for parameter in module.parameters(recurse=False):
-            kept[parameter] = parameter.data
+            original[parameter] = parameter.data
             parameter.data = parameter.data.float()
 
     def restore(module: torch.nn.Module, *_: Any) -> None:
         for parameter in module.parameters(recurse=False):
-            parameter.data = kept.pop(parameter)
+            parameter.data = original.pop(parameter)
 
-    # inside the hooks with which ZeRO-3 gathers a module's weights before and frees them after
+    # ZeRO-3's hooks gather a module's weights before these hooks run and free them afterwards
     hooks = [module.register_forward_pre_hook(widen) for module in model.modules()]
     hooks += [module.register_forward_hook(restore, prepend=True) for module in model.modules()]
     try:
@@ -153,28 +164,13 @@ def _float32_weights(model: torch.nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def save_reference_logits(checkpoint: Path, ids: torch.Tensor, logits: torch.Tensor) -> None:
-    save_file({"input_ids": ids.contiguous(), "logits": logits.contiguous()}, checkpoint / REFERENCE_LOGITS)
+def save_reference_logits(checkpoint: Path, ids_T: torch.Tensor, logits_TV: torch.Tensor) -> None:
+    """Write the ids of the reference text and the run's logits on them into a checkpoint."""
+    tensors = {"input_ids": ids_T.contiguous(), "logits": logits_TV.contiguous()}
+    save_file(tensors, checkpoint / REFERENCE_LOGITS)
 
 
 def load_reference_logits(checkpoint: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """The probe's ids (T,) and the run's logits (T, vocabulary)."""
+    """Return the ids (T,) of the reference text and the run's logits (T, V) on them."""
     tensors = load_file(checkpoint / REFERENCE_LOGITS)
     return tensors["input_ids"], tensors["logits"]
-
-
-def consolidate(checkpoint: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The weights that were trained, gathered from the shards of all ranks; needs no GPU and one process.
-
-    Of a run with an adapter that is the adapter. Weights are converted one by one: beside the result, memory
-    holds the float32 shards once.
-    """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    shards = checkpoint / (checkpoint / "latest").read_text(encoding="utf-8").strip()
-    if any(shards.glob("*_optim_states.pt")):
-        with redirect_stdout(sys.stderr):
-            weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), lazy_mode=True)
-    else:  # ZeRO-0: no shards
-        weights = torch.load(shards / "mp_rank_00_model_states.pt", weights_only=False)["module"]
-    return {name: weight.contiguous().to(dtype) for name, weight in weights.items()}

@@ -24,8 +24,8 @@ from blockft.attention.backends import BACKENDS
 from blockft.attention.positions import RotaryEmbedding
 from blockft.errors import UserError
 from blockft.model.lora import merge_adapter
-from blockft.outputs import RECIPE
 from blockft.progress import is_enabled
+from blockft.run_folder import RECIPE
 
 SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3")
 """Values of `config.model_type` for which law 4 is tested."""

@@ -1,4 +1,4 @@
-"""Low-rank adapters, by peft: added to a model for training, and put on it again for an export."""
+"""Low-rank adapters of peft: adding one for training, loading one from a checkpoint, merging one."""
 
 import warnings
 from collections.abc import Mapping
@@ -12,44 +12,44 @@ from transformers import PreTrainedModel, set_seed
 
 from blockft.errors import UserError
 
-# peft asks transformers for it under the name of before
+# peft uses a name that transformers deprecates
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
 
 def add_adapter(
     model: PreTrainedModel, arguments: Mapping[str, Any], *, seed: int, revision: str | None = None
 ) -> PeftModel:
-    """The model with an adapter, the same on every rank; only the adapter is trained.
+    """Return the model with a new adapter, which is the same on every rank; only the adapter is trained.
 
-    `arguments` are those of `peft.LoraConfig`; every linear layer is adapted unless they say otherwise.
+    `arguments` are those of `peft.LoraConfig`; by default every linear layer is adapted. `revision` is that
+    of the base model.
 
     Raises:
-        UserError: peft does not accept them.
+        UserError: peft does not accept the arguments.
     """
     set_seed(seed)
     try:
-        given = {"task_type": "CAUSAL_LM", "target_modules": "all-linear", "revision": revision, **arguments}
-        config = LoraConfig(**given)
-        return get_peft_model(model, config)
+        defaults = {"task_type": "CAUSAL_LM", "target_modules": "all-linear", "revision": revision}
+        return get_peft_model(model, LoraConfig(**{**defaults, **arguments}))
     except (TypeError, ValueError) as error:
         raise UserError(f"train.lora cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def load_adapter(base: PreTrainedModel, checkpoint: Path, weights: Mapping[str, torch.Tensor]) -> PeftModel:
-    """The base model under a checkpoint's adapter, whose `weights` are named as in the run."""
+    """Return the base model with the adapter of a checkpoint; `weights` have the names of the run's model."""
     config = LoraConfig.from_pretrained(str(checkpoint))
     config.inference_mode = False
     model = get_peft_model(base, config)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if missing := sorted(trained - weights.keys()):
         raise RuntimeError(f"the checkpoint holds no weights for {', '.join(missing[:3])}")
-    # DeepSpeed's stage 0 keeps frozen tied weights, too
+    # under ZeRO-0 DeepSpeed also saves frozen weights that are tied
     model.load_state_dict({name: weights[name] for name in trained}, strict=False, assign=True)
     return model
 
 
 def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The base model with the adapter that a folder holds merged in.
+    """Return the base model with the adapter of a folder merged into its weights.
 
     Raises:
         UserError: the adapter cannot be read.

@@ -1,4 +1,4 @@
-"""`blockft export`: an ordinary Hugging Face checkpoint, checked against the run before it appears."""
+"""`blockft export`: an ordinary Hugging Face model folder, checked against the run before it appears."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from blockft.config.choices import DType
 from blockft.config.recipe import load_recipe
 from blockft.config.settings import Recipe
 from blockft.errors import UserError
-from blockft.model.checkpoint import consolidate, find_checkpoint, load_reference_logits, read_marker
+from blockft.model.checkpoint import find_checkpoint, load_reference_logits, read_marker
 from blockft.model.load import (
     BLOCK_ATTENTION,
     DTYPES,
@@ -23,79 +23,108 @@ from blockft.model.load import (
 )
 from blockft.model.lora import load_adapter
 from blockft.model.model_card import build_model_card
-from blockft.outputs import DATA, RECIPE, atomic_folder, check_absent, read_metrics
+from blockft.outputs import atomic_folder, check_absent
+from blockft.run_folder import DATA, RECIPE, read_metrics
+from blockft.training.library_internals import consolidate_weights
+from blockft.training.plan import WEIGHT_DTYPE
 from blockft.units import parse_bytes
 from blockft.version import __version__
 
-EXACT, ROUNDED = 1e-5, 2e-2
-"""The largest difference (its norm over the norm) allowed between an export's logits and the run's, with the
-run's own weights, and with weights rounded to 16 bits that were not so in the run."""
+EXACT_TOLERANCE = 1e-5
+"""Largest difference of the logits, relative to their norm, if no weight is rounded."""
+
+ROUNDED_TOLERANCE = 2e-2
+"""Largest difference, relative to the norm, if weights are rounded to 16 bits that the run had in 32 bits."""
 
 
 def export(
-    path: Path,
-    out: Path,
+    run: Path,
+    output_dir: Path,
     dtype: str = "auto",
     *,
     best: bool = False,
     adapter_only: bool = False,
     max_shard_size: str = "5GB",
 ) -> Path:
-    """Write a checkpoint, or a run's last (or best) whole one, as a plain model folder; adapters are merged.
+    """Write a checkpoint as a plain Hugging Face model folder and return the folder's path.
+
+    An adapter is merged into its base model. Before the folder appears it is opened with plain transformers,
+    and its logits are compared with those of the run.
+
+    Args:
+        run: a run's folder, whose last complete checkpoint is exported, or one of its checkpoints.
+        output_dir: the folder to write; it must not exist.
+        dtype: dtype of the saved weights: auto (that of the run), float32 or bfloat16.
+        best: export the checkpoint with the lowest evaluation loss instead of the last one.
+        adapter_only: write only the adapter of a LoRA run.
+        max_shard_size: largest size of a file of weights, for example "5GB".
 
     Raises:
-        UserError: no whole checkpoint; `out` exists; an unknown type or size; no adapter where only that is
-            wanted; a full disk. Nothing is left behind.
+        UserError: there is no complete checkpoint; `output_dir` exists; the dtype or size is unknown; the run
+            has no adapter; the disk is full. Nothing is left behind.
+        RuntimeError: the logits differ from those of the run.
     """
-    check_absent(out, "choose another folder")
+    check_absent(output_dir, "choose another folder")
     shard_bytes = parse_bytes(max_shard_size)
-    checkpoint = find_checkpoint(path, best=best)
-    facts = read_marker(checkpoint)["facts"]
-    has_adapter = facts["train.lora"] is not None
+    checkpoint = find_checkpoint(run, best=best)
+    run_signature = read_marker(checkpoint)["run_signature"]
+    has_adapter = run_signature["train.lora"] is not None
     if adapter_only and not has_adapter:
-        raise UserError(f"{path} trained all weights, so there is no adapter: leave out --adapter-only")
-    trained_in = DTYPES[facts["type of weights"]]
-    kind = _dtype(dtype, trained_in)
+        raise UserError(f"{run} trained all weights, so there is no adapter: leave out --adapter-only")
+    run_dtype = DTYPES[run_signature[WEIGHT_DTYPE]]
+    export_dtype = _parse_dtype(dtype, run_dtype)
     recipe = load_recipe(str(checkpoint.parent / RECIPE))
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     console.print(f"gathering the weights of {checkpoint}")
-    with atomic_folder(out) as draft:
+    with atomic_folder(output_dir) as folder:
         if adapter_only:
-            adapted = load_adapter(
-                _empty(checkpoint, recipe, kind), checkpoint, consolidate(checkpoint, kind)
-            )
-            adapted.save_pretrained(str(draft))
-            entry = json.dumps(_block_attention(recipe), indent=2)
-            (draft / BLOCK_ATTENTION).write_text(entry + "\n", encoding="utf-8")
+            _save_adapter(folder, checkpoint, recipe, export_dtype)
         else:
-            model = _merged(checkpoint, recipe, kind) if has_adapter else _whole(checkpoint, recipe, kind)
-            model.config.block_attention = _block_attention(recipe)
-            if (checkpoint / "generation_config.json").is_file():
-                model.generation_config = GenerationConfig.from_pretrained(checkpoint)
-            model.save_pretrained(draft, max_shard_size=shard_bytes)
-            del model
-        AutoTokenizer.from_pretrained(checkpoint).save_pretrained(draft)
-        (draft / "README.md").write_text(_card(checkpoint, recipe), encoding="utf-8")
-        exact = kind is trained_in and (kind is torch.float32 or not has_adapter)
-        difference, limit = _compare(draft, checkpoint), EXACT if exact else ROUNDED
-        if not difference <= limit:
+            _save_model(folder, checkpoint, recipe, export_dtype, has_adapter, shard_bytes)
+        AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
+        (folder / "README.md").write_text(_build_card(checkpoint, recipe), encoding="utf-8")
+        is_exact = export_dtype is run_dtype and (export_dtype is torch.float32 or not has_adapter)
+        tolerance = EXACT_TOLERANCE if is_exact else ROUNDED_TOLERANCE
+        difference = _compare_logits(folder, checkpoint)
+        if not difference <= tolerance:
             raise RuntimeError(
                 f"the export's logits differ from the run's by {difference:.1e}, which is more than "
-                f"{limit:.0e}: nothing was written to {out}"
+                f"{tolerance:.0e}: nothing was written to {output_dir}"
             )
-    console.print(f"wrote {out}; its logits differ from the run's by {difference:.1e}")
-    return out
+    console.print(f"wrote {output_dir}; its logits differ from the run's by {difference:.1e}")
+    return output_dir
 
 
-def _dtype(name: str, trained_in: torch.dtype) -> torch.dtype:
-    """The type asked for; `auto` is the one that the run computed in."""
+def _parse_dtype(name: str, run_dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a name; `auto` is the dtype of the run."""
     if name not in DType.__members__:
         raise UserError(f"--dtype is {name!r}, allowed are {', '.join(DType.__members__)}")
-    return parse_dtype(name, trained_in)
+    return parse_dtype(name, run_dtype)
 
 
-def _block_attention(recipe: Recipe) -> dict[str, Any]:
-    """How prompts were cut into blocks."""
+def _save_adapter(folder: Path, checkpoint: Path, recipe: Recipe, dtype: torch.dtype) -> None:
+    """Write the adapter of a run, its `block_attention` entry beside it."""
+    base = _build_empty_model(checkpoint, recipe, dtype)
+    adapter = load_adapter(base, checkpoint, consolidate_weights(checkpoint, dtype))
+    adapter.save_pretrained(str(folder))
+    entry = json.dumps(_block_attention_entry(recipe), indent=2)
+    (folder / BLOCK_ATTENTION).write_text(entry + "\n", encoding="utf-8")
+
+
+def _save_model(
+    folder: Path, checkpoint: Path, recipe: Recipe, dtype: torch.dtype, has_adapter: bool, shard_bytes: int
+) -> None:
+    """Write the model of a run, its adapter merged."""
+    load_weights = _merge_adapter if has_adapter else _load_all_weights
+    model = load_weights(checkpoint, recipe, dtype)
+    model.config.block_attention = _block_attention_entry(recipe)
+    if (checkpoint / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint)
+    model.save_pretrained(folder, max_shard_size=shard_bytes)
+
+
+def _block_attention_entry(recipe: Recipe) -> dict[str, Any]:
+    """Return the entry `block_attention` of config.json, which says how prompts are split into blocks."""
     return {
         "version": 1,
         "position_scheme": recipe.data.positions.value,
@@ -109,33 +138,33 @@ def _block_attention(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _whole(checkpoint: Path, recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a run that trained all its weights."""
-    model = _empty(checkpoint, recipe, dtype)
-    tied = set(model.all_tied_weights_keys)
-    model.load_state_dict(consolidate(checkpoint, dtype), assign=True, strict=not tied)
+def _load_all_weights(checkpoint: Path, recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model of a run that trained all its weights."""
+    model = _build_empty_model(checkpoint, recipe, dtype)
+    is_tied = bool(set(model.all_tied_weights_keys))
+    model.load_state_dict(consolidate_weights(checkpoint, dtype), assign=True, strict=not is_tied)
     model.tie_weights()
     if missing := [name for name, p in model.named_parameters() if p.is_meta]:
         raise RuntimeError(f"the checkpoint holds no weights for {', '.join(missing[:3])}")
     return model
 
 
-def _merged(checkpoint: Path, recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
-    """The base model of a run with the run's adapter merged into its weights, in float32 before rounding."""
+def _merge_adapter(checkpoint: Path, recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the base model of a run with the adapter merged in float32, then converted to `dtype`."""
     base = load_full_attention_model(recipe.model.path, recipe.model.revision, torch.float32)
-    adapted = load_adapter(base, checkpoint, consolidate(checkpoint, torch.float32))
+    adapted = load_adapter(base, checkpoint, consolidate_weights(checkpoint, torch.float32))
     return adapted.merge_and_unload().to(dtype)
 
 
-def _empty(checkpoint: Path, recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
-    """The run's model without weights, under the name of its base."""
+def _build_empty_model(checkpoint: Path, recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the run's model on the meta device, under the name of its base model."""
     config = AutoConfig.from_pretrained(checkpoint)
     config.name_or_path = recipe.model.path
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def _card(checkpoint: Path, recipe: Recipe) -> str:
+def _build_card(checkpoint: Path, recipe: Recipe) -> str:
     return build_model_card(
         base=recipe.model.path,
         version=__version__,
@@ -147,18 +176,19 @@ def _card(checkpoint: Path, recipe: Recipe) -> str:
 
 
 @torch.no_grad()
-def _compare(draft: Path, checkpoint: Path) -> float:
-    """The relative difference of the logits of the folder, opened by plain transformers, from the run's.
+def _compare_logits(folder: Path, checkpoint: Path) -> float:
+    """Return the relative difference between the folder's logits on the reference text and the run's.
 
-    Both are computed in float32 from weights of whatever type.
+    The folder is opened with plain transformers. Both logits are computed in float32, whatever the dtype of
+    the weights.
     """
     ids, expected = load_reference_logits(checkpoint)
-    if base := adapter_base_model(str(draft)):
-        # transformers' own reader of adapters does not know all kinds (DoRA)
+    if base := adapter_base_model(str(folder)):
+        # transformers itself cannot open every kind of adapter (for example DoRA)
         model: torch.nn.Module = PeftModel.from_pretrained(
-            load_full_attention_model(*base, torch.float32), draft
+            load_full_attention_model(*base, torch.float32), folder
         )
     else:
-        model = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     logits = model(input_ids=ids[None], use_cache=False).logits[0]
     return float((logits - expected).norm() / expected.norm())

@@ -1,151 +1,412 @@
-"""`blockft train`: one run, from prepared examples to whole checkpoints."""
+"""`blockft train`: one run, from prepared examples to complete checkpoints."""
 
 import json
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import Subset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blockft.config.choices import Objective, WeightInit
-from blockft.config.recipe import dump_recipe
+from blockft.config.choices import Mode, Objective, Positions, WeightInit
+from blockft.config.recipe import RECIPES_FOLDER, dump_recipe
 from blockft.config.settings import Recipe
+from blockft.data.prepared import PreparedData, load_prepared
+from blockft.data.tokenizer import tokenizer_fingerprint
 from blockft.errors import UserError
-from blockft.model.checkpoint import read_marker, remove_incomplete
+from blockft.model.checkpoint import complete_checkpoints, find_checkpoint, read_marker, remove_incomplete
 from blockft.model.fingerprint import model_fingerprint
-from blockft.model.load import compile_layers, load_config, load_model, load_tokenizer
+from blockft.model.load import compile_layers, load_config, load_model, load_tokenizer, parse_dtype
 from blockft.model.lora import add_adapter
-from blockft.outputs import (
-    DATA,
-    LOSS_PLOT,
-    METRICS,
-    RECIPE,
-    read_metrics,
-    save_figure,
-    truncate_metrics,
-    write_atomic,
-)
-from blockft.progress import is_enabled
-from blockft.stages.plan import NUM_PROCESSES, TEACHER, RunPlan, check_run, check_run_signature
-from blockft.training.launch import (
+from blockft.outputs import check_absent, write_atomic
+from blockft.run_folder import DATA, METRICS, RECIPE, truncate_metrics
+from blockft.training.distributed import (
     check_ranks,
     init_distributed,
     set_worker_environment,
     shutdown_distributed,
     use_cpu,
 )
+from blockft.training.library_internals import LOAD_UNIVERSAL
+from blockft.training.library_warnings import silence_known_warnings
+from blockft.training.loss_plot import save_loss_plot
+from blockft.training.lr_schedule import check_schedule
 from blockft.training.objectives import Distillation
+from blockft.training.plan import (
+    NUM_PROCESSES,
+    TEACHER_FINGERPRINT,
+    WEIGHT_DTYPE,
+    ZERO_STAGE,
+    RunPlan,
+    check_run_signature,
+    check_trackers,
+    choose_backend,
+    default_dtype,
+    describe_architecture,
+    hold_out_examples,
+    load_deepspeed_config,
+    zero_stage,
+)
+from blockft.training.row_dataset import RowDataset
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from blockft.training.run_callback import RunCallback
+    from blockft.training.trainer import BlockTrainer
 
 REFERENCE_LEN = 256
-"""Tokens of the text on which exports are compared with the run: the start of its first row."""
+"""Number of tokens of the reference text, on which exports are compared: the start of the run's first row."""
 
 
-def train(recipe: Recipe, *, resume: bool) -> Path:
-    """Train as a worker among WORLD_SIZE (or alone) and return the run's folder; nothing if it is finished.
+class RunStopped(KeyboardInterrupt):
+    """Raised when a run was asked to stop (Ctrl-C, SIGTERM) and has saved a checkpoint.
+
+    `checkpoint` is the path of that checkpoint; the run resumes from it with `resume=True`.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(f"stopped; the checkpoint is {checkpoint}")
+        self.checkpoint = checkpoint
+
+
+def train(recipe: Recipe, *, resume: bool = False, name: str | None = None) -> Path:
+    """Train the model of a recipe on its prepared data and return the run's folder (`train.output_dir`).
+
+    The folder holds checkpoints, `recipe.yaml`, `data.json`, `metrics.jsonl` and `loss.png`; `export` turns a
+    checkpoint into a model folder. The call trains in this process: as one of WORLD_SIZE ranks if a launcher
+    started it, otherwise alone. A run that is already finished is not changed.
+
+    Args:
+        recipe: settings of the run; `load_recipe` reads them from a YAML file.
+        resume: continue the run in `train.output_dir` from its last complete checkpoint.
+        name: name of the recipe, for the title of the loss plot and for trackers; by default the name of
+            `train.output_dir`.
 
     Raises:
-        UserError: see `check_run`; an unknown tracker; a loss that is not finite.
-        KeyboardInterrupt: the run was asked to stop, and has saved a checkpoint.
+        UserError: recipe, prepared data, model and number of processes do not fit together; the folder exists
+            and `resume` is not set, or cannot be resumed; a loss is not finite.
+        RunStopped: the run was asked to stop and has saved a checkpoint.
     """
     set_worker_environment()
+    silence_known_warnings()
     rank, num_processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    # every rank checks: none writes before all have met
+    # every rank checks, and no rank writes before all ranks are connected
     plan, checkpoint = check_run(recipe, resume=resume, num_processes=num_processes)
     run = Path(recipe.train.output_dir)
     marker = read_marker(checkpoint) if checkpoint else None
     if marker and marker["step"] >= plan.num_steps and not marker["eval_due"]:
         if rank == 0:
-            done = f"{run} is at step {marker['step']} of {plan.num_steps}: nothing is left to do"
-            Console(stderr=True).print(done, soft_wrap=True, highlight=False)
+            message = f"{run} is at step {marker['step']} of {plan.num_steps}: nothing is left to do"
+            Console(stderr=True).print(message, soft_wrap=True, highlight=False, markup=False)
         return run
+    title = run.name if name is None or name == run.name else f"{name}/{run.name}"
+    with _restored_signal_handlers():
+        init_distributed()
+        # DeepSpeed, which this module imports, needs the worker's environment
+        from blockft.training.universal_checkpoint import UNIVERSAL, convert_to_universal, remove_universal
 
-    from transformers import TrainingArguments
+        is_resharded = (
+            marker is not None
+            and marker["run_signature"][NUM_PROCESSES] != num_processes
+            and plan.zero_stage > 0  # ZeRO-0 has no shards
+        )
+        if is_resharded:
+            plan = replace(plan, deepspeed=plan.deepspeed | LOAD_UNIVERSAL)
+        trainer, run_callback = _build_trainer(
+            recipe, plan, checkpoint, is_resharded=is_resharded, name=name or run.name, title=title
+        )
+        source = run / UNIVERSAL if is_resharded else checkpoint
+        if rank == 0:
+            _start_run_folder(run, recipe, plan, checkpoint)
+            if checkpoint and is_resharded:
+                convert_to_universal(checkpoint)
+        torch.distributed.barrier()
+        trainer.train(resume_from_checkpoint=str(source) if source else None)
+        if rank == 0:
+            remove_universal(run)
+            loss_plot = save_loss_plot(run, title)
+            if "wandb" in recipe.train.report_to:
+                from blockft.training.wandb_tracking import finish_wandb_run
 
-    from blockft.training.lr_schedule import RecipeScheduleCallback
-    from blockft.training.run_callback import RunCallback
-    from blockft.training.trainer import BlockTrainer
-    from blockft.training.universal_checkpoint import (
-        LOAD_UNIVERSAL,
-        UNIVERSAL,
-        SeparateAdamStepsCallback,
-        convert_to_universal,
-        remove,
+                finish_wandb_run(loss_plot, trainer.state.global_step)
+        shutdown_distributed()
+    if run_callback.stop_requested:
+        raise RunStopped(run / f"checkpoint-{trainer.state.global_step}")
+    return run
+
+
+@contextmanager
+def _restored_signal_handlers() -> Iterator[None]:
+    """Restore the handlers of SIGINT and SIGTERM, which a run replaces."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+# --- the plan of a run
+
+
+def check_run(recipe: Recipe, *, resume: bool, num_processes: int) -> tuple[RunPlan, Path | None]:
+    """Return the plan of a run and the checkpoint that it resumes from, or None if it starts at step 0.
+
+    Raises:
+        UserError: see `build_plan`; the run exists and `resume` is not set, or it cannot be resumed.
+    """
+    run = Path(recipe.train.output_dir)
+    # a run that was killed before its first checkpoint starts again
+    starts_again = (run / RECIPE).is_file() and not complete_checkpoints(run)
+    if not resume:
+        action = (
+            "start it again (it has no complete checkpoint)" if starts_again else "resume its last checkpoint"
+        )
+        check_absent(run, f"{action} with --resume, or choose another train.output_dir")
+    plan = build_plan(recipe, num_processes)
+    if not resume or starts_again:
+        return plan, None
+    checkpoint = find_checkpoint(run)
+    check_run_signature(checkpoint, plan.run_signature, ignore=(NUM_PROCESSES, TEACHER_FINGERPRINT))
+    return plan, checkpoint
+
+
+def build_plan(recipe: Recipe, num_processes: int) -> RunPlan:
+    """Return the plan of a run with `num_processes` processes, without loading weights.
+
+    Raises:
+        UserError: recipe, prepared data, model and number of processes do not fit together, or a setting
+            cannot be used.
+    """
+    data, settings = recipe.data, recipe.train
+    if settings.batch_rows % num_processes:
+        raise UserError(
+            f"train.batch_rows is {settings.batch_rows}, which {num_processes} processes cannot share: "
+            f"make it a multiple of {num_processes}"
+        )
+    _check_objective(recipe)
+    check_trackers(settings.report_to)
+    config = load_config(recipe.model.path, recipe.model.revision)
+    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
+    prepared = load_prepared(Path(data.output_dir))
+    _check_prepared(recipe, prepared, tokenizer)
+    rows, eval_rows = _build_rows(recipe, prepared, tokenizer, num_processes)
+    num_steps = len(rows) // settings.batch_rows
+    num_steps = min(num_steps, settings.max_steps or num_steps)
+    check_schedule(
+        settings.lr_scheduler_type,
+        settings.lr_scheduler_kwargs,
+        warmup_steps=settings.warmup_steps,
+        num_steps=num_steps,
+    )
+    dtype = parse_dtype(recipe.model.dtype, default_dtype())
+    backend = choose_backend(recipe.model.attention.value)
+    deepspeed = load_deepspeed_config(settings.deepspeed, RECIPES_FOLDER / "deepspeed")
+    return RunPlan(
+        rows=rows,
+        eval_rows=eval_rows,
+        num_steps=num_steps,
+        manifest=prepared.manifest,
+        backend=backend,
+        dtype=dtype,
+        deepspeed=deepspeed,
+        run_signature={
+            "model": {
+                "path": recipe.model.path,
+                "revision": recipe.model.revision,
+                **describe_architecture(config),
+            },
+            "data": prepared.manifest["content_hash"],
+            **_list_signature_settings(recipe),
+            ZERO_STAGE: zero_stage(deepspeed),
+            WEIGHT_DTYPE: str(dtype).removeprefix("torch."),
+            NUM_PROCESSES: num_processes,
+        },
     )
 
-    init_distributed()
-    # ZeRO-0 has no shards
-    same = not marker or marker["facts"][NUM_PROCESSES] == num_processes
-    recut = not same and plan.facts["ZeRO stage"] > 0
-    if recut:
-        plan = replace(plan, deepspeed=plan.deepspeed | LOAD_UNIVERSAL)
-    # before ZeRO-3 is told of: it would take the teacher's weights apart, too
-    distillation, fingerprint = _distillation(recipe, plan)
-    facts = plan.facts | fingerprint
-    try:
-        arguments = TrainingArguments(
-            **_arguments(recipe, plan, num_processes),
-            eval_on_start=bool(plan.eval_rows) and (not marker or marker["eval_due"]),
+
+def _check_objective(recipe: Recipe) -> None:
+    settings, modes = recipe.train, recipe.data.modes
+    if settings.objective is Objective.sft:
+        if settings.teacher is not None or settings.teacher_weight != 1:
+            raise UserError(
+                "train.teacher and train.teacher_weight have no effect with train.objective=sft: set distill"
+            )
+    elif not 0 < settings.teacher_weight <= 1:
+        raise UserError(f"train.teacher_weight is {settings.teacher_weight}: it is above 0 and at most 1")
+    elif settings.teacher is None and set(modes) != set(Mode):
+        raise UserError(
+            f"train.objective=distill teaches the block mode by the full mode, but data.modes is "
+            f"[{', '.join(modes)}]: train on both modes, or name a train.teacher"
         )
-    except (ValueError, ImportError) as error:
-        raise UserError(f"the settings of train cannot be used: {str(error).splitlines()[0]}") from error
-    check_ranks(run, {"recipe": dump_recipe(recipe), "checkpoint": str(checkpoint), **facts})
+
+
+def _check_prepared(recipe: Recipe, prepared: PreparedData, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the prepared data fits the tokenizers, the row length and the held-out examples."""
+    data, settings = recipe.data, recipe.train
+    if prepared.manifest["tokenizer"] != tokenizer_fingerprint(tokenizer):
+        raise UserError(
+            f"{data.output_dir} was prepared with the tokenizer of {prepared.manifest['model']['path']}, "
+            f"not with that of {recipe.model.path}: run blockft prepare for this model, "
+            "with another data.output_dir"
+        )
+    if settings.teacher is not None:
+        load_config(settings.teacher)
+        if prepared.manifest["tokenizer"] != tokenizer_fingerprint(load_tokenizer(settings.teacher)):
+            raise UserError(
+                f"train.teacher {settings.teacher} has another tokenizer than {recipe.model.path}"
+            )
+    if (longest := max(map(len, prepared.examples))) > data.row_len:
+        raise UserError(
+            f"data.row_len is {data.row_len}, but {data.output_dir} holds an example of {longest} tokens: "
+            "raise data.row_len, or prepare again"
+        )
+    if (copies := prepared.manifest["options"].get("num_copies", 1)) > 1 and settings.num_eval_examples:
+        raise UserError(
+            f"{data.output_dir} asks every question {copies} times (data.num_copies), so the model would "
+            "learn the examples that train.num_eval_examples holds out from another copy: "
+            "set train.num_eval_examples=0, or prepare one copy"
+        )
+
+
+def _build_rows(
+    recipe: Recipe, prepared: PreparedData, tokenizer: PreTrainedTokenizerBase, num_processes: int
+) -> tuple[RowDataset, dict[str, RowDataset]]:
+    """Return the rows to train on, and the held-out rows by mode."""
+    data, settings = recipe.data, recipe.train
+    training, held_out = hold_out_examples(prepared.examples, settings.num_eval_examples, settings.seed)
+    build_rows = partial(
+        RowDataset,
+        row_len=data.row_len,
+        seed=settings.seed,
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        reencoded=data.positions is Positions.reencoded,
+    )
+    modes = [mode.value for mode in data.modes]
+    is_distillation = settings.objective is Objective.distill
+    rows = build_rows(
+        training,
+        modes,
+        batch_rows=settings.batch_rows,
+        epochs=settings.num_train_epochs,
+        with_full=is_distillation,
+    )
+    if is_distillation and settings.teacher is None and all(mode == Mode.full for _, mode in rows.items):
+        raise UserError(
+            f"no example of {data.output_dir} splits into blocks: the full mode has nothing to teach"
+        )
+    eval_modes = modes if held_out else []
+    return rows, {
+        mode: build_rows(held_out, [mode], batch_rows=num_processes, epochs=1) for mode in eval_modes
+    }
+
+
+def _list_signature_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings that a resumed run must not change."""
+    data, settings = recipe.data, recipe.train
+    signature: dict[str, Any] = {
+        "data.row_len": data.row_len,
+        "data.modes": [mode.value for mode in data.modes],
+        "data.positions": data.positions.value,
+        "train.batch_rows": settings.batch_rows,
+        "train.seed": settings.seed,
+        "train.objective": settings.objective.value,
+        "train.num_eval_examples": settings.num_eval_examples,
+        "train.lora": settings.lora,
+        "train.weight_decay": settings.weight_decay,
+        "train.adam_beta1": settings.adam_beta1,
+        "train.adam_beta2": settings.adam_beta2,
+    }
+    if settings.objective is Objective.distill:
+        signature |= {"train.teacher": settings.teacher, "train.teacher_weight": settings.teacher_weight}
+    return signature
+
+
+# --- the trainer of a run
+
+
+def _build_trainer(
+    recipe: Recipe,
+    plan: RunPlan,
+    checkpoint: Path | None,
+    *,
+    is_resharded: bool,
+    name: str,
+    title: str,
+) -> tuple["BlockTrainer", "RunCallback"]:
+    """Load the models and build the trainer with its callbacks; all ranks call it.
+
+    `is_resharded` says that the checkpoint was written by another number of processes.
+    """
+    from blockft.training.lr_schedule import RecipeScheduleCallback
+    from blockft.training.progress_line import ProgressLineCallback
+    from blockft.training.run_callback import RunCallback
+    from blockft.training.throughput import Throughput
+    from blockft.training.trainer import BlockTrainer
+    from blockft.training.universal_checkpoint import SeparateAdamStepsCallback
+    from blockft.training.wandb_tracking import WandbConfigCallback, set_default_project
+
+    run = Path(recipe.train.output_dir)
+    marker = read_marker(checkpoint) if checkpoint else None
+    # TrainingArguments enable ZeRO-3, which would shard the weights of a teacher loaded after them
+    distillation, teacher_signature = _load_distillation(recipe, plan)
+    run_signature = plan.run_signature | teacher_signature
+    arguments = _build_arguments(recipe, plan, marker, title)
+    check_ranks(run, {"recipe": dump_recipe(recipe), "checkpoint": str(checkpoint), **run_signature})
     if checkpoint:
-        check_run_signature(checkpoint, facts)
-    model = _model(recipe, plan)
-    # or the Trainer turns it off in the config, and so in every export
+        check_run_signature(checkpoint, run_signature)
+    model = _load_model(recipe, plan)
+    # otherwise the Trainer turns the cache off in the config, and so in every export
     arguments.use_cache = model.config.use_cache
-    record = RunCallback(
+    run_callback = RunCallback(
         run,
         tokenizer=load_tokenizer(recipe.model.path, recipe.model.revision),
-        facts=facts,
-        probe_ids=plan.rows[0]["input_ids"][0, :REFERENCE_LEN].clone(),
+        run_signature=run_signature,
+        reference_ids_T=plan.rows[0]["input_ids"][0, :REFERENCE_LEN].clone(),
         save_total_limit=recipe.train.save_total_limit,
         keep_best=recipe.train.keep_best,
-        evaluates=bool(plan.eval_rows),
+        has_eval_rows=bool(plan.eval_rows),
         eval_steps=recipe.train.eval_steps,
-        tokens_per_step=recipe.train.batch_rows * recipe.data.row_len,
         unlogged=marker["unlogged"] if marker else {},
         eval_due=bool(marker and marker["eval_due"]),
     )
+    callbacks = [run_callback, ProgressLineCallback(), RecipeScheduleCallback()]
+    if is_resharded:
+        callbacks.append(SeparateAdamStepsCallback())
+    if "wandb" in recipe.train.report_to:
+        set_default_project(name)
+        callbacks.append(WandbConfigCallback({"recipe": dump_recipe(recipe), "data": plan.manifest}))
     try:
         trainer = BlockTrainer(
             model=model,
             args=arguments,
-            # no row too many: where only an evaluation was due at the last step, none shall be trained on
+            # exactly the rows of all steps: a run that only has to evaluate must not train another step
             train_dataset=Subset(plan.rows, range(plan.num_steps * recipe.train.batch_rows)),
             eval_rows=plan.eval_rows,
+            throughput=Throughput(plan.rows.list_batch_tokens()),
             distillation=distillation,
-            callbacks=[record, RecipeScheduleCallback(), *([SeparateAdamStepsCallback()] if recut else [])],
+            callbacks=callbacks,
         )
     except (ValueError, RuntimeError) as error:
         if not any(tracker in str(error) for tracker in recipe.train.report_to):
             raise
         raise UserError(f"train.report_to cannot be used: {str(error).splitlines()[0]}") from error
-    record.trainer = trainer
-    source = run / UNIVERSAL if recut else checkpoint
-    if rank == 0:
-        _start_run_folder(run, recipe, plan, checkpoint)
-        if checkpoint and recut:
-            convert_to_universal(checkpoint)
-    torch.distributed.barrier()
-    trainer.train(resume_from_checkpoint=str(source) if source else None)
-    if rank == 0:
-        remove(run)
-        plot_loss(run)
-    shutdown_distributed()
-    if record.asked_to_stop:
-        raise KeyboardInterrupt
-    return run
+    run_callback.trainer = trainer
+    return trainer, run_callback
 
 
-def _model(recipe: Recipe, plan: RunPlan) -> PreTrainedModel | PeftModel:
-    """The model to train, compiled and with an adapter if the recipe asks for them."""
+def _load_model(recipe: Recipe, plan: RunPlan) -> PreTrainedModel | PeftModel:
+    """Return the model to train, compiled and with an adapter if the recipe asks for them."""
     model = load_model(
         recipe.model.path,
         revision=recipe.model.revision,
@@ -160,22 +421,71 @@ def _model(recipe: Recipe, plan: RunPlan) -> PreTrainedModel | PeftModel:
     return add_adapter(model, recipe.train.lora, seed=recipe.train.seed, revision=recipe.model.revision)
 
 
-def _distillation(recipe: Recipe, plan: RunPlan) -> tuple[Distillation | None, dict[str, str]]:
-    """Who teaches the model, if the objective is that somebody does, and the fact of which model that is."""
+def _load_distillation(recipe: Recipe, plan: RunPlan) -> tuple[Distillation | None, dict[str, str]]:
+    """Return the teacher of a run, if it has one, and the teacher's entry of the run signature."""
     settings = recipe.train
     if settings.objective is Objective.sft:
         return None, {}
     if settings.teacher is None:
         return Distillation(None, settings.teacher_weight), {}
     teacher = load_model(settings.teacher, backend=plan.backend, dtype=plan.dtype).requires_grad_(False)
-    fact = {TEACHER: model_fingerprint(teacher)}
+    signature = {TEACHER_FINGERPRINT: model_fingerprint(teacher)}
     if settings.torch_compile:
         compile_layers(teacher)
-    return Distillation(teacher, settings.teacher_weight), fact
+    return Distillation(teacher, settings.teacher_weight), signature
+
+
+def _build_arguments(
+    recipe: Recipe, plan: RunPlan, marker: dict[str, Any] | None, run_name: str
+) -> "TrainingArguments":
+    """Return the arguments of transformers.Trainer.
+
+    Raises:
+        UserError: transformers refuses a setting.
+    """
+    from transformers import TrainingArguments
+
+    settings = recipe.train
+    try:
+        return TrainingArguments(
+            output_dir=settings.output_dir,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=settings.batch_rows // plan.run_signature[NUM_PROCESSES],
+            max_steps=plan.num_steps,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type=settings.lr_scheduler_type,
+            lr_scheduler_kwargs=settings.lr_scheduler_kwargs,
+            warmup_steps=settings.warmup_steps,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.adam_beta1,
+            adam_beta2=settings.adam_beta2,
+            max_grad_norm=settings.max_grad_norm,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            logging_steps=settings.logging_steps,
+            logging_nan_inf_filter=False,
+            save_steps=settings.save_steps,
+            seed=settings.seed,
+            bf16=plan.dtype is torch.bfloat16,
+            deepspeed=plan.deepspeed,
+            use_cpu=use_cpu(),
+            report_to=settings.report_to,
+            run_name=run_name,
+            disable_tqdm=True,
+            train_sampling_strategy="sequential",
+            eval_on_start=bool(plan.eval_rows) and (not marker or marker["eval_due"]),
+            # True would silently drop the block ids, and training would use plain causal attention
+            remove_unused_columns=False,
+            average_tokens_across_devices=True,
+            accelerator_config={"even_batches": False},
+            dataloader_pin_memory=not use_cpu(),
+        )
+    except (ValueError, ImportError) as error:
+        raise UserError(f"the settings of train cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _start_run_folder(run: Path, recipe: Recipe, plan: RunPlan, checkpoint: Path | None) -> None:
-    """Write what the run's folder says of itself, and forget what came after the checkpoint."""
+    """Write the recipe and the manifest of a run, and remove what was written after the checkpoint."""
     run.mkdir(parents=True, exist_ok=True)
     remove_incomplete(run)
     write_atomic(run / RECIPE, dump_recipe(recipe))
@@ -187,15 +497,53 @@ def _start_run_folder(run: Path, recipe: Recipe, plan: RunPlan, checkpoint: Path
         write_atomic(run / METRICS, "")
 
 
-def describe(recipe: Recipe, num_processes: int, *, resume: bool = False) -> None:
-    """Print what the run would do: rows, steps, share of labels, fill, memory (`--dry-run`).
+# --- the dry run
+
+
+def print_dry_run(recipe: Recipe, num_processes: int, *, resume: bool = False) -> None:
+    """Print the rows, steps, share of labels, fill and memory of a run to stdout, without starting it.
 
     Raises:
         UserError: see `check_run`.
     """
+    plan, _ = check_run(recipe, resume=resume, num_processes=num_processes)
+    num_parameters, num_trained, num_teacher = _count_parameters(recipe)
+    state_bytes = estimate_state_bytes(
+        num_parameters=num_parameters,
+        num_trained=num_trained,
+        num_teacher=num_teacher,
+        has_adapter=recipe.train.lora is not None,
+        bytes_per_weight=plan.dtype.itemsize,
+        zero_stage=plan.zero_stage,
+        num_processes=num_processes,
+    )
+    rows = plan.rows
+    parameters = (
+        f"{num_parameters:,} in {str(plan.dtype).removeprefix('torch.')}, {num_trained:,} of them trained"
+    )
+    if num_teacher:
+        parameters += f"; {num_teacher:,} of the teacher"
+    table = Table("quantity", "value", title="dry run: nothing is written")
+    for quantity, value in {
+        "examples to train on, counted per mode, per epoch": f"{len(rows.items):,}",
+        "tokens per epoch": f"{rows.num_tokens:,}",
+        "label tokens per epoch": f"{rows.num_labels:,} ({rows.num_labels / rows.num_tokens:.1%})",
+        f"rows of {recipe.data.row_len:,}": f"{len(rows.epochs[0]):,} per epoch (fill {rows.fill:.1%})",
+        "optimizer steps": f"{plan.num_steps:,} of {recipe.train.batch_rows} rows",
+        "parameters": parameters,
+        "attention backend": plan.backend,
+        f"memory for model states, ZeRO-{plan.zero_stage}, per process of {num_processes}": (
+            f"{state_bytes / 2**30:.2f} GiB without activations"
+        ),
+    }.items():
+        table.add_row(quantity, value)
+    Console().print(table)
+
+
+def _count_parameters(recipe: Recipe) -> tuple[int, int, int]:
+    """Return the number of parameters of the model, of those that are trained, and of the teacher."""
     from transformers import AutoModelForCausalLM
 
-    plan, _ = check_run(recipe, resume=resume, num_processes=num_processes)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(load_config(recipe.model.path, recipe.model.revision))
         num_teacher = 0
@@ -206,82 +554,29 @@ def describe(recipe: Recipe, num_processes: int, *, resume: bool = False) -> Non
     if recipe.train.lora is not None:
         model = add_adapter(model, recipe.train.lora, seed=recipe.train.seed)
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    stage = plan.deepspeed.get("zero_optimization", {}).get("stage", 0)
-    width = plan.dtype.itemsize
-    # Adam keeps two float32 moments and, beside 16-bit weights, float32 ones; each stage shards one more
-    states = {
-        "optimizer": num_trained * (8 if width == 4 else 12),
-        "gradients": num_trained * width,
-        "weights": (num_parameters + (num_trained if recipe.train.lora is not None else 0)) * width,
-    }
-    num_bytes = sum(size / (num_processes if stage > i else 1) for i, size in enumerate(states.values()))
-    num_bytes += num_teacher * width
-    rows = plan.rows
-    table = Table("what", "value", title="dry run: nothing is written")
-    for what, value in {
-        "views to train on, per epoch": f"{len(rows.items):,}",
-        "tokens, per epoch": f"{rows.num_tokens:,}",
-        "label tokens, per epoch": f"{rows.num_labels:,} ({rows.num_labels / rows.num_tokens:.1%})",
-        f"rows of {recipe.data.row_len:,}": f"{len(rows.epochs[0]):,} per epoch (fill {rows.fill:.1%})",
-        "optimizer steps": f"{plan.num_steps:,} of {recipe.train.batch_rows} rows",
-        "parameters": f"{num_parameters:,} in {str(plan.dtype).removeprefix('torch.')}, "
-        f"{num_trained:,} are trained" + (f", {num_teacher:,} teach" if num_teacher else ""),
-        "attention backend": plan.backend,
-        f"memory for model states, ZeRO-{stage}, per process of {num_processes}": (
-            f"{num_bytes / 2**30:.2f} GiB, activations not counted"
-        ),
-    }.items():
-        table.add_row(what, value)
-    Console().print(table)
+    return num_parameters, num_trained, num_teacher
 
 
-def plot_loss(run: Path) -> None:
-    """Draw the run's loss as a picture beside its metrics."""
-    from matplotlib.figure import Figure
+def estimate_state_bytes(
+    *,
+    num_parameters: int,
+    num_trained: int,
+    num_teacher: int,
+    has_adapter: bool,
+    bytes_per_weight: int,
+    zero_stage: int,
+    num_processes: int,
+) -> float:
+    """Return the bytes per process of weights, gradients and optimizer states under ZeRO (stage 0 to 3).
 
-    metrics = read_metrics(run)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for name in dict.fromkeys(name for line in metrics for name in line if "loss" in name):
-        lines = [line for line in metrics if name in line]
-        label = name.replace("eval_loss_", "held out, view ").replace("loss", "training")
-        axes.plot([line["step"] for line in lines], [line[name] for line in lines], label=label)
-    axes.legend()
-    axes.set(xlabel="step", ylabel="loss per label token", title=run.name)
-    save_figure(figure, run / LOSS_PLOT)
-
-
-def _arguments(recipe: Recipe, plan: RunPlan, num_processes: int) -> dict[str, Any]:
-    """The settings of transformers.Trainer."""
-    settings = recipe.train
-    return {
-        "output_dir": settings.output_dir,
-        "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": settings.batch_rows // num_processes,
-        "max_steps": plan.num_steps,
-        "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": settings.lr_scheduler_type,
-        "lr_scheduler_kwargs": settings.lr_scheduler_kwargs,
-        "warmup_steps": settings.warmup_steps,
-        "weight_decay": settings.weight_decay,
-        "adam_beta1": settings.adam_beta1,
-        "adam_beta2": settings.adam_beta2,
-        "max_grad_norm": settings.max_grad_norm,
-        "gradient_checkpointing": settings.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "logging_steps": settings.logging_steps,
-        "logging_nan_inf_filter": False,
-        "save_steps": settings.save_steps,
-        "seed": settings.seed,
-        "bf16": plan.dtype is torch.bfloat16,
-        "deepspeed": plan.deepspeed,
-        "use_cpu": use_cpu(),
-        "report_to": settings.report_to,
-        "run_name": Path(settings.output_dir).name,
-        "disable_tqdm": not is_enabled(),
-        # the trainer would drop the block ids, and go on with plain causal attention
-        "remove_unused_columns": False,
-        "average_tokens_across_devices": True,
-        "accelerator_config": {"even_batches": False},
-        "dataloader_pin_memory": not use_cpu(),
-    }
+    Adam keeps two float32 moments and, for 16-bit weights, a float32 copy of them. ZeRO-1 shards the
+    optimizer states, ZeRO-2 also the gradients, ZeRO-3 also the weights. With an adapter `num_trained` counts
+    its parameters and `num_parameters` those of the base model. Activations are not counted.
+    """
+    states = (
+        num_trained * (8 if bytes_per_weight == 4 else 12),
+        num_trained * bytes_per_weight,
+        (num_parameters + (num_trained if has_adapter else 0)) * bytes_per_weight,
+    )
+    num_bytes = sum(size / (num_processes if zero_stage > index else 1) for index, size in enumerate(states))
+    return num_bytes + num_teacher * bytes_per_weight

@@ -1,4 +1,4 @@
-"""The hosts of a run: the file that lists them, and reaching them through pdsh and ssh."""
+"""The hosts of a run: reading a hostfile, checking its options, and reaching the hosts through pdsh."""
 
 import os
 import re
@@ -12,23 +12,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blockft.errors import UserError
+from blockft.training.library_internals import launcher_pattern
 
 PDSH_FAILURE = re.compile(r"pdsh@[^:]*: (\S+): ssh exited with exit code \d+")
-"""What pdsh writes to stderr as soon as a host's command has failed."""
+"""Line that pdsh writes to stderr as soon as the command of a host fails."""
 
 DEFAULT_PORT = 29500
-"""Where the ranks meet on the first host unless told otherwise: DeepSpeed's choice."""
+"""Port of the first host at which the ranks connect, as in DeepSpeed."""
 
 ENVIRONMENT = ".deepspeed_env"
-"""NAME=VALUE lines that DeepSpeed exports on every host, from the home and the working directory."""
+"""File of NAME=VALUE lines that DeepSpeed exports on every host, in the home or working directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hosts:
-    """Where a run over several hosts starts its processes, and where these meet.
+    """The hosts of a run, the number of processes on each, and the address at which the ranks connect.
 
-    `node_rank` is this host's place in the file if every host starts its own processes; if it is None, all
-    are started from here through pdsh.
+    `slots` maps a host to its number of processes, in the order of the file. `node_rank` is this host's index
+    in the file if every host starts its own processes; if it is None, this host starts all through pdsh.
     """
 
     file: Path
@@ -44,10 +45,10 @@ class Hosts:
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """The number of processes by host, in the file's order, as DeepSpeed reads it.
+    """Return the number of processes by host, in the order of the file, as DeepSpeed reads it.
 
     Raises:
-        UserError: there is no such file, a line is malformed, a host stands there twice or has no slots.
+        UserError: the file cannot be read, a line is malformed, or a host is listed twice or has no slots.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -55,14 +56,14 @@ def read_hostfile(path: Path) -> dict[str, int]:
         raise UserError(f"the hostfile {path} cannot be read: {error}") from error
     slots: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
-        words = line.split("#", 1)[0].strip()
-        if not words:
+        entry = line.split("#", 1)[0].strip()
+        if not entry:
             continue
-        # no more than a name, or pdsh would read ranges and exclusions into it
-        match = re.fullmatch(r"(\w[\w.@-]*)\s+slots=([1-9]\d*)", words)
+        # a plain name only: pdsh reads ranges and exclusions into other characters
+        match = re.fullmatch(r"(\w[\w.@-]*)\s+slots=([1-9]\d*)", entry)
         if not match:
             raise UserError(
-                f"{path}, line {number} is {line.strip()!r}: write a host and how many processes it runs, "
+                f"{path}, line {number} is {line.strip()!r}: write a host and its number of processes, "
                 "for example node0 slots=8"
             )
         if match[1] in slots:
@@ -83,36 +84,43 @@ def resolve_hosts(
     master_port: int | None,
     ssh_port: int | None,
 ) -> Hosts | None:
-    """The hosts of a file, if one is given, with everything checked that can be known on this machine.
+    """Return the hosts of a hostfile, or None without one, after all checks that this machine can do.
+
+    The arguments are the options of `blockft train`.
 
     Raises:
-        UserError: see `read_hostfile`; options that do not fit together; this process is one of a run
-            already; pdsh is missing; the first host's address is unknown here; the port is taken.
+        UserError: see `read_hostfile`; options do not fit together; this process is already a worker; pdsh is
+            missing; the address of the first host is unknown here; the port is in use.
     """
     if file is None:
-        given = (no_ssh or None, node_rank, master_addr, master_port, ssh_port)
-        names = ("--no-ssh", "--node-rank", "--master-addr", "--master-port", "--ssh-port")
-        if stray := [name for name, value in zip(names, given, strict=True) if value is not None]:
-            raise UserError(f"{stray[0]} says how hosts are started: give them with --hostfile")
+        options = {
+            "--no-ssh": no_ssh or None,
+            "--node-rank": node_rank,
+            "--master-addr": master_addr,
+            "--master-port": master_port,
+            "--ssh-port": ssh_port,
+        }
+        if given := [name for name, value in options.items() if value is not None]:
+            raise UserError(f"{given[0]} says how hosts are started: name the hosts with --hostfile")
         return None
     if "RANK" in os.environ:
-        raise UserError("RANK is set, so this is one process of a run that was started: leave --hostfile out")
+        raise UserError("RANK is set, so this process is already a worker of a run: leave out --hostfile")
     if num_gpus is not None:
-        raise UserError(f"--num-gpus is for one machine: {file} says how many processes each host runs")
+        raise UserError(f"--num-gpus is for one machine: {file} gives the number of processes of each host")
     slots = read_hostfile(file)
     first, last_rank = next(iter(slots)), len(slots) - 1
     if no_ssh and node_rank is None:
-        raise UserError(f"--no-ssh needs --node-rank: this host's place in {file}, 0 to {last_rank}")
+        raise UserError(f"--no-ssh needs --node-rank: the index of this host in {file}, 0 to {last_rank}")
     if node_rank is not None and not no_ssh:
-        raise UserError("--node-rank belongs to --no-ssh: without it, every host is started from here")
+        raise UserError("--node-rank needs --no-ssh: without --no-ssh, this host starts all hosts")
     if node_rank is not None and not 0 <= node_rank <= last_rank:
-        raise UserError(f"--node-rank is {node_rank}, and {file} has the hosts 0 to {last_rank}")
+        raise UserError(f"--node-rank is {node_rank}, but {file} has the hosts 0 to {last_rank}")
     if no_ssh and ssh_port is not None:
-        raise UserError("--ssh-port is of no use with --no-ssh: leave one of them out")
+        raise UserError("--ssh-port has no effect with --no-ssh: leave out one of them")
     if not no_ssh and not (shutil.which("pdsh") and shutil.which("ssh")):
         raise UserError(
-            "pdsh and ssh, which start the other hosts, are not both on PATH: install them, or start every "
-            "host by itself with --no-ssh --node-rank N"
+            "pdsh and ssh, which start the other hosts, are not both on PATH: install them, or start each "
+            "host separately with --no-ssh --node-rank N"
         )
     address, port = master_addr or first, master_port or DEFAULT_PORT
     try:
@@ -120,10 +128,10 @@ def resolve_hosts(
     except OSError as error:
         raise UserError(
             f"the address of the first host, {address}, cannot be found ({error.strerror}): "
-            "give one that every host knows with --master-addr"
+            "give an address that every host knows with --master-addr"
         ) from error
     if node_rank == 0 and not _is_free(port):
-        raise UserError(f"port {port} is taken on this host: choose another with --master-port")
+        raise UserError(f"port {port} of this host is in use: choose another with --master-port")
     _check_environment_files()
     return Hosts(
         file=file,
@@ -136,58 +144,48 @@ def resolve_hosts(
 
 
 def check_hosts_reachable(hosts: Hosts) -> None:
-    """Make sure that every host can be reached, and has this working directory and this Python.
+    """Check that every host can be reached and has this working directory and this Python.
 
     Raises:
-        UserError: one cannot, or has not.
+        UserError: a host cannot be reached, or lacks one of them.
     """
-    here, python = os.getcwd(), sys.executable
-    asked = f"cd {shlex.quote(here)} && test -x {shlex.quote(python)}"
+    directory, python = os.getcwd(), sys.executable
+    command = f"cd {shlex.quote(directory)} && test -x {shlex.quote(python)}"
     try:
-        done = _pdsh(hosts, asked.replace("%", "%%"))
+        done = _pdsh(hosts, command.replace("%", "%%"))
     except subprocess.TimeoutExpired as error:
         raise UserError(f"the hosts of {hosts.file} did not answer over ssh in time") from error
     if failed := PDSH_FAILURE.findall(done.stderr):
-        said = [line for line in done.stderr.splitlines() if not PDSH_FAILURE.match(line)]
+        reasons = [line for line in done.stderr.splitlines() if not PDSH_FAILURE.match(line)]
         raise UserError(
-            f"{', '.join(failed)} cannot be used: it must be reached by ssh without a password and have the "
-            f"directory {here} and the Python {python}" + (f"; it said: {said[0]}" if said else "")
+            f"{', '.join(failed)} cannot be used: it must allow ssh without a password and have the "
+            f"directory {directory} and the Python {python}"
+            + (f"; its message: {reasons[0]}" if reasons else "")
         )
     if done.returncode:
         raise UserError(f"pdsh failed: {done.stderr.strip() or f'exit code {done.returncode}'}")
 
 
 def signal_hosts(hosts: Hosts, *, gently: bool) -> None:
-    """Send SIGTERM to this run's processes on every host: gently to the ranks, which save before they end.
+    """Send SIGTERM to the processes of this run on every host.
 
-    Otherwise to their launchers, which wait 30 seconds for each rank and then kill it.
+    `gently` sends it to the ranks, which save a checkpoint before they end. Otherwise the launchers get it,
+    which wait 30 seconds for each rank and then kill it.
     """
-    # DeepSpeed itself would end every launcher of this Python on these hosts, of whatever run
-    launcher = (
-        "^[^ ]+ -u -m deepspeed.launcher.launch --world_info=[^ ]+ --node_rank=%n "
-        f"--master_addr={hosts.master_addr} --master_port={hosts.master_port} "
-    )
-    to_launcher = f"pkill -TERM -f '{launcher}'"
-    to_ranks = f"pkill -TERM -P \"$(pgrep -d, -f '{launcher}')\""
-    # launchers that have no ranks yet are ended at once
+    pattern = launcher_pattern(hosts.master_addr, hosts.master_port)
+    to_launcher = f"pkill -TERM -f '{pattern}'"
+    to_ranks = f"pkill -TERM -P \"$(pgrep -d, -f '{pattern}')\""
+    # a launcher that has no ranks yet is ended at once
     with suppress(subprocess.TimeoutExpired):
         _pdsh(hosts, f"{to_ranks} || {to_launcher}" if gently else to_launcher)
 
 
 def pdsh_environment(hosts: Hosts) -> dict[str, str]:
-    """This environment, with pdsh told to use ssh, which shall fail where it would ask something."""
+    """Return this environment with pdsh set to use ssh, which fails instead of asking for a password."""
     options = f"{os.environ.get('PDSH_SSH_ARGS_APPEND', '')} -o BatchMode=yes -o ConnectTimeout=10"
     if hosts.ssh_port is not None:
         options += f" -p {hosts.ssh_port}"
     return os.environ | {"PDSH_RCMD_TYPE": "ssh", "PDSH_SSH_ARGS_APPEND": options}
-
-
-def quote_for_remote_shell(word: str) -> str:
-    """A word written so that it arrives unchanged after DeepSpeed, pdsh and the remote shell have read it."""
-    word = word.replace("%", "%%")  # pdsh puts a host's name for %h
-    if " " not in word:
-        return shlex.quote(word)
-    return re.sub(r"([\\$`])", r"\\\1", word)  # DeepSpeed puts it into double quotes, and escapes those
 
 
 def _pdsh(hosts: Hosts, command: str) -> subprocess.CompletedProcess[str]:
@@ -198,12 +196,12 @@ def _pdsh(hosts: Hosts, command: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         timeout=60,
-        start_new_session=True,  # Ctrl-C is for us alone
+        start_new_session=True,  # Ctrl-C must not reach pdsh
     )
 
 
 def _check_environment_files() -> None:
-    """DeepSpeed would end with a traceback, on comments and empty lines too."""
+    """Check the environment files, in which DeepSpeed fails on any other line, also comments."""
     for path in (Path.home() / ENVIRONMENT, Path(ENVIRONMENT)):
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         for number, line in enumerate(lines, start=1):
@@ -213,9 +211,8 @@ def _check_environment_files() -> None:
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # else a run's end would block it a minute
+        # otherwise the port counts as in use for a minute after a run ended
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
         except OSError:

@@ -1,4 +1,4 @@
-"""Which schedules there are, and going on under one that is not the checkpoint's."""
+"""Learning rate schedules: checking the recipe's, and resuming under a schedule that was changed."""
 
 from typing import Any
 
@@ -14,16 +14,18 @@ from transformers import (
 )
 
 from blockft.errors import UserError
+from blockft.training.library_internals import set_base_learning_rate
 
 UNSUPPORTED_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
-"""Schedules that go by what an evaluation finds, and not by the step."""
+"""Schedules that depend on evaluation results and not only on the step."""
 
 
 def check_schedule(name: str, settings: dict[str, Any], *, warmup_steps: int, num_steps: int) -> None:
-    """Build the schedule once, for an optimizer of nothing.
+    """Check a schedule by building it once, for an optimizer with a dummy parameter.
 
     Raises:
-        UserError: the Trainer knows none of that name that goes by the step, or it takes other settings.
+        UserError: the Trainer has no schedule of this name that depends only on the step, or the schedule
+            does not accept the settings.
     """
     allowed = [kind.value for kind in SchedulerType if kind.value not in UNSUPPORTED_SCHEDULES]
     if name not in allowed:
@@ -37,21 +39,16 @@ def check_schedule(name: str, settings: dict[str, Any], *, warmup_steps: int, nu
 
 
 class RecipeScheduleCallback(TrainerCallback):
-    """A run that goes on has the learning rate that its recipe gives the step, from the first step on.
+    """Makes a resumed run use the learning rate and schedule of its recipe from the first step on.
 
-    A checkpoint brings back the rate and the schedule with which it was written: a lower rate in the recipe
-    would do nothing, and a run that is made longer would begin at the end of the shorter one's curve.
-    A schedule of DeepSpeed's own, from a file that `train.deepspeed` names, stays the checkpoint's.
+    A checkpoint restores the rate and the schedule with which it was written: a lower rate in the recipe
+    would have no effect, and a prolonged run would start at the end of the shorter run's schedule. A schedule
+    that DeepSpeed builds, from a file named by `train.deepspeed`, stays that of the checkpoint.
     """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **passed: Any
     ) -> None:
         schedule = passed["lr_scheduler"]
-        if not state.global_step or not isinstance(schedule, LambdaLR):
-            return
-        schedule.base_lrs = [args.learning_rate for _ in schedule.base_lrs]
-        # the last rate is also what is logged
-        schedule._last_lr = [args.learning_rate * share(schedule.last_epoch) for share in schedule.lr_lambdas]
-        for group, rate in zip(passed["optimizer"].param_groups, schedule._last_lr, strict=True):
-            group["lr"] = rate
+        if state.global_step and isinstance(schedule, LambdaLR):
+            set_base_learning_rate(schedule, passed["optimizer"], args.learning_rate)

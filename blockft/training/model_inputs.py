@@ -1,4 +1,4 @@
-"""From a collated row to a model's forward pass."""
+"""The arguments of a model's forward pass for a collated row."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,16 +14,17 @@ from blockft.model.load import attention_windows
 def build_model_inputs(
     row: Mapping[str, torch.Tensor], config: PreTrainedConfig, *, full: bool = False
 ) -> dict[str, Any]:
-    """What a model's forward pass takes of a row, see `collate_row`; masks are built where the row is.
+    """Return the arguments of a model's forward pass for a row of `collate_row`.
 
-    `full` takes all examples in their full view, of a row that was collated `with_full`.
+    Masks are built on the device of the row. With `full`, all examples attend in full mode; the row must have
+    been collated `with_full`.
     """
-    mode = "full_" if full else ""
+    prefix = "full_" if full else ""
     metadata = AttentionMetadata(
-        position_ids=row[f"{mode}position_ids"],
+        position_ids=row[f"{prefix}position_ids"],
         example_ids=row["example_ids"],
-        block_ids=row[f"{mode}block_ids"],
-        is_final=row[f"{mode}is_final"],
+        block_ids=row[f"{prefix}block_ids"],
+        is_final=row[f"{prefix}is_final"],
     )
     return {
         "input_ids": row["input_ids"],

@@ -1,4 +1,4 @@
-"""The rows of a whole run, in the order in which they are trained on."""
+"""The dataset of a run: all rows of all epochs in training order."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -12,10 +12,12 @@ from blockft.data.packing import complete_last_batch, fill_ratio, list_example_m
 
 
 class RowDataset(Dataset[dict[str, torch.Tensor]]):
-    """Every row of every epoch, a multiple of `batch_rows` each.
+    """All rows of all epochs; each epoch is a multiple of `batch_rows` rows.
 
-    Each process derives them from (seed, epoch) alone, so their order is that of a run with any other number
-    of processes, and that of a run that was interrupted. An example of a single block has its full view only.
+    Every process derives the rows from (seed, epoch) alone, so that their order does not depend on the number
+    of processes or on interruptions. An example of a single block is trained in full mode only.
+
+    `items` lists (example index, mode) of an epoch; `epochs` lists each epoch's rows of item indices.
     """
 
     def __init__(
@@ -31,8 +33,8 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
         reencoded: bool = True,
         with_full: bool = False,
     ) -> None:
-        self._examples, self._row_len = examples, row_len
-        self._row = partial(
+        self._examples, self._row_len, self._batch_rows = examples, row_len, batch_rows
+        self._collate = partial(
             collate_row, row_len=row_len, pad_id=pad_id, reencoded=reencoded, with_full=with_full
         )
         has_local_blocks = [examples[index].has_local_blocks for index in range(len(examples))]
@@ -50,14 +52,20 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         chosen = [self.items[item] for item in self._rows[index]]
-        return self._row([(self._examples[i], mode) for i, mode in chosen])
+        return self._collate([(self._examples[i], mode) for i, mode in chosen])
 
     @property
     def fill(self) -> float:
-        """The share of the first epoch's rows that is not padding."""
+        """Share of the tokens of the first epoch's rows that are not padding."""
         return fill_ratio(self.epochs[0], self._lengths, self._row_len)
 
     @property
     def num_labels(self) -> int:
-        """Label tokens in an epoch."""
+        """Number of label tokens in an epoch."""
         return sum(int((self._examples[index].labels != IGNORE_INDEX).sum()) for index, _ in self.items)
+
+    def list_batch_tokens(self) -> list[int]:
+        """Return the number of tokens of each batch, padding excluded, in training order."""
+        row_tokens = [sum(self._lengths[item] for item in row) for row in self._rows]
+        size = self._batch_rows
+        return [sum(row_tokens[start : start + size]) for start in range(0, len(row_tokens), size)]

@@ -14,7 +14,7 @@ from blockft.config.recipe import load_recipe
 from blockft.evaluation.bootstrap import bootstrap_interval
 from blockft.evaluation.report import ALL, INTERVALS
 from blockft.evaluation.report_render import draw_scores, format_score, markdown_table
-from blockft.outputs import RECIPE, read_metrics
+from blockft.run_folder import RECIPE, read_metrics
 
 METRIC = "substring_match"
 SOURCES = {

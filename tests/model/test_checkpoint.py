@@ -9,7 +9,9 @@ from blockft.model.model_card import build_model_card
 def save_checkpoint(run: Path, step: int, **eval_losses: float) -> Path:
     checkpoint = run / f"checkpoint-{step}"
     checkpoint.mkdir()
-    mark_complete(checkpoint, step=step, facts={}, eval_losses=eval_losses, eval_due=False, unlogged={})
+    mark_complete(
+        checkpoint, step=step, run_signature={}, eval_losses=eval_losses, eval_due=False, unlogged={}
+    )
     return checkpoint
 
 

@@ -14,9 +14,9 @@ from blockft.config.recipe import load_recipe
 from blockft.config.settings import Recipe
 from blockft.errors import UserError
 from blockft.model.checkpoint import MARKER
-from blockft.outputs import METRICS
-from blockft.stages.plan import build_plan, check_run
+from blockft.run_folder import METRICS
 from blockft.stages.prepare import prepare
+from blockft.stages.train import build_plan, check_run
 from blockft.training.model_inputs import build_model_inputs
 from blockft.training.objectives import Distillation
 from blockft.training.trainer import BlockTrainer
@@ -76,7 +76,7 @@ def test_a_run_resumes_with_the_same_teacher_only(toy: Path) -> None:
     for overrides, message in (
         ([DISTILL], "another train.teacher "),
         ([*distill, "train.teacher_weight=0.5"], "another train.teacher_weight"),
-        ([], r"another train.objective \(distill\) than is asked for \(sft\)"),
+        ([], r"another train.objective \(distill\) than this recipe gives \(sft\)"),
     ):
         recipe = load_recipe(str(toy / "recipe.yaml"), [*again, *overrides])
         with pytest.raises(UserError, match=message):
@@ -97,7 +97,8 @@ def test_a_model_teaches_itself_with_its_full_mode_logits_without_dropout(toy: P
     assert row["is_block_mode"].any() and not torch.equal(row["block_ids"], row["full_block_ids"])
     trainer = SimpleNamespace(model=model.train())
     targets, of_other_teacher = (
-        BlockTrainer._targets(trainer, model, row, Distillation(teacher, 1.0)) for teacher in (None, model)
+        BlockTrainer._compute_targets(trainer, model, row, Distillation(teacher, 1.0))
+        for teacher in (None, model)
     )
     assert model.training and not targets.teacher_logits.requires_grad
     with torch.no_grad():

@@ -17,17 +17,16 @@ from blockft.errors import UserError
 from blockft.model.checkpoint import (
     MARKER,
     complete_checkpoints,
-    consolidate,
     find_checkpoint,
     load_reference_logits,
 )
-from blockft.outputs import LOSS_PLOT, METRICS, RECIPE, read_metrics
+from blockft.run_folder import LOSS_PLOT, METRICS, RECIPE, read_metrics
 from blockft.stages import export as export_stage
 from blockft.stages.evaluate import evaluate
 from blockft.stages.export import export
-from blockft.stages.plan import build_plan
 from blockft.stages.prepare import prepare
-from blockft.stages.train import describe
+from blockft.stages.train import build_plan, print_dry_run
+from blockft.training.library_internals import consolidate_weights
 from tests.commands import blockft, finish, logged, run_ranks, start, train
 from tests.data.test_squad import article
 from tests.run import save_model, toy_recipe
@@ -59,7 +58,9 @@ def test_two_ranks_started_by_the_command_line_give_the_losses_of_one(toy: Path)
     """The launcher of DeepSpeed starts the ranks, as for a user."""
     run = toy / "run2"
     finish(start("blockft", "train", toy / "recipe.yaml", f"train.output_dir={run}", "--num-gpus", "2"))
-    assert json.loads((find_checkpoint(run) / MARKER).read_text())["facts"]["number of processes"] == 2
+    assert (
+        json.loads((find_checkpoint(run) / MARKER).read_text())["run_signature"]["number of processes"] == 2
+    )
     assert_close(logged(run), logged(toy / "run"), rtol=1e-5, atol=0)
 
 
@@ -128,11 +129,11 @@ def test_an_export_that_differs_from_the_run_never_appears(
     toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def change_weights(checkpoint: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        weights = consolidate(checkpoint, dtype)
+        weights = consolidate_weights(checkpoint, dtype)
         weights["model.norm.weight"] = weights["model.norm.weight"] * 1.01
         return weights
 
-    monkeypatch.setattr(export_stage, "consolidate", change_weights)
+    monkeypatch.setattr(export_stage, "consolidate_weights", change_weights)
     with pytest.raises(RuntimeError, match="differ"):
         export(toy / "run", toy / "changed")
     assert not [path for path in toy.iterdir() if "changed" in path.name]
@@ -156,8 +157,8 @@ def test_a_full_disk_while_exporting_leaves_nothing(toy: Path) -> None:
     ("arguments", "message"),
     [
         (("run", "export"), "exists already"),
-        (("nothing", "new"), "no folder"),
-        (("model", "new"), "no whole checkpoint"),
+        (("nothing", "new"), "not a folder"),
+        (("model", "new"), "no complete checkpoint"),
     ],
 )
 def test_an_impossible_export_is_refused(
@@ -179,7 +180,7 @@ def test_an_unknown_type_or_shard_size_is_refused(toy: Path) -> None:
     ("arguments", "message"),
     [
         ((), "exists already"),
-        (("train.output_dir={toy}/other", "--resume"), "no folder"),
+        (("train.output_dir={toy}/other", "--resume"), "not a folder"),
         (("train.output_dir={toy}/other", "train.deepspeed=zero9"), "zero2"),
         (("train.output_dir={toy}/other", "data.output_dir={toy}/nothing"), "blockft prepare"),
         (("train.output_dir={toy}/other", "train.batch_rows=3", "--num-gpus", "2"), "multiple of 2"),
@@ -207,8 +208,8 @@ def test_an_impossible_run_is_refused(toy: Path, arguments: tuple[str, ...], mes
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.output_dir={toy}/run", "go on from its last checkpoint with --resume"),
-        ("train.output_dir={toy}/started", "begin it anew"),
+        ("train.output_dir={toy}/run", "resume its last checkpoint with --resume"),
+        ("train.output_dir={toy}/started", "start it again"),
         ("train.lr_scheduler_type=foo", "'foo' (allowed: linear"),
         ("train.lr_scheduler_type=reduce_lr_on_plateau", "(allowed: linear"),
         ("train.lr_scheduler_kwargs={{min: 1}}", "unexpected keyword argument 'min'"),
@@ -226,7 +227,7 @@ def test_a_dry_run_refuses_the_settings_that_a_run_refuses(toy: Path, override: 
         (started / name).write_text(text)
     overrides = [f"train.output_dir={toy}/dry", override.format(toy=toy)]
     with pytest.raises(UserError, match=re.escape(message)):
-        describe(load_recipe(str(toy / "recipe.yaml"), overrides), 1)
+        print_dry_run(load_recipe(str(toy / "recipe.yaml"), overrides), 1)
 
 
 def test_a_run_is_not_accepted_as_a_model(toy: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from torch.testing import assert_close
 
 from blockft.model.checkpoint import best_checkpoint, complete_checkpoints, find_checkpoint, read_marker
-from blockft.outputs import read_metrics
+from blockft.run_folder import read_metrics
 from blockft.stages.export import export
 from blockft.stages.prepare import prepare
 from blockft.training.run_callback import RunCallback
@@ -22,7 +22,7 @@ def ask_to_stop(at_step: int) -> None:
     on_step_end = RunCallback.on_step_end
 
     def stop_and_end_step(self: RunCallback, args: Any, state: Any, control: Any, **keywords: Any) -> Any:
-        self.asked_to_stop |= state.global_step == at_step
+        self.stop_requested |= state.global_step == at_step
         return on_step_end(self, args, state, control, **keywords)
 
     RunCallback.on_step_end = stop_and_end_step  # type: ignore[method-assign]
@@ -57,7 +57,7 @@ def test_a_run_stopped_four_times_logs_every_line_of_one_never_stopped(folder: P
         train(run, *settings, *(["--resume"] if run.exists() else []), stop_at=step)
         marker = read_marker(find_checkpoint(run))
         assert marker["step"] == step and marker["eval_due"] == (step >= 6)
-        assert marker["unlogged"].get("steps", 0) == (step if step < 6 else 0)
+        assert marker["unlogged"].get("num_steps", 0) == (step if step < 6 else 0)
         if step == 2:
             shutil.copytree(run, one_rank)
     train(run, *settings, "--resume")

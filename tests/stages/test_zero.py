@@ -26,10 +26,10 @@ from blockft.model.checkpoint import (
     read_marker,
 )
 from blockft.model.load import load_config
-from blockft.outputs import METRICS, read_metrics
+from blockft.run_folder import METRICS, read_metrics
 from blockft.stages.export import export
 from blockft.stages.prepare import prepare
-from blockft.training.launch import SHARED_MEMORY
+from blockft.training.library_internals import SHARED_MEMORY
 from tests import commands
 from tests.commands import Ranks, all_logged, logged, run_ranks, start_ranks
 from tests.run import toy_recipe

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from blockft.config.recipe import RECIPES_FOLDER
 from blockft.errors import UserError
-from blockft.training.hosts import Hosts, check_hosts_reachable, quote_for_remote_shell, read_hostfile
+from blockft.training.hosts import Hosts, check_hosts_reachable, read_hostfile
+from blockft.training.library_internals import quote_for_remote_shell
 from tests.commands import blockft
 from tests.training.hosts import node_options
 
@@ -100,7 +101,7 @@ def test_a_host_that_cannot_be_reached_is_named(tmp_path: Path, monkeypatch: pyt
         ssh_port=None,
         node_rank=None,
     )
-    with pytest.raises(UserError, match=r"b cannot be used: .* it said: b: Permission denied"):
+    with pytest.raises(UserError, match=r"b cannot be used: .* its message: b: Permission denied"):
         check_hosts_reachable(hosts)
 
 

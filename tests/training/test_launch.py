@@ -25,7 +25,7 @@ from blockft.config.recipe import RECIPES_FOLDER
 from blockft.errors import UserError
 from blockft.model.checkpoint import MARKER, complete_checkpoints
 from blockft.stages.prepare import prepare
-from blockft.training import launch
+from blockft.training import distributed, launch
 from tests import commands
 from tests.commands import ROOT, TIMEOUT_S, blockft, finish, fork_ranks, free_port, logged, start
 from tests.run import toy_recipe
@@ -78,7 +78,7 @@ def check_agreement(runs: Sequence[Path], data: Sequence[str]) -> None:
     [
         (("a", "a"), ("x", "x"), None),
         (("a", "a"), ("x", "y"), "rank 1 has another data than rank 0"),
-        (("a", "b"), ("x", "x"), "rank 1 does not see what rank 0 writes"),
+        (("a", "b"), ("x", "x"), "rank 1 does not see the files that rank 0 writes"),
     ],
 )
 def test_ranks_that_disagree_on_the_run_or_its_folder_all_stop(
@@ -160,11 +160,11 @@ def test_more_processes_than_gpus_are_refused_before_any_starts(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(Exit):
         pipeline.train(recipe, overrides, num_gpus=2)
-    with pytest.raises(UserError, match="--num-gpus is 4, and this process sees 2 GPUs: ask for 2 or fewer"):
+    with pytest.raises(UserError, match="--num-gpus is 4, but this process sees 2 GPUs: ask for 2 or fewer"):
         pipeline.train(recipe, overrides, num_gpus=4)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UserError, match="LOCAL_RANK is 2, and this process sees 2 GPUs: start one process"):
-        launch.init_distributed()
+    with pytest.raises(UserError, match="LOCAL_RANK is 2, but this process sees 2 GPUs: start one process"):
+        distributed.init_distributed()
 
 
 missing = [name for name in ("ip", "sshd", "ssh", "pdsh", "pkill") if not shutil.which(name)]

@@ -1,0 +1,139 @@
+"""Being one process (rank) of a distributed run: its environment, joining and leaving the other ranks."""
+
+import atexit
+import os
+import secrets
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from blockft.errors import UserError
+from blockft.training.library_internals import unlink_shared_memory
+
+
+def is_worker() -> bool:
+    """Return whether a launcher (deepspeed, torchrun, or srun with RANK exported) started this process."""
+    return "RANK" in os.environ
+
+
+def use_cpu() -> bool:
+    """Return whether training runs on the CPU."""
+    return not torch.cuda.is_available()
+
+
+def set_worker_environment() -> None:
+    """Set the environment variables of a worker; without a launcher the process is the only rank.
+
+    Call it before the first import of deepspeed. DeepSpeed would look for MPI if the variables were missing.
+    """
+    if use_cpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed compiles with the ninja installed beside this Python, which is seldom on PATH over ssh
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
+    if not is_worker():
+        single_rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(single_rank, MASTER_PORT=str(find_free_port()))
+
+
+def find_free_port() -> int:
+    """Return a TCP port of this machine that no process uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def init_distributed() -> None:
+    """Join the other ranks of the run; wait at most DEEPSPEED_TIMEOUT minutes (default 10).
+
+    Raises:
+        UserError: this host has no GPU for this rank, or the ranks cannot connect.
+    """
+    if not use_cpu():
+        local_rank, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= num_gpus:
+            raise UserError(
+                f"LOCAL_RANK is {local_rank}, but this process sees {count_gpus(num_gpus)}: start one "
+                "process per GPU on every host, and let each process see all GPUs of its host"
+            )
+        torch.cuda.set_device(local_rank)  # otherwise NCCL puts every rank on the first GPU
+    import deepspeed
+
+    try:
+        deepspeed.init_distributed(dist_backend="gloo" if use_cpu() else "nccl", verbose=False)
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "connectFullMesh" in str(error)):
+            raise
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"the processes of the run could not connect at {address} ({str(error).splitlines()[0]}): check "
+            "that every host has started and can reach this address, and name the network interface between "
+            "the hosts (GLOO_SOCKET_IFNAME on CPU, NCCL_SOCKET_IFNAME on GPU)"
+        ) from error
+    if use_cpu():
+        atexit.register(_destroy_process_group)
+        dist.barrier()  # from here on every rank has opened the shared memory of every other rank
+        unlink_shared_memory()
+
+
+def count_gpus(num_gpus: int) -> str:
+    """Return `num_gpus` in words for a message: "1 GPU", "2 GPUs"."""
+    return f"{num_gpus} GPU" + ("s" if num_gpus != 1 else "")
+
+
+def check_ranks(run: Path, run_signature: dict[str, Any]) -> None:
+    """Check that all ranks start the same run in the same folder. All ranks call it.
+
+    Raises:
+        UserError: on every rank, if the signatures differ or a rank does not see the files of rank 0.
+    """
+    rank, num_processes = dist.get_rank(), dist.get_world_size()
+    signatures: list[Any] = [None] * num_processes
+    dist.all_gather_object(signatures, run_signature)
+    for name, expected in signatures[0].items():
+        if different := [i for i in range(num_processes) if signatures[i].get(name) != expected]:
+            raise UserError(
+                f"rank {different[0]} has another {name} than rank 0: every host must start the same command "
+                "in a directory with the same files"
+            )
+    token = [secrets.token_hex(8)]
+    dist.broadcast_object_list(token)
+    shared_file = run.parent / f".{run.name}.{token[0]}"
+    write_error = [""]
+    if rank == 0:
+        try:
+            run.parent.mkdir(parents=True, exist_ok=True)
+            shared_file.touch()
+        except OSError as error:
+            write_error = [f"train.output_dir {run} cannot be written: {error.strerror}"]
+    dist.broadcast_object_list(write_error)
+    if write_error[0]:
+        raise UserError(write_error[0])
+    is_visible: list[Any] = [None] * num_processes
+    dist.all_gather_object(is_visible, shared_file.exists())
+    if rank == 0:
+        shared_file.unlink()
+    if missing := [i for i in range(num_processes) if not is_visible[i]]:
+        raise UserError(
+            f"rank {missing[0]} does not see the files that rank 0 writes beside {run}: put train.output_dir "
+            "on a file system that all hosts share, because each rank writes its part of every checkpoint"
+        )
+
+
+def shutdown_distributed() -> None:
+    """Wait for all ranks and leave the process group. All ranks call it when their work is done.
+
+    Without the wait a launcher would end a host's other ranks, which may still be writing, when one rank ends
+    with an exit code other than 0.
+    """
+    dist.barrier()
+    _destroy_process_group()
+
+
+def _destroy_process_group() -> None:
+    """Leave the process group before Python shuts down, because Gloo's threads would abort the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,169 @@
+"""Every use of private parts of transformers' Trainer, of DeepSpeed and of torch's schedulers.
+
+Read and tested in transformers 5.17 to 5.23, deepspeed 0.19.8 and torch 2.11 to 2.13. `pyproject.toml` bounds
+transformers and deepspeed accordingly: before a bound is raised, each function of this file is compared with
+the new version. Heavy imports are local, because the command line imports this module before it starts.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch.optim.lr_scheduler import LambdaLR
+    from transformers import Trainer
+
+SHARED_MEMORY = Path("/dev/shm")
+"""Folder in which Linux lists shared memory."""
+
+LOAD_UNIVERSAL = {"checkpoint": {"load_universal": True}}
+"""Entry of a DeepSpeed config that makes it load universal checkpoints. DeepSpeed documents it; the Trainer
+passes it through."""
+
+
+# --- transformers.Trainer: the sum of losses since the last logged step
+
+
+def get_unlogged_loss(trainer: Trainer) -> dict[str, Any]:
+    """Return the number of steps since the last logged one (`num_steps`) and each rank's sum of their losses
+    (`loss_sums`). All ranks call it."""
+    import torch
+
+    sums = torch.zeros(trainer.args.world_size, device=trainer.args.device)
+    sums[trainer.args.process_index] = trainer._tr_loss
+    if trainer.args.world_size > 1:
+        torch.distributed.all_reduce(sums)
+    num_steps = trainer.state.global_step - trainer._globalstep_last_logged
+    return {"loss_sums": sums.tolist(), "num_steps": num_steps}
+
+
+def restore_unlogged_loss(trainer: Trainer, unlogged: Mapping[str, Any]) -> None:
+    """Make the trainer include earlier steps in the next logged loss; call it when training begins.
+
+    With the same number of ranks each rank continues with its own sum, exact to the last bit; with another
+    number each continues with the mean.
+    """
+    sums: list[float] = unlogged["loss_sums"]
+    mean = sum(sums) / len(sums)
+    same_ranks = len(sums) == trainer.args.world_size
+    trainer._tr_loss += sums[trainer.args.process_index] if same_ranks else mean
+    trainer._total_loss_scalar -= mean  # the final average counts only the steps of this process
+    trainer._globalstep_last_logged -= unlogged["num_steps"]
+
+
+# --- torch.optim.lr_scheduler: the rate that is logged
+
+
+def set_base_learning_rate(schedule: LambdaLR, optimizer: Any, learning_rate: float) -> None:
+    """Give a schedule another base learning rate, effective from its current step on."""
+    schedule.base_lrs = [learning_rate for _ in schedule.base_lrs]
+    # the Trainer logs `_last_lr`
+    schedule._last_lr = [learning_rate * factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+    for group, rate in zip(optimizer.param_groups, schedule._last_lr, strict=True):
+        group["lr"] = rate
+
+
+# --- DeepSpeed checkpoints: names of files, and another number of processes
+
+
+def consolidate_weights(checkpoint: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return the trained weights of a checkpoint, gathered from the shards of all ranks.
+
+    For a run with an adapter these are the adapter's weights. One process suffices and no GPU is needed.
+    Weights are converted one by one: besides the result, memory holds the float32 shards once.
+    """
+    import torch
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    shards = checkpoint / read_tag(checkpoint)
+    if any(shards.glob("*_optim_states.pt")):
+        with redirect_stdout(sys.stderr):
+            weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), lazy_mode=True)
+    else:  # ZeRO-0 writes no shards
+        weights = torch.load(shards / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+    return {name: weight.contiguous().to(dtype) for name, weight in weights.items()}
+
+
+def read_tag(checkpoint: Path) -> str:
+    """Return the name of the folder inside a checkpoint that holds DeepSpeed's shards."""
+    return (checkpoint / "latest").read_text(encoding="utf-8").strip()
+
+
+def convert_shards_to_universal(checkpoint: Path, out: Path) -> None:
+    """Write the shards of a checkpoint to the folder `out` in DeepSpeed's universal form."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    tag = read_tag(checkpoint)
+    with redirect_stdout(sys.stderr):
+        ds_to_universal.main(
+            Namespace(
+                input_folder=str(checkpoint / tag),
+                output_folder=str(out / f"{tag}_universal"),
+                num_extract_workers=1,
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                # transformers saves no patterns of parameter names, without which ZeRO-1 and ZeRO-2 stop
+                inject_missing_state=True,
+            )
+        )
+
+
+def separate_adam_steps(optimizer: Any) -> None:
+    """Give each state of Adam its own step counter.
+
+    When ZeRO-3 loads a universal checkpoint, parameter groups share one counter, which then advances once per
+    group.
+    """
+    import torch
+
+    while hasattr(optimizer, "optimizer"):  # accelerate and DeepSpeed wrap the optimizer
+        optimizer = optimizer.optimizer
+    for state in optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
+
+
+# --- DeepSpeed on CPUs: shared memory
+
+
+def unlink_shared_memory() -> None:
+    """Remove the names of this rank's shared memory, which DeepSpeed never removes.
+
+    Call it when every rank has opened the memory of every other rank. The memory is then freed with the
+    processes that use it, however they end.
+    """
+    address = "_".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
+    for buffer in SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_*_{address}"):
+        buffer.unlink(missing_ok=True)
+
+
+# --- DeepSpeed's launcher: its command line, and how it quotes arguments
+
+
+def launcher_pattern(master_addr: str, master_port: int) -> str:
+    """Return the pattern (for `pkill -f` through pdsh) of a run's launcher on a host.
+
+    DeepSpeed itself would end every launcher of this Python on the hosts, whichever run it belongs to.
+    """
+    return (
+        "^[^ ]+ -u -m deepspeed.launcher.launch --world_info=[^ ]+ --node_rank=%n "
+        f"--master_addr={master_addr} --master_port={master_port} "
+    )
+
+
+def quote_for_remote_shell(argument: str) -> str:
+    """Quote an argument so that it arrives unchanged after DeepSpeed, pdsh and the remote shell read it."""
+    argument = argument.replace("%", "%%")  # pdsh replaces %h by a host's name
+    if " " not in argument:
+        return shlex.quote(argument)
+    return re.sub(r"([\\$`])", r"\\\1", argument)  # DeepSpeed puts it into double quotes and escapes these

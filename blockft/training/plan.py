@@ -1,0 +1,161 @@
+"""What a run will do: its rows and steps, how they are computed, and what must match when it resumes."""
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+
+from blockft.data.encoder import Example
+from blockft.data.prepared import Chosen
+from blockft.errors import UserError
+from blockft.model.checkpoint import read_marker
+from blockft.training.distributed import use_cpu
+from blockft.training.row_dataset import RowDataset
+
+NUM_PROCESSES = "number of processes"
+"""Entry of a run signature, the only one in which a resumed run may differ."""
+
+ZERO_STAGE = "ZeRO stage"
+"""Entry of a run signature."""
+
+WEIGHT_DTYPE = "dtype of the weights"
+"""Entry of a run signature."""
+
+TEACHER_FINGERPRINT = "model as train.teacher"
+"""Entry of a run signature that is known only after the teacher was loaded: its fingerprint."""
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The plan of a run.
+
+    rows           the rows of all epochs
+    eval_rows      the held-out rows by mode
+    num_steps      optimizer steps
+    manifest       of the prepared data
+    backend        the attention backend: sdpa or flex
+    dtype          of weights and activations
+    deepspeed      the DeepSpeed config
+    run_signature  what a resumed run must match, by a name for messages
+    """
+
+    rows: RowDataset
+    eval_rows: dict[str, RowDataset]
+    num_steps: int
+    manifest: dict[str, Any]
+    backend: str
+    dtype: torch.dtype
+    deepspeed: dict[str, Any]
+    run_signature: dict[str, Any]
+
+    @property
+    def zero_stage(self) -> int:
+        return zero_stage(self.deepspeed)
+
+
+def choose_backend(backend: str) -> str:
+    """Return the attention backend of training; `auto` is flex on a GPU and sdpa on a CPU.
+
+    Raises:
+        UserError: flex on a CPU.
+    """
+    if backend == "flex" and use_cpu():
+        raise UserError("model.attention=flex needs a GPU: FlexAttention has no backward pass on a CPU")
+    if backend == "auto":
+        return "sdpa" if use_cpu() else "flex"
+    return backend
+
+
+def default_dtype() -> torch.dtype:
+    """Return the dtype of `model.dtype=auto`: bfloat16 on a GPU, float32 on a CPU."""
+    return torch.float32 if use_cpu() else torch.bfloat16
+
+
+def hold_out_examples(
+    examples: Sequence[Example], num_held_out: int, seed: int
+) -> tuple[Sequence[Example], Sequence[Example]]:
+    """Return the examples to train on and the held-out ones.
+
+    Only examples that split into blocks are held out, because the modes of others do not differ.
+
+    Raises:
+        UserError: fewer than `num_held_out` + 1 examples split into blocks.
+    """
+    if not num_held_out:
+        return examples, []
+    candidates = [index for index, example in enumerate(examples) if example.has_local_blocks]
+    if num_held_out >= len(candidates):
+        raise UserError(
+            f"train.num_eval_examples is {num_held_out}, but only {len(candidates)} examples split into "
+            "blocks: hold out fewer"
+        )
+    held_out = set(random.Random(f"{seed}:held out").sample(candidates, num_held_out))
+    return (
+        Chosen(examples, [index for index in range(len(examples)) if index not in held_out]),
+        Chosen(examples, sorted(held_out)),
+    )
+
+
+def load_deepspeed_config(name: str, shipped: Path) -> dict[str, Any]:
+    """Return the DeepSpeed config of a JSON file, or of a name in the folder of `shipped` configs.
+
+    Raises:
+        UserError: there is no such file, or it holds no DeepSpeed config.
+    """
+    path = shipped / f"{name}.json"
+    if not path.is_file():
+        path = Path(name)
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in shipped.glob("*.json")))
+        raise UserError(f"train.deepspeed {name!r} is neither a file nor the name of a shipped one ({names})")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
+        raise UserError(f"{path} should hold a JSON object, and its zero_optimization another one")
+    return config
+
+
+def zero_stage(deepspeed: Mapping[str, Any]) -> int:
+    """Return the ZeRO stage of a DeepSpeed config."""
+    return deepspeed.get("zero_optimization", {}).get("stage", 0)
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises:
+    UserError: transformers does not know one of the trackers.
+    """
+    try:
+        get_reporting_integration_callbacks([name for name in names if name not in ("none", "all")])
+    except ValueError as error:
+        raise UserError(f"train.report_to cannot be used: {error}") from error
+
+
+def describe_architecture(config: Any) -> dict[str, Any]:
+    """Return the entries of a model's config that decide which weights fit it."""
+    names = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    return {name: getattr(config, name) for name in (*names, "num_attention_heads", "num_key_value_heads")}
+
+
+def check_run_signature(
+    checkpoint: Path, run_signature: Mapping[str, Any], ignore: Sequence[str] = (NUM_PROCESSES,)
+) -> None:
+    """Check that a checkpoint belongs to the run that is to be resumed.
+
+    Raises:
+        UserError: the signatures differ in an entry that is not in `ignore`.
+    """
+    found = read_marker(checkpoint)["run_signature"]
+    for name in dict.fromkeys((*found, *run_signature)):
+        if found.get(name) != run_signature.get(name) and name not in ignore:
+            raise UserError(
+                f"{checkpoint} was trained with another {name} ({found.get(name)}) than this recipe gives "
+                f"({run_signature.get(name)}): resume with the recipe that the run was started with, or "
+                "start a new run"
+            )
