@@ -242,8 +242,6 @@ def _check_objective(recipe: Recipe) -> None:
             raise UserError(
                 "train.teacher and train.teacher_weight have no effect with train.objective=sft: set distill"
             )
-    elif not 0 < settings.teacher_weight <= 1:
-        raise UserError(f"train.teacher_weight is {settings.teacher_weight}: it is above 0 and at most 1")
     elif settings.teacher is None and set(modes) != set(Mode):
         raise UserError(
             f"train.objective=distill teaches the block mode by the full mode, but data.modes is "

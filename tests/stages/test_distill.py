@@ -11,7 +11,6 @@ import torch
 from torch.testing import assert_close
 
 from blockft.config.recipe import load_recipe
-from blockft.config.settings import Recipe
 from blockft.errors import UserError
 from blockft.model.checkpoint import MARKER
 from blockft.run_folder import METRICS
@@ -141,7 +140,6 @@ def test_a_dry_run_counts_the_teacher(toy: Path) -> None:
 )
 def test_an_impossible_teacher_is_refused(toy: Path, overrides: list[str], message: str) -> None:
     overrides = [override.format(toy=toy) for override in overrides]
-    recipe: Recipe = load_recipe(str(toy / "recipe.yaml"), overrides)
     if not (toy / "odd").exists():
         (toy / "odd").mkdir()
         (toy / "odd" / "config.json").write_text('{"model_type": "gpt2"}')
@@ -151,4 +149,4 @@ def test_an_impossible_teacher_is_refused(toy: Path, overrides: list[str], messa
         unsplit = [f"data.output_dir={toy}/unsplit", f"data.sources.0.path={source}"]
         prepare(load_recipe(str(toy / "recipe.yaml"), unsplit))
     with pytest.raises(UserError, match=message):
-        build_plan(recipe, 1)
+        build_plan(load_recipe(str(toy / "recipe.yaml"), overrides), 1)
