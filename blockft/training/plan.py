@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Subset
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from blockft.data.encoder import Example
-from blockft.data.prepared import Chosen
+from blockft.data.prepared import Examples
 from blockft.errors import UserError
 from blockft.model.checkpoint import read_marker
 from blockft.training.distributed import use_cpu
@@ -77,8 +78,8 @@ def default_dtype() -> torch.dtype:
 
 
 def hold_out_examples(
-    examples: Sequence[Example], num_held_out: int, seed: int
-) -> tuple[Sequence[Example], Sequence[Example]]:
+    examples: Examples, num_held_out: int, seed: int
+) -> tuple[Examples | Subset[Example], Sequence[Example] | Subset[Example]]:
     """Return the examples to train on and the held-out ones.
 
     Only examples that split into blocks are held out, because the modes of others do not differ.
@@ -96,8 +97,8 @@ def hold_out_examples(
         )
     held_out = set(random.Random(f"{seed}:held out").sample(candidates, num_held_out))
     return (
-        Chosen(examples, [index for index in range(len(examples)) if index not in held_out]),
-        Chosen(examples, sorted(held_out)),
+        Subset(examples, [index for index in range(len(examples)) if index not in held_out]),
+        Subset(examples, sorted(held_out)),
     )
 
 

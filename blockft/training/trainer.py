@@ -77,13 +77,8 @@ class BlockTrainer(Trainer):
         model.eval()  # a model that teaches itself must do so without dropout
         logits = (teacher or model)(**build_model_inputs(inputs, config, full=True)).logits
         model.train()
-<<<<<<< HEAD
-        # in the full view a model has nothing to learn from itself
-        is_taught = torch.ones_like(labels, dtype=torch.bool) if teacher else inputs["is_block_mode"][None]
-=======
         # in full mode a model has nothing to learn from itself
-        is_taught = torch.ones_like(labels, dtype=torch.bool) if teacher else inputs["is_block_view"][None]
->>>>>>> 7d907e4 (Name training after what it does and gather library internals)
+        is_taught = torch.ones_like(labels, dtype=torch.bool) if teacher else inputs["is_block_mode"][None]
         return DistillationTargets(labels, is_taught, logits, distillation.weight)
 
     @torch.no_grad()

@@ -66,7 +66,7 @@ def check_agreement(runs: Sequence[Path], data: Sequence[str]) -> None:
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     try:
-        launch.check_ranks(runs[rank], {"data": data[rank]})
+        distributed.check_ranks(runs[rank], {"data": data[rank]})
     except UserError as error:
         sys.exit(str(error))
     finally:
