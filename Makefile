@@ -3,12 +3,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+WORKERS ?= 2
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
+TEST := pytest --numprocesses $(WORKERS) --dist loadfile --durations 10
+# pytest ends with code 5 where no test has the marker
+NONE_SELECTED := [ $$? -eq 5 ]
 
-.PHONY: setup demo demo-base paper-mini test test-slow test-gpu bench-ttft bench-attention lint format check clean
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-base paper-mini test test-slow test-gpu coverage bench-ttft bench-attention
+.PHONY: lint format check clean
 
-setup: $(READY)
+help:                      ## list the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+setup: $(READY)            ## install blockft and its tools into .venv
 
 $(READY): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,41 +25,48 @@ $(READY): pyproject.toml .ci/constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: setup                ## a model loses accuracy under the block mask and wins it back (77 seconds on 2 cores, once installed)
+demo: setup                ## train a tiny model for block mode and compare (77 s on 2 cores; 208 s the first time)
 	bash data/demo/demo.sh
 
-demo-base: setup           ## train the demo's base model again, from nothing (about 9 minutes)
+demo-base: setup           ## train the demo's base model again from random weights (9 minutes)
 	bash data/demo/base.sh
 
-paper-mini: setup          ## the paper's table with SmolLM2-135M on one GPU; call it again to go on
+paper-mini: setup          ## train and evaluate the small table with SmolLM2-135M on one GPU; repeat to resume
 	bash data/paper-mini/paper-mini.sh $(OVERRIDES)
 
-test: setup                ## the laws and all other quick tests
-	pytest
+test: setup                ## run the quick tests (6 minutes on 2 cores)
+	$(TEST)
 
-test-slow: setup           ## the demo's claims, launched runs, real data
-	pytest -m slow
+test-slow: setup           ## run the slow tests: the demo, the README's commands, launchers
+	$(TEST) -m 'slow and not gpu' || $(NONE_SELECTED)
 
-test-gpu: setup            ## what only a GPU can show
-	pytest -m gpu
+test-gpu: setup            ## run the tests that need a GPU
+	pytest -m gpu || $(NONE_SELECTED)
 
-bench-ttft: setup          ## time to the first token, 8B shape, on a GPU (5 minutes)
+coverage: setup            ## run quick and slow tests and print the line coverage of blockft
+	coverage erase
+	coverage run -m $(TEST) -m 'not gpu'
+	coverage combine --quiet
+	coverage report
+	coverage json
+
+bench-ttft: setup          ## measure the time to the first token with an 8B shape on a GPU (5 minutes)
 	blockft bench ttft llama-3-8b --lengths 512,1024,2048,4096,8192,16384,32818 \
 	  --out data/results/ttft-llama-3-8b.json --png data/results/ttft-llama-3-8b.png
 
-bench-attention: setup     ## flex against the dense oracle, on a GPU
+bench-attention: setup     ## measure FlexAttention against dense masks on a GPU
 	blockft bench attention --out data/results/flex.json
 
-lint: setup
+lint: setup                ## check style and types
 	ruff check .
 	ruff format --check .
 	mypy
 
-format: setup
+format: setup              ## format the code
 	ruff format .
 	ruff check --fix .
 
-check: lint test
+check: lint test test-slow ## run all that continuous integration runs
 
-clean:
+clean:                     ## remove outputs and caches
 	rm -rf out .pytest_cache .mypy_cache .ruff_cache
