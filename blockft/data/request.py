@@ -1,4 +1,4 @@
-"""Requests: what a line of `generate`'s input, or a call of a service, asks."""
+"""Requests: parse a prompt to answer, from a line of the input of `generate` or a call of the API."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -6,7 +6,7 @@ from typing import Any
 
 from blockft.data.rag_prompt import Document, RagPrompt
 from blockft.data.sample import (
-    FIELDS,
+    SAMPLE_FIELDS,
     Message,
     RecordError,
     Sample,
@@ -21,26 +21,29 @@ from blockft.data.sample import (
 )
 
 REQUEST_KINDS = (("documents", "question"), ("messages",), ("blocks",))
-"""The fields of a prompt: one of these."""
+"""The kinds of requests, by their fields. A request is of one kind."""
 
-ALLOWED_FIELDS = tuple(dict.fromkeys([name for kind in REQUEST_KINDS for name in kind] + list(FIELDS)))
+ALLOWED_FIELDS = tuple(dict.fromkeys([name for kind in REQUEST_KINDS for name in kind] + list(SAMPLE_FIELDS)))
 
 
-def parse_request(record: Any, prompt: RagPrompt, id: str) -> Sample:
-    """The prompt that a JSON object asks to answer, as a sample without a response. It is one of three kinds:
+def parse_request(record: Any, prompt: RagPrompt, default_id: str) -> Sample:
+    """Parse a JSON object that asks for an answer into a sample without a response.
 
-    - `{"documents": [{"title", "text"} or text, ...], "question"}`, worded by `prompt`; a document may have
-      fields of its own;
-    - `{"messages": [{"role", "content"}, ...]}`, the last one of the user; a content is the list of its
-      blocks, or one text, which is one block;
-    - `{"blocks": [text, ...]}`, the blocks of a prompt that is already templated.
+    A request is one of three kinds:
 
-    The last block is the final block. `id` names a record without one. `meta` is that of a sample; beside
-    documents it may not say which blocks they are. A sample is a request, too: its source, response and
-    answers are passed over.
+    - `{"documents": [{"title", "text", "score"?} or text, ...], "question"}`, which `prompt` words. Other
+      fields of a document are ignored.
+    - `{"messages": [{"role", "content"}, ...]}`; the last message is from the user. A content is the list of
+      its blocks, or a text, which is one block.
+    - `{"blocks": [text, ...]}`, the blocks of a prompt that already contains the chat template.
+
+    The last block is the final block. `id` is optional and defaults to `default_id`. `meta` is the metadata
+    of a sample; beside `documents` it may not say which blocks are documents. The record of a sample is a
+    request, too; its source, response and answers are ignored.
 
     Raises:
-        RecordError: none of the kinds, or several; a field that is unknown, ill-typed or blank.
+        RecordError: the record is of no kind or of several kinds, or a field is unknown, blank or of the
+            wrong type.
     """
     check_field(isinstance(record, Mapping), "the request", record, "be a JSON object")
     if unknown := [key for key in record if key not in ALLOWED_FIELDS]:
@@ -51,77 +54,82 @@ def parse_request(record: Any, prompt: RagPrompt, id: str) -> Sample:
         list(record),
         "have 'documents' and 'question', or 'messages', or 'blocks'",
     )
-    asked = Sample(id=_id(record, id), source="input", response="")
+    sample = Sample(id=_parse_id(record, default_id), source="input", response="")
     meta = get_field(record, "meta", {})
     if "messages" in record:
-        asked = replace(asked, messages=_parse_chat(record["messages"]))
+        sample = replace(sample, messages=_parse_chat(record["messages"]))
     elif "blocks" in record:
-        asked = replace(asked, templated=parse_templated_blocks(record["blocks"], "blocks"))
+        sample = replace(sample, templated=parse_templated_blocks(record["blocks"], "blocks"))
     else:
         documents = _parse_documents(get_field(record, "documents"))
         question = parse_text(get_field(record, "question"), "field 'question'")
-        messages, built = prompt.build(question, documents, asked.id)
-        asked, meta = replace(asked, messages=messages), _merge_meta(meta, built)
-    return replace(asked, meta=parse_meta(meta, len(asked.blocks)))
+        messages, document_meta = prompt.build(question, documents, sample.id)
+        sample, meta = replace(sample, messages=messages), _merge_meta(meta, document_meta)
+    return replace(sample, meta=parse_meta(meta, len(sample.blocks)))
 
 
-def _id(record: Mapping[str, Any], default: str) -> str:
-    found = record.get("id", default)
-    check_field(type(found) in (str, int), "field 'id'", found, "be a text or a number")
-    return parse_text(str(found), "field 'id'")
+def parse_document(value: Any, field: str = "") -> Document:
+    """Parse a document from `{"title"?, "text", "score"?}`, or from a text. The score is its relevance.
+
+    `field` is the path of the document in its record, for error messages; "" if it is the whole record.
+
+    Raises:
+        RecordError: a field is missing, blank or of the wrong type.
+    """
+    name, prefix = (f"field '{field}'", f"{field}.") if field else ("the document", "")
+    if isinstance(value, str):
+        return Document(title="", text=parse_text(value, name))
+    check_field(isinstance(value, Mapping), name, value, 'be {"title", "text"} or a text')
+    check_field("text" in value, name, list(value), 'have the key "text"')
+    title = parse_text(value.get("title", ""), f"field '{prefix}title'", may_be_blank=True)
+    score = value.get("score", 0)
+    check_field(is_number(score), f"field '{prefix}score'", score, "be a finite number")
+    return Document(title=title, text=parse_text(value["text"], f"field '{prefix}text'"), relevance=score)
 
 
-def _parse_chat(found: Any) -> tuple[Message, ...]:
-    check_field(is_list(found) and bool(found), "field 'messages'", found, "be a list of messages")
-    last, at = found[-1], f"field 'messages[{len(found) - 1}].role'"
+def _parse_id(record: Mapping[str, Any], default_id: str) -> str:
+    value = record.get("id", default_id)
+    check_field(type(value) in (str, int), "field 'id'", value, "be a text or a number")
+    return parse_text(str(value), "field 'id'")
+
+
+def _parse_chat(value: Any) -> tuple[Message, ...]:
+    check_field(is_list(value) and bool(value), "field 'messages'", value, "be a list of messages")
+    last, role_name = value[-1], f"field 'messages[{len(value) - 1}].role'"
     if isinstance(last, Mapping) and "role" in last:
-        check_field(last["role"] == "user", at, last["role"], "be user: the last message asks")
+        check_field(last["role"] == "user", role_name, last["role"], "be user: the last message asks")
     return parse_messages(
-        [_content_as_list(message, f"field 'messages[{i}]") for i, message in enumerate(found)]
+        [_with_content_list(message, f"field 'messages[{i}]") for i, message in enumerate(value)]
     )
 
 
-def _content_as_list(message: Any, at: str) -> Any:
-    """A message whose content is a list if it was one text."""
+def _with_content_list(message: Any, field_name: str) -> Any:
+    """Return the message with a content that is a list; a text becomes a list of one text."""
     if not isinstance(message, Mapping) or "content" not in message:
         return message
     content = message["content"]
     check_field(
         isinstance(content, str) or is_list(content),
-        f"{at}.content'",
+        f"{field_name}.content'",
         content,
         "be a text or a list of block texts",
     )
     return {**message, "content": [content]} if isinstance(content, str) else message
 
 
-def _parse_documents(found: Any) -> list[Document]:
-    check_field(is_list(found), "field 'documents'", found, "be a list of documents")
-    return [parse_document(document, f"documents[{i}]") for i, document in enumerate(found)]
+def _parse_documents(value: Any) -> list[Document]:
+    check_field(is_list(value), "field 'documents'", value, "be a list of documents")
+    return [parse_document(document, f"documents[{i}]") for i, document in enumerate(value)]
 
 
-def parse_document(found: Any, field: str = "") -> Document:
-    """A document, from `{"title", "text"}`, or a text alone; its `score` is its relevance.
-
-    Raises:
-        RecordError: it is none; `field` is where it stands, if it is not the whole record.
-    """
-    whole, inside = (f"field '{field}'", f"{field}.") if field else ("the document", "")
-    if isinstance(found, str):
-        return Document(title="", text=parse_text(found, whole))
-    check_field(isinstance(found, Mapping), whole, found, 'be {"title", "text"} or a text')
-    check_field("text" in found, whole, list(found), 'have the key "text"')
-    title = parse_text(found.get("title", ""), f"field '{inside}title'", may_be_blank=True)
-    score = found.get("score", 0)
-    check_field(is_number(score), f"field '{inside}score'", score, "be a finite number")
-    return Document(title=title, text=parse_text(found["text"], f"field '{inside}text'"), relevance=score)
-
-
-def _merge_meta(given: Any, built: dict[str, Any]) -> dict[str, Any]:
-    """The meta data of a record, and what the wording of its documents adds."""
-    check_field(isinstance(given, Mapping), "field 'meta'", given, "be a JSON object")
+def _merge_meta(request_meta: Any, document_meta: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata of a request together with the metadata of its document blocks."""
+    check_field(isinstance(request_meta, Mapping), "field 'meta'", request_meta, "be a JSON object")
     for name in ("documents", "relevance", "supporting"):
         check_field(
-            name not in given, f"field 'meta.{name}'", given.get(name), "be absent beside 'documents'"
+            name not in request_meta,
+            f"field 'meta.{name}'",
+            request_meta.get(name),
+            "be absent beside 'documents'",
         )
-    return {**given, **built}
+    return {**request_meta, **document_meta}

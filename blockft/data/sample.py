@@ -1,39 +1,47 @@
-"""Samples: text with its blocks marked, independent of any model; one JSON object a line."""
+"""Samples: prompts with marked blocks and their responses, independent of any model; stored as JSON lines."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-FIELDS = ("id", "source", "messages", "blocks", "response", "answers", "meta")
+SAMPLE_FIELDS = ("id", "source", "messages", "blocks", "response", "answers", "meta")
+"""The fields of a sample's JSON object."""
 
 
 class RecordError(ValueError):
-    """A record that is no sample; the message names the field, its reader adds file and line."""
+    """A record is not valid. The message names the field; the reader adds file and line."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """One turn of a chat; its text is its blocks, joined."""
+    """One turn of a chat. `content` holds the texts of its blocks."""
 
     role: str
     content: tuple[str, ...]
 
     @property
     def text(self) -> str:
+        """The text of the message: its blocks joined."""
         return "".join(self.content)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A prompt as messages whose content is cut into blocks, the response, and the accepted answers.
+    """A prompt with marked blocks, its response, and the accepted answers.
 
-    A prompt that arrived already templated has no messages: `templated` holds its blocks, markers and all.
-    The last block of the last message is the final block, all others are local. `meta["documents"]` lists
-    which blocks (counted over the whole prompt) are documents: the chat template's markup never joins those;
-    `meta["relevance"]` gives each of them a number, higher for more relevant; `meta["supporting"]` lists
-    those that the answer is known to rest on. A response may be empty if there are answers: such a sample can
-    be evaluated, not trained on.
+    The prompt is either `messages`, which a chat template renders later, or `templated`: the blocks of a
+    prompt that already contains the chat template with its control tokens. The last block of the prompt is
+    the final block; all other blocks are local.
+
+    `response` may be empty if there are `answers`. Such a sample is for evaluation, not for training.
+
+    `meta` may hold, besides anything else:
+
+    - `documents`: the indices of the blocks that are documents, counted over the whole prompt. The chat
+      template's markup never becomes part of a document block.
+    - `relevance`: one number per document; higher is more relevant.
+    - `supporting`: the block indices of the documents that are known to support the answer.
     """
 
     id: str
@@ -51,36 +59,45 @@ class Sample:
 
     @property
     def documents(self) -> tuple[int, ...]:
-        """Which of the blocks are documents."""
+        """The indices of the blocks that are documents."""
         return tuple(self.meta.get("documents", ()))
 
     def without_document(self, index: int) -> "Sample":
-        """The sample without the block of its document `index`, a place in `documents`."""
-        gone = self.documents[index]
+        """Return the sample without the block of document `index`, an index into `documents`."""
+        removed = self.documents[index]
         messages, start = [], 0
         for message in self.messages:
-            kept = tuple(text for i, text in enumerate(message.content, start) if i != gone)
+            kept = tuple(text for i, text in enumerate(message.content, start) if i != removed)
             start += len(message.content)
             if kept:
                 messages.append(replace(message, content=kept))
-        meta = self.meta | {"documents": [d - (d > gone) for d in self.documents if d != gone]}
+        meta = self.meta | {"documents": [d - (d > removed) for d in self.documents if d != removed]}
         if "relevance" in meta:
             meta["relevance"] = [r for i, r in enumerate(meta["relevance"]) if i != index]
         if "supporting" in meta:
-            meta["supporting"] = [d - (d > gone) for d in meta["supporting"] if d != gone]
-        templated = tuple(text for i, text in enumerate(self.templated) if i != gone)
+            meta["supporting"] = [d - (d > removed) for d in meta["supporting"] if d != removed]
+        templated = tuple(text for i, text in enumerate(self.templated) if i != removed)
         return replace(self, messages=tuple(messages), templated=templated, meta=meta)
 
 
 def parse_sample(record: Any) -> Sample:
-    """The sample that a JSON object describes.
+    """Parse the JSON object of a sample; `sample_to_record` writes it.
+
+    ::
+
+        {"id": "s1", "source": "mine", "messages": [{"role": "user", "content": ["Read.", "One.", "Who?"]}],
+         "response": "The fox", "answers": ["The fox"], "meta": {"documents": [1]}}
+        -> local blocks "Read." and "One." (a document), final block "Who?"
+
+    A prompt that already contains the chat template has `"blocks": [text, ...]` in place of `messages`.
 
     Raises:
-        RecordError: a field is missing, unknown or ill-typed, or there is nothing to train or evaluate on.
+        RecordError: a field is missing, unknown or of the wrong type, or the sample has neither response nor
+            answers.
     """
     check_field(isinstance(record, Mapping), "the record", record, "be a JSON object")
-    if unknown := [key for key in record if key not in FIELDS]:
-        raise RecordError(f"unknown field {unknown[0]!r} (allowed: {', '.join(FIELDS)})")
+    if unknown := [key for key in record if key not in SAMPLE_FIELDS]:
+        raise RecordError(f"unknown field {unknown[0]!r} (allowed: {', '.join(SAMPLE_FIELDS)})")
     check_field(
         not {"messages", "blocks"} <= record.keys(),
         "the record",
@@ -105,7 +122,7 @@ def parse_sample(record: Any) -> Sample:
 
 
 def sample_to_record(sample: Sample) -> dict[str, Any]:
-    """The JSON object of a sample; `from_record` reads it back."""
+    """Return the JSON object of a sample; `parse_sample` reads it."""
     record: dict[str, Any] = {"id": sample.id, "source": sample.source}
     if sample.templated:
         record["blocks"] = list(sample.templated)
@@ -120,10 +137,10 @@ def sample_to_record(sample: Sample) -> dict[str, Any]:
 
 
 def get_field(record: Mapping[str, Any], name: str, default: Any = ...) -> Any:
-    """A field of a record.
+    """Return a field of a record.
 
     Raises:
-        RecordError: it is missing and has no default.
+        RecordError: the field is missing and there is no default.
     """
     if name in record:
         return record[name]
@@ -132,28 +149,32 @@ def get_field(record: Mapping[str, Any], name: str, default: Any = ...) -> Any:
     return default
 
 
-def check_field(holds: bool, name: str, found: Any, rule: str) -> None:
-    """Raise RecordError unless the rule holds."""
-    if not holds:
-        shown = repr(found)
+def check_field(is_valid: bool, name: str, value: Any, rule: str) -> None:
+    """Check a value of a record.
+
+    Raises:
+        RecordError: `is_valid` is False. The message reads "NAME is VALUE, it should RULE".
+    """
+    if not is_valid:
+        shown = repr(value)
         raise RecordError(f"{name} is {shown[:60]}{'...' if len(shown) > 60 else ''}, it should {rule}")
 
 
-def is_number(found: Any) -> bool:
-    """Whether it is a number that can be compared with others; JSON as Python reads it knows NaN."""
-    return type(found) in (int, float) and abs(found) < math.inf
+def is_number(value: Any) -> bool:
+    """Return whether a value is a finite number. Python's JSON decoder also reads NaN and Infinity."""
+    return type(value) in (int, float) and abs(value) < math.inf
 
 
-def is_list(found: Any) -> bool:
-    """Whether it is what JSON calls a list, or a caller any other sequence but a text."""
-    return isinstance(found, Sequence) and not isinstance(found, str | bytes)
+def is_list(value: Any) -> bool:
+    """Return whether a value is a sequence other than a text: a JSON list, or a sequence from Python."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def parse_text(value: Any, name: str, *, may_be_blank: bool = False) -> str:
-    """A text that can be encoded.
+    """Return a text that can be encoded as UTF-8.
 
     Raises:
-        RecordError: no text, a blank one, or one with a lone surrogate, which JSON can spell.
+        RecordError: the value is not a text, is blank, or has a lone surrogate, which JSON can express.
     """
     check_field(isinstance(value, str), name, value, "be a text")
     check_field(may_be_blank or bool(value.strip()), name, value, "not be blank")
@@ -161,63 +182,66 @@ def parse_text(value: Any, name: str, *, may_be_blank: bool = False) -> str:
     return str(value)
 
 
-def parse_messages(found: Any) -> tuple[Message, ...]:
-    """The messages of a prompt, from the field `messages` of a record.
+def parse_messages(value: Any) -> tuple[Message, ...]:
+    """Parse the field `messages` of a record: the messages of a prompt.
 
     Raises:
-        RecordError: something in it is missing or ill-typed, or no prompt ends there.
+        RecordError: a field is missing or of the wrong type, or the last message cannot end a prompt.
     """
-    check_field(is_list(found) and bool(found), "field 'messages'", found, "be a list of messages")
+    check_field(is_list(value) and bool(value), "field 'messages'", value, "be a list of messages")
     messages = []
-    for i, message in enumerate(found):
-        at = f"field 'messages[{i}]"
-        check_field(isinstance(message, Mapping), f"{at}'", message, 'be {"role", "content"}')
-        check_field(
-            set(message) == {"role", "content"}, f"{at}'", list(message), 'have the keys "role" and "content"'
-        )
+    for i, message in enumerate(value):
+        name = f"field 'messages[{i}]"
+        check_field(isinstance(message, Mapping), f"{name}'", message, 'be {"role", "content"}')
+        has_keys = set(message) == {"role", "content"}
+        check_field(has_keys, f"{name}'", list(message), 'have the keys "role" and "content"')
         content = message["content"]
-        check_field(is_list(content) and bool(content), f"{at}.content'", content, "be a list of block texts")
-        texts = [parse_text(text, f"{at}.content[{j}]'", may_be_blank=True) for j, text in enumerate(content)]
+        check_field(
+            is_list(content) and bool(content), f"{name}.content'", content, "be a list of block texts"
+        )
+        texts = [
+            parse_text(text, f"{name}.content[{j}]'", may_be_blank=True) for j, text in enumerate(content)
+        ]
         for j, text in enumerate(texts):
-            check_field(bool(text), f"{at}.content[{j}]'", text, "not be empty")
-        messages.append(Message(role=parse_text(message["role"], f"{at}.role'"), content=tuple(texts)))
+            check_field(bool(text), f"{name}.content[{j}]'", text, "not be empty")
+        messages.append(Message(role=parse_text(message["role"], f"{name}.role'"), content=tuple(texts)))
     last = messages[-1]
-    check_field(
-        last.role != "assistant",
-        f"{at}.role'",
-        last.role,
-        "not be assistant: the answer goes into 'response'",
-    )
-    check_field(
-        bool(last.content[-1].strip()), f"{at}.content'", last.content[-1], "not end in a blank final block"
-    )
+    is_prompt = last.role != "assistant"
+    check_field(is_prompt, f"{name}.role'", last.role, "not be assistant: the answer goes into 'response'")
+    final_block = last.content[-1]
+    check_field(bool(final_block.strip()), f"{name}.content'", final_block, "not end in a blank final block")
     return tuple(messages)
 
 
-def parse_templated_blocks(found: Any, name: str) -> tuple[str, ...]:
-    """The blocks of a prompt that is already templated, from the field `name` of a record.
+def parse_templated_blocks(value: Any, name: str) -> tuple[str, ...]:
+    """Parse the field `name` of a record: the blocks of a prompt that already contains the chat template.
 
     Raises:
-        RecordError: no list of texts, an empty block, or a blank final block.
+        RecordError: the value is not a list of texts, a block is empty, or the final block is blank.
     """
-    check_field(is_list(found) and bool(found), f"field {name!r}", found, "be a list of block texts")
-    texts = tuple(parse_text(text, f"field '{name}[{i}]'", may_be_blank=True) for i, text in enumerate(found))
+    check_field(is_list(value) and bool(value), f"field {name!r}", value, "be a list of block texts")
+    texts = tuple(parse_text(text, f"field '{name}[{i}]'", may_be_blank=True) for i, text in enumerate(value))
     for i, text in enumerate(texts):
         check_field(bool(text), f"field '{name}[{i}]'", text, "not be empty")
     check_field(bool(texts[-1].strip()), f"field {name!r}", texts[-1], "not end in a blank final block")
     return texts
 
 
-def parse_meta(found: Any, num_blocks: int) -> dict[str, Any]:
-    check_field(isinstance(found, dict), "field 'meta'", found, "be a JSON object")
-    documents, relevance = found.get("documents", []), found.get("relevance")
-    local = range(num_blocks - 1)
+def parse_meta(value: Any, num_blocks: int) -> dict[str, Any]:
+    """Parse the field `meta` of a record whose prompt has `num_blocks` blocks; see `Sample`.
+
+    Raises:
+        RecordError: the entries about documents contradict the blocks or each other.
+    """
+    check_field(isinstance(value, dict), "field 'meta'", value, "be a JSON object")
+    documents, relevance = value.get("documents", []), value.get("relevance")
+    local_blocks = range(num_blocks - 1)
     check_field(
-        isinstance(documents, list) and all(type(d) is int and d in local for d in documents),
+        isinstance(documents, list) and all(type(d) is int and d in local_blocks for d in documents),
         "field 'meta.documents'",
         documents,
         f"list numbers of local blocks, 0 to {num_blocks - 2}"
-        if local
+        if local_blocks
         else "be empty: there are no local blocks",
     )
     check_field(
@@ -229,11 +253,11 @@ def parse_meta(found: Any, num_blocks: int) -> dict[str, Any]:
         relevance,
         "list one finite number for each of meta.documents",
     )
-    supporting = found.get("supporting", [])
+    supporting = value.get("supporting", [])
     check_field(
         isinstance(supporting, list) and all(type(s) is int and s in documents for s in supporting),
         "field 'meta.supporting'",
         supporting,
         "list some of meta.documents",
     )
-    return dict(found)
+    return dict(value)

@@ -84,7 +84,7 @@ def test_a_document_that_would_be_trimmed_is_unfit(content: tuple[str, ...], doc
     messages = [Message(role="system", content=content), user("Who?")]
     shown = re.escape(repr(content[document]))
     with pytest.raises(
-        TemplateMismatch, match=f"{shown}, which would be another block elsewhere: put separators"
+        TemplateMismatch, match=f"{shown}, which would be another block in another prompt: put separators"
     ):
         cut(messages, (document,), TRIMMING)
     assert cut(messages, (document,))[document + 1] == content[document]
