@@ -388,7 +388,7 @@ def draw_ttft(model_or_shape: str, measured: Sequence[Mapping[str, Any]]) -> Any
     ]
     lines.append(("memory floor", "grey", "--", [figures["floor_ms"] for figures in measured]))
     for label, colour, style, times_ms in lines:
-        marker = "o" if style == "-" else None
+        marker = "o" if style == "-" else "."
         axes.plot(lengths, times_ms, marker=marker, linestyle=style, color=colour, label=label)
     axes.set(
         xscale="log",

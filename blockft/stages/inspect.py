@@ -80,9 +80,10 @@ def draw_mask(example: Example) -> Any:
         interpolation="nearest",
         extent=(0, bounds[-1], bounds[-1], 0),
     )
+    line_width = 0.8 if len(names) <= MAX_NAMED_BLOCKS else 0.2
     for bound in bounds[1:-1]:
-        axes.axhline(bound, color="grey", linewidth=0.5)
-        axes.axvline(bound, color="grey", linewidth=0.5)
+        axes.axhline(bound, color="lightgrey", linewidth=line_width)
+        axes.axvline(bound, color="lightgrey", linewidth=line_width)
     middles = [(start + end) / 2 for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
     step = 1 + len(names) // MAX_NAMED_BLOCKS
     # count back from the end, so that the final block is always named
@@ -93,7 +94,11 @@ def draw_mask(example: Example) -> Any:
     axes.tick_params(length=0)
     title = f"{example.sample_ids[0]}: {len(example):,} tokens in {len(names)} blocks"
     axes.set(xlabel="key tokens", ylabel="query tokens", title=title)
-    legend = [Patch(color=FINAL_COLOUR, label="the final block attends to all blocks")]
+    if example.num_final == 1:
+        final_label = "the final block attends to all blocks"
+    else:
+        final_label = "a final block attends to all local blocks and to itself"
+    legend = [Patch(color=FINAL_COLOUR, label=final_label)]
     if len(names) > example.num_final:
         legend.insert(0, Patch(color=LOCAL_COLOUR, label="a block attends to itself"))
     figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False)

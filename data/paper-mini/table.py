@@ -33,7 +33,7 @@ ROWS = {
     REFERENCE: ("full", "full", 71.3),
     "full fine-tuned, block mask": ("full", "block", 50.0),
     "block fine-tuned, no position re-encoding": ("local", "block", 68.1),
-    "block fine-tuned, block view only": ("block-only", "block", None),
+    "block fine-tuned, block mode only": ("block-only", "block", None),
     "block fine-tuned, block mode": ("both", "block", 70.0),
     "block fine-tuned, full mode": ("both", "full", 71.8),
 }
