@@ -1,12 +1,12 @@
-"""General ability: a model for lm-evaluation-harness, in full mode or with few-shot examples as blocks.
+"""A model for lm-evaluation-harness that answers in full mode, or with few-shot examples as blocks.
 
     pip install 'blockft[lm-eval]'
     python -m blockft.evaluation.harness run --model blockft --model_args pretrained=OUT,mode=block ...
 
-The description, each few-shot example and the question are a block each, as in Ma et al. 2025. They are told
-apart by the `fewshot_delimiter` of most tasks, a blank line (another one: `delimiter=...`), which belongs to
-what follows it, and under a chat template also by turns. A question that holds blank lines is cut there, too.
-Both modes see the same token ids.
+The description, each few-shot example and the question are blocks, as in Ma et al. 2025. The prompt is split
+at blank lines, the `fewshot_delimiter` of most tasks (`delimiter=...` sets another one). A delimiter stays
+with the text that follows it. Under a chat template, the prompt is also split at turns. A question with blank
+lines is split into several blocks. Both modes read the same token ids.
 """
 
 import sys
@@ -26,19 +26,25 @@ from blockft.evaluation.loglikelihood import Ids, LoglikelihoodRequest, compute_
 from blockft.inference.engine import Engine
 from blockft.model.load import parse_dtype
 
-CUT = "\x1e"
-"""Stands in a prompt that a chat template wrote wherever a block begins; it is taken out before encoding."""
+BLOCK_START = "\x1e"
+"""Marks the start of each block in a prompt that a chat template rendered; removed before encoding."""
 
-UNNAMED_DEVICE = "cuda:0"
-"""What the harness asks for where nobody named a device: the first GPU, or a CPU if there is none."""
+DEFAULT_DEVICE = "cuda:0"
+"""The device that the harness passes if the user names none: the first GPU, or the CPU."""
 
 
 @register_model("blockft")
 class BlockLM(LM):
-    """An engine as the harness asks it. `pretrained` is an export, any model folder, or a Hub id.
+    """The harness's interface to an engine.
+
+    pretrained: an export, any model folder, or a Hub id.
+    mode: block or full.
+    delimiter: the text at which prompts are split into blocks.
+    max_gen_toks: the longest answer, in tokens, unless the task sets another limit.
 
     Raises:
-        UserError: an unknown mode or type, a batch without prompts; see `Engine.load`.
+        UserError: the mode or the dtype is unknown, or a batch size is not a positive number; see
+            `Engine.load`.
     """
 
     def __init__(
@@ -62,17 +68,20 @@ class BlockLM(LM):
         }
         for name, size in sizes.items():
             if not str(size).isdecimal() or int(size) < 1:
-                raise UserError(f"{name} is {size!r}, it should be a number from 1 on")
-        kind = parse_dtype(dtype or "auto", None)
-        place = None if device == UNNAMED_DEVICE else device
-        self._engine = Engine.load(pretrained, revision=revision, device=place, dtype=kind)
+                raise UserError(f"{name} is {size!r}, write a number of at least 1")
+        self._engine = Engine.load(
+            pretrained,
+            revision=revision,
+            device=None if device == DEFAULT_DEVICE else device,
+            dtype=parse_dtype(dtype or "auto", None),
+        )
         self._mode, self._delimiter = mode, delimiter
         self._batch_size, self._max_new_tokens = min(map(int, sizes.values())), max_gen_toks
         self._tokenizer = self._engine.tokenizer
         self._plain, self._templated = PlainTokenizer(self._tokenizer), TemplatedTokenizer(self._tokenizer)
-        # what the tokenizer puts before any text: the bos token, or nothing
-        plain = self._tokenizer("x", add_special_tokens=False)["input_ids"]
-        self._opening = tuple(self._tokenizer("x")["input_ids"][: -len(plain)])
+        # the ids that the tokenizer puts before every text: the bos token, or none
+        text_ids = self._tokenizer("x", add_special_tokens=False)["input_ids"]
+        self._prompt_start_ids = tuple(self._tokenizer("x")["input_ids"][: -len(text_ids)])
 
     @property
     def tokenizer_name(self) -> str:
@@ -84,32 +93,37 @@ class BlockLM(LM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The prompt that the template renders, cut where a user's turn begins, and before delimiters in it.
+        """Render a chat and mark the blocks: user turns start a block, and are split at delimiters.
 
         Raises:
-            UserError: the template changes a text, so that it cannot be cut.
+            UserError: the template changes a message, so that the prompt cannot be split.
         """
-        marks = [{**message, "content": f"\ue000{i}\ue001"} for i, message in enumerate(chat_history)]
+        # the template is rendered once more with placeholders, which show where each message stands
+        placeholders = [{**message, "content": f"\ue000{i}\ue001"} for i, message in enumerate(chat_history)]
+        # some templates strip messages
         stripped = [{**message, "content": message["content"].strip()} for message in chat_history]
-        rendered, outline = (self._render(chat, add_generation_prompt) for chat in (chat_history, marks))
-        for history in (chat_history, stripped):
+        rendered, outline = (
+            self._render(chat, add_generation_prompt) for chat in (chat_history, placeholders)
+        )
+        for chat in (chat_history, stripped):
             blocks, rest = [""], outline
-            for message, mark in zip(history, marks, strict=True):
-                before, _, rest = rest.partition(mark["content"])
-                blocks[-1] += before
+            for message, placeholder in zip(chat, placeholders, strict=True):
+                markup, _, rest = rest.partition(placeholder["content"])
+                blocks[-1] += markup
                 if message["role"] == "user":
-                    blocks += self._pieces(message["content"])
+                    blocks += self._split(message["content"])
                 else:
                     blocks[-1] += message["content"]
             blocks[-1] += rest
             if "".join(blocks) == rendered:
-                return CUT + CUT.join(blocks)
+                return BLOCK_START + BLOCK_START.join(blocks)
         raise UserError(
-            f"the chat template of {self.tokenizer_name} changes texts: it cannot be cut into blocks"
+            f"the chat template of {self.tokenizer_name} changes messages, so the prompt "
+            "cannot be split into blocks"
         )
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """The log probability of each continuation, and whether it is the greedy one.
+        """Return the log probability of each continuation, and whether it is the greedy one.
 
         Raises:
             UserError: a prompt is longer than the model's positions.
@@ -117,48 +131,49 @@ class BlockLM(LM):
         return self._score([self._encode_pair(*request.args) for request in requests], disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log probability of each text, in windows of the model's positions.
+        """Return the log probability of each text, in windows of the model's positions.
 
         Raises:
-            UserError: in block mode, for such texts have no blocks.
+            UserError: the mode is block, but these texts have no blocks.
         """
         if self._mode == "block":
-            raise UserError("loglikelihood_rolling scores whole texts, which have no blocks: use mode=full")
-        limit, sums = self._engine.model.config.max_position_embeddings, []
+            raise UserError("loglikelihood_rolling scores texts without blocks: use mode=full")
+        num_positions, log_probs = self._engine.model.config.max_position_embeddings, []
         for request in tqdm(requests, disable=disable_tqdm):
             (ids,) = self._plain.encode([request.args[0]])
-            windows = get_rolling_token_windows(ids, self._prefix_id, limit, context_len=1)
+            windows = get_rolling_token_windows(ids, self._prefix_id, num_positions, context_len=1)
             pairs = (make_disjoint_window(window) for window in windows)
-            scored = [
+            window_requests = [
                 LoglikelihoodRequest((), tuple(context), tuple(predicted)) for context, predicted in pairs
             ]
-            sums.append(sum(total for total, _ in self._score(scored, disable_tqdm=True)))
-        return sums
+            scores = self._score(window_requests, disable_tqdm=True)
+            log_probs.append(sum(log_prob for log_prob, _ in scores))
+        return log_probs
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy answers, which end before the first of the texts at which the task stops.
+        """Answer greedily; each answer ends before the first stop string of its task.
 
         Raises:
-            UserError: the task samples; a prompt and its answer are longer than the model's positions.
+            UserError: the task samples its answers; a prompt with its answer exceeds the model's positions.
         """
         answers = [""] * len(requests)
-        alike: dict[tuple[int, tuple[str, ...]], list[int]] = defaultdict(list)
+        by_options: dict[tuple[int, tuple[str, ...]], list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             settings = request.args[1]
             if settings.get("do_sample") or settings.get("temperature"):
                 raise UserError(
-                    "the task samples its answers, and block answers are greedy: set do_sample to false"
+                    "the task samples its answers, but this model answers greedily: set do_sample to false"
                 )
-            limit = int(settings.get("max_gen_toks", self._max_new_tokens))
-            alike[limit, _stop_strings(settings.get("until"))].append(index)
+            max_new_tokens = int(settings.get("max_gen_toks", self._max_new_tokens))
+            by_options[max_new_tokens, _stop_strings(settings.get("until"))].append(index)
         batches = [
-            (limit, stop, some[i : i + self._batch_size])
-            for (limit, stop), some in alike.items()
-            for i in range(0, len(some), self._batch_size)
+            (max_new_tokens, stop, indices[i : i + self._batch_size])
+            for (max_new_tokens, stop), indices in by_options.items()
+            for i in range(0, len(indices), self._batch_size)
         ]
-        for limit, stop, batch in tqdm(batches, disable=disable_tqdm):
+        for max_new_tokens, stop, batch in tqdm(batches, disable=disable_tqdm):
             prompts = [self._encode(requests[i].args[0]) for i in batch]
-            for i, ids in zip(batch, self._generate(prompts, limit, stop), strict=True):
+            for i, ids in zip(batch, self._generate(prompts, max_new_tokens, stop), strict=True):
                 text = str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
                 answers[i] = _truncate_at_stop(text, stop)
                 self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
@@ -183,56 +198,67 @@ class BlockLM(LM):
 
     @property
     def _prefix_id(self) -> int:
-        """What stands before a text that nothing stands before."""
+        """The token before a text without context: bos, or eos for a tokenizer without bos."""
         bos = self._tokenizer.bos_token_id
         return int(self._tokenizer.eos_token_id if bos is None else bos)
 
-    def _pieces(self, text: str) -> list[str]:
-        """The text cut before each delimiter, where most tokenizers cut anyway; no piece is blank."""
+    def _split(self, text: str) -> list[str]:
+        """Split a text before each delimiter; no block is blank or empty."""
         first, *others = text.split(self._delimiter)
-        pieces = [first]
+        blocks = [first]
         for part in others:
-            if part.strip() and pieces[-1].strip():
-                pieces.append(self._delimiter + part)
+            if part.strip() and blocks[-1].strip():
+                blocks.append(self._delimiter + part)
             else:
-                pieces[-1] += self._delimiter + part
-        return [piece for piece in pieces if piece]
+                blocks[-1] += self._delimiter + part
+        return [block for block in blocks if block]
 
     def _encode(self, context: str, continuation: str = "") -> list[Ids]:
-        """The ids of each block; the continuation is the end of the last."""
+        """Return the token ids of each block; the continuation is the end of the last block."""
         tokenizer: PlainTokenizer | TemplatedTokenizer
-        if context.startswith(CUT):
-            texts, tokenizer, opening = [t for t in context.split(CUT) if t], self._templated, ()
+        if context.startswith(BLOCK_START):
+            texts = [text for text in context.split(BLOCK_START) if text]
+            tokenizer, start_ids = self._templated, ()
         else:
-            texts, tokenizer, opening = self._pieces(context) or [""], self._plain, self._opening
+            texts = self._split(context) or [""]
+            tokenizer, start_ids = self._plain, self._prompt_start_ids
         texts[-1] += continuation
         first, *others = (tuple(ids) for ids in tokenizer.encode(texts))
-        return [ids for ids in (opening + first, *others) if ids] or [(self._prefix_id,)]
+        return [ids for ids in (start_ids + first, *others) if ids] or [(self._prefix_id,)]
 
-    def _score(self, scored: Sequence[LoglikelihoodRequest], disable_tqdm: bool) -> list[tuple[float, bool]]:
+    def _score(
+        self, requests: Sequence[LoglikelihoodRequest], disable_tqdm: bool
+    ) -> list[tuple[float, bool]]:
         return compute_loglikelihoods(
-            self._engine.model, scored, mode=self._mode, shows_progress=not disable_tqdm
+            self._engine.model, requests, mode=self._mode, shows_progress=not disable_tqdm
         )
 
     def _encode_pair(self, context: str, continuation: str) -> LoglikelihoodRequest:
-        """White space at the end of the context goes to the continuation, as words are encoded."""
-        kept = context.rstrip()
-        if not kept.strip(CUT):
-            (ids,) = self._plain.encode([context.strip(CUT) + continuation])
+        """Encode a context and its continuation; white space between them belongs to the continuation.
+
+        Tokenizers encode a word together with the space before it.
+        """
+        stripped = context.rstrip()
+        if not stripped.strip(BLOCK_START):
+            (ids,) = self._plain.encode([context.strip(BLOCK_START) + continuation])
             return LoglikelihoodRequest((), (self._prefix_id,), tuple(ids))
-        blocks, whole = self._encode(kept), self._encode(kept, context[len(kept) :] + continuation)
-        return LoglikelihoodRequest(tuple(blocks[:-1]), blocks[-1], whole[-1][len(blocks[-1]) :])
+        blocks = self._encode(stripped)
+        blocks_with_continuation = self._encode(stripped, context[len(stripped) :] + continuation)
+        final_prefix = blocks[-1]
+        return LoglikelihoodRequest(
+            tuple(blocks[:-1]), final_prefix, blocks_with_continuation[-1][len(final_prefix) :]
+        )
 
 
 def _stop_strings(until: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The texts at which a task stops, as tasks spell them."""
-    given = [until] if isinstance(until, str) else until or ()
-    return tuple(stop for stop in given if stop)
+    """Return the stop strings of a task, which gives one, several or none."""
+    texts = [until] if isinstance(until, str) else until or ()
+    return tuple(text for text in texts if text)
 
 
-def _truncate_at_stop(text: str, stops: Sequence[str]) -> str:
-    """The text before the first stop text in it: the engine's ids hold the token that completed it."""
-    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+def _truncate_at_stop(text: str, stop: Sequence[str]) -> str:
+    """Return the text before its first stop string; the engine's ids include the token that completed it."""
+    return text[: min((text.find(string) for string in stop if string in text), default=len(text))]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Log probabilities of texts behind cached blocks: many continuations in one masked forward pass.
+"""Log-likelihoods of continuations after a prompt of blocks, many in one masked forward pass.
 
 Shapes: N scored tokens, V vocabulary.
 """
@@ -16,7 +16,7 @@ from blockft.errors import UserError
 from blockft.model.masked_forward import masked_logits
 
 ROW_TOKENS = 4096
-"""Contexts with their continuations are scored in rows of about this many tokens."""
+"""Requests are scored in rows of about this many tokens."""
 
 Ids = tuple[int, ...]
 Score = tuple[float, bool]
@@ -25,90 +25,109 @@ Score = tuple[float, bool]
 
 @dataclass(frozen=True)
 class LoglikelihoodRequest:
-    """A continuation to be scored: the local blocks, what the final block has before it, its own ids."""
+    """A continuation to score.
+
+    context: the token ids of each local block.
+    final_prefix: the token ids of the final block before the continuation; at least one.
+    continuation: the token ids to score.
+    """
 
     context: tuple[Ids, ...]
-    before: Ids
+    final_prefix: Ids
     continuation: Ids
 
     @property
     def final(self) -> Ids:
-        return self.before + self.continuation
+        """The token ids of the final block."""
+        return self.final_prefix + self.continuation
+
+
+Row = list[list[LoglikelihoodRequest]]
+"""The requests of one forward pass, grouped by context."""
 
 
 def compute_loglikelihoods(
-    model: PreTrainedModel, scored: Sequence[LoglikelihoodRequest], *, mode: str, shows_progress: bool = False
+    model: PreTrainedModel,
+    requests: Sequence[LoglikelihoodRequest],
+    *,
+    mode: str,
+    shows_progress: bool = False,
 ) -> list[Score]:
-    """The score of each continuation in block or full mode; those that share a context are scored together.
+    """Return the score of each request in block or full mode.
 
-    One without tokens is certain.
+    Requests with the same context share it in a row. An empty continuation scores (0.0, True).
 
     Raises:
         UserError: a prompt is longer than the model's positions.
     """
-    results: dict[LoglikelihoodRequest, Score] = {one: (0.0, True) for one in scored if not one.continuation}
-    limit = model.config.max_position_embeddings
-    for one in scored:
-        num_tokens = sum(map(len, one.context)) + len(one.final) - 1
-        if num_tokens > limit:
+    scores: dict[LoglikelihoodRequest, Score] = {
+        request: (0.0, True) for request in requests if not request.continuation
+    }
+    num_positions = model.config.max_position_embeddings
+    for request in requests:
+        # the last token is predicted, not read
+        num_tokens = sum(map(len, request.context)) + len(request.final) - 1
+        if num_tokens > num_positions:
             raise UserError(
-                f"a prompt has {num_tokens} tokens, the model has {limit} positions: use fewer examples"
+                f"a prompt has {num_tokens} tokens, but the model has only {num_positions} positions: "
+                "use fewer few-shot examples"
             )
-    rows = list(_rows(one for one in dict.fromkeys(scored) if one.continuation))
+    rows = list(_pack_rows(request for request in dict.fromkeys(requests) if request.continuation))
     for row in tqdm(rows, disable=not shows_progress):
-        results |= _score_row(model, row, mode)
-    return [results[one] for one in scored]
+        scores |= _score_row(model, row, mode)
+    return [scores[request] for request in requests]
 
 
 @torch.inference_mode()
-def _score_row(
-    model: PreTrainedModel, row: Sequence[Sequence[LoglikelihoodRequest]], mode: str
-) -> dict[LoglikelihoodRequest, Score]:
-    """One forward pass over groups of continuations, each group behind its context."""
-    results: dict[LoglikelihoodRequest, Score] = {}
+def _score_row(model: PreTrainedModel, row: Row, mode: str) -> dict[LoglikelihoodRequest, Score]:
+    """Score the requests of a row in one forward pass; each group has its context once."""
+    scores: dict[LoglikelihoodRequest, Score] = {}
     ids: list[int] = []
-    layouts, places = [], []
+    layouts: list[Layout] = []
+    logit_positions: list[int] = []
     for group in row:
         context = group[0].context
         ids += [id for block in context for id in block]
-        finals = [one.final[:-1] for one in group]
-        for one, final in zip(group, finals, strict=True):
-            start = len(ids) + len(one.before) - 1
-            places.append(range(start, start + len(one.continuation)))
+        # the last token of a continuation is predicted, not read
+        finals = [request.final[:-1] for request in group]
+        for request, final in zip(group, finals, strict=True):
+            start = len(ids) + len(request.final_prefix) - 1
+            logit_positions += range(start, start + len(request.continuation))
             ids += final
         layout = Layout((*map(len, context), *map(len, finals)), len(finals))
         layouts.append(layout if mode == "block" else layout.full())
-    kept_N = torch.tensor([place for some in places for place in some], device=model.device)
-    log_probs_NV = masked_logits(model, ids, layouts, kept_N).float().log_softmax(dim=-1)
+    positions_N = torch.tensor(logit_positions, device=model.device)
+    log_probs_NV = masked_logits(model, ids, layouts, positions_N).float().log_softmax(dim=-1)
     start = 0
-    for one in (one for group in row for one in group):
-        targets = torch.tensor(one.continuation, device=model.device)
-        own = log_probs_NV[start : start + len(targets)]
-        total = own.gather(1, targets[:, None]).sum()
-        results[one] = (float(total), bool((own.argmax(dim=-1) == targets).all()))
+    for request in (request for group in row for request in group):
+        targets = torch.tensor(request.continuation, device=model.device)
+        log_probs = log_probs_NV[start : start + len(targets)]
+        total = log_probs.gather(1, targets[:, None]).sum()
+        scores[request] = (float(total), bool((log_probs.argmax(dim=-1) == targets).all()))
         start += len(targets)
-    return results
+    return scores
 
 
-def _rows(scored: Iterable[LoglikelihoodRequest]) -> Iterator[list[list[LoglikelihoodRequest]]]:
-    """Rows of about `ROW_TOKENS`: continuations of one context share it."""
+def _pack_rows(requests: Iterable[LoglikelihoodRequest]) -> Iterator[Row]:
+    """Pack requests into rows of about `ROW_TOKENS` tokens; requests with the same context share it."""
     groups: dict[tuple[Ids, ...], list[LoglikelihoodRequest]] = defaultdict(list)
-    for one in scored:
-        groups[one.context].append(one)
-    row: list[list[LoglikelihoodRequest]] = []
-    filled = 0
+    for request in requests:
+        groups[request.context].append(request)
+    row: Row = []
+    num_tokens = 0
     for context, members in groups.items():
         context_len = sum(map(len, context))
-        for one in members:
-            joins = bool(row) and row[-1][0].context == context
-            added = len(one.final) + (0 if joins else context_len)
-            if row and filled + added > ROW_TOKENS:
+        for request in members:
+            shares_context = bool(row) and row[-1][0].context == context
+            num_added = len(request.final) + (0 if shares_context else context_len)
+            if row and num_tokens + num_added > ROW_TOKENS:
                 yield row
-                row, filled, joins, added = [], 0, False, len(one.final) + context_len
-            if joins:
-                row[-1].append(one)
+                row, num_tokens = [], 0
+                shares_context, num_added = False, len(request.final) + context_len
+            if shares_context:
+                row[-1].append(request)
             else:
-                row.append([one])
-            filled += added
+                row.append([request])
+            num_tokens += num_added
     if row:
         yield row

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: both modes finish a local task, and full mode scores as its own wrapper."""
+"""lm-evaluation-harness: tasks run in both modes, and full mode scores like the harness's own model class."""
 
 import importlib.util
 import json
@@ -23,15 +23,15 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.evaluator import simple_evaluate  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
-from blockft.evaluation import scoring  # noqa: E402
-from blockft.evaluation.harness import CUT, BlockLM  # noqa: E402
+from blockft.evaluation import loglikelihood  # noqa: E402
+from blockft.evaluation.harness import BLOCK_START, BlockLM  # noqa: E402
 
 HERE = Path(__file__).parent / "harness"
 SHOTS = "Capitals.\n\nQ: Peru\nA: Lima\n\nQ: Kenya\nA: Nairobi\n\nQ: Norway\nA:"
 
 
 def task(kind: str) -> dict[str, Any]:
-    """A task over the six lines beside this file."""
+    """Return a task over the six lines of harness/capitals.jsonl."""
     common: dict[str, Any] = {
         "task": f"capitals_{kind}",
         "dataset_path": "json",
@@ -79,40 +79,43 @@ def pairs(*given: tuple[str, Any], kind: str = "loglikelihood") -> list[Instance
 
 
 @pytest.mark.parametrize("mode", ["block", "full"])
-def test_a_local_task_is_finished(models: dict[str, BlockLM], mode: str) -> None:
+def test_a_local_task_runs_in_both_modes(models: dict[str, BlockLM], mode: str) -> None:
     results = simple_evaluate(models[mode], tasks=[task("choice"), task("answer")], bootstrap_iters=0)
     assert results and set(results["results"]) == {"capitals_choice", "capitals_answer"}
     assert all(len(samples) == 6 for samples in results["samples"].values())
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_full_mode_scores_as_the_harness_itself(folder: Path, models: dict[str, BlockLM], chat: bool) -> None:
-    own = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
+def test_full_mode_scores_like_the_model_class_of_the_harness(
+    folder: Path, models: dict[str, BlockLM], chat: bool
+) -> None:
+    reference = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
     kinds = ["choice", "answer", *([] if chat else ["text"])]
     options = {"bootstrap_iters": 0, "apply_chat_template": chat, "fewshot_as_multiturn": chat}
-    got, want = (
+    actual, expected = (
         simple_evaluate(model, tasks=[task(kind) for kind in kinds], **options)
-        for model in (models["full"], own)
+        for model in (models["full"], reference)
     )
-    assert got and want
-    for name, samples in want["samples"].items():
-        for mine, theirs in zip(got["samples"][name], samples, strict=True):
+    assert actual and expected
+    for name, samples in expected["samples"].items():
+        for sample, reference_sample in zip(actual["samples"][name], samples, strict=True):
             if name == "capitals_answer":
-                assert mine["resps"] == theirs["resps"]
+                assert sample["resps"] == reference_sample["resps"]
             else:
                 assert_close(
-                    *(torch.tensor(s["resps"], dtype=torch.float64) for s in (mine, theirs)),
+                    *(torch.tensor(s["resps"], dtype=torch.float64) for s in (sample, reference_sample)),
                     rtol=1e-4,
                     atol=1e-4,
                 )
 
 
-def test_shots_are_blocks(models: dict[str, BlockLM], monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the masked forward, one prompt at a time; the two modes differ."""
-    model, asked = models["block"], [" Oslo", " Riga"]
-    scores = model.loglikelihood(pairs(*((SHOTS, answer) for answer in asked)), disable_tqdm=True)
+def test_few_shot_examples_are_blocks(models: dict[str, BlockLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scores equal those of the masked forward pass of one prompt; the two modes differ."""
+    model, answers = models["block"], [" Oslo", " Riga"]
+    requests = pairs(*((SHOTS, answer) for answer in answers))
+    scores = model.loglikelihood(requests, disable_tqdm=True)
     texts = ["Capitals.", "\n\nQ: Peru\nA: Lima", "\n\nQ: Kenya\nA: Nairobi", "\n\nQ: Norway\nA:"]
-    for answer, (total, _) in zip(asked, scores, strict=True):
+    for answer, (total, _) in zip(answers, scores, strict=True):
         blocks = model._plain.encode([*texts[:-1], texts[-1] + answer])
         metadata = build_metadata([Layout(tuple(map(len, blocks)))])
         ids = torch.tensor([[id for block in blocks for id in block]])
@@ -122,28 +125,28 @@ def test_shots_are_blocks(models: dict[str, BlockLM], monkeypatch: pytest.Monkey
             block_masks=AttentionMasks(metadata),
             use_cache=False,
         ).logits[0, :-1]
-        own = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[-len(answer) :]
-        assert total == pytest.approx(float(own.detach().sum()), abs=1e-4)
-    full = models["full"].loglikelihood(pairs(*((SHOTS, answer) for answer in asked)), disable_tqdm=True)
+        log_probs = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[-len(answer) :]
+        assert total == pytest.approx(float(log_probs.detach().sum()), abs=1e-4)
+    full = models["full"].loglikelihood(requests, disable_tqdm=True)
     assert all(abs(a[0] - b[0]) > 1e-3 for a, b in zip(scores, full, strict=True))
     # rows of any size give the same scores
-    monkeypatch.setattr(scoring, "ROW_TOKENS", 10)
-    again = model.loglikelihood(pairs(*((SHOTS, answer) for answer in asked)), disable_tqdm=True)
+    monkeypatch.setattr(loglikelihood, "ROW_TOKENS", 10)
+    again = model.loglikelihood(requests, disable_tqdm=True)
     assert_close(torch.tensor(again), torch.tensor(scores), rtol=1e-4, atol=1e-4)
 
 
-def test_a_turn_that_spells_markup_is_cut_where_it_stands(models: dict[str, BlockLM]) -> None:
+def test_a_message_that_spells_markup_is_split_at_its_own_place(models: dict[str, BlockLM]) -> None:
     history = [{"role": "user", "content": content} for content in ("user", " |>\n\nend ")]
     prompt = models["full"].apply_chat_template(history)
     expected = ["", "<|user|>", "user<|end|><|user|>", " |>", "\n\nend <|end|><|assistant|>"]
-    assert prompt.split(CUT) == expected
+    assert prompt.split(BLOCK_START) == expected
 
 
-def test_turns_of_a_chat_are_blocks(models: dict[str, BlockLM]) -> None:
+def test_user_turns_of_a_chat_start_blocks(models: dict[str, BlockLM]) -> None:
     turns = [("system", "Capitals."), ("user", "Peru?"), ("assistant", "Lima"), ("user", "Norway?\n\nSay.")]
     history = [{"role": role, "content": content} for role, content in turns]
     prompt = models["block"].apply_chat_template(history)
-    assert prompt.split(CUT) == [
+    assert prompt.split(BLOCK_START) == [
         "",
         "<|system|>Capitals.<|end|><|user|>",
         "Peru?<|end|><|assistant|>Lima<|end|><|user|>",
@@ -159,11 +162,11 @@ def test_turns_of_a_chat_are_blocks(models: dict[str, BlockLM]) -> None:
 
 def test_no_block_is_blank(models: dict[str, BlockLM]) -> None:
     for text, number in {"\n\nA\n\n\n\nB\n\n": 2, "A\n\nB": 2, "A": 1, "": 0}.items():
-        pieces = models["block"]._pieces(text)
-        assert "".join(pieces) == text and len(pieces) == number and all(piece.strip() for piece in pieces)
+        blocks = models["block"]._split(text)
+        assert "".join(blocks) == text and len(blocks) == number and all(block.strip() for block in blocks)
 
 
-def test_a_context_that_is_empty_or_ends_in_space(models: dict[str, BlockLM]) -> None:
+def test_a_context_may_be_empty_or_end_in_a_space(models: dict[str, BlockLM]) -> None:
     model = models["block"]
     (empty, _), (spaced, _), (unspaced, _) = model.loglikelihood(
         pairs(("", "Oslo"), (SHOTS + " ", "Oslo"), (SHOTS, " Oslo")), disable_tqdm=True
@@ -171,52 +174,54 @@ def test_a_context_that_is_empty_or_ends_in_space(models: dict[str, BlockLM]) ->
     assert empty < 0 and spaced == pytest.approx(unspaced)
 
 
-def test_a_continuation_without_tokens_is_certain(models: dict[str, BlockLM]) -> None:
+def test_an_empty_continuation_has_probability_1(models: dict[str, BlockLM]) -> None:
     for model in models.values():
-        asked = pairs((SHOTS, " Oslo"), (SHOTS, ""), ("", ""))
-        (score, _), *others = model.loglikelihood(asked, disable_tqdm=True)
+        requests = pairs((SHOTS, " Oslo"), (SHOTS, ""), ("", ""))
+        (score, _), *others = model.loglikelihood(requests, disable_tqdm=True)
         assert score < 0 and others == [(0.0, True)] * 2
 
 
-def test_answers_end_where_the_task_stops(models: dict[str, BlockLM]) -> None:
+def test_answers_end_before_the_stop_string_of_the_task(models: dict[str, BlockLM]) -> None:
     settings: dict[str, Any] = {"max_gen_toks": 6}
-    (whole,) = models["full"].generate_until(pairs((SHOTS, settings)), disable_tqdm=True)
-    stop = whole[3]
-    (cut,) = models["full"].generate_until(pairs((SHOTS, settings | {"until": [stop]})), disable_tqdm=True)
-    assert cut == whole[: whole.index(stop)]
+    (complete,) = models["full"].generate_until(pairs((SHOTS, settings)), disable_tqdm=True)
+    stop = complete[3]
+    (stopped,) = models["full"].generate_until(
+        pairs((SHOTS, settings | {"until": [stop]})), disable_tqdm=True
+    )
+    assert stopped == complete[: complete.index(stop)]
 
 
 @pytest.mark.parametrize("mode", ["block", "full"])
-def test_nothing_is_generated_after_the_stop(
+def test_generation_ends_at_the_stop_string(
     models: dict[str, BlockLM], mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Requests that stop otherwise are asked apart, and answered in their places."""
+    """Requests with other stop strings are generated separately; the order of the answers stays."""
     settings: dict[str, Any] = {"max_gen_toks": 12}
-    (whole,) = models[mode].generate_until(pairs((SHOTS, settings)), disable_tqdm=True)
-    asked: list[tuple[int, list[int]]] = []
+    (complete,) = models[mode].generate_until(pairs((SHOTS, settings)), disable_tqdm=True)
+    calls: list[tuple[int, list[int]]] = []
     generate = models[mode]._engine.generate_ids
 
     def watched(prompts: Any, **options: Any) -> Any:
         answers = generate(prompts, **options)
-        asked.append((len(prompts), [len(answer.ids) for answer in answers]))
+        calls.append((len(prompts), [len(answer.ids) for answer in answers]))
         return answers
 
     monkeypatch.setattr(models[mode]._engine, "generate_ids", watched)
-    untils: list[Any] = [[whole[2], ""], None, whole[2], [whole[1]]]
+    untils: list[Any] = [[complete[2], ""], None, complete[2], [complete[1]]]
     requests = pairs(*((SHOTS, settings | {"until": until}) for until in untils))
     answers = models[mode].generate_until(requests, disable_tqdm=True)
     assert answers == [
-        whole[: whole.index(whole[2])],
-        whole,
-        whole[: whole.index(whole[2])],
-        whole[: whole.index(whole[1])],
+        complete[: complete.index(complete[2])],
+        complete,
+        complete[: complete.index(complete[2])],
+        complete[: complete.index(complete[1])],
     ]
-    assert sorted(num_prompts for num_prompts, _ in asked) == [1, 1, 2]
-    lengths = {num_prompts: max(lens) for num_prompts, lens in asked}
+    assert sorted(num_prompts for num_prompts, _ in calls) == [1, 1, 2]
+    lengths = {num_prompts: max(lens) for num_prompts, lens in calls}
     assert lengths[2] < 12
 
 
-def test_batches_hold_no_more_than_either_size_allows(
+def test_the_smaller_batch_size_counts(
     folder: Path, models: dict[str, BlockLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = BlockLM(str(folder), device="cpu", batch_size="3", max_batch_size=2, dtype="float32")
@@ -230,21 +235,21 @@ def test_batches_hold_no_more_than_either_size_allows(
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("arguments", "message"),
     [
         ({"mode": "half"}, "allowed are block, full"),
         ({"dtype": "float33"}, "dtype is 'float33', allowed are auto, float32"),
         ({"device": "gpu"}, "there is no device 'gpu'"),
-        ({"batch_size": "auto"}, "batch_size is 'auto', it should be a number"),
-        ({"max_batch_size": 0}, "max_batch_size is 0, it should be a number"),
+        ({"batch_size": "auto"}, "batch_size is 'auto', write a number of at least 1"),
+        ({"max_batch_size": 0}, "max_batch_size is 0, write a number of at least 1"),
     ],
 )
-def test_what_a_model_cannot_be(folder: Path, given: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        BlockLM(str(folder), **given)
+def test_wrong_model_arguments_are_refused(folder: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        BlockLM(str(folder), **arguments)
 
 
-def test_what_cannot_be_asked(models: dict[str, BlockLM]) -> None:
+def test_unsupported_requests_are_refused(models: dict[str, BlockLM]) -> None:
     with pytest.raises(UserError, match="mode=full"):
         models["block"].loglikelihood_rolling(pairs(("text",)), disable_tqdm=True)
     with pytest.raises(UserError, match="do_sample"):
@@ -253,7 +258,7 @@ def test_what_cannot_be_asked(models: dict[str, BlockLM]) -> None:
         models["block"].loglikelihood(pairs((SHOTS + "x" * 5000, "y")), disable_tqdm=True)
 
 
-def test_it_runs_from_the_command_line(folder: Path, tmp_path: Path) -> None:
+def test_the_harness_runs_from_the_command_line(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "capitals.yaml").write_text(json.dumps(task("choice")))  # JSON is YAML
     words = ["run", "--model", "blockft", "--model_args", f"pretrained={folder},mode=block"]
     words += [
