@@ -1,4 +1,4 @@
-"""`blockft bench agreement` on a toy: equal answers count as equal, others are shown with their margin."""
+"""`blockft bench agreement` on a toy model: equal answers are counted, different ones listed."""
 
 import json
 from dataclasses import replace
@@ -23,7 +23,7 @@ def model(tmp_path: Path) -> str:
     return str(tmp_path / "model")
 
 
-def settings(model: str) -> Recipe:
+def recipe_of(model: str) -> Recipe:
     return evaluation_recipe(
         model, str(Path(model).parent / "questions.jsonl"), overrides=["model.dtype=float32"]
     )
@@ -31,12 +31,14 @@ def settings(model: str) -> Recipe:
 
 def compare(model: str, num_prompts: int = 4, max_new_tokens: int = 5) -> dict[str, Any]:
     out = Path(model).parent / "agreement.json"
-    bench_agreement(model, settings(model), num_prompts=num_prompts, max_new_tokens=max_new_tokens, out=out)
+    bench_agreement(model, recipe_of(model), num_prompts=num_prompts, max_new_tokens=max_new_tokens, out=out)
     result: dict[str, Any] = json.loads(out.read_text())
     return result
 
 
-def test_cached_blocks_answer_like_the_masked_forward(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cached_blocks_give_the_answers_of_the_masked_forward_pass(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     result = compare(model)
     assert (result["num_prompts"], result["num_equal"], result["different"]) == (4, 4, [])
     assert result["num_equal_with_another_kernel"] == 4
@@ -44,14 +46,14 @@ def test_cached_blocks_answer_like_the_masked_forward(model: str, capsys: pytest
     assert capsys.readouterr().out.startswith("4 of 4 greedy answers")
 
 
-def test_blocks_that_stay_where_they_were_cached_are_compared_with_such_a_forward(model: str) -> None:
+def test_local_positions_are_compared_with_a_masked_forward_pass_of_local_positions(model: str) -> None:
     config = Path(model) / "config.json"
-    words = json.loads(config.read_text()) | {"block_attention": {"position_scheme": "local"}}
-    config.write_text(json.dumps(words))
+    content = json.loads(config.read_text()) | {"block_attention": {"position_scheme": "local"}}
+    config.write_text(json.dumps(content))
     assert compare(model, 5, max_new_tokens=40)["num_equal"] == 5
 
 
-def test_questions_that_do_not_fit_are_left_out(model: str) -> None:
+def test_questions_that_are_too_long_are_left_out_and_counted(model: str) -> None:
     questions = Path(model).parent / "questions.jsonl"
     first, *rest = questions.read_text().splitlines()
     sample = json.loads(first)
@@ -61,13 +63,13 @@ def test_questions_that_do_not_fit_are_left_out(model: str) -> None:
     assert (result["num_prompts"], result["dropped_records"]) == (4, {"too long": 1})
 
 
-def test_an_engine_that_answers_otherwise_is_found_out(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = Engine.generate_ids
+def test_wrong_answers_are_found(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Engine.generate_ids
 
     def changed(self: Engine, prompts: Any, **options: Any) -> list[Answer]:
-        (answer,) = honest(self, prompts, **options)
-        other = (answer.ids[2] + 1) % 50
-        return [replace(answer, ids=(*answer.ids[:2], other, *answer.ids[3:]))]
+        (answer,) = original(self, prompts, **options)
+        wrong_id = (answer.ids[2] + 1) % 50
+        return [replace(answer, ids=(*answer.ids[:2], wrong_id, *answer.ids[3:]))]
 
     monkeypatch.setattr(Engine, "generate_ids", changed)
     result = compare(model)
@@ -83,4 +85,4 @@ def test_more_prompts_than_questions_are_refused(model: str) -> None:
 
 def test_a_file_that_cannot_be_written_is_refused_first(model: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be written: it is a folder"):
-        bench_agreement("no/model", settings(model), num_prompts=1, max_new_tokens=1, out=tmp_path)
+        bench_agreement("no/model", recipe_of(model), num_prompts=1, max_new_tokens=1, out=tmp_path)

@@ -1,4 +1,4 @@
-"""Law 2 on a GPU: flex agrees with the dense oracle, output and gradients."""
+"""The flex backend on a GPU matches the dense-mask reference in outputs and gradients."""
 
 import json
 from pathlib import Path
@@ -12,14 +12,14 @@ from blockft.errors import UserError
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has its backward pass on a GPU only")
-def test_law_2_flex_agrees_with_the_oracle_and_its_gradients(tmp_path: Path) -> None:
+def test_flex_matches_the_reference_in_outputs_and_gradients(tmp_path: Path) -> None:
     bench_attention(row_len=1024, num_layouts=2, out=tmp_path / "flex.json")
-    for line in json.loads((tmp_path / "flex.json").read_text())["measured"]:
-        assert max(line["errors"].values()) <= line["limit"]
+    for figures in json.loads((tmp_path / "flex.json").read_text())["measured"]:
+        assert max(figures["errors"].values()) <= figures["limit"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so() -> None:
+def test_a_machine_without_a_gpu_is_refused() -> None:
     with pytest.raises(UserError, match="GPU"):
         bench_attention(row_len=1024, num_layouts=1, out=None)
 

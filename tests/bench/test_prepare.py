@@ -1,4 +1,4 @@
-"""`blockft bench prepare` on a toy: its figures follow from what was made, which must always be the same."""
+"""`blockft bench prepare` on toy data: its figures, and the check that all runs prepare the same data."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tests.run import save_model, save_samples
 def recipe(tmp_path: Path) -> Recipe:
     save_model(tmp_path / "model")
     save_samples(tmp_path / "samples.jsonl", 150)
-    given = {
+    settings = {
         "model": {"path": str(tmp_path / "model")},
         "data": {
             "output_dir": str(tmp_path / "data"),
@@ -25,10 +25,10 @@ def recipe(tmp_path: Path) -> Recipe:
         },
         "train": {"output_dir": str(tmp_path / "run")},
     }
-    return build_recipe(given, (), "the test")
+    return build_recipe(settings, (), "the test")
 
 
-def test_it_measures_one_process_and_one_per_core(
+def test_one_process_and_one_per_core_are_measured(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
@@ -38,13 +38,15 @@ def test_it_measures_one_process_and_one_per_core(
     assert one["content_hash"] == two["content_hash"] and one["ratio"] == 1
     assert two["ratio"] == pytest.approx(one["seconds"] / two["seconds"])
     assert not (tmp_path / "data").exists()
-    shown = capsys.readouterr().out
-    assert "examples/s" in shown and "split into blocks" not in shown
+    table = capsys.readouterr().out
+    assert "examples/s" in table and "split into blocks" not in table
 
 
-def test_other_data_are_told(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_different_data_are_an_error(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    line = {"seconds": 1.0, "examples": 1, "tokens": 1}
-    monkeypatch.setattr(benchmark, "_measure", lambda _, n: line | {"processes": n, "content_hash": str(n)})
+    figures = {"seconds": 1.0, "examples": 1, "tokens": 1}
+    monkeypatch.setattr(
+        benchmark, "_measure", lambda _, n: figures | {"processes": n, "content_hash": str(n)}
+    )
     with pytest.raises(RuntimeError, match="changed the prepared data"):
         bench_prepare(recipe, out=None)

@@ -1,4 +1,4 @@
-"""Intervals: reproducible, of about the right width, and narrower for paired scores."""
+"""Bootstrap intervals: reproducible, about as wide as theory says, and narrower for paired scores."""
 
 import random
 
@@ -13,29 +13,29 @@ def test_the_same_scores_give_the_same_interval() -> None:
     assert bootstrap_interval(scores) == bootstrap_interval(scores)
 
 
-def test_scores_that_agree_leave_no_doubt() -> None:
+def test_equal_scores_give_an_interval_of_one_point() -> None:
     assert bootstrap_interval([1.0] * 20) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize(("num", "share"), [(400, 0.3), (1000, 0.5), (450, 0.9)])
-def test_intervals_of_shares_are_those_of_the_normal_law(num: int, share: float) -> None:
+def test_intervals_of_shares_match_the_normal_approximation(num: int, share: float) -> None:
     scores = [float(i < share * num) for i in range(num)]
     half = 1.96 * np.sqrt(share * (1 - share) / num)
     assert bootstrap_interval(scores) == pytest.approx((share - half, share + half), abs=0.15 * half)
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
-    rng, held = random.Random(0), 0
+def test_95_percent_of_intervals_hold_the_true_mean() -> None:
+    rng, num_covered = random.Random(0), 0
     for _ in range(200):
         low, high = bootstrap_interval([float(rng.random() < 0.4) for _ in range(150)])
-        held += low <= 0.4 <= high
-    assert 180 <= held <= 200
+        num_covered += low <= 0.4 <= high
+    assert 180 <= num_covered <= 200
 
 
-def test_pairs_leave_out_how_hard_the_questions_are() -> None:
+def test_paired_differences_give_a_narrower_interval() -> None:
     rng = random.Random(1)
     block = [float(rng.random() < 0.5) for _ in range(300)]
     full = [1.0 if rng.random() < 0.05 else score for score in block]
     low, high = bootstrap_interval([a - b for a, b in zip(block, full, strict=True)])
-    alone = bootstrap_interval(block)
-    assert high - low < (alone[1] - alone[0]) / 2 and high <= 0
+    unpaired = bootstrap_interval(block)
+    assert high - low < (unpaired[1] - unpaired[0]) / 2 and high <= 0

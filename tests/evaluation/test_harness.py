@@ -260,8 +260,8 @@ def test_unsupported_requests_are_refused(models: dict[str, BlockLM]) -> None:
 
 def test_the_harness_runs_from_the_command_line(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "capitals.yaml").write_text(json.dumps(task("choice")))  # JSON is YAML
-    words = ["run", "--model", "blockft", "--model_args", f"pretrained={folder},mode=block"]
-    words += [
+    arguments = ["run", "--model", "blockft", "--model_args", f"pretrained={folder},mode=block"]
+    arguments += [
         "--tasks",
         "capitals_choice",
         "--include_path",
@@ -270,7 +270,7 @@ def test_the_harness_runs_from_the_command_line(folder: Path, tmp_path: Path) ->
         str(tmp_path / "out"),
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "blockft.evaluation.harness", *words],
+        [sys.executable, "-m", "blockft.evaluation.harness", *arguments],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],

@@ -1,4 +1,4 @@
-"""What a report counts, and how it is shown."""
+"""The content of a report, refused reports, and a report as a page and as a picture."""
 
 import json
 from typing import Any
@@ -32,9 +32,11 @@ OTHERS = [
 ]
 
 
-def test_groups_are_counted_apart() -> None:
+def test_scores_are_counted_by_group() -> None:
     summary = summarize_scores(ANSWERS)
-    assert list(summary) == ["all", "world: 1 hop", "world: 2 hops"], "the same questions are said once"
+    assert list(summary) == ["all", "world: 1 hop", "world: 2 hops"], (
+        "groups of the same questions appear once"
+    )
     assert summary["all"]["questions"] == 3
     assert summary["all"]["substring_match"] == pytest.approx(200 / 3)
     assert summary["world: 1 hop"]["exact_match"] == 100
@@ -44,15 +46,15 @@ def test_groups_are_counted_apart() -> None:
     assert two["intervals"]["substring_match"] == [0, 100]
 
 
-def test_modes_are_compared_question_by_question() -> None:
-    apart = paired_difference(ANSWERS, OTHERS)
-    assert apart["all"]["exact_match"] == pytest.approx(-200 / 3)
-    assert apart["world: 1 hop"]["intervals"]["exact_match"] == [0, 0]
+def test_modes_are_compared_by_question() -> None:
+    difference = paired_difference(ANSWERS, OTHERS)
+    assert difference["all"]["exact_match"] == pytest.approx(-200 / 3)
+    assert difference["world: 1 hop"]["intervals"]["exact_match"] == [0, 0]
     with pytest.raises(AssertionError):
         paired_difference(ANSWERS, OTHERS[::-1])
 
 
-def test_a_report_names_its_options_and_counts_its_prompts() -> None:
+def test_a_report_holds_options_and_prompt_statistics() -> None:
     report = build_report("m", {"block": ANSWERS, "full": OTHERS}, {"order": "ascending"})
     assert report["options"]["order"] == "ascending"
     assert set(report["modes"]) == {"block", "full"} and DIFFERENCE in report
@@ -62,11 +64,11 @@ def test_a_report_names_its_options_and_counts_its_prompts() -> None:
     assert report[REPEATED] == {"world": "all", "world: hard": "world: 2 hops"}
 
 
-def test_what_is_no_report_is_told_from_one() -> None:
+def test_content_that_is_not_a_report_is_refused() -> None:
     report: dict[str, Any] = json.loads(json.dumps(build_report("m", {"block": ANSWERS}, {})))
     check_report(report)
     scores = report["modes"]["block"]["all"]
-    for faulty, said in [
+    for content, message in [
         ([], "no 'modes'"),
         ({"version": 2, "modes": {"a": 1}}, "no 'options'"),
         (report | {"version": 7}, "version is 7, .* run the evaluation again"),
@@ -79,11 +81,11 @@ def test_what_is_no_report_is_told_from_one() -> None:
         (report | {REPEATED: {"x": "y"}}, "same questions"),
         (report | {REPEATED: ["x"]}, "same questions"),
     ]:
-        with pytest.raises(ValueError, match=said):
-            check_report(faulty)
+        with pytest.raises(ValueError, match=message):
+            check_report(content)
 
 
-def test_a_report_can_be_read_as_a_page_and_as_a_picture() -> None:
+def test_a_report_is_shown_as_a_page_and_as_a_picture() -> None:
     report = json.loads(
         json.dumps(
             build_report("m", {"block": ANSWERS, "full": OTHERS}, {"order": "given", "wording": "\n\n{text}"})
@@ -95,3 +97,15 @@ def test_a_report_can_be_read_as_a_page_and_as_a_picture() -> None:
     assert "| answers at the output limit, block mode | 1 |" in page
     figure = draw_scores({"m": report["modes"]}, ["all", "world: 1 hop"], "token_f1", title="Scores")
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["block mode", "full mode"]
+
+
+def test_a_picture_has_labels_beside_its_bars_and_one_colour_per_mode() -> None:
+    modes = json.loads(json.dumps(build_report("m", {"block": ANSWERS, "full": OTHERS}, {})))["modes"]
+    groups = ["all", "world: 1 hop"]
+    (axes,) = draw_scores({"m": modes}, groups, "token_f1", title="Scores").axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == groups
+    assert axes.get_title() == "Scores"
+    (axes,) = draw_scores({"a": modes, "b": modes}, groups, "token_f1", title="Scores").axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "a", "b"]
+    colours = [patch.get_facecolor() for patch in axes.patches if patch.get_width()]
+    assert len(colours) == 8 and set(colours[::2]) == {colours[0]} and set(colours[1::2]) == {colours[1]}
