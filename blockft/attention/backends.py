@@ -1,9 +1,8 @@
-"""Attention under the block mask, as functions that stock `transformers` models call.
+"""Attention under the block mask, as functions that unmodified `transformers` models call.
 
-Registered with transformers under the names in `BACKENDS` (see `blockft.model.load`); a model with that
-`attn_implementation` needs `block_masks=AttentionMasks(...)` among the keywords of its forward pass
-and raises
-without: a forgotten or misspelt keyword would otherwise train on as plain causal attention.
+`blockft.model.load` registers them with transformers under the names in `BACKENDS`. A model with such an
+`attn_implementation` needs the argument `block_masks=AttentionMasks(...)` in its forward pass. Without it the
+functions raise, because a forgotten or misspelt argument would silently give plain causal attention.
 
 Shapes: B batch, T query tokens, S key tokens, H query heads, K key/value heads, D head size.
 """
@@ -19,18 +18,18 @@ from blockft.attention.layout import AttentionMetadata
 from blockft.attention.mask import build_dense_mask, build_mask_mod, tile_occupancy
 from blockft.attention.rotate_queries import CachedAttention
 
-TILE = 128
-"""Tokens of a tile of flex's block-sparse mask, either way."""
+FLEX_TILE_LEN = 128
+"""Side of a tile of FlexAttention's block-sparse mask, in tokens."""
 
-SMALL_TILES = {"BLOCK_M": 64, "BLOCK_N": 64}
-"""Tiles of flex's forward kernel for heads of size 64. With those that PyTorch 2.11 chooses on an H100 a pass
-over 8,192 tokens of SmolLM2's shape takes 2.77 ms, with these 0.12 ms."""
+SMALL_HEAD_OPTIONS = {"BLOCK_M": 64, "BLOCK_N": 64}
+"""Options of FlexAttention's forward kernel for heads of at most 64 dimensions. A pass over 8,192 tokens of
+SmolLM2's shape takes 0.12 ms with them, and 2.77 ms with those that PyTorch 2.11 chooses on an H100."""
 
 
 class AttentionMasks:
-    """The masks of one batch, built on its device when first asked for; layers of one window share them.
+    """The masks of one batch, built on its device at first use. Layers with the same window share a mask.
 
-    `vectors` describe the S key tokens of each row; the T queries of a layer are the last of them.
+    `metadata` describes the S key tokens of each row. The T queries of a layer are the last of them.
     """
 
     def __init__(self, metadata: AttentionMetadata) -> None:
@@ -39,27 +38,27 @@ class AttentionMasks:
         self._flex: dict[int | None, BlockMask] = {}
 
     def dense(self, window: int | None, num_queries: int) -> torch.Tensor:
-        """(B, 1, T, S) bool, true where attention is allowed."""
+        """Return the dense mask: (B, 1, T, S) bool, true where attention is allowed."""
         if (window, num_queries) not in self._dense:
             self._dense[window, num_queries] = build_dense_mask(self.metadata, window, num_queries)
         return self._dense[window, num_queries]
 
     def flex(self, window: int | None) -> BlockMask:
-        """FlexAttention's block-sparse mask of T = S tokens."""
+        """Return FlexAttention's block-sparse mask, for T = S tokens."""
         if window not in self._flex:
             num_tokens = self.metadata.example_ids.shape[1]
-            some, every = tile_occupancy(self.metadata, window, TILE)
+            any_allowed, all_allowed = tile_occupancy(self.metadata, window, FLEX_TILE_LEN)
             self._flex[window] = BlockMask.from_kv_blocks(
-                *_tile_indices(some & ~every),
-                *_tile_indices(every),
-                BLOCK_SIZE=TILE,
+                *_tile_indices(any_allowed & ~all_allowed),
+                *_tile_indices(all_allowed),
+                BLOCK_SIZE=FLEX_TILE_LEN,
                 mask_mod=build_mask_mod(self.metadata, window),
                 seq_lengths=(num_tokens, num_tokens),
             )
         return self._flex[window]
 
     def build(self, backend: str, windows: Iterable[int | None]) -> "AttentionMasks":
-        """Build the masks of whole rows for a backend now, so that compiled layers find them made."""
+        """Build the masks of whole rows now, so that compiled layers do not build them. Returns self."""
         for window in windows:
             if backend == "block_flex":
                 self.flex(window)
@@ -81,7 +80,7 @@ def block_sdpa(
     block_masks: AttentionMasks | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Scaled dot product attention under a dense mask: the reference, on any device. Returns (B, T, H, D).
+    """Return scaled dot product attention under a dense mask, on any device: (B, T, H, D) and None.
 
     Raises:
         ValueError: `block_masks` is missing.
@@ -106,12 +105,12 @@ def block_flex(
     block_masks: AttentionMasks | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Compiled block-sparse FlexAttention: tiles that nobody may attend to are skipped. Returns (B, T, H, D).
+    """Return compiled block-sparse FlexAttention, which skips masked tiles: (B, T, H, D) and None.
 
-    On a CPU PyTorch has its forward pass only.
+    On a CPU, PyTorch has no backward pass for it.
 
     Raises:
-        ValueError: `block_masks` is missing; attention dropout; fewer queries than keys.
+        ValueError: `block_masks` is missing, `dropout` is not 0, or there are fewer queries than keys.
     """
     masks = _check_masks(block_masks, keys_BKSD)
     if dropout:
@@ -126,7 +125,7 @@ def block_flex(
         block_mask=masks.flex(sliding_window),
         scale=scaling,
         enable_gqa=True,
-        kernel_options=SMALL_TILES if q_BHTD.shape[3] <= 64 else None,
+        kernel_options=SMALL_HEAD_OPTIONS if q_BHTD.shape[3] <= 64 else None,
     )
     return out_BHTD.transpose(1, 2).contiguous(), None
 
@@ -141,14 +140,15 @@ def block_cached(
     *,
     scaling: float,
     sliding_window: int | None = None,
-    cached: CachedAttention | None = None,
-    **given: Any,
+    cached_attention: CachedAttention | None = None,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of final blocks over cached blocks where they lie; without `cached`, as `block_sdpa`.
+    """Return the attention of final blocks over cached blocks: (B, T, H, D) and None.
 
-    Compiled layers are left for it: which layer calls would else be compiled in, a kernel for each.
+    Without `cached_attention` it is `block_sdpa`. It is never compiled: the layer's index would be compiled
+    in as a constant, which gives a kernel per layer.
     """
-    if cached is None:
+    if cached_attention is None:
         return block_sdpa(
             module,
             q_BHTD,
@@ -157,10 +157,10 @@ def block_cached(
             attention_mask,
             scaling=scaling,
             sliding_window=sliding_window,
-            **given,
+            **kwargs,
         )
     layer: int = module.layer_idx  # type: ignore[assignment]
-    return cached.attend(layer, q_BHTD, keys_BKSD, values_BKSD, scaling, sliding_window), None
+    return cached_attention.attend(layer, q_BHTD, keys_BKSD, values_BKSD, scaling, sliding_window), None
 
 
 BACKENDS: dict[str, Callable[..., tuple[torch.Tensor, None]]] = {
@@ -168,29 +168,30 @@ BACKENDS: dict[str, Callable[..., tuple[torch.Tensor, None]]] = {
     "block_flex": block_flex,
     "block_cached": block_cached,
 }
-"""The backends by the name that `attn_implementation` takes."""
+"""The backends, by the name that `attn_implementation` takes."""
 
 
 def _check_masks(masks: AttentionMasks | None, keys_BKSD: torch.Tensor) -> AttentionMasks:
     if masks is None:
         raise ValueError(
-            "block attention needs block_masks=AttentionMasks(...) among the model's forward keywords"
+            "block attention needs the argument block_masks=AttentionMasks(...) in the model's forward pass"
         )
-    rows_and_keys = (keys_BKSD.shape[0], keys_BKSD.shape[2])
-    if tuple(masks.metadata.example_ids.shape) != rows_and_keys:
-        raise ValueError(
-            f"block_masks describe {tuple(masks.metadata.example_ids.shape)} tokens, not {rows_and_keys}"
-        )
+    expected, found = (keys_BKSD.shape[0], keys_BKSD.shape[2]), tuple(masks.metadata.example_ids.shape)
+    if found != expected:
+        raise ValueError(f"block_masks describe {found} rows and keys, the layer has {expected}")
     return masks
 
 
 def _tile_indices(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each row of tiles how many are set (B, 1, T), and their numbers (B, 1, T, S), set ones first."""
-    numbers = tiles.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-    return tiles.sum(dim=-1, dtype=torch.int32)[:, None], numbers.to(torch.int32)[:, None]
+    """Return, for each row of tiles, the number of set tiles and their indices, set tiles first.
+
+    `tiles` is (B, T, S) bool, counted in tiles. The results are (B, 1, T) and (B, 1, T, S) int32.
+    """
+    indices = tiles.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return tiles.sum(dim=-1, dtype=torch.int32)[:, None], indices.to(torch.int32)[:, None]
 
 
 @cache
 def _compile_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled once per process and shape: dynamic shapes would be slower and compile again all the same."""
+    """Return the function, compiled once per shape. Dynamic shapes are slower and also recompile."""
     return torch.compile(function, dynamic=False)

@@ -1,4 +1,4 @@
-"""Where blocks stand: the layout of an example, and the per-token vectors that carry layouts to the device.
+"""The layout of an example in blocks, and the per-token metadata that takes layouts to the device.
 
 Shapes: B rows of a batch, T tokens of a row.
 """
@@ -9,24 +9,24 @@ from dataclasses import dataclass
 import torch
 
 PADDING = -1
-"""The example id of padding tokens: padding is an example of its own."""
+"""Example id and block id of padding tokens. Padding is an example of its own."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How an example's tokens are cut into blocks: local blocks first, then one final block per question.
+    """The lengths of an example's blocks, in tokens: local blocks first, then one final block per question.
 
     ::
 
         block_lengths (3, 2 | 2, 2), num_final 2:   local 0 0 0 1 1   final 2 2   final 3 3
         position                                          0 1 2 3 4         5 6         5 6
 
-    Each final block sees all local blocks and itself, and starts at the position after the context; with one
-    final block this is Block-Attention (Ma et al. 2025, section 2.1), with one block in all it is full
+    Each final block attends to all local blocks and to itself, and starts at the position after the context.
+    With one final block this is Block-Attention (Ma et al. 2025, section 2.1). With a single block it is full
     attention.
 
     Raises:
-        ValueError: a block without tokens, or not between one and all blocks final.
+        ValueError: a block has no tokens, or `num_final` is not between 1 and the number of blocks.
     """
 
     block_lengths: tuple[int, ...]
@@ -52,13 +52,14 @@ class Layout:
 
     @property
     def context_len(self) -> int:
-        """Tokens in local blocks: the position at which every final block starts."""
+        """The number of tokens in local blocks, which is the position where every final block starts."""
         return sum(self.local_lengths)
 
     def full(self) -> "Layout":
-        """The layout of the same tokens in the full view.
+        """Return the layout of the same tokens in full mode.
 
-        One question: a single block. Several: the context as one local block, which each question continues.
+        With one question it is a single block. With several, the context is one local block that each
+        question continues.
         """
         if self.num_final == 1:
             return Layout((self.num_tokens,))
@@ -68,12 +69,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class AttentionMetadata:
-    """What attention needs to know of every token of a batch; each a (B, T) tensor.
+    """The per-token ids that attention needs, each a (B, T) tensor.
 
-    position_ids  index of the token in its example as if its question stood alone (the re-encoded position)
-    example_ids   which example of the row it belongs to; `PADDING` for none
-    block_ids     which block of the row it belongs to
-    is_final      whether that block is a final one
+    position_ids  the re-encoded position: the token's index in its example, without other final blocks
+    example_ids   the token's example within the row; `PADDING` for padding
+    block_ids     the token's block within the row
+    is_final      whether the token's block is a final block
     """
 
     position_ids: torch.Tensor
@@ -82,25 +83,27 @@ class AttentionMetadata:
     is_final: torch.Tensor
 
     def to(self, device: torch.device | str) -> "AttentionMetadata":
-        return AttentionMetadata(*(vector.to(device) for vector in self.as_tuple()))
+        """Return the metadata on a device."""
+        return AttentionMetadata(*(ids.to(device) for ids in self.as_tuple()))
 
     def concatenate(self, other: "AttentionMetadata") -> "AttentionMetadata":
-        """The vectors of longer rows: these tokens, then the other's."""
+        """Return the metadata of longer rows: the tokens of each row, then those of the row of `other`."""
         pairs = zip(self.as_tuple(), other.as_tuple(), strict=True)
         return AttentionMetadata(*(torch.cat(pair, dim=1) for pair in pairs))
 
     def as_tuple(self) -> tuple[torch.Tensor, ...]:
+        """Return the four tensors in the order of the fields."""
         return self.position_ids, self.example_ids, self.block_ids, self.is_final
 
 
 def build_metadata(
     layouts: Sequence[Layout], row_len: int | None = None, *, reencoded: bool = True
 ) -> AttentionMetadata:
-    """The vectors of one row (B = 1) that holds the given examples one after the other, padded to `row_len`.
+    """Build the metadata of one row (B = 1) that holds the given examples in order, padded to `row_len`.
 
-    Without re-encoding local blocks stand at positions 0..n-1, and only final blocks at their place: an
-    ablation of Ma et al. 2025. Windows compare these positions as any others: seen through one, such a block
-    lies as far from the question as the start of the prompt does.
+    Without `reencoded`, every local block has positions 0..n-1 and final blocks have their usual positions.
+    This is an ablation of Ma et al. 2025. Sliding windows compare these positions: a local block is then as
+    far from the question as the start of the prompt.
 
     Raises:
         ValueError: the examples are longer than `row_len`.
@@ -129,4 +132,4 @@ def build_metadata(
             is_final[tokens] = index >= num_local
             start, block, position = start + length, block + 1, position + length
     position_ids[start:] = torch.arange(row_len - start)
-    return AttentionMetadata(*(vector[None] for vector in (position_ids, example_ids, block_ids, is_final)))
+    return AttentionMetadata(*(ids[None] for ids in (position_ids, example_ids, block_ids, is_final)))

@@ -71,7 +71,7 @@ def bench_agreement(
     )
     result = {
         "dtype": str(engine.model.dtype).removeprefix("torch."),
-        "rotate": "queries" if engine.runner.store.device is not None else "keys",
+        "rotate": "queries" if engine.runner.block_cache.device is not None else "keys",
         "num_prompts": len(prompts),
         "max_new_tokens": max_new_tokens,
         "num_equal": num_equal,
@@ -108,7 +108,7 @@ def _masked_logits(
 
 
 def _greedy_ids(engine: Engine, logits_NV: torch.Tensor) -> tuple[int, ...]:
-    return tuple(END if id in engine.ends else id for id in logits_NV.argmax(dim=-1).tolist())
+    return tuple(END if id in engine.eos_token_ids else id for id in logits_NV.argmax(dim=-1).tolist())
 
 
 def _first_difference(

@@ -259,11 +259,11 @@ def measure_full_prefill(model: PreTrainedModel, prompt: Prompt, warmups: int, r
 
 def measure_cached(runner: BlockRunner, prompt: Prompt, tier: str, warmups: int, runs: int) -> dict[str, Any]:
     """Measure the prefill over blocks that are cached in one tier; they are inserted before."""
-    store = runner.store
+    store = runner.block_cache
 
     def prefill() -> int:
         result = runner.prefill([prompt.keys()], [prompt.question], 1)
-        tiers = [hit.tier.value for hit in result.found.values()]
+        tiers = [hit.tier.value for hit in result.hits.values()]
         assert tiers == ([] if tier == "none" else [tier] * len(set(prompt.keys()))), tiers
         return int(result.logits[0].argmax())
 
@@ -284,7 +284,7 @@ def measure_cached(runner: BlockRunner, prompt: Prompt, tier: str, warmups: int,
 
 def measure_bare_copy(runner: BlockRunner, prompt: Prompt, warmups: int, runs: int) -> dict[str, Any]:
     """Measure the copy of the host tier's blocks to the device, one copy per block, and nothing else."""
-    store = runner.store
+    store = runner.block_cache
     runner.prefill_blocks(prompt.keys())
     store.load({})
     blocks = [store.on_host(key) for key in dict.fromkeys(prompt.keys())]

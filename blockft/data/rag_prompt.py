@@ -59,9 +59,9 @@ class RagPrompt:
         UserError: a template has an unknown field or lacks a required one, or `num_documents` is negative.
     """
 
-    instruction: str
-    document: str
-    question: str
+    instruction: str = "Answer the question using the following documents."
+    document: str = "\n\n{title}\n{text}"
+    question: str = "\n\nQuestion: {question}\nAnswer in a few words."
     documents_in: str = "user"
     order: str = "ascending"
     num_documents: int | None = None

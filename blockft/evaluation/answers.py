@@ -13,7 +13,7 @@ from blockft.data.fit import PromptTooLong
 from blockft.data.sample import Sample
 from blockft.evaluation.metrics import is_yes_no
 from blockft.evaluation.report import ALL, Prediction
-from blockft.inference.engine import Engine
+from blockft.inference.engine import AttentionMode, Engine
 
 GROUP_FIELDS = ("type", "level")
 """Fields of a sample's metadata whose values form groups of the report."""
@@ -110,12 +110,12 @@ def plan_batches(samples: Sequence[Sample], batch_size: int) -> list[Batch]:
 
 
 def answer_batch(
-    engine: Engine, prompts: Sequence[Blocks], batch: Batch, *, mode: str, max_new_tokens: int
+    engine: Engine, prompts: Sequence[Blocks], batch: Batch, *, mode: AttentionMode, max_new_tokens: int
 ) -> list[AnswerRecord]:
     """Answer the prompts of a batch greedily in block or full mode."""
     # the last bits of a block's keys and values depend on the blocks computed with it: start each batch with
     # an empty cache, so that a resumed evaluation computes the same groups of blocks
-    engine.forget()
+    engine.clear_cache()
     answers = engine.generate_ids([prompts[i] for i in batch], mode=mode, max_new_tokens=max_new_tokens)
     return [
         AnswerRecord(index, answer.text, answer.num_blocks, answer.prompt_tokens, len(answer.ids))

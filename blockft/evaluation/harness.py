@@ -23,7 +23,7 @@ from tqdm import tqdm
 from blockft.data.tokenizer import PlainTokenizer, TemplatedTokenizer
 from blockft.errors import UserError
 from blockft.evaluation.loglikelihood import Ids, LoglikelihoodRequest, compute_loglikelihoods
-from blockft.inference.engine import Engine
+from blockft.inference.engine import AttentionMode, Engine
 from blockft.model.load import parse_dtype
 
 BLOCK_START = "\x1e"
@@ -50,7 +50,7 @@ class BlockLM(LM):
     def __init__(
         self,
         pretrained: str,
-        mode: str = "block",
+        mode: AttentionMode = "block",
         delimiter: str = "\n\n",
         revision: str | None = None,
         dtype: str | None = None,

@@ -1,4 +1,4 @@
-"""What an engine answers, and where the blocks of the prompt came from."""
+"""Answers of the engine, complete and partial, with the source of each block of the prompt."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -9,21 +9,24 @@ from blockft.inference.block_key import BlockKey, num_tokens
 from blockft.inference.text_stream import TextStream
 
 NOT_CACHED = "encoded"
-"""Where a block came from that no tier had."""
+"""The source of a block that no tier had and that was computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What the model answered to one prompt.
+    """The model's answer to one prompt.
 
-    ids              the tokens that it wrote, without one that ends a turn
-    num_blocks       blocks of the prompt, the final one among them; prompt_tokens are theirs
-    sources          how many local blocks came from the tiers device, host and disk, or were encoded
-    blocks_reused    local blocks that needed not be encoded, of tokens_reused tokens
-    ttft_ms          from token ids on the host to the first new id of the whole batch on the host, without
-                     what others' requests took before
-    tokens_per_s     after the first one and up to its last, without what a stream's reader took; None if
-                     there is none
+    text           the answer, without white space at its ends
+    ids            the generated tokens, without an end-of-sequence token
+    num_blocks     blocks of the prompt, the final block included
+    prompt_tokens  tokens of all blocks
+    sources        number of local blocks by source: the tiers "device", "host" and "disk", or "encoded"
+    blocks_reused  local blocks that came from a tier
+    tokens_reused  tokens of these blocks
+    ttft_ms        time to first token: from the batch's token ids on the host to its first new ids on the
+                   host, without the time that other requests took
+    tokens_per_s   speed from the first token to the last, without the time that a reader of the stream took;
+                   None for fewer than two tokens
     """
 
     text: str
@@ -39,50 +42,50 @@ class Answer:
 
 @dataclass
 class PartialAnswer:
-    """An answer that is being written, token by token, up to one of `ends` or a stop string.
+    """An answer during generation. It is finished at an end-of-sequence token or a stop string.
 
     seconds: from its first token to its last.
     """
 
     stream: TextStream
-    ends: Collection[int]
+    eos_token_ids: Collection[int]
     ids: list[int] = field(default_factory=list)
-    ended: bool = False
+    finished: bool = False
     seconds: float = 0
 
     def append(self, token: int, seconds: float) -> str:
-        """The text that is now certain, perhaps none; after the end always none.
+        """Append a token and return the text that is now certain; it may be empty.
 
-        `seconds` have passed since the first token.
+        A finished answer ignores the token. `seconds` is the time since the first token.
         """
-        if self.ended or token in self.ends:
-            self.ended = True
+        if self.finished or token in self.eos_token_ids:
+            self.finished = True
             return ""
         self.ids.append(token)
         self.seconds = seconds
-        piece = self.stream.push(token)
-        self.ended = self.stream.stopped
-        return piece
+        text = self.stream.push(token)
+        self.finished = self.stream.stopped
+        return text
 
 
 def build_answer(
-    writing: PartialAnswer,
+    partial: PartialAnswer,
     context: Sequence[BlockKey],
     prompt: Sequence[Sequence[int]],
-    found: Mapping[BlockKey, CacheHit],
+    hits: Mapping[BlockKey, CacheHit],
     ttft_ms: float,
 ) -> Answer:
-    """The answer to a prompt over a context whose blocks were `found`, but for those that were encoded."""
-    reused = [key for key in context if key in found]
-    sources = Counter(found[key].tier.value if key in found else NOT_CACHED for key in context)
+    """Build the answer to a prompt. `hits` are the blocks of its context that a tier had."""
+    reused = [key for key in context if key in hits]
+    sources = Counter(hits[key].tier.value if key in hits else NOT_CACHED for key in context)
     return Answer(
-        text=writing.stream.text.strip(),
-        ids=tuple(writing.ids),
+        text=partial.stream.text.strip(),
+        ids=tuple(partial.ids),
         num_blocks=len(context) + 1,
         prompt_tokens=sum(map(len, prompt)),
         sources=dict(sources),
         blocks_reused=len(reused),
         tokens_reused=sum(map(num_tokens, reused)),
         ttft_ms=ttft_ms,
-        tokens_per_s=(len(writing.ids) - 1) / writing.seconds if len(writing.ids) > 1 else None,
+        tokens_per_s=(len(partial.ids) - 1) / partial.seconds if len(partial.ids) > 1 else None,
     )

@@ -1,9 +1,9 @@
-"""The block cache: blocks by content in three tiers, device, host and disk.
+"""The block cache: keys and values of blocks in three tiers, device, host and disk.
 
-A block is looked up in the nearest tier first. What is encoded goes into all of them, so a tier that makes
-room forgets what the next one still has. A use counts in every tier, or what is used most would be the first
-that a farther one forgets. Tensors of blocks are (L, n, 2, K, D): L layers, n tokens, K
-key/value heads, D head size.
+A block is looked up in the nearest tier first. A computed block goes into every tier, so that the next tier
+still has a block that a tier evicts. A use of a block counts in every tier; otherwise the farther tiers would
+evict the most used blocks first. Tensors of blocks are (L, n, 2, K, D): L layers, n tokens, keys and values,
+K key/value heads, D head size.
 """
 
 import time
@@ -23,21 +23,21 @@ from blockft.inference.disk_tier import DamagedEntry, DiskEntry, DiskTier
 from blockft.inference.host_tier import HostTier
 
 NUM_READERS = 8
-"""Threads that read and verify entries of the disk: one does not reach the speed of a fast drive."""
+"""Threads that read and verify entries on the disk. A single thread is slower than a fast drive."""
 
 MAX_OPEN_FILES = 64
-"""Entries of the disk that a request holds open, for others may evict them; the rest is opened for each read.
-A process may often have no more than 1,024 files open, and most are not ours to take."""
+"""Entries on the disk that a request keeps open, so that they stay readable if another process evicts them.
+Further entries are opened for each read, because a process may often have only 1,024 open files."""
 
 MAX_PENDING_WRITES = 64
-"""Blocks that may wait for the disk; encoding more waits, too, or they would fill the memory."""
+"""Blocks that may wait for the disk. An insert beyond this number waits, so that memory does not fill up."""
 
 TOUCH_INTERVAL_S = 600
-"""Of a block that nearer tiers give, the disk learns once in so long that it is used: answers are quicker."""
+"""The disk records a block that a nearer tier gives as used at most once in this time, to save time."""
 
 
 class Tier(StrEnum):
-    """Where a block was found."""
+    """The tier that a block came from."""
 
     device = "device"
     host = "host"
@@ -46,18 +46,18 @@ class Tier(StrEnum):
 
 @dataclass(frozen=True)
 class CacheHit:
-    """A block that needs not be encoded; `entry` is its file, if it is on the disk alone."""
+    """A block that a tier has. `entry` is its file if only the disk has it."""
 
     tier: Tier
     entry: DiskEntry | None = None
 
 
 class DamagedBlocks(Exception):
-    """Entries turned out to be damaged while they were read: look the blocks up and start again."""
+    """An entry is damaged, which was found while it was read: look the blocks up again and start over."""
 
 
 class BlockCache:
-    """The tiers of one process. Not for several threads at once."""
+    """The tiers of one process. Not safe for several threads at once."""
 
     def __init__(
         self,
@@ -68,50 +68,54 @@ class BlockCache:
         disk: DiskTier | None = None,
     ) -> None:
         self.shape, self.host, self.device, self.disk = shape, host, device, disk
-        self.readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="blockft-read")
+        self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="blockft-read")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="blockft-write")
         self._writes: deque[Future[None]] = deque()
         self._invalidated: set[BlockKey] = set()
-        self._recorded: set[BlockKey] = set()
-        self._recorded_until = 0.0
-        self._copies = torch.cuda.Stream() if device is not None and device.cache_LS2KD.is_cuda else None
+        self._touched: set[BlockKey] = set()
+        self._touched_until = 0.0
+        self._copy_stream = torch.cuda.Stream() if device is not None and device.cache_LS2KD.is_cuda else None
 
     def lookup(self, keys: Iterable[BlockKey]) -> dict[BlockKey, CacheHit]:
-        """Where each of these different blocks is, without those that are nowhere; they count as used."""
-        found, elsewhere = {}, []
+        """Return the nearest tier of each block, without blocks that no tier has. They count as used.
+
+        `keys` are different blocks.
+        """
+        hits, not_in_memory = {}, []
         for key in keys:
             if self.device is not None and key in self.device:
-                found[key] = CacheHit(Tier.device)
+                hits[key] = CacheHit(Tier.device)
             elif key in self.host:
-                found[key] = CacheHit(Tier.host)
+                hits[key] = CacheHit(Tier.host)
             elif self.disk is not None and key not in self._invalidated:
-                elsewhere.append(key)
+                not_in_memory.append(key)
             self.host.get(key)
         if self.disk is not None:
-            self._record_uses(self.disk, found.keys())
-        if self.disk is not None and elsewhere:
-            holds = [number < MAX_OPEN_FILES for number in range(len(elsewhere))]
-            entries = zip(elsewhere, self.readers.map(self.disk.open, elsewhere, holds), strict=True)
-            found |= {key: CacheHit(Tier.disk, entry) for key, entry in entries if entry}
-        return found
+            self._touch_on_disk(self.disk, hits.keys())
+        if self.disk is not None and not_in_memory:
+            keep_open = [index < MAX_OPEN_FILES for index in range(len(not_in_memory))]
+            entries = self._readers.map(self.disk.open, not_in_memory, keep_open)
+            pairs = zip(not_in_memory, entries, strict=True)
+            hits |= {key: CacheHit(Tier.disk, entry) for key, entry in pairs if entry}
+        return hits
 
     def insert(self, key: BlockKey, kv: torch.Tensor) -> None:
-        """Keep a block that was just encoded, in the host tier and on the disk; both may be behind.
+        """Insert a computed block into the host tier and the disk tier, without waiting for either.
 
-        `kv` must not be overwritten.
+        `kv` must not be overwritten afterwards.
         """
         if not self.host.max_bytes and self.disk is None:
             return
-        copy, done = self._copied(kv)
+        copy, copied = self._copy_to_host(kv)
         self.host.put(key, copy)
         if self.disk is not None:
             self._invalidated.discard(key)
             while len(self._writes) >= MAX_PENDING_WRITES:
                 self._writes.popleft().result()
-            self._write_later(_write, self.disk, key, copy, done)
+            self._write_later(_write, self.disk, key, copy, copied)
 
     def clear(self) -> None:
-        """Forget what is in memory, on the device and the host."""
+        """Drop all blocks from the device and host tiers."""
         if self.device is not None:
             self.device.clear()
         self.host.clear()
@@ -121,43 +125,53 @@ class BlockCache:
         while self._writes:
             self._writes.popleft().result()
 
-    def load(self, found: Mapping[BlockKey, CacheHit]) -> dict[BlockKey, torch.Tensor]:
-        """The blocks of the host and the disk, on the host; those that turn out to be damaged are missing."""
-        if self._copies:
-            self._copies.synchronize()
-        blocks = {key: self.on_host(key) for key, at in found.items() if at.tier is Tier.host}
-        entries = _entries(found)
-        read = self.readers.map(self._read, entries.keys(), entries.values())
-        for key, kv in zip(entries, read, strict=True):
+    def close(self) -> None:
+        """Wait until the disk has all blocks, then stop the threads. The cache cannot be used afterwards."""
+        try:
+            self.flush()
+        finally:
+            self._writer.shutdown()
+            self._readers.shutdown()
+
+    def load(self, hits: Mapping[BlockKey, CacheHit]) -> dict[BlockKey, torch.Tensor]:
+        """Return the blocks of the host and disk tiers, on the host. Damaged blocks are missing."""
+        if self._copy_stream:
+            self._copy_stream.synchronize()
+        blocks = {key: self.on_host(key) for key, hit in hits.items() if hit.tier is Tier.host}
+        entries = _entries(hits)
+        tensors = self._readers.map(self._read, entries.keys(), entries.values())
+        for key, kv in zip(entries, tensors, strict=True):
             if kv is not None:
                 blocks[key] = kv
                 self.host.put(key, kv)
         return blocks
 
-    def load_layers(self, found: Mapping[BlockKey, CacheHit], arrived: Sequence[torch.cuda.Event]) -> None:
-        """Copy blocks of the host and the disk into their slots on the device, layer by layer.
+    def load_layers(
+        self, hits: Mapping[BlockKey, CacheHit], layer_loaded: Sequence[torch.cuda.Event]
+    ) -> None:
+        """Copy blocks of the host and disk tiers into their slots on the device, layer by layer.
 
-        On a GPU copies are under way when this returns; `arrived` has an event per layer that says when it is
-        there. The disk's threads read ahead of the copies.
+        On a GPU the copies may still run when this returns; `layer_loaded` has an event per layer, recorded
+        after the layer's copies. The reader threads read ahead of the copies.
 
         Raises:
-            DamagedBlocks: an entry is not what was written; the slots of all blocks hold nothing of use.
+            DamagedBlocks: an entry is damaged. The contents of the slots of all blocks are then undefined.
         """
         assert self.device is not None
-        blocks = {key: self.on_host(key) for key, at in found.items() if at.tier is Tier.host}
-        entries = _entries(found)
+        blocks = {key: self.on_host(key) for key, hit in hits.items() if hit.tier is Tier.host}
+        entries = _entries(hits)
         new = {key: self.empty(num_tokens(key)) for key in entries}
         pairs = [(self.device.block(key), kv) for key, kv in (blocks | new).items()]
         stream = None
-        if self._copies:
+        if self._copy_stream:
             stream = torch.cuda.Stream()
-            # the slots may still be read for the blocks that were there before, or the host be written
+            # a pass may still read the slots' previous blocks, and host tensors may still be written
             stream.wait_stream(torch.cuda.current_stream())
-            stream.wait_stream(self._copies)
+            stream.wait_stream(self._copy_stream)
         num_layers = self.shape.num_layers if pairs else 0
         reads = [
             [
-                self.readers.submit(self._read_layer, key, entry, layer, new[key])
+                self._readers.submit(self._read_layer, key, entry, layer, new[key])
                 for key, entry in entries.items()
             ]
             for layer in range(num_layers)
@@ -167,60 +181,60 @@ class BlockCache:
                 for read in reads[layer]:
                     read.result()
                 with torch.cuda.stream(stream):
-                    for place, kv in pairs:
-                        place[layer].copy_(kv[layer], non_blocking=True)
+                    for slots, kv in pairs:
+                        slots[layer].copy_(kv[layer], non_blocking=True)
                 if stream:
-                    arrived[layer].record(stream)
+                    layer_loaded[layer].record(stream)
         except BaseException:
             if stream:
-                stream.synchronize()  # these slots will be given to others
+                stream.synchronize()  # other blocks will take these slots
             raise
         finally:
-            unread = [read for layer_reads in reads for read in layer_reads]
-            for read in unread:
+            all_reads = [read for layer_reads in reads for read in layer_reads]
+            for read in all_reads:
                 read.cancel()
-            wait(unread)
+            wait(all_reads)
             for entry in entries.values():
                 entry.close()
         for key, kv in new.items():
             self.host.put(key, kv)
 
     def on_host(self, key: BlockKey) -> torch.Tensor:
-        """A block of the host tier."""
+        """Return a block that the host tier has."""
         kv = self.host.get(key)
         assert kv is not None
         return kv
 
     def empty(self, length: int) -> torch.Tensor:
-        """Room on the host for a block of `length` tokens, pinned where it will be copied to a GPU."""
+        """Return an empty tensor on the host for a block of `length` tokens, pinned if there is a GPU."""
         size = (self.shape.num_layers, *self.shape.layer_shape(length))
-        return torch.empty(size, dtype=self.shape.torch_dtype, pin_memory=self._copies is not None)
+        return torch.empty(size, dtype=self.shape.torch_dtype, pin_memory=self._copy_stream is not None)
 
     def invalidate(self, key: BlockKey) -> None:
-        """Do not look for a block on the disk until it was encoded again: a damaged entry may stay."""
+        """Ignore a block's entry on the disk until the block is inserted again. The entry may be damaged."""
         self._invalidated.add(key)
 
-    def _record_uses(self, disk: DiskTier, keys: AbstractSet[BlockKey]) -> None:
-        """Tell the disk what nearer tiers give, without waiting for it."""
+    def _touch_on_disk(self, disk: DiskTier, keys: AbstractSet[BlockKey]) -> None:
+        """Record on the disk that nearer tiers gave blocks, without waiting."""
         now = time.monotonic()
-        if now >= self._recorded_until:
-            self._recorded.clear()
-            self._recorded_until = now + TOUCH_INTERVAL_S
-        if new := keys - self._recorded:
-            self._recorded |= new
+        if now >= self._touched_until:
+            self._touched.clear()
+            self._touched_until = now + TOUCH_INTERVAL_S
+        if new := keys - self._touched:
+            self._touched |= new
             self._write_later(disk.touch, new)
 
-    def _write_later(self, task: Callable[..., None], *given: Any) -> None:
+    def _write_later(self, task: Callable[..., None], *args: Any) -> None:
         while self._writes and self._writes[0].done():
             self._writes.popleft().result()
-        self._writes.append(self._writer.submit(task, *given))
+        self._writes.append(self._writer.submit(task, *args))
 
-    def _copied(self, kv: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """A copy of a block on the host, and what to wait for before it can be read there."""
+    def _copy_to_host(self, kv: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """Return a copy of a block on the host, and the event to wait for before it is read."""
         copy = self.empty(kv.shape[1])
         if not kv.is_cuda:
             return copy.copy_(kv), None
-        stream = self._copies or torch.cuda.current_stream()
+        stream = self._copy_stream or torch.cuda.current_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             copy.copy_(kv, non_blocking=True)
@@ -229,28 +243,29 @@ class BlockCache:
 
     def _read_layer(self, key: BlockKey, entry: DiskEntry, layer: int, kv: torch.Tensor) -> None:
         try:
-            entry.layer(layer, kv[layer])
+            entry.read_layer(layer, kv[layer])
         except DamagedEntry as error:
             self.invalidate(key)
             raise DamagedBlocks from error
 
     def _read(self, key: BlockKey, entry: DiskEntry) -> torch.Tensor | None:
+        """Return a block of the disk, or None if its entry is damaged."""
         kv = self.empty(num_tokens(key))
         with entry:
             try:
                 for layer in range(self.shape.num_layers):
-                    entry.layer(layer, kv[layer])
+                    entry.read_layer(layer, kv[layer])
             except DamagedEntry:
                 self.invalidate(key)
                 return None
         return kv
 
 
-def _entries(found: Mapping[BlockKey, CacheHit]) -> dict[BlockKey, DiskEntry]:
-    return {key: at.entry for key, at in found.items() if at.entry is not None}
+def _entries(hits: Mapping[BlockKey, CacheHit]) -> dict[BlockKey, DiskEntry]:
+    return {key: hit.entry for key, hit in hits.items() if hit.entry is not None}
 
 
-def _write(disk: DiskTier, key: BlockKey, kv: torch.Tensor, done: torch.cuda.Event | None) -> None:
-    if done is not None:
-        done.synchronize()
+def _write(disk: DiskTier, key: BlockKey, kv: torch.Tensor, copied: torch.cuda.Event | None) -> None:
+    if copied is not None:
+        copied.synchronize()
     disk.write(key, kv)

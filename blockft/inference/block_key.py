@@ -1,6 +1,7 @@
-"""Blocks in the cache: the key is the token ids, for they alone decide what a model makes of a block.
+"""Keys of cached blocks, and the shape of their keys and values.
 
-What it makes of it are keys and values, (L, n, 2, K, D): L layers, n tokens, K key/value heads, D head size.
+The key of a block is its token ids, because a block's keys and values depend only on its own tokens. Tensors
+of blocks are (L, n, 2, K, D): L layers, n tokens, keys and values, K key/value heads, D head size.
 """
 
 import hashlib
@@ -11,35 +12,36 @@ import numpy as np
 import torch
 
 BlockKey = bytes
-"""The token ids of a block as little-endian int32, joined: unlike hashes, equal keys are equal blocks."""
+"""The token ids of a block as little-endian int32. Unlike hashes, equal keys always mean equal blocks."""
 
 ID_BYTES = 4
+"""Bytes of a token id in a `BlockKey`."""
 
 
 def block_key(ids: Sequence[int] | np.ndarray) -> BlockKey:
-    """The key of a block; `ids_of` is its inverse."""
+    """Return the key of a block. `token_ids` is the inverse."""
     assert len(ids), "a block has at least one token"
     return np.asarray(ids, dtype="<i4").tobytes()
 
 
 def token_ids(key: BlockKey) -> list[int]:
-    """The token ids of a block."""
+    """Return the token ids of a block."""
     return [int(token) for token in np.frombuffer(key, dtype="<i4")]
 
 
 def num_tokens(key: BlockKey) -> int:
-    """The length of a block."""
+    """Return the number of tokens of a block."""
     return len(key) // ID_BYTES
 
 
 def key_digest(key: BlockKey) -> str:
-    """A short name for a block, 32 hexadecimal digits that nobody can make collide."""
+    """Return a cryptographic digest of a block's key: 32 hexadecimal digits."""
     return hashlib.blake2b(key, digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
 class KVShape:
-    """The shape of a model's keys and values, and their type as torch spells it (bfloat16)."""
+    """The shape of a model's keys and values, and the name of their torch type, such as bfloat16."""
 
     num_layers: int
     num_kv_heads: int
@@ -54,16 +56,18 @@ class KVShape:
 
     @property
     def layer_bytes(self) -> int:
-        """What one token takes in one layer."""
+        """The size of one token's keys and values in one layer."""
         return 2 * self.num_kv_heads * self.head_size * self.torch_dtype.itemsize
 
     @property
     def token_bytes(self) -> int:
-        """What one token takes in all layers."""
+        """The size of one token's keys and values in all layers."""
         return self.num_layers * self.layer_bytes
 
     def block_bytes(self, key: BlockKey) -> int:
+        """Return the size of a block's keys and values."""
         return num_tokens(key) * self.token_bytes
 
     def layer_shape(self, num_tokens: int) -> tuple[int, int, int, int]:
+        """Return the shape of a block's keys and values in one layer: (n, 2, K, D)."""
         return num_tokens, 2, self.num_kv_heads, self.head_size

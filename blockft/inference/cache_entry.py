@@ -1,16 +1,16 @@
-"""The file of a cached block: safetensors, in which every byte is accounted for.
+"""The file of a cached block: safetensors, in which a reader checks every byte.
 
 ::
 
     length       8 bytes
-    header       JSON, filled up with blanks to a length that hangs on the model alone
+    header       JSON, padded with blanks to a length that depends only on the model
     token_ids    (n,) int32
     layers.0     (n, 2, K, D): for each token the keys, then the values, of the first layer
     layers.1     ...
 
-n tokens, K key/value heads, D head size. The header holds a checksum per layer; the rest of it follows from
-the model and the token ids, so a reader knows every byte that it must find. Nothing is mapped into memory: a
-file that shrinks is an error, not a signal.
+n tokens, K key/value heads, D head size. The header has a checksum per layer. Model and token ids determine
+the rest of the header, so a reader knows every byte that it must find. Files are not mapped into memory,
+because a mapped file that shrinks kills the process with a signal.
 """
 
 import errno
@@ -29,18 +29,18 @@ import xxhash
 from blockft.inference.block_key import ID_BYTES, BlockKey, KVShape, key_digest, num_tokens
 
 VERSION = 1
-"""Of the format of entries and of their folder; another version is never read."""
+"""Version of the format of entries and of their folder. Other versions are never read."""
 
 SUFFIX = ".safetensors"
 
 _PAGE = 4096
 _CHECKSUM = xxhash.xxh3_128_hexdigest
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-"""How safetensors spells the types that keys and values may have."""
+"""Names of the allowed types in safetensors."""
 
 
 class DamagedEntry(Exception):
-    """Why an entry cannot be used; its block must be encoded again. status: of the file that was read."""
+    """An entry cannot be used, and its block must be computed again. status: of the file that was read."""
 
     def __init__(self, reason: str, status: os.stat_result) -> None:
         super().__init__(reason)
@@ -51,9 +51,9 @@ class DamagedEntry(Exception):
 class CacheModel(KVShape):
     """The model that keys and values belong to, and their shape.
 
-    fingerprint: hexadecimal; of all that decides keys, values and ids: weights, adapter, dtype, tokenizer.
-    name: for people, a path or a Hub id.
-    dtype: float32, bfloat16 or float16.
+    fingerprint  hexadecimal digest of weights, adapter, dtype and tokenizer, which determine keys and values
+    name         a path or a Hub id, for people
+    dtype        float32, bfloat16 or float16
     """
 
     fingerprint: str
@@ -64,40 +64,40 @@ class CacheModel(KVShape):
         assert self.dtype in _DTYPES, self.dtype
 
     def entry_bytes(self, num_tokens: int) -> int:
-        """The size of the file of a block."""
-        return _start(self) + num_tokens * (ID_BYTES + self.token_bytes)
+        """Return the size of a block's file."""
+        return _token_ids_offset(self) + num_tokens * (ID_BYTES + self.token_bytes)
 
     def num_tokens(self, entry_bytes: int) -> int:
-        """The length of the block in a file of this size; 0 if no block has a file of this size."""
-        length, rest = divmod(entry_bytes - _start(self), ID_BYTES + self.token_bytes)
+        """Return the number of tokens of a block whose file has this size, or 0 if there is no such block."""
+        length, rest = divmod(entry_bytes - _token_ids_offset(self), ID_BYTES + self.token_bytes)
         return length if length > 0 and not rest else 0
 
 
 def write_entry(file: BinaryIO, model: CacheModel, key: BlockKey, kv: torch.Tensor) -> None:
-    """Write a block's keys and values, (layers, n, 2, K, D) on the CPU, into an empty unbuffered file.
+    """Write a block's keys and values, (L, n, 2, K, D) on the CPU, into an empty unbuffered file.
 
     Raises:
-        OSError: the file does not take them.
+        OSError: the file cannot be written.
     """
     assert kv.shape == (model.num_layers, *model.layer_shape(num_tokens(key))), tuple(kv.shape)
     assert kv.dtype == model.torch_dtype, kv.dtype
-    layers = [_bytes_of(layer) for layer in kv.contiguous()]
+    layers = [_as_bytes(layer) for layer in kv.contiguous()]
     header = _header(model, key_digest(key), num_tokens(key), [_CHECKSUM(layer) for layer in layers])
     for part in (memoryview(header), memoryview(key), *layers):
         while part:
             part = part[file.write(part) :]
 
 
-class Entry:
-    """An open entry; it stays readable when its file is replaced or removed. Threads may share it.
+class EntryReader:
+    """An open entry, which stays readable if its file is replaced or removed. Threads may share it.
 
-    Once it is closed, every read opens the file again, and raises FileNotFoundError if it is another one.
-    status: of the file when it was opened.
+    After `close`, every read opens the file again, and raises FileNotFoundError if the file was replaced.
+    key, status: the block, and the status of the file when it was opened.
 
     Raises:
-        FileNotFoundError: there is none.
-        DamagedEntry: it is not what was written under this name for this model.
-        OSError: it cannot be read.
+        FileNotFoundError: there is no entry.
+        DamagedEntry: the file is not what was written for this block and model.
+        OSError: the file cannot be read.
     """
 
     def __init__(self, path: Path, model: CacheModel) -> None:
@@ -106,13 +106,13 @@ class Entry:
         try:
             self.status = os.fstat(self._file.fileno())
             self._header = self._read_header(self._file.fileno())
-            self.key, self._checksums = self._verified(self._file.fileno())
+            self.key, self._checksums = self._verify_header(self._file.fileno())
         except BaseException:
             self.close()
             raise
-        self._start = _start(model) + len(self.key)
+        self._layers_offset = _token_ids_offset(model) + len(self.key)
 
-    def __enter__(self) -> "Entry":
+    def __enter__(self) -> "EntryReader":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -126,64 +126,64 @@ class Entry:
         with self._opened() as handle:
             os.utime(handle)
 
-    def layer(self, index: int, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The keys and values of a layer, (n, 2, K, D), read into `out` if it is given, and checked.
+    def read_layer(self, index: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the verified keys and values of a layer, (n, 2, K, D), in `out` if it is given.
 
         Raises:
-            DamagedEntry: they are not those that were written; `out` then holds anything.
+            DamagedEntry: they are not what was written. The content of `out` is then undefined.
             OSError: they cannot be read.
         """
         shape = self.model.layer_shape(num_tokens(self.key))
         if out is None:
             out = torch.empty(shape, dtype=self.model.torch_dtype)
         assert out.shape == shape and out.dtype == self.model.torch_dtype and out.is_contiguous()
-        content = _bytes_of(out)
+        content = _as_bytes(out)
         with self._opened() as handle:
-            self._read(handle, content, self._start + index * len(content))
+            self._read(handle, content, self._layers_offset + index * len(content))
         if _CHECKSUM(content) != self._checksums[index]:
             raise self._damaged(f"layer {index} has changed since it was written")
         return out
 
-    def check(self) -> None:
-        """Read every layer. Raises as `layer`."""
+    def verify(self) -> None:
+        """Read and verify every layer. Raises as `read_layer` does."""
         for index in range(self.model.num_layers):
-            self.layer(index)
+            self.read_layer(index)
 
     @contextmanager
     def _opened(self) -> Iterator[int]:
-        """The file's descriptor."""
+        """Yield the file's descriptor, after opening the file again if it is closed."""
         if not self._file.closed:
             yield self._file.fileno()
             return
         with self.path.open("rb", buffering=0) as file:
-            # the same header promises the same content
+            # files with the same header have the same content
             if self._read_header(file.fileno()) != self._header:
-                raise FileNotFoundError(errno.ENOENT, "another file has taken its place", str(self.path))
+                raise FileNotFoundError(errno.ENOENT, "it was replaced", str(self.path))
             yield file.fileno()
 
     def _read_header(self, handle: int) -> bytes:
-        header = bytearray(_start(self.model))
+        header = bytearray(_token_ids_offset(self.model))
         self._read(handle, memoryview(header), 0)
         return bytes(header)
 
-    def _verified(self, handle: int) -> tuple[BlockKey, list[str]]:
-        """The block, and the checksums of its layers."""
+    def _verify_header(self, handle: int) -> tuple[BlockKey, list[str]]:
+        """Return the block and the checksums of its layers."""
         size, name = self.status.st_size, self.path.name.removesuffix(SUFFIX)
         metadata = _metadata(self._header)
-        for field, expected in _identity(self.model, name).items():
+        for field, expected in _expected_metadata(self.model, name).items():
             if metadata.get(field) != expected:
-                raise self._damaged(f"its {field} is {metadata.get(field)!r} in place of {expected!r}")
+                raise self._damaged(f"its {field} is {metadata.get(field)!r}, expected is {expected!r}")
         length = self.model.num_tokens(size)
         if not length:
-            raise self._damaged(f"no block fills {size} bytes")
+            raise self._damaged(f"no block has a file of {size} bytes")
         key = bytearray(length * ID_BYTES)
         self._read(handle, memoryview(key), len(self._header))
         checksums = str(metadata.get("checksums")).split()
         if key_digest(bytes(key)) != name:
-            raise self._damaged("its token ids are not those of its name")
-        right = _header(self.model, name, length, checksums)
-        if len(checksums) != self.model.num_layers or self._header != right:
-            raise self._damaged("its header does not fit its content")
+            raise self._damaged("its token ids do not match its name")
+        expected_header = _header(self.model, name, length, checksums)
+        if len(checksums) != self.model.num_layers or self._header != expected_header:
+            raise self._damaged("its header does not match its content")
         return bytes(key), checksums
 
     def _damaged(self, reason: str) -> DamagedEntry:
@@ -193,30 +193,30 @@ class Entry:
         while buffer:
             num_read = os.preadv(handle, [buffer], offset)
             if not num_read:
-                raise self._damaged("it is cut short")
+                raise self._damaged("it is truncated")
             buffer, offset = buffer[num_read:], offset + num_read
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def _as_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().view(torch.uint8).reshape(-1).numpy().data
 
 
-def _identity(model: CacheModel, name: str) -> dict[str, str]:
+def _expected_metadata(model: CacheModel, name: str) -> dict[str, str]:
     return {"format": f"blockft block {VERSION}", "model": model.fingerprint, "block": name}
 
 
 def _metadata(header: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(header[8:])["__metadata__"]
+        metadata = json.loads(header[8:])["__metadata__"]
     except (ValueError, TypeError, KeyError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _header(model: CacheModel, name: str, num_tokens: int, checksums: Sequence[str]) -> bytes:
-    """Length and header, up to where the token ids start."""
+    """Return the bytes before the token ids: the header's length and the header."""
     text = _json(model, name, num_tokens, checksums)
-    length = _start(model) - 8
+    length = _token_ids_offset(model) - 8
     return length.to_bytes(8, "little") + text.encode().ljust(length)
 
 
@@ -224,7 +224,7 @@ def _json(model: CacheModel, name: str, num_tokens: int, checksums: Sequence[str
     dtype, shape, layer_bytes = _DTYPES[model.dtype], model.layer_shape(num_tokens), model.layer_bytes
     start, end = 0, num_tokens * ID_BYTES
     header: dict[str, Any] = {
-        "__metadata__": _identity(model, name) | {"checksums": " ".join(checksums)},
+        "__metadata__": _expected_metadata(model, name) | {"checksums": " ".join(checksums)},
         "token_ids": {"dtype": "I32", "shape": [num_tokens], "data_offsets": [start, end]},
     }
     for layer in range(model.num_layers):
@@ -234,8 +234,8 @@ def _json(model: CacheModel, name: str, num_tokens: int, checksums: Sequence[str
 
 
 @lru_cache
-def _start(model: CacheModel) -> int:
-    """Where the token ids start: after a header with the widest numbers, at the start of a page."""
-    sample = _CHECKSUM(b"")
-    longest = _json(model, sample, 2**31, [sample] * model.num_layers)
+def _token_ids_offset(model: CacheModel) -> int:
+    """Return the offset of the token ids: after the longest possible header, at the start of a page."""
+    digest = _CHECKSUM(b"")
+    longest = _json(model, digest, 2**31, [digest] * model.num_layers)
     return -(-(8 + len(longest)) // _PAGE) * _PAGE

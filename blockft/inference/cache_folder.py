@@ -1,15 +1,16 @@
-"""The folder of a cache on a disk: what lies in it, and how processes share it.
+"""The folder of a block cache on a disk: its files, and how processes share it.
 
 ::
 
-    format.json                       what this is, and in which version
-    .lock                             held while entries come and go; holds the bytes that they take
-    .drafts/                          files that are being written, each locked by its writer
-    <fingerprint>/model.json          the model that the keys and values beside it belong to
-    <fingerprint>/<digest>.safetensors
+    format.json                         the name and version of the format
+    .lock                               locked while entries are added or removed; contains their total size
+    .tmp/                               files that are being written, each locked by its writer
+    <fingerprint>/model.json            the model of the entries beside it
+    <fingerprint>/<digest>.safetensors  an entry
 
-Whatever appears under its name is whole, for it was written as a draft and renamed. An entry's time of change
-is the time of its last use. Locks are flock's, which hold across the hosts of a network file system (NFSv4).
+A file is written under a temporary name and then renamed, so that readers see complete files only. The
+modification time of an entry is the time of its last use. Locks are made with flock, which works across the
+hosts of a network file system (NFSv4).
 """
 
 import fcntl
@@ -27,14 +28,14 @@ import xxhash
 from blockft.errors import UserError
 from blockft.inference.cache_entry import SUFFIX, VERSION, CacheModel
 
-FORMAT, MODEL, LOCK, DRAFTS = "format.json", "model.json", ".lock", ".drafts"
+FORMAT, MODEL, LOCK, TEMPORARY = "format.json", "model.json", ".lock", ".tmp"
 
 _FORMAT = {"format": "blockft cache", "version": VERSION}
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredEntry:
-    """An entry as its folder shows it. used_at: seconds since the epoch, by the clock of the file system."""
+class EntryInfo:
+    """The file of an entry. used_at: seconds since the epoch, by the clock of the file system."""
 
     path: Path
     num_bytes: int
@@ -42,22 +43,23 @@ class StoredEntry:
 
     @property
     def fingerprint(self) -> str:
-        """That of its model."""
+        """The fingerprint of the entry's model."""
         return self.path.parent.name
 
 
 class ByteCount:
-    """The bytes that all entries take, in the lock's file. A process that is killed may leave it too high."""
+    """The total size of all entries, kept in the lock file. A killed process may leave it too high."""
 
     def __init__(self, handle: int) -> None:
         self._handle = handle
 
     def read(self) -> int | None:
-        """The number of bytes; None if nobody has counted yet."""
+        """Return the number of bytes, or None if it was not counted yet."""
         text = os.pread(self._handle, 32, 0)
         return int(text) if text.strip().isdigit() else None
 
     def write(self, num_bytes: int) -> None:
+        """Set the number of bytes."""
         os.pwrite(self._handle, f"{max(num_bytes, 0):<31}\n".encode(), 0)
 
 
@@ -68,87 +70,87 @@ class CacheFolder:
         self.path = path
 
     def exists(self) -> bool:
-        """Whether there is a cache that can be read.
+        """Return whether the folder is a cache.
 
         Raises:
-            UserError: there is something else, or a cache in another version of the format.
+            UserError: it has other files, or is a cache in another version of the format.
         """
         file = self.path / FORMAT
         try:
             found = _parse(file.read_bytes())
         except FileNotFoundError:
             names = {path.name for path in self.path.iterdir()} if self.path.exists() else set()
-            if FORMAT in names:  # another process has just made it
+            if FORMAT in names:  # another process has just created it
                 return self.exists()
-            if names - {LOCK, DRAFTS}:
+            if names - {LOCK, TEMPORARY}:
                 raise UserError(
-                    f"{self.path} holds files but no {FORMAT}: name a cache or a new folder"
+                    f"{self.path} has files but no {FORMAT}: give a cache or a new folder"
                 ) from None
             return False
         except NotADirectoryError:
-            raise UserError(f"{self.path} is no folder, or lies in a file: name a folder") from None
+            raise UserError(f"{self.path} is not a folder: give a folder") from None
         if found.get("format") != _FORMAT["format"]:
-            raise UserError(f"{file} is damaged or not blockft's: delete the folder or name another")
+            raise UserError(f"{file} is damaged or not a file of blockft: delete the folder or give another")
         if found != _FORMAT:
             raise UserError(
                 f"{self.path} is a block cache of format version {found.get('version')}, this blockft has "
-                f"version {VERSION}: delete the folder or name another"
+                f"version {VERSION}: delete the folder or give another"
             )
         return True
 
     def create_model_folder(self, model: CacheModel) -> Path:
-        """The folder of a model's entries, made if need be; nothing is written if all is there.
+        """Return the folder of a model's entries. It is created if it does not exist.
 
         Raises:
-            UserError: as `exists`.
-            OSError: it cannot be written.
+            UserError: see `exists`.
+            OSError: the folder cannot be written.
         """
-        home = self.path / model.fingerprint
-        if self.exists() and self._model(home) == model:
-            return home
+        folder = self.path / model.fingerprint
+        if self.exists() and self._read_model(folder) == model:
+            return folder
         self.path.mkdir(parents=True, exist_ok=True)
         with self.locked():
             if not self.exists():
                 self._write_json(self.path / FORMAT, _FORMAT)
-            home.mkdir(exist_ok=True)
-            if self._model(home) != model:
-                facts = asdict(model)
-                self._write_json(home / MODEL, facts | {"checksum": _checksum(facts)})
-        return home
+            folder.mkdir(exist_ok=True)
+            if self._read_model(folder) != model:
+                fields = asdict(model)
+                self._write_json(folder / MODEL, fields | {"checksum": _checksum(fields)})
+        return folder
 
     def models(self) -> dict[str, CacheModel]:
-        """The models by fingerprint.
+        """Return the models by fingerprint.
 
         Raises:
-            UserError: what a folder says about its model is damaged.
+            UserError: the file of a model is missing or damaged.
         """
         models = {}
-        for home in self._homes():
-            model = self._model(home)
+        for folder in self._model_folders():
+            model = self._read_model(folder)
             if model is None:
                 raise UserError(
-                    f"{home / MODEL} is missing or damaged: use the cache with its model or delete {home}"
+                    f"{folder / MODEL} is missing or damaged: use the cache with its model or delete {folder}"
                 )
-            models[home.name] = model
+            models[folder.name] = model
         return models
 
-    def entries(self, fingerprint: str | None = None) -> Iterator[StoredEntry]:
-        """Every entry, or every one of a model, in any order."""
-        for home in self._homes():
-            if fingerprint not in (None, home.name):
+    def entries(self, fingerprint: str | None = None) -> Iterator[EntryInfo]:
+        """Yield every entry, or every entry of one model, in any order."""
+        for folder in self._model_folders():
+            if fingerprint not in (None, folder.name):
                 continue
-            with os.scandir(home) as files:
+            with os.scandir(folder) as files:
                 for file in files:
                     if file.name.endswith(SUFFIX):
                         with suppress(FileNotFoundError):  # another process has removed it
                             status = file.stat(follow_symlinks=False)
-                            yield StoredEntry(
+                            yield EntryInfo(
                                 path=Path(file.path), num_bytes=status.st_size, used_at=status.st_mtime
                             )
 
     @contextmanager
     def locked(self) -> Iterator[ByteCount]:
-        """Keep other processes and threads from adding and removing entries; reading goes on."""
+        """Hold the lock for adding and removing entries. Readers need no lock."""
         handle = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -158,13 +160,13 @@ class CacheFolder:
 
     @contextmanager
     def temporary_file(self) -> Iterator[tuple[Path, BinaryIO]]:
-        """A new unbuffered file to write and rename; if it is not renamed, it is removed.
+        """Yield a new unbuffered file to write and rename. It is removed if it was not renamed.
 
-        What processes that were killed left as drafts is removed too.
+        Temporary files of killed processes are removed too.
         """
-        (self.path / DRAFTS).mkdir(exist_ok=True)
+        (self.path / TEMPORARY).mkdir(exist_ok=True)
         self._remove_abandoned()
-        path, file = self._claim()
+        path, file = self._create_temporary()
         try:
             yield path, file
         finally:
@@ -174,20 +176,23 @@ class CacheFolder:
 
     def prune(
         self,
-        ledger: ByteCount,
+        byte_count: ByteCount,
         *,
         max_bytes: int | None = None,
         unused_since: float | None = None,
         fingerprints: Collection[str] | None = None,
-    ) -> list[StoredEntry]:
-        """Remove, least recently used first, what exceeds a number of bytes or was not used since a time.
+    ) -> list[EntryInfo]:
+        """Remove entries, the least recently used first, and return the removed ones.
 
-        Both limits are for the entries of the given models, or of all. Also removes drafts whose writers are
-        dead, and counts what is left. Returns the entries that were removed.
+        max_bytes     largest total size of the entries
+        unused_since  remove entries that were not used since this time, in seconds since the epoch
+        fingerprints  the models that both limits are for; None is all models
+
+        Temporary files of killed processes are removed too. Afterwards `byte_count` is exact.
         """
         self._remove_abandoned()
-        everything = list(self.entries())
-        chosen = [e for e in everything if fingerprints is None or e.fingerprint in fingerprints]
+        all_entries = list(self.entries())
+        chosen = [e for e in all_entries if fingerprints is None or e.fingerprint in fingerprints]
         kept_bytes = sum(entry.num_bytes for entry in chosen)
         removed = []
         for entry in sorted(chosen, key=lambda entry: entry.used_at):
@@ -197,43 +202,46 @@ class CacheFolder:
             entry.path.unlink(missing_ok=True)
             kept_bytes -= entry.num_bytes
             removed.append(entry)
-        ledger.write(sum(e.num_bytes for e in everything) - sum(e.num_bytes for e in removed))
+        byte_count.write(sum(e.num_bytes for e in all_entries) - sum(e.num_bytes for e in removed))
         return removed
 
     def remove(self, path: Path, status: os.stat_result) -> bool:
-        """Remove an entry if it is still the file of this status, and not one that has taken its place."""
-        with self.locked() as ledger:
+        """Remove an entry, unless its file was replaced since `status`. Return whether it was removed."""
+        with self.locked() as byte_count:
             try:
                 if not os.path.samestat(path.stat(), status):
                     return False
             except FileNotFoundError:
                 return False
             path.unlink()
-            if (used := ledger.read()) is not None:
-                ledger.write(used - status.st_size)
+            if (used := byte_count.read()) is not None:
+                byte_count.write(used - status.st_size)
             return True
 
-    def _homes(self) -> list[Path]:
-        return sorted(home for home in self.path.iterdir() if home.is_dir() and home.name != DRAFTS)
+    def _model_folders(self) -> list[Path]:
+        return sorted(
+            folder for folder in self.path.iterdir() if folder.is_dir() and folder.name != TEMPORARY
+        )
 
-    def _model(self, home: Path) -> CacheModel | None:
-        """What a folder says about its model; None if it does not, or says what cannot be true."""
+    def _read_model(self, folder: Path) -> CacheModel | None:
+        """Return the model of a folder, or None if its file is missing, damaged or of another folder."""
         try:
-            facts = _parse((home / MODEL).read_bytes())
+            fields = _parse((folder / MODEL).read_bytes())
         except FileNotFoundError:
             return None
-        checksum = facts.pop("checksum", None)
-        if checksum != _checksum(facts) or facts["fingerprint"] != home.name:
+        checksum = fields.pop("checksum", None)
+        if checksum != _checksum(fields) or fields["fingerprint"] != folder.name:
             return None
-        return CacheModel(**facts)
+        return CacheModel(**fields)
 
-    def _claim(self) -> tuple[Path, BinaryIO]:
+    def _create_temporary(self) -> tuple[Path, BinaryIO]:
+        """Create and lock a temporary file."""
         while True:
-            path = self.path / DRAFTS / secrets.token_hex(8)
+            path = self.path / TEMPORARY / secrets.token_hex(8)
             file = path.open("xb", buffering=0)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # between its creation and the lock the draft looked abandoned
+                # another process may have removed the file before it was locked
                 if os.fstat(file.fileno()).st_nlink:
                     return path, file
             except BlockingIOError:
@@ -245,25 +253,27 @@ class CacheFolder:
             file.close()
 
     def _remove_abandoned(self) -> None:
-        for draft in (self.path / DRAFTS).glob("*"):
-            # OSError: it is alive, has been renamed, or is another user's
-            with suppress(OSError), draft.open("r+b") as file:
+        """Remove the temporary files of killed processes, which are not locked."""
+        for temporary in (self.path / TEMPORARY).glob("*"):
+            # OSError: its writer is alive, it was renamed, or it belongs to another user
+            with suppress(OSError), temporary.open("r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                draft.unlink()
+                temporary.unlink()
 
-    def _write_json(self, path: Path, facts: dict[str, Any]) -> None:
-        with self.temporary_file() as (draft, file):
-            file.write((json.dumps(facts, indent=2) + "\n").encode())
-            draft.replace(path)
+    def _write_json(self, path: Path, fields: dict[str, Any]) -> None:
+        with self.temporary_file() as (temporary, file):
+            file.write((json.dumps(fields, indent=2) + "\n").encode())
+            temporary.replace(path)
 
 
 def _parse(text: bytes) -> dict[str, Any]:
+    """Return a JSON object, or an empty one if the text is not a JSON object."""
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
-def _checksum(facts: dict[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
+def _checksum(fields: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(fields, sort_keys=True).encode())

@@ -1,4 +1,4 @@
-"""From the token ids of prompts to answers, step by step, whatever else the model is asked in between."""
+"""Generation for a batch of prompts, step by step. Between steps the model may serve other requests."""
 
 import time
 from collections.abc import Generator, Sequence
@@ -13,41 +13,45 @@ from blockft.inference.sampling import Sampler
 def decode_batch(
     runner: BlockRunner,
     prompts: Sequence[Sequence[Sequence[int]]],
-    writings: Sequence[PartialAnswer],
+    partial_answers: Sequence[PartialAnswer],
     num_new: int,
     sampler: Sampler,
 ) -> Generator[list[str], None, list[Answer]]:
-    """Yields the new text of every prompt after each of at most `num_new` steps, and returns the answers.
+    """Yield each prompt's new text after every step, and return the answers of at most `num_new` tokens.
 
-    prompts: the token ids of each prompt's blocks. writings: the answer to each, still empty.
-    Between steps the runner may be asked for anything else.
+    prompts          the token ids of each prompt's blocks; the last block is the final block
+    partial_answers  an empty answer per prompt
+
+    Between steps the runner may be used for other requests.
 
     Raises:
-        UserError: see `BlockRunner.begin`.
+        UserError: see `BlockRunner.prefill`.
     """
     start = time.perf_counter()
     contexts = [[block_key(block) for block in prompt[:-1]] for prompt in prompts]
     finals = [[*prompt[-1]] for prompt in prompts]
-    begun = runner.prefill(contexts, finals, num_new)
-    running, found, next_ids = begun.prompts, begun.found, sampler(begun.logits).tolist()
-    del begun  # or the memory of its prompts would stay
+    prefill = runner.prefill(contexts, finals, num_new)
+    batch, hits, next_ids = prefill.batch, prefill.hits, sampler(prefill.logits).tolist()
+    del prefill  # it would keep the memory of a batch that is replaced below
     ttft_ms, seconds = (time.perf_counter() - start) * 1000, 0.0
     for step in range(1, num_new + 1):
-        yield [writing.append(token, seconds) for writing, token in zip(writings, next_ids, strict=True)]
-        if all(writing.ended for writing in writings) or step == num_new:
+        yield [
+            partial.append(token, seconds) for partial, token in zip(partial_answers, next_ids, strict=True)
+        ]
+        if all(partial.finished for partial in partial_answers) or step == num_new:
             break
         start = time.perf_counter()
         for final, token in zip(finals, next_ids, strict=True):
             final.append(token)
         try:
-            logits = running.decode_step([[token] for token in next_ids])[:, -1]
+            logits = batch.decode_step([[token] for token in next_ids])[:, -1]
         except CacheInvalidated:
             again = runner.prefill(contexts, finals, num_new - step)
-            running, logits = again.prompts, again.logits
+            batch, logits = again.batch, again.logits
         next_ids = sampler(logits).tolist()
         seconds += time.perf_counter() - start
-    yield [writing.stream.close() for writing in writings]
+    yield [partial.stream.close() for partial in partial_answers]
     return [
-        build_answer(writing, context, prompt, found, ttft_ms)
-        for writing, context, prompt in zip(writings, contexts, prompts, strict=True)
+        build_answer(partial, context, prompt, hits, ttft_ms)
+        for partial, context, prompt in zip(partial_answers, contexts, prompts, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""The disk tier of the block cache: keys and values that outlive a process and serve several at once."""
+"""The disk tier of the block cache: keys and values that outlive a process and that processes share."""
 
 import errno
 import logging
@@ -15,27 +15,28 @@ import torch
 
 from blockft.errors import UserError
 from blockft.inference.block_key import BlockKey, key_digest, num_tokens
-from blockft.inference.cache_entry import SUFFIX, CacheModel, DamagedEntry, Entry, write_entry
+from blockft.inference.cache_entry import SUFFIX, CacheModel, DamagedEntry, EntryReader, write_entry
 from blockft.inference.cache_folder import MODEL, ByteCount, CacheFolder
 from blockft.units import format_bytes
 
 __all__ = ["CacheModel", "DamagedEntry", "DiskEntry", "DiskStatistics", "DiskTier"]
 
 EVICTION_TARGET = 0.9
-"""Eviction goes on down to this part of the budget, so that the folder is not searched at every write."""
+"""Eviction removes entries down to this fraction of the budget, so that not every write has to evict."""
 
 TOUCH_INTERVAL_S = 60
-"""A use is recorded when the last record is this old."""
+"""A use of an entry is recorded if the last record is older than this."""
 
 _log = logging.getLogger("blockft.cache")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiskStatistics:
-    """What a tier has done since it was made.
+    """Counts of what a tier did since it was opened.
 
-    Damaged entries are those that are not what was written for this model under their name; lost are blocks
-    that the disk did not take; evicted are entries of any process that made way for this one's.
+    entries_damaged  entries that are not what was written for this block and model
+    entries_lost     blocks that could not be written
+    entries_evicted  entries, of any process, that were evicted for this tier's writes
     """
 
     entries_read: int = 0
@@ -51,13 +52,13 @@ class DiskStatistics:
 class DiskTier:
     """A model's blocks in a folder that any number of processes, threads and models share.
 
-    max_bytes: what the entries of all models in the folder may take; the least recently used make way.
-    A disk that is full, read-only or broken costs one warning, and speed: blocks that it cannot give or take
-    are missing, no more.
+    `max_bytes` is the largest total size of the entries of all models; the least recently used are evicted. A
+    disk that is full, read-only or broken costs one warning and speed: its blocks are missing and are
+    computed.
 
     Raises:
-        UserError: `folder` is something else or a cache in another format version, or `max_bytes` does not
-            hold one token.
+        UserError: `folder` is not a cache or is one in another format version, or a block of one token does
+            not fit into `max_bytes`.
     """
 
     def __init__(self, folder: Path, model: CacheModel, max_bytes: int | None = None) -> None:
@@ -67,10 +68,10 @@ class DiskTier:
                 f"{format_bytes(model.entry_bytes(1))}, and {format_bytes(model.token_bytes)} for each token"
             )
         self._folder, self._model, self._max_bytes = CacheFolder(folder), model, max_bytes
-        self._home = folder / model.fingerprint
+        self._model_folder = folder / model.fingerprint
         self._lock = threading.Lock()
         self._statistics = DiskStatistics()
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
         try:
             self._folder.create_model_folder(model)
         except OSError as error:
@@ -78,17 +79,18 @@ class DiskTier:
 
     @property
     def statistics(self) -> DiskStatistics:
+        """What the tier did since it was opened."""
         return self._statistics
 
-    def open(self, key: BlockKey, holds: bool = True) -> "DiskEntry | None":
-        """The entry of a block, ready to be read, or None if there is none that can be used.
+    def open(self, key: BlockKey, keep_open: bool = True) -> "DiskEntry | None":
+        """Return the entry of a block, or None if there is no usable entry.
 
-        holds: keep its file open; see `DiskEntry`.
-        One that is damaged, or was made for another block or model, is reported, counted and removed.
+        With `keep_open` its file stays open; see `DiskEntry`. An entry that is damaged or belongs to another
+        block or model is reported, counted and removed.
         """
         path = self._path(key)
         try:
-            entry = Entry(path, self._model)
+            entry = EntryReader(path, self._model)
         except FileNotFoundError:
             return None
         except DamagedEntry as error:
@@ -97,45 +99,47 @@ class DiskTier:
         except OSError as error:
             self._warn_unreadable(path, error)
             return None
-        assert entry.key == key, "two blocks of one digest"
+        assert entry.key == key, "two blocks have the same digest"
         self._touch(entry.status, entry.touch)
-        if not holds:
+        if not keep_open:
             entry.close()
         self._count(entries_read=1)
         return DiskEntry(self, entry)
 
     def num_bytes(self, key: BlockKey) -> int:
-        """What the entry of a block takes."""
+        """Return the size of a block's entry."""
         return self._model.entry_bytes(num_tokens(key))
 
     def digests(self) -> set[str]:
-        """The digests of the blocks that are there."""
+        """Return the digests of the model's blocks in the folder."""
         return {entry.path.stem for entry in self._folder.entries(self._model.fingerprint)}
 
     def write(self, key: BlockKey, kv: torch.Tensor) -> None:
-        """Keep a block's keys and values, (layers, n, 2, K, D) on the CPU, unless they are there already."""
+        """Write a block's keys and values, (L, n, 2, K, D) on the CPU, unless the folder has them."""
         path, num_bytes = self._path(key), self.num_bytes(key)
         if self._max_bytes is not None and num_bytes > self._max_bytes:
             self._count(entries_lost=1)
             size, budget = format_bytes(num_bytes), format_bytes(self._max_bytes)
-            text = f"a block of {num_tokens(key)} tokens takes {size}, the disk cache may hold {budget}"
-            self._warn_once("budget", f"{text}: such blocks are not kept on the disk")
+            text = (
+                f"a block of {num_tokens(key)} tokens takes {size}, the budget of the disk cache is {budget}"
+            )
+            self._warn_once("budget", f"{text}: such blocks are not written")
             return
         try:
-            if not self._is_there(path, num_bytes) and self._write(path, key, kv, num_bytes):
+            if not self._touch_existing(path, num_bytes) and self._write(path, key, kv, num_bytes):
                 self._count(entries_written=1, bytes_written=num_bytes)
-        except (OSError, UserError) as error:  # UserError: another version has taken the folder over
+        except (OSError, UserError) as error:  # UserError: another version of blockft replaced the folder
             self._count(entries_lost=1)
             self._warn_unwritable(error)
 
     def touch(self, keys: Iterable[BlockKey]) -> None:
-        """Record that blocks are used now, though not read here; those that are not there are passed over."""
+        """Record that blocks are used now, without reading them. Blocks without an entry are ignored."""
         for key in keys:
-            with suppress(OSError):  # what cannot be read is said when it is read
-                self._is_there(self._path(key), self._model.entry_bytes(num_tokens(key)))
+            with suppress(OSError):  # reading the entry reports the error
+                self._touch_existing(self._path(key), self._model.entry_bytes(num_tokens(key)))
 
-    def _is_there(self, path: Path, num_bytes: int) -> bool:
-        """Whether there is an entry already; if so, it counts as used."""
+    def _touch_existing(self, path: Path, num_bytes: int) -> bool:
+        """Return whether there is an entry of this size. If so, it counts as used."""
         try:
             status = path.stat()
         except FileNotFoundError:
@@ -146,50 +150,51 @@ class DiskTier:
         return True
 
     def _write(self, path: Path, key: BlockKey, kv: torch.Tensor, num_bytes: int) -> bool:
-        """Whether the entry was written; not if another process has been faster."""
-        if not (self._home / MODEL).exists():  # somebody has emptied the folder, or the disk is back
+        """Return whether the entry was written. It was not if another process wrote it first."""
+        if not (self._model_folder / MODEL).exists():  # the folder was emptied, or its disk is back
             self._folder.create_model_folder(self._model)
-        with self._folder.temporary_file() as (draft, file):
+        with self._folder.temporary_file() as (temporary, file):
             write_entry(file, self._model, key, kv)
-            # where writing is put off until files are closed, a full disk says so now; the lock stays
+            # Some file systems report a full disk only on close. This closes a copy and keeps the lock.
             os.close(os.dup(file.fileno()))
-            with self._folder.locked() as ledger:
-                if self._is_there(path, num_bytes):
+            with self._folder.locked() as byte_count:
+                if self._touch_existing(path, num_bytes):
                     return False
-                used = self._make_room(ledger, num_bytes)
+                used = self._make_room(byte_count, num_bytes)
                 replaced = path.stat().st_size if path.exists() else 0
-                ledger.write(used + num_bytes - replaced)
-                draft.replace(path)
+                byte_count.write(used + num_bytes - replaced)
+                temporary.replace(path)
         return True
 
-    def _make_room(self, ledger: ByteCount, num_bytes: int) -> int:
-        """Evict what must go for this many more bytes. Returns what is used then."""
-        used = ledger.read()
+    def _make_room(self, byte_count: ByteCount, num_bytes: int) -> int:
+        """Evict entries so that `num_bytes` more fit. Return the total size of the remaining entries."""
+        used = byte_count.read()
         if used is None:
             used = sum(entry.num_bytes for entry in self._folder.entries())
         if self._max_bytes is not None and used + num_bytes > self._max_bytes:
             goal = max(int(EVICTION_TARGET * self._max_bytes) - num_bytes, 0)
-            evicted = self._folder.prune(ledger, max_bytes=goal)
+            evicted = self._folder.prune(byte_count, max_bytes=goal)
             self._count(entries_evicted=len(evicted), bytes_evicted=sum(e.num_bytes for e in evicted))
-            used = ledger.read() or 0
+            used = byte_count.read() or 0
         return used
 
     def _touch(self, status: os.stat_result, touch: Callable[[], None]) -> None:
+        """Call `touch` if the last recorded use, in `status`, is old."""
         if abs(time.time() - status.st_mtime) > TOUCH_INTERVAL_S:
             try:
                 touch()
             except FileNotFoundError:
-                pass  # evicted meanwhile
+                pass  # another process evicted it
             except OSError as error:
                 text = f"uses of {self._folder.path} cannot be recorded ({error.strerror})"
-                self._warn_once("touch", f"{text}: what is used may be evicted before what is not")
+                self._warn_once("touch", f"{text}: used blocks may be evicted before unused ones")
 
     def _report(self, path: Path, error: DamagedEntry) -> None:
         self._count(entries_damaged=1)
         self._warn_once(
             "damaged",
-            f"{path} is damaged or foreign ({error}): such blocks are encoded again, "
-            f"and blockft cache verify {self._folder.path} looks for more",
+            f"{path} is damaged or foreign ({error}): such blocks are computed again; "
+            f"blockft cache verify {self._folder.path} finds all of them",
         )
         try:
             self._folder.remove(path, error.status)
@@ -197,9 +202,9 @@ class DiskTier:
             self._warn_unwritable(unwritable)
 
     def _warn_unreadable(self, path: Path, error: OSError) -> None:
-        if error.errno not in (errno.ENOENT, errno.ESTALE):  # evicted meanwhile, ESTALE: by another host
+        if error.errno not in (errno.ENOENT, errno.ESTALE):  # evicted, or (ESTALE) evicted by another host
             self._warn_once(
-                "read", f"{path} cannot be read ({error.strerror}): such blocks are encoded again"
+                "read", f"{path} cannot be read ({error.strerror}): such blocks are computed again"
             )
 
     def _warn_unwritable(self, error: OSError | UserError) -> None:
@@ -207,13 +212,13 @@ class DiskTier:
         if isinstance(error, OSError) and error.strerror:
             reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
         self._warn_once(
-            "write", f"{self._folder.path} cannot be written ({reason}): blocks stay in memory alone"
+            "write", f"{self._folder.path} cannot be written ({reason}): blocks stay in memory only"
         )
 
     def _warn_once(self, kind: str, text: str) -> None:
         with self._lock:
-            said, self._said = kind in self._said, self._said | {kind}
-        if not said:
+            is_known, self._warned = kind in self._warned, self._warned | {kind}
+        if not is_known:
             _log.warning(text)
 
     def _count(self, **more: int) -> None:
@@ -222,18 +227,18 @@ class DiskTier:
             self._statistics = replace(now, **{name: getattr(now, name) + n for name, n in more.items()})
 
     def _path(self, key: BlockKey) -> Path:
-        return self._home / f"{key_digest(key)}{SUFFIX}"
+        return self._model_folder / f"{key_digest(key)}{SUFFIX}"
 
 
 class DiskEntry:
-    """An entry of the disk. Threads may share it.
+    """An entry on the disk. Threads may share it.
 
-    It holds a file open until it is closed, or forgotten, and can be read whatever other processes do to it
-    meanwhile. After that each read opens the file again, which fails, though without a warning, if it was
-    evicted.
+    Its file stays open until `close` (or until the object is deleted), and can be read even if another
+    process evicts the entry. After `close` each read opens the file again, and fails without a warning if
+    the entry was evicted.
     """
 
-    def __init__(self, tier: DiskTier, entry: Entry) -> None:
+    def __init__(self, tier: DiskTier, entry: EntryReader) -> None:
         self._tier, self._entry = tier, entry
         self._reported = False
 
@@ -250,15 +255,17 @@ class DiskEntry:
     def num_tokens(self) -> int:
         return num_tokens(self._entry.key)
 
-    def layer(self, index: int, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The keys and values of a layer, (n, 2, K, D), in `out` (contiguous, on the CPU) if it is given.
+    def read_layer(self, index: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the keys and values of a layer, (n, 2, K, D), in `out` if it is given.
+
+        `out` is contiguous and on the CPU.
 
         Raises:
-            DamagedEntry: they are not what was written, which is reported and the entry removed, or the disk
-                does not give them; the block must be encoded again.
+            DamagedEntry: the layer is not what was written (the entry is then reported and removed), or
+                cannot be read. The block must be computed again.
         """
         try:
-            layer = self._entry.layer(index, out)
+            layer = self._entry.read_layer(index, out)
         except DamagedEntry as error:
             if not self._reported:
                 self._reported = True

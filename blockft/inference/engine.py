@@ -1,9 +1,11 @@
-"""Answers from blocks: what was encoded for one prompt is found again for every other that holds it."""
+"""The engine: answers prompts that consist of blocks, and reuses the blocks of earlier prompts."""
 
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Integral
-from typing import Any
+from types import TracebackType
+from typing import Any, Literal, get_args
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,21 +20,47 @@ from blockft.errors import UserError
 from blockft.inference.answer import Answer, PartialAnswer
 from blockft.inference.block_key import BlockKey, block_key
 from blockft.inference.decoding import decode_batch
-from blockft.inference.runner import BlockRunner, CacheOptions
+from blockft.inference.runner import BlockRunner, CacheOptions, Rotate
 from blockft.inference.sampling import Sampler
 from blockft.inference.text_stream import TextStream
-from blockft.model.load import block_attention_config, load_model, load_tokenizer, parse_device
+from blockft.model.load import load_model, load_tokenizer, parse_device
+from blockft.model.supported import block_attention_config
+
+AttentionMode = Literal["block", "full"]
+"""`block`: local blocks attend to themselves and come from the cache. `full`: plain causal attention."""
 
 
 class Engine:
-    """A model that answers prompts cut into blocks, with its block cache.
+    """A model with its block cache, which answers prompts that consist of blocks.
 
-    Any number of threads may ask it: each call waits for its turn, and a batch of prompts is one call. A
-    stream takes a turn for each piece, so that others may be answered in between. On the query side it then
-    reads its question and what it has written again, which costs time and changes no answer.
+    Any number of threads may use an engine; their requests are answered one after the other. A batch of
+    prompts is one request. A stream is interrupted between its tokens by other requests. With
+    `rotate="queries"` it then recomputes its question and its answer so far, which takes time and does not
+    change the answer.
 
-    prompt: how questions over documents are worded, and in what order documents stand; if it is not given, as
-    an export was trained. See `BlockRunner`.
+    An engine is a context manager that closes itself. Most users open one with `Engine.load`.
+
+    Args:
+        model: a model with the attention backend `block_cached`.
+        tokenizer: its tokenizer, with a chat template.
+        name: the name of the model in the cache folder.
+        prompt: wording of questions over documents, and the order of the documents. The default is the
+            wording of the export's training, and otherwise `RagPrompt()`; documents keep the given order.
+        cache: folder and sizes of the block cache.
+        rotate: attention path: "keys" (any device), "queries" (made for GPUs) or "auto".
+        compile: compile the model's layers: half a minute once, less time per token. Only for rotated queries
+            on a GPU.
+
+    Raises:
+        UserError: see `BlockRunner`.
+
+    Example:
+        >>> from blockft.inference.engine import Engine
+        >>> documents = ["The mayor of Vithumouth is Brosuk.", "The river of Vithumouth is Leithein."]
+        >>> with Engine.load("data/demo/model", device="cpu") as engine:
+        ...     for question in ("What is the mayor of Vithumouth?", "What is the river of Vithumouth?"):
+        ...         answer = engine.generate(documents=documents, question=question, max_new_tokens=8)
+        ...         print(answer.text, answer.blocks_reused)
     """
 
     def __init__(
@@ -43,25 +71,27 @@ class Engine:
         name: str = "",
         prompt: RagPrompt | None = None,
         cache: CacheOptions | None = None,
-        side: str = "auto",
+        rotate: Rotate = "auto",
         compile: bool = False,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self._turn = threading.Lock()  # for tokenizers, too: some calls set them up anew
+        self._lock = threading.Lock()  # also for the tokenizer, which some calls modify
+        self._is_closed = False
         self.runner = BlockRunner(
             model,
             name=name or model.name_or_path or "",
             tokenizer=tokenizer_fingerprint(tokenizer),
             cache=cache,
-            side=side,
+            rotate=rotate,
             compile=compile,
         )
-        self.prompt = prompt or rag_prompt_of_export(block_attention_config(model.config))
-        self._limit = model.config.max_position_embeddings
+        trained_prompt = rag_prompt_of_export(block_attention_config(model.config))
+        self.prompt = prompt or trained_prompt or RagPrompt(order="given")
+        self._num_positions = model.config.max_position_embeddings
         self._encoder = Encoder(tokenizer)
-        ends = model.generation_config.eos_token_id
-        given = ends if isinstance(ends, list) else [ends]
-        self.ends = {*given, self._encoder.eos_token_id} - {None}
+        configured = model.generation_config.eos_token_id
+        configured_ids = configured if isinstance(configured, list) else [configured]
+        self.eos_token_ids = {*configured_ids, self._encoder.eos_token_id} - {None}
 
     @classmethod
     def load(
@@ -73,20 +103,63 @@ class Engine:
         dtype: torch.dtype | None = None,
         prompt: RagPrompt | None = None,
         cache: CacheOptions | None = None,
-        side: str = "auto",
+        rotate: Rotate = "auto",
         compile: bool = False,
     ) -> "Engine":
-        """Open an export, a model folder or a Hub id; on a GPU in bfloat16 if there is one.
+        """Open an export, a model folder, an adapter folder or a Hub id.
+
+        Args:
+            path: a folder, or an id on the Hub (owner/name).
+            revision: branch, tag or commit on the Hub.
+            device: such as "cpu" or "cuda:1". The default is the GPU if there is one.
+            dtype: type of the weights. The default is bfloat16 on a GPU and float32 on a CPU.
+            prompt, cache, rotate, compile: see `Engine`.
 
         Raises:
-            UserError: there is no such device or model, or it is not supported; see `BlockRunner`.
+            UserError: there is no such device or model, or the model is not supported; see `BlockRunner`.
         """
-        place = parse_device(device)
-        dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+        torch_device = parse_device(device)
+        dtype = dtype or (torch.bfloat16 if torch_device.type == "cuda" else torch.float32)
         model = load_model(path, backend="cached", dtype=dtype, revision=revision)
         tokenizer = load_tokenizer(path, revision)
-        model.to(place)  # type: ignore[arg-type]  # transformers annotates it as if it were unbound
-        return cls(model, tokenizer, name=path, prompt=prompt, cache=cache, side=side, compile=compile)
+        model.to(torch_device)  # type: ignore[arg-type]  # transformers annotates it as an unbound method
+        return cls(model, tokenizer, name=path, prompt=prompt, cache=cache, rotate=rotate, compile=compile)
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait until the cache folder has all blocks, then stop the cache's threads.
+
+        Every later request raises a `UserError`. A second call does nothing.
+        """
+        with self._lock:
+            if not self._is_closed:
+                self._is_closed = True
+                self.runner.block_cache.close()
+
+    def flush(self) -> None:
+        """Wait until the cache folder has all blocks.
+
+        Raises:
+            UserError: the engine is closed.
+        """
+        with self._open():
+            self.runner.block_cache.flush()
+
+    def clear_cache(self) -> None:
+        """Drop all blocks from device and host memory. Blocks in the cache folder stay.
+
+        Raises:
+            UserError: the engine is closed.
+        """
+        with self._open():
+            self.runner.block_cache.clear()
 
     def generate(
         self,
@@ -95,37 +168,47 @@ class Engine:
         question: str | None = None,
         messages: Sequence[Mapping[str, Any]] | None = None,
         blocks: Sequence[str] | None = None,
-        **settings: Any,
+        mode: AttentionMode = "block",
+        max_new_tokens: int = 128,
+        temperature: float = 0,
+        top_p: float = 1,
+        seed: int | None = 0,
+        stop: Sequence[str] = (),
+        trim: bool = False,
     ) -> Answer:
         """Answer one request: documents and a question, or a chat, or the blocks of a templated prompt.
 
-        The three kinds are those of `data.request.parse_request`, `settings` those of `generate_batch`.
-        Documents stand in the order in which they are given, whatever their scores and the order in training,
-        unless the engine was given a `prompt` that orders them.
+        Args:
+            documents: each a text, or a mapping with "text" and optionally "title" and "score". They keep the
+                given order, unless the engine's `prompt` orders them.
+            question: the question over the documents.
+            messages: a chat that ends with the user's message. A content is a list of block texts or a text.
+            blocks: the texts of the blocks of a prompt to which the chat template was already applied.
+            mode, max_new_tokens, temperature, top_p, seed, stop, trim: see `generate_batch`.
 
         Raises:
-            UserError: no request, or none of these kinds; see `generate_batch`.
+            UserError: the request is malformed, or has several kinds of prompts or none; see
+            `generate_batch`.
         """
-        given = {"documents": documents, "question": question, "messages": messages, "blocks": blocks}
-        record = {name: value for name, value in given.items() if value is not None}
-        return self.generate_batch([self.request(record)], **settings)[0]
-
-    def request(self, record: Mapping[str, Any], id: str = "request") -> Sample:
-        """The prompt that a record asks to answer; see `parse_request`.
-
-        Raises:
-            UserError: it asks nothing, or the model does not say how its questions are worded.
-        """
-        try:
-            return parse_request(record, self._wording(), id)
-        except RecordError as error:
-            raise UserError(f"{id}: {error}") from error
+        fields = {"documents": documents, "question": question, "messages": messages, "blocks": blocks}
+        record = {name: value for name, value in fields.items() if value is not None}
+        (answer,) = self.generate_batch(
+            [record],
+            mode=mode,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+            trim=trim,
+        )
+        return answer
 
     def generate_batch(
         self,
         prompts: Sequence[Sample | Mapping[str, Any]],
         *,
-        mode: str = "block",
+        mode: AttentionMode = "block",
         max_new_tokens: int = 128,
         temperature: float = 0,
         top_p: float = 1,
@@ -133,56 +216,43 @@ class Engine:
         stop: Sequence[str] = (),
         trim: bool = False,
     ) -> list[Answer]:
-        """Answers to a batch of prompts in block or full attention; responses of samples are ignored.
+        """Answer a batch of prompts. Each answer is the one that the prompt gets alone.
 
-        A prompt is a request, as `generate` takes it by keywords, or a sample.
-        Prompts of a batch share the blocks that they have in common. Prompt i is sampled with `seed + i`, see
-        `Sampler`. An answer ends before the first text of `stop`. If `trims`, a prompt that is too long loses
-        its least relevant documents, the last of equals first, down to one.
+        Args:
+            prompts: requests with the fields that `generate` takes, or samples, whose responses are ignored.
+            mode: block attention, or full attention without the block cache.
+            max_new_tokens: length of the longest answer, in tokens.
+            temperature: 0 takes the most likely token; a higher one samples.
+            top_p: sample from the fewest tokens that have this probability together.
+            seed: prompt i is sampled with `seed + i`; None samples differently each time.
+            stop: an answer ends before the first of these texts.
+            trim: drop documents from a prompt that is too long: the least relevant first, among equally
+                relevant ones the last, and never the only one.
 
         Raises:
-            UserError: a prompt and its answer are longer than the model's positions; see `Sampler`.
+            UserError: a request is malformed, an option is out of bounds, a prompt and its answer need more
+                tokens than the model has positions, or the engine is closed.
         """
-        ids = [self.encode(self._prompt(prompt), max_new_tokens, trim=trim) for prompt in prompts]
+        ids = [self.encode(self._sample(prompt), max_new_tokens, trim=trim) for prompt in prompts]
         sampler = Sampler(temperature, top_p, seed)
         return self.generate_ids(ids, mode=mode, max_new_tokens=max_new_tokens, sampler=sampler, stop=stop)
-
-    def forget(self) -> None:
-        """Empty the cache's memory: the next request is computed as by an engine that was just loaded."""
-        with self._turn:
-            self.runner.store.clear()
-
-    def close(self) -> None:
-        """Wait until the cache's folder has all blocks; at the end of a process that happens by itself."""
-        with self._turn:
-            self.runner.store.flush()
-
-    def document_keys(self, documents: Sequence[Document]) -> list[BlockKey]:
-        """The blocks that stand before the question in a prompt over these documents, theirs among them.
-
-        Raises:
-            UserError: the model does not say how its prompts are worded, or one is too long for it.
-        """
-        messages, meta = self._wording().build("?", documents, "documents")
-        prompt = Sample(id="documents", source="documents", messages=messages, response="", meta=meta)
-        with self._turn:
-            *blocks, _ = self._encoder.encode_prompt(prompt)
-        if (longest := max(map(len, blocks), default=0)) >= self._limit:
-            raise UserError(f"a document has {longest} tokens, the model has {self._limit} positions: cut it")
-        return [block_key(block) for block in blocks]
 
     def generate_ids(
         self,
         prompts: Sequence[Sequence[Sequence[int]]],
         *,
-        mode: str = "block",
+        mode: AttentionMode = "block",
         max_new_tokens: int = 128,
         sampler: Sampler | None = None,
         stop: Sequence[str] = (),
     ) -> list[Answer]:
-        """As `generate_batch`, from the token ids of each prompt's blocks."""
-        steps = self._answer(prompts, mode, max_new_tokens, sampler or Sampler(), stop)
-        with self._turn:
+        """Answer a batch of prompts, each given as the token ids of its blocks; see `generate_batch`.
+
+        Raises:
+            UserError: a block is empty; see `generate_batch`.
+        """
+        steps = self._steps(prompts, mode, max_new_tokens, sampler or Sampler(), stop)
+        with self._open():
             while True:
                 try:
                     next(steps)
@@ -193,7 +263,7 @@ class Engine:
         self,
         prompt: Sample | Mapping[str, Any],
         *,
-        mode: str = "block",
+        mode: AttentionMode = "block",
         max_new_tokens: int = 128,
         temperature: float = 0,
         top_p: float = 1,
@@ -201,15 +271,15 @@ class Engine:
         stop: Sequence[str] = (),
         trim: bool = False,
     ) -> Generator[str, None, Answer]:
-        """The answer to one prompt as it is written, in pieces that stay as they are; returns the `Answer`.
+        """Yield the answer to one prompt in pieces of text as they become certain, and return the `Answer`.
 
-        A prompt is as in `generate_batch`. White space at the ends of an answer is streamed, and not in its
-        `text`.
+        The arguments are those of `generate_batch`. White space at the ends of the answer is yielded, and is
+        not in the answer's `text`.
 
         Raises:
-            UserError: as `generate_batch`.
+            UserError: see `generate_batch`.
         """
-        ids = self.encode(self._prompt(prompt), max_new_tokens, trim=trim)
+        ids = self.encode(self._sample(prompt), max_new_tokens, trim=trim)
         sampler = Sampler(temperature, top_p, seed)
         answer = yield from self.stream_ids(
             ids, mode=mode, max_new_tokens=max_new_tokens, sampler=sampler, stop=stop
@@ -220,16 +290,16 @@ class Engine:
         self,
         prompt: Sequence[Sequence[int]],
         *,
-        mode: str = "block",
+        mode: AttentionMode = "block",
         max_new_tokens: int = 128,
         sampler: Sampler | None = None,
         stop: Sequence[str] = (),
     ) -> Generator[str, None, Answer]:
-        """As `stream`, from the token ids of the prompt's blocks."""
-        steps = self._answer([prompt], mode, max_new_tokens, sampler or Sampler(), stop)
+        """Yield and return as `stream` does, for a prompt given as the token ids of its blocks."""
+        steps = self._steps([prompt], mode, max_new_tokens, sampler or Sampler(), stop)
         while True:
             try:
-                with self._turn:
+                with self._open():
                     (piece,) = next(steps)
             except StopIteration as end:
                 (answer,) = end.value
@@ -237,56 +307,96 @@ class Engine:
             if piece:
                 yield piece
 
+    def parse_request(self, record: Mapping[str, Any], id: str = "request") -> Sample:
+        """Return the prompt of a request as a sample without a response; see `data.request.parse_request`.
+
+        Raises:
+            UserError: the request is malformed. The error names it by `id`.
+        """
+        try:
+            return parse_request(record, self.prompt, id)
+        except RecordError as error:
+            raise UserError(f"{id}: {error}") from error
+
     def encode(self, prompt: Sample, max_new_tokens: int, *, trim: bool = False) -> list[list[int]]:
-        """The token ids of a prompt's blocks, few enough for an answer to fit; see `data.fit.fit_prompt`."""
+        """Return the token ids of a prompt's blocks; see `fit`."""
         return self.fit(prompt, max_new_tokens, trim=trim)[1]
 
     def fit(
         self, prompt: Sample, max_new_tokens: int, *, trim: bool = False
     ) -> tuple[Sample, list[list[int]]]:
-        """As `encode`, and before the ids the prompt without the documents that it lost."""
-        _check_length(max_new_tokens)
-        with self._turn:
-            return fit_prompt(prompt, self._encoder, self._limit, max_new_tokens, trim)
+        """Return a prompt without the documents that `trim` drops, and the token ids of its blocks.
 
-    def _prompt(self, asked: Sample | Mapping[str, Any]) -> Sample:
-        return asked if isinstance(asked, Sample) else self.request(asked)
+        Raises:
+            UserError: the prompt and its answer need more tokens than the model has positions, or
+                `max_new_tokens` is not a positive whole number.
+        """
+        _check_max_new_tokens(max_new_tokens)
+        with self._open():
+            return fit_prompt(prompt, self._encoder, self._num_positions, max_new_tokens, trim)
 
-    def _wording(self) -> RagPrompt:
-        if self.prompt is None:
+    def document_keys(self, documents: Sequence[Document]) -> list[BlockKey]:
+        """Return the keys of the local blocks of a prompt over these documents: the instruction's and theirs.
+
+        Raises:
+            UserError: a document has as many tokens as the model has positions, or more.
+        """
+        messages, meta = self.prompt.build("?", documents, "documents")
+        prompt = Sample(id="documents", source="documents", messages=messages, response="", meta=meta)
+        with self._open():
+            *blocks, _ = self._encoder.encode_prompt(prompt)
+        if (longest := max(map(len, blocks), default=0)) >= self._num_positions:
             raise UserError(
-                f"{self.model.name_or_path} does not say how it is asked, as exports do: give a prompt"
+                f"a document has {longest} tokens, the model has {self._num_positions} positions: shorten it"
             )
-        return self.prompt
+        return [block_key(block) for block in blocks]
 
-    def _answer(
+    @contextmanager
+    def _open(self) -> Iterator[None]:
+        """Hold the engine's lock.
+
+        Raises:
+            UserError: the engine is closed.
+        """
+        with self._lock:
+            if self._is_closed:
+                raise UserError("the engine is closed: open another one")
+            yield
+
+    def _sample(self, prompt: Sample | Mapping[str, Any]) -> Sample:
+        return prompt if isinstance(prompt, Sample) else self.parse_request(prompt)
+
+    def _steps(
         self,
         prompts: Sequence[Sequence[Sequence[int]]],
-        mode: str,
+        mode: AttentionMode,
         max_new_tokens: int,
         sampler: Sampler,
         stop: Sequence[str],
     ) -> Generator[list[str], None, list[Answer]]:
-        """Yields the new text of every prompt after each step, for which it is our turn; see `decode`."""
-        if mode not in ("block", "full"):
-            raise UserError(f"mode is {mode!r}, allowed are block and full")
-        _check_length(max_new_tokens)
+        """Check the arguments, then yield and return as `decode_batch` does. Each step needs the lock."""
+        if mode not in get_args(AttentionMode):
+            raise UserError(f"mode is {mode!r}, allowed are {' and '.join(get_args(AttentionMode))}")
+        _check_max_new_tokens(max_new_tokens)
         if not prompts:
             return []
         for prompt in prompts:
             if not prompt or not all(len(block) for block in prompt):
                 raise UserError("a prompt has no block, or an empty one: each needs at least one token")
-            if (needed := sum(map(len, prompt)) + max_new_tokens) > self._limit:
+            if (needed := sum(map(len, prompt)) + max_new_tokens) > self._num_positions:
                 raise UserError(
-                    f"a prompt and its answer need {needed} tokens, the model has {self._limit} positions"
+                    f"a prompt and its answer need {needed} tokens, "
+                    f"the model has {self._num_positions} positions"
                 )
-        # full attention is the layout of one block
+        # full attention is the layout of a single block
         blocks = prompts if mode == "block" else [[[id for block in p for id in block]] for p in prompts]
-        writings = [PartialAnswer(TextStream(self.tokenizer, stop), self.ends) for _ in blocks]
-        answers = yield from decode_batch(self.runner, blocks, writings, max_new_tokens, sampler)
+        partial_answers = [
+            PartialAnswer(TextStream(self.tokenizer, stop), self.eos_token_ids) for _ in blocks
+        ]
+        answers = yield from decode_batch(self.runner, blocks, partial_answers, max_new_tokens, sampler)
         return answers
 
 
-def _check_length(max_new_tokens: Any) -> None:
+def _check_max_new_tokens(max_new_tokens: Any) -> None:
     if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens!r}, it should be a whole number of at least 1")

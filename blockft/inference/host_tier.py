@@ -1,4 +1,4 @@
-"""The host tier: keys and values of blocks in memory, the least recently used making way."""
+"""The host tier: keys and values of blocks in memory. The least recently used blocks are evicted."""
 
 import logging
 from collections import OrderedDict
@@ -12,9 +12,9 @@ _log = logging.getLogger("blockft.cache")
 
 
 class HostTier:
-    """Blocks as (L, n, 2, K, D) tensors on the CPU, of `max_bytes` together.
+    """Blocks as (L, n, 2, K, D) tensors on the CPU, with a total size of at most `max_bytes`.
 
-    A block that is larger than the budget is not kept, which is said once.
+    A block that is larger than that is not kept. A warning says so once, unless `max_bytes` is 0.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -22,7 +22,7 @@ class HostTier:
         self.used_bytes = 0
         self.evicted = 0
         self._blocks: OrderedDict[BlockKey, torch.Tensor] = OrderedDict()
-        self._said = max_bytes == 0
+        self._has_warned = max_bytes == 0
 
     def __contains__(self, key: BlockKey) -> bool:
         return key in self._blocks
@@ -32,21 +32,23 @@ class HostTier:
         return len(self._blocks)
 
     def get(self, key: BlockKey) -> torch.Tensor | None:
-        """A block, if it is there; it counts as used."""
+        """Return a block, or None if it is not in the tier. The block counts as used."""
         kv = self._blocks.get(key)
         if kv is not None:
             self._blocks.move_to_end(key)
         return kv
 
     def put(self, key: BlockKey, kv: torch.Tensor) -> None:
-        """Keep a block. The tensor is not copied."""
+        """Insert a block without copying it."""
         if key in self._blocks:
             return
         if kv.nbytes > self.max_bytes:
-            if not self._said:
-                self._said = True
+            if not self._has_warned:
+                self._has_warned = True
                 budget, size = format_bytes(self.max_bytes), format_bytes(kv.nbytes)
-                _log.warning(f"the memory budget of {budget} does not hold a block of {size}: it is not kept")
+                _log.warning(
+                    f"a block of {size} is larger than the memory budget of {budget}: it is not kept"
+                )
             return
         while self.used_bytes + kv.nbytes > self.max_bytes:
             _, old = self._blocks.popitem(last=False)
@@ -56,6 +58,6 @@ class HostTier:
         self.used_bytes += kv.nbytes
 
     def clear(self) -> None:
-        """Forget all blocks."""
+        """Drop all blocks."""
         self._blocks.clear()
         self.used_bytes = 0

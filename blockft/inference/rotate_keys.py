@@ -1,6 +1,6 @@
-"""The key-side path: blocks encoded alone, keys moved to where the blocks stand, joined with the final block.
+"""Inference that rotates keys: cached keys move to their position in the prompt and are concatenated.
 
-The reference that every faster path is compared with; it runs on any device and for every supported family.
+This is the reference for `rotate_queries`. It runs on any device and for every supported family.
 Shapes: B prompts of a batch, T query tokens, S key tokens, n tokens of a block, L layers, K key/value heads,
 D head size.
 """
@@ -21,12 +21,12 @@ from blockft.inference.block_key import BlockKey, num_tokens, token_ids
 def prefill_blocks(
     model: PreTrainedModel, keys: Iterable[BlockKey], max_tokens: int = 4096
 ) -> Iterator[tuple[BlockKey, torch.Tensor]]:
-    """Encode each different block alone, several to a forward pass of at most `max_tokens` tokens.
+    """Compute each different block by itself, several blocks per forward pass of at most `max_tokens` tokens.
 
-    Yields a block's keys, at positions 0..n-1, and values: (L, n, 2, K, D), of memory that nobody overwrites.
+    Yields each block's keys (at positions 0..n-1) and values: (L, n, 2, K, D), in memory that is not reused.
     """
     for group in _groups(dict.fromkeys(keys), max_tokens):
-        # a block that is an example of its own is encoded at positions 0..n-1 and sees nothing else
+        # as an example of its own, a block has positions 0..n-1 and attends to nothing else
         metadata = build_metadata([Layout((num_tokens(key),)) for key in group]).to(model.device)
         ids = torch.tensor([[token for key in group for token in token_ids(key)]], device=model.device)
         cache = DynamicCache()
@@ -45,58 +45,58 @@ def prefill_blocks(
 
 
 class RotatedKeysBatch:
-    """A batch of prompts whose local blocks are joined in one cache, ready for final blocks and decoding.
+    """A batch of prompts whose local blocks are concatenated, ready for final blocks and decoding.
 
     ::
 
         row 0   . . c c c c c | . f f f | n | n      c context, f final block, n decoded, . padding
         row 1   c c c c c c c | f f f f | n | n
 
-    Padding attends to padding alone, so prompts of any lengths stand in one batch. Blocks are moved to where
-    they stand in their prompt, unless `reencoded` is false: then they stay at positions 0..n-1.
+    Padding attends to padding alone, so prompts of different lengths can share a batch. With `reencoded`,
+    blocks move to their position in the prompt; otherwise they stay at positions 0..n-1.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        layer_rotations: Sequence[RotaryEmbedding],
+        rotaries: Sequence[RotaryEmbedding],
         contexts: Sequence[Sequence[BlockKey]],
-        encoded: Mapping[BlockKey, torch.Tensor],
+        blocks: Mapping[BlockKey, torch.Tensor],
         *,
         reencoded: bool = True,
     ) -> None:
         self._model = model
         self._lengths = torch.tensor([sum(map(num_tokens, context)) for context in contexts])
-        self._vectors = _columns(torch.zeros_like(self._lengths), self._lengths, is_final=False)
+        self._metadata = _next_columns(torch.zeros_like(self._lengths), self._lengths, is_final=False)
         if not reencoded:
-            self._vectors = replace(self._vectors, position_ids=_local_positions(contexts))
+            self._metadata = replace(self._metadata, position_ids=_local_positions(contexts))
         self._cache = DynamicCache()
         if longest := int(self._lengths.max()):
-            for layer, rotation in enumerate(layer_rotations):
+            for layer, rotary in enumerate(rotaries):
                 rows = [
-                    _join(context, encoded, layer, rotation if reencoded else None, longest)
+                    _concatenate(context, blocks, layer, rotary if reencoded else None, longest)
                     for context in contexts
                 ]
-                keys, values = (torch.stack(part) for part in zip(*rows, strict=True))
+                keys, values = (torch.stack(tensors) for tensors in zip(*rows, strict=True))
                 self._cache.update(keys, values, layer)
 
     @torch.inference_mode()
     def decode_step(self, new_ids: Sequence[Sequence[int]], num_logits: int = 1) -> torch.Tensor:
-        """Append at least one token to the final block of every prompt, not necessarily the same number.
+        """Append at least one token to every final block; the numbers may differ.
 
-        Returns the logits after the last `num_logits` columns, in which tokens stand right aligned:
+        Returns the logits of the last `num_logits` columns, in which tokens are right aligned:
         (B, num_logits, vocabulary).
         """
-        added = torch.tensor([len(ids) for ids in new_ids])
-        columns = _columns(self._lengths, added, is_final=True)
-        self._lengths = self._lengths + added
-        self._vectors = self._vectors.concatenate(columns)
-        num_queries, device = int(added.max()), self._model.device
+        num_new = torch.tensor([len(ids) for ids in new_ids])
+        columns = _next_columns(self._lengths, num_new, is_final=True)
+        self._lengths = self._lengths + num_new
+        self._metadata = self._metadata.concatenate(columns)
+        num_queries, device = int(num_new.max()), self._model.device
         padded = [[0] * (num_queries - len(ids)) + list(ids) for ids in new_ids]
         logits: torch.Tensor = self._model(
             input_ids=torch.tensor(padded, device=device),
             position_ids=columns.position_ids.to(device),
-            block_masks=AttentionMasks(self._vectors.to(device)),
+            block_masks=AttentionMasks(self._metadata.to(device)),
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=num_logits,
@@ -104,8 +104,8 @@ class RotatedKeysBatch:
         return logits
 
 
-def _columns(starts: torch.Tensor, lengths: torch.Tensor, is_final: bool) -> AttentionMetadata:
-    """The vectors of the next tokens of every prompt, right aligned; `starts` and `lengths` are (B,)."""
+def _next_columns(starts: torch.Tensor, lengths: torch.Tensor, is_final: bool) -> AttentionMetadata:
+    """Build the metadata of the next tokens of every prompt, right aligned, from (B,) starts and lengths."""
     index = torch.arange(int(lengths.max())) - (lengths.max() - lengths)[:, None]
     is_token = index >= 0
     return AttentionMetadata(
@@ -117,38 +117,38 @@ def _columns(starts: torch.Tensor, lengths: torch.Tensor, is_final: bool) -> Att
 
 
 def _local_positions(contexts: Sequence[Sequence[BlockKey]]) -> torch.Tensor:
-    """Positions of blocks that stay at 0..n-1, right aligned: (B, S)."""
+    """Return the positions of blocks that stay at 0..n-1, right aligned: (B, S)."""
     rows = [[position for key in context for position in range(num_tokens(key))] for context in contexts]
     longest = max(map(len, rows))
     return torch.tensor([[0] * (longest - len(row)) + row for row in rows], dtype=torch.int64)
 
 
-def _join(
+def _concatenate(
     context: Sequence[BlockKey],
-    encoded: Mapping[BlockKey, torch.Tensor],
+    blocks: Mapping[BlockKey, torch.Tensor],
     layer: int,
-    rotation: RotaryEmbedding | None,
+    rotary: RotaryEmbedding | None,
     length: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A layer's keys, moved if there is a rotation, and its values of one context: (K, length, D) each.
+    """Return a layer's keys and values of one context, left padded to `length`: (K, length, D) each.
 
-    They are padded on the left.
+    Keys move to their position in the prompt, unless `rotary` is None.
     """
-    some_n2KD = next(iter(encoded.values()))[layer]
+    some_n2KD = next(iter(blocks.values()))[layer]
     missing = length - sum(map(num_tokens, context))
     padding = some_n2KD.new_zeros((some_n2KD.shape[2], missing, some_n2KD.shape[3]))
     keys, values = [padding], [padding]
     offset = 0
     for key in context:
-        cached, block_values = (part.transpose(0, 1) for part in encoded[key][layer].unbind(dim=1))
-        keys.append(rotation.shift(cached, by=offset) if rotation else cached)
+        block_keys, block_values = (tensor.transpose(0, 1) for tensor in blocks[key][layer].unbind(dim=1))
+        keys.append(rotary.shift(block_keys, offset) if rotary else block_keys)
         values.append(block_values)
         offset += num_tokens(key)
     return torch.cat(keys, dim=1), torch.cat(values, dim=1)
 
 
 def _groups(keys: Iterable[BlockKey], max_tokens: int) -> Iterator[list[BlockKey]]:
-    """Blocks in order, in groups of at most `max_tokens` tokens; a longer block is a group of its own."""
+    """Yield blocks in order, in groups of at most `max_tokens` tokens. A longer block is its own group."""
     group: list[BlockKey] = []
     for key in keys:
         if group and sum(map(num_tokens, group)) + num_tokens(key) > max_tokens:

@@ -1,7 +1,7 @@
-"""The query side of a batch of prompts: blocks stay where the device tier holds them, queries turn to each.
+"""Inference that rotates queries: cached blocks stay in the device tier, queries rotate to each block.
 
-Shapes: B prompts, T query tokens, N pieces of a prompt's context, P programs that share it, L layers, S
-columns of a final block, K key/value heads, D head size.
+Shapes: B prompts, T query tokens, N chunks of a prompt's context, L layers, S columns of a final block, K
+key/value heads, D head size.
 """
 
 from collections import OrderedDict
@@ -15,141 +15,152 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from blockft.attention.cached_context import TILE_PADDING, build_query_rotation
 from blockft.attention.positions import RotaryEmbedding
-from blockft.attention.rotate_queries import SLACK, CachedAttention, build_query_rotation
+from blockft.attention.rotate_queries import CachedAttention
 from blockft.inference.block_key import BlockKey, num_tokens
 from blockft.inference.cuda_graph import GraphInputs, GraphSize
 from blockft.inference.device_tier import DeviceTier, use_device
 
-PIECE_LEN = 512
-"""Longer blocks are read in pieces of so many tokens, which programs share evenly."""
+CHUNK_LEN = 512
+"""Longer blocks are read in chunks of at most this many tokens, so that programs share them evenly."""
 
 MAX_GRAPH_TOKENS = 1024
-"""Batches of more query tokens run without a CUDA graph: the GPU is busy long enough to hide the launches."""
+"""Batches with more query tokens run without a CUDA graph. They keep the GPU busy enough to hide launches."""
 
 MAX_GRAPHS = 24
-"""Graphs kept, the least recently used making way; each holds the activations of its shape."""
+"""The number of graphs kept; the least recently used is dropped. Each holds the activations of its size."""
 
 
 class CacheInvalidated(Exception):
-    """Other prompts have begun since: these begin again, with what was written so far."""
+    """Another batch has started since and may have evicted this batch's blocks: prefill this batch again."""
 
 
 class QueryRotationRunner:
-    """Runs a model's final blocks over the blocks of a device tier, on a GPU from CUDA graphs.
+    """Runs a model's final blocks over the blocks of a device tier, on a GPU with CUDA graphs.
 
-    arrived: an event per layer, on a GPU; passes wait for it before they read the layer's part of the cache.
+    rotaries        the rotary embedding of each layer
+    use_triton      compute attention with the Triton kernels
+    use_graphs      capture CUDA graphs
+    reencoded       whether blocks move to their positions in the prompt; otherwise they stay at 0..n-1
+    eager_context   called around forward passes without a graph
+    current_batch   the batch that may decode; a batch that is not current raises `CacheInvalidated`
+    layer_loaded    on a GPU an event per layer; passes wait for it before they read the layer of the cache
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        rotations: Sequence[RotaryEmbedding],
+        rotaries: Sequence[RotaryEmbedding],
         tier: DeviceTier,
         *,
-        use_kernel: bool,
+        use_triton: bool,
         use_graphs: bool,
         reencoded: bool = True,
-        eagerly: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        eager_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.model, self.tier = model, tier
-        self.use_kernel, self.use_graphs, self.reencoded = use_kernel, use_graphs, reencoded
-        self._eagerly = eagerly
-        # external: graphs wait for what is recorded each time, not for what was when they were captured
-        on_gpu = model.device.type == "cuda"
-        num_events = tier.shape.num_layers if on_gpu else 0
-        self.arrived = [torch.cuda.Event(external=True) for _ in range(num_events)]
-        for event in self.arrived:
+        self.use_triton, self.use_graphs, self.reencoded = use_triton, use_graphs, reencoded
+        self._eager_context = eager_context
+        # external events: a graph waits for the latest record, not for the one at its capture
+        num_events = tier.shape.num_layers if model.device.type == "cuda" else 0
+        self.layer_loaded = [torch.cuda.Event(external=True) for _ in range(num_events)]
+        for event in self.layer_loaded:
             event.record()
-        self.running: RotatedQueriesBatch | None = None
-        self._rotations = rotations
-        self._finals: WeakValueDictionary[tuple[int, int], torch.Tensor] = WeakValueDictionary()
-        self._frames: OrderedDict[GraphSize, GraphInputs] = OrderedDict()
-        config = model.config
-        self._group = config.num_attention_heads // tier.shape.num_kv_heads
+        self.current_batch: RotatedQueriesBatch | None = None
+        self._rotaries = rotaries
+        self._final_buffers: WeakValueDictionary[tuple[int, int], torch.Tensor] = WeakValueDictionary()
+        self._graph_inputs: OrderedDict[GraphSize, GraphInputs] = OrderedDict()
+        self._group = model.config.num_attention_heads // tier.shape.num_kv_heads
 
-    def prompts(self, contexts: Sequence[Sequence[BlockKey]], num_columns: int) -> "RotatedQueriesBatch":
-        """A batch of prompts over blocks that are in the tier, with final blocks of at most `num_columns`."""
-        return RotatedQueriesBatch(self, contexts, num_columns)
+    def start_batch(
+        self, contexts: Sequence[Sequence[BlockKey]], max_final_len: int
+    ) -> "RotatedQueriesBatch":
+        """Return a batch over blocks in the tier. A final block has at most `max_final_len` tokens."""
+        return RotatedQueriesBatch(self, contexts, max_final_len)
 
-    def frame(self, size: GraphSize) -> GraphInputs:
-        """The inputs of passes of one size, kept with their graph if they run from one."""
-        if size in self._frames:
-            self._frames.move_to_end(size)
-            return self._frames[size]
-        frame = GraphInputs(size, self.model.device, self._final(size.prompts, size.columns))
-        if self.use_graphs and size.prompts * size.queries <= MAX_GRAPH_TOKENS:
-            while len(self._frames) >= MAX_GRAPHS:
-                self._frames.popitem(last=False)
-            self._frames[size] = frame
-        return frame
+    def inputs(self, size: GraphSize) -> GraphInputs:
+        """Return the inputs of passes of one size. They are kept if such passes run with a graph."""
+        if size in self._graph_inputs:
+            self._graph_inputs.move_to_end(size)
+            return self._graph_inputs[size]
+        inputs = GraphInputs(size, self.model.device, self._final_buffer(size.num_prompts, size.num_columns))
+        if self.use_graphs and size.num_prompts * size.num_queries <= MAX_GRAPH_TOKENS:
+            while len(self._graph_inputs) >= MAX_GRAPHS:
+                self._graph_inputs.popitem(last=False)
+            self._graph_inputs[size] = inputs
+        return inputs
 
-    def _final(self, num_prompts: int, num_columns: int) -> torch.Tensor:
-        """Room for the keys and values of final blocks, shared by frames that live: (L, B, S, 2, K, D).
+    def padded_len(self, num_prompts: int, num_queries: int) -> int:
+        """Return the number of columns for the first tokens of final blocks.
 
-        Kept graphs hold theirs, up to half of what the device tier takes.
+        Where a graph is captured it is one of few values, so that few graphs are needed.
         """
-        final = self._finals.get((num_prompts, num_columns))
-        if final is None:
-            shape = self.tier.shape
-            size = (shape.num_layers, num_prompts, *shape.layer_shape(num_columns))
-            room = self.tier.cache_LS2KD.nbytes // 2 - num_prompts * num_columns * shape.token_bytes
-            while self._frames and sum(other.nbytes for other in self._finals.values()) > room:
-                self._frames.popitem(last=False)
-            # zeros, as in the device tier
-            final = torch.zeros(size, dtype=shape.torch_dtype, device=self.model.device)
-            self._finals[num_prompts, num_columns] = final
-        return final
-
-    def _wait(self, layer: int) -> None:
-        torch.cuda.current_stream().wait_event(self.arrived[layer])
-
-    def width(self, num_prompts: int, num_queries: int) -> int:
-        """Columns for the first tokens of final blocks: few different numbers, where a graph is captured."""
-        padded = _bucket(num_queries)
+        padded = _round_up(num_queries)
         return padded if self.use_graphs and num_prompts * padded <= MAX_GRAPH_TOKENS else num_queries
 
-    def programs(self, num_prompts: int, num_queries: int) -> int:
-        """Among how many programs to share each prompt's context."""
-        if not self.use_kernel:
+    def num_programs(self, num_prompts: int, num_queries: int) -> int:
+        """Return the number of Triton programs that share each prompt's context."""
+        if not self.use_triton:
             return 1
-        from blockft.attention.triton_launch import num_programs
+        from blockft.attention.triton_launch import choose_num_programs
 
         shape = self.tier.shape
         rows, heads = self._group * num_queries, num_prompts * shape.num_kv_heads
-        half = self._rotations[0].inv_freq.numel()
-        return num_programs(rows, heads, shape.head_size, half, shape.torch_dtype, self.model.device)
+        half = self._rotaries[0].inv_freq.numel()
+        return choose_num_programs(rows, heads, shape.head_size, half, shape.torch_dtype, self.model.device)
 
-    def run(self, frame: GraphInputs) -> torch.Tensor:
-        """One forward pass over a frame's inputs; returns logits (B, num_logits, vocabulary)."""
-        if frame.size not in self._frames:
-            with self._eagerly():
-                return self._forward(frame)
-        if frame.graph is None:
-            frame.capture(lambda: self._forward(frame))
-        assert frame.graph and frame.logits is not None
-        frame.graph.replay()
-        return frame.logits
+    def run(self, inputs: GraphInputs) -> torch.Tensor:
+        """Run one forward pass and return its logits: (B, num_logits, vocabulary)."""
+        if inputs.size not in self._graph_inputs:
+            with self._eager_context():
+                return self._forward(inputs)
+        if inputs.graph is None:
+            inputs.capture(lambda: self._forward(inputs))
+        assert inputs.graph and inputs.logits is not None
+        inputs.graph.replay()
+        return inputs.logits
 
-    def _forward(self, frame: GraphInputs) -> torch.Tensor:
-        kinds = {id(rotation): rotation for rotation in self._rotations}
-        turned = {
-            kind: build_query_rotation(rotation, frame.context.offsets) for kind, rotation in kinds.items()
+    def _final_buffer(self, num_prompts: int, num_columns: int) -> torch.Tensor:
+        """Return the buffer for keys and values of final blocks: (L, B, S, 2, K, D).
+
+        Inputs of the same size share a buffer while any of them lives. Kept graphs hold their buffers, up to
+        half of the size of the device tier.
+        """
+        buffer = self._final_buffers.get((num_prompts, num_columns))
+        if buffer is None:
+            shape = self.tier.shape
+            size = (shape.num_layers, num_prompts, *shape.layer_shape(num_columns))
+            budget = self.tier.cache_LS2KD.nbytes // 2 - num_prompts * num_columns * shape.token_bytes
+            while self._graph_inputs and sum(other.nbytes for other in self._final_buffers.values()) > budget:
+                self._graph_inputs.popitem(last=False)
+            # zeros, as in the device tier
+            buffer = torch.zeros(size, dtype=shape.torch_dtype, device=self.model.device)
+            self._final_buffers[num_prompts, num_columns] = buffer
+        return buffer
+
+    def _wait_for_layer(self, layer: int) -> None:
+        torch.cuda.current_stream().wait_event(self.layer_loaded[layer])
+
+    def _forward(self, inputs: GraphInputs) -> torch.Tensor:
+        different = {id(rotary): rotary for rotary in self._rotaries}
+        rotations = {
+            key: build_query_rotation(rotary, inputs.context.offsets) for key, rotary in different.items()
         }
-        cached = CachedAttention(
+        cached_attention = CachedAttention(
             cache_LS2KD=self.tier.cache_LS2KD,
-            final_LBS2KD=frame.final_LBS2KD,
-            context=frame.context,
-            layer_turns=[turned[id(rotation)] for rotation in self._rotations],
-            use_kernel=self.use_kernel,
-            ready=self._wait if self.arrived else None,
+            final_LBS2KD=inputs.final_LBS2KD,
+            context=inputs.context,
+            layer_rotations=[rotations[id(rotary)] for rotary in self._rotaries],
+            use_triton=self.use_triton,
+            wait_for_layer=self._wait_for_layer if self.layer_loaded else None,
         )
         logits: torch.Tensor = self.model(
-            input_ids=frame.ids,
-            position_ids=frame.positions,
-            cached=cached,
+            input_ids=inputs.ids,
+            position_ids=inputs.positions,
+            cached_attention=cached_attention,
             use_cache=False,
-            logits_to_keep=frame.size.logits,
+            logits_to_keep=inputs.size.num_logits,
         ).logits
         return logits
 
@@ -165,14 +176,14 @@ class RotatedQueriesBatch:
     """
 
     def __init__(
-        self, side: QueryRotationRunner, contexts: Sequence[Sequence[BlockKey]], num_columns: int
+        self, runner: QueryRotationRunner, contexts: Sequence[Sequence[BlockKey]], max_final_len: int
     ) -> None:
-        self._side, self._num_columns = side, num_columns
+        self._runner, self._num_columns = runner, max_final_len
         self._contexts = contexts
-        self._pieces: list[np.ndarray] = []
         self._context_lens = [sum(map(num_tokens, context)) for context in contexts]
-        self._column = 0
-        self._first: list[int] = []
+        self._chunks: list[np.ndarray] = []
+        self._query_start = 0
+        self._pad_lens: list[int] = []
 
     @torch.inference_mode()
     def decode_step(
@@ -180,58 +191,65 @@ class RotatedQueriesBatch:
         new_ids: Sequence[Sequence[int]],
         num_logits: int = 1,
     ) -> torch.Tensor:
-        """Append at least one token to every final block; after the first time, the same number to all.
+        """Append at least one token to every final block; after the first step, the same number to all.
 
-        Returns the logits after the last `num_logits` columns: (B, num_logits, vocabulary). They are
-        overwritten by the next call.
+        Returns the logits of the last `num_logits` columns: (B, num_logits, vocabulary). The next call
+        overwrites them.
 
         Raises:
-            Overtaken: other prompts have begun since.
+            CacheInvalidated: another batch has started since the last step.
         """
-        if self._first and self._side.running is not self:
+        runner, longest = self._runner, max(map(len, new_ids))
+        if self._pad_lens and runner.current_batch is not self:
             raise CacheInvalidated
-        self._side.running = self
-        side, longest = self._side, max(map(len, new_ids))
-        width = longest if self._first else side.width(len(new_ids), longest)
-        if not self._first:
-            self._first = [width - len(ids) for ids in new_ids]
-            self._num_columns += width - longest
-        programs = side.programs(len(new_ids), width)
-        if not self._pieces:
-            self._pieces = [
-                _pieces(context, side.tier, programs, side.reencoded) for context in self._contexts
+        runner.current_batch = self
+        num_queries = longest if self._pad_lens else runner.padded_len(len(new_ids), longest)
+        if not self._pad_lens:
+            self._pad_lens = [num_queries - len(ids) for ids in new_ids]
+            self._num_columns += num_queries - longest
+        num_programs = runner.num_programs(len(new_ids), num_queries)
+        if not self._chunks:
+            self._chunks = [
+                _chunks(context, runner.tier, num_programs, runner.reencoded) for context in self._contexts
             ]
-        num_pieces = max(16, _bucket(max(map(len, self._pieces))))
-        columns = _columns(self._num_columns)
-        with use_device(side.model.device):
-            frame = side.frame(GraphSize(len(new_ids), width, columns, num_pieces, num_logits, programs))
-            frame.fill(new_ids, self._pieces, self._column, self._first, self._context_lens)
-            self._column += width
-            self._frame = frame  # holds the final blocks until the next call finds them
-            return side.run(frame)
+        size = GraphSize(
+            num_prompts=len(new_ids),
+            num_queries=num_queries,
+            num_columns=_buffer_columns(self._num_columns),
+            num_chunks=max(16, _round_up(max(map(len, self._chunks)))),
+            num_logits=num_logits,
+            num_programs=num_programs,
+        )
+        with use_device(runner.model.device):
+            inputs = runner.inputs(size)
+            inputs.fill(new_ids, self._chunks, self._query_start, self._pad_lens, self._context_lens)
+            self._query_start += num_queries
+            self._inputs = inputs  # keeps the buffer of the final blocks alive until the next step
+            return runner.run(inputs)
 
 
-def _pieces(context: Sequence[BlockKey], tier: DeviceTier, programs: int, reencoded: bool) -> np.ndarray:
-    """Slot, length, start in its block and offset of every piece of a context: (N, 4) int32.
+def _chunks(context: Sequence[BlockKey], tier: DeviceTier, num_programs: int, reencoded: bool) -> np.ndarray:
+    """Return slot, length, start in its block and offset of every chunk of a context: (N, 4) int32.
 
-    A context too short for all programs is cut finer. Blocks that are not re-encoded all stand at 0.
+    Chunks are shorter where the context is too short to occupy all programs. Without `reencoded` every offset
+    is 0.
     """
     lengths = [num_tokens(key) for key in context]
     offsets = accumulate(lengths, initial=0)
-    piece = min(PIECE_LEN, max(64, sum(lengths) // programs // 64 * 64))
+    chunk_len = min(CHUNK_LEN, max(64, sum(lengths) // num_programs // 64 * 64))
     rows = [
-        (slot + start, min(piece, length - start), start, offset if reencoded else 0)
+        (slot + start, min(chunk_len, length - start), start, offset if reencoded else 0)
         for slot, length, offset in zip(map(tier.slot, context), lengths, offsets, strict=False)
-        for start in range(0, length, piece)
+        for start in range(0, length, chunk_len)
     ]
     return np.array(rows, np.int32).reshape(-1, 4)
 
 
-def _bucket(count: int) -> int:
-    """A number that few different ones are rounded up to: powers of two, from 16 on (1 stays)."""
+def _round_up(count: int) -> int:
+    """Return 1 for 1, otherwise the next power of two of at least 16."""
     return 1 if count == 1 else max(16, 1 << (count - 1).bit_length())
 
 
-def _columns(count: int) -> int:
-    """Columns to make room for, with slack for tiles that are loaded whole."""
-    return (1 << (max(count, 128) - 1).bit_length()) + SLACK
+def _buffer_columns(count: int) -> int:
+    """Return the number of columns to allocate for `count` columns, padding for whole tiles included."""
+    return (1 << (max(count, 128) - 1).bit_length()) + TILE_PADDING

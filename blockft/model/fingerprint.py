@@ -1,4 +1,4 @@
-"""What tells models apart, wherever they lie and whatever they are called."""
+"""Fingerprints of models, which depend on configuration and weights and not on names or paths."""
 
 import hashlib
 import json
@@ -6,23 +6,25 @@ import json
 import torch
 from transformers import PreTrainedModel
 
-_NOT_COMPUTED = ("_name_or_path", "transformers_version", "architectures", "block_attention", "dtype")
-"""Entries of a configuration that change no number that the model computes."""
+_IGNORED_CONFIG_KEYS = ("_name_or_path", "transformers_version", "architectures", "block_attention", "dtype")
+"""Entries of a configuration that do not change what the model computes."""
 
-_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""The integers of as many bytes."""
+_INTEGER_TYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integer types by the number of bytes of an element."""
 
-_AT_ONCE = 2**18
-"""Numbers that are hashed together; each takes 16 bytes meanwhile."""
+_CHUNK_NUMBERS = 2**18
+"""Numbers that are hashed together. Each takes 16 bytes of memory for the time."""
 
 
 def model_fingerprint(model: PreTrainedModel, tokenizer: str = "") -> str:
-    """A hash of a model's configuration and of all its weights, as loaded: 64 hexadecimal digits.
+    """Return a hash of a model's configuration and weights as loaded: 64 hexadecimal digits.
 
-    Every number counts, and its place, at the speed of a few passes over them on the device that holds them.
-    `tokenizer` is what identifies the tokenizer, where token ids have to mean the same.
+    Every number and its index count. The cost is a few passes over the weights on their device. `tokenizer`
+    is the fingerprint of the tokenizer, for uses where the same token ids must mean the same text.
     """
-    config = {name: value for name, value in model.config.to_dict().items() if name not in _NOT_COMPUTED}
+    config = {
+        name: value for name, value in model.config.to_dict().items() if name not in _IGNORED_CONFIG_KEYS
+    }
     digest = hashlib.sha256((json.dumps(config, sort_keys=True, default=str) + tokenizer).encode())
     for name, weight in model.named_parameters():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
@@ -31,10 +33,10 @@ def model_fingerprint(model: PreTrainedModel, tokenizer: str = "") -> str:
 
 
 def _row_hashes(weight: torch.Tensor) -> torch.Tensor:
-    """A hash of 64 bits of every row: the sum of its words, each times an odd number of its place's own."""
-    rows = weight.contiguous().view(_WORDS[weight.element_size()]).reshape(-1, weight.shape[-1])
+    """Return a 64-bit hash of every row: the sum of its numbers, each times an odd factor of its column."""
+    rows = weight.contiguous().view(_INTEGER_TYPES[weight.element_size()]).reshape(-1, weight.shape[-1])
     width = rows.shape[1]
     factors = torch.randint(-(2**62), 2**62, (width,), generator=torch.Generator().manual_seed(0)) * 2 + 1
     factors = factors.to(weight.device)
-    parts = rows.split(max(1, _AT_ONCE // width))
-    return torch.cat([(part.long() * factors).sum(dim=1) for part in parts]).cpu()
+    chunks = rows.split(max(1, _CHUNK_NUMBERS // width))
+    return torch.cat([(chunk.long() * factors).sum(dim=1) for chunk in chunks]).cpu()

@@ -1,4 +1,4 @@
-"""The forward pass under the block mask, with which whatever reads cached blocks must agree."""
+"""The masked forward pass: the reference for every way to read cached blocks."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from blockft.attention.backends import AttentionMasks
 from blockft.attention.layout import Layout, build_metadata
-from blockft.model.load import uses_reencoded_positions
+from blockft.model.supported import uses_reencoded_positions
 
 
 def masked_logits(
@@ -16,10 +16,10 @@ def masked_logits(
     layouts: Sequence[Layout],
     logits_to_keep: int | torch.Tensor = 0,
 ) -> torch.Tensor:
-    """The logits (N, vocabulary) of one pass over the ids (T,) of examples that stand one after the other.
+    """Return the logits (N, vocabulary) of one pass over a row of examples, given by their token ids (T,).
 
-    They are those of the last `logits_to_keep` tokens, of all if it is 0, or of the positions (N,) that it
-    lists. The model attends by its own backend, and positions are those that it was trained with.
+    `logits_to_keep` is a number of last tokens (0 for all), or the indices (N,) of tokens. The model uses its
+    own attention backend and the positions that it was trained with.
     """
     metadata = build_metadata(layouts, reencoded=uses_reencoded_positions(model.config)).to(model.device)
     logits: torch.Tensor = model(

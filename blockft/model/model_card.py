@@ -10,10 +10,10 @@ tags: [block-attention]
 ---
 # {base}, fine-tuned for Block-Attention
 
-Every document of a prompt can be encoded once and its keys and values reused in any other prompt, wherever
-the document stands there (Ma, Wang, Lan: Block-Attention for Efficient Prefilling, ICLR 2025). The weights
-are ordinary: plain `transformers` loads them and attends fully. The entry `block_attention` in `config.json`
-says how prompts were cut into blocks.
+The keys and values of a document are computed once and reused in every prompt that contains the document, at
+any position (Ma, Wang, Lan: Block-Attention for Efficient Prefilling, ICLR 2025). Plain `transformers` loads
+the weights and uses them with full attention. The entry `block_attention` in `config.json` says how the
+prompts of training were split into blocks.
 
 Written by blockft {version} after {step} steps{loss}.
 
@@ -45,13 +45,18 @@ def build_model_card(
     manifest: dict[str, Any],
     metrics: list[dict[str, Any]],
 ) -> str:
-    """Markdown that says what the weights are, and how and from what they were made."""
+    """Return the model card in Markdown: the base model, the recipe, the data and the last logged loss.
+
+    manifest  of the prepared data
+    metrics   the lines of the run's `metrics.jsonl`
+    """
     losses = [line["loss"] for line in metrics if "loss" in line and line["step"] <= step]
     return _CARD.format(
         base=base,
         version=version,
         step=step,
-        loss=f"; the last logged loss is {losses[-1]:.4f}" if losses else "",  # a run may stop before one is
+        # a run may stop before its first log
+        loss=f"; the last logged loss is {losses[-1]:.4f}" if losses else "",
         recipe=recipe,
         manifest=json.dumps(manifest, indent=2),
     )

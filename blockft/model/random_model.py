@@ -1,4 +1,4 @@
-"""Models of a well-known shape with random weights: for measuring speed where no weights are at hand."""
+"""Models with the shape of a known model and random weights, for measuring speed without its weights."""
 
 from typing import Any
 
@@ -37,16 +37,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-"""By name, what differs from the defaults of `LlamaConfig`; every shape has 131,072 positions."""
+"""Arguments of `LlamaConfig` by name of the shape. Every shape has 131,072 positions."""
 
-STD = 0.02
+INIT_STD = 0.02
 
 
 def load_shape_config(name: str) -> PreTrainedConfig:
-    """The configuration of a shape.
+    """Return the configuration of a shape.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is no shape with this name.
     """
     if name not in SHAPES:
         raise UserError(f"there is no shape {name!r}: give a model, or one of {', '.join(SHAPES)}")
@@ -54,7 +54,7 @@ def load_shape_config(name: str) -> PreTrainedConfig:
 
 
 def weight_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """What the weights of a model take."""
+    """Return the size of a model's weights, without allocating them."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return sum(parameter.nbytes for parameter in model.parameters())
@@ -63,11 +63,11 @@ def weight_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
 def build_random_model(
     config: PreTrainedConfig, *, device: torch.device, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """A model made on the device, with attention over cached blocks.
+    """Build a model on the device, with attention over cached blocks.
 
-    Layers write into the residual stream less the deeper they lie, 1 / sqrt(2 * depth), and embeddings have
-    the variance 1, as models of this kind are initialised for training: with equal variances everywhere,
-    rounding to 16 bits alone moves the logits by 7 % of their norm.
+    The outputs of deeper layers are scaled by 1 / sqrt(2 * depth), and embeddings have variance 1, as in the
+    initialisation for training. With equal variances everywhere, rounding to 16 bits alone changes the logits
+    by 7 % of their norm.
     """
     set_seed(0)
     with device:
@@ -75,7 +75,7 @@ def build_random_model(
     with torch.no_grad():
         for depth, layer in enumerate(model.base_model.layers, start=1):
             for linear in (layer.self_attn.o_proj, layer.mlp.up_proj, layer.mlp.down_proj):
-                linear.weight.normal_(std=STD / (2 * depth) ** 0.5)
+                linear.weight.normal_(std=INIT_STD / (2 * depth) ** 0.5)
         if not config.tie_word_embeddings:
             model.get_output_embeddings().weight.normal_(std=config.hidden_size**-0.5)
             model.get_input_embeddings().weight.normal_(std=1)

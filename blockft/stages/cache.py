@@ -21,8 +21,8 @@ from blockft.data.request import parse_document
 from blockft.data.sample import RecordError
 from blockft.errors import UserError
 from blockft.inference.block_key import BlockKey, key_digest
-from blockft.inference.cache_entry import CacheModel, DamagedEntry, Entry
-from blockft.inference.cache_folder import CacheFolder, StoredEntry
+from blockft.inference.cache_entry import CacheModel, DamagedEntry, EntryReader
+from blockft.inference.cache_folder import CacheFolder, EntryInfo
 from blockft.inference.disk_tier import DiskTier
 from blockft.inference.engine import Engine
 from blockft.progress import progress, track
@@ -94,7 +94,7 @@ def build_cache(model: str, corpus: Path, cache: CacheArguments) -> None:
         if not num_bytes:
             raise UserError(f"{corpus} holds no document")
         engine = open_engine(model, cache)
-        disk = engine.runner.store.disk
+        disk = engine.runner.block_cache.disk
         assert disk
         if (max_bytes := cache.options().disk_bytes) is not None:
             _check_budget(engine, disk, opened, num_bytes, max_bytes)
@@ -103,7 +103,7 @@ def build_cache(model: str, corpus: Path, cache: CacheArguments) -> None:
         with progress("encode", num_bytes) as advance:
             for keys, num_line_bytes in _new_blocks(engine, opened, digests):
                 num_encoded += engine.runner.prefill_blocks(keys)
-                engine.close()
+                engine.flush()
                 if disk.statistics.entries_lost:
                     raise UserError(
                         f"{cache.folder} does not take all blocks: make room or name another folder, then "
@@ -213,7 +213,7 @@ def print_cache_stats(folder: Path, *, as_json: bool = False) -> None:
     print(f"{total['entries']:,} entries, {format_bytes(total['bytes'])}")
 
 
-def _describe(model: CacheModel, entries: list[StoredEntry]) -> dict[str, Any]:
+def _describe(model: CacheModel, entries: list[EntryInfo]) -> dict[str, Any]:
     times = [datetime.fromtimestamp(entry.used_at, UTC).isoformat(timespec="seconds") for entry in entries]
     return {
         "name": model.name,
@@ -258,10 +258,10 @@ def verify_cache(folder: Path, *, remove: bool = False, as_json: bool = False) -
         raise UserError(f"{len(damaged)} of {len(entries)} entries in {folder} are damaged: add --remove")
 
 
-def _find_damage(entry: StoredEntry, model: CacheModel) -> DamagedEntry | None:
+def _find_damage(entry: EntryInfo, model: CacheModel) -> DamagedEntry | None:
     try:
-        with Entry(entry.path, model) as opened:
-            opened.check()
+        with EntryReader(entry.path, model) as opened:
+            opened.verify()
     except DamagedEntry as error:
         return error
     except OSError as error:
@@ -300,11 +300,11 @@ def prune_cache(
         fingerprints = None if model is None else _find_models(cache, model)
         limit = None if max_bytes is None else parse_bytes(max_bytes)
         unused_since = None if older_than is None else time.time() - parse_duration(older_than)
-        with cache.locked() as ledger:
+        with cache.locked() as byte_count:
             removed = cache.prune(
-                ledger, max_bytes=limit, unused_since=unused_since, fingerprints=fingerprints
+                byte_count, max_bytes=limit, unused_since=unused_since, fingerprints=fingerprints
             )
-            left_bytes = ledger.read() or 0
+            left_bytes = byte_count.read() or 0
     removed_bytes = format_bytes(sum(entry.num_bytes for entry in removed))
     print(
         f"{len(removed):,} entries removed, {removed_bytes}; {format_bytes(left_bytes)} are left in {folder}"

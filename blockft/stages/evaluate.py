@@ -16,7 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
-from blockft.config.choices import BadRecordPolicy, Format, Positions, Retriever, TooLongPolicy
+from blockft.config.choices import BadRecordPolicy, Format, Mode, Positions, Retriever, TooLongPolicy
 from blockft.config.recipe import build_recipe, find_recipe, is_recipe, load_recipe
 from blockft.config.settings import Recipe, Source
 from blockft.data.sample import Sample, sample_to_record
@@ -37,15 +37,11 @@ from blockft.evaluation.answers import (
 from blockft.evaluation.metrics import METRICS
 from blockft.evaluation.report import DIFFERENCE, Prediction, build_report
 from blockft.evaluation.report_render import draw_scores, format_score, report_markdown
-from blockft.inference.engine import Engine
+from blockft.inference.engine import AttentionMode, Engine
 from blockft.inference.runner import CacheOptions
 from blockft.model.fingerprint import model_fingerprint
-from blockft.model.load import (
-    block_attention_config,
-    load_config,
-    parse_dtype,
-    uses_reencoded_positions,
-)
+from blockft.model.load import load_config, parse_dtype
+from blockft.model.supported import block_attention_config, uses_reencoded_positions
 from blockft.outputs import atomic_folder, check_absent, resumable_folder, save_figure
 from blockft.progress import track
 from blockft.stages.source_settings import read_source
@@ -109,7 +105,7 @@ def evaluate(
     try:
         with resumable_folder(out, signature) as partial:
             predictions = {
-                mode.value: _answer(engine, questions, mode.value, recipe, partial)
+                mode.value: _answer(engine, questions, _attention_mode(mode), recipe, partial)
                 for mode in dict.fromkeys(settings.modes)
             }
             report = build_report(model, predictions, options)
@@ -324,8 +320,12 @@ def _describe_source(source: Source, dense_model: str) -> dict[str, Any]:
     return source.model_dump(mode="json") | retrieval
 
 
+def _attention_mode(mode: Mode) -> AttentionMode:
+    return "block" if mode is Mode.block else "full"
+
+
 def _answer(
-    engine: Engine, questions: EncodedQuestions, mode: str, recipe: Recipe, folder: Path
+    engine: Engine, questions: EncodedQuestions, mode: AttentionMode, recipe: Recipe, folder: Path
 ) -> list[Prediction]:
     """Answer the questions in one mode, except those whose answers `folder` already holds."""
     assert recipe.eval

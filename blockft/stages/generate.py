@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import TypedDict
 
 from blockft.config.choices import Mode
-from blockft.config.settings import PromptSettings
-from blockft.data.rag_prompt import RagPrompt
 from blockft.data.sample import Sample
 from blockft.errors import UserError
 from blockft.inference.answer import Answer
 from blockft.inference.block_cache import Tier
-from blockft.inference.engine import Engine
+from blockft.inference.engine import AttentionMode, Engine
 from blockft.inference.runner import CacheOptions
 from blockft.inference.sampling import Sampler
 from blockft.progress import progress
@@ -49,24 +47,19 @@ class CacheArguments:
 class _GenerateOptions(TypedDict):
     """Keyword arguments of `Engine.generate_ids` and `Engine.stream_ids`."""
 
-    mode: str
+    mode: AttentionMode
     max_new_tokens: int
     sampler: Sampler
     stop: Sequence[str]
 
 
 def open_engine(model: str, cache: CacheArguments, *, compile: bool = False) -> Engine:
-    """Load a model with its block cache; a model that records no wording gets the default wording.
+    """Load a model with its block cache.
 
     Raises:
         UserError: see `CacheArguments.options` and `Engine.load`.
     """
-    engine = Engine.load(model, cache=cache.options(), compile=compile)
-    if engine.prompt is None:
-        default = PromptSettings()
-        wording = {name: getattr(default, name) for name in ("instruction", "document", "question")}
-        engine.prompt = RagPrompt(**wording, documents_in=default.documents_in.value, order="given")
-    return engine
+    return Engine.load(model, cache=cache.options(), compile=compile)
 
 
 def generate(
@@ -112,7 +105,7 @@ def generate(
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
             options = _GenerateOptions(
-                mode=mode,
+                mode="block" if mode == Mode.block else "full",
                 max_new_tokens=max_new_tokens,
                 sampler=Sampler(temperature, top_p, seed + start),
                 stop=stop,
@@ -162,7 +155,7 @@ def _parse_request(line: str, engine: Engine, location: str) -> Sample:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{location} is not JSON: {error}") from error
-    return engine.request(record, location)
+    return engine.parse_request(record, location)
 
 
 def _to_json(sample: Sample, answer: Answer) -> str:

@@ -25,7 +25,8 @@ from blockft.data.tokenizer import tokenizer_fingerprint
 from blockft.errors import UserError
 from blockft.model.checkpoint import complete_checkpoints, find_checkpoint, read_marker, remove_incomplete
 from blockft.model.fingerprint import model_fingerprint
-from blockft.model.load import compile_layers, load_config, load_model, load_tokenizer, parse_dtype
+from blockft.model.layers import compile_layers
+from blockft.model.load import load_config, load_model, load_tokenizer, parse_dtype
 from blockft.model.lora import add_adapter
 from blockft.outputs import check_absent, write_atomic
 from blockft.run_folder import DATA, METRICS, RECIPE, truncate_metrics

@@ -1,4 +1,4 @@
-"""Laws 1 to 3 through real models: one block is causal, backends agree, packing changes nothing."""
+"""Attention in real models: one block is causal, backends match the reference, packing changes nothing."""
 
 import random
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from blockft.attention.layout import AttentionMetadata, Layout, build_metadata
 from blockft.attention.mask import build_dense_mask
 from tests.tiny import CONFIGS, WINDOW, build_model, random_ids, random_layout
 
-close = {"rtol": 1e-5, "atol": 1e-5}
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def forward(model: PreTrainedModel, ids: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
@@ -26,16 +26,16 @@ def forward(model: PreTrainedModel, ids: torch.Tensor, metadata: AttentionMetada
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_law_1_one_block_is_plain_causal_attention(name: str) -> None:
+def test_one_block_is_plain_causal_attention(name: str) -> None:
     ids = random_ids(random.Random(name), 4 * WINDOW)
     plain = build_model(name, attention="eager")(input_ids=ids[None], use_cache=False).logits[0]
-    assert_close(forward(build_model(name), ids, build_metadata([Layout((4 * WINDOW,))])), plain, **close)
+    assert_close(forward(build_model(name), ids, build_metadata([Layout((4 * WINDOW,))])), plain, **CLOSE)
 
 
-def oracle(
+def attend_reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: AttentionMetadata, window: int | None
 ) -> torch.Tensor:
-    """Softmax attention in plain arithmetic under the dense mask; queries share keys in groups."""
+    """Return softmax attention under the dense mask; groups of query heads share a key head: (B, T, H, D)."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
     scores = scores.masked_fill(~build_dense_mask(metadata, window), float("-inf"))
@@ -58,7 +58,7 @@ def random_batch(seed: int, row_len: int) -> AttentionMetadata:
 
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("seed", range(3))
-def test_law_2_sdpa_agrees_with_the_oracle_and_its_gradients(seed: int, window: int | None) -> None:
+def test_sdpa_matches_outputs_and_gradients_of_the_reference(seed: int, window: int | None) -> None:
     metadata = random_batch(seed, 64)
     torch.manual_seed(seed)
     q, k, v = (torch.randn(2, heads, 64, 8, requires_grad=True) for heads in (6, 2, 2))
@@ -72,20 +72,20 @@ def test_law_2_sdpa_agrees_with_the_oracle_and_its_gradients(seed: int, window: 
         sliding_window=window,
         block_masks=AttentionMasks(metadata),
     )
-    want = oracle(q, k, v, metadata, window)
-    assert_close(out, want, **close)
+    expected = attend_reference(q, k, v, metadata, window)
+    assert_close(out, expected, **CLOSE)
     weights = torch.randn_like(out)
-    for got, expected in zip(
+    for got, expected_gradient in zip(
         torch.autograd.grad((out * weights).sum(), (q, k, v)),
-        torch.autograd.grad((want * weights).sum(), (q, k, v)),
+        torch.autograd.grad((expected * weights).sum(), (q, k, v)),
         strict=True,
     ):
-        assert_close(got, expected, **close)
+        assert_close(got, expected_gradient, **CLOSE)
 
 
 @pytest.mark.parametrize("window", [None, 50])
-def test_law_2_flex_agrees_with_the_oracle_forward(window: int | None) -> None:
-    """On a CPU FlexAttention has no backward pass; `make test-gpu` shows gradients."""
+def test_flex_matches_outputs_of_the_reference(window: int | None) -> None:
+    """On a CPU, FlexAttention has no backward pass. `make test-gpu` compares gradients."""
     metadata = random_batch(11, 256)
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, 256, 16) for heads in (6, 2, 2))
@@ -99,11 +99,11 @@ def test_law_2_flex_agrees_with_the_oracle_forward(window: int | None) -> None:
         sliding_window=window,
         block_masks=AttentionMasks(metadata),
     )
-    assert_close(out, oracle(q, k, v, metadata, window), **close)
+    assert_close(out, attend_reference(q, k, v, metadata, window), **CLOSE)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_law_3_packing_changes_no_logit_and_no_gradient(name: str) -> None:
+def test_packing_changes_no_logit_and_no_gradient(name: str) -> None:
     rng, model = random.Random(name), build_model(name)
     layouts = [random_layout(rng, 21, 4), random_layout(rng, 30, 6, num_final=2), Layout((5,))]
     ids = [random_ids(rng, layout.num_tokens) for layout in layouts]
@@ -123,22 +123,22 @@ def test_law_3_packing_changes_no_logit_and_no_gradient(name: str) -> None:
     packed_logits, packed_grads = gradients(
         lambda: forward(model, torch.cat([*ids, padding]), build_metadata(layouts, row_len=64))[:56]
     )
-    assert_close(packed_logits, alone_logits, **close)
-    for got, want in zip(packed_grads, alone_grads, strict=True):
-        assert_close(got, want, **close)
+    assert_close(packed_logits, alone_logits, **CLOSE)
+    for got, expected in zip(packed_grads, alone_grads, strict=True):
+        assert_close(got, expected, **CLOSE)
 
 
-def test_law_3_shared_questions_equal_questions_alone() -> None:
+def test_questions_that_share_a_context_have_the_logits_of_separate_questions() -> None:
     rng, model = random.Random(5), build_model("gemma3")
     shared = Layout((8, 9, 5, 6), num_final=2)
     context, first, second = random_ids(rng, 28).split((17, 5, 6))
     got = forward(model, torch.cat((context, first, second)), build_metadata([shared]))
     alone = forward(model, torch.cat((context, second)), build_metadata([Layout((8, 9, 6))]))
-    assert_close(got[22:], alone[17:], **close)
+    assert_close(got[22:], alone[17:], **CLOSE)
 
 
 @pytest.mark.parametrize("attention", ["block_sdpa", "block_flex"])
-def test_a_forgotten_mask_is_an_error(attention: str) -> None:
+def test_missing_block_masks_are_an_error(attention: str) -> None:
     model = build_model("llama", attention)
     ids = random_ids(random.Random(0), 8)[None]
     with pytest.raises(ValueError, match="block_masks"):

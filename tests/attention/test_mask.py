@@ -1,4 +1,4 @@
-"""The mask rule against its definition, drawn and by brute force."""
+"""Masks follow the rule of Block-Attention: as drawn, by brute force, in tiles, and with windows."""
 
 import random
 
@@ -10,12 +10,12 @@ from blockft.attention.mask import build_dense_mask, example_mask, may_attend, t
 from tests.tiny import random_layout
 
 
-def drawn(picture: str) -> torch.Tensor:
+def parse_picture(picture: str) -> torch.Tensor:
     return torch.tensor([[mark == "#" for mark in line.split()] for line in picture.strip().splitlines()])
 
 
-def test_the_rule_as_drawn() -> None:
-    expected = drawn("""
+def test_masks_look_as_drawn_in_the_documentation() -> None:
+    expected = parse_picture("""
         # . . . . .
         # # . . . .
         . . # . . .
@@ -26,8 +26,8 @@ def test_the_rule_as_drawn() -> None:
     assert torch.equal(example_mask((2, 2, 2)), expected)
 
 
-def test_questions_that_share_a_context_are_blind_to_each_other() -> None:
-    expected = drawn("""
+def test_questions_that_share_a_context_do_not_attend_to_each_other() -> None:
+    expected = parse_picture("""
         # . . . . .
         . # . . . .
         # # # . . .
@@ -39,30 +39,30 @@ def test_questions_that_share_a_context_are_blind_to_each_other() -> None:
     assert build_metadata([Layout((1, 1, 2, 2), 2)]).position_ids.tolist() == [[0, 1, 2, 3, 2, 3]]
 
 
-def test_without_reencoding_local_blocks_stay_where_they_were_cached() -> None:
+def test_without_reencoding_local_blocks_keep_positions_from_0() -> None:
     layouts = [Layout((2, 3, 2)), Layout((2, 1, 2, 1), 2), Layout((3,))]
-    metadata, moved = build_metadata(layouts, 18, reencoded=False), build_metadata(layouts, 18)
+    metadata, reencoded = build_metadata(layouts, 18, reencoded=False), build_metadata(layouts, 18)
     first, second, third = [0, 1, 0, 1, 2, 5, 6], [0, 1, 0, 3, 4, 3], [0, 1, 2]
     assert metadata.position_ids.tolist() == [[*first, *second, *third, 0, 1]]
     for name in ("example_ids", "block_ids", "is_final"):
-        assert torch.equal(getattr(metadata, name), getattr(moved, name))
+        assert torch.equal(getattr(metadata, name), getattr(reencoded, name))
 
 
-def test_windows_compare_positions_not_places() -> None:
+def test_windows_compare_positions_not_row_indices() -> None:
     mask = example_mask((2, 1, 2), num_final=2, window=2)
-    # the second question stands at row index 3 but at position 2, one after the last token of the context
+    # the second question has row index 3 but position 2, one after the last token of the context
     assert mask[3].tolist() == [False, True, False, True, False]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 31])
-def test_law_1_one_block_is_causal(num_tokens: int) -> None:
+def test_one_block_is_causal(num_tokens: int) -> None:
     assert torch.equal(
         example_mask((num_tokens,)), torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril()
     )
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_random_rows_obey_the_definition(seed: int) -> None:
+def test_masks_of_random_rows_match_the_definition(seed: int) -> None:
     rng = random.Random(seed)
     layouts = []
     for _ in range(3):
@@ -82,7 +82,7 @@ def test_random_rows_obey_the_definition(seed: int) -> None:
             )
 
 
-def test_the_full_view_of_shared_questions_is_causal_for_each() -> None:
+def test_full_mode_is_causal_for_each_of_several_questions() -> None:
     layout = Layout((2, 3, 2, 1), num_final=2).full()
     assert layout == Layout((5, 2, 1), num_final=2)
     assert torch.equal(example_mask((5, 2)), example_mask((7,)))
@@ -94,7 +94,7 @@ def test_padding_is_an_example_of_its_own() -> None:
     assert metadata.example_ids.tolist() == [[0, 0, 0, 0, PADDING, PADDING]]
     mask = build_dense_mask(metadata)[0, 0]
     assert not mask[4:, :4].any() and not mask[:4, 4:].any()
-    assert mask.any(dim=1).all(), "a token that attends to nothing would give NaN"
+    assert mask.any(dim=1).all(), "a token that attends to no key gives NaN"
 
 
 @pytest.mark.parametrize(("lengths", "num_final"), [((), 1), ((2, 0), 1), ((2, 2), 0), ((2, 2), 3)])
@@ -110,8 +110,8 @@ def test_examples_longer_than_the_row_are_refused() -> None:
 
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("row_len", [64, 61])
-def test_tiles_summarise_the_mask(window: int | None, row_len: int) -> None:
-    """Strip by strip or at once, for rows that tiles divide and for others."""
+def test_tile_occupancy_summarises_the_mask(window: int | None, row_len: int) -> None:
+    """Several strips and one strip give the same tiles, also for rows whose last tile is not full."""
     rng = random.Random(row_len)
     metadata = build_metadata(
         [random_layout(rng, 20, 3), Layout((9,)), random_layout(rng, 25, 4, 2)], row_len

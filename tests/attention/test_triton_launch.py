@@ -1,4 +1,4 @@
-"""The fused kernels compute what `attend_reference` computes."""
+"""The Triton kernels compute what `attend_reference` computes."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -7,45 +7,46 @@ from typing import Any
 import pytest
 import torch
 
-from blockft.attention.rotate_queries import SLACK, attend_reference
+from blockft.attention.cached_context import TILE_PADDING
+from blockft.attention.rotate_queries import attend_reference
 from tests.attention.cases import Case, make_case
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="Triton's programs run on a GPU"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="Triton kernels need a GPU"),
 ]
 
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-"""The largest relative error, in norms."""
+"""The largest error relative to the norm of the output, by type."""
 
-HEADS = [{"head_size": 64}, {"head_size": 96}, {"head_size": 128}, {"head_size": 256}]
-OTHERS = {
+HEAD_SIZES = [{"head_size": 64}, {"head_size": 96}, {"head_size": 128}, {"head_size": 256}]
+SHAPES = {
     "a quarter rotated": {"head_size": 128, "num_rotated": 32},
     "three quarters rotated": {"head_size": 128, "num_rotated": 96},
     "half of 96 rotated": {"head_size": 96, "num_rotated": 48},
-    "a query head each": {"num_heads": 4, "num_kv_heads": 4},
-    "eight query heads": {"num_heads": 8, "num_kv_heads": 1},
+    "one query head per key head": {"num_heads": 4, "num_kv_heads": 4},
+    "eight query heads per key head": {"num_heads": 8, "num_kv_heads": 1},
     "one program": {"num_programs": 1},
     "many programs": {"num_programs": 40},
     "fifty blocks": {"max_blocks": 50, "num_programs": 8},
-    "long blocks": {"max_len": 900, "max_column": 300},
+    "long blocks": {"max_len": 900, "max_query_start": 300},
 }
-"""Beside the sizes of heads; each costs a compilation or two."""
+"""Further shapes. Each one compiles the kernels once or twice."""
 
 
 def relative_error(case: Case, device: torch.device, dtype: torch.dtype, **options: Any) -> float:
     from blockft.attention.triton_launch import attend_cached
 
     on_device = case.to(device).to(dtype)
-    want = on_device.to(torch.float32).attend(attend_reference)
+    expected = on_device.to(torch.float32).attend(attend_reference)
     got = on_device.attend(partial(attend_cached, **options)).transpose(1, 2).float()
     assert got.isfinite().all()
     error = total = 0.0
     for b in range(len(got)):
-        # what stands before the first column is padding, and gets anything
-        real = slice(max(0, int(case.context.first[b]) - int(case.context.column)), None)
-        error += float((got[b, :, real] - want[b, :, real]).square().sum())
-        total += float(want[b, :, real].square().sum())
+        # the output of queries that are padding is undefined
+        real = slice(max(0, int(case.context.pad_lens[b]) - int(case.context.query_start)), None)
+        error += float((got[b, :, real] - expected[b, :, real]).square().sum())
+        total += float(expected[b, :, real].square().sum())
     return (error / total) ** 0.5
 
 
@@ -58,48 +59,47 @@ def check(dtype: torch.dtype, **shape: Any) -> None:
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("num_queries", [1, 50])
 @pytest.mark.parametrize("window", [None, 33])
-@pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_law_2_it_attends_like_the_plain_function(
+@pytest.mark.parametrize("heads", HEAD_SIZES, ids=str)
+def test_kernels_match_the_reference_for_every_head_size(
     heads: dict[str, int], window: int | None, num_queries: int, dtype: torch.dtype
 ) -> None:
     check(dtype, **heads, num_queries=num_queries, window=window)
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@pytest.mark.parametrize("shape", OTHERS)
-def test_law_2_whatever_the_shape(shape: str, dtype: torch.dtype) -> None:
-    check(dtype, **{"head_size": 64, "num_queries": 20} | OTHERS[shape])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernels_match_the_reference_for_every_shape(shape: str, dtype: torch.dtype) -> None:
+    check(dtype, **{"head_size": 64, "num_queries": 20} | SHAPES[shape])
 
 
-@pytest.mark.parametrize("shared", [101376, 166912, 232448], ids=["sm_89", "sm_80", "sm_90"])
+@pytest.mark.parametrize("shared_bytes", [101376, 166912, 232448], ids=["sm_89", "sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 def test_tiles_fit_the_shared_memory(
-    shared: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    shared_bytes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-
     from blockft.attention import triton_launch
 
-    properties = SimpleNamespace(shared_memory_per_block_optin=shared)
+    properties = SimpleNamespace(shared_memory_per_block_optin=shared_bytes)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     for head_size in (64, 96, 128, 256):
         for half in (head_size // 2, head_size // 4):
             for num_rows in (4, 256):
-                found = triton_launch.choose_tile_config(
+                tiles = triton_launch.choose_tile_config(
                     num_rows, head_size, half, dtype, torch.device("cuda")
                 )
-                kept = (found.stages * found.keys + found.rows) * 2 * head_size * dtype.itemsize
-                assert kept < shared
+                used_bytes = (tiles.num_stages * tiles.keys + tiles.rows) * 2 * head_size * dtype.itemsize
+                assert used_bytes < shared_bytes
 
 
-def test_no_tile_reaches_further_than_what_follows_a_cache() -> None:
+def test_tiles_longer_than_the_padding_of_the_cache_are_refused() -> None:
     from blockft.attention.triton_launch import TileConfig
 
     with pytest.raises(AssertionError, match="beyond the cache"):
-        TileConfig(rows=16, keys=SLACK + 1, warps=4, stages=1)
+        TileConfig(rows=16, keys=TILE_PADDING + 1, num_warps=4, num_stages=1)
 
 
 @pytest.mark.parametrize("num_queries", [1, 50])
-def test_law_2_whatever_the_tiles_that_a_smaller_gpu_would_need(num_queries: int) -> None:
+def test_kernels_match_the_reference_with_the_tiles_for_smaller_gpus(num_queries: int) -> None:
     from blockft.attention.triton_launch import FEW_ROWS_TILES, MANY_ROWS_TILES
 
     case = make_case(0, max_len=200, head_size=64, num_queries=num_queries)
@@ -109,14 +109,14 @@ def test_law_2_whatever_the_tiles_that_a_smaller_gpu_would_need(num_queries: int
 
 
 @pytest.mark.parametrize("head_size", [64, 96, 128])
-def test_new_tokens_are_written_into_their_columns(head_size: int) -> None:
+def test_new_keys_and_values_are_written_into_their_columns(head_size: int) -> None:
     check_append(head_size, torch.device("cuda"))
 
 
 def check_append(head_size: int, device: torch.device) -> None:
     from blockft.attention.triton_launch import append_keys_values
 
-    # as layers give them: heads of one token stand together
+    # the strides of a layer's keys and values: the heads of a token are contiguous
     keys, values = (torch.randn(3, 5, 2, head_size, device=device).transpose(1, 2) for _ in range(2))
     final = torch.zeros(3, 20, 2, 2, head_size, device=device)
     append_keys_values(keys, values, final, torch.tensor([4], dtype=torch.int32, device=device))

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from blockft.inference.block_key import BlockKey, block_key, num_tokens, token_ids
-from blockft.inference.cache_entry import CacheModel, Entry, write_entry
+from blockft.inference.cache_entry import CacheModel, EntryReader, write_entry
 
 TOY = CacheModel(
     fingerprint="a1b2c3", name="toy", dtype="bfloat16", num_layers=3, num_kv_heads=2, head_size=4
@@ -35,5 +35,5 @@ def write_file(path: Path, key: BlockKey, model: CacheModel = TOY) -> None:
 
 def check_file(path: Path, model: CacheModel = TOY) -> None:
     """Raises what a reader of all that is in the file would raise."""
-    with Entry(path, model) as entry:
-        entry.check()
+    with EntryReader(path, model) as entry:
+        entry.verify()

@@ -11,12 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from blockft.attention.layout import Layout
 from blockft.data.rag_prompt import RagPrompt
 from blockft.inference.engine import Engine
-from blockft.inference.runner import CacheOptions
+from blockft.inference.runner import CacheOptions, Rotate
 from tests.inference.test_rotate_keys import masked_logits
 from tests.run import save_tokenizer
 
 MIB = 2**20
-SIDES = ("key", "query")
+ROTATE = ("keys", "queries")
 PROMPT = RagPrompt(
     instruction="Read.\n",
     document="{title} {text}\n",
@@ -41,18 +41,18 @@ def options(
     return CacheOptions(folder=folder, disk_bytes=disk, host_bytes=host, device_bytes=device)
 
 
-def load_engine(path: Path, side: str = "key", cache: CacheOptions | None = None) -> Engine:
-    return Engine.load(str(path), device="cpu", prompt=PROMPT, cache=cache or options(), side=side)
+def load_engine(path: Path, rotate: Rotate = "keys", cache: CacheOptions | None = None) -> Engine:
+    return Engine.load(str(path), device="cpu", prompt=PROMPT, cache=cache or options(), rotate=rotate)
 
 
-def make_engine(model: PreTrainedModel, side: str, cache: CacheOptions | None = None) -> Engine:
-    return Engine(model, byte_tokenizer(), name="tiny", cache=cache or options(), side=side)
+def make_engine(model: PreTrainedModel, rotate: Rotate, cache: CacheOptions | None = None) -> Engine:
+    return Engine(model, byte_tokenizer(), name="tiny", cache=cache or options(), rotate=rotate)
 
 
-def forget(engine: Engine) -> None:
+def keep_only_disk(engine: Engine) -> None:
     """Leave blocks on the disk alone."""
-    engine.close()
-    engine.forget()
+    engine.flush()
+    engine.clear_cache()
 
 
 def greedy(model: PreTrainedModel, prompt: Sequence[Sequence[int]], num_new: int) -> tuple[int, ...]:

@@ -156,8 +156,8 @@ def test_what_memory_gives_is_not_what_the_disk_forgets(
     age(folder, *KEYS)
     assert tiers(store, KEYS[:2]) == [tier] * 2
     assert used(folder, store) == [True] * 2 + [False] * 4
-    with CacheFolder(folder).locked() as ledger:
-        assert len(CacheFolder(folder).prune(ledger, unused_since=1)) == 4
+    with CacheFolder(folder).locked() as byte_count:
+        assert len(CacheFolder(folder).prune(byte_count, unused_since=1)) == 4
 
 
 def test_a_use_is_recorded_once_in_a_while(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +222,7 @@ def test_a_damaged_entry_that_cannot_be_removed_is_not_looked_for_twice(
     monkeypatch.setattr("blockft.inference.cache_folder.CacheFolder.remove", refuse)
     assert not store.load(store.lookup(KEYS[:1]))
     assert path_of(folder, KEYS[0]).exists() and not store.lookup(KEYS[:1])
-    assert len(said.records) == 2 and "blocks stay in memory alone" in said.text
+    assert len(said.records) == 2 and "blocks stay in memory only" in said.text
 
 
 # files
@@ -263,15 +263,15 @@ def test_blocks_evicted_after_they_were_found_are_missing_unless_their_files_are
         keep(open_store(folder), *KEYS)
         store = open_store(folder, device=device)
         found = store.lookup(KEYS)
-        with CacheFolder(folder).locked() as ledger:
-            CacheFolder(folder).prune(ledger, max_bytes=0)
+        with CacheFolder(folder).locked() as byte_count:
+            CacheFolder(folder).prune(byte_count, max_bytes=0)
         if store.device is None:
             blocks = store.load(found)
             assert list(blocks) == KEYS[:2]
             assert all(torch.equal(blocks[key], kv_of(key)) for key in blocks)
         else:
             with pytest.raises(DamagedBlocks), store.device.add(KEYS, keep=()):
-                store.load_layers(found, arrived=())
+                store.load_layers(found, layer_loaded=())
             assert not store.lookup(KEYS)
     assert not said.records, "that is nobody's fault"
 
@@ -283,7 +283,7 @@ def load_all(store: BlockCache, keys: list[BlockKey]) -> None:
     assert store.device is not None
     found = store.lookup(keys)
     with store.device.add([key for key in keys if key not in store.device], keep=keys):
-        store.load_layers(found, arrived=())
+        store.load_layers(found, layer_loaded=())
 
 
 def test_blocks_come_to_the_device_from_wherever_they_are(folder: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from blockft.inference.block_key import key_digest, num_tokens, token_ids
-from blockft.inference.cache_entry import CacheModel, DamagedEntry, Entry
+from blockft.inference.cache_entry import CacheModel, DamagedEntry, EntryReader
 from tests.inference.cached import OTHER, TOY, check_file, kv_of, some_key, write_file
 
 KEY = some_key(0)
@@ -29,12 +29,12 @@ def test_what_is_read_is_what_was_written(tmp_path: Path, model: CacheModel, len
     size = path.stat().st_size
     assert size == model.entry_bytes(length) and model.num_tokens(size) == length
     assert model.num_tokens(size + 1) == model.num_tokens(size - 1) == model.num_tokens(0) == 0
-    with Entry(path, model) as entry:
+    with EntryReader(path, model) as entry:
         assert entry.key == key and num_tokens(entry.key) == length
         for index, layer in enumerate(kv_of(key, model)):
-            assert torch.equal(entry.layer(index), layer)
+            assert torch.equal(entry.read_layer(index), layer)
             out = torch.full_like(layer, 7)
-            assert entry.layer(index, out) is out and torch.equal(out, layer)
+            assert entry.read_layer(index, out) is out and torch.equal(out, layer)
 
 
 def test_an_entry_is_an_ordinary_safetensors_file(path: Path) -> None:
@@ -51,8 +51,8 @@ def test_views_are_written_as_what_they_show(tmp_path: Path) -> None:
     strided = kv.transpose(0, 2).contiguous().transpose(0, 2)
     with (tmp_path / NAME).open("wb", buffering=0) as file, torch.inference_mode():
         write_entry(file, TOY, KEY, strided.clone(memory_format=torch.preserve_format))
-    with Entry(tmp_path / NAME, TOY) as entry:
-        assert torch.equal(entry.layer(1), kv[1])
+    with EntryReader(tmp_path / NAME, TOY) as entry:
+        assert torch.equal(entry.read_layer(1), kv[1])
 
 
 def test_a_flipped_bit_is_found_wherever_it_is(path: Path) -> None:
@@ -106,25 +106,25 @@ def test_foreign_entries_are_found(path: Path) -> None:
     other = path.with_name(f"{key_digest(some_key(1))}.safetensors")
     other.write_bytes(path.read_bytes())
     with pytest.raises(DamagedEntry, match="its block is"):
-        Entry(other, TOY)
+        EntryReader(other, TOY)
     with pytest.raises(DamagedEntry, match="its model is"):
-        Entry(path, OTHER)
+        EntryReader(path, OTHER)
 
 
 def test_an_open_entry_is_read_whole_after_its_file_has_gone(path: Path) -> None:
-    with Entry(path, TOY) as replaced, Entry(path, TOY) as removed:
+    with EntryReader(path, TOY) as replaced, EntryReader(path, TOY) as removed:
         draft = path.with_name("draft")
         draft.write_bytes(b"something else")
         draft.replace(path)
-        replaced.check()
+        replaced.verify()
         path.unlink()
-        removed.check()
+        removed.verify()
 
 
 def test_a_file_that_shrinks_under_its_reader_is_damaged_and_no_more(path: Path) -> None:
-    with Entry(path, TOY) as entry:
-        entry.layer(0)
+    with EntryReader(path, TOY) as entry:
+        entry.read_layer(0)
         with path.open("r+b") as file:
             file.truncate(4200)
-        with pytest.raises(DamagedEntry, match="cut short"):
-            entry.check()
+        with pytest.raises(DamagedEntry, match="truncated"):
+            entry.verify()

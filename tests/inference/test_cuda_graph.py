@@ -1,4 +1,4 @@
-"""The query side on a GPU: kernels, graphs and copies under way change no answer."""
+"""Rotated queries on a GPU: Triton kernels, CUDA graphs and asynchronous copies change no answer."""
 
 import random
 from itertools import chain
@@ -11,8 +11,8 @@ from torch.testing import assert_close
 from blockft.inference.engine import Engine
 from blockft.inference.rotate_keys import prefill_blocks
 from blockft.inference.rotate_queries import QueryRotationRunner
-from blockft.inference.runner import CacheOptions
-from tests.inference.engines import Prompt, forget, load_engine, make_engine, options
+from blockft.inference.runner import CacheOptions, Rotate
+from tests.inference.engines import Prompt, keep_only_disk, load_engine, make_engine, options
 from tests.inference.test_rotate_keys import cut, keys_of
 from tests.tiny import CONFIGS, build_model, random_ids, random_layout
 
@@ -30,11 +30,11 @@ def some_prompts(rng: random.Random, *shapes: tuple[int, int]) -> list[Prompt]:
     ]
 
 
-def on_gpu(path: Path, side: str, cache: CacheOptions | None = None) -> Engine:
+def on_gpu(path: Path, rotate: Rotate, cache: CacheOptions | None = None) -> Engine:
     engine = Engine.load(
-        str(path), device="cuda", dtype=torch.float32, cache=cache or options(device=2**24), side=side
+        str(path), device="cuda", dtype=torch.float32, cache=cache or options(device=2**24), rotate=rotate
     )
-    engine.ends = set()
+    engine.eos_token_ids = set()
     return engine
 
 
@@ -42,8 +42,8 @@ def on_gpu(path: Path, side: str, cache: CacheOptions | None = None) -> Engine:
 def test_law_4_answers_are_those_of_the_key_side(name: str) -> None:
     model = build_model(name, "block_cached").cuda()
     prompts = some_prompts(random.Random(name), (60, 5), (24, 1), (90, 50), (700, 3))
-    key, query = (make_engine(model, side) for side in ("key", "query"))
-    key.ends = query.ends = set()
+    key, query = (make_engine(model, rotate) for rotate in ("keys", "queries"))
+    key.eos_token_ids = query.eos_token_ids = set()
     want = [answer.ids for answer in key.generate_ids(prompts, max_new_tokens=NUM_NEW)]
     for _ in range(2):
         assert [answer.ids for answer in query.generate_ids(prompts, max_new_tokens=NUM_NEW)] == want
@@ -53,17 +53,17 @@ def test_law_4_answers_are_those_of_the_key_side(name: str) -> None:
 def test_graphs_change_no_logit(name: str) -> None:
     model = build_model(name, "block_cached").cuda()
     prompts = some_prompts(random.Random(name), (300, 5), (200, 2))
-    engine = make_engine(model, "query")
+    engine = make_engine(model, "queries")
     keys = [*dict.fromkeys(chain.from_iterable(keys_of(prompts)))]
-    tier, rotations = engine.runner.store.device, engine.runner._rotations
+    tier, rotaries = engine.runner.block_cache.device, engine.runner._rotaries
     assert tier is not None
     with tier.add(keys, keep=()):
         for key, kv in prefill_blocks(model, keys):
             tier.block(key).copy_(kv)
     logits = []
     for use_graphs in (False, True, True):
-        side = QueryRotationRunner(model, rotations, tier, use_kernel=True, use_graphs=use_graphs)
-        running = side.prompts(keys_of(prompts), 200)
+        query_runner = QueryRotationRunner(model, rotaries, tier, use_triton=True, use_graphs=use_graphs)
+        running = query_runner.start_batch(keys_of(prompts), 200)
         steps = [running.decode_step([prompt[-1] for prompt in prompts]).clone()]
         steps += [running.decode_step([[7], [8]]).clone() for _ in range(4)]
         logits.append(torch.cat(steps, dim=1))
@@ -74,20 +74,20 @@ def test_graphs_change_no_logit(name: str) -> None:
 
 def test_blocks_from_every_tier_give_the_same_answers(toy_model: Path, tmp_path: Path) -> None:
     prompts = [*some_prompts(random.Random(1), (800, 20), (300, 3)), [[5] * 1500]]
-    want = [answer.ids for answer in on_gpu(toy_model, "key").generate_ids(prompts, max_new_tokens=NUM_NEW)]
+    want = [answer.ids for answer in on_gpu(toy_model, "keys").generate_ids(prompts, max_new_tokens=NUM_NEW)]
     cache = options(tmp_path / "cache", host=2**24, device=2**24)
-    engine = on_gpu(toy_model, "query", cache)
-    assert engine.runner.store.device is not None
+    engine = on_gpu(toy_model, "queries", cache)
+    assert engine.runner.block_cache.device is not None
     for way in ("encoded", "device", "host", "disk", "device"):
         if way == "host":
-            engine.runner.store.device.clear()
+            engine.runner.block_cache.device.clear()
         elif way == "disk":
-            forget(engine)
+            keep_only_disk(engine)
         for prompt, ids in zip(prompts, want, strict=True):
             (answer,) = engine.generate_ids([prompt], max_new_tokens=NUM_NEW)
             assert answer.ids == ids and set(answer.sources) <= {way}
-    by_cpu = load_engine(toy_model, "key", cache)
-    by_cpu.ends = set()
+    by_cpu = load_engine(toy_model, "keys", cache)
+    by_cpu.eos_token_ids = set()
     assert by_cpu.generate_ids(prompts[:1], max_new_tokens=1)[0].sources == {"disk": 19}
 
 
@@ -95,14 +95,14 @@ def test_a_small_device_and_host_tier_cost_speed_alone(toy_model: Path) -> None:
     """Blocks move and make way while others are copied."""
     rng = random.Random(2)
     token_bytes = 2 * 2 * 2 * 8 * 4
-    engine = on_gpu(toy_model, "query", options(host=500 * token_bytes, device=400 * token_bytes))
-    key = on_gpu(toy_model, "key")
+    engine = on_gpu(toy_model, "queries", options(host=500 * token_bytes, device=400 * token_bytes))
+    key = on_gpu(toy_model, "keys")
     blocks = some_prompts(rng, (600, 12))[0]
     for _ in range(25):
         prompt = [*rng.sample(blocks, 4), [rng.randrange(97) for _ in range(10)]]
         (got,), (want,) = (e.generate_ids([prompt], max_new_tokens=4) for e in (engine, key))
         assert got.ids == want.ids
-    assert engine.runner.store.device is not None and engine.runner.store.device.evicted
+    assert engine.runner.block_cache.device is not None and engine.runner.block_cache.device.evicted
 
 
 @pytest.mark.parametrize("question_len", [40, 260])
@@ -111,7 +111,8 @@ def test_long_answers_to_padded_questions(toy_model: Path, question_len: int) ->
     (prompt,) = some_prompts(random.Random(3), (100, 3))
     prompt[-1] = [rng % 97 for rng in range(question_len)]
     want, got = (
-        on_gpu(toy_model, side).generate_ids([prompt], max_new_tokens=250)[0] for side in ("key", "query")
+        on_gpu(toy_model, rotate).generate_ids([prompt], max_new_tokens=250)[0]
+        for rotate in ("keys", "queries")
     )
     assert got.ids == want.ids
 
@@ -119,8 +120,8 @@ def test_long_answers_to_padded_questions(toy_model: Path, question_len: int) ->
 def test_full_attention_without_a_graph_is_that_of_the_key_side(toy_model: Path) -> None:
     prompts = some_prompts(random.Random(4), (1600, 4), (300, 2))
     want, got = (
-        on_gpu(toy_model, side).generate_ids(prompts, mode="full", max_new_tokens=NUM_NEW)
-        for side in ("key", "query")
+        on_gpu(toy_model, rotate).generate_ids(prompts, mode="full", max_new_tokens=NUM_NEW)
+        for rotate in ("keys", "queries")
     )
     assert [answer.ids for answer in got] == [answer.ids for answer in want]
 
@@ -128,7 +129,7 @@ def test_full_attention_without_a_graph_is_that_of_the_key_side(toy_model: Path)
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a GPU that is not the current one")
 def test_another_gpu_than_the_current_one(toy_model: Path, tmp_path: Path) -> None:
     prompts = some_prompts(random.Random(1), (60, 5), (300, 3))
-    right = on_gpu(toy_model, "key").generate_ids(prompts, max_new_tokens=NUM_NEW)
+    right = on_gpu(toy_model, "keys").generate_ids(prompts, max_new_tokens=NUM_NEW)
     for _ in range(2):
         engine = Engine.load(
             str(toy_model),
@@ -136,9 +137,9 @@ def test_another_gpu_than_the_current_one(toy_model: Path, tmp_path: Path) -> No
             dtype=torch.float32,
             cache=CacheOptions(folder=tmp_path / "cache", host_bytes=2**24, device_bytes=2**24),
         )
-        engine.ends = set()
+        engine.eos_token_ids = set()
         for _ in range(2):
             found = engine.generate_ids(prompts, max_new_tokens=NUM_NEW)
             assert [answer.ids for answer in found] == [answer.ids for answer in right]
-            forget(engine)
-        assert not engine.runner.store.disk.statistics.entries_damaged
+            keep_only_disk(engine)
+        assert not engine.runner.block_cache.disk.statistics.entries_damaged

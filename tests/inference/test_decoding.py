@@ -11,8 +11,9 @@ import pytest
 import blockft.inference.runner as runner_module
 from blockft.inference.answer import Answer
 from blockft.inference.engine import Engine
+from blockft.inference.runner import Rotate
 from blockft.inference.sampling import Sampler
-from tests.inference.engines import SIDES, Prompt, greedy, load_engine, options
+from tests.inference.engines import ROTATE, Prompt, greedy, load_engine, options
 from tests.inference.test_runner import LARGER, PROMPT, TOKEN_BYTES, Failure, ask, some_prompt
 
 NUM_NEW = 8
@@ -32,18 +33,18 @@ def prompts() -> list[Prompt]:
 @pytest.fixture(scope="module")
 def wanted(toy_model: Path, prompts: list[Prompt]) -> list[Ids]:
     engine = load_engine(toy_model)
-    engine.ends = set()
+    engine.eos_token_ids = set()
     return [greedy(engine.model, prompt, NUM_NEW) for prompt in prompts]
 
 
-@pytest.fixture(params=SIDES)
-def side(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(params=ROTATE)
+def rotate(request: pytest.FixtureRequest) -> Rotate:
+    return request.param
 
 
-def endless(path: Path, side: str, cache: Any = None) -> Engine:
-    engine = load_engine(path, side, cache)
-    engine.ends = set()
+def endless(path: Path, rotate: Rotate, cache: Any = None) -> Engine:
+    engine = load_engine(path, rotate, cache)
+    engine.eos_token_ids = set()
     return engine
 
 
@@ -61,9 +62,9 @@ def finish(pieces: Generator[str, None, Answer]) -> Ids:
 @pytest.mark.parametrize("num_threads", [2, 5])
 @pytest.mark.parametrize("cache", [options(), TIGHT], ids=["roomy", "tight"])
 def test_threads_get_the_answers_that_they_get_alone(
-    toy_model: Path, side: str, cache: Any, num_threads: int, prompts: list[Prompt], wanted: list[Ids]
+    toy_model: Path, rotate: Rotate, cache: Any, num_threads: int, prompts: list[Prompt], wanted: list[Ids]
 ) -> None:
-    engine = endless(toy_model, side, cache)
+    engine = endless(toy_model, rotate, cache)
 
     def answer(i: int) -> Ids:
         prompt = prompts[i % len(prompts)]
@@ -76,15 +77,15 @@ def test_threads_get_the_answers_that_they_get_alone(
     assert got == wanted * 3
 
 
-def test_threads_may_ask_an_engine_that_is_new(toy_model: Path, side: str) -> None:
+def test_threads_may_ask_an_engine_that_is_new(toy_model: Path, rotate: Rotate) -> None:
     """Its tokenizer is set up by the first requests."""
     records = [{"documents": [f"The {i} barks."], "question": f"Who is {i}?"} for i in range(12)]
-    alone = endless(toy_model, side)
+    alone = endless(toy_model, rotate)
     want = [alone.generate(**record, max_new_tokens=3).ids for record in records]
-    engine = endless(toy_model, side)
+    engine = endless(toy_model, rotate)
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(engine.generate, **record, max_new_tokens=3) for record in records]
-        cleared = [pool.submit(clear) for clear in (engine.forget, engine.close)]
+        cleared = [pool.submit(clear) for clear in (engine.clear_cache, engine.flush)]
         assert [answer.result().ids for answer in asked] == want
         assert [done.result() for done in cleared] == [None, None]
 
@@ -95,9 +96,9 @@ def test_threads_may_ask_an_engine_that_is_new(toy_model: Path, side: str) -> No
 @pytest.mark.parametrize("cache", [options(), TIGHT], ids=["roomy", "tight"])
 @pytest.mark.parametrize("sampled", [{}, {"temperature": 5.0, "top_p": 0.95, "seed": 3}])
 def test_streams_that_take_turns_are_right(
-    toy_model: Path, side: str, cache: Any, sampled: dict[str, Any]
+    toy_model: Path, rotate: Rotate, cache: Any, sampled: dict[str, Any]
 ) -> None:
-    engine, alone = (endless(toy_model, side, cache) for _ in range(2))
+    engine, alone = (endless(toy_model, rotate, cache) for _ in range(2))
 
     def opened(engine: Engine, prompt: Prompt) -> Generator[str, None, Answer]:
         return engine.stream_ids(prompt, max_new_tokens=NUM_NEW, sampler=Sampler(**sampled))
@@ -112,8 +113,8 @@ def test_streams_that_take_turns_are_right(
     assert between == ask(alone).ids
 
 
-def test_who_leaves_a_stream_unread_stops_nobody(toy_model: Path, side: str) -> None:
-    engine = endless(toy_model, side)
+def test_who_leaves_a_stream_unread_stops_nobody(toy_model: Path, rotate: Rotate) -> None:
+    engine = endless(toy_model, rotate)
     stream = engine.stream_ids(LARGER, max_new_tokens=NUM_NEW)
     next(stream)
     with ThreadPoolExecutor(1) as pool:  # also not from another thread, for which the first one waits
@@ -122,7 +123,7 @@ def test_who_leaves_a_stream_unread_stops_nobody(toy_model: Path, side: str) -> 
 
 
 def test_an_answer_says_where_its_blocks_were_at_first(toy_model: Path) -> None:
-    engine = endless(toy_model, "query", options(device=101 * TOKEN_BYTES))
+    engine = endless(toy_model, "queries", options(device=101 * TOKEN_BYTES))
     stream = engine.stream_ids(PROMPT, max_new_tokens=NUM_NEW)
     next(stream)
     ask(engine, LARGER)
@@ -136,7 +137,7 @@ def test_an_answer_says_where_its_blocks_were_at_first(toy_model: Path) -> None:
 
 def test_a_request_that_fails_changes_no_stream(toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may have taken the slots of its blocks."""
-    engine = endless(toy_model, "query", options(device=101 * TOKEN_BYTES, host=0))
+    engine = endless(toy_model, "queries", options(device=101 * TOKEN_BYTES, host=0))
     stream = engine.stream_ids(PROMPT, max_new_tokens=NUM_NEW)
     next(stream)
 

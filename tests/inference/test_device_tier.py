@@ -25,7 +25,7 @@ KEYS = [block_key([i] * length) for i, length in enumerate([1, 2, 3, 3, 4, 5, 6,
 
 
 def open_tier(num_slots: int = NUM_SLOTS) -> DeviceTier:
-    return DeviceTier(SHAPE, torch.device("cpu"), num_slots * SHAPE.token_bytes + 3, slack=2)
+    return DeviceTier(SHAPE, torch.device("cpu"), num_slots * SHAPE.token_bytes + 3, padding=2)
 
 
 def content(key: BlockKey) -> torch.Tensor:
@@ -128,7 +128,7 @@ def test_the_least_recently_used_make_way() -> None:
 def test_blocks_that_do_not_fit_together_are_refused_and_nothing_is_lost() -> None:
     tier = open_tier(10)
     fill(tier, KEYS[4], KEYS[5])
-    with pytest.raises(UserError, match="raise the device budget, or ask fewer prompts"):
+    with pytest.raises(UserError, match="raise the device budget, or answer fewer prompts"):
         fill(tier, KEYS[6], keep=(KEYS[5],))
     assert holds(tier, KEYS[4]) and holds(tier, KEYS[5]) and tier.evicted == 0
 
@@ -177,14 +177,14 @@ def interrupted(after: int) -> Iterator[SimpleNamespace]:
 
 
 def test_a_budget_below_one_token_holds_nothing() -> None:
-    tier = DeviceTier(SHAPE, torch.device("cpu"), SHAPE.token_bytes - 1, slack=2)
+    tier = DeviceTier(SHAPE, torch.device("cpu"), SHAPE.token_bytes - 1, padding=2)
     fill(tier)
     with pytest.raises(UserError, match="device budget"):
         fill(tier, KEYS[0])
 
 
 def test_a_budget_that_the_device_does_not_have_is_refused() -> None:
-    with pytest.raises(UserError, match="cpu has no 1000 TB for blocks: lower the device budget"):
+    with pytest.raises(UserError, match="cpu does not have 1000 TB for blocks: lower the device budget"):
         DeviceTier(SHAPE, torch.device("cpu"), 10**15)
 
 

@@ -22,7 +22,7 @@ import blockft.inference.disk_tier as disk
 from blockft.errors import UserError
 from blockft.inference.block_key import BlockKey, block_key, key_digest, num_tokens
 from blockft.inference.cache_entry import CacheModel
-from blockft.inference.cache_folder import DRAFTS, CacheFolder
+from blockft.inference.cache_folder import TEMPORARY, CacheFolder
 from blockft.inference.disk_tier import DamagedEntry, DiskTier
 from tests.inference.cached import OTHER, TOY, check_file, kv_of, some_key
 
@@ -43,7 +43,7 @@ def read(tier: DiskTier, key: BlockKey) -> torch.Tensor | None:
         return None
     with entry:
         assert entry.num_tokens == num_tokens(key)
-        return torch.stack([entry.layer(index) for index in range(TOY.num_layers)])
+        return torch.stack([entry.read_layer(index) for index in range(TOY.num_layers)])
 
 
 def holds(tier: DiskTier, key: BlockKey) -> bool:
@@ -52,8 +52,8 @@ def holds(tier: DiskTier, key: BlockKey) -> bool:
 
 
 def used_bytes(folder: Path) -> int | None:
-    with CacheFolder(folder).locked() as ledger:
-        return ledger.read()
+    with CacheFolder(folder).locked() as byte_count:
+        return byte_count.read()
 
 
 def stored_bytes(folder: Path) -> int:
@@ -104,7 +104,7 @@ def test_models_share_a_folder_and_see_their_own_blocks(folder: Path, tier: Disk
     assert other.open(KEYS[0]) is None
     other.write(KEYS[0], kv_of(KEYS[0], OTHER))
     entry = other.open(KEYS[0])
-    assert entry and torch.equal(entry.layer(1), kv_of(KEYS[0], OTHER)[1])
+    assert entry and torch.equal(entry.read_layer(1), kv_of(KEYS[0], OTHER)[1])
     assert holds(tier, KEYS[0])
     assert CacheFolder(folder).models() == {TOY.fingerprint: TOY, OTHER.fingerprint: OTHER}
 
@@ -146,10 +146,10 @@ def test_damage_in_a_layer_is_reported_and_mended(
     assert entry is not None
     for index in range(TOY.num_layers):
         if index != layer:
-            assert torch.equal(entry.layer(index), kv_of(KEYS[0])[index])
+            assert torch.equal(entry.read_layer(index), kv_of(KEYS[0])[index])
     for _ in range(2):
         with pytest.raises(DamagedEntry, match=f"layer {layer}"):
-            entry.layer(layer)
+            entry.read_layer(layer)
     assert tier.statistics.entries_damaged == 1 and len(said) == 1
     assert tier.open(KEYS[0]) is None
     tier.write(KEYS[0], kv_of(KEYS[0]))
@@ -185,7 +185,7 @@ def test_a_sound_entry_that_took_a_damaged_ones_place_stays(folder: Path, tier: 
     path_of(folder, KEYS[0]).unlink()
     DiskTier(folder, TOY).write(KEYS[0], kv_of(KEYS[0]))
     with pytest.raises(DamagedEntry):
-        entry.layer(TOY.num_layers - 1)
+        entry.read_layer(TOY.num_layers - 1)
     assert holds(tier, KEYS[0])
 
 
@@ -193,10 +193,10 @@ def test_an_entry_that_is_evicted_while_open_is_read_to_its_end(folder: Path, ti
     tier.write(KEYS[0], kv_of(KEYS[0]))
     entry = tier.open(KEYS[0])
     assert entry is not None
-    with CacheFolder(folder).locked() as ledger:
-        CacheFolder(folder).prune(ledger, max_bytes=0)
+    with CacheFolder(folder).locked() as byte_count:
+        CacheFolder(folder).prune(byte_count, max_bytes=0)
     assert tier.open(KEYS[0]) is None
-    assert torch.equal(entry.layer(2), kv_of(KEYS[0])[2])
+    assert torch.equal(entry.read_layer(2), kv_of(KEYS[0])[2])
     assert tier.statistics.entries_damaged == 0
 
 
@@ -206,21 +206,23 @@ def test_an_entry_whose_file_is_not_held_is_read_while_it_is_there(
     tier.write(KEYS[0], kv_of(KEYS[0]))
     path, kept = path_of(folder, KEYS[0]), folder.parent / "kept"
     entry = tier.open(KEYS[0], holds=False)
-    assert entry is not None and torch.equal(entry.layer(2), kv_of(KEYS[0])[2])
+    assert entry is not None and torch.equal(entry.read_layer(2), kv_of(KEYS[0])[2])
     path.rename(kept)
     with pytest.raises(DamagedEntry):
-        entry.layer(2)
+        entry.read_layer(2)
     tier.write(KEYS[0], -kv_of(KEYS[0]))  # as another process might, whose numbers are not quite the same
     with pytest.raises(DamagedEntry, match="another file"):
-        entry.layer(2)
+        entry.read_layer(2)
     other = tier.open(KEYS[0])
-    assert other is not None and torch.equal(other.layer(2), -kv_of(KEYS[0])[2]), "it is left where it is"
+    assert other is not None and torch.equal(other.read_layer(2), -kv_of(KEYS[0])[2]), (
+        "it is left where it is"
+    )
     kept.rename(path)
-    assert torch.equal(entry.layer(2), kv_of(KEYS[0])[2])
+    assert torch.equal(entry.read_layer(2), kv_of(KEYS[0])[2])
     assert not said and tier.statistics.entries_damaged == 0
     flip(path, SIZE - 1)
     with pytest.raises(DamagedEntry, match="layer 2"):
-        entry.layer(2)
+        entry.read_layer(2)
     assert len(said) == tier.statistics.entries_damaged == 1 and not path.exists()
 
 
@@ -355,8 +357,8 @@ def test_a_full_disk_costs_one_warning(
             tier.write(key, kv_of(key))
             assert tier.open(key) is None
     assert holds(tier, KEYS[0])
-    assert said == [f"{folder} cannot be written (the disk is full): blocks stay in memory alone"]
-    assert tier.statistics.entries_lost == 2 and not list((folder / DRAFTS).iterdir())
+    assert said == [f"{folder} cannot be written (the disk is full): blocks stay in memory only"]
+    assert tier.statistics.entries_lost == 2 and not list((folder / TEMPORARY).iterdir())
     tier.write(KEYS[1], kv_of(KEYS[1]))
     assert holds(tier, KEYS[1])
 
@@ -369,7 +371,7 @@ def test_a_file_that_the_system_cuts_short_is_no_entry(folder: Path, tier: DiskT
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert tier.open(KEYS[0]) is None and len(said) == 1
-    assert not list((folder / DRAFTS).iterdir()) and stored_bytes(folder) == 0
+    assert not list((folder / TEMPORARY).iterdir()) and stored_bytes(folder) == 0
 
 
 def test_a_read_only_cache_is_read(
@@ -418,7 +420,7 @@ def test_a_disk_that_stops_answering_costs_one_warning(
     with monkeypatch.context() as broken:
         broken.setattr(os, "preadv", fail)
         with pytest.raises(DamagedEntry):
-            entry.layer(0)
+            entry.read_layer(0)
         assert tier.open(KEYS[0]) is None
     assert len(said) == 1 and "cannot be read" in said[0] and tier.statistics.entries_damaged == 0
     assert holds(tier, KEYS[0])
@@ -488,12 +490,12 @@ def test_sigkill_while_writing_leaves_nothing_that_is_wrong(folder: Path) -> Non
             writer.join()
         for entry in CacheFolder(folder).entries():
             check_file(entry.path)
-        num_drafts += len(list((folder / DRAFTS).iterdir()))
+        num_drafts += len(list((folder / TEMPORARY).iterdir()))
     assert CacheFolder(folder).models() == {TOY.fingerprint: TOY}
     assert num_drafts, "no writer was killed while it wrote"
     tier = DiskTier(folder, TOY)
     tier.write(KEYS[0], kv_of(KEYS[0]))
-    assert holds(tier, KEYS[0]) and not list((folder / DRAFTS).iterdir())
+    assert holds(tier, KEYS[0]) and not list((folder / TEMPORARY).iterdir())
 
 
 def hammer(folder: Path, seed: int, seconds: float, results: Any) -> None:
@@ -506,8 +508,8 @@ def hammer(folder: Path, seed: int, seconds: float, results: Any) -> None:
         key = KEYS[rng.randrange(12)] if rng.random() < 0.5 else some_key(rng.randrange(12, 60))
         if rng.random() < 0.02:
             cache = CacheFolder(folder)
-            with cache.locked() as ledger:
-                num_pruned += len(cache.prune(ledger, max_bytes=rng.randrange(20) * SIZE))
+            with cache.locked() as byte_count:
+                num_pruned += len(cache.prune(byte_count, max_bytes=rng.randrange(20) * SIZE))
         elif (kv := read(tier, key)) is None:
             tier.write(key, kv_of(key))
         else:
@@ -535,4 +537,4 @@ def test_eight_processes_hammering_one_folder_lose_nothing(folder: Path, seconds
     assert sum(s.entries_written for s in everything) == len(left) + num_gone
     assert used_bytes(folder) == stored_bytes(folder) <= 20 * SIZE
     assert all(right > 10 for _, _, right in outcomes) and num_gone > 10
-    assert not list((folder / DRAFTS).iterdir())
+    assert not list((folder / TEMPORARY).iterdir())

@@ -1,7 +1,7 @@
 """The engine as services embed it: requests of every kind, answers whatever their company."""
 
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 
 import blockft.inference.decoding as decoding
-from blockft.data.rag_prompt import Document
+from blockft.config.settings import PromptSettings
+from blockft.data.rag_prompt import Document, RagPrompt
 from blockft.data.sample import Sample
 from blockft.errors import UserError
 from blockft.inference.answer import Answer
+from blockft.inference.cache_folder import CacheFolder
 from blockft.inference.engine import Engine
 from blockft.inference.sampling import Sampler
-from tests.inference.engines import PROMPT, SIDES, greedy, load_engine, options
+from tests.inference.engines import PROMPT, ROTATE, greedy, load_engine, options
 from tests.run import save_model
 
 DOCUMENTS = [{"title": "Foxes", "text": "They are red."}, {"text": "Dogs bark."}, "Cows are large."]
@@ -30,7 +32,7 @@ REQUESTS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(params=SIDES)
+@pytest.fixture(params=ROTATE)
 def engine(request: pytest.FixtureRequest, toy_model: Path) -> Engine:
     return load_engine(toy_model, request.param)
 
@@ -45,11 +47,11 @@ def drain(pieces: Generator[str, None, Answer]) -> tuple[list[str], Answer]:
 
 
 def samples(engine: Engine) -> list[Sample]:
-    return [engine.request(record, str(i)) for i, record in enumerate(REQUESTS)]
+    return [engine.parse_request(record, str(i)) for i, record in enumerate(REQUESTS)]
 
 
 def test_every_kind_of_request_is_answered_as_by_the_masked_forward(engine: Engine) -> None:
-    engine.ends = set()
+    engine.eos_token_ids = set()
     for record, prompt in zip(REQUESTS, samples(engine), strict=True):
         answer = engine.generate(**record, max_new_tokens=4)
         blocks = engine.encode(prompt, 4)
@@ -66,7 +68,7 @@ def test_a_document_is_reused_wherever_it_stands(engine: Engine) -> None:
     keys = engine.document_keys(
         [Document(title="Foxes", text="They are red."), Document(title="", text="New")]
     )
-    assert len(engine.runner.store.lookup(keys)) == len(keys) - 1
+    assert len(engine.runner.block_cache.lookup(keys)) == len(keys) - 1
 
 
 def test_any_sequences_are_lists(engine: Engine) -> None:
@@ -107,26 +109,26 @@ def test_law_1_full_and_block_attention_to_one_block_are_the_same(engine: Engine
 
 
 def test_full_attention_is_the_layout_of_one_block(engine: Engine) -> None:
-    engine.ends = set()
+    engine.eos_token_ids = set()
     for prompt in samples(engine):
         blocks = engine.encode(prompt, 5)
         (full,) = engine.generate_ids([blocks], mode="full", max_new_tokens=5)
         assert full.ids == greedy(engine.model, [[id for block in blocks for id in block]], 5)
         assert full.num_blocks == 1 and full.prompt_tokens == sum(map(len, blocks))
-    assert not engine.runner.store.host.num_blocks
+    assert not engine.runner.block_cache.host.num_blocks
 
 
 # where an answer ends
 
 
 def test_an_answer_ends_at_an_end_token_which_is_no_part_of_it(engine: Engine) -> None:
-    engine.ends = set()
+    engine.eos_token_ids = set()
     whole = engine.generate(**REQUESTS[0], max_new_tokens=8)
     at = next(i for i in range(1, 8) if whole.ids[i] not in whole.ids[:i])
-    engine.ends = {whole.ids[at]}
+    engine.eos_token_ids = {whole.ids[at]}
     cut = engine.generate(**REQUESTS[0], max_new_tokens=8)
     assert cut.ids == whole.ids[:at]
-    engine.ends = {whole.ids[0]}
+    engine.eos_token_ids = {whole.ids[0]}
     empty = engine.generate(**REQUESTS[0], max_new_tokens=8)
     assert empty.ids == () and empty.text == "" and empty.tokens_per_s is None
     together = engine.generate_batch(samples(engine)[:2], max_new_tokens=8)
@@ -138,10 +140,10 @@ def test_speed_is_that_of_an_answer_and_not_of_its_reader_or_company(
 ) -> None:
     clock = count()
     monkeypatch.setattr(decoding, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    engine.ends = set()
+    engine.eos_token_ids = set()
     blocks = [engine.encode(prompt, 60) for prompt in samples(engine)[:2]]
     (whole,) = engine.generate_ids(blocks[:1], max_new_tokens=4)
-    engine.ends = {whole.ids[3]}
+    engine.eos_token_ids = {whole.ids[3]}
     together = engine.generate_ids(blocks, max_new_tokens=60)
     assert len(together[0].ids) < 4 < len(together[1].ids)
     # every step takes one second by this clock
@@ -159,22 +161,22 @@ def test_speed_is_that_of_an_answer_and_not_of_its_reader_or_company(
 
 def test_end_tokens_are_the_templates_and_those_of_the_generation_config(toy_model: Path) -> None:
     engine = load_engine(toy_model)
-    assert engine.ends == {engine.tokenizer.eos_token_id}
+    assert engine.eos_token_ids == {engine.tokenizer.eos_token_id}
     engine.model.generation_config.eos_token_id = [7, 8]
     again = Engine(engine.model, engine.tokenizer, cache=options())
-    assert again.ends == {7, 8, engine.tokenizer.eos_token_id}
+    assert again.eos_token_ids == {7, 8, engine.tokenizer.eos_token_id}
 
 
 @pytest.mark.parametrize("num_new", [1, 3])
 def test_no_more_tokens_than_asked_for(engine: Engine, num_new: int) -> None:
-    engine.ends = set()
+    engine.eos_token_ids = set()
     for answer in engine.generate_batch(samples(engine), max_new_tokens=num_new):
         assert len(answer.ids) == num_new
         assert (answer.tokens_per_s is None) == (num_new == 1)
 
 
 def test_a_stop_string_cuts_one_answer_and_no_other(engine: Engine) -> None:
-    engine.ends = set()
+    engine.eos_token_ids = set()
     whole = engine.generate_batch(samples(engine), max_new_tokens=12)
     stop = whole[0].text[3:5]
     cut = engine.generate_batch(samples(engine), max_new_tokens=12, stop=[stop])
@@ -200,7 +202,7 @@ def test_pieces_of_a_stream_join_to_the_text(engine: Engine, settings: dict[str,
 
 
 def test_the_first_piece_comes_before_the_last_token(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine.ends, steps = set(), []
+    engine.eos_token_ids, steps = set(), []
     monkeypatch.setattr(Sampler, "__call__", lambda *given: steps.append(1) or given[1].argmax(dim=-1))
     pieces = engine.stream_ids([[65, 66], [67]], max_new_tokens=50)
     next(pieces)
@@ -211,7 +213,7 @@ def test_the_first_piece_comes_before_the_last_token(engine: Engine, monkeypatch
 
 
 def test_a_prompt_that_is_too_long_is_named(engine: Engine) -> None:
-    prompt = engine.request({"documents": ["x" * 5000], "question": "?"}, "the third")
+    prompt = engine.parse_request({"documents": ["x" * 5000], "question": "?"}, "the third")
     with pytest.raises(UserError, match=r"prompt the third: .* the model has 4096 positions: use fewer"):
         engine.generate_batch([prompt])
     with pytest.raises(UserError, match="no document can be spared"):
@@ -219,17 +221,17 @@ def test_a_prompt_that_is_too_long_is_named(engine: Engine) -> None:
     chat = {"messages": [{"role": "user", "content": "x" * 5000}]}
     for asked in ({"documents": ["x"], "question": "?" * 5000}, chat):
         with pytest.raises(UserError, match="shorten its question, or ask for fewer new tokens"):
-            engine.generate_batch([engine.request(asked)])
+            engine.generate_batch([engine.parse_request(asked)])
     with pytest.raises(UserError, match="need 4097 tokens"):
         engine.generate_ids([[[1] * 4000, [2]]], max_new_tokens=96)
-    engine.ends = set()
+    engine.eos_token_ids = set()
     assert len(engine.generate_ids([[[1] * 4000, [2] * 92]], max_new_tokens=4)[0].ids) == 4
 
 
 def test_long_prompts_lose_the_documents_of_the_lowest_score(engine: Engine) -> None:
     scores = [0.3, 0.1, 0.9, 0.2]
     documents = [{"text": str(i) * 1500, "score": score} for i, score in enumerate(scores)]
-    prompt = engine.request({"documents": documents, "question": "?"})
+    prompt = engine.parse_request({"documents": documents, "question": "?"})
     blocks = engine.encode(prompt, 100, trim=True)
     texts = [engine.tokenizer.decode(block) for block in blocks]
     assert [text[1] for text in texts if len(text) > 1000] == ["0", "2"]
@@ -272,16 +274,60 @@ def test_a_mistake_is_told_in_one_sentence(toy_model: Path, given: dict[str, Any
     assert said in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_a_model_that_does_not_say_how_it_is_asked_needs_a_prompt(tmp_path: Path) -> None:
+def test_questions_are_worded_as_given_or_as_in_training_or_by_default(tmp_path: Path) -> None:
     path = save_model(tmp_path / "model")
     engine = Engine.load(str(path), device="cpu", cache=options())
-    with pytest.raises(UserError, match="give a prompt"):
-        engine.generate(documents=["a"], question="b")
+    documents = [{"text": "a", "score": 2}, {"text": "b", "score": 3}, {"text": "c", "score": 1}]
+    request = {"documents": documents, "question": "Who?"}
+    assert engine.prompt == RagPrompt(order="given")
+    assert engine.parse_request(request).messages[0].content == (
+        "Answer the question using the following documents.",
+        *("\n\na", "\n\nb", "\n\nc"),
+        "\n\nQuestion: Who?\nAnswer in a few words.",
+    )
     own = {"instruction": "Own.\n", "document": "{text}\n", "question": "{question}"}
     engine.model.config.block_attention = {"prompt": own, "documents_in": "user", "order": "ascending"}
-    again = Engine(engine.model, engine.tokenizer, cache=options())
-    assert again.prompt is not None and again.prompt.instruction == "Own.\n"
-    given = [{"text": "a", "score": 2}, {"text": "b", "score": 3}, {"text": "c", "score": 1}]
-    asked = again.request({"documents": given, "question": "?"})
-    assert asked.messages[0].content == ("Own.\n", "a\n", "b\n", "c\n", "?"), "as given, not as trained"
+    trained = Engine(engine.model, engine.tokenizer, cache=options())
+    assert trained.prompt.instruction == "Own.\n"
+    content = trained.parse_request(request).messages[0].content
+    assert content == ("Own.\n", "a\n", "b\n", "c\n", "Who?"), "the given order, not the one of training"
     assert Engine(engine.model, engine.tokenizer, prompt=PROMPT, cache=options()).prompt == PROMPT
+
+
+def test_the_default_wording_is_that_of_recipes() -> None:
+    settings, prompt = PromptSettings(), RagPrompt()
+    for name in ("instruction", "document", "question", "documents_in"):
+        assert getattr(settings, name) == getattr(prompt, name)
+
+
+# the end of an engine
+
+
+def test_a_closed_engine_has_written_all_blocks_and_refuses_requests(toy_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    with load_engine(toy_model, cache=options(folder)) as engine:
+        stream = engine.stream(REQUESTS[0], max_new_tokens=20)
+        next(stream)
+        num_blocks = engine.generate(**REQUESTS[0], max_new_tokens=2).num_blocks
+    assert len(list(CacheFolder(folder).entries())) == num_blocks - 1
+    engine.close()
+    calls: list[Callable[[], object]] = [
+        lambda: engine.generate(**REQUESTS[0]),
+        lambda: engine.generate_batch(REQUESTS),
+        lambda: engine.generate_ids([[[1, 2]]]),
+        lambda: next(engine.stream(REQUESTS[0])),
+        lambda: next(stream),
+        lambda: engine.document_keys([Document(title="", text="New")]),
+        engine.flush,
+        engine.clear_cache,
+    ]
+    for call in calls:
+        with pytest.raises(UserError, match="the engine is closed: open another one"):
+            call()
+
+
+def test_an_engine_is_closed_after_an_error(toy_model: Path) -> None:
+    with pytest.raises(ZeroDivisionError), load_engine(toy_model) as engine:
+        raise ZeroDivisionError
+    with pytest.raises(UserError, match="closed"):
+        engine.flush()

@@ -1,4 +1,4 @@
-"""Law 4 on the query side, with the plain attention: cached blocks stay where they are."""
+"""Rotated queries over cached blocks give the logits of the masked forward (without Triton, on the CPU)."""
 
 import random
 from itertools import chain
@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
+from blockft.attention.cached_context import TILE_PADDING
 from blockft.attention.layout import Layout
-from blockft.attention.rotate_queries import SLACK
 from blockft.inference import rotate_queries, runner
 from blockft.inference.device_tier import DeviceTier
 from blockft.inference.rotate_keys import prefill_blocks
 from blockft.inference.rotate_queries import QueryRotationRunner
 from blockft.inference.runner import kv_shape
-from blockft.model.load import rotary_embeddings
-from tests.inference.engines import SIDES, Prompt, greedy, make_engine
+from blockft.model.layers import rotary_embeddings
+from tests.inference.engines import ROTATE, Prompt, greedy, make_engine
 from tests.inference.test_rotate_keys import cut, keys_of, masked_logits
 from tests.tiny import CONFIGS, build_model, random_ids, random_layout
 
@@ -27,34 +27,34 @@ WINDOWED = ["gemma3", "mistral-window", "phi3-partial"]
 
 @pytest.fixture(autouse=True)
 def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rotate_queries, "PIECE_LEN", 20)
+    monkeypatch.setattr(rotate_queries, "CHUNK_LEN", 20)
 
 
-def open_side(
+def open_runner(
     model: PreTrainedModel, prompts: list[Prompt], *, reencoded: bool = True, use_graphs: bool = False
 ) -> QueryRotationRunner:
-    """The query side over a tier that holds the blocks of these prompts, in a random order."""
+    """Return a runner over a tier that has the blocks of these prompts, in a random order."""
     keys = [*dict.fromkeys(chain.from_iterable(keys_of(prompts)))]
     random.Random(0).shuffle(keys)
     shape = kv_shape(model)
-    tier = DeviceTier(shape, torch.device("cpu"), 4096 * shape.token_bytes, SLACK)
+    tier = DeviceTier(shape, torch.device("cpu"), 4096 * shape.token_bytes, TILE_PADDING)
     with tier.add(keys, keep=()):
         for key, kv in prefill_blocks(model, keys):
             tier.block(key).copy_(kv)
     return QueryRotationRunner(
-        model, rotary_embeddings(model), tier, use_kernel=False, use_graphs=use_graphs, reencoded=reencoded
+        model, rotary_embeddings(model), tier, use_triton=False, use_graphs=use_graphs, reencoded=reencoded
     )
 
 
-def final_logits(side: QueryRotationRunner, prompts: list[Prompt]) -> list[torch.Tensor]:
+def final_logits(query_runner: QueryRotationRunner, prompts: list[Prompt]) -> list[torch.Tensor]:
     finals = [prompt[-1] for prompt in prompts]
     longest = max(map(len, finals))
-    logits = side.prompts(keys_of(prompts), longest).decode_step(finals, num_logits=longest)
+    logits = query_runner.start_batch(keys_of(prompts), longest).decode_step(finals, num_logits=longest)
     return [row[-len(final) :] for row, final in zip(logits, finals, strict=True)]
 
 
 def check(model: PreTrainedModel, prompts: list[Prompt], *, reencoded: bool = True) -> None:
-    got = final_logits(open_side(model, prompts, reencoded=reencoded), prompts)
+    got = final_logits(open_runner(model, prompts, reencoded=reencoded), prompts)
     for prompt, logits in zip(prompts, got, strict=True):
         layout = Layout(tuple(map(len, prompt)))
         ids = torch.tensor([*chain.from_iterable(prompt)])
@@ -99,7 +99,7 @@ def test_decoding_continues_the_masked_forward(name: str) -> None:
     model, layouts = build_model(name, "block_cached"), [Layout((12, 7, 9, 16)), Layout((30, 14))]
     all_ids = [random_ids(random.Random(i), layout.num_tokens) for i, layout in enumerate(layouts)]
     prompts = [cut(ids, layout) for ids, layout in zip(all_ids, layouts, strict=True)]
-    running = open_side(model, prompts).prompts(keys_of(prompts), 64)
+    running = open_runner(model, prompts).start_batch(keys_of(prompts), 64)
     steps = [running.decode_step([prompts[0][-1][:4], prompts[1][-1][:2]])]
     for i in range(12):
         steps.append(running.decode_step([[prompts[0][-1][4 + i]], [prompts[1][-1][2 + i]]]))
@@ -116,7 +116,7 @@ def test_questions_padded_to_the_size_of_a_graph_leave_room_for_the_answer(
     model, layout = build_model("llama", "block_cached"), Layout((30, 397))
     ids = random_ids(random.Random(5), layout.num_tokens)
     prompt = cut(ids, layout)
-    running = open_side(model, [prompt], use_graphs=True).prompts(keys_of([prompt]), 397)
+    running = open_runner(model, [prompt], use_graphs=True).start_batch(keys_of([prompt]), 397)
     first = running.decode_step([prompt[-1][:257]])
     rest = running.decode_step([prompt[-1][257:]], num_logits=140)
     want = masked_logits(model, ids, layout)[256:]
@@ -125,13 +125,13 @@ def test_questions_padded_to_the_size_of_a_graph_leave_room_for_the_answer(
 
 def test_what_is_loaded_whole_ends_within_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (rotate_queries, runner):
-        monkeypatch.setattr(module, "SLACK", 777)
-    engine = make_engine(build_model("llama", "block_cached"), "query")
-    side, tier = engine.runner._query_side, engine.runner.store.device
-    assert side is not None and tier is not None and tier.cache_LS2KD.shape[1] == tier.num_slots + 777
-    prompts = side.prompts([[]], 300)
+        monkeypatch.setattr(module, "TILE_PADDING", 777)
+    engine = make_engine(build_model("llama", "block_cached"), "queries")
+    query_runner, tier = engine.runner._query_runner, engine.runner.block_cache.device
+    assert query_runner is not None and tier is not None and tier.cache_LS2KD.shape[1] == tier.num_slots + 777
+    prompts = query_runner.start_batch([[]], 300)
     prompts.decode_step([[1, 2, 3]])
-    assert prompts._frame.final_LBS2KD.shape[2] >= 300 + 777
+    assert prompts._inputs.final_LBS2KD.shape[2] >= 300 + 777
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -143,6 +143,6 @@ def test_both_sides_answer_as_the_masked_forward(name: str) -> None:
     ]
     model.generation_config.eos_token_id = None  # nothing ends an answer early
     want = [greedy(model, prompt, 6) for prompt in prompts]
-    for side in SIDES:
-        answers = make_engine(model, side).generate_ids(prompts, max_new_tokens=6)
+    for rotate in ROTATE:
+        answers = make_engine(model, rotate).generate_ids(prompts, max_new_tokens=6)
         assert [answer.ids for answer in answers] == want

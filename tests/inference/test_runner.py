@@ -17,8 +17,8 @@ from blockft.inference.answer import Answer
 from blockft.inference.cache_folder import CacheFolder
 from blockft.inference.engine import Engine
 from blockft.inference.rotate_queries import QueryRotationRunner
-from blockft.inference.runner import CacheOptions
-from tests.inference.engines import SIDES, Prompt, forget, greedy, load_engine, make_engine, options
+from blockft.inference.runner import CacheOptions, Rotate
+from tests.inference.engines import ROTATE, Prompt, greedy, keep_only_disk, load_engine, make_engine, options
 from tests.inference.test_rotate_keys import keys_of
 from tests.run import save_model
 
@@ -71,24 +71,24 @@ def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]
         yield caplog
 
 
-@pytest.fixture(params=SIDES)
-def side(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(params=ROTATE)
+def rotate(request: pytest.FixtureRequest) -> Rotate:
+    return request.param
 
 
 def test_every_answer_says_where_its_blocks_were(
-    toy_model: Path, folder: Path, side: str, right: tuple[int, ...]
+    toy_model: Path, folder: Path, rotate: Rotate, right: tuple[int, ...]
 ) -> None:
-    engine = load_engine(toy_model, side, options(folder))
-    nearest = "device" if side == "query" else "host"
+    engine = load_engine(toy_model, rotate, options(folder))
+    nearest = "device" if rotate == "queries" else "host"
     answers = [ask(engine), ask(engine)]
-    if side == "query":
-        assert engine.runner.store.device is not None
-        engine.runner.store.device.clear()
+    if rotate == "queries":
+        assert engine.runner.block_cache.device is not None
+        engine.runner.block_cache.device.clear()
         answers.append(ask(engine))
-    forget(engine)
+    keep_only_disk(engine)
     answers += [ask(engine), ask(engine)]
-    ways = ["encoded", nearest, *(["host"] if side == "query" else []), "disk", nearest]
+    ways = ["encoded", nearest, *(["host"] if rotate == "queries" else []), "disk", nearest]
     assert [answer.sources for answer in answers] == [{way: 4} for way in ways]
     for answer, way in zip(answers, ways, strict=True):
         reused = 0 if way == "encoded" else 4
@@ -101,31 +101,31 @@ def test_every_answer_says_where_its_blocks_were(
 def test_another_engine_finds_what_one_has_left(
     toy_model: Path, folder: Path, right: tuple[int, ...]
 ) -> None:
-    for side in SIDES:  # both sides read and write the same entries
+    for rotate in ROTATE:  # both sides read and write the same entries
         shutil.rmtree(folder, ignore_errors=True)
-        writer = load_engine(toy_model, side, options(folder))
+        writer = load_engine(toy_model, rotate, options(folder))
         ask(writer)
-        writer.close()
-        for reader in SIDES:
+        writer.flush()
+        for reader in ROTATE:
             answer = ask(load_engine(toy_model, reader, options(folder)))
             assert answer.sources == {"disk": 4} and answer.ids == right
 
 
 def test_some_blocks_are_found_and_others_encoded(
-    toy_model: Path, side: str, wanted: dict[str, tuple[int, ...]]
+    toy_model: Path, rotate: Rotate, wanted: dict[str, tuple[int, ...]]
 ) -> None:
-    engine = load_engine(toy_model, side)
+    engine = load_engine(toy_model, rotate)
     assert ask(engine).ids == wanted["prompt"]
     answer = ask(engine, LARGER)
     assert answer.ids == wanted["larger"]
-    assert answer.sources == {"encoded": 2, "device" if side == "query" else "host": 4}
+    assert answer.sources == {"encoded": 2, "device" if rotate == "queries" else "host": 4}
     assert ask(engine, [PROMPT[1], PROMPT[0], PROMPT[1], *PROMPT[-1:]]).blocks_reused == 3
 
 
 def test_prompts_of_a_batch_share_their_blocks(
-    toy_model: Path, side: str, wanted: dict[str, tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+    toy_model: Path, rotate: Rotate, wanted: dict[str, tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, encoded = load_engine(toy_model, side), []
+    engine, encoded = load_engine(toy_model, rotate), []
 
     def counted(model: Any, keys: Any) -> Any:
         keys = [*keys]
@@ -141,13 +141,13 @@ def test_prompts_of_a_batch_share_their_blocks(
 
 
 def test_encoding_ahead_fills_host_and_disk(toy_model: Path, folder: Path, right: tuple[int, ...]) -> None:
-    engine = load_engine(toy_model, "query", options(folder))
+    engine = load_engine(toy_model, "queries", options(folder))
     (keys,) = keys_of([PROMPT])
     assert engine.runner.prefill_blocks([*keys, *keys]) == 4
     assert engine.runner.prefill_blocks(keys) == 0
     answer = ask(engine)
     assert answer.sources == {"host": 4} and answer.ids == right
-    forget(engine)
+    keep_only_disk(engine)
     assert engine.runner.prefill_blocks(keys) == 0
 
 
@@ -156,60 +156,60 @@ def test_encoding_ahead_fills_host_and_disk(toy_model: Path, folder: Path, right
 
 @pytest.mark.parametrize("host_tokens", [0, 1, 25, 40])
 def test_a_small_host_tier_costs_speed_alone(
-    toy_model: Path, side: str, host_tokens: int, wanted: dict[str, tuple[int, ...]]
+    toy_model: Path, rotate: Rotate, host_tokens: int, wanted: dict[str, tuple[int, ...]]
 ) -> None:
     """Blocks that were found there may be pushed out by those that are encoded for the same prompt."""
-    engine = load_engine(toy_model, side, options(host=host_tokens * TOKEN_BYTES))
+    engine = load_engine(toy_model, rotate, options(host=host_tokens * TOKEN_BYTES))
     for name, prompt in [("prompt", PROMPT), ("larger", LARGER), ("prompt", PROMPT)]:
-        if engine.runner.store.device is not None:
-            engine.runner.store.device.clear()
+        if engine.runner.block_cache.device is not None:
+            engine.runner.block_cache.device.clear()
         assert ask(engine, prompt).ids == wanted[name]
-        assert engine.runner.store.host.used_bytes <= host_tokens * TOKEN_BYTES
+        assert engine.runner.block_cache.host.used_bytes <= host_tokens * TOKEN_BYTES
 
 
 def test_without_a_host_tier_the_disk_serves(
-    toy_model: Path, folder: Path, side: str, right: tuple[int, ...]
+    toy_model: Path, folder: Path, rotate: Rotate, right: tuple[int, ...]
 ) -> None:
-    engine = load_engine(toy_model, side, options(folder, host=0))
+    engine = load_engine(toy_model, rotate, options(folder, host=0))
     ask(engine)
-    forget(engine)
+    keep_only_disk(engine)
     answer = ask(engine)
     assert answer.sources == {"disk": 4} and answer.ids == right
 
 
 def test_a_small_disk_keeps_what_it_can(
-    toy_model: Path, folder: Path, side: str, right: tuple[int, ...]
+    toy_model: Path, folder: Path, rotate: Rotate, right: tuple[int, ...]
 ) -> None:
     entry_bytes = 4096 + 14 * (TOKEN_BYTES + 4)
     budget = 2 * entry_bytes
-    engine = load_engine(toy_model, side, options(folder, disk=budget))
+    engine = load_engine(toy_model, rotate, options(folder, disk=budget))
     for _ in range(3):
         answer = ask(engine)
         assert answer.ids == right
-        forget(engine)
+        keep_only_disk(engine)
         assert sum(entry.num_bytes for entry in CacheFolder(folder).entries()) <= budget
-    disk = engine.runner.store.disk
+    disk = engine.runner.block_cache.disk
     assert disk is not None and disk.statistics.entries_evicted and 0 < answer.sources["disk"] < 4
 
 
 def test_a_small_device_lets_the_least_recently_used_go(
     toy_model: Path, wanted: dict[str, tuple[int, ...]]
 ) -> None:
-    engine = load_engine(toy_model, "query", options(device=101 * TOKEN_BYTES))
+    engine = load_engine(toy_model, "queries", options(device=101 * TOKEN_BYTES))
     ask(engine, [*some_prompt(3, 50, 40), [1]])
     for name, prompt in [("larger", LARGER), ("prompt", PROMPT)]:
         assert ask(engine, prompt).ids == wanted[name]
     assert ask(engine).sources == {"device": 4}
-    device = engine.runner.store.device
+    device = engine.runner.block_cache.device
     assert device is not None and device.evicted == 2
 
 
 def test_prompts_that_the_device_cannot_hold_are_refused_and_others_answered(
     toy_model: Path, right: tuple[int, ...]
 ) -> None:
-    engine = load_engine(toy_model, "query", options(device=46 * TOKEN_BYTES))
+    engine = load_engine(toy_model, "queries", options(device=46 * TOKEN_BYTES))
     for prompts in ([LARGER], [PROMPT, [[1, 2, 3], [4]]]):
-        with pytest.raises(UserError, match="raise the device budget, or ask fewer prompts at once"):
+        with pytest.raises(UserError, match="raise the device budget, or answer fewer prompts at once"):
             engine.generate_ids(prompts, max_new_tokens=NUM_NEW)
     assert ask(engine).ids == right
 
@@ -218,31 +218,31 @@ def test_prompts_that_the_device_cannot_hold_are_refused_and_others_answered(
 
 
 def test_a_flipped_byte_is_reported_and_the_answer_the_same(
-    toy_model: Path, folder: Path, side: str, right: tuple[int, ...], said: pytest.LogCaptureFixture
+    toy_model: Path, folder: Path, rotate: Rotate, right: tuple[int, ...], said: pytest.LogCaptureFixture
 ) -> None:
-    writer = load_engine(toy_model, side, options(folder))
+    writer = load_engine(toy_model, rotate, options(folder))
     ask(writer)
-    writer.close()
+    writer.flush()
     assert spoil(folder) == 4
-    engine = load_engine(toy_model, side, options(folder))
+    engine = load_engine(toy_model, rotate, options(folder))
     answer = ask(engine)
     assert answer.ids == right and answer.sources == {"encoded": 4} and answer.tokens_reused == 0
-    assert engine.runner.store.disk is not None
-    assert engine.runner.store.disk.statistics.entries_damaged == 4
+    assert engine.runner.block_cache.disk is not None
+    assert engine.runner.block_cache.disk.statistics.entries_damaged == 4
     assert len(said.records) == 1 and "has changed since it was written" in said.text
-    forget(engine)
+    keep_only_disk(engine)
     assert ask(engine).sources == {"disk": 4}, "they were written again"
 
 
 def test_one_flipped_byte_costs_one_block(
-    toy_model: Path, folder: Path, side: str, right: tuple[int, ...]
+    toy_model: Path, folder: Path, rotate: Rotate, right: tuple[int, ...]
 ) -> None:
-    writer = load_engine(toy_model, side, options(folder))
+    writer = load_engine(toy_model, rotate, options(folder))
     ask(writer, [PROMPT[1], [1]])
-    forget(writer)
+    keep_only_disk(writer)
     spoil(folder)
     ask(writer, [PROMPT[0], PROMPT[2], PROMPT[3], [1]])
-    forget(writer)
+    keep_only_disk(writer)
     answer = ask(writer)
     assert answer.ids == right and answer.sources == {"encoded": 1, "disk": 3}
 
@@ -251,16 +251,16 @@ def test_one_flipped_byte_costs_one_block(
 def test_damage_in_a_folder_that_cannot_be_changed(
     toy_model: Path,
     folder: Path,
-    side: str,
+    rotate: Rotate,
     host: int,
     right: tuple[int, ...],
     said: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every later request finds it damaged anew, and is answered all the same."""
-    writer = load_engine(toy_model, side, options(folder))
+    writer = load_engine(toy_model, rotate, options(folder))
     ask(writer)
-    writer.close()
+    writer.flush()
     spoil(folder)
 
     def refuse(*_: object) -> None:
@@ -268,18 +268,18 @@ def test_damage_in_a_folder_that_cannot_be_changed(
 
     for name in ("remove", "temporary_file"):
         monkeypatch.setattr(CacheFolder, name, refuse)
-    engine = load_engine(toy_model, side, options(folder, host=host))
+    engine = load_engine(toy_model, rotate, options(folder, host=host))
     for _ in range(2):
         answer = ask(engine)
         assert answer.ids == right and answer.sources == {"encoded": 4}
-        forget(engine)
+        keep_only_disk(engine)
     assert len(said.records) == 2, "once that they are damaged, once that the folder cannot be written"
 
 
 def test_a_folder_that_cannot_be_written_is_said_once_and_memory_serves(
     toy_model: Path,
     tmp_path: Path,
-    side: str,
+    rotate: Rotate,
     right: tuple[int, ...],
     said: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -288,21 +288,21 @@ def test_a_folder_that_cannot_be_written_is_said_once_and_memory_serves(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(CacheFolder, "temporary_file", refuse)
-    engine = load_engine(toy_model, side, options(tmp_path / "full"))
+    engine = load_engine(toy_model, rotate, options(tmp_path / "full"))
     assert ask(engine).ids == ask(engine).ids == right
-    engine.close()
+    engine.flush()
     assert len(said.records) == 1 and "the disk is full" in said.text
 
 
 def test_a_folder_that_is_no_cache_is_refused(toy_model: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="name a cache or a new folder"):
+    with pytest.raises(UserError, match="give a cache or a new folder"):
         load_engine(toy_model, cache=options(tmp_path))
     with pytest.raises(UserError, match="cannot hold a block"):
         load_engine(toy_model, cache=options(tmp_path / "new", disk=100))
 
 
-# failures on our side
+# failures on our rotate
 
 
 class Failure(Exception):
@@ -313,12 +313,12 @@ class Failure(Exception):
 def test_a_failure_while_encoding_leaves_no_wrong_block(
     toy_model: Path,
     folder: Path,
-    side: str,
+    rotate: Rotate,
     num_whole: int,
     right: tuple[int, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine = load_engine(toy_model, side, options(folder))
+    engine = load_engine(toy_model, rotate, options(folder))
     encode = runner_module.prefill_blocks
 
     def fail(*given: Any) -> Any:
@@ -331,11 +331,11 @@ def test_a_failure_while_encoding_leaves_no_wrong_block(
         patched.setattr(runner_module, "prefill_blocks", fail)
         with pytest.raises(Failure):
             ask(engine)
-    device = engine.runner.store.device
+    device = engine.runner.block_cache.device
     assert device is None or device.num_blocks == 0
     answer = ask(engine)
     assert answer.ids == right and answer.blocks_reused == num_whole
-    forget(engine)
+    keep_only_disk(engine)
     assert ask(engine).ids == right
 
 
@@ -347,7 +347,7 @@ def test_a_failure_while_blocks_are_read_leaves_no_wrong_block(
     error: type[BaseException],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine = load_engine(toy_model, "query", options(folder))
+    engine = load_engine(toy_model, "queries", options(folder))
     ask(engine, [PROMPT[2], [1]])
 
     def fail(*_: Any) -> Any:
@@ -357,7 +357,7 @@ def test_a_failure_while_blocks_are_read_leaves_no_wrong_block(
         patched.setattr(QueryRotationRunner, "run", fail)
         with pytest.raises(error):
             ask(engine)
-    assert engine.runner.store.device is not None and engine.runner.store.device.num_blocks == 1
+    assert engine.runner.block_cache.device is not None and engine.runner.block_cache.device.num_blocks == 1
     assert ask(engine).ids == right
 
 
@@ -370,8 +370,8 @@ def test_a_failure_while_blocks_move_leaves_no_wrong_block(
     right: tuple[int, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine = load_engine(toy_model, "query", options(host=0, device=60 * TOKEN_BYTES))
-    device = engine.runner.store.device
+    engine = load_engine(toy_model, "queries", options(host=0, device=60 * TOKEN_BYTES))
+    device = engine.runner.block_cache.device
     assert device is not None
     others = some_prompt(4, 14, 8, 14)
     # every second block makes way: the first new one finds a hole, the last one not
@@ -397,21 +397,23 @@ def test_a_failure_while_blocks_move_leaves_no_wrong_block(
 # models
 
 
-def test_a_model_that_was_changed_in_place_finds_nothing(tmp_path: Path, folder: Path, side: str) -> None:
+def test_a_model_that_was_changed_in_place_finds_nothing(
+    tmp_path: Path, folder: Path, rotate: Rotate
+) -> None:
     path = save_model(tmp_path / "model", initializer_range=1.0)
-    before = load_engine(path, side, options(folder))
+    before = load_engine(path, rotate, options(folder))
     old = ask(before)
-    before.close()
+    before.flush()
     model = LlamaForCausalLM.from_pretrained(path)
     with torch.no_grad():
         model.model.layers[0].self_attn.k_proj.weight[3, 5] += 0.5
     model.save_pretrained(path)
-    after = load_engine(path, side, options(folder))
+    after = load_engine(path, rotate, options(folder))
     answer = ask(after)
-    after.close()
+    after.flush()
     assert answer.sources == {"encoded": 4} and answer.ids == greedy(after.model, PROMPT, NUM_NEW)
     assert len(CacheFolder(folder).models()) == 2
-    forget(before)
+    keep_only_disk(before)
     again = ask(before)
     assert again.sources == {"disk": 4} and again.ids == old.ids
 
@@ -419,7 +421,7 @@ def test_a_model_that_was_changed_in_place_finds_nothing(tmp_path: Path, folder:
 def test_a_models_copy_finds_everything(toy_model: Path, tmp_path: Path, folder: Path) -> None:
     engine = load_engine(toy_model, cache=options(folder))
     ask(engine)
-    engine.close()
+    engine.flush()
     shutil.copytree(toy_model, tmp_path / "elsewhere")
     assert ask(load_engine(tmp_path / "elsewhere", cache=options(folder))).sources == {"disk": 4}
 
@@ -427,7 +429,7 @@ def test_a_models_copy_finds_everything(toy_model: Path, tmp_path: Path, folder:
 def test_another_type_or_tokenizer_finds_nothing(toy_model: Path, tmp_path: Path, folder: Path) -> None:
     engine = load_engine(toy_model, cache=options(folder))
     ask(engine)
-    engine.close()
+    engine.flush()
     cache = options(folder)
     in_16_bits = Engine.load(str(toy_model), device="cpu", dtype=torch.bfloat16, cache=cache)
     assert ask(in_16_bits).sources == {"encoded": 4}
@@ -442,20 +444,20 @@ def test_an_unknown_side_is_refused(toy_model: Path) -> None:
         load_engine(toy_model, "far", CacheOptions())
 
 
-@pytest.mark.parametrize("side", ["auto", *SIDES])
-def test_compiling_is_for_graphs(toy_model: Path, side: str) -> None:
-    with pytest.raises(UserError, match="compile is for the query side on a GPU and would slow cpu"):
-        Engine.load(str(toy_model), device="cpu", cache=options(), side=side, compile=True)
+@pytest.mark.parametrize("rotate", ["auto", *ROTATE])
+def test_compiling_is_for_graphs(toy_model: Path, rotate: Rotate) -> None:
+    with pytest.raises(UserError, match="compile is for rotated queries on a GPU and would slow cpu"):
+        Engine.load(str(toy_model), device="cpu", cache=options(), rotate=rotate, compile=True)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "block_sdpa"])
 def test_a_model_that_attends_otherwise_is_refused(toy_model: Path, attention: str) -> None:
     model = load_engine(toy_model).model
     model.set_attn_implementation(attention)
-    with pytest.raises(UserError, match=f"attends by '{attention}', .* open it by Engine.load"):
-        make_engine(model, "key")
+    with pytest.raises(UserError, match=f"has the attention backend '{attention}', .* with Engine.load"):
+        make_engine(model, "keys")
 
 
 def test_budgets_are_a_part_of_what_is_free_unless_given(toy_model: Path) -> None:
-    engine = Engine.load(str(toy_model), device="cpu", side="key")
-    assert engine.runner.store.host.max_bytes > 2**20 and engine.runner.store.device is None
+    engine = Engine.load(str(toy_model), device="cpu", rotate="keys")
+    assert engine.runner.block_cache.host.max_bytes > 2**20 and engine.runner.block_cache.device is None

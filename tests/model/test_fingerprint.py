@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-import blockft.model.fingerprint as identity
+import blockft.model.fingerprint as fingerprint_module
 from blockft.model.fingerprint import model_fingerprint
 from tests.tiny import build_model
 
@@ -61,5 +61,5 @@ def test_two_weights_that_change_places_count(monkeypatch: pytest.MonkeyPatch) -
 
     before = model_fingerprint(build_model("qwen3"))
     assert model_fingerprint(changed(swap)) != before
-    monkeypatch.setattr(identity, "_AT_ONCE", 100)
+    monkeypatch.setattr(fingerprint_module, "_CHUNK_NUMBERS", 100)
     assert model_fingerprint(build_model("qwen3")) == before

@@ -16,20 +16,10 @@ from blockft.attention.backends import AttentionMasks
 from blockft.attention.layout import Layout, build_metadata
 from blockft.config.choices import DType
 from blockft.errors import UserError
-from blockft.model.load import (
-    attention_windows,
-    block_attention_config,
-    check_supported,
-    compile_layers,
-    load_config,
-    load_model,
-    load_tokenizer,
-    parse_device,
-    parse_dtype,
-    rotary_embeddings,
-    uses_reencoded_positions,
-)
+from blockft.model.layers import attention_windows, compile_layers, rotary_embeddings
+from blockft.model.load import load_config, load_model, load_tokenizer, parse_device, parse_dtype
 from blockft.model.lora import add_adapter
+from blockft.model.supported import block_attention_config, check_supported, uses_reencoded_positions
 from tests.tiny import CONFIGS, SIZE, build_model
 
 
@@ -55,7 +45,7 @@ def test_what_no_law_covers_is_refused(config: object, named: str) -> None:
         check_supported(config)
 
 
-def test_gemma3_has_two_rotations() -> None:
+def test_gemma3_has_two_rotaries() -> None:
     local, globally = rotary_embeddings(build_model("gemma3"))
     assert not torch.equal(local.inv_freq, globally.inv_freq)
 
@@ -96,7 +86,7 @@ def test_weights_that_are_cut_short_are_one_sentence(tmp_path: Path, num_bytes: 
 @pytest.mark.parametrize("text", ["{", "[]", '{"r": 1}'])
 def test_an_adapter_that_names_no_model_is_one_sentence(tmp_path: Path, text: str) -> None:
     (tmp_path / "adapter_config.json").write_text(text)
-    with pytest.raises(UserError, match=r"adapter_config\.json is no configuration of an adapter"):
+    with pytest.raises(UserError, match=r"adapter_config\.json is not the configuration of an adapter"):
         load_config(str(tmp_path))
 
 
@@ -113,7 +103,7 @@ WORDING = {"instruction": "Read.", "document": "{text}", "question": "{question}
         ({"position_scheme": "sideways"}, "has position_scheme 'sideways'"),
         ({"documents_in": "tool"}, r"has documents_in 'tool' \(allowed: system, user\)"),
         ({"order": ["given"]}, "has order"),
-        ({"prompt": "{question}"}, "has a prompt that does not hold just the texts instruction"),
+        ({"prompt": "{question}"}, "has a prompt that does not have exactly the texts instruction"),
         ({"prompt": WORDING | {"question": None}}, "has a prompt that"),
         ({"prompt": WORDING | {"answer": ""}}, "has a prompt that"),
         ({"prompt": WORDING, "order": "given"}, "has a prompt, but no documents_in"),

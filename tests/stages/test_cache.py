@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from blockft.errors import UserError
-from blockft.inference.cache_folder import DRAFTS, CacheFolder
+from blockft.inference.cache_folder import TEMPORARY, CacheFolder
 from blockft.inference.disk_tier import DiskTier
 from blockft.inference.runner import BlockRunner
 from blockft.stages.cache import build_cache, print_cache_stats, prune_cache, verify_cache
@@ -102,12 +102,12 @@ def test_verify_finds_damaged_entries_and_removes_them(
 def test_prune_keeps_the_latest_entries_within_the_budget(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (folder / DRAFTS / "abandoned").write_bytes(bytes(100))
+    (folder / TEMPORARY / "abandoned").write_bytes(bytes(100))
     by_age = sorted(CacheFolder(folder).entries(), key=lambda entry: entry.used_at)
     prune_cache(folder, max_bytes=str(2 * SIZE))
     assert [entry.path.exists() for entry in by_age] == [False, False, False, True, True]
     assert "3 entries removed" in capsys.readouterr().out
-    assert not list((folder / DRAFTS).iterdir())
+    assert not list((folder / TEMPORARY).iterdir())
 
 
 def test_prune_removes_entries_unused_for_a_duration(folder: Path) -> None:

@@ -167,7 +167,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_request(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU compiles")
 def test_compiling_is_refused_without_a_gpu(model: Path, requests: Path) -> None:
-    with pytest.raises(UserError, match="compile is for the query side on a GPU"):
+    with pytest.raises(UserError, match="compile is for rotated queries on a GPU"):
         generate(str(model), str(requests), compile=True, cache=SMALL)
 
 

@@ -1,0 +1,35 @@
+"""The decoder layers of a model: their sliding windows, their rotary embeddings, and their compilation."""
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from blockft.attention.positions import RotaryEmbedding
+from blockft.model.supported import rope_parameters
+
+
+def attention_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
+    """Return the different sliding windows of a model's layers, in tokens. None is no window."""
+    window = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
+    return tuple(dict.fromkeys(window if kind == "sliding_attention" else None for kind in layer_types))
+
+
+def rotary_embeddings(model: PreTrainedModel) -> tuple[RotaryEmbedding, ...]:
+    """Return the rotary embedding of each layer, with the frequencies that the model itself uses."""
+    rotary, config = model.base_model.rotary_emb, model.config
+    by_layer_type = {
+        layer_type: RotaryEmbedding(
+            getattr(rotary, f"{layer_type}_inv_freq" if layer_type else "inv_freq"),
+        )
+        for layer_type in rope_parameters(config)
+    }
+    if "" in by_layer_type:
+        return (by_layer_type[""],) * config.num_hidden_layers
+    return tuple(by_layer_type[layer_type] for layer_type in config.layer_types)
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile each decoder layer at its first use. Layers of the same kind share the compiled code."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for layer in model.base_model.get_submodule("layers").children():
+        layer.compile(dynamic=False)
