@@ -32,7 +32,7 @@ class Document:
 
 @dataclass(frozen=True, kw_only=True)
 class RagPrompt:
-    """The wording of RAG prompts, and the choice and order of their documents.
+    r"""The wording of RAG prompts, and the choice and order of their documents.
 
     A prompt has one block for the instruction, one block per document, and the question as its final block::
 
@@ -57,6 +57,17 @@ class RagPrompt:
 
     Raises:
         UserError: a template has an unknown field or lacks a required one, or `num_documents` is negative.
+
+    Example:
+        >>> from blockft import RagPrompt
+        >>> from blockft.data.rag_prompt import Document
+        >>> documents = [Document(title="Dogs", text="Dogs bark.")]
+        >>> (message,), _ = RagPrompt().build("Who barks?", documents, "example")
+        >>> for block in message.content:
+        ...     print(repr(block))
+        'Answer the question using the following documents.'
+        '\n\nDogs\nDogs bark.'
+        '\n\nQuestion: Who barks?\nAnswer in a few words.'
     """
 
     instruction: str = "Answer the question using the following documents."

@@ -31,7 +31,7 @@ AttentionMode = Literal["block", "full"]
 
 
 class Engine:
-    """A model with its block cache, which answers prompts that consist of blocks.
+    r"""A model with its block cache, which answers prompts that consist of blocks.
 
     Any number of threads may use an engine; their requests are answered one after the other. A batch of
     prompts is one request. A stream is interrupted between its tokens by other requests. With
@@ -55,12 +55,25 @@ class Engine:
         UserError: see `BlockRunner`.
 
     Example:
-        >>> from blockft.inference.engine import Engine
+        The demo's model is not fine-tuned for blocks yet, so its answer comes from full mode.
+
+        >>> from blockft import Engine, RagPrompt
+        >>> prompt = RagPrompt(
+        ...     instruction="Answer from the documents:\n",
+        ...     document="{text}\n",
+        ...     question="{question}",
+        ...     order="given",
+        ... )
         >>> documents = ["The mayor of Vithumouth is Brosuk.", "The river of Vithumouth is Leithein."]
-        >>> with Engine.load("data/demo/model", device="cpu") as engine:
-        ...     for question in ("What is the mayor of Vithumouth?", "What is the river of Vithumouth?"):
-        ...         answer = engine.generate(documents=documents, question=question, max_new_tokens=8)
-        ...         print(answer.text, answer.blocks_reused)
+        >>> mayor, river = "What is the mayor of Vithumouth?", "What is the river of Vithumouth?"
+        >>> with Engine.load("data/demo/model", device="cpu", prompt=prompt) as engine:
+        ...     full = engine.generate(documents=documents, question=mayor, mode="full", max_new_tokens=8)
+        ...     first = engine.generate(documents=documents, question=mayor, max_new_tokens=8)
+        ...     second = engine.generate(documents=documents, question=river, max_new_tokens=8)
+        >>> full.text
+        'Brosuk'
+        >>> (first.blocks_reused, second.blocks_reused)
+        (0, 4)
     """
 
     def __init__(

@@ -43,6 +43,19 @@ class CacheOptions:
     host_bytes    size of the host tier; None is a quarter of the free memory
     device_bytes  size of the device tier; None is half of the GPU memory that is free after loading the
                   model (on a CPU a quarter). Only `rotate="queries"` has a device tier.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> from blockft import CacheOptions, Engine
+        >>> chat = [{"role": "user", "content": ["Dogs bark.\\n", "Cows moo.\\n", "Who barks?"]}]
+        >>> with TemporaryDirectory() as folder:
+        ...     cache = CacheOptions(folder=Path(folder), disk_bytes=10**9)
+        ...     for _ in range(2):
+        ...         with Engine.load("data/demo/model", device="cpu", cache=cache) as engine:
+        ...             print(engine.generate(messages=chat, max_new_tokens=4).sources)
+        {'encoded': 3}
+        {'disk': 3}
     """
 
     folder: Path | None = None

@@ -205,17 +205,17 @@ def test_an_entry_whose_file_is_not_held_is_read_while_it_is_there(
 ) -> None:
     tier.write(KEYS[0], kv_of(KEYS[0]))
     path, kept = path_of(folder, KEYS[0]), folder.parent / "kept"
-    entry = tier.open(KEYS[0], holds=False)
+    entry = tier.open(KEYS[0], keep_open=False)
     assert entry is not None and torch.equal(entry.read_layer(2), kv_of(KEYS[0])[2])
     path.rename(kept)
     with pytest.raises(DamagedEntry):
         entry.read_layer(2)
     tier.write(KEYS[0], -kv_of(KEYS[0]))  # as another process might, whose numbers are not quite the same
-    with pytest.raises(DamagedEntry, match="another file"):
+    with pytest.raises(DamagedEntry, match="was replaced"):
         entry.read_layer(2)
     other = tier.open(KEYS[0])
     assert other is not None and torch.equal(other.read_layer(2), -kv_of(KEYS[0])[2]), (
-        "it is left where it is"
+        "a replaced file is not removed"
     )
     kept.rename(path)
     assert torch.equal(entry.read_layer(2), kv_of(KEYS[0])[2])

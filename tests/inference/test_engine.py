@@ -265,7 +265,7 @@ def test_a_prompt_without_a_token_is_refused(engine: Engine) -> None:
         ({"blocks": ["a"], "temperature": -1}, "temperature is -1"),
         ({"blocks": ["a"], "top_p": 0}, "top_p is 0"),
         ({"blocks": ["a"], "stop": "a"}, "stop is 'a'"),
-        ({"blocks": ["a"], "stop": [""]}, "not empty"),
+        ({"blocks": ["a"], "stop": [""]}, "non-empty"),
     ],
 )
 def test_a_mistake_is_told_in_one_sentence(toy_model: Path, given: dict[str, Any], said: str) -> None:

@@ -52,7 +52,9 @@ def test_a_block_above_the_budget_is_not_kept_which_is_said_once(caplog: pytest.
         tier.put(KEYS[1], block(11))
         tier.put(KEYS[2], block(12))
     assert [key for key in KEYS if key in tier] == KEYS[:1]
-    assert len(caplog.records) == 1 and "10 B does not hold a block of 11 B" in caplog.text
+    assert (
+        len(caplog.records) == 1 and "a block of 11 B is larger than the memory budget of 10 B" in caplog.text
+    )
 
 
 def test_a_budget_of_nothing_is_meant(caplog: pytest.LogCaptureFixture) -> None:

@@ -440,7 +440,7 @@ def test_another_type_or_tokenizer_finds_nothing(toy_model: Path, tmp_path: Path
 
 
 def test_an_unknown_side_is_refused(toy_model: Path) -> None:
-    with pytest.raises(UserError, match="allowed are auto, key, query"):
+    with pytest.raises(UserError, match="allowed are auto, keys, queries"):
         load_engine(toy_model, "far", CacheOptions())
 
 

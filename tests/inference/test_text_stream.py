@@ -170,5 +170,5 @@ def test_a_stop_string_may_wait_for_the_end() -> None:
 
 @pytest.mark.parametrize("stop", ["END", ["END", ""]])
 def test_faulty_stop_strings_are_refused(stop: Any) -> None:
-    with pytest.raises(UserError, match="a list of texts that are not empty"):
+    with pytest.raises(UserError, match="a list of non-empty texts"):
         TextStream(tokenizer_of("toy"), stop)
