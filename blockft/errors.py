@@ -1,8 +1,17 @@
-"""The one error that is shown to a user without a traceback."""
+"""What a user is told on stderr: an error in one sentence, or a warning in one line."""
+
+import os
+import sys
 
 
 class UserError(Exception):
-    """A mistake of the user, in one sentence: what is wrong, what was found, what is allowed, how to mend it.
+    """A mistake of the user, in one sentence: what is wrong, what was found, what is allowed, the remedy.
 
-    The command line prints it on stderr and exits with code 2.
+    The command line prints it on stderr without a traceback and exits with code 2.
     """
+
+
+def warn(message: str) -> None:
+    """Print a warning on stderr as one line. Of several ranks of a host only the first prints."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print("blockft: warning:", " ".join(message.split()), file=sys.stderr)

@@ -1,5 +1,6 @@
-"""The command line: what a user's mistakes cost, and that the README tells the truth about the verbs."""
+"""The command line: messages for mistakes, help texts, exit codes, and the commands that the README names."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -8,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from blockft import __version__
+from blockft.cli import bench, cache, commands
+from blockft.cli.next_command import print_next
+from blockft.config.choices import Metric
 from blockft.config.recipe import RECIPES_FOLDER
+from blockft.evaluation.metrics import METRICS
+from tests.commands import blockft
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -16,26 +23,15 @@ SHELL = "\n".join(re.findall(r"^```sh\n(.*?)^```", README, flags=re.MULTILINE | 
 COMMANDS = re.findall(r"^(blockft .+?) *(?:#.*)?$", SHELL, flags=re.MULTILINE)
 
 
-def blockft(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "blockft", *words], capture_output=True, text=True, cwd=ROOT)
-
-
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "expected"),
     [
         (("tain",), "train"),
         (("train", "--resum", "demo"), "--resume"),
         (("train",), "RECIPE"),
         (("train", "demmo"), "did you mean demo"),
         (("prepare", "demo", "data.rowlen=9"), "did you mean data.row_len"),
-        (
-            (
-                "prepare",
-                "demo",
-                "data.row_len=nine",
-            ),
-            "nine",
-        ),
+        (("prepare", "demo", "data.row_len=nine"), "nine"),
         (("prepare", "demo", "data.sources.0.format=csv"), "samples, hotpotqa"),
         (("prepare", "demo", "row_len 9"), "key=value"),
         (("train", "demo", "train.batch_rows=0"), "at least 1"),
@@ -53,27 +49,34 @@ def blockft(*words: str) -> subprocess.CompletedProcess[str]:
             "no/such",
         ),
         (("generate", "no/such", "--input", "no/such.jsonl"), "no/such.jsonl"),
-        (("generate", "no/such", "--input", "README.md", "--mode", "half"), "half"),
+        (
+            ("generate", "no/such", "--input", "README.md", "--mode", "half"),
+            "'half' is not one of 'block', 'full'",
+        ),
         (("eval", "no/such", "demo", "eval.sources.0.path=no/such.jsonl"), "no/such.jsonl"),
         (("eval", "no/such", "demmo"), "did you mean demo"),
         (("eval", "no/such", "demo", "--modes", "half"), "allowed: block, full"),
-        (("eval", "no/such", "README.md", "--format", "csv"), "allowed are samples"),
+        (("eval", "no/such", "README.md", "--format", "csv"), "not one of 'samples'"),
         (("compare", "no/such"), "blockft eval"),
         (("compare", "no/such", "--metric", "bleu"), "token_f1"),
         (("inspect", "no/such"), "blockft prepare"),
         (("export", "no/such", "out/x"), "no/such"),
+        (("export", "no/such", "out/x", "--dtype", "int8"), "'auto', 'float32', 'bfloat16'"),
+        (("config", "demmo"), "did you mean demo"),
+        (("config", "demo", "--schema"), "prints one thing"),
+        (("cache", "biuld"), "build"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_a_mistake_costs_one_line(words: tuple[str, ...], said: str, tmp_path: Path) -> None:
-    done = blockft(*words)
+def test_a_mistake_gives_one_line_and_exit_code_2(arguments: tuple[str, ...], expected: str) -> None:
+    done = blockft(*arguments)
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("blockft: ")
-    assert said in done.stderr
+    assert expected in done.stderr
     assert not (ROOT / "out" / "x").exists()
 
 
-def test_all_faults_of_a_recipe_are_told_at_once(tmp_path: Path) -> None:
+def test_all_faults_of_a_recipe_are_reported_at_once(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
         "# x\nmodel: {pth: x}\ndata: {output_dir: o, sources: [{format: samples}]}\ntrain: {outputdir: b}\n"
@@ -84,11 +87,124 @@ def test_all_faults_of_a_recipe_are_told_at_once(tmp_path: Path) -> None:
         assert fault in done.stderr
 
 
-def test_help_imports_nothing_heavy() -> None:
-    code = "import sys; import blockft.cli; print(*sys.modules)"
+@pytest.mark.parametrize("code", ["import blockft.cli", "import blockft", "import blockft.config.choices"])
+def test_the_command_line_and_the_package_import_nothing_slow(code: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; {code}; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    imported = set(done.stdout.split())
+    assert code.split()[1] in imported
+    assert not {"torch", "transformers", "datasets", "pydantic", "omegaconf", "numpy"} & imported
+
+
+def test_help_of_the_program_imports_nothing_slow() -> None:
+    code = (
+        "import atexit, sys; sys.argv = ['blockft', '--help']; from blockft.cli import main; "
+        "atexit.register(lambda: print(*sys.modules)); main()"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert "blockft.cli" in done.stdout.split()
-    assert not {"torch", "transformers", "datasets"} & set(done.stdout.split())
+    assert done.returncode == 0 and "Commands:" in done.stdout
+    assert not {"torch", "transformers", "pydantic", "omegaconf"} & set(done.stdout.split())
+
+
+def list_commands() -> list[tuple[str, ...]]:
+    """All commands: the top-level ones and those of the groups."""
+    names = []
+    for app, group in ((commands.app, ()), (cache.app, ("cache",)), (bench.app, ("bench",))):
+        for info in app.registered_commands:
+            assert info.callback
+            names.append((*group, info.name or info.callback.__name__))
+    return names
+
+
+def test_help_of_the_program_lists_every_command_with_a_whole_summary(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for group in ((), ("cache",), ("bench",)):
+        done = blockft(*group, "--help")
+        listed = done.stdout.partition("Commands:\n")[2]
+        for name in (name[-1] for name in list_commands() if name[:-1] == group):
+            (line,) = [line for line in listed.splitlines() if line.split()[:1] == [name]]
+            assert line.endswith(".") and not line.endswith("...") and len(line) <= 80
+
+
+@pytest.mark.parametrize("command", list_commands(), ids=" ".join)
+def test_help_of_a_command_shows_examples_that_parse(
+    command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    done = blockft(*command, "--help")
+    assert done.returncode == 0, done.stderr
+    examples = re.findall(r"^ +blockft (.+)$", done.stdout.partition("Arguments:")[0], flags=re.MULTILINE)
+    assert examples or command == ("recipes",)
+    for example in examples:
+        arguments = shlex.split(example.partition(" > ")[0])
+        assert tuple(arguments[: len(command)]) == command
+        for option in (argument for argument in arguments if argument.startswith("--")):
+            assert option in done.stdout
+
+
+def test_choices_are_shown_in_the_help() -> None:
+    assert "<block|full>" in blockft("generate", "--help").stdout
+    assert "<auto|float32|bfloat16>" in blockft("export", "--help").stdout
+    assert "<substring_match|word_match|exact_match|token_f1>" in "".join(
+        blockft("compare", "--help").stdout.split()
+    )
+    assert set(Metric) == set(METRICS)
+
+
+def test_the_version_is_printed() -> None:
+    assert blockft("--version").stdout == f"blockft {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"), [("blockft tra", "train"), ("blockft train hotp", "hotpotqa")]
+)
+def test_a_shell_completes_commands_and_recipes(typed: str, completed: str) -> None:
+    shell = {"_BLOCKFT_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    done = subprocess.run(
+        [sys.executable, "-m", "blockft"], capture_output=True, text=True, cwd=ROOT, env=os.environ | shell
+    )
+    assert done.stdout.split() == [completed]
+
+
+def test_the_next_command_goes_to_stderr_of_the_first_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_next("run: out/a b", ["export", Path("out/a b"), "out/[model]"])
+    captured = capsys.readouterr()
+    assert (
+        captured.out == "" and captured.err == "run: out/a b\nnext: blockft export 'out/a b' 'out/[model]'\n"
+    )
+    monkeypatch.setenv("RANK", "1")
+    print_next("run: out")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("checkpoints", [(), ("checkpoint-4", "checkpoint-8")])
+def test_an_interrupted_training_prints_its_checkpoint_and_how_to_resume(
+    checkpoints: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    monkeypatch.setattr("blockft.stages.train.complete_checkpoints", lambda _: [run / c for c in checkpoints])
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("blockft.stages.train.train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        commands.train("demo", [f"train.output_dir={run}"])
+    result, command = capsys.readouterr().err.splitlines()
+    assert (str(run / "checkpoint-8") if checkpoints else "no complete checkpoint") in result
+    assert command == f"next: blockft train demo train.output_dir={run} --resume"
 
 
 def test_a_launchers_stray_argument_is_passed_over() -> None:
@@ -107,7 +223,7 @@ def app(*_, **__):
     os.environ.update(eval(sys.argv[1]))
     atexit.register(print, "outputs closed")
     exec(sys.argv[2])
-cli.options.app = app
+cli.commands.app = app
 cli.main()
 """
 

@@ -1,4 +1,4 @@
-"""The command line: parses words, calls a verb, turns errors into exit codes. Heavy imports happen inside."""
+"""The command line: parses arguments, calls a command, and turns errors into exit codes."""
 
 import atexit
 import os
@@ -9,36 +9,38 @@ from typing import Any
 
 import typer
 
-from blockft.cli import pipeline  # isort: skip  (--help lists verbs in the order in which they are defined)
-from blockft.cli import answers, bench, cache, options
+from blockft.cli import bench, cache, commands
 from blockft.errors import UserError
 
-__all__ = ["answers", "bench", "cache", "main", "options", "pipeline"]
+__all__ = ["bench", "cache", "commands", "main"]
 
-options.app.add_typer(options.bench, name="bench")
-options.app.add_typer(options.cache, name="cache")
+commands.app.add_typer(cache.app, name="cache")
+commands.app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 our mistake, 2 the user's, 130 interrupted."""
+    """Run the command line.
+
+    Exit codes: 0 success, 1 internal error, 2 user error, 130 interrupted.
+    """
     code = 1
 
     def end_worker() -> None:
-        # a thread of Gloo that lets go of a tensor while Python shuts down aborts it, after its work is done
+        # a Gloo thread that frees a tensor while Python shuts down aborts the process after its work is done
         if "RANK" in os.environ:
             for stream in (sys.stdout, sys.stderr):
-                # None where there is no such stream
+                # a process without this stream has None here
                 with suppress(OSError, ValueError, AttributeError):
                     stream.flush()
             os._exit(code)
 
-    atexit.register(end_worker)  # the first to be registered is the last to be called
-    # the deepspeed launcher puts --local_rank=N first unless it is told not to
-    given = [word for word in sys.argv[1:] if not word.startswith(("--local_rank=", "--local-rank="))]
-    if "RANK" not in os.environ:  # a worker of a launcher ends at once until it has something to save
+    atexit.register(end_worker)  # exit handlers run in reverse order, so this one runs last
+    # the deepspeed launcher passes --local_rank=N first, unless it is told not to
+    arguments = [word for word in sys.argv[1:] if not word.startswith(("--local_rank=", "--local-rank="))]
+    if "RANK" not in os.environ:  # a rank ends at once on SIGTERM until it has something to save
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        code = options.app(given or ["--help"], standalone_mode=False) or 0
+        code = commands.parse_and_run(arguments)
     except _UsageError as error:
         code = _fail(f"{error.format_message()} (see blockft --help)")
     except UserError as error:
@@ -51,11 +53,12 @@ def main() -> None:
     sys.exit(code)
 
 
-def _fail(sentence: str) -> int:
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # once on every host, for each may have a mistake of its own
-        print("blockft:", " ".join(sentence.split()), file=sys.stderr)
+def _fail(message: str) -> int:
+    """Print an error as one line, once on every host, because each host may have its own mistake."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print("blockft:", " ".join(message.split()), file=sys.stderr)
     return 2
 
 
 _UsageError: Any = typer.BadParameter.__base__
-"""What typer raises for unknown commands and options; it has no public name of its own."""
+"""What typer raises for unknown commands and options; typer does not export the class."""

@@ -1,50 +1,79 @@
-"""`blockft bench`: what is measured side by side."""
+"""`blockft bench`: commands that measure speed and agreement."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from blockft.cli.options import Overrides, RecipeName, bench
+from blockft.cli.options import MaxNewTokens, ModelName, Overrides, Png, RecipeName
 
-Out = Annotated[Path | None, typer.Option(help="Write the figures as JSON into this file, or replace it.")]
+app = typer.Typer(help="Measure speed and agreement.", rich_markup_mode=None)
+
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", metavar="FILE", help="Write the figures as JSON into this file, which is replaced."
+    ),
+]
+RowLen = Annotated[int, typer.Option(min=1, help="Tokens of a packed row.")]
 
 
-@bench.command("attention")
+@app.command("attention")
 def bench_attention(
-    row_len: Annotated[int, typer.Option(help="Tokens in a row.")] = 4096,
-    num_layouts: Annotated[int, typer.Option(help="Random layouts per type.")] = 4,
+    row_len: RowLen = 4096,
+    num_layouts: Annotated[int, typer.Option(help="Random layouts for each type.")] = 4,
     out: Out = None,
 ) -> None:
-    """Compare flex with the dense oracle on a GPU."""
+    """Compare flex attention with the reference on a GPU.
+
+    \b
+    Example:
+      blockft bench attention --row-len 8192 --out flex.json
+    """
     from blockft.bench.attention import bench_attention
 
     bench_attention(row_len=row_len, num_layouts=num_layouts, out=out)
 
 
-@bench.command("ttft")
+@app.command("ttft")
 def bench_ttft(
     target: Annotated[
         str,
-        typer.Argument(metavar="MODEL_OR_SHAPE", help="A model, or a shape with random weights: llama-3-8b."),
+        typer.Argument(
+            metavar="MODEL_OR_SHAPE", help="A model, or a shape with random weights such as llama-3-8b."
+        ),
     ],
     lengths: Annotated[
         str,
         typer.Option(
-            help="Tokens of the prompts, with the question; 512 to 32768, as far as the model goes."
+            metavar="N,N,...",
+            help="Prompt lengths in tokens, question included. Default: 512 to 32768, if the model can.",
         ),
     ] = "",
     question_len: Annotated[int, typer.Option(min=1, help="Tokens of the question.")] = 50,
     block_len: Annotated[int, typer.Option(min=1, help="Tokens of a block.")] = 512,
-    tiers: Annotated[str, typer.Option(help="Some of device,host,disk,none; on a CPU host,disk,none.")] = "",
-    warmups: Annotated[int, typer.Option(min=0, help="Runs before those that count.")] = 10,
-    runs: Annotated[int, typer.Option(min=1, help="Runs that count.")] = 30,
-    folder: Annotated[Path | None, typer.Option(help="Where to put the disk tier's files.")] = None,
+    tiers: Annotated[
+        str,
+        typer.Option(
+            metavar="TIER,...",
+            help="Tiers that hold the blocks. Default: device,host,disk,none; on a CPU host,disk,none.",
+        ),
+    ] = "",
+    warmups: Annotated[int, typer.Option(min=0, help="Runs before the measured ones.")] = 10,
+    runs: Annotated[int, typer.Option(min=1, help="Measured runs.")] = 30,
+    folder: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Folder for the files of the disk tier.")
+    ] = None,
     compile: Annotated[bool, typer.Option(help="Compile the layers that read cached blocks (GPU).")] = True,
     out: Out = None,
-    png: Annotated[Path | None, typer.Option(help="Draw them into this file, or replace it.")] = None,
+    png: Png = None,
 ) -> None:
-    """Time to the first token: full prefill against blocks cached on the device, the host and the disk."""
+    """Measure time to first token with and without cached blocks.
+
+    \b
+    Example:
+      blockft bench ttft out/model --lengths 2048,8192 --out ttft.json --png ttft.png
+    """
     from blockft.bench.ttft import bench_ttft, parse_lengths, parse_tiers
 
     bench_ttft(
@@ -62,16 +91,21 @@ def bench_ttft(
     )
 
 
-@bench.command("agreement")
+@app.command("agreement")
 def bench_agreement(
-    model: Annotated[str, typer.Argument(help="An export, any model folder, or a Hub id.")],
+    model: ModelName,
     recipe: RecipeName,
     overrides: Overrides = None,
-    num_prompts: Annotated[int, typer.Option(min=1, help="Questions of the recipe that are asked.")] = 100,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 24,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Questions of the recipe to ask.")] = 100,
+    max_new_tokens: MaxNewTokens = 24,
     out: Out = None,
 ) -> None:
-    """Greedy answers over cached blocks against those of the masked forward."""
+    """Compare answers over cached blocks with the reference.
+
+    \b
+    Example:
+      blockft bench agreement out/model recipe.yaml --num-prompts 50
+    """
     from blockft.config.recipe import load_recipe
     from blockft.stages.bench import bench_agreement
 
@@ -79,31 +113,45 @@ def bench_agreement(
     bench_agreement(model, settings, num_prompts=num_prompts, max_new_tokens=max_new_tokens, out=out)
 
 
-@bench.command("prepare")
+@app.command("prepare")
 def bench_prepare(recipe: RecipeName, overrides: Overrides = None, out: Out = None) -> None:
-    """Examples per second of prepare, by one process and by one per core; the data are thrown away."""
+    """Measure examples per second of `prepare`.
+
+    Uses one process, then one per core. The prepared data are deleted.
+
+    \b
+    Example:
+      blockft bench prepare recipe.yaml
+    """
     from blockft.config.recipe import load_recipe
     from blockft.stages.bench import bench_prepare
 
     bench_prepare(load_recipe(recipe, overrides or ()), out=out)
 
 
-@bench.command("train")
+@app.command("train")
 def bench_train(
     target: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL_OR_SHAPE", help="A model, or a shape with random weights: llama-3.2-1b."
+            metavar="MODEL_OR_SHAPE", help="A model, or a shape with random weights such as llama-3.2-1b."
         ),
     ],
-    row_len: Annotated[int, typer.Option(min=1, help="Tokens of a packed row.")] = 16384,
+    row_len: RowLen = 16384,
     sample_len: Annotated[int, typer.Option(min=1, help="Tokens of a sample.")] = 1600,
-    num_documents: Annotated[int, typer.Option(min=1, help="Documents of a sample, a block each.")] = 10,
-    warmups: Annotated[int, typer.Option(min=0, help="Steps before those that count.")] = 3,
-    runs: Annotated[int, typer.Option(min=1, help="Steps that count.")] = 10,
+    num_documents: Annotated[int, typer.Option(min=1, help="Documents of a sample, one block each.")] = 10,
+    warmups: Annotated[int, typer.Option(min=0, help="Steps before the measured ones.")] = 3,
+    runs: Annotated[int, typer.Option(min=1, help="Measured steps.")] = 10,
     out: Out = None,
 ) -> None:
-    """Tokens per second of training: packed rows against one sample at a time under a dense mask."""
+    """Measure training tokens per second, packed and unpacked.
+
+    Compares packed rows with one sample at a time under a dense mask.
+
+    \b
+    Example:
+      blockft bench train llama-3.2-1b --row-len 8192
+    """
     from blockft.bench.train import bench_train
 
     bench_train(

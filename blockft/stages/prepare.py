@@ -28,11 +28,16 @@ from blockft.data.sources import RecordCounts
 from blockft.data.split import SPLIT_FORMATS, split_sample
 from blockft.data.statistics import ExampleStatistics, SourceStatistics, histogram
 from blockft.data.tokenizer import tokenizer_fingerprint
-from blockft.errors import UserError
+from blockft.errors import UserError, warn
 from blockft.model.load import load_tokenizer
 from blockft.outputs import atomic_folder, check_absent
 from blockft.progress import is_enabled
-from blockft.stages.source_settings import check_effect, check_wording, read_source
+from blockft.stages.source_settings import (
+    check_copies,
+    check_wording,
+    read_source,
+    settings_without_effect,
+)
 
 TASK_SAMPLES = 64
 """Samples that a worker encodes at a time."""
@@ -60,7 +65,9 @@ def prepare(recipe: Recipe, *, overwrite: bool = False) -> Path:
     data, out = recipe.data, Path(recipe.data.output_dir)
     _check_output(out, overwrite)
     check_wording(data.prompt)
-    check_effect(data)
+    check_copies(data)
+    for warning in settings_without_effect(data):
+        warn(warning)
     # workers are forked, which the threads of the tokenizer would not survive
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     counts = [SourceStatistics() for _ in data.sources]

@@ -1,70 +1,104 @@
-"""What the settings say about questions: the wording of their prompts, and where they come from."""
+"""Settings of sources and prompts: check them, and read the samples of a source by them."""
 
 from collections.abc import Iterator
 
 from blockft.config.choices import BadRecordPolicy, Order, Retriever
-from blockft.config.settings import DataSettings, PromptSettings, Source
+from blockft.config.settings import DataSettings, PromptSettings, Source, SplittingSettings
 from blockft.data.rag_prompt import RagPrompt
 from blockft.data.sample import Sample
 from blockft.data.sources import SOURCE_FORMATS, RecordCounts, read_samples
+from blockft.data.split import SPLIT_FORMATS
 from blockft.errors import UserError
 
 
 def check_wording(prompt: PromptSettings) -> None:
-    """Refuse a wording to train on that would not make the same block of a document everywhere.
+    """Refuse a wording with which the same document would not always become the same block.
 
-    A model that was trained on such a wording is still asked in it, as long as its chat template keeps it.
+    Only `prepare` checks this: a model that was trained on such a wording can still be asked in it, if its
+    chat template keeps it.
 
     Raises:
-        UserError: no text stands before the documents, or something after the last one.
+        UserError: no text stands before the documents, or a document ends in white space.
     """
     if not prompt.instruction.strip():
         raise UserError(
-            "data.prompt.instruction is blank: without a text before it the first document would start the "
-            "message, and a chat template that trims would make another block of it; write an instruction"
+            "data.prompt.instruction is blank: the first document would start the message, and a chat "
+            "template that strips messages would change its block; write an instruction"
         )
     if prompt.document != prompt.document.rstrip():
         raise UserError(
             f"data.prompt.document ends in {prompt.document[len(prompt.document.rstrip()) :]!r}: a chat "
-            "template that trims would make another block of the last document; write it before the document"
+            "template that strips messages would change the block of the last document; write the white "
+            "space before the document"
         )
 
 
-def check_effect(data: DataSettings) -> None:
-    """Refuse settings that would change nothing in any source.
+def check_copies(data: DataSettings) -> None:
+    """Refuse copies that would all be the same.
 
     Raises:
-        UserError: a number of documents where no prompt is worded; copies in which nothing is drawn by lot.
+        UserError: `data.num_copies` is above 1, and nothing in the prompts of any source is random.
     """
-    if data.num_documents is not None and not any(
-        SOURCE_FORMATS[s.format].parse_question for s in data.sources
-    ):
+    if data.num_copies > 1 and not any(_is_random(source, data) for source in data.sources):
         raise UserError(
-            f"data.num_documents is {data.num_documents}, and all sources have their documents in place: "
-            "leave it out (data.too_long=trim shortens those longer than a row)"
-        )
-    if data.num_copies > 1 and not any(_draws_lots(source, data) for source in data.sources):
-        raise UserError(
-            f"data.num_copies is {data.num_copies}, and all would be the same, for no source has documents "
-            "that are drawn or put into order by lot: set data.order=shuffled, or train longer with "
+            f"data.num_copies is {data.num_copies}, and all copies would be the same, because no source has "
+            "documents that are drawn or ordered at random: set data.order=shuffled, or train longer with "
             "train.num_train_epochs"
         )
 
 
-def _draws_lots(source: Source, data: DataSettings) -> bool:
-    """Whether the seed has a say in which documents stand in the prompts of a source, or where."""
+def settings_without_effect(data: DataSettings) -> list[str]:
+    """Return one sentence for every changed setting that does nothing with the sources at hand."""
+    has_questions = any(SOURCE_FORMATS[source.format].parse_question for source in data.sources)
+    splits = any(source.format in SPLIT_FORMATS for source in data.sources)
+    searches = any(source.retriever is Retriever.dense for source in data.sources)
+    found = []
+    for key in _changed_settings(data):
+        section, _, name = key.rpartition(".")
+        if section == "data.prompt" or key in ("data.num_documents", "data.order"):
+            has_effect, reason = has_questions, "all of them have their documents in place"
+        elif section == "data.splitting":
+            has_effect, reason = splits, "none of them has chats or instructions to split"
+        elif name == "dense_model":
+            has_effect, reason = searches, "none of them has retriever: dense"
+        elif name == "max_questions_per_context":
+            has_effect, reason = data.shared_context, "data.shared_context is false"
+        else:
+            continue
+        if not has_effect:
+            found.append(f"{key} has no effect on data.sources: {reason}")
+    return found
+
+
+def _changed_settings(data: DataSettings) -> list[str]:
+    """Return the settings of `data`, `data.prompt` and `data.splitting` that differ from their defaults."""
+    sections = {
+        "data": (data, DataSettings.model_fields),
+        "data.prompt": (data.prompt, PromptSettings.model_fields),
+        "data.splitting": (data.splitting, SplittingSettings.model_fields),
+    }
+    return [
+        f"{section}.{name}"
+        for section, (settings, fields) in sections.items()
+        for name, field in fields.items()
+        if not field.is_required() and getattr(settings, name) != field.get_default(call_default_factory=True)
+    ]
+
+
+def _is_random(source: Source, data: DataSettings) -> bool:
+    """Return whether the seed influences which documents a prompt of the source has, or their order."""
     if not SOURCE_FORMATS[source.format].parse_question:
         return False
-    is_ordered_so = data.order is Order.shuffled or data.shared_context and data.order is not Order.given
-    # a search ranks what lots would choose from; sets of documents to share are begun by lot all the same
-    is_chosen_so = data.num_documents is not None and (
+    has_random_order = data.order is Order.shuffled or data.shared_context and data.order is not Order.given
+    # a search replaces the random choice of distractors; but sets of shared documents start at random
+    has_random_choice = data.num_documents is not None and (
         source.retriever is Retriever.none or data.shared_context
     )
-    return is_ordered_so or is_chosen_so
+    return has_random_order or has_random_choice
 
 
 def rag_prompt(data: DataSettings) -> RagPrompt:
-    """How prompts are worded and which documents stand where.
+    """Return the wording of prompts and the order of their documents.
 
     Raises:
         UserError: a template is faulty.
@@ -82,21 +116,19 @@ def rag_prompt(data: DataSettings) -> RagPrompt:
     )
 
 
-def read_source(source: Source, data: DataSettings, tally: RecordCounts) -> Iterator[Sample]:
-    """The samples of a source, lazily, in the wording of `data.prompt`; see `sources.read`.
+def read_source(source: Source, data: DataSettings, counts: RecordCounts) -> Iterator[Sample]:
+    """Yield the samples of a source in the wording of `data.prompt`; see `blockft.data.sources.read_samples`.
+
+    counts: records read, dropped and bad are added here.
 
     Raises:
-        UserError: nothing is there, settings do not go together, or, later, a record is bad.
+        UserError: the source does not exist, or settings contradict each other; during iteration: a record is
+            bad.
     """
-    if data.max_questions_per_context and not data.shared_context:
-        raise UserError(
-            f"data.max_questions_per_context is {data.max_questions_per_context}, and no context is shared: "
-            "set data.shared_context=true, or leave it out"
-        )
     return read_samples(
         source.format,
         source.path,
-        tally,
+        counts,
         prompt=rag_prompt(data),
         split=source.split,
         name=source.name,

@@ -496,6 +496,11 @@ def _start_run_folder(run: Path, recipe: Recipe, plan: RunPlan, checkpoint: Path
         write_atomic(run / METRICS, "")
 
 
+def last_checkpoint(run: Path) -> Path | None:
+    """Return the last complete checkpoint of a run, or None if it has none."""
+    return next(reversed(complete_checkpoints(run)), None)
+
+
 # --- the dry run
 
 

@@ -110,14 +110,47 @@ def test_copies_are_those_of_other_seeds_where_records_have_no_ids(make_recipe: 
     ("options", "said"),
     [
         # samples come worded, whatever the order
-        ({"num_copies": 2, "order": Order.shuffled}, "all would be the same"),
-        ({"num_documents": 2}, "documents in place"),
-        ({"max_questions_per_context": 2}, "set data.shared_context=true"),
+        ({"num_copies": 2, "order": Order.shuffled}, "all copies would be the same"),
     ],
 )
-def test_options_that_would_do_nothing(make_recipe: Make, options: dict[str, Any], said: str) -> None:
+def test_copies_that_would_be_the_same_are_refused(
+    make_recipe: Make, options: dict[str, Any], said: str
+) -> None:
     with pytest.raises(UserError, match=said):
         prepare(make_recipe(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "reason"),
+    [
+        ({"num_documents": 2}, "data.num_documents", "documents in place"),
+        ({"order": Order.given}, "data.order", "documents in place"),
+        ({"prompt": PromptSettings(question="{question}")}, "data.prompt.question", "documents in place"),
+        ({"max_questions_per_context": 2}, "data.max_questions_per_context", "shared_context is false"),
+        ({"splitting": SplittingSettings(max_blocks=2)}, "data.splitting.max_blocks", "chats"),
+        ({"dense_model": "other/model"}, "data.dense_model", "retriever: dense"),
+    ],
+)
+def test_a_setting_without_effect_is_a_warning(
+    make_recipe: Make, capsys: pytest.CaptureFixture[str], options: dict[str, Any], key: str, reason: str
+) -> None:
+    expected = files(prepare(make_recipe()))
+    capsys.readouterr()
+    out = prepare(make_recipe(**options), overwrite=True)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert line.startswith(f"blockft: warning: {key} has no effect on data.sources: ") and reason in line
+    assert {name: data for name, data in files(out).items() if name != "manifest.json"} == {
+        name: data for name, data in expected.items() if name != "manifest.json"
+    }
+
+
+def test_settings_that_have_an_effect_give_no_warning(
+    make_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {"num_documents": 2, "order": Order.shuffled, "shared_context": True}
+    sources = [squad_source(tmp_path, "A")]
+    prepare(make_recipe(**options, max_questions_per_context=2, sources=sources))
+    assert "warning" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -142,7 +175,7 @@ def test_copies_are_taken_where_lots_are_drawn(
     if varies:
         assert samples_of(prepare(recipe, overwrite=True)) == one + other
     else:
-        with pytest.raises(UserError, match="all would be the same"):
+        with pytest.raises(UserError, match="all copies would be the same"):
             prepare(recipe, overwrite=True)
 
 

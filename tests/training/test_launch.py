@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from typer import Exit
 
-from blockft.cli import pipeline
+from blockft.cli import commands as cli_commands
 from blockft.config.recipe import RECIPES_FOLDER
 from blockft.errors import UserError
 from blockft.model.checkpoint import MARKER, complete_checkpoints
@@ -155,13 +155,13 @@ def test_more_processes_than_gpus_are_refused_before_any_starts(
     monkeypatch.setattr(launch, "start_workers", start_workers)
     recipe, overrides = str(toy / "recipe.yaml"), [f"train.output_dir={toy}/gpus"]
     with pytest.raises(Exit):  # on a machine without GPUs the ranks use CPUs
-        pipeline.train(recipe, overrides, num_gpus=2)
+        cli_commands.train(recipe, overrides, num_gpus=2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(Exit):
-        pipeline.train(recipe, overrides, num_gpus=2)
+        cli_commands.train(recipe, overrides, num_gpus=2)
     with pytest.raises(UserError, match="--num-gpus is 4, but this process sees 2 GPUs: ask for 2 or fewer"):
-        pipeline.train(recipe, overrides, num_gpus=4)
+        cli_commands.train(recipe, overrides, num_gpus=4)
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match="LOCAL_RANK is 2, but this process sees 2 GPUs: start one process"):
         distributed.init_distributed()

@@ -1,0 +1,424 @@
+"""The top-level commands. Each one imports what it needs when it is called, so that `--help` is fast."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from blockft.cli.next_command import print_next
+from blockft.cli.options import (
+    AsJson,
+    CacheBytes,
+    CacheFolderOption,
+    DeviceBytes,
+    HostBytes,
+    MaxNewTokens,
+    ModelName,
+    Overrides,
+    Png,
+    RecipeName,
+)
+from blockft.config.choices import DType, Format, Metric, Mode
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        from blockft.version import __version__
+
+        print(f"blockft {__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.callback()
+def blockft(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Fine-tune language models for Block-Attention, and measure the result.
+
+    \b
+    The usual order of the commands, with your own recipe.yaml:
+      blockft prepare recipe.yaml
+      blockft train recipe.yaml
+      blockft export out/run out/model
+      blockft eval out/model recipe.yaml
+      blockft generate out/model --input requests.jsonl
+    """
+
+
+@app.command()
+def prepare(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing prepared folder.")
+    ] = False,
+) -> None:
+    """Read the sources, split them into blocks and tokenize them.
+
+    Writes the folder data.output_dir with samples, examples and a manifest.
+
+    \b
+    Examples:
+      blockft prepare hotpotqa
+      blockft prepare recipe.yaml data.row_len=8192 data.sources.0.max_samples=1000
+    """
+    from blockft.config.recipe import load_recipe
+    from blockft.stages.prepare import prepare, print_summary
+
+    settings = load_recipe(recipe, overrides or ())
+    out = prepare(settings, overwrite=overwrite)
+    print_summary(settings)
+    print_next(f"prepared data: {out}", ["train", recipe, *(overrides or ())])
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A folder that `blockft prepare` wrote.")],
+    index: Annotated[int, typer.Option(help="Number of the example, from 0.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the example as JSON.")] = False,
+    png: Png = None,
+) -> None:
+    """Show a prepared example, its mask, and statistics of the data.
+
+    \b
+    Examples:
+      blockft inspect out/data
+      blockft inspect out/data --index 7 --png mask.png
+    """
+    from blockft.stages.inspect import inspect
+
+    inspect(folder, index=index, as_json=as_json, png=png)
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    num_gpus: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes on this machine: one per GPU, or CPU processes. Default: 1."),
+    ] = None,
+    hostfile: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Start on the hosts of this file by pdsh; its lines: NAME slots=N."
+        ),
+    ] = None,
+    master_addr: Annotated[
+        str | None, typer.Option(help="Address of the first host. Default: its name in the hostfile.")
+    ] = None,
+    master_port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Port of the first host that all processes use. Default: 29500."),
+    ] = None,
+    ssh_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port of the ssh servers of the hosts.")
+    ] = None,
+    no_ssh: Annotated[
+        bool, typer.Option("--no-ssh", help="Start only this host; run the command on each host by hand.")
+    ] = False,
+    node_rank: Annotated[
+        int | None, typer.Option(help="With --no-ssh: place of this host in the hostfile, from 0.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the last complete checkpoint of the run.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print rows, steps and a memory estimate, and exit.")
+    ] = False,
+) -> None:
+    """Fine-tune a model on prepared data under DeepSpeed.
+
+    Writes checkpoints, metrics.jsonl and the resolved recipe to train.output_dir. Ctrl-C and SIGTERM save a
+    checkpoint and stop. A launcher that sets RANK (deepspeed, torchrun, srun) starts the same command.
+
+    \b
+    Examples:
+      blockft train recipe.yaml --dry-run
+      blockft train recipe.yaml --num-gpus 8
+      blockft train recipe.yaml --num-gpus 8 --resume
+      blockft train recipe.yaml train.learning_rate=1e-5 train.output_dir=out/run2
+    """
+    from blockft.config.recipe import load_recipe
+    from blockft.training.hosts import resolve_hosts
+
+    settings = load_recipe(recipe, overrides or ())  # before the slow imports: it finds most mistakes
+    hosts = resolve_hosts(
+        hostfile,
+        num_gpus=num_gpus,
+        no_ssh=no_ssh,
+        node_rank=node_rank,
+        master_addr=master_addr,
+        master_port=master_port,
+        ssh_port=ssh_port,
+    )
+    num_processes = hosts.num_processes if hosts else num_gpus or 1
+
+    from blockft.stages import train as stage
+    from blockft.training.distributed import is_worker
+    from blockft.training.launch import check_num_gpus, start_workers
+
+    if dry_run:
+        stage.print_dry_run(settings, num_processes, resume=resume)
+    elif hosts or (num_processes > 1 and not is_worker()):
+        if not hosts:
+            check_num_gpus(num_processes)
+        stage.check_run(settings, resume=resume, num_processes=num_processes)
+        arguments = ["train", recipe, *(overrides or ()), *(["--resume"] if resume else [])]
+        # the first rank prints the next command
+        raise typer.Exit(start_workers(arguments, num_gpus=num_processes, hosts=hosts))
+    else:
+        try:
+            run = stage.train(settings, resume=resume, name=Path(recipe).stem)
+        except KeyboardInterrupt:
+            _print_resume(Path(settings.train.output_dir), ["train", recipe, *(overrides or ()), "--resume"])
+            raise
+        print_next(f"run: {run}", ["export", run, run.with_name("model")])
+
+
+def _print_resume(run: Path, command: list[str]) -> None:
+    """Print which checkpoint an interrupted run has and how to resume."""
+    from blockft.stages.train import last_checkpoint
+
+    if checkpoint := last_checkpoint(run):
+        result = f"interrupted; last complete checkpoint: {checkpoint}"
+    elif run.is_dir():
+        result = f"interrupted; {run} has no complete checkpoint"
+    else:
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # options of the launcher are known to the process that started this one
+        print_next(f"{result}\nnext: the same command with --resume")
+    else:
+        print_next(result, command)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(metavar="RUN_OR_CHECKPOINT", help="The folder of a run, or one checkpoint of it."),
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    dtype: Annotated[
+        DType, typer.Option(help="Type of the saved weights; auto is the type of the run.")
+    ] = DType.auto,
+    best: Annotated[
+        bool,
+        typer.Option("--best", help="Export the checkpoint with the lowest held-out loss, not the last one."),
+    ] = False,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="Write the adapter of a LoRA run without merging it.")
+    ] = False,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Largest size of one file of weights.")
+    ] = "5GB",
+) -> None:
+    """Write a run as an ordinary Hugging Face checkpoint.
+
+    Loads the written folder with plain transformers and compares its logits with those of the run. The folder
+    appears only if they agree.
+
+    \b
+    Examples:
+      blockft export out/run out/model
+      blockft export out/run/checkpoint-500 out/model-500 --dtype bfloat16
+      blockft export out/lora-run out/adapter --adapter-only
+    """
+    from blockft.run_folder import RECIPE
+    from blockft.stages.export import export
+
+    export(checkpoint, out, dtype.value, best=best, adapter_only=adapter_only, max_shard_size=max_shard_size)
+    recipe = next((f / RECIPE for f in (checkpoint, checkpoint.parent) if (f / RECIPE).is_file()), None)
+    generate = ["generate", out, "--input", "requests.jsonl"]
+    print_next(f"model: {out}", *([["eval", out, recipe]] if recipe else []), generate)
+
+
+@app.command()
+def generate(
+    model: ModelName,
+    source: Annotated[
+        str, typer.Option("--input", metavar="FILE", help="JSON lines with requests; - reads standard input.")
+    ],
+    mode: Annotated[Mode, typer.Option(help="Attention mode; full reuses no blocks.")] = Mode.block,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0,
+    top_p: Annotated[
+        float,
+        typer.Option(help="Sample from the most likely tokens of this total probability."),
+    ] = 1,
+    seed: Annotated[
+        int, typer.Option(help="Sampling seed; prompt i uses seed + i. Ignored at temperature 0.")
+    ] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End an answer before this text; can be repeated.")
+    ] = None,
+    trim: Annotated[
+        bool,
+        typer.Option("--trim", help="Drop the least relevant documents of a prompt that is too long."),
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered together.")] = 1,
+    stream: Annotated[bool, typer.Option("--stream", help="Print text while it is generated.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON lines: answer, reused blocks, times.")
+    ] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the layers (GPU): slower start, faster tokens.")
+    ] = False,
+    cache: CacheFolderOption = None,
+    cache_bytes: CacheBytes = None,
+    host_bytes: HostBytes = None,
+    device_bytes: DeviceBytes = None,
+) -> None:
+    """Answer requests over cached blocks, one JSON object a line.
+
+    \b
+    A request has one of three forms:
+      {"documents": [{"title": "...", "text": "..."}], "question": "..."}
+      {"messages": [{"role": "user", "content": "..."}]}
+      {"blocks": ["...", "..."]}    text that already contains the chat template
+
+    \b
+    Examples:
+      blockft generate out/model --input requests.jsonl
+      blockft generate out/model --input requests.jsonl --cache out/cache --json
+    """
+    from blockft.stages.generate import CacheArguments, generate
+
+    generate(
+        model,
+        source,
+        mode=mode.value,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop=stop or (),
+        trim=trim,
+        batch_size=batch_size,
+        stream=stream,
+        as_json=as_json,
+        compile=compile,
+        cache=CacheArguments(folder=cache, disk=cache_bytes, host=host_bytes, device=device_bytes),
+    )
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelName,
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE_OR_DATA",
+            help="A recipe with an eval section, or questions: a file, a glob, a folder or a Hub dataset.",
+        ),
+    ],
+    overrides: Overrides = None,
+    modes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="<block|full|block,full>", help="Attention modes. Default: those of the recipe."
+        ),
+    ] = None,
+    format: Annotated[
+        Format | None, typer.Option(help="RECIPE_OR_DATA is data of this format. Default: samples.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report instead of a table.")] = False,
+) -> None:
+    """Answer held-out questions in both modes and score the answers.
+
+    Writes a report, the predictions and a plot to eval.output_dir. The same command resumes an interrupted
+    evaluation.
+
+    \b
+    Examples:
+      blockft eval out/model recipe.yaml
+      blockft eval out/model hotpotqa eval.max_samples=100 --modes block
+      blockft eval out/model questions.jsonl --format musique
+    """
+    from blockft.config.recipe import is_recipe, load_recipe
+
+    changes = [*(overrides or ()), *([f"eval.modes=[{modes}]"] if modes is not None else [])]
+    if format is None and is_recipe(target):
+        settings = load_recipe(target, changes)  # before the slow imports: it finds most mistakes
+    else:
+        from blockft.stages.evaluate import evaluation_recipe
+
+        settings = evaluation_recipe(model, target, overrides=changes, format=format and format.value)
+
+    from blockft.stages.evaluate import evaluate, print_report
+
+    print_report(evaluate(model, settings), as_json=as_json)
+    assert settings.eval
+    out = settings.eval.output_dir
+    print_next(f"report: {out}", ["compare", out, "OTHER_REPORT"])
+
+
+@app.command()
+def compare(
+    reports: Annotated[
+        list[Path], typer.Argument(metavar="REPORT...", help="Folders of reports, or report.json files.")
+    ],
+    metric: Annotated[Metric, typer.Option(help="The score to compare.")] = Metric.substring_match,
+    as_json: AsJson = False,
+    png: Png = None,
+) -> None:
+    """Compare reports of `blockft eval` side by side.
+
+    \b
+    Examples:
+      blockft compare out/eval out/other/eval
+      blockft compare out/eval out/other/eval --metric token_f1 --png scores.png
+    """
+    from blockft.stages.compare import compare, print_comparison
+
+    print_comparison(compare(reports, metric=metric.value, png=png), as_json=as_json)
+
+
+@app.command()
+def recipes() -> None:
+    """List the shipped recipes."""
+    from blockft.stages.recipes import recipes
+
+    recipes()
+
+
+@app.command()
+def config(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="[RECIPE]", help="A recipe to print with all its settings. Default: none."),
+    ] = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a recipe.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the reference of formats and settings as Markdown.")
+    ] = False,
+) -> None:
+    """List all settings, or print a recipe with all its settings.
+
+    \b
+    Examples:
+      blockft config
+      blockft config hotpotqa train.learning_rate=1e-5
+      blockft config --schema > recipe.schema.json
+    """
+    from blockft.stages.config import print_config
+
+    print_config(recipe, overrides or (), as_json=as_json, schema=schema, markdown=markdown)
+
+
+def parse_and_run(arguments: list[str]) -> int:
+    """Run the command that the arguments name, and return its exit code."""
+    return app(arguments or ["--help"], prog_name="blockft", standalone_mode=False) or 0

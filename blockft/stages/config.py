@@ -1,0 +1,84 @@
+"""`blockft config`: list the settings, print a resolved recipe, or print the JSON Schema."""
+
+import shutil
+import textwrap
+from collections.abc import Iterator, Sequence
+
+from blockft.config.recipe import dump_recipe, load_recipe
+from blockft.config.reference import Section, Setting, json_schema_text, list_sections, settings_json
+from blockft.errors import UserError
+
+MAX_WIDTH = 100
+"""Longest line of the list of settings, in characters."""
+
+
+def print_config(
+    recipe: str | None,
+    overrides: Sequence[str] = (),
+    *,
+    as_json: bool = False,
+    schema: bool = False,
+    markdown: bool = False,
+) -> None:
+    """Print a recipe with all its settings as YAML; without a recipe, print what the settings mean.
+
+    as_json: print JSON instead of YAML or text.
+    schema: print the JSON Schema of a recipe.
+    markdown: print the file `recipes/README.md`.
+
+    Raises:
+        UserError: more than one thing is asked for; see `load_recipe`.
+    """
+    if schema + markdown + (recipe is not None) > 1 or (as_json and (schema or markdown)):
+        raise UserError("blockft config prints one thing: give a RECIPE, --schema or --markdown")
+    if schema:
+        print(json_schema_text(), end="")
+    elif markdown:
+        from blockft.config.readme import recipes_readme
+
+        print(recipes_readme(), end="")
+    elif recipe is not None:
+        resolved = load_recipe(recipe, overrides)
+        print(resolved.model_dump_json(indent=2) if as_json else dump_recipe(resolved).rstrip("\n"))
+    elif as_json:
+        print(settings_json())
+    else:
+        width = min(shutil.get_terminal_size().columns, MAX_WIDTH)
+        print("\n".join(_lines(width)))
+
+
+def _lines(width: int) -> Iterator[str]:
+    """Yield the list of settings, section by section, as lines of at most `width` characters."""
+    for section in list_sections():
+        if section.names == ("",):
+            continue
+        yield from _heading(section, width)
+        for setting in section.settings:
+            if setting.type != "section":
+                yield from _entry(setting, width)
+        yield ""
+    yield from textwrap.wrap(
+        "Change a setting in a recipe, or on the command line: blockft train RECIPE "
+        "train.learning_rate=1e-5 data.sources.0.path=my.jsonl",
+        width,
+    )
+
+
+def _heading(section: Section, width: int) -> Iterator[str]:
+    title = " and ".join(section.names)
+    yield title
+    yield "=" * len(title)
+    yield from textwrap.wrap(section.description, width)
+    yield ""
+
+
+def _entry(setting: Setting, width: int) -> Iterator[str]:
+    """Yield the lines of one setting: name, type, default and allowed values; then its meaning, indented."""
+    default = setting.default if setting.default == "required" else f"default {setting.default}"
+    first = f"{setting.key}: {setting.type}, {default}"
+    if setting.allowed:
+        first += f" ({setting.allowed})"
+    yield from textwrap.wrap(first, width, subsequent_indent="        ", break_long_words=False)
+    yield from textwrap.wrap(
+        setting.description, width, initial_indent="    ", subsequent_indent="    ", break_long_words=False
+    )
