@@ -1,4 +1,7 @@
-"""A row's examples to the tensors of a micro-batch. Shapes: T tokens of the row, N predicted tokens."""
+"""Collator: turn the examples of a row into the tensors of a micro-batch.
+
+Shapes: T tokens of the row, N labels of the row after padding.
+"""
 
 from collections.abc import Sequence
 
@@ -9,7 +12,7 @@ from blockft.attention.layout import build_metadata
 from blockft.data.encoder import IGNORE_INDEX, Example
 
 LABEL_MULTIPLE = 256
-"""N is a multiple of this, or compiled code would meet a new shape at each step."""
+"""N is a multiple of this, so that compiled code does not see a new shape at each step."""
 
 
 def collate_row(
@@ -20,19 +23,24 @@ def collate_row(
     reencoded: bool = True,
     with_full: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """A micro-batch of one row: the examples, each in its view, one after the other; see `build_metadata`.
+    """Build a micro-batch of one row from (example, mode) pairs, one after the other.
 
-    input_ids         (1, T)  and `position_ids`, `example_ids`, `block_ids`, `is_final`, all (1, T)
-    labels            (1, T)  `IGNORE_INDEX` where nothing is predicted; for counting
-    logits_to_keep    (N,)    the positions whose next token is a label
-    shift_labels      (N,)    those labels
+    ::
 
-    Padded entries of the last two are position 0 and `IGNORE_INDEX`. A row without examples is all padding.
+        input_ids         (1, T)  token ids, `pad_id` after the last example
+        position_ids, example_ids, block_ids, is_final
+                          (1, T)  see `AttentionMetadata`
+        labels            (1, T)  `IGNORE_INDEX` where no token is predicted; for counting
+        logits_to_keep    (N,)    the positions whose next token is a label, padded with 0
+        shift_labels      (N,)    the label of each of these positions, padded with `IGNORE_INDEX`
 
-    `with_full` puts beside that where the tokens stand if all examples are in their full view:
+    `with_full` adds the metadata of the same row with all examples in full mode::
 
-    full_position_ids (1, T)  and `full_block_ids`, `full_is_final`
-    is_block_mode     (N,)    whether a label's example is here in another view than that
+        full_position_ids, full_block_ids, full_is_final
+                          (1, T)
+        is_block_mode     (N,)    whether the example of a label is in block mode and has local blocks
+
+    A row without examples consists of padding. `reencoded` is an option of `build_metadata`.
 
     Raises:
         ValueError: the examples are longer than a row.
@@ -49,7 +57,7 @@ def collate_row(
     labelled = np.flatnonzero(labels_T != IGNORE_INDEX)
     block_ids_T = metadata.block_ids[0].numpy()
     assert (labelled > 0).all() and (block_ids_T[labelled - 1] == block_ids_T[labelled]).all(), (
-        "a response starts a block"
+        "the first token of a block is a label"
     )
     padding = -len(labelled) % LABEL_MULTIPLE if len(labelled) else LABEL_MULTIPLE
     row = {
@@ -66,12 +74,12 @@ def collate_row(
     }
     if with_full:
         full = build_metadata([example.layout.full() for example, _ in examples], row_len)
-        is_other = [mode != "full" and example.has_local_blocks for example, mode in examples]
-        of_labels = np.array(is_other, bool)[metadata.example_ids[0].numpy()[labelled]]
+        example_is_block_mode = [mode != "full" and example.has_local_blocks for example, mode in examples]
+        is_block_mode = np.array(example_is_block_mode, bool)[metadata.example_ids[0].numpy()[labelled]]
         row |= {
             "full_position_ids": full.position_ids,
             "full_block_ids": full.block_ids,
             "full_is_final": full.is_final,
-            "is_block_mode": torch.from_numpy(np.pad(of_labels, (0, padding))),
+            "is_block_mode": torch.from_numpy(np.pad(is_block_mode, (0, padding))),
         }
     return row

@@ -1,4 +1,4 @@
-"""Work on a stream in several processes: results in order, memory bounded, the same whatever their number."""
+"""Parallel map: apply a function to a stream of tasks in several processes, in order and bounded memory."""
 
 import multiprocessing
 import os
@@ -16,9 +16,10 @@ _work: Callable[[Any], Any]
 
 
 def map_in_order(work: Callable[[A], B], tasks: Iterable[A], num_workers: int) -> Iterator[B]:
-    """`map(work, tasks)` in `num_workers` processes (0 is one per core), a few tasks ahead of what is taken.
+    """Yield `map(work, tasks)`, computed in `num_workers` processes; 0 is one process per core.
 
-    A single task or worker runs in this process. Results have to survive pickling; `work` need not.
+    At most `2 * num_workers` tasks are computed before their results are taken. A single task, or a single
+    worker, runs in this process. Results must be picklable; `work` need not be.
     """
     num_workers = num_workers or len(os.sched_getaffinity(0))
     tasks = iter(tasks)
@@ -27,7 +28,7 @@ def map_in_order(work: Callable[[A], B], tasks: Iterable[A], num_workers: int) -
     if num_workers == 1 or len(first) < 2:
         yield from map(work, tasks)
         return
-    # forked workers inherit `work`, tokenizer and all, instead of loading it again
+    # forked workers inherit `work` with its tokenizer, instead of loading it again
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(num_workers, fork, _start, (work,)) as pool:
         pending: deque[Future[B]] = deque(pool.submit(_run, task) for task in islice(tasks, 2 * num_workers))
@@ -43,7 +44,7 @@ def map_in_order(work: Callable[[A], B], tasks: Iterable[A], num_workers: int) -
 def _start(work: Callable[[Any], Any]) -> None:
     global _work
     _work = work
-    # an interrupt reaches the whole group; the parent alone answers it
+    # Ctrl-C reaches all processes of the group; only the parent handles it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

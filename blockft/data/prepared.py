@@ -1,8 +1,10 @@
-"""The folder that `prepare` writes: samples as text, examples as Arrow, and the manifest last.
+"""Prepared data: write and read the folder of `prepare`.
+
+::
 
     samples-00000.jsonl ...    50,000 samples each
     examples/examples.arrow    one row per example
-    manifest.json              what is in it and how it came about; without it the folder is unfinished
+    manifest.json              content and options; written last, so a folder without it is incomplete
 
 The same samples and examples give the same bytes.
 """
@@ -27,7 +29,10 @@ MANIFEST = "manifest.json"
 EXAMPLES = "examples/examples.arrow"
 
 SHARD_SAMPLES = 50_000
+"""Number of samples in a file."""
+
 BATCH_EXAMPLES = 1_000
+"""Number of examples in an Arrow record batch."""
 
 _SCHEMA = pa.schema(
     {
@@ -41,7 +46,7 @@ _SCHEMA = pa.schema(
 
 
 class Examples(Sequence[Example], Dataset[Example]):
-    """The examples of a prepared folder, mapped into memory."""
+    """The examples of a prepared folder, in a memory-mapped file."""
 
     def __init__(self, path: Path) -> None:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
@@ -73,7 +78,7 @@ class Examples(Sequence[Example], Dataset[Example]):
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A prepared folder, read."""
+    """An open prepared folder."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -84,24 +89,24 @@ def load_prepared(folder: Path) -> PreparedData:
     """Open a prepared folder.
 
     Raises:
-        UserError: there is none, or it is unfinished.
+        UserError: the folder does not exist or is incomplete.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder of prepared examples: write it with blockft prepare RECIPE")
     if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder} is unfinished (it has no {MANIFEST}): run blockft prepare again")
+        raise UserError(f"{folder} is incomplete (it has no {MANIFEST}): run blockft prepare again")
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     return PreparedData(folder, manifest, Examples(folder / EXAMPLES))
 
 
 def is_incomplete(folder: Path) -> bool:
-    """Whether a folder holds nothing but what a `prepare` that was cut short leaves: it may be replaced."""
+    """Return whether a folder holds only files of an interrupted `prepare`, so that it may be replaced."""
     names = {path.name for path in folder.iterdir()}
     return all(name == "examples" or name.startswith("samples-") for name in names)
 
 
 class PreparedWriter:
-    """Writes a folder's samples and examples, in order; `finish` seals it with the manifest."""
+    """Writes the samples and examples of a folder in order. `finish` completes the folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -122,6 +127,7 @@ class PreparedWriter:
             self._shard.close()
 
     def add_sample(self, sample: Sample) -> None:
+        """Append a sample to the current file."""
         if self._num_samples % SHARD_SAMPLES == 0:
             if self._shard:
                 self._shard.close()
@@ -132,26 +138,27 @@ class PreparedWriter:
         self._num_samples += 1
 
     def add_example(self, example: Example) -> None:
+        """Append an example. Examples are written in batches."""
         self._batch.append(example)
         if len(self._batch) == BATCH_EXAMPLES:
             self._flush()
 
-    def finish(self, facts: dict[str, Any]) -> None:
-        """Write the manifest: the facts and the hash of the content."""
+    def finish(self, manifest: dict[str, Any]) -> None:
+        """Close the files, and write the manifest with a hash of their content."""
         self._flush()
         self.__exit__(None, None, None)
         content = [*sorted(self._folder.glob("samples-*.jsonl")), self._folder / EXAMPLES]
-        manifest = facts | {"content_hash": _hash(content)}
+        complete = manifest | {"content_hash": _hash_files(content)}
         (self._folder / MANIFEST).write_text(
-            json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            json.dumps(complete, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
 
     def _flush(self) -> None:
         if self._batch:
             columns = [
-                _lists([example.input_ids for example in self._batch]),
-                _lists([example.labels for example in self._batch]),
-                _lists([np.array(example.block_lengths, np.int32) for example in self._batch]),
+                _list_array([example.input_ids for example in self._batch]),
+                _list_array([example.labels for example in self._batch]),
+                _list_array([np.array(example.block_lengths, np.int32) for example in self._batch]),
                 pa.array([example.num_final for example in self._batch], pa.int32()),
                 pa.array([example.sample_ids for example in self._batch], pa.list_(pa.string())),
             ]
@@ -159,12 +166,12 @@ class PreparedWriter:
             self._batch = []
 
 
-def _lists(arrays: Sequence[np.ndarray[Any, np.dtype[np.int32]]]) -> pa.ListArray:
+def _list_array(arrays: Sequence[np.ndarray[Any, np.dtype[np.int32]]]) -> pa.ListArray:
     offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
     return pa.ListArray.from_arrays(offsets, np.concatenate(arrays))
 
 
-def _hash(files: Sequence[Path]) -> str:
+def _hash_files(files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:

@@ -1,8 +1,8 @@
-"""Prompts of chats and instructions, cut into blocks by their structure (paper, "Block segmentation").
+"""Split the prompts of chats and instructions into blocks by their structure (paper, "Block segmentation").
 
-The turns of a chat are blocks. A message is cut further where its author divided it: at blank lines; if that
-does not split it, also at rules (`---`, `===`); then before indented lines; then at every new line. The first
-kind that splits a message is the last one used: what only weaker separators divide belongs together.
+The turns of a chat are blocks. A message is split further at blank lines. If they do not split it, rules
+(`---`, `===`) are used as well, then indented lines, then every new line. No weaker separators are used than
+needed to split the message: text that only weaker separators divide belongs together.
 """
 
 import re
@@ -15,17 +15,17 @@ import numpy as np
 from blockft.data.sample import Sample
 
 SPLIT_FORMATS = ("messages", "alpaca")
-"""The formats whose prompts are cut here; in all others the blocks arrive marked."""
+"""The formats whose prompts are split here. Records of all other formats mark their blocks."""
 
 CountTokens = Callable[[Sequence[str]], Sequence[int]]
-"""How many tokens each of several texts has."""
+"""Returns the number of tokens of each text."""
 
 RULE_LINE = re.compile(r"\s*(-{3,}|={3,})\s*")
 CODE_FENCE = re.compile(r"\s*(`{3,}|~{3,})")
 
 
 class Separator(IntEnum):
-    """What stands between two lines, the strongest first."""
+    """The kinds of separators between two lines, the strongest first."""
 
     blank_line = 1
     rule = 2
@@ -36,12 +36,13 @@ class Separator(IntEnum):
 def split_sample(
     sample: Sample, count_tokens: CountTokens, *, max_blocks: int, min_block_tokens: int
 ) -> Sample:
-    """The sample with its messages cut into blocks; text in is text out.
+    """Return the sample with its messages split into blocks. The text of a message does not change.
 
-    The system message stays one block. A block shorter than `min_block_tokens` is joined with the next of its
-    message; while the prompt has more than `max_blocks`, the two shortest neighbours of a message are joined:
-    the turns of a very long chat stay blocks. A sample whose blocks are marked already (templated, with
-    documents, or with several blocks in a message) is returned as it is.
+    The system message stays one block. A block shorter than `min_block_tokens` is merged with the next block
+    of its message. While the prompt has more than `max_blocks` blocks, the two shortest adjacent blocks of a
+    message are merged. Blocks of different messages are never merged, so a long chat may have more blocks. A
+    sample whose blocks are already marked (templated, with documents, or with several blocks in a message) is
+    returned unchanged.
     """
     if sample.templated or sample.documents or any(len(m.content) > 1 for m in sample.messages):
         return sample
@@ -58,7 +59,7 @@ def split_sample(
 
 
 def split_text(text: str, count_tokens: CountTokens, *, min_block_tokens: int) -> list[str]:
-    """The blocks of one message, at least one; no block is blank or a mere rule unless the message is."""
+    """Return the blocks of one message, at least one. No block is blank or a rule, unless the message is."""
     lines = re.findall(r"[^\n]*\n|[^\n]+", text)
     separators = list(_separators(lines))
     for weakest in Separator:
@@ -75,72 +76,72 @@ def split_text(text: str, count_tokens: CountTokens, *, min_block_tokens: int) -
 
 
 def _separators(lines: Sequence[str]) -> Iterator[Separator | None]:
-    """What stands between each line and the text before it; None where there is no cut.
+    """Yield, for each line, the separator before it; None if no block may start at this line.
 
-    A separator belongs to the text before it, so blank lines and rules open no block, and an indentation
-    belongs to its line. A text that starts with separators keeps them.
+    Blank lines and rules belong to the text before them, so no block starts there. Indentation belongs to its
+    line. Separators at the start of the text belong to the first block.
     """
-    fenced = _inside_code_fence(lines)
-    between: Separator | None = None
-    for line, inside in zip(lines, fenced, strict=True):
-        if not inside and not line.strip():
+    separator: Separator | None = None
+    for line, is_fenced in zip(lines, _inside_code_fence(lines), strict=True):
+        if not is_fenced and not line.strip():
             yield None
-            between = between and Separator.blank_line
-        elif not inside and RULE_LINE.fullmatch(line):
+            separator = separator and Separator.blank_line
+        elif not is_fenced and RULE_LINE.fullmatch(line):
             yield None
-            between = between and min(between, Separator.rule)
+            separator = separator and min(separator, Separator.rule)
         else:
-            indented = between is Separator.new_line and line[0] in " \t"
-            yield None if inside else Separator.indented_line if indented else between
-            between = Separator.new_line
+            is_indented = separator is Separator.new_line and line[0] in " \t"
+            yield None if is_fenced else Separator.indented_line if is_indented else separator
+            separator = Separator.new_line
 
 
 def _inside_code_fence(lines: Sequence[str]) -> Iterator[bool]:
-    """Which lines continue a fenced code block; one that is never closed runs to the end.
+    """Yield, for each line, whether it continues a fenced code block. An open block runs to the end.
 
-    In chats a fence also opens within a line (`Mend this: ```def f():`), and any fence then closes it.
+    In chats a code block also starts inside a line (`Fix this: ```def f():`). Any fence then closes it.
     """
-    fence, alone = "", False
+    fence, starts_line = "", False
     for line in lines:
         yield bool(fence)
         if fence:
             at_start = CODE_FENCE.match(line)
             closes = at_start and at_start[1].startswith(fence) and not line[at_start.end() :].strip()
-            if closes or not alone and "```" in line:
+            if closes or not starts_line and "```" in line:
                 fence = ""
             continue
         ticks = re.findall(r"`{3,}", line)
         at_start = CODE_FENCE.match(line)
         if at_start and at_start[1][0] == "~" or len(ticks) % 2:
-            fence, alone = (at_start[1], True) if at_start else ("```", False)
+            fence, starts_line = (at_start[1], True) if at_start else ("```", False)
 
 
 def _merge_short(pieces: list[str], count_tokens: CountTokens, min_tokens: int) -> list[str]:
-    """Pieces of at least `min_tokens` tokens, or one piece.
+    """Merge short pieces, so that each has at least `min_tokens` tokens, or one piece is left.
 
-    A short one is joined with the next, as a title goes with its text, and the last with the one before it.
+    A short piece is merged with the next one, as a title belongs to the text after it. The last piece is
+    merged with the one before it.
     """
     while len(pieces) > 1:
-        joined, open_len = [""], 0
+        merged, last_len = [""], 0
         for piece, num_tokens in zip(pieces, count_tokens(pieces), strict=True):
-            if open_len >= min_tokens:
-                joined.append("")
-                open_len = 0
-            joined[-1] += piece
-            open_len += num_tokens
-        if open_len < min_tokens and len(joined) > 1:
-            joined[-2:] = ["".join(joined[-2:])]
-        if len(joined) == len(pieces):
+            if last_len >= min_tokens:
+                merged.append("")
+                last_len = 0
+            merged[-1] += piece
+            last_len += num_tokens
+        if last_len < min_tokens and len(merged) > 1:
+            merged[-2:] = ["".join(merged[-2:])]
+        if len(merged) == len(pieces):
             break
-        # a joined text may have fewer tokens than its parts: count again
-        pieces = joined
+        # a merged text may have fewer tokens than its parts, so count again
+        pieces = merged
     return pieces
 
 
 def _merge_shortest(pieces: list[list[str]], count_tokens: CountTokens, max_blocks: int) -> list[list[str]]:
-    """The pieces of each message, its two shortest neighbours joined until few enough are left."""
-    texts = [text for of_message in pieces for text in of_message]
-    messages = np.repeat(np.arange(len(pieces)), [len(of_message) for of_message in pieces])
+    """Merge the two shortest adjacent pieces of a message until at most `max_blocks` pieces are left."""
+    texts = [text for message_pieces in pieces for text in message_pieces]
+    messages = np.repeat(np.arange(len(pieces)), [len(message_pieces) for message_pieces in pieces])
     lengths = np.array(count_tokens(texts), np.float64)
     while len(texts) > max_blocks:
         sums = np.where(messages[:-1] == messages[1:], lengths[:-1] + lengths[1:], np.inf)

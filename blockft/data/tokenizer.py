@@ -1,4 +1,4 @@
-"""What encoding needs of a tokenizer: its twin for text from data, markup's ids, and its fingerprint."""
+"""Tokenizers: encode text from data, text that is already templated, and markup of a chat template."""
 
 import hashlib
 import json
@@ -10,17 +10,18 @@ from transformers import PreTrainedTokenizerBase
 from blockft.data.chat_template import TemplateMismatch
 from blockft.errors import UserError
 
-HIDDEN_CHARACTER = "\uffff" * 4
-"""Goes before the spelling of a marker that is a piece of a vocabulary, so that no text spells it."""
+HIDDEN_PREFIX = "\uffff" * 4
+"""Put before the spelling of an added token in a Unigram vocabulary, so that no text contains it."""
 
-INSIDE_BYTE = {"Regex": "(?<=<)(?=0x[0-9A-F]{2}>)"}
-"""Where to cut a text that spells a byte token, as <0x0A>: a Unigram model would take it for that byte."""
+INSIDE_BYTE_TOKEN = {"Regex": "(?<=<)(?=0x[0-9A-F]{2}>)"}
+"""Where to split text that spells a byte token such as <0x0A>, which a Unigram model would read as a byte."""
 
 
 class PlainTokenizer:
-    """A tokenizer's twin without added tokens: whatever a text from data spells, it stays text (law 7).
+    """A copy of a tokenizer without added tokens, for text from data.
 
-    Nor does it put a space before a text, which would be one more character in every block.
+    Text from data never becomes an added token. No space is put before a text, because it would be an extra
+    character in every block.
 
     Raises:
         UserError: the tokenizer has no `tokenizers` backend.
@@ -36,27 +37,27 @@ class PlainTokenizer:
         state["added_tokens"] = []
         model = state["model"]
         if model["type"] == "BPE":
-            # some vocabularies spell their markers out of smaller pieces as well
+            # some vocabularies can also merge their added tokens from smaller pieces
             model["merges"] = [pair for pair in model["merges"] if "".join(_pair(pair)) not in markers]
         elif model["type"] == "Unigram":
             ids = set(markers.values())
             model["vocab"] = [
-                [HIDDEN_CHARACTER + piece if id in ids else piece, score]
+                [HIDDEN_PREFIX + piece if id in ids else piece, score]
                 for id, (piece, score) in enumerate(model["vocab"])
             ]
-            cut = {"type": "Split", "pattern": INSIDE_BYTE, "behavior": "Isolated", "invert": False}
-            rules = [rule for rule in (cut, state["pre_tokenizer"]) if rule]
+            split = {"type": "Split", "pattern": INSIDE_BYTE_TOKEN, "behavior": "Isolated", "invert": False}
+            rules = [rule for rule in (split, state["pre_tokenizer"]) if rule]
             state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": rules}
-        # a character the model does not know is not a marker, though its token is listed with them
+        # the unknown token is listed as an added token, but stands for any unknown character
         markers.pop(model.get("unk_token"), None)
         self._markers = {id: content for content, id in markers.items() if id != model.get("unk_id")}
         self._backend = Tokenizer.from_str(json.dumps(state))
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text.
+        """Return the token ids of each text.
 
         Raises:
-            UnfitText: the model's own vocabulary makes an added token of a text.
+            TemplateMismatch: the vocabulary itself turns a text into an added token.
         """
         all_ids = [
             encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)
@@ -73,9 +74,10 @@ class PlainTokenizer:
 
 
 class TemplatedTokenizer:
-    """A tokenizer's twin for text that arrives templated: what spells an added token is one.
+    """A copy of a tokenizer for text that already contains the chat template.
 
-    It adds nothing: no token at the start or the end, no space before a text.
+    Text that spells an added token becomes that token. Nothing is added: no token at the start or the end,
+    and no space before a text.
 
     Raises:
         UserError: the tokenizer has no `tokenizers` backend.
@@ -85,15 +87,15 @@ class TemplatedTokenizer:
         self._backend = Tokenizer.from_str(json.dumps(_without_added_tokens(tokenizer)))
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text."""
+        """Return the token ids of each text."""
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def encode_markup(text: str, tokenizer: PreTrainedTokenizerBase, plain: PlainTokenizer) -> list[int]:
-    """The ids of what a template wrote, added tokens among them.
+    """Return the token ids of markup that a chat template wrote, including added tokens.
 
-    What stands before the first added token follows another text, or nothing, and gets no space before it;
-    the rest is encoded as the model knows it.
+    The text before the first added token follows other text, or starts the prompt, so no space is put before
+    it. The rest is encoded by the tokenizer itself.
     """
     encoding = tokenizer(
         text, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=True
@@ -106,16 +108,16 @@ def encode_markup(text: str, tokenizer: PreTrainedTokenizerBase, plain: PlainTok
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What identifies a tokenizer: a hash of its vocabulary, rules and chat template."""
+    """Return a hash of the tokenizer's vocabulary, rules and chat template."""
     parts = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def _without_added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """A tokenizer's `tokenizer.json` without all that is put around or before a text.
+    """Return the tokenizer's `tokenizer.json` without rules that add tokens or spaces to a text.
 
     Raises:
-        UserError: it has none.
+        UserError: the tokenizer has no `tokenizer.json`.
     """
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer {tokenizer.name_or_path} has no tokenizer.json, which blockft needs")
@@ -127,16 +129,17 @@ def _without_added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def _is_blank(content: str) -> bool:
-    """Whether an added token is mere white space, as Gemma's runs of new lines: data may use it."""
+    """Return whether an added token is white space, like Gemma's new lines. Data may contain these."""
     return not content.replace("▁", " ").strip()
 
 
 def _pair(merge: Any) -> Any:
+    """Return the two pieces of a BPE merge, which some files write as one text."""
     return merge.split(" ") if isinstance(merge, str) else merge
 
 
 def _without_prefix(rules: Any) -> Any:
-    """Normalizer or pre-tokenizer rules without those that put a space before a text."""
+    """Return normalizer or pre-tokenizer rules without those that put a space before a text."""
     if rules is None or rules["type"] == "Prepend":
         return None
     changed = dict(rules)

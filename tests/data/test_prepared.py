@@ -37,7 +37,7 @@ def test_examples_are_read_as_written(
 
 
 def test_an_unfinished_or_missing_folder_is_never_read(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="unfinished"):
+    with pytest.raises(UserError, match="incomplete"):
         load_prepared(tmp_path)
     with pytest.raises(UserError, match="blockft prepare"):
         load_prepared(tmp_path / "none")
