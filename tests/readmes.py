@@ -1,0 +1,62 @@
+"""The READMEs of the project and the code blocks in them, for the tests that run or check these blocks."""
+
+import re
+import shlex
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+MODEL_CARD = ROOT / "data" / "demo" / "model" / "README.md"
+HIDDEN_FOLDERS = ("out", "node_modules")
+
+READMES = sorted(
+    path
+    for path in ROOT.rglob("README.md")
+    if path != MODEL_CARD
+    and not any(part.startswith(".") or part in HIDDEN_FOLDERS for part in path.relative_to(ROOT).parts)
+)
+"""Every README except the model card of the demo's model, which `blockft export` writes."""
+
+
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def code_blocks(path: Path, language: str) -> list[str]:
+    """Return the contents of the fenced blocks of one language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```", read(path), flags=re.MULTILINE | re.DOTALL)
+
+
+def shell_commands(path: Path) -> list[list[str]]:
+    """Return every command of the shell blocks, without comments and with continued lines joined."""
+    text = "\n".join(code_blocks(path, "sh")).replace("\\\n", " ")
+    commands = (shlex.split(line, comments=True) for line in text.splitlines())
+    return [command for command in commands if command]
+
+
+def prose_lines(path: Path) -> list[tuple[int, str]]:
+    """Return the lines outside of code blocks with their numbers, counted from 1."""
+    lines, in_code = [], False
+    for number, line in enumerate(read(path).splitlines(), start=1):
+        if line.startswith("```"):
+            in_code = not in_code
+        elif not in_code:
+            lines.append((number, line))
+    return lines
+
+
+def anchors(path: Path) -> set[str]:
+    """Return the anchors that a page with these headings has on GitHub."""
+    titles = (line.lstrip("#").strip() for _, line in prose_lines(path) if line.startswith("#"))
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def links(path: Path) -> list[str]:
+    """Return the targets of all links, inline and by reference."""
+    text = "\n".join(line for _, line in prose_lines(path))
+    inline = re.findall(r"\]\(([^)\s]+)\)", text)
+    return inline + re.findall(r"^\[[^\]]+\]: (\S+)", text, flags=re.MULTILINE)
+
+
+def inline_code(path: Path) -> list[str]:
+    """Return the texts in single backquotes, outside of code blocks."""
+    return re.findall(r"`([^`\n]+)`", "\n".join(line for _, line in prose_lines(path)))
