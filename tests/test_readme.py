@@ -53,7 +53,7 @@ def parse(words: list[str]) -> tuple[str, dict[str, Any]]:
 
 def test_the_readmes_of_all_folders_are_found() -> None:
     folders = {str(path.parent.relative_to(ROOT)) for path in READMES}
-    assert {".", "blockft", "data", "data/results"} <= folders
+    assert {".", "blockft", "data", "data/results", "tests"} <= folders
     assert len([command for path, command in COMMANDS if path == MAIN]) >= 12
     assert len(PYTHON) >= 2 and RECIPES
 
@@ -169,6 +169,21 @@ def test_the_map_of_the_package_names_every_module() -> None:
     empty = {package / "__init__.py" for package in packages if "import" not in read(package / "__init__.py")}
     assert len(modules) == len(set(modules))
     assert {ROOT / module for module in modules} == files - empty
+
+
+def test_every_invariant_has_tests_that_exist() -> None:
+    """`tests/README.md` numbers 15 invariants and names the tests of each by file and function."""
+    text = read(ROOT / "tests" / "README.md")
+    numbers = re.findall(r"^\*\*(\d+)\.\*\*", text, flags=re.MULTILINE)
+    assert numbers == [str(number) for number in range(1, 16)]
+    for invariant in re.split(r"^\*\*\d+\.\*\*", text, flags=re.MULTILINE)[1:]:
+        tests = re.findall(r"`([\w/]+\.py)::(test_\w+)`", invariant)
+        assert tests, invariant
+        for file, function in tests:
+            tree = ast.parse(read(ROOT / "tests" / file))
+            assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, (
+                function
+            )
 
 
 def test_files_named_in_the_package_readme_exist() -> None:
