@@ -75,7 +75,6 @@ def test_every_public_name_is_documented(name: str) -> None:
             assert inspect.getdoc(method), f"{name}.{member}"
 
 
-@pytest.mark.xfail(reason="Engine.generate takes **settings", strict=False)
 @pytest.mark.parametrize("name", PUBLIC)
 def test_every_parameter_of_the_api_is_named_and_typed(name: str) -> None:
     value = getattr(blockft, name)

