@@ -124,7 +124,7 @@ class Ranks:
         while waiting:
             ended = multiprocessing.connection.wait(list(waiting), timeout=deadline - time.monotonic())
             for sentinel in ended:
-                process = waiting.pop(sentinel)  # type: ignore[call-overload]
+                process = waiting.pop(sentinel)
                 process.join()
                 if not code and process.exitcode:
                     code = process.exitcode

@@ -1,4 +1,4 @@
-"""What the README claims of the demo, run for real. Minutes: `make test-slow`."""
+"""The demo reaches the scores that the README claims, and the README's commands and Python code run on it."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import pytest
 
 from tests.test_cli import COMMANDS, README, ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # the demo takes more than a minute
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def scores(demo: Path, name: str) -> dict[str, float]:
     return {name: mode["all"]["substring_match"] for name, mode in report["modes"].items()}
 
 
-def test_accuracy_is_lost_under_the_block_mask_and_won_back(demo: Path) -> None:
+def test_block_mode_loses_accuracy_and_fine_tuning_restores_it(demo: Path) -> None:
     before, after = scores(demo, "before"), scores(demo, "after")
     assert before["full"] >= 90
     loss = before["full"] - before["block"]
@@ -46,30 +46,30 @@ def test_accuracy_is_lost_under_the_block_mask_and_won_back(demo: Path) -> None:
     assert (demo / "out" / "demo" / "demo.png").stat().st_size > 0
 
 
-def test_the_readmes_python_answers(demo: Path) -> None:
+def test_the_python_code_of_the_readme_answers(demo: Path) -> None:
     (code,) = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
     done = subprocess.run([sys.executable, "-c", code], cwd=demo, capture_output=True, text=True)
     assert done.stdout.split("\n") == ["Brosuk 0", "Brosuk 4", ""], done.stderr
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if "bench" not in command])
-def test_the_readmes_commands_run(demo: Path, command: str) -> None:
-    """Where the demo has written a folder already, the command goes to another."""
-    words = shlex.split(command)[1:]
-    elsewhere = {
+def test_a_command_of_the_readme_runs(demo: Path, command: str) -> None:
+    """A command that would write a folder of the demo again writes to another folder."""
+    arguments = shlex.split(command)[1:]
+    other_folder = {
         "prepare": "data.output_dir=again/data",
         "train": "train.output_dir=again/run",
         "eval": "eval.output_dir=again/eval",
     }
-    if words[0] in elsewhere:
-        words.append(elsewhere[words[0]])
-    words = [
-        word.replace("out/demo/model", "again/model") if words[0] == "export" else word for word in words
-    ]
-    if words[0] == "train":
-        words.append("train.max_steps=2")
+    name = arguments[0]
+    if name in other_folder:
+        arguments.append(other_folder[name])
+    if name == "export":
+        arguments = [argument.replace("out/demo/model", "again/model") for argument in arguments]
+    if name == "train":
+        arguments.append("train.max_steps=2")
     done = subprocess.run(
-        [sys.executable, "-m", "blockft", *words],
+        [sys.executable, "-m", "blockft", *arguments],
         cwd=demo,
         capture_output=True,
         text=True,
