@@ -1,4 +1,4 @@
-"""What a training imports: `tests.commands` forks every rank from a process that has imported this module.
+"""What the commands import: `tests.commands` forks every rank from a process that has imported this module.
 
 The imports take about ten seconds, a toy training about one.
 """
@@ -20,7 +20,10 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from deepspeed.comm.torch import build_shm_op
 from torch.utils.cpp_extension import get_default_build_root
 
+import blockft.stages.cache
+import blockft.stages.evaluate
 import blockft.stages.export
+import blockft.stages.generate
 import blockft.stages.train
 import blockft.training.run_callback
 import blockft.training.trainer

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -20,10 +19,10 @@ from blockft.inference.disk_tier import DiskTier
 from blockft.inference.runner import BlockRunner
 from blockft.stages.cache import build_cache, print_cache_stats, prune_cache, verify_cache
 from blockft.stages.generate import CacheArguments, generate
+from tests.commands import blockft, start_ranks
 from tests.inference.cached import OTHER, TOY, kv_of, some_key
 from tests.run import save_model
 
-ROOT = Path(__file__).parents[2]
 SIZE = TOY.entry_bytes(5)
 DAY = 86400
 
@@ -167,8 +166,7 @@ def test_a_file_that_cannot_be_removed_is_a_user_error(folder: Path, monkeypatch
 
 def test_the_command_line_reports_damage_on_stdout_and_fails_with_2(folder: Path) -> None:
     damage(folder, 1)
-    command = [sys.executable, "-m", "blockft", "cache", "verify", str(folder), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = blockft("cache", "verify", folder, "--json")
     assert done.returncode == 2 and len(json.loads(done.stdout)["damaged"]) == 1
     assert done.stderr.startswith("blockft: 1 of 5 entries") and len(done.stderr.splitlines()) == 1
 
@@ -239,13 +237,12 @@ def test_a_killed_build_resumes(
     model: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     corpus = corpus_of(tmp_path, 1500)
-    command = [sys.executable, "-m", "blockft", "cache", "build", str(model), str(corpus)]
-    process = subprocess.Popen([*command, "--cache", str(cache)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = start_ranks("cache", "build", model, corpus, "--cache", cache)
     deadline = time.monotonic() + 60
     while num_entries(cache) < 100 and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the build ended before it was killed"
+    assert process.wait().returncode == -signal.SIGKILL, "the build ended before it was killed"
     kept = num_entries(cache)
     verify_cache(cache, remove=False, as_json=True)
     capsys.readouterr()

@@ -24,6 +24,7 @@ from blockft.stages.evaluate import (
     print_report,
     read_questions,
 )
+from tests.commands import Ranks, start_ranks
 from tests.run import save_model, save_samples
 
 ROOT = Path(__file__).parents[2]
@@ -216,25 +217,24 @@ def test_an_interrupted_evaluation_resumes_with_the_same_options_only(
 def test_a_killed_evaluation_resumes_and_gives_the_report_of_an_uninterrupted_one(tmp_path: Path) -> None:
     world = [sys.executable, "data/demo/world.py", str(tmp_path / "world"), "--scenes", "1"]
     subprocess.run(world, cwd=ROOT, check=True)
-    command = [sys.executable, "-m", "blockft", "eval", MODEL, str(tmp_path / "world" / "heldout.jsonl")]
-    command += ["eval.max_samples=48", "eval.batch_size=4", "eval.max_new_tokens=4"]
+    command = ["eval", MODEL, tmp_path / "world" / "heldout.jsonl", "eval.max_samples=48"]
+    command += ["eval.batch_size=4", "eval.max_new_tokens=4"]
 
-    def start(out: str) -> subprocess.Popen[bytes]:
-        words = [*command, f"eval.output_dir={tmp_path / out}"]
-        return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    def start(out: str) -> Ranks:
+        return start_ranks(*command, f"eval.output_dir={tmp_path / out}")
 
-    killed = start("killed")
+    process = start("killed")
     kept = tmp_path / ".killed.partial" / "answers-full.jsonl"
-    while killed.poll() is None and not (kept.is_file() and kept.stat().st_size):
+    while process.is_alive() and not (kept.is_file() and kept.stat().st_size):
         time.sleep(0.002)
-    os.kill(killed.pid, signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL and not (tmp_path / "killed").exists()
+    process.send_signal(signal.SIGKILL)
+    assert process.wait().returncode == -signal.SIGKILL and not (tmp_path / "killed").exists()
     assert 0 < len(kept.read_bytes().splitlines()) < 48
-    for out in ("killed", "never"):
-        _, remarks = (done := start(out)).communicate()
-        assert done.returncode == 0, remarks
-        assert (b"resuming after" in remarks) == (out == "killed")
-    assert contents(tmp_path / "killed") == contents(tmp_path / "never")
+    for out in ("killed", "uninterrupted"):
+        done = start(out).wait()
+        assert done.returncode == 0, done.stderr
+        assert ("resuming after" in done.stderr) == (out == "killed")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "uninterrupted")
     assert not list(tmp_path.glob(".*"))
 
 

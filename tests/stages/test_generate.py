@@ -2,9 +2,7 @@
 
 import io
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from blockft.config.settings import PromptSettings
 from blockft.errors import UserError
 from blockft.inference.cache_folder import CacheFolder
 from blockft.stages.generate import CacheArguments, generate, open_engine
+from tests.commands import blockft, run_ranks
 from tests.run import save_model
 
 ROOT = Path(__file__).parents[2]
@@ -205,9 +204,8 @@ def test_a_second_process_reuses_every_block(
 ) -> None:
     folder = tmp_path / "cache"
     first = answered(model, requests, capsys, cache=cached_in(folder))
-    options = ["--json", "--max-new-tokens", "6", "--cache", str(folder), "--host-bytes", "1MB"]
-    command = [sys.executable, "-m", "blockft", "generate", str(model), "--input", str(requests), *options]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ)
+    options = ["--json", "--max-new-tokens", "6", "--cache", folder, "--host-bytes", "1MB"]
+    done = run_ranks("generate", model, "--input", requests, *options)
     assert done.returncode == 0, done.stderr
     second = [json.loads(line) for line in done.stdout.splitlines()]
     for a, b in zip(first, second, strict=True):
@@ -314,7 +312,6 @@ def test_input_without_a_prompt_is_refused(model: Path, tmp_path: Path) -> None:
 def test_the_command_line_ends_with_2_and_prints_nothing(model: Path, tmp_path: Path) -> None:
     source = tmp_path / "bad.jsonl"
     source.write_text(json.dumps(REQUESTS[0]) + '\n{"question": "Who?"}\n')
-    command = [sys.executable, "-m", "blockft", "generate", str(model), "--input", str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = blockft("generate", model, "--input", source)
     assert done.returncode == 2 and not done.stdout
     assert len(done.stderr.splitlines()) == 1 and f"{source}, line 2" in done.stderr
