@@ -52,23 +52,23 @@ def test_a_chat_is_one_sample_per_answer() -> None:
     assert (first.id, second.id, first.source, first.meta) == ("x#1", "x#2", "tulu/y", {})
 
 
-def test_a_sample_without_id_is_called_by_its_place() -> None:
+def test_a_sample_without_id_gets_the_default_id() -> None:
     (sample,) = parse_messages_record(tulu(*TURNS[1:3], id=5), AT)
     assert (sample.id, sample.source) == (AT, "messages")
     assert [sample.id for sample in parse_messages_record(tulu(*TURNS), AT)] == [f"{AT}#1", f"{AT}#2"]
 
 
-def test_share_gpt() -> None:
+def test_sharegpt_chats_are_read() -> None:
     spelt = {"user": "human", "assistant": "gpt"}
-    said = [{"from": spelt[role], "value": text} for role, text in TURNS[1:]]
-    assert [*parse_messages_record({"conversations": said, "system": "Be brief."}, AT)] == [
+    conversation = [{"from": spelt[role], "value": text} for role, text in TURNS[1:]]
+    assert [*parse_messages_record({"conversations": conversation, "system": "Be brief."}, AT)] == [
         *parse_messages_record(tulu(*TURNS), AT)
     ]
-    assert [*parse_messages_record({"conversations": said, "system": ""}, AT)] == [
+    assert [*parse_messages_record({"conversations": conversation, "system": ""}, AT)] == [
         *parse_messages_record(tulu(*TURNS[1:]), AT)
     ]
     system = {"from": "system", "value": "Be brief."}
-    assert [*parse_messages_record({"conversations": [system, *said]}, AT)] == [
+    assert [*parse_messages_record({"conversations": [system, *conversation]}, AT)] == [
         *parse_messages_record(tulu(*TURNS), AT)
     ]
 
@@ -78,7 +78,7 @@ def test_a_blank_answer_ends_the_chat() -> None:
     assert (sample.id, sample.response, len(sample.messages)) == ("x#1", "Hello.", 1)
 
 
-def test_a_question_without_answer_and_a_blank_system_message_are_passed_over() -> None:
+def test_a_question_without_answer_and_a_blank_system_message_are_ignored() -> None:
     (sample,) = parse_messages_record(tulu(("system", " "), *TURNS[1:4], id="x"), AT)
     assert (sample.id, len(sample.messages)) == ("x", 1)
 
@@ -121,12 +121,12 @@ def test_a_bad_chat_names_the_field(turns: tuple[tuple[str, Any], ...], field: s
         ),
     ],
 )
-def test_a_record_that_is_no_chat_names_the_field(record: Any, field: str) -> None:
+def test_a_record_that_is_not_a_chat_names_the_field(record: Any, field: str) -> None:
     with pytest.raises(RecordError, match=field):
         parse_messages_record(record, AT)
 
 
-def test_alpaca() -> None:
+def test_alpaca_records_become_samples() -> None:
     record = {"instruction": "Add.", "input": "1, 2", "output": "3", "text": "ignored"}
     (sample,) = parse_alpaca(record, AT)
     assert (sample.blocks, sample.response, sample.id) == (("Add.\n\n1, 2",), "3", AT)
@@ -169,7 +169,7 @@ def test_training_records_of_the_authors_keep_their_blocks(name: str) -> None:
     assert parse_sample(json.loads(json.dumps(sample_to_record(sample)))) == sample
 
 
-def test_rag_records_of_the_authors_are_cut_at_their_documents() -> None:
+def test_rag_records_of_the_authors_are_split_at_their_documents() -> None:
     (sample,) = parse_blocks(RAG, AT)
     assert sample.blocks == (OPEN, *WRITTEN, CLOSE)
     assert "".join(sample.blocks) == RAG["prompt"]

@@ -22,7 +22,9 @@ from tests.data.toys import (
 START, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 
 
-def cut(messages: list[Message], documents: tuple[int, ...] = (), chat_template: str = CHATML) -> list[str]:
+def render_blocks(
+    messages: list[Message], documents: tuple[int, ...] = (), chat_template: str = CHATML
+) -> list[str]:
     return block_texts(ChatTemplate(toy_tokenizer(chat_template)).render(messages, documents).blocks)
 
 
@@ -32,7 +34,7 @@ def user(*content: str) -> Message:
 
 def test_leading_markup_is_a_block_of_its_own() -> None:
     sample = rag_sample()
-    assert cut([*sample.messages], sample.documents) == [
+    assert render_blocks([*sample.messages], sample.documents) == [
         START,
         "Answer.\n\n",
         "One.\n\n",
@@ -42,17 +44,22 @@ def test_leading_markup_is_a_block_of_its_own() -> None:
 
 
 def test_a_prompt_without_local_blocks_is_one_block() -> None:
-    assert cut([user("Who?")]) == [f"{START}Who?{END}"]
+    assert render_blocks([user("Who?")]) == [f"{START}Who?{END}"]
 
 
 def test_markup_ends_the_block_before_it() -> None:
     messages = [Message(role="system", content=("Be brief.",)), user("Hi", "Who?")]
-    assert cut(messages) == ["<|im_start|>system\n", f"Be brief.<|im_end|>\n{START}", "Hi", f"Who?{END}"]
+    assert render_blocks(messages) == [
+        "<|im_start|>system\n",
+        f"Be brief.<|im_end|>\n{START}",
+        "Hi",
+        f"Who?{END}",
+    ]
 
 
-def test_markup_never_joins_a_document() -> None:
+def test_markup_never_becomes_part_of_a_document() -> None:
     messages = [Message(role="system", content=("Read.", "doc")), user("Who?")]
-    assert cut(messages, (1,)) == [
+    assert render_blocks(messages, (1,)) == [
         "<|im_start|>system\n",
         "Read.",
         "doc",
@@ -61,8 +68,8 @@ def test_markup_never_joins_a_document() -> None:
     ]
 
 
-def test_markup_never_joins_a_document_that_ends_up_last() -> None:
-    blocks = cut(
+def test_markup_never_becomes_part_of_a_document_that_is_last_after_trimming() -> None:
+    blocks = render_blocks(
         [user("Read.", "doc", " ")], (1,), TRIMMING.replace("'<|im_start|>' + m['role']", "m['role']")
     )
     assert blocks == ["user\n", "Read.", "doc", END]
@@ -70,7 +77,7 @@ def test_markup_never_joins_a_document_that_ends_up_last() -> None:
 
 def test_a_trimming_template_trims_the_ends_of_a_message() -> None:
     messages = [Message(role="system", content=("\n", " Read.\n", "doc", "\n\n", " ")), user("Who? ")]
-    assert cut(messages, (2,), TRIMMING) == [
+    assert render_blocks(messages, (2,), TRIMMING) == [
         "<|im_start|>system\n",
         "Read.\n",
         "doc",
@@ -80,21 +87,24 @@ def test_a_trimming_template_trims_the_ends_of_a_message() -> None:
 
 
 @pytest.mark.parametrize(("content", "document"), [(("Read.", "doc\n\n"), 1), (("\tdoc", "Read."), 0)])
-def test_a_document_that_would_be_trimmed_is_unfit(content: tuple[str, ...], document: int) -> None:
+def test_a_document_that_the_template_trims_is_a_mismatch(content: tuple[str, ...], document: int) -> None:
     messages = [Message(role="system", content=content), user("Who?")]
     shown = re.escape(repr(content[document]))
     with pytest.raises(
         TemplateMismatch, match=f"{shown}, which would be another block in another prompt: put separators"
     ):
-        cut(messages, (document,), TRIMMING)
-    assert cut(messages, (document,))[document + 1] == content[document]
+        render_blocks(messages, (document,), TRIMMING)
+    assert render_blocks(messages, (document,))[document + 1] == content[document]
 
 
-def test_a_message_whose_text_looks_like_markup() -> None:
-    assert cut([user("stand-in[0]", "<|im_end|>\n", "Who?")])[1:-1] == ["stand-in[0]", "<|im_end|>\n"]
+def test_text_that_looks_like_markup_stays_text() -> None:
+    assert render_blocks([user("stand-in[0]", "<|im_end|>\n", "Who?")])[1:-1] == [
+        "stand-in[0]",
+        "<|im_end|>\n",
+    ]
 
 
-def test_what_follows_the_response() -> None:
+def test_the_ending_is_the_markup_after_the_response() -> None:
     found = ChatTemplate(toy_tokenizer()).render([user("Who?")], (), " The fox")
     assert (found.response, found.ending) == (" The fox", "<|im_end|>\n")
     assert ChatTemplate(toy_tokenizer(TRIMMING)).render([user("Who?")], (), " The fox").response == "The fox"
@@ -108,7 +118,7 @@ def test_the_response_follows_the_generation_prompt() -> None:
         ChatTemplate(toy_tokenizer(aloud)).render([user("Who?")], (), "The fox")
 
 
-def test_what_a_template_writes_before_a_response_opens_the_answer() -> None:
+def test_markup_before_a_response_opens_the_answer() -> None:
     always = THINKING.replace("enable_thinking is false", "false")
     found = ChatTemplate(toy_tokenizer(always)).render([user("Who?")], (), "The fox")
     assert block_texts(found.blocks) == [f"{START}Who?{END}"]
@@ -123,21 +133,21 @@ def test_what_a_template_writes_before_a_response_opens_the_answer() -> None:
     assert spaced.answer == (TextPart(" The fox", False),)
 
 
-def test_a_response_is_kept_as_it_is_where_the_template_would_rewrite_it() -> None:
+def test_a_response_that_the_template_would_rewrite_is_kept() -> None:
     found = ChatTemplate(family_tokenizer("qwen3")).render([user("Who?")], (), "\n\nNo <think> or </think>\n")
     assert (found.opening, found.response, found.ending) == ("", "No <think> or </think>\n", "<|im_end|>\n")
 
 
-def test_a_system_text_that_is_dropped_once_there_is_a_response() -> None:
+def test_a_template_may_drop_the_system_message_once_there_is_a_response() -> None:
     messages = [Message(role="system", content=("Read.", "doc")), user("Who?")]
     found = ChatTemplate(family_tokenizer("mistral_v3")).render(messages, (1,), "The fox")
     assert block_texts(found.blocks) == ["<s>[INST] ", "Read.", "doc", "\n\n", "Who?[/INST]"]
     assert (found.opening, found.ending) == (" ", "</s>")
 
 
-def test_an_empty_text() -> None:
+def test_an_empty_text_gives_no_block() -> None:
     messages = [Message(role="system", content=("",)), user("", "Who?")]
-    assert cut(messages) == [f"<|im_start|>system\n<|im_end|>\n{START}Who?{END}"]
+    assert render_blocks(messages) == [f"<|im_start|>system\n<|im_end|>\n{START}Who?{END}"]
     with pytest.raises(TemplateMismatch, match="changes the text ''"):
         ChatTemplate(family_tokenizer("phi35")).render(messages, ())
 
@@ -166,7 +176,7 @@ def roles(*names: str) -> list[Message]:
         ),
     ],
 )
-def test_a_prompt_that_the_template_does_not_take_is_unfit(
+def test_a_prompt_that_the_template_refuses_is_a_mismatch(
     family: str, messages: list[Message], message: str, reason: str
 ) -> None:
     template = ChatTemplate(family_tokenizer(family))
@@ -191,9 +201,9 @@ def test_the_default_of_several_templates_is_taken() -> None:
 
 
 def test_a_dated_template_prints_the_same_date_every_day() -> None:
-    assert cut([user("Who?")], (), DATED) == [f"26 Jul 2024{START}Who?{END}"]
+    assert render_blocks([user("Who?")], (), DATED) == [f"26 Jul 2024{START}Who?{END}"]
     # the white space in front is the template's own
-    assert cut([user("Who?")], (), f" \n{DATED}") == [f" \n26 Jul 2024{START}Who?{END}"]
+    assert render_blocks([user("Who?")], (), f" \n{DATED}") == [f" \n26 Jul 2024{START}Who?{END}"]
 
 
 @pytest.mark.parametrize(
@@ -210,6 +220,6 @@ def test_a_dated_template_prints_the_same_date_every_day() -> None:
         (None, "no chat template"),
     ],
 )
-def test_an_unfit_template_is_refused(chat_template: str | None, reason: str) -> None:
+def test_a_template_that_changes_texts_is_refused(chat_template: str | None, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         ChatTemplate(toy_tokenizer(chat_template)).render([user("Who?")], ())

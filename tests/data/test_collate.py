@@ -9,7 +9,7 @@ from blockft.data.shared_context import merge_shared_contexts
 from tests.data.toys import rag_sample
 
 
-def test_a_row_holds_examples_each_in_its_view(encoder: Encoder) -> None:
+def test_a_row_holds_each_example_in_its_mode(encoder: Encoder) -> None:
     a, b = encoder.encode([rag_sample(), rag_sample("Which?", ("Other.",))])
     row = collate_row([(a, "block"), (b, "full")], 256, pad_id=7)
     expected = build_metadata([a.layout, b.layout.full()], 256)
@@ -20,7 +20,7 @@ def test_a_row_holds_examples_each_in_its_view(encoder: Encoder) -> None:
     assert all(row[name].shape == (1, 256) for name in ("input_ids", "labels"))
 
 
-def test_positions_may_be_those_of_blocks_that_stay(encoder: Encoder) -> None:
+def test_positions_of_local_blocks_may_start_at_0(encoder: Encoder) -> None:
     a, b = encoder.encode([rag_sample(), rag_sample("Which?", ("Other.",))])
     row = collate_row([(a, "block"), (b, "full")], 256, pad_id=7, reencoded=False)
     expected = build_metadata([a.layout, b.layout.full()], 256, reencoded=False)
@@ -29,7 +29,7 @@ def test_positions_may_be_those_of_blocks_that_stay(encoder: Encoder) -> None:
 
 
 @pytest.mark.parametrize("reencoded", [True, False])
-def test_the_full_view_may_stand_beside_the_others(encoder: Encoder, reencoded: bool) -> None:
+def test_metadata_of_full_mode_can_be_added(encoder: Encoder, reencoded: bool) -> None:
     a, b, *more = merge_shared_contexts(
         iter(encoder.encode([rag_sample(), rag_sample("Hm?"), rag_sample("Hm?", ())])), 256
     )
@@ -47,7 +47,7 @@ def test_the_full_view_may_stand_beside_the_others(encoder: Encoder, reencoded: 
     assert not row["is_block_mode"][~real].any()
 
 
-def test_kept_positions_predict_the_labels(encoder: Encoder) -> None:
+def test_logits_to_keep_are_the_positions_before_the_labels(encoder: Encoder) -> None:
     examples = encoder.encode([rag_sample(), rag_sample("Hm?"), rag_sample("Hm?", ())])
     a, b = merge_shared_contexts(iter(examples), 256)
     row = collate_row([(a, "block"), (b, "full")], 256, pad_id=0)
@@ -60,7 +60,7 @@ def test_kept_positions_predict_the_labels(encoder: Encoder) -> None:
     assert row["logits_to_keep"][~real].eq(0).all()
 
 
-def test_the_number_of_kept_positions_is_a_multiple() -> None:
+def test_the_number_of_logits_to_keep_is_a_multiple() -> None:
     for num_labels in (1, LABEL_MULTIPLE, LABEL_MULTIPLE + 1):
         ids = np.arange(num_labels + 1, dtype=np.int32)
         labels = np.where(ids > 0, ids, IGNORE_INDEX)
@@ -80,12 +80,12 @@ def test_an_empty_row_is_padding_without_labels() -> None:
     assert row["shift_labels"].shape == row["logits_to_keep"].shape == (LABEL_MULTIPLE,)
 
 
-def test_a_response_never_starts_a_block() -> None:
+def test_the_first_token_of_a_block_is_never_a_label() -> None:
     ids = np.array([1, 2, 3], np.int32)
     example = Example(
         input_ids=ids, labels=np.array([IGNORE_INDEX, 2, IGNORE_INDEX], np.int32), block_lengths=(1, 2)
     )
-    with pytest.raises(AssertionError, match="starts a block"):
+    with pytest.raises(AssertionError, match="the first token of a block is a label"):
         collate_row([(example, "block")], 8, pad_id=0)
 
 

@@ -1,4 +1,8 @@
-"""Laws 5, 6 and 7 over arbitrary texts, for the chat templates of real model families."""
+"""Invariants of encoding over arbitrary texts, for the chat templates of real model families.
+
+The ids of a block depend only on its text and markup. The concatenated blocks equal the rendered prompt. Text
+from data never becomes an added token.
+"""
 
 import unicodedata
 from dataclasses import dataclass
@@ -37,7 +41,7 @@ few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 @dataclass(frozen=True)
 class Reading:
-    """What the tests know a family by."""
+    """A family with its tokenizer, and what the tests need to check encodings."""
 
     family: Family
     tokenizer: Any
@@ -68,7 +72,7 @@ class Reading:
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def as_encoded(self, text: str) -> str:
-        """A text as the tokenizer itself sees it."""
+        """Return a text after the normalization of the tokenizer."""
         if self.family.kind == "byte_level":
             return text
         return unicodedata.normalize("NFC", text) if self.family.kind == "nfc" else text.replace("▁", " ")
@@ -97,7 +101,7 @@ def chats(draw: st.DrawFn, name: str, shared: str = "") -> Sample:
     """A prompt that the family's template takes, and a response; `shared` is one of the documents."""
     family = FAMILIES[name]
     text = texts(family)
-    said = text.map(lambda t: t if t.strip() else f"{t}?")
+    not_blank = text.map(lambda t: t if t.strip() else f"{t}?")
     has_system = family.system != "never" and draw(st.booleans())
     num_turns = 1 if has_system and family.system == "single" else draw(st.integers(1, 3))
     roles = ["system"] * has_system + ["user", "assistant"] * (num_turns - 1) + ["user"]
@@ -105,20 +109,20 @@ def chats(draw: st.DrawFn, name: str, shared: str = "") -> Sample:
     messages, documents, number = [], [], 0
     for i, role in enumerate(roles):
         if role == "assistant":
-            kept = draw(said)
-            messages.append(Message(role=role, content=(kept.replace(family.loses or "\0", "."),)))
+            answer = draw(not_blank)
+            messages.append(Message(role=role, content=(answer.replace(family.loses or "\0", "."),)))
             number += 1
             continue
         found = draw(st.lists(text, max_size=2))
         if shared and i == holder:
             found.insert(draw(st.integers(0, len(found))), shared)
         lead, tail = draw(st.booleans()), i == len(roles) - 1 or not found or draw(st.booleans())
-        # a document at the edge of a message has no white space there, which a template may trim
+        # no document at the edge of a message has white space there, because a template may trim it
         if not lead and found and found[0] != found[0].lstrip():
             lead = True
         if found and found[-1] != found[-1].rstrip():
             tail = True
-        content = [draw(said)] * lead + found + [draw(said)] * tail
+        content = [draw(not_blank)] * lead + found + [draw(not_blank)] * tail
         documents += range(number + lead, number + lead + len(found))
         number += len(content)
         messages.append(Message(role=role, content=tuple(content)))
@@ -126,19 +130,19 @@ def chats(draw: st.DrawFn, name: str, shared: str = "") -> Sample:
         id="s",
         source="s",
         messages=tuple(messages),
-        response=draw(said),
+        response=draw(not_blank),
         meta={"documents": documents},
     )
 
 
 @every_family
-def test_law_5_the_ids_of_blocks_depend_on_their_text_and_markup_alone(name: str) -> None:
+def test_the_ids_of_a_block_depend_only_on_its_text_and_markup(name: str) -> None:
     r = reading(name)
 
     @few
     @given(chats(name))
     def holds(sample: Sample) -> None:
-        cut = r.template.render(sample.messages, sample.documents, sample.response)
+        rendered = r.template.render(sample.messages, sample.documents, sample.response)
         (example,) = r.encoder.encode([sample])
         blocks = [block.tolist() for block in example.blocks]
         assert [*chain.from_iterable(blocks)] == example.input_ids.tolist()
@@ -147,9 +151,9 @@ def test_law_5_the_ids_of_blocks_depend_on_their_text_and_markup_alone(name: str
             == example.layout_in_mode("block").num_tokens
             == len(example)
         )
-        expected = [[*chain.from_iterable(map(r.ids_of, block))] for block in cut.blocks]
+        expected = [[*chain.from_iterable(map(r.ids_of, block))] for block in rendered.blocks]
         assert r.encoder.encode_prompt(sample) == expected
-        answer = [*chain.from_iterable(map(r.ids_of, cut.answer)), r.encoder.eos_token_id]
+        answer = [*chain.from_iterable(map(r.ids_of, rendered.answer)), r.encoder.eos_token_id]
         assert blocks[:-1] == expected[:-1]
         assert blocks[-1][: len(expected[-1])] == expected[-1]
         labels = [label for label in example.labels.tolist() if label != IGNORE_INDEX]
@@ -160,7 +164,7 @@ def test_law_5_the_ids_of_blocks_depend_on_their_text_and_markup_alone(name: str
 
 
 @every_family
-def test_law_5_a_document_is_the_same_block_in_any_prompt(name: str) -> None:
+def test_a_document_is_the_same_block_in_any_prompt(name: str) -> None:
     r = reading(name)
 
     @few
@@ -169,11 +173,15 @@ def test_law_5_a_document_is_the_same_block_in_any_prompt(name: str) -> None:
         block = (TextPart(document, is_markup=False),)
         found = []
         for sample in (data.draw(chats(name, document)), data.draw(chats(name, document))):
-            cut = r.template.render(sample.messages, sample.documents, sample.response)
-            documents = [b for b in cut.blocks if b[0].text in {sample.blocks[d] for d in sample.documents}]
+            rendered = r.template.render(sample.messages, sample.documents, sample.response)
+            documents = [
+                b for b in rendered.blocks if b[0].text in {sample.blocks[d] for d in sample.documents}
+            ]
             assert documents.count(block) >= 1
             (example,) = r.encoder.encode([sample])
-            found += [ids.tolist() for b, ids in zip(cut.blocks, example.blocks, strict=True) if b == block]
+            found += [
+                ids.tolist() for b, ids in zip(rendered.blocks, example.blocks, strict=True) if b == block
+            ]
         assert all(ids == found[0] for ids in found)
         assert r.decoded(found[0]) == r.as_encoded(document)
 
@@ -181,33 +189,37 @@ def test_law_5_a_document_is_the_same_block_in_any_prompt(name: str) -> None:
 
 
 @every_family
-def test_law_6_the_blocks_joined_are_the_rendered_prompt(name: str) -> None:
+def test_the_concatenated_blocks_equal_the_rendered_prompt(name: str) -> None:
     r = reading(name)
 
     @few
     @given(chats(name))
     def holds(sample: Sample) -> None:
-        cut = r.template.render(sample.messages, sample.documents, sample.response)
-        parts = [*chain.from_iterable(cut.blocks)]
+        rendered = r.template.render(sample.messages, sample.documents, sample.response)
+        parts = [*chain.from_iterable(rendered.blocks)]
         prompt = "".join(part.text for part in parts)
         messages = [(m.role, m.text) for m in sample.messages]
         assert prompt == r.rendered(messages)
         drops_system = r.family.system == "single" and messages[0][0] == "system"
         if not drops_system and (not r.family.loses or r.family.loses not in sample.response):
             chat = r.rendered([*messages, ("assistant", sample.response)], for_generation=False)
-            assert f"{prompt}{cut.opening}{cut.response}{cut.ending}" == chat
-        assert cut.opening == r.family.opening
+            assert f"{prompt}{rendered.opening}{rendered.response}{rendered.ending}" == chat
+        assert rendered.opening == r.family.opening
         written = [part.text for part in parts if not part.is_markup]
         for number, (own, text) in enumerate(zip(sample.blocks, written, strict=True)):
             may_trim = r.family.trim and number not in sample.documents
             assert text in {own, *([own.strip(), own.lstrip(), own.rstrip()] if may_trim else [])}
-        assert cut.response in {sample.response, sample.response.strip(), sample.response.lstrip("\n")}
+        assert rendered.response in {
+            sample.response,
+            sample.response.strip(),
+            sample.response.lstrip("\n"),
+        }
 
     holds()
 
 
 @every_family
-def test_law_6_markup_and_documents_keep_to_their_blocks(name: str) -> None:
+def test_markup_never_becomes_part_of_a_document_block(name: str) -> None:
     r = reading(name)
 
     @few
@@ -218,7 +230,7 @@ def test_law_6_markup_and_documents_keep_to_their_blocks(name: str) -> None:
         alone = [block[0].text for block in blocks[:-1] if len(block) == 1 and not block[0].is_markup]
         rest = iter(alone)
         assert all(document in rest for document in documents)
-        # else a block begins with its text, and markup stands alone only where it has no block to join
+        # markup is a block of its own only at the start and after a document
         for before, block in zip((None, *blocks[:-1]), blocks, strict=True):
             if block[0].is_markup and len(blocks) > 1:
                 assert before is None or len(before) == 1 and before[0].text in documents
@@ -227,15 +239,15 @@ def test_law_6_markup_and_documents_keep_to_their_blocks(name: str) -> None:
 
 
 @every_family
-def test_law_7_text_from_data_never_becomes_an_added_token(name: str) -> None:
+def test_text_from_data_never_becomes_an_added_token(name: str) -> None:
     r = reading(name)
 
     @few
     @given(chats(name))
     def holds(sample: Sample) -> None:
-        cut = r.template.render(sample.messages, sample.documents, sample.response)
+        rendered = r.template.render(sample.messages, sample.documents, sample.response)
         (example,) = r.encoder.encode([sample])
-        markup = [part.text for part in chain.from_iterable(cut.blocks) if part.is_markup]
+        markup = [part.text for part in chain.from_iterable(rendered.blocks) if part.is_markup]
         meant = [id for text in markup for id in r.tokenizer(text, add_special_tokens=False)["input_ids"]]
         meant.append(r.encoder.eos_token_id)
         assert [id for id in example.input_ids.tolist() if id in r.markers] == [
@@ -246,7 +258,7 @@ def test_law_7_text_from_data_never_becomes_an_added_token(name: str) -> None:
 
 
 @every_family
-def test_law_7_a_document_of_control_tokens_is_text(name: str) -> None:
+def test_a_document_that_spells_control_tokens_is_text(name: str) -> None:
     r = reading(name)
     controls = r.family.controls
     for document in (*controls, "".join(controls), f" {'  '.join(controls)} "):
@@ -258,7 +270,7 @@ def test_law_7_a_document_of_control_tokens_is_text(name: str) -> None:
 
 
 @every_family
-def test_a_chat_s_control_tokens_are_those_of_the_model(name: str) -> None:
+def test_a_chat_has_the_control_tokens_of_the_rendered_template(name: str) -> None:
     r = reading(name)
     messages = (Message(role="user", content=("One. ", "Who?")),)
     rendered = r.rendered([("user", "One. Who?")])
@@ -271,6 +283,6 @@ def test_a_chat_s_control_tokens_are_those_of_the_model(name: str) -> None:
 
 
 @every_family
-def test_the_end_of_turn_is_the_model_s(name: str) -> None:
+def test_the_end_of_turn_is_that_of_the_family(name: str) -> None:
     r = reading(name)
     assert r.tokenizer.convert_ids_to_tokens(r.encoder.eos_token_id) == r.family.end_of_turn

@@ -17,7 +17,7 @@ def lengths(number: int, longest: int) -> list[int]:
 
 
 @pytest.mark.parametrize("number", [0, 1, 50, PACKING_WINDOW + 500])
-def test_every_item_stands_in_one_row_and_no_row_is_too_long(number: int) -> None:
+def test_every_item_is_in_one_row_and_no_row_is_too_long(number: int) -> None:
     items = lengths(number, 100)
     rows = plan_rows(items, 128, seed=1, epoch=0)
     assert sorted(item for row in rows for item in row) == list(range(number))
@@ -30,11 +30,11 @@ def test_rows_are_well_filled() -> None:
     assert fill_ratio([], [], 8) == 0
 
 
-def test_an_item_that_fills_a_row_stands_alone() -> None:
+def test_an_item_that_fills_a_row_is_alone() -> None:
     assert sorted(plan_rows([8, 8, 3, 5], 8, seed=0, epoch=0), key=len)[:2] in ([[0], [1]], [[1], [0]])
 
 
-def test_the_order_depends_on_seed_and_epoch_alone() -> None:
+def test_the_order_depends_only_on_seed_and_epoch() -> None:
     items = lengths(300, 100)
     plans = [plan_rows(items, 256, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     assert plans[0] == plan_rows(items, 256, seed=0, epoch=0)
@@ -51,6 +51,6 @@ def test_the_last_batch_is_completed_with_empty_rows() -> None:
     assert complete_last_batch([[0], [1]], 2) == [[0], [1]]
 
 
-def test_only_what_splits_has_a_block_view() -> None:
+def test_only_examples_with_local_blocks_are_in_block_mode() -> None:
     assert list_example_modes([True, False], ["block", "full"]) == [(0, "block"), (0, "full"), (1, "full")]
     assert list_example_modes([True, False], ["block"]) == [(0, "block"), (1, "full")]

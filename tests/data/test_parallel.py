@@ -7,13 +7,13 @@ from blockft.data.parallel import map_in_order
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
-def test_results_are_in_order_whatever_the_number_of_workers(num_workers: int) -> None:
+def test_results_are_in_order_for_any_number_of_workers(num_workers: int) -> None:
     offset = 1
     assert list(map_in_order(lambda n: n + offset, range(50), num_workers)) == list(range(1, 51))
     assert list(map_in_order(lambda n: n, [], num_workers)) == []
 
 
-def test_tasks_are_taken_only_a_little_ahead() -> None:
+def test_only_a_few_tasks_are_taken_ahead() -> None:
     taken = 0
 
     def tasks() -> Iterator[int]:
@@ -28,7 +28,7 @@ def test_tasks_are_taken_only_a_little_ahead() -> None:
     results.close()  # type: ignore[attr-defined]
 
 
-def test_an_error_in_tasks_or_work_arrives() -> None:
+def test_an_error_in_tasks_or_work_is_raised() -> None:
     def broken() -> Iterator[int]:
         yield from range(9)
         raise ValueError("source")

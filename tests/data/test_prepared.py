@@ -10,7 +10,7 @@ from blockft.errors import UserError
 from tests.data.toys import rag_sample
 
 
-def test_examples_are_read_as_written(
+def test_examples_are_read_back_as_written(
     tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prepared, "BATCH_EXAMPLES", 3)
@@ -36,7 +36,7 @@ def test_examples_are_read_as_written(
         found.examples[7]
 
 
-def test_an_unfinished_or_missing_folder_is_never_read(tmp_path: Path) -> None:
+def test_an_incomplete_or_missing_folder_is_never_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="incomplete"):
         load_prepared(tmp_path)
     with pytest.raises(UserError, match="blockft prepare"):

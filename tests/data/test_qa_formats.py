@@ -42,7 +42,7 @@ def ctxs(*changes: dict[str, Any]) -> dict[str, Any]:
     return FID | {"ctxs": [{"title": "B", "text": "One."} | change for change in changes]}
 
 
-def test_multi_hop_records() -> None:
+def test_multi_hop_records_become_questions() -> None:
     question = parse_hotpotqa(HOTPOTQA)
     assert (question.id, question.answers, question.meta) == ("h1", ("the fox",), {"type": "bridge"})
     assert [(d.title, d.text, d.relevance, d.supports) for d in question.documents] == [
@@ -54,7 +54,7 @@ def test_multi_hop_records() -> None:
 
 
 @pytest.mark.parametrize("parse", [parse_hotpotqa, parse_2wikimultihopqa])
-def test_multi_hop_records_as_the_hub_and_parquet_files_spell_them(parse: Any) -> None:
+def test_multi_hop_records_may_hold_mappings_of_lists_or_json_text(parse: Any) -> None:
     hub = {
         "supporting_facts": {"title": ["B"], "sent_id": [0]},
         "context": {"title": ["B", "C"], "sentences": [["One.", " Two."], ["Three."]]},
@@ -65,7 +65,7 @@ def test_multi_hop_records_as_the_hub_and_parquet_files_spell_them(parse: Any) -
         parse(HOTPOTQA | {"context": "[["})
 
 
-def test_musique() -> None:
+def test_musique_records_become_questions() -> None:
     question = parse_musique(MUSIQUE)
     assert (question.answers, question.meta) == (("the fox", "a fox"), {"type": "3hop1"})
     assert [(d.title, d.text, d.supports) for d in question.documents] == [
@@ -77,7 +77,7 @@ def test_musique() -> None:
         parse_musique(MUSIQUE | {"answerable": False})
 
 
-def test_fid() -> None:
+def test_fid_records_become_questions() -> None:
     question = parse_fid(FID)
     assert (question.id, question.answers) == ("", ("the fox", "a fox"))
     assert [(d.title, d.relevance, d.supports) for d in question.documents] == [
@@ -100,7 +100,7 @@ def test_fid() -> None:
         (({"has_answer": False}, {"has_answer": True}, {"has_answer": True}), [0, -1, -2], [1]),
     ],
 )
-def test_what_fid_tells_of_its_documents(
+def test_fid_scores_and_marks_give_relevance_and_support(
     changes: tuple[dict[str, Any], ...], relevance: list[float], supporting: list[int]
 ) -> None:
     documents = parse_fid(ctxs(*changes)).documents
@@ -108,7 +108,7 @@ def test_what_fid_tells_of_its_documents(
     assert [i for i, d in enumerate(documents) if d.supports] == supporting
 
 
-def test_the_training_files_of_dpr() -> None:
+def test_dpr_training_records_mark_the_first_positive_passage_as_gold() -> None:
     positive, negative = [{"title": t, "text": "x", "score": 0, "passage_id": "9"} for t in "PN"]
     record = {"question": "who?", "answers": ["the fox"], "positive_ctxs": [positive, positive]}
     documents = parse_fid(record | {"negative_ctxs": [], "hard_negative_ctxs": [negative]}).documents

@@ -38,11 +38,13 @@ def test_documents_are_ordered_by_relevance() -> None:
 @pytest.mark.parametrize(
     ("limit", "kept"), [(0, {""}), (1, {"B", "D"}), (2, {"BD"}), (3, {"ABD", "BCD"}), (9, {"ABCD"})]
 )
-def test_a_limit_keeps_the_most_relevant_documents_and_equals_draw_lots(limit: int, kept: set[str]) -> None:
+def test_a_limit_keeps_the_most_relevant_documents_and_breaks_ties_at_random(
+    limit: int, kept: set[str]
+) -> None:
     assert {titles(order="given", num_documents=limit, seed=seed) for seed in range(20)} == kept
 
 
-def test_a_limit_never_takes_a_supporting_document() -> None:
+def test_a_limit_never_drops_a_supporting_document() -> None:
     documents = [replace(d, supports=d.title in "AC") for d in DOCUMENTS]
     kept = [titles(documents, order="given", num_documents=limit) for limit in (0, 1, 2, 4)]
     assert kept == ["", "AC", "AC", "ABCD"]
@@ -51,7 +53,7 @@ def test_a_limit_never_takes_a_supporting_document() -> None:
     assert meta == {"documents": [1, 2], "relevance": [0, 0], "supporting": [1, 2]}
 
 
-def test_equal_sets_of_documents_stand_in_one_order_when_they_are_shared() -> None:
+def test_equal_sets_of_shared_documents_have_one_order() -> None:
     turned = [replace(d, relevance=-d.relevance) for d in reversed(DOCUMENTS)]
     for order in ("ascending", "shuffled"):
         both = {titles(ds, id, order=order, shared_context=True) for ds in (DOCUMENTS, turned) for id in "st"}
@@ -66,10 +68,10 @@ TEXTS = st.text(max_size=20)
 
 
 @given(st.lists(st.tuples(TEXTS, TEXTS), max_size=5), st.data())
-def test_a_document_is_the_same_block_in_any_prompt_and_trimming_leaves_it(
+def test_a_document_is_the_same_block_in_any_prompt_also_after_a_template_trims(
     texts: list[tuple[str, str]], data: st.DataObject
 ) -> None:
-    """Law 5 begins here: a block's text depends on its document alone, also after a template has trimmed."""
+    """The text of a block depends only on its document, also after a template has trimmed the message."""
     documents = [Document(title=title, text=text) for title, text in texts]
     seen: dict[tuple[str, str], str] = {}
     for documents_in in ("user", "system"):
@@ -106,12 +108,12 @@ def test_documents_are_stripped_and_need_no_title() -> None:
     assert messages[0].content[1] == "{} two".replace("} t", "}  t")
 
 
-def test_a_wording_may_separate_documents_at_their_end() -> None:
+def test_a_template_may_separate_documents_at_their_end() -> None:
     messages, _ = build(document="{title}\n{text}\n\n").build("why?", DOCUMENTS[:1], "s")
     assert messages[0].content[1] == "A\nA {x}\n\n"
 
 
-def test_a_prompt_is_instruction_documents_question() -> None:
+def test_a_prompt_consists_of_instruction_documents_and_question() -> None:
     messages, meta = build().build("{y}?", DOCUMENTS[:1], "s")
     assert messages == (Message(role="user", content=("Read.\n", "A: A {x}\n", "Q: {y}?")),)
     assert meta == {"documents": [1], "relevance": [0]}

@@ -23,7 +23,7 @@ RECORDS = [
 
 @pytest.mark.parametrize("read_bytes", [1, 7, 1 << 20])
 @pytest.mark.parametrize("indent", [None, 2])
-def test_an_array_is_read_through_a_small_window(
+def test_an_array_is_read_with_any_size_of_the_window(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_bytes: int, indent: int | None
 ) -> None:
     monkeypatch.setattr(json_stream, "READ_BYTES", read_bytes)
@@ -38,14 +38,14 @@ def test_an_array_is_read_through_a_small_window(
 @pytest.mark.parametrize(
     "text", ['{"date": []}', "{}", "[]", '{"data": {}}', '{"data": [], 1', '{"data" []}']
 )
-def test_an_object_that_lacks_its_array_is_refused(tmp_path: Path, text: str) -> None:
+def test_an_object_without_the_array_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "a.json"
     path.write_text(text)
     with pytest.raises(UserError, match=f"{path}, line 1: "):
         list(read_array(path, array_key="data"))
 
 
-def test_a_file_is_read_by_its_content(tmp_path: Path) -> None:
+def test_the_content_of_a_file_decides_how_it_is_read(tmp_path: Path) -> None:
     lines = [{"a": 1}, {"a": [2]}]
     texts = {
         "array.json": json.dumps(lines),
@@ -75,7 +75,7 @@ def test_parquet_is_read_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         list(read_file(path))
 
 
-def test_records_of_an_array_are_placed_by_the_line_they_start_at(tmp_path: Path) -> None:
+def test_the_place_of_a_record_in_an_array_is_the_line_where_it_starts(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('[{"a":\n1},\n\n{"a": 2}, {"a": 3}]\n')
     assert [at for at, _ in read_array(path)] == [f"{path}, line {n}" for n in (1, 4, 4)]
@@ -101,7 +101,7 @@ def test_a_broken_array_names_its_line(tmp_path: Path, text: str, line: int) -> 
         list(read_array(path))
 
 
-def test_what_stands_before_a_break_is_read(tmp_path: Path) -> None:
+def test_records_before_broken_json_are_read(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('[{"a": 1}, {"a": 2}, {"a" 3}' + ", {}" * 1000)
     found = read_array(path)
@@ -139,7 +139,7 @@ def test_reading_an_array_is_linear_in_its_length(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("text", "why"), [("[" * 100_000, "nested too deeply"), ("9" * 5000, "too many digits")]
 )
-def test_json_that_cannot_be_decoded_is_a_bad_line_or_one_sentence(
+def test_json_that_cannot_be_decoded_is_a_bad_line_or_a_short_error(
     tmp_path: Path, text: str, why: str
 ) -> None:
     path = tmp_path / "a.json"
@@ -154,7 +154,7 @@ def test_json_that_cannot_be_decoded_is_a_bad_line_or_one_sentence(
 
 
 @pytest.mark.parametrize("read_bytes", [1, 1 << 20])
-def test_a_byte_order_mark_is_passed_over(
+def test_a_byte_order_mark_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_bytes: int
 ) -> None:
     monkeypatch.setattr(json_stream, "READ_BYTES", read_bytes)
@@ -164,7 +164,7 @@ def test_a_byte_order_mark_is_passed_over(
         assert list(found) == [(f"{tmp_path / 'a.json'}, line 1", {"a": 1})]
 
 
-def test_an_object_a_line_is_told_from_one_object(tmp_path: Path) -> None:
+def test_json_lines_are_distinguished_from_one_object(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('\n{"a": {"data": 1}}\n{"a": 2}\n')
     assert [record for _, record in read_file(path, array_key="data")] == [{"a": {"data": 1}}, {"a": 2}]
@@ -180,7 +180,7 @@ def test_an_array_that_is_not_utf_8_names_its_line(tmp_path: Path) -> None:
         list(read_array(path))
 
 
-def test_lines_are_placed_and_broken_ones_say_why(tmp_path: Path) -> None:
+def test_lines_have_places_and_broken_lines_have_reasons(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": 1}\n\n{"a": \n"\xe9"\n')
     placed = list(read_lines(path))
@@ -190,13 +190,13 @@ def test_lines_are_placed_and_broken_ones_say_why(tmp_path: Path) -> None:
 
 
 def test_a_dataset_on_the_hub_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: asked.append((a, k)) or iter([{"a": 1}]))
+    calls: list[Any] = []
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: calls.append((a, k)) or iter([{"a": 1}]))
     assert list(read_hub("owner/name", "train", "hard")) == [("owner/name (hard, train), record 1", {"a": 1})]
-    assert asked == [(("owner/name", "hard"), {"split": "train", "streaming": True})]
+    assert calls == [(("owner/name", "hard"), {"split": "train", "streaming": True})]
 
 
-def test_a_dataset_that_cannot_be_reached_is_one_line() -> None:
+def test_a_dataset_that_cannot_be_reached_is_an_error_of_one_line() -> None:
     with pytest.raises(UserError, match="owner/name") as raised:
         list(read_hub("owner/name", "train"))
     assert "\n" not in str(raised.value)
@@ -205,14 +205,14 @@ def test_a_dataset_that_cannot_be_reached_is_one_line() -> None:
 
 
 @pytest.mark.parametrize("text", ['[{"a": 1}]', '\n{"a": 1}\n', '{"data": [{"a": 1}]}'])
-def test_gzip_is_read_as_what_it_holds(tmp_path: Path, text: str) -> None:
+def test_gzipped_files_are_read_by_their_content(tmp_path: Path, text: str) -> None:
     for name in ("a.json.gz", "a.json"):
         (tmp_path / name).write_bytes(gzip.compress(text.encode("utf-8-sig")))
         assert [record for _, record in read_file(tmp_path / name, array_key="data")] == [{"a": 1}]
 
 
 @pytest.mark.parametrize("spoil", [lambda data: data[:-9], lambda data: data[:12] + b"x" * 9 + data[21:]])
-def test_damaged_gzip_is_one_line(tmp_path: Path, spoil: Callable[[bytes], bytes]) -> None:
+def test_damaged_gzip_is_a_user_error(tmp_path: Path, spoil: Callable[[bytes], bytes]) -> None:
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(spoil(gzip.compress(b'{"a": 1}\n' * 9)))
     with pytest.raises(UserError, match=f"source {path} cannot be read: "):
@@ -220,7 +220,7 @@ def test_damaged_gzip_is_one_line(tmp_path: Path, spoil: Callable[[bytes], bytes
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "problem"),
     [
         ('{"a": 1}\n'.encode("utf-16"), "is UTF-16: save it as UTF-8"),
         (gzip.compress('[{"a": 1}]'.encode("utf-16")), "is UTF-16"),
@@ -228,17 +228,17 @@ def test_damaged_gzip_is_one_line(tmp_path: Path, spoil: Callable[[bytes], bytes
         (b"PAR1...", "is parquet: let its name end in .parquet"),
     ],
 )
-def test_a_file_of_another_kind_is_said_to_be_one(tmp_path: Path, data: bytes, said: str) -> None:
+def test_the_error_names_the_kind_of_an_unsupported_file(tmp_path: Path, data: bytes, problem: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(data)
-    with pytest.raises(UserError, match=f"source {path} {said}"):
+    with pytest.raises(UserError, match=f"source {path} {problem}"):
         list(read_file(path))
 
 
 @pytest.mark.parametrize(
     "text", ['{\n "data": [\n{"a": 1}]}', '{"data": [{"a": 1},\n{"a": 2}]}', '{"a":\n1}']
 )
-def test_an_object_over_several_lines_is_no_bad_line(tmp_path: Path, text: str) -> None:
+def test_an_object_over_several_lines_is_not_reported_as_a_bad_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(text)
     for array_key in (None, "data"):

@@ -18,7 +18,7 @@ DOCUMENTS: list[Any] = [{"title": "A", "text": "One.", "score": 0.5}, {"text": "
 TEMPLATED = ["<|user|>\nOne.\n", "Who?\n<|assistant|>\n"]
 
 
-def asked(record: Any, prompt: RagPrompt = PROMPT) -> Sample:
+def parse(record: Any, prompt: RagPrompt = PROMPT) -> Sample:
     return parse_request(record, prompt, AT)
 
 
@@ -27,14 +27,14 @@ def user(content: Any) -> dict[str, Any]:
 
 
 def test_documents_are_worded_as_the_prompt_says() -> None:
-    sample = asked({"documents": DOCUMENTS, "question": " Who "})
+    sample = parse({"documents": DOCUMENTS, "question": " Who "})
     assert sample.blocks == ("Answer.\n\n", "- A\nOne.\n\n", "- Two.\n\n", "- Three.\n\n", "Who?")
     assert [message.role for message in sample.messages] == ["user"]
     assert (sample.documents, sample.id, sample.source, sample.response) == ((1, 2, 3), AT, "input", "")
 
 
 def test_a_question_may_have_no_documents() -> None:
-    sample = asked({"documents": [], "question": "Who"})
+    sample = parse({"documents": [], "question": "Who"})
     assert (sample.blocks, sample.documents) == (("Answer.\n\n", "Who?"), ())
 
 
@@ -44,13 +44,13 @@ def test_a_text_is_one_block_of_a_message() -> None:
         Message(role="system", content=("Be\n\nbrief.",)),
         Message(role="user", content=("One.", "Who?")),
     )
-    sample = asked({"messages": chat, "meta": {"documents": [1]}})
+    sample = parse({"messages": chat, "meta": {"documents": [1]}})
     assert (sample.messages, sample.documents) == (expected, (1,))
     assert chat[0]["content"] == "Be\n\nbrief."
 
 
 def test_templated_blocks_are_kept_as_given() -> None:
-    sample = asked({"blocks": TEMPLATED, "meta": {"documents": [0]}})
+    sample = parse({"blocks": TEMPLATED, "meta": {"documents": [0]}})
     assert (sample.templated, sample.messages, sample.documents) == (tuple(TEMPLATED), (), (0,))
 
 
@@ -58,22 +58,22 @@ def test_templated_blocks_are_kept_as_given() -> None:
     "sample", [rag_sample(), Sample(id="t", source="toy", templated=tuple(TEMPLATED), response="Me.")]
 )
 def test_a_sample_is_a_request(sample: Sample) -> None:
-    found = asked(sample_to_record(sample))
+    found = parse(sample_to_record(sample))
     assert (found.id, found.blocks, found.documents) == (sample.id, sample.blocks, sample.documents)
     assert (found.response, found.answers) == ("", ())
 
 
-def test_a_request_may_have_a_name_and_meta_data() -> None:
+def test_a_request_may_have_an_id_and_metadata() -> None:
     question = {"documents": DOCUMENTS, "question": "Who"}
-    assert asked(question | {"id": 5}).id == "5"
-    named = asked(question | {"id": "x", "meta": {"user": "me"}})
-    assert named.id == "x" and named.meta == asked(question).meta | {"user": "me"}
-    assert asked({"messages": [user("Who?")], "meta": {"user": "me"}}).meta == {"user": "me"}
+    assert parse(question | {"id": 5}).id == "5"
+    named = parse(question | {"id": "x", "meta": {"user": "me"}})
+    assert named.id == "x" and named.meta == parse(question).meta | {"user": "me"}
+    assert parse({"messages": [user("Who?")], "meta": {"user": "me"}}).meta == {"user": "me"}
 
 
-def test_any_mapping_is_read() -> None:
+def test_a_request_may_be_any_mapping() -> None:
     record: Mapping[str, Any] = MappingProxyType({"documents": ["One."], "question": "Who"})
-    assert asked(record).documents == (1,)
+    assert parse(record).documents == (1,)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +130,6 @@ def test_any_mapping_is_read() -> None:
         ({"blocks": ["\ud800"]}, r"field 'blocks\[0\]' .* Unicode"),
     ],
 )
-def test_a_faulty_request_names_its_field(record: Any, why: str) -> None:
+def test_the_error_of_a_bad_request_names_its_field(record: Any, why: str) -> None:
     with pytest.raises(RecordError, match=why):
-        asked(record)
+        parse(record)

@@ -33,7 +33,7 @@ def found(question: Question, num_documents: int, index: Any = None) -> list[Doc
     return list(one.documents)
 
 
-def test_a_pool_holds_every_document_once() -> None:
+def test_a_pool_has_every_document_once() -> None:
     pool = DocumentPool(
         [*DOCUMENTS, replace(DOCUMENTS[0], relevance=3, text="The quick brown fox jumps. "), GOLD]
     )
@@ -41,7 +41,7 @@ def test_a_pool_holds_every_document_once() -> None:
     assert pool.index_of(GOLD) == 5 and not pool.documents[5].supports
 
 
-def test_no_distractor_holds_an_answer_in_any_case_or_spacing() -> None:
+def test_no_distractor_contains_an_answer_in_any_case_or_spacing() -> None:
     pool = DocumentPool([*DOCUMENTS, GOLD])
     assert list(pool.distractors([GOLD], ["says bo"], range(6))) == [0, 1, 3, 4]
     assert list(pool.distractors([GOLD], ["Cat", "hounds  CHASE"], [4, 3, 2, 1])) == [4, 1]
@@ -61,7 +61,7 @@ def test_no_distractor_holds_an_answer_in_any_case_or_spacing() -> None:
         ("ﬁve\u00a0foxes", "five foxes"),
     ],
 )
-def test_no_distractor_holds_an_answer_in_another_spelling(text: str, answer: str) -> None:
+def test_no_distractor_contains_an_answer_in_another_spelling(text: str, answer: str) -> None:
     assert list(DocumentPool([Document(title="", text=text)]).distractors([], [answer], [0])) == []
     assert list(DocumentPool([Document(title="", text=answer)]).distractors([], [text], [0])) == []
 
@@ -77,20 +77,20 @@ def test_questions_are_filled_up_from_the_pool() -> None:
     assert [d.title for d in found(ask("fox?", GOLD, pool=pool), 99)][-2:] == ["Cat", "Bo"]
 
 
-def test_a_question_of_which_nothing_is_known_to_support_keeps_its_own_documents() -> None:
+def test_a_question_without_supporting_documents_keeps_its_own_documents() -> None:
     own = replace(GOLD, supports=False)
     pool = DocumentPool([*DOCUMENTS, own])
     assert "Bo" in [d.title for d in found(ask("fox?", own, DOCUMENTS[2], pool=pool), 3)]
 
 
-def test_without_a_pool_the_own_documents_are_ranked() -> None:
+def test_without_a_pool_the_question_s_documents_are_ranked() -> None:
     documents = found(ask("sleepy dog", *DOCUMENTS, GOLD), 2)
     assert [d.title for d in documents] == ["Dog", "Bo", "Fox", "Fox hunt", "Cat", "Red fox"]
     assert found(ask("nothing"), 2) == [] and found(ask("?!", *DOCUMENTS), 0)[0].title == "Fox"
     assert found(ask("dog", Document(title="", text="?!")), 2)[0].relevance == 0
 
 
-def test_law_12_equal_scores_stand_in_order() -> None:
+def test_equal_scores_keep_the_order_of_the_documents() -> None:
     rng = np.random.default_rng(0)
     for size in (0, 1, 63, 64, 65, 700):
         scores = rng.integers(0, 9, size).astype(float)
@@ -116,7 +116,7 @@ class Letters:
     encode_document = encode_query
 
 
-def test_dense_retrieval(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dense_retrieval_ranks_by_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=Letters))
     pool = DocumentPool([*DOCUMENTS, GOLD])
     documents = found(ask("cat", GOLD, pool=pool), 2, dense_indexer("letters"))
@@ -126,7 +126,7 @@ def test_dense_retrieval(monkeypatch: pytest.MonkeyPatch) -> None:
         dense_indexer("none")
 
 
-def test_dense_retrieval_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dense_retrieval_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(UserError, match=r"pip install 'blockft\[dense\]'"):
         dense_indexer("letters")

@@ -13,7 +13,7 @@ def user(content: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": content}], "meta": {}}
 
 
-def test_a_record_and_its_sample_are_the_same() -> None:
+def test_a_sample_survives_writing_and_parsing() -> None:
     assert parse_sample(GOOD) == rag_sample()
     bare = sample_to_record(rag_sample(answers=(), meta={}))
     assert "answers" not in bare and "meta" not in bare

@@ -31,8 +31,8 @@ HOTPOTQA: dict[str, Any] = {
 
 
 def read_all(path: Path, format: str = "samples", **options: Any) -> tuple[list[Sample], RecordCounts]:
-    tally = RecordCounts()
-    return list(read_samples(format, str(path), tally, **{"prompt": PROMPT} | options)), tally
+    counts = RecordCounts()
+    return list(read_samples(format, str(path), counts, **{"prompt": PROMPT} | options)), counts
 
 
 def limited(num_documents: int) -> RagPrompt:
@@ -45,7 +45,7 @@ def write(path: Path, record: Any) -> Path:
 
 
 def test_questions_become_samples(tmp_path: Path) -> None:
-    (sample,), tally = read_all(write(tmp_path / "h.json", [HOTPOTQA]), "hotpotqa")
+    (sample,), counts = read_all(write(tmp_path / "h.json", [HOTPOTQA]), "hotpotqa")
     assert sample.blocks == ("C|Three.", "B|One. Two.", "who?")
     assert (sample.id, sample.source, sample.response) == ("h1", "hotpotqa", "the fox")
     assert sample.answers == ("the fox",)
@@ -56,7 +56,7 @@ def test_questions_become_samples(tmp_path: Path) -> None:
         "type": "bridge",
         "level": "easy",
     }
-    assert (tally.read, tally.samples) == (1, 1)
+    assert (counts.read, counts.samples) == (1, 1)
 
 
 def test_every_format_is_described_and_parses_either_questions_or_samples() -> None:
@@ -87,11 +87,11 @@ def fid_record(n: int, answer: str) -> dict[str, Any]:
     return {"question": f"number {n}?", "answers": [answer], "ctxs": [context]}
 
 
-def test_distractors_come_from_the_whole_source(tmp_path: Path) -> None:
+def test_fid_distractors_come_from_the_whole_source(tmp_path: Path) -> None:
     records = [fid_record(n, answer) for n, answer in enumerate(("red", "blue", "green", "red"))]
     for part, two in (("a", records[:2]), ("b", records[2:])):
         (tmp_path / f"{part}.jsonl").write_text("\n".join(map(json.dumps, two)))
-    samples, tally = read_all(tmp_path, "fid", prompt=limited(3), retriever="bm25", max_samples=3)
+    samples, counts = read_all(tmp_path, "fid", prompt=limited(3), retriever="bm25", max_samples=3)
     assert [s.id for s in samples] == [f"{tmp_path.stem}-{n}" for n in (1, 2, 3)]
     assert [{text[:2] for text in s.blocks[:-1]} for s in samples] == [
         {"T0", "T1", "T2"},
@@ -101,7 +101,7 @@ def test_distractors_come_from_the_whole_source(tmp_path: Path) -> None:
     for sample in samples:
         assert sample.meta["relevance"] == sorted(sample.meta["relevance"])
         assert sample.meta["supporting"] == [2]
-    assert (tally.read, tally.samples) == (3, 3)
+    assert (counts.read, counts.samples) == (3, 3)
     assert read_all(tmp_path, "fid", prompt=limited(3), retriever="bm25", max_samples=3)[0] == samples
 
 
@@ -110,22 +110,22 @@ def test_a_bad_record_is_bad_for_the_pool_too(tmp_path: Path) -> None:
     path.write_text(json.dumps(fid_record(0, "red")) + "\nbroken\n" + json.dumps(fid_record(1, "blue")))
     with pytest.raises(UserError, match="line 2: not JSON"):
         read_all(path, "fid", prompt=limited(3), retriever="bm25", max_samples=1)
-    samples, tally = read_all(path, "fid", prompt=limited(3), retriever="bm25", skip_bad=True)
+    samples, counts = read_all(path, "fid", prompt=limited(3), retriever="bm25", skip_bad=True)
     assert [len(sample.documents) for sample in samples] == [2, 2]
-    assert (tally.read, tally.samples, tally.dropped) == (3, 2, {"bad record": 1})
+    assert (counts.read, counts.samples, counts.dropped) == (3, 2, {"bad record": 1})
 
 
-def test_squad_shares_its_paragraphs_set_by_set(tmp_path: Path) -> None:
+def test_squad_questions_share_sets_of_paragraphs(tmp_path: Path) -> None:
     path = write(tmp_path / "s.json", {"data": [article(), article("B")]})
-    samples, tally = read_all(path, "squad", prompt=replace(limited(3), shared_context=True))
+    samples, counts = read_all(path, "squad", prompt=replace(limited(3), shared_context=True))
     contexts = [sample.blocks[:-1] for sample in samples]
     assert contexts == sorted(contexts, key=contexts.index) and len(set(contexts)) < 6
-    assert tally.read == 20 == tally.samples + tally.dropped.total()
-    assert set(tally.dropped) <= {"answer in another document of its set"}
+    assert counts.read == 20 == counts.samples + counts.dropped.total()
+    assert set(counts.dropped) <= {"answer in another document of its set"}
 
 
 @pytest.mark.parametrize(
-    ("format", "options", "said"),
+    ("format", "options", "message"),
     [
         ("samples", {"retriever": "bm25"}, "samples holds no documents"),
         ("fid", {"retriever": "bm25"}, "set data.num_documents"),
@@ -133,19 +133,19 @@ def test_squad_shares_its_paragraphs_set_by_set(tmp_path: Path) -> None:
         ("squad", {"retriever": "bm25", "prompt": replace(PROMPT, shared_context=True)}, "set data.num_doc"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused_at_once(
-    tmp_path: Path, format: str, options: dict[str, Any], said: str
+def test_contradicting_options_are_refused_before_reading(
+    tmp_path: Path, format: str, options: dict[str, Any], message: str
 ) -> None:
     path = write(tmp_path / "x.json", [])
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         read_samples(format, str(path), RecordCounts(), **{"prompt": PROMPT} | options)
 
 
-def test_what_is_read_is_kept_or_dropped_for_a_reason(tmp_path: Path) -> None:
+def test_every_record_gives_a_sample_or_is_dropped_for_a_reason(tmp_path: Path) -> None:
     records = [MUSIQUE, MUSIQUE | {"answerable": False}, MUSIQUE | {"answer": 1}]
-    samples, tally = read_all(write(tmp_path / "m.json", records), "musique", skip_bad=True)
-    assert (tally.read, tally.samples, len(samples)) == (3, 1, 1)
-    assert tally.dropped == {"no answer": 1, "bad record": 1}
+    samples, counts = read_all(write(tmp_path / "m.json", records), "musique", skip_bad=True)
+    assert (counts.read, counts.samples, len(samples)) == (3, 1, 1)
+    assert counts.dropped == {"no answer": 1, "bad record": 1}
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_a_bad_record_names_file_line_and_field(tmp_path: Path, change: dict[str
 
 
 @pytest.mark.parametrize("format", ["samples", "squad", "alpaca"])
-def test_a_first_record_that_is_bad_asks_for_the_format(tmp_path: Path, format: str) -> None:
+def test_the_error_of_a_bad_first_record_asks_for_the_format(tmp_path: Path, format: str) -> None:
     path = write(tmp_path / "h.json", [HOTPOTQA])
     with pytest.raises(UserError, match=rf"line 1: .*; is it in the format {format} \(--format, ") as raised:
         read_all(path, format)
@@ -187,21 +187,21 @@ def test_bad_records_can_be_skipped_and_are_listed(tmp_path: Path) -> None:
         UserError, match=rf"{path}, line 2: not JSON .*\(data.on_bad_record=skip passes over it\)"
     ):
         read_all(path)
-    samples, tally = read_all(path, skip_bad=True)
+    samples, counts = read_all(path, skip_bad=True)
     assert samples == [rag_sample(), rag_sample()]
-    assert (tally.read, tally.dropped) == (4, {"bad record": 2})
-    assert [bad.partition(": ")[0] for bad in tally.bad_records] == [f"{path}, line 2", f"{path}, line 4"]
+    assert (counts.read, counts.dropped) == (4, {"bad record": 2})
+    assert [bad.partition(": ")[0] for bad in counts.bad_records] == [f"{path}, line 2", f"{path}, line 4"]
 
 
-def test_no_more_records_are_read_than_asked_for(tmp_path: Path) -> None:
+def test_at_most_max_samples_records_are_read(tmp_path: Path) -> None:
     path = tmp_path / "s.jsonl"
     path.write_text(json.dumps(sample_to_record(rag_sample())) + "\nbroken")
-    samples, tally = read_all(path, max_samples=1)
-    assert (len(samples), tally.read) == (1, 1)
+    samples, counts = read_all(path, max_samples=1)
+    assert (len(samples), counts.read) == (1, 1)
 
 
 @pytest.mark.parametrize("format", ["fid", "squad", "messages"])
-def test_one_file_gives_two_parts_that_share_no_record(tmp_path: Path, format: str) -> None:
+def test_skip_and_max_samples_divide_a_file_into_disjoint_parts(tmp_path: Path, format: str) -> None:
     path = tmp_path / "all.jsonl"
     chat = [{"messages": [{"role": r, "content": f"{n}"} for r in ("user", "assistant")]} for n in range(5)]
     records: list[Any] = {
@@ -211,15 +211,15 @@ def test_one_file_gives_two_parts_that_share_no_record(tmp_path: Path, format: s
     }[format]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     options = {} if format == "messages" else {"retriever": "bm25", "prompt": limited(3)}
-    everything, tally = read_all(path, format, **options)
+    everything, counts = read_all(path, format, **options)
     (first, one), (second, two) = (
         read_all(path, format, **options, **part) for part in ({"max_samples": 2}, {"skip_samples": 2})
     )
     assert first + second == everything and len(first) == 2
-    assert (one.read, two.read) == (2, tally.read - 2)
+    assert (one.read, two.read) == (2, counts.read - 2)
     few, last = read_all(path, format, **options, skip_samples=1, max_samples=2)
     assert few == everything[1:3] and last.read == 2
-    assert read_all(path, format, **options, skip_samples=tally.read) == ([], RecordCounts())
+    assert read_all(path, format, **options, skip_samples=counts.read) == ([], RecordCounts())
 
 
 @pytest.mark.real_data

@@ -44,7 +44,7 @@ def chat(*texts: str, system: str = "") -> Sample:
     return Sample(id="s", source="toy", messages=(*first, *turns), response="Yes.")
 
 
-def cut(text: str, min_block_tokens: int = 1) -> list[str]:
+def split_blocks(text: str, min_block_tokens: int = 1) -> list[str]:
     return split_text(text, count_words, min_block_tokens=min_block_tokens)
 
 
@@ -55,7 +55,9 @@ def contents(sample: Sample, max_blocks: int = 16, min_block_tokens: int = 1) ->
 
 
 @given(CHATS, st.integers(1, 6), st.integers(1, 5))
-def test_text_in_is_text_out_within_bounds(texts: list[str], max_blocks: int, min_block_tokens: int) -> None:
+def test_splitting_keeps_the_text_and_the_bounds(
+    texts: list[str], max_blocks: int, min_block_tokens: int
+) -> None:
     sample = chat(*texts, system="Be brief.\n\nBe kind.")
     found = contents(sample, max_blocks, min_block_tokens)
     assert ["".join(content) for content in found] == [message.text for message in sample.messages]
@@ -67,29 +69,29 @@ def test_text_in_is_text_out_within_bounds(texts: list[str], max_blocks: int, mi
 
 
 @given(CHATS, st.integers(1, 6))
-def test_what_has_been_cut_stays(texts: list[str], max_blocks: int) -> None:
+def test_splitting_twice_changes_nothing(texts: list[str], max_blocks: int) -> None:
     once = split_sample(chat(*texts), count_words, max_blocks=max_blocks, min_block_tokens=2)
     assert split_sample(once, count_words, max_blocks=max_blocks, min_block_tokens=2) == once
 
 
 @given(st.lists(PLAIN | FENCES, max_size=6), st.booleans())
-def test_a_fence_is_never_cut(parts: list[str], ends_open: bool) -> None:
+def test_a_code_block_is_never_split(parts: list[str], ends_open: bool) -> None:
     parts = [
         part if part.endswith("\n") else f"{part}\n"
         for part in [*parts, "```py\n1\n\n2\n"][: None if ends_open else -1]
     ]
-    cuts = {0}
-    for block in cut("".join(parts)):
-        cuts.add(max(cuts) + len(block))
+    starts = {0}
+    for block in split_blocks("".join(parts)):
+        starts.add(max(starts) + len(block))
     start = 0
     for part in parts:
         if part.startswith(("```", "~~~")):
-            assert cuts.isdisjoint(range(start + 1, start + len(part)))
+            assert starts.isdisjoint(range(start + 1, start + len(part)))
         start += len(part)
 
 
 @given(TEXTS)
-def test_blocks_are_long_enough_by_the_count_of_the_tokenizer(encoder: Encoder, text: str) -> None:
+def test_blocks_have_enough_tokens_as_the_tokenizer_counts(encoder: Encoder, text: str) -> None:
     sample = split_sample(chat(text), encoder.count_tokens, max_blocks=16, min_block_tokens=3)
     assert min(encoder.count_tokens(sample.blocks)) >= (3 if len(sample.blocks) > 1 else 1)
 
@@ -114,26 +116,26 @@ def test_blocks_are_long_enough_by_the_count_of_the_tokenizer(encoder: Encoder, 
         ("a ```x``` b\n\nc", ["a ```x``` b\n\n", "c"]),
     ],
 )
-def test_the_strongest_separator_that_splits(text: str, blocks: list[str]) -> None:
-    assert cut(text) == blocks
+def test_the_strongest_separator_that_splits_is_used(text: str, blocks: list[str]) -> None:
+    assert split_blocks(text) == blocks
 
 
-def test_a_short_block_is_joined_with_the_next_and_the_last_with_the_one_before() -> None:
-    assert cut("Title\n\none two three\n\nfour five six\n\nend", 3) == [
+def test_a_short_block_is_merged_with_the_next_and_the_last_with_the_one_before() -> None:
+    assert split_blocks("Title\n\none two three\n\nfour five six\n\nend", 3) == [
         "Title\n\none two three\n\n",
         "four five six\n\nend",
     ]
-    assert cut("a\n\nb\n\nc", 2) == ["a\n\nb\n\nc"]
-    assert cut("Title\n\none two\nthree four", 2) == ["Title\n\none two\n", "three four"]
+    assert split_blocks("a\n\nb\n\nc", 2) == ["a\n\nb\n\nc"]
+    assert split_blocks("Title\n\none two\nthree four", 2) == ["Title\n\none two\n", "three four"]
 
 
-def test_the_two_shortest_neighbours_of_a_message_are_joined_first() -> None:
+def test_the_two_shortest_adjacent_blocks_of_a_message_are_merged_first() -> None:
     sample = chat("a a a\n\nb\n\nc\n\nd d d d d", "hm", "who\n\nor why")
     assert contents(sample, 6) == [("a a a\n\n", "b\n\nc\n\n", "d d d d d"), ("hm",), ("who\n\n", "or why")]
     assert contents(sample, 1) == [("a a a\n\nb\n\nc\n\nd d d d d",), ("hm",), ("who\n\nor why",)]
 
 
-def test_samples_with_marked_blocks_are_left_alone() -> None:
+def test_samples_with_marked_blocks_are_unchanged() -> None:
     marked = rag_sample("Who?\n\nAnd why?")
     one = replace(marked, messages=(Message(role="user", content=("a\n\nb",)),), meta={"documents": [0]})
     templated = Sample(id="s", source="toy", templated=("a\n\nb",), response="c")

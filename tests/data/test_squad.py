@@ -35,7 +35,7 @@ def rows(title: str = "A") -> list[dict[str, Any]]:
 
 def ask(records: Iterable[Any]) -> Iterator[Question]:
     placed: list[PlacedRecord] = [(f"line {n}", record) for n, record in enumerate(records, start=1)]
-    return (squad.parse_question(posed) for _, posed in squad.read_article_questions(placed))
+    return (squad.parse_question(records) for _, records in squad.read_article_questions(placed))
 
 
 def sets_of(num_documents: int | None, seed: int = 0) -> RagPrompt:
@@ -53,12 +53,12 @@ def texts(question: Question) -> list[str]:
     return [document.text for document in question.documents]
 
 
-def test_the_other_paragraphs_are_distractors_unless_they_hold_the_answer() -> None:
-    asked = [squad.add_distractors(question) for question in ask([article()])]
-    assert [question.id for question in asked[:3]] == ["red0", "red1", "blue0"]
-    assert texts(asked[0]) == ["It is red.", "It is blue.", "It is green.", "It is gold."]
-    assert texts(asked[2]) == [f"It is {a}." for a in ANSWERS]
-    assert [(d.supports, d.relevance) for d in asked[2].documents] == [
+def test_the_other_paragraphs_are_distractors_unless_they_contain_the_answer() -> None:
+    questions = [squad.add_distractors(question) for question in ask([article()])]
+    assert [question.id for question in questions[:3]] == ["red0", "red1", "blue0"]
+    assert texts(questions[0]) == ["It is red.", "It is blue.", "It is green.", "It is gold."]
+    assert texts(questions[2]) == [f"It is {a}." for a in ANSWERS]
+    assert [(d.supports, d.relevance) for d in questions[2].documents] == [
         (False, 0),
         (True, 1),
         (False, 0),
@@ -78,9 +78,9 @@ def test_flat_rows_are_grouped_by_consecutive_titles() -> None:
 
 def test_the_answer_of_most_annotators_is_the_response() -> None:
     answers = [{"text": text} for text in ("a long one", "two ", "two ", " a long one", "two ")]
-    posed = next(squad.read_article_questions([("", article())]))[1]
+    records = next(squad.read_article_questions([("", article())]))[1]
     assert squad.parse_question(
-        squad.ArticleQuestion(posed.pool, posed.paragraph, qa("") | {"answers": answers})
+        squad.ArticleQuestion(records.pool, records.paragraph, qa("") | {"answers": answers})
     ).answers == (
         "two",
         "a long one",
@@ -91,14 +91,14 @@ def test_the_answer_of_most_annotators_is_the_response() -> None:
 def test_a_question_without_answer_is_dropped(change: dict[str, Any]) -> None:
     one = article()
     one["paragraphs"][0]["qas"][0] |= change
-    posed = [record for _, record in squad.read_article_questions([("", one)])]
+    records = [record for _, record in squad.read_article_questions([("", one)])]
     with pytest.raises(RecordDropped, match="no answer"):
-        squad.parse_question(posed[0])
-    assert squad.parse_question(posed[1]).id == "red1"
+        squad.parse_question(records[0])
+    assert squad.parse_question(records[1]).id == "red1"
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (lambda a: a.pop("paragraphs"), "line 1: field 'paragraphs' is missing"),
         (
@@ -111,7 +111,7 @@ def test_a_question_without_answer_is_dropped(change: dict[str, Any]) -> None:
         (lambda a: a["paragraphs"][0]["qas"][0].update(answers=[{}]), "'answers[0].text'"),
     ],
 )
-def test_what_is_unfit_names_its_place(spoil: Any, said: str) -> None:
+def test_a_bad_article_or_question_names_its_place(spoil: Any, message: str) -> None:
     one = article()
     spoil(one)
     faults = []
@@ -122,14 +122,14 @@ def test_what_is_unfit_names_its_place(spoil: Any, said: str) -> None:
             squad.parse_question(record)
         except RecordError as error:
             faults.append(f"{at}: {error}")
-    assert len(faults) == 1 and re.search(re.escape(said), faults[0])
+    assert len(faults) == 1 and re.search(re.escape(message), faults[0])
 
 
-def test_a_row_that_is_unfit_is_one_record() -> None:
+def test_a_bad_row_is_one_bad_record() -> None:
     spoilt = [rows()[0] | {"context": 3}, *rows()[1:]]
-    posed = list(squad.read_article_questions([(str(n), row) for n, row in enumerate(spoilt)]))
-    assert len(posed) == len(spoilt) and isinstance(posed[0][1], RecordError)
-    assert not any(isinstance(record, RecordError) for _, record in posed[1:])
+    records = list(squad.read_article_questions([(str(n), row) for n, row in enumerate(spoilt)]))
+    assert len(records) == len(spoilt) and isinstance(records[0][1], RecordError)
+    assert not any(isinstance(record, RecordError) for _, record in records[1:])
 
 
 def test_questions_of_a_set_share_its_paragraphs() -> None:
@@ -149,37 +149,37 @@ def test_questions_of_a_set_share_its_paragraphs() -> None:
     assert len(orders) > 3
 
 
-def test_sets_are_drawn_again_for_the_questions_that_a_set_has_no_room_for() -> None:
+def test_new_sets_are_drawn_for_questions_beyond_the_limit_of_a_set() -> None:
     answers = [f"w{i}x" for i in range(12)]
     paragraphs = [{"context": f"It is {a}.", "qas": [qa(a, n) for n in range(5)]} for a in answers]
-    asked = list(ask([{"title": "T", "paragraphs": paragraphs}]))
-    shared = list(squad.group_by_context(iter(asked), sets_of(4), print, max_questions=6))
-    assert sorted(q.id for q in shared) == sorted(q.id for q in asked)
+    questions = list(ask([{"title": "T", "paragraphs": paragraphs}]))
+    shared = list(squad.group_by_context(iter(questions), sets_of(4), print, max_questions=6))
+    assert sorted(q.id for q in shared) == sorted(q.id for q in questions)
     by_set = [list(some) for _, some in groupby(shared, key=texts)]
     assert max(map(len, by_set)) == 6 and len({tuple(texts(some[0])) for some in by_set}) > 6
-    # of the first sets every paragraph is asked about, and some twice
+    # of the first sets every paragraph is questions about, and some twice
     assert all(len({q.answers for q in some}) == 4 for some in by_set[:3])
     # a short set is filled
-    some_sets = list(squad.group_by_context(iter(asked[:55]), sets_of(5), print, max_questions=6))
+    some_sets = list(squad.group_by_context(iter(questions[:55]), sets_of(5), print, max_questions=6))
     assert len(some_sets) == 55 and {len(q.documents) for q in some_sets} == {5}
     ids = [q.id for q in by_set[0]]
-    assert ids == [q.id for q in asked if q.id in ids]
+    assert ids == [q.id for q in questions if q.id in ids]
 
 
-def test_paragraphs_that_are_alike_meet_in_a_set() -> None:
+def test_similar_paragraphs_are_in_the_same_set() -> None:
     kinds = ["the cat sat on a mat", "stars burn far away", "bread needs flour and water"]
     kinds = kinds * 3
     paragraphs = [{"context": f"{kind}, w{i}", "qas": [qa(f"w{i}")]} for i, kind in enumerate(kinds)]
-    asked = list(ask([{"title": "T", "paragraphs": paragraphs}]))
+    questions = list(ask([{"title": "T", "paragraphs": paragraphs}]))
     for seed in range(5):
-        shared = list(squad.group_by_context(iter(asked), sets_of(3, seed), print, bm25_indexer()))
+        shared = list(squad.group_by_context(iter(questions), sets_of(3, seed), print, bm25_indexer()))
         assert {len({text[:3] for text in texts(question)}) for question in shared} == {1}
     assert len(shared) == 9
-    by_lot = list(squad.group_by_context(iter(asked), sets_of(3), print))
+    by_lot = list(squad.group_by_context(iter(questions), sets_of(3), print))
     assert max(len({text[:3] for text in texts(question)}) for question in by_lot) > 1
 
 
-def test_a_question_whose_set_holds_its_answer_twice_is_dropped() -> None:
+def test_a_question_whose_answer_is_in_another_paragraph_of_its_set_is_dropped() -> None:
     dropped: list[str] = []
     kept = [
         question.id for question in squad.group_by_context(ask([article()]), sets_of(None), dropped.append)

@@ -31,7 +31,7 @@ def response_of(encoder: Encoder, tokenizer: PreTrainedTokenizerFast, response: 
 
 
 @given(st.lists(TEXTS, min_size=1, max_size=4))
-def test_the_blocks_are_encoded_one_by_one_as_they_were_given(encoder: Encoder, blocks: list[str]) -> None:
+def test_templated_blocks_are_encoded_one_by_one(encoder: Encoder, blocks: list[str]) -> None:
     tokenizer = toy_tokenizer()
     ids = encoder.encode_prompt(templated(*blocks))
     assert [tokenizer.decode(block) for block in ids] == blocks
@@ -41,20 +41,22 @@ def test_the_blocks_are_encoded_one_by_one_as_they_were_given(encoder: Encoder, 
     assert example.block_lengths[:-1] == tuple(map(len, ids[:-1]))
 
 
-def test_their_markers_are_added_tokens(encoder: Encoder, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_control_tokens_in_templated_blocks_are_added_tokens(
+    encoder: Encoder, tokenizer: PreTrainedTokenizerFast
+) -> None:
     ids = sum(encoder.encode_prompt(templated(*BLOCKS)), [])
     added = [id for id in ids if id in tokenizer.added_tokens_decoder]
     assert tokenizer.convert_ids_to_tokens(added) == [START, "<think>", END, START]
 
 
-def test_the_response_ends_once(encoder: Encoder, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_templated_response_ends_once(encoder: Encoder, tokenizer: PreTrainedTokenizerFast) -> None:
     assert response_of(encoder, tokenizer, "The fox") == f"The fox{END}"
     assert response_of(encoder, tokenizer, f"The fox{END}") == f"The fox{END}"
     # <think> is an added token, but no special one: it ends nothing
     assert response_of(encoder, tokenizer, "The <think>") == f"The <think>{END}"
 
 
-def test_a_tokenizer_without_chat_template_will_do() -> None:
+def test_templated_samples_need_no_chat_template() -> None:
     tokenizer = toy_tokenizer(None)
     encoder = Encoder(tokenizer)
     assert response_of(encoder, tokenizer, "The fox") == f"The fox{END}"
@@ -66,7 +68,7 @@ def test_a_tokenizer_without_chat_template_will_do() -> None:
         Encoder(tokenizer).encode([templated(*BLOCKS)])
 
 
-def test_nothing_is_put_before_or_around_a_block() -> None:
+def test_nothing_is_added_to_a_templated_block() -> None:
     backend = Tokenizer(models.BPE(vocab={"▁": 0, "a": 1, "<s>": 2}, merges=[]))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Replace("▁", " ")
@@ -88,7 +90,7 @@ class Choosy(Encoder):
         return super()._render(sample, response)
 
 
-def test_an_unfit_sample_does_not_lose_its_batch() -> None:
+def test_a_mismatch_does_not_affect_the_other_samples_of_a_batch() -> None:
     encoder = Choosy(toy_tokenizer())
     samples = [rag_sample(id="a"), rag_sample("x?", id="b"), templated(*BLOCKS), rag_sample(id="c")]
     with pytest.raises(TemplateMismatch, match="^sample b of "):
@@ -100,7 +102,7 @@ def test_an_unfit_sample_does_not_lose_its_batch() -> None:
     assert [o.sample for o in outcomes] == samples
 
 
-def test_a_sample_that_cannot_be_cut_is_unfit_and_named(encoder: Encoder) -> None:
+def test_a_sample_that_cannot_be_split_is_a_mismatch_and_is_named(encoder: Encoder) -> None:
     def split(sample: Sample) -> Sample:
         if sample.id == "b":
             raise TemplateMismatch("the vocabulary spells a marker", "added token spelled by a text")
