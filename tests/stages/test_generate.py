@@ -258,7 +258,7 @@ def test_the_folder_stays_within_its_budget(
             {"mode": "full", "cache": CacheArguments(folder=Path("no/such"))},
             "--mode full has no blocks to store",
         ),
-        ({"stop": [""]}, "not empty"),
+        ({"stop": [""]}, "non-empty texts"),
         ({"cache": CacheArguments(disk="1GB")}, "--cache-bytes needs --cache FOLDER"),
         ({"cache": CacheArguments(host="much")}, "'much' is not a size"),
         ({"cache": CacheArguments(device="")}, "'' is not a size"),
