@@ -34,7 +34,7 @@ if command == "eval":
     modes = arguments[arguments.index("--modes") + 1]
     shutil.copytree(Path("reports", modes), folder, dirs_exist_ok=True)
 if command == "train":
-    (folder / "recipe.yaml").write_text(open({str(ROOT / "recipes/smollm2-135m.yaml")!r}).read())
+    (folder / "recipe.yaml").write_text(open({str(ROOT / "data/paper-mini/recipe.yaml")!r}).read())
     (folder / "metrics.jsonl").write_text('{{"step": 160, "loss": 1.0, "tokens_per_s": 5.0}}\\n')
 """
 
@@ -110,8 +110,8 @@ def test_the_table_is_made_from_four_runs_and_five_evaluations(finished: Path) -
     for name, recipe_name, *overrides in commands:
         if name != "train":
             continue
-        assert recipe_name == "smollm2-135m"
-        recipe = load_recipe(recipe_name, overrides)
+        assert recipe_name == "data/paper-mini/recipe.yaml"
+        recipe = load_recipe(str(ROOT / recipe_name), overrides)
         recipes[Path(recipe.train.output_dir).parent.name] = recipe
     assert {name: (*r.data.modes, r.data.positions) for name, r in recipes.items()} == {
         "full": ("full", "reencoded"),
@@ -126,7 +126,7 @@ def test_the_table_is_made_from_four_runs_and_five_evaluations(finished: Path) -
     assert all(recipe == recipes["both"] for recipe in recipes.values())
     # documents are retrieved and ordered in evaluation as in training
     evaluations = [
-        load_recipe(command[2], command[3 : command.index("--modes")])
+        load_recipe(str(ROOT / command[2]), command[3 : command.index("--modes")])
         for command in commands
         if command[0] == "eval"
     ]

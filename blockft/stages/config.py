@@ -34,7 +34,7 @@ def print_config(
     if schema:
         print(json_schema_text(), end="")
     elif markdown:
-        from blockft.config.readme import recipes_readme
+        from blockft.stages.recipes_readme import recipes_readme
 
         print(recipes_readme(), end="")
     elif recipe is not None:

@@ -4,13 +4,13 @@
 # Run at the top of the project. Call it again after a kill: what is finished is skipped, what is not goes on.
 #
 #   make paper-mini MODEL=folder/of/SmolLM2-135M-Instruct
-#   bash data/paper-mini/paper-mini.sh [KEY=VALUE ...]      overrides of recipes/smollm2-135m.yaml, for all parts
+#   bash data/paper-mini/paper-mini.sh [KEY=VALUE ...]      overrides of data/paper-mini/recipe.yaml, for all parts
 set -euo pipefail
 model=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
 out=${FOLDER:-out/paper-mini}
 # a search ranks the ten documents of a question, the best next to it; 2,000 of 11,058 samples are chats.
 # 1,000 steps are an epoch of both views, the paper's training, or two of one view: all models train for as many
-common=(smollm2-135m "model.path=$model" "data.output_dir=$out/data" data.row_len=32768 data.order=ascending
+common=(data/paper-mini/recipe.yaml "model.path=$model" "data.output_dir=$out/data" data.row_len=32768 data.order=ascending
   data.sources.2.retriever=bm25 data.sources.3.retriever=bm25 data.sources.4.retriever=bm25 data.sources.5.max_samples=2000
   train.batch_rows=1 train.learning_rate=2.5e-4 train.num_train_epochs=3 train.max_steps=1000 train.save_steps=500
   train.num_eval_examples=0 eval.batch_size=32 eval.sources.2.retriever=bm25 eval.sources.3.retriever=bm25

@@ -12,6 +12,7 @@ from blockft.data.sample import Sample
 from blockft.data.sources import SOURCE_FORMATS, RecordCounts
 from blockft.errors import UserError
 from blockft.stages.source_settings import check_wording, rag_prompt, read_source
+from tests.commands import ROOT
 
 REAL_DATA = Path(os.environ.get("BLOCKFT_REAL_DATA", "../shared/data"))
 COUNTS = {
@@ -58,8 +59,11 @@ def real_samples(source: Source, data: DataSettings) -> tuple[list[Sample], Reco
 
 
 @pytest.mark.real_data
-def test_the_recipe_reads_every_record_of_the_real_files() -> None:
-    recipe = load_recipe("smollm2-135m")
+def test_the_recipe_of_the_small_table_reads_every_record_of_the_real_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("BLOCKFT_REAL_DATA", str(REAL_DATA))
+    recipe = load_recipe(str(ROOT / "data/paper-mini/recipe.yaml"))
     assert recipe.eval
     ids: dict[str, list[str]] = {}
     for source in (*recipe.data.sources, *recipe.eval.sources):
