@@ -1,4 +1,4 @@
-"""A model of a few numbers whose blocks can be told by their content, for tests of the cache."""
+"""Tiny cache models, and blocks whose keys and values depend only on their key."""
 
 import random
 from pathlib import Path
@@ -17,13 +17,13 @@ OTHER = CacheModel(
 
 
 def kv_of(key: BlockKey, model: CacheModel = TOY) -> torch.Tensor:
-    """Keys and values, (layers, n, 2, K, D), that nothing but the key decides."""
+    """Return keys and values that depend only on the key and the model's shape: (L, n, 2, K, D)."""
     shape = (model.num_layers, *model.layer_shape(num_tokens(key)))
     generator = torch.Generator().manual_seed(sum(token_ids(key)))
     return torch.randn(shape, generator=generator).to(model.torch_dtype)
 
 
-def some_key(seed: int, length: int = 5) -> BlockKey:
+def random_key(seed: int, length: int = 5) -> BlockKey:
     rng = random.Random(seed)
     return block_key([rng.randrange(50_000) for _ in range(length)])
 
@@ -34,6 +34,6 @@ def write_file(path: Path, key: BlockKey, model: CacheModel = TOY) -> None:
 
 
 def check_file(path: Path, model: CacheModel = TOY) -> None:
-    """Raises what a reader of all that is in the file would raise."""
+    """Read the whole file. Raises as `EntryReader` does."""
     with EntryReader(path, model) as entry:
         entry.verify()

@@ -1,4 +1,4 @@
-"""A model with its tokenizer, in a folder."""
+"""A model folder for all tests of inference."""
 
 from pathlib import Path
 
@@ -9,5 +9,5 @@ from tests.run import save_model
 
 @pytest.fixture(scope="session")
 def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One that answers each prompt differently; nobody writes there."""
+    """The folder of a model that answers each prompt differently. Tests must not write there."""
     return save_model(tmp_path_factory.mktemp("model"), initializer_range=1.0)

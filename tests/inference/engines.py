@@ -1,4 +1,4 @@
-"""Engines over tiny models, and what they should answer."""
+"""Engines over tiny models, and the answers that they should give."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -26,7 +26,7 @@ PROMPT = RagPrompt(
 )
 
 Prompt = list[list[int]]
-"""The ids of a prompt's blocks."""
+"""The token ids of a prompt's blocks."""
 
 
 @cache
@@ -50,13 +50,13 @@ def make_engine(model: PreTrainedModel, rotate: Rotate, cache: CacheOptions | No
 
 
 def keep_only_disk(engine: Engine) -> None:
-    """Leave blocks on the disk alone."""
+    """Drop all blocks that are not on the disk."""
     engine.flush()
     engine.clear_cache()
 
 
 def greedy(model: PreTrainedModel, prompt: Sequence[Sequence[int]], num_new: int) -> tuple[int, ...]:
-    """The oracle: every token from a masked forward over all that stands before it."""
+    """Return the reference answer: each token from a masked forward pass over all tokens before it."""
     blocks = [list(block) for block in prompt]
     for _ in range(num_new):
         layout = Layout(tuple(map(len, blocks)))

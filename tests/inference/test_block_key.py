@@ -1,4 +1,4 @@
-"""Keys of blocks, and sizes as people spell them."""
+"""Keys of blocks, and sizes in bytes as users write them."""
 
 import pytest
 
@@ -7,15 +7,15 @@ from blockft.inference.block_key import block_key, key_digest, num_tokens, token
 from blockft.units import format_bytes, parse_bytes
 
 
-def test_a_key_is_the_ids_of_its_block() -> None:
+def test_a_key_contains_the_token_ids_of_its_block() -> None:
     ids = [0, 1, 255, 256, 151_643, 2**31 - 1]
     key = block_key(ids)
     assert token_ids(key) == ids and num_tokens(key) == len(ids)
     assert key == block_key(tuple(ids)) and key != block_key(ids[::-1])
 
 
-def test_a_digest_stays_what_it_is() -> None:
-    """Folders outlive versions: entries are found by it."""
+def test_digests_do_not_change_between_versions() -> None:
+    """Entries in existing folders are found by their digest."""
     assert key_digest(block_key([1, 2, 3])) == "b30a3c159d7e8193559a42a84f1fcae1"
 
 
@@ -33,12 +33,12 @@ def test_a_digest_stays_what_it_is() -> None:
         (" 7b ", 7),
     ],
 )
-def test_sizes_are_read_as_people_spell_them(text: str, number: int) -> None:
+def test_sizes_with_units_are_parsed(text: str, number: int) -> None:
     assert parse_bytes(text) == number
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "ten", "1,5GB", "10XB", "10iB", "1e9", "٣GB", "inf"])
-def test_what_is_no_size_is_refused(text: str) -> None:
+def test_other_texts_are_not_sizes(text: str) -> None:
     with pytest.raises(UserError, match="10GB"):
         parse_bytes(text)
 
@@ -55,5 +55,5 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         (10**16, "10000 TB"),
     ],
 )
-def test_sizes_are_printed_short(number: int, text: str) -> None:
+def test_sizes_are_formatted_with_units(number: int, text: str) -> None:
     assert format_bytes(number) == text

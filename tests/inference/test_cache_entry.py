@@ -1,4 +1,4 @@
-"""Entries of the cache: whatever happens to a byte of a file, it is found."""
+"""Files of cached blocks: any change of any byte is found."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 
 from blockft.inference.block_key import key_digest, num_tokens, token_ids
 from blockft.inference.cache_entry import CacheModel, DamagedEntry, EntryReader
-from tests.inference.cached import OTHER, TOY, check_file, kv_of, some_key, write_file
+from tests.inference.cached import OTHER, TOY, check_file, kv_of, random_key, write_file
 
-KEY = some_key(0)
+KEY = random_key(0)
 NAME = f"{key_digest(KEY)}.safetensors"
 
 
@@ -22,8 +22,8 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("model", [TOY, OTHER], ids=lambda model: model.dtype)
 @pytest.mark.parametrize("length", [1, 5, 700])
-def test_what_is_read_is_what_was_written(tmp_path: Path, model: CacheModel, length: int) -> None:
-    key = some_key(length, length)
+def test_reading_gives_what_was_written(tmp_path: Path, model: CacheModel, length: int) -> None:
+    key = random_key(length, length)
     path = tmp_path / f"{key_digest(key)}.safetensors"
     write_file(path, key, model)
     size = path.stat().st_size
@@ -44,7 +44,7 @@ def test_an_entry_is_an_ordinary_safetensors_file(path: Path) -> None:
         assert torch.equal(tensors[f"layers.{index}"], layer)
 
 
-def test_views_are_written_as_what_they_show(tmp_path: Path) -> None:
+def test_strided_views_are_written_correctly(tmp_path: Path) -> None:
     from blockft.inference.cache_entry import write_entry
 
     kv = kv_of(KEY)
@@ -55,8 +55,8 @@ def test_views_are_written_as_what_they_show(tmp_path: Path) -> None:
         assert torch.equal(entry.read_layer(1), kv[1])
 
 
-def test_a_flipped_bit_is_found_wherever_it_is(path: Path) -> None:
-    """In the length, the header, its blanks, the token ids, every layer: each byte of the file."""
+def test_a_flipped_bit_is_found_in_every_byte(path: Path) -> None:
+    """In the length, the header, its padding, the token ids and every layer."""
     content = path.read_bytes()
     for offset in range(len(content)):
         damaged = bytearray(content)
@@ -68,7 +68,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(path: Path) -> None:
     check_file(path)
 
 
-def test_a_file_of_another_length_is_found(path: Path) -> None:
+def test_a_file_with_another_length_is_damaged(path: Path) -> None:
     content = path.read_bytes()
     per_token = TOY.token_bytes + 4
     lengths = {0, 1, 7, 8, 9, 500, 4095, 4096, 4097, len(content) - 1, *range(4096, len(content), per_token)}
@@ -95,15 +95,15 @@ def test_a_file_of_another_length_is_found(path: Path) -> None:
         b"",
     ],
 )
-def test_any_other_header_is_found(path: Path, header: bytes) -> None:
+def test_a_file_with_another_header_is_damaged(path: Path, header: bytes) -> None:
     content = path.read_bytes()
     path.write_bytes(content[:8] + header.ljust(4088) + content[4096:])
     with pytest.raises(DamagedEntry):
         check_file(path)
 
 
-def test_foreign_entries_are_found(path: Path) -> None:
-    other = path.with_name(f"{key_digest(some_key(1))}.safetensors")
+def test_entries_of_other_blocks_and_models_are_damaged(path: Path) -> None:
+    other = path.with_name(f"{key_digest(random_key(1))}.safetensors")
     other.write_bytes(path.read_bytes())
     with pytest.raises(DamagedEntry, match="its block is"):
         EntryReader(other, TOY)
@@ -111,17 +111,17 @@ def test_foreign_entries_are_found(path: Path) -> None:
         EntryReader(path, OTHER)
 
 
-def test_an_open_entry_is_read_whole_after_its_file_has_gone(path: Path) -> None:
+def test_an_open_entry_is_readable_after_its_file_is_replaced_or_removed(path: Path) -> None:
     with EntryReader(path, TOY) as replaced, EntryReader(path, TOY) as removed:
-        draft = path.with_name("draft")
-        draft.write_bytes(b"something else")
-        draft.replace(path)
+        other = path.with_name("other")
+        other.write_bytes(b"something else")
+        other.replace(path)
         replaced.verify()
         path.unlink()
         removed.verify()
 
 
-def test_a_file_that_shrinks_under_its_reader_is_damaged_and_no_more(path: Path) -> None:
+def test_a_file_that_shrinks_while_it_is_open_is_damaged(path: Path) -> None:
     with EntryReader(path, TOY) as entry:
         entry.read_layer(0)
         with path.open("r+b") as file:

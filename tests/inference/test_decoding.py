@@ -1,4 +1,4 @@
-"""Several requests at once, from threads and streams: each waits for its turn, and no answer is wrong."""
+"""Requests from several threads and streams at once get the answers that they get alone."""
 
 import random
 from collections.abc import Generator
@@ -14,24 +14,24 @@ from blockft.inference.engine import Engine
 from blockft.inference.runner import Rotate
 from blockft.inference.sampling import Sampler
 from tests.inference.engines import ROTATE, Prompt, greedy, load_engine, options
-from tests.inference.test_runner import LARGER, PROMPT, TOKEN_BYTES, Failure, ask, some_prompt
+from tests.inference.test_runner import LARGER, PROMPT, TOKEN_BYTES, Failure, ask, random_prompt
 
 NUM_NEW = 8
 TIGHT = options(device=101 * TOKEN_BYTES, host=150 * TOKEN_BYTES)
-"""Holds the larger of the two prompts, and not both."""
+"""Memory for the larger of the two prompts, but not for both."""
 
 Ids = tuple[int, ...]
 
 
 @pytest.fixture(scope="module")
 def prompts() -> list[Prompt]:
-    """Twelve that share some of their blocks, in other places."""
-    rng, blocks = random.Random(3), some_prompt(5, *range(4, 34, 3))
-    return [[*rng.sample(blocks, 4), *some_prompt(i, 5 + i % 3)] for i in range(12)]
+    """Twelve prompts that share blocks, at different positions."""
+    rng, blocks = random.Random(3), random_prompt(5, *range(4, 34, 3))
+    return [[*rng.sample(blocks, 4), *random_prompt(i, 5 + i % 3)] for i in range(12)]
 
 
 @pytest.fixture(scope="module")
-def wanted(toy_model: Path, prompts: list[Prompt]) -> list[Ids]:
+def expected_ids(toy_model: Path, prompts: list[Prompt]) -> list[Ids]:
     engine = load_engine(toy_model)
     engine.eos_token_ids = set()
     return [greedy(engine.model, prompt, NUM_NEW) for prompt in prompts]
@@ -42,7 +42,7 @@ def rotate(request: pytest.FixtureRequest) -> Rotate:
     return request.param
 
 
-def endless(path: Path, rotate: Rotate, cache: Any = None) -> Engine:
+def load_endless(path: Path, rotate: Rotate, cache: Any = None) -> Engine:
     engine = load_engine(path, rotate, cache)
     engine.eos_token_ids = set()
     return engine
@@ -62,9 +62,14 @@ def finish(pieces: Generator[str, None, Answer]) -> Ids:
 @pytest.mark.parametrize("num_threads", [2, 5])
 @pytest.mark.parametrize("cache", [options(), TIGHT], ids=["roomy", "tight"])
 def test_threads_get_the_answers_that_they_get_alone(
-    toy_model: Path, rotate: Rotate, cache: Any, num_threads: int, prompts: list[Prompt], wanted: list[Ids]
+    toy_model: Path,
+    rotate: Rotate,
+    cache: Any,
+    num_threads: int,
+    prompts: list[Prompt],
+    expected_ids: list[Ids],
 ) -> None:
-    engine = endless(toy_model, rotate, cache)
+    engine = load_endless(toy_model, rotate, cache)
 
     def answer(i: int) -> Ids:
         prompt = prompts[i % len(prompts)]
@@ -74,19 +79,19 @@ def test_threads_get_the_answers_that_they_get_alone(
 
     with ThreadPoolExecutor(num_threads) as pool:
         got = [*pool.map(answer, range(36))]
-    assert got == wanted * 3
+    assert got == expected_ids * 3
 
 
-def test_threads_may_ask_an_engine_that_is_new(toy_model: Path, rotate: Rotate) -> None:
-    """Its tokenizer is set up by the first requests."""
+def test_threads_may_use_a_new_engine_at_once(toy_model: Path, rotate: Rotate) -> None:
+    """The first requests modify the tokenizer."""
     records = [{"documents": [f"The {i} barks."], "question": f"Who is {i}?"} for i in range(12)]
-    alone = endless(toy_model, rotate)
-    want = [alone.generate(**record, max_new_tokens=3).ids for record in records]
-    engine = endless(toy_model, rotate)
+    alone = load_endless(toy_model, rotate)
+    expected = [alone.generate(**record, max_new_tokens=3).ids for record in records]
+    engine = load_endless(toy_model, rotate)
     with ThreadPoolExecutor(4) as pool:
-        asked = [pool.submit(engine.generate, **record, max_new_tokens=3) for record in records]
+        answers = [pool.submit(engine.generate, **record, max_new_tokens=3) for record in records]
         cleared = [pool.submit(clear) for clear in (engine.clear_cache, engine.flush)]
-        assert [answer.result().ids for answer in asked] == want
+        assert [answer.result().ids for answer in answers] == expected
         assert [done.result() for done in cleared] == [None, None]
 
 
@@ -95,35 +100,35 @@ def test_threads_may_ask_an_engine_that_is_new(toy_model: Path, rotate: Rotate) 
 
 @pytest.mark.parametrize("cache", [options(), TIGHT], ids=["roomy", "tight"])
 @pytest.mark.parametrize("sampled", [{}, {"temperature": 5.0, "top_p": 0.95, "seed": 3}])
-def test_streams_that_take_turns_are_right(
+def test_interleaved_streams_get_their_answers(
     toy_model: Path, rotate: Rotate, cache: Any, sampled: dict[str, Any]
 ) -> None:
-    engine, alone = (endless(toy_model, rotate, cache) for _ in range(2))
+    engine, alone = (load_endless(toy_model, rotate, cache) for _ in range(2))
 
-    def opened(engine: Engine, prompt: Prompt) -> Generator[str, None, Answer]:
+    def stream_prompt(engine: Engine, prompt: Prompt) -> Generator[str, None, Answer]:
         return engine.stream_ids(prompt, max_new_tokens=NUM_NEW, sampler=Sampler(**sampled))
 
-    want = [finish(opened(alone, prompt)) for prompt in (PROMPT, LARGER)]
-    streams = [opened(engine, prompt) for prompt in (PROMPT, LARGER)]
+    expected = [finish(stream_prompt(alone, prompt)) for prompt in (PROMPT, LARGER)]
+    streams = [stream_prompt(engine, prompt) for prompt in (PROMPT, LARGER)]
     for _ in range(3):
         for stream in streams:
             next(stream)
     between = ask(engine).ids
-    assert [finish(stream) for stream in streams] == want
+    assert [finish(stream) for stream in streams] == expected
     assert between == ask(alone).ids
 
 
-def test_who_leaves_a_stream_unread_stops_nobody(toy_model: Path, rotate: Rotate) -> None:
-    engine = endless(toy_model, rotate)
+def test_an_unfinished_stream_blocks_no_other_request(toy_model: Path, rotate: Rotate) -> None:
+    engine = load_endless(toy_model, rotate)
     stream = engine.stream_ids(LARGER, max_new_tokens=NUM_NEW)
     next(stream)
-    with ThreadPoolExecutor(1) as pool:  # also not from another thread, for which the first one waits
+    with ThreadPoolExecutor(1) as pool:  # also not requests of another thread
         assert pool.submit(ask, engine).result(timeout=60).ids == ask(engine).ids
     assert finish(stream) == greedy(engine.model, LARGER, NUM_NEW)
 
 
-def test_an_answer_says_where_its_blocks_were_at_first(toy_model: Path) -> None:
-    engine = endless(toy_model, "queries", options(device=101 * TOKEN_BYTES))
+def test_an_interrupted_stream_reports_the_sources_of_its_first_prefill(toy_model: Path) -> None:
+    engine = load_endless(toy_model, "queries", options(device=101 * TOKEN_BYTES))
     stream = engine.stream_ids(PROMPT, max_new_tokens=NUM_NEW)
     next(stream)
     ask(engine, LARGER)
@@ -135,9 +140,9 @@ def test_an_answer_says_where_its_blocks_were_at_first(toy_model: Path) -> None:
             break
 
 
-def test_a_request_that_fails_changes_no_stream(toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may have taken the slots of its blocks."""
-    engine = endless(toy_model, "queries", options(device=101 * TOKEN_BYTES, host=0))
+def test_a_failed_request_does_not_change_a_stream(toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The failed request may have taken the slots of the stream's blocks."""
+    engine = load_endless(toy_model, "queries", options(device=101 * TOKEN_BYTES, host=0))
     stream = engine.stream_ids(PROMPT, max_new_tokens=NUM_NEW)
     next(stream)
 
@@ -147,5 +152,5 @@ def test_a_request_that_fails_changes_no_stream(toy_model: Path, monkeypatch: py
     with monkeypatch.context() as patched:
         patched.setattr(runner_module, "prefill_blocks", fail)
         with pytest.raises(Failure):
-            ask(engine, [*some_prompt(4, 60, 40), [1]])
+            ask(engine, [*random_prompt(4, 60, 40), [1]])
     assert finish(stream) == greedy(engine.model, PROMPT, NUM_NEW)

@@ -1,4 +1,4 @@
-"""The device tier: blocks keep their content and their place in the queue, whatever happens around them."""
+"""The device tier keeps blocks unchanged and evicts the least recently used, even after interrupts."""
 
 import sys
 from collections import OrderedDict
@@ -44,30 +44,32 @@ def holds(tier: DeviceTier, key: BlockKey) -> bool:
 
 
 class AnyUse(RuleBasedStateMachine):
-    """Compared with a queue of keys."""
+    """Random uses, compared with a queue of keys."""
 
     def __init__(self) -> None:
         super().__init__()
         self.tier = open_tier()
         self.queue: OrderedDict[BlockKey, None] = OrderedDict()
 
-    @rule(asked=st.lists(st.sampled_from(KEYS), unique=True, max_size=5))
-    def request(self, asked: list[BlockKey]) -> None:
-        """As a batch of prompts uses it: what is there is kept, and counts as used once all have slots."""
-        new = [key for key in asked if key not in self.queue]
-        if sum(map(num_tokens, asked)) > NUM_SLOTS:
+    @rule(keys=st.lists(st.sampled_from(KEYS), unique=True, max_size=5))
+    def request(self, keys: list[BlockKey]) -> None:
+        """As for a batch of prompts: blocks in the tier are kept, and count as used once all have slots."""
+        new = [key for key in keys if key not in self.queue]
+        if sum(map(num_tokens, keys)) > NUM_SLOTS:
             with pytest.raises(UserError):
-                fill(self.tier, *new, keep=tuple(asked))
+                fill(self.tier, *new, keep=tuple(keys))
             return
-        fill(self.tier, *new, keep=tuple(asked))
+        fill(self.tier, *new, keep=tuple(keys))
         evicted = [key for key in self.queue if key not in self.tier]
-        spare = [key for key in self.queue if key not in asked]
-        assert evicted == spare[: len(evicted)], "the least recently used make way, and never those to keep"
+        spare = [key for key in self.queue if key not in keys]
+        assert evicted == spare[: len(evicted)], (
+            "only the least recently used blocks are evicted, and no kept block"
+        )
         for key in evicted:
             del self.queue[key]
         for key in new:
             self.queue[key] = None
-        for key in asked:
+        for key in keys:
             self.tier.slot(key)
             self.queue.move_to_end(key)
 
@@ -91,23 +93,23 @@ class AnyUse(RuleBasedStateMachine):
 
 
 AnyUse.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
-test_any_use_keeps_blocks_and_their_order = AnyUse.TestCase
+test_random_uses_keep_blocks_and_their_order = AnyUse.TestCase
 
 
-def test_holes_that_are_too_small_are_joined_by_moving_blocks() -> None:
+def test_blocks_move_if_every_free_range_is_too_short() -> None:
     tier = open_tier()
     small = KEYS[1:7]  # of 2, 3, 3, 4, 5 and 6 tokens: all but the last fit
     fill(tier, *small[:5])
     for key in (small[0], small[2], small[4]):
         tier.drop(key)
     kept = (small[1], small[3])
-    fill(tier, KEYS[9], keep=kept)  # 11 of 13 free slots, which lie in three holes
+    fill(tier, KEYS[9], keep=kept)  # 11 of 13 free slots, which are in three ranges
     assert tier.evicted == 0 and all(holds(tier, key) for key in (*kept, KEYS[9]))
-    places = sorted((tier.slot(key), num_tokens(key)) for key in (*kept, KEYS[9]))
-    assert places[0][0] == 0 and all(a + n == b for (a, n), (b, _) in pairwise(places))
+    ranges = sorted((tier.slot(key), num_tokens(key)) for key in (*kept, KEYS[9]))
+    assert ranges[0][0] == 0 and all(a + n == b for (a, n), (b, _) in pairwise(ranges))
 
 
-def test_slots_that_were_freed_beside_each_other_are_one_hole() -> None:
+def test_adjacent_free_slots_are_one_range() -> None:
     tier = open_tier()
     fill(tier, KEYS[5], KEYS[4], KEYS[9])  # 5, 4 and 11 tokens
     tier.drop(KEYS[4])
@@ -116,7 +118,7 @@ def test_slots_that_were_freed_beside_each_other_are_one_hole() -> None:
     assert tier.evicted == 0 and holds(tier, KEYS[9]) and holds(tier, KEYS[8])
 
 
-def test_the_least_recently_used_make_way() -> None:
+def test_the_least_recently_used_blocks_are_evicted() -> None:
     tier = open_tier(10)
     fill(tier, KEYS[2], KEYS[3], KEYS[4])  # 3, 3 and 4 tokens
     tier.slot(KEYS[2])
@@ -125,7 +127,7 @@ def test_the_least_recently_used_make_way() -> None:
     assert all(holds(tier, KEYS[i]) for i in (1, 2, 4))
 
 
-def test_blocks_that_do_not_fit_together_are_refused_and_nothing_is_lost() -> None:
+def test_blocks_that_do_not_fit_together_are_refused_and_evict_nothing() -> None:
     tier = open_tier(10)
     fill(tier, KEYS[4], KEYS[5])
     with pytest.raises(UserError, match="raise the device budget, or answer fewer prompts"):
@@ -134,7 +136,7 @@ def test_blocks_that_do_not_fit_together_are_refused_and_nothing_is_lost() -> No
 
 
 def test_an_interrupt_anywhere_leaves_no_wrong_block() -> None:
-    """At every line of the tier in turn, while blocks make way and move: what is there then is right."""
+    """Interrupt every line in turn, while blocks are evicted and move. All blocks in the tier stay right."""
     num_lines = 0
     while True:
         tier = open_tier()
@@ -142,11 +144,13 @@ def test_an_interrupt_anywhere_leaves_no_wrong_block() -> None:
         tier.drop(KEYS[1])
         kept = (KEYS[2], KEYS[4])
         with interrupted(after=num_lines) as interrupt, suppress(KeyboardInterrupt):
-            fill(tier, KEYS[0], KEYS[9], keep=kept)  # the second one, of 11, only after the kept ones move
+            fill(
+                tier, KEYS[0], KEYS[9], keep=kept
+            )  # the second block needs 11 slots: the kept blocks must move
         assert all(holds(tier, key) for key in KEYS if key in tier)
         if not interrupt.raised:
             break
-        for key in KEYS[:-1]:  # no slot is lost: the last of these takes all
+        for key in KEYS[:-1]:  # no slot is lost: the last block needs all
             fill(tier, *([] if key in tier else [key]))
             assert all(holds(tier, key) for key in KEYS if key in tier)
         num_lines += 1
@@ -155,7 +159,7 @@ def test_an_interrupt_anywhere_leaves_no_wrong_block() -> None:
 
 @contextmanager
 def interrupted(after: int) -> Iterator[SimpleNamespace]:
-    """A KeyboardInterrupt at the next line of the tier after so many."""
+    """Raise a KeyboardInterrupt after this many lines of the tier's module."""
     state = SimpleNamespace(left=after, raised=False)
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
@@ -176,18 +180,18 @@ def interrupted(after: int) -> Iterator[SimpleNamespace]:
         sys.settrace(before)
 
 
-def test_a_budget_below_one_token_holds_nothing() -> None:
+def test_a_budget_below_one_token_holds_no_block() -> None:
     tier = DeviceTier(SHAPE, torch.device("cpu"), SHAPE.token_bytes - 1, padding=2)
     fill(tier)
     with pytest.raises(UserError, match="device budget"):
         fill(tier, KEYS[0])
 
 
-def test_a_budget_that_the_device_does_not_have_is_refused() -> None:
+def test_a_budget_above_the_memory_of_the_device_is_refused() -> None:
     with pytest.raises(UserError, match="cpu does not have 1000 TB for blocks: lower the device budget"):
         DeviceTier(SHAPE, torch.device("cpu"), 10**15)
 
 
-def test_what_lies_beyond_the_last_block_is_no_number_that_spreads() -> None:
+def test_unused_slots_and_the_padding_are_zeros() -> None:
     assert not open_tier().cache_LS2KD.any()
     assert open_tier().cache_LS2KD.shape == (2, NUM_SLOTS + 2, 2, 1, 2)

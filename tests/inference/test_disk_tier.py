@@ -1,4 +1,4 @@
-"""The disk tier: shared by processes, within its budget, never wrong, and no trouble when the disk is."""
+"""The disk tier is shared by processes, keeps its budget, finds damage, and survives failing disks."""
 
 import errno
 import json
@@ -24,9 +24,9 @@ from blockft.inference.block_key import BlockKey, block_key, key_digest, num_tok
 from blockft.inference.cache_entry import CacheModel
 from blockft.inference.cache_folder import TEMPORARY, CacheFolder
 from blockft.inference.disk_tier import DamagedEntry, DiskTier
-from tests.inference.cached import OTHER, TOY, check_file, kv_of, some_key
+from tests.inference.cached import OTHER, TOY, check_file, kv_of, random_key
 
-KEYS = [some_key(seed) for seed in range(12)]
+KEYS = [random_key(seed) for seed in range(12)]
 SIZE = TOY.entry_bytes(num_tokens(KEYS[0]))
 
 processes = get_context("forkserver")
@@ -77,8 +77,8 @@ def tier(folder: Path) -> DiskTier:
 
 
 @pytest.fixture
-def said() -> Iterator[list[str]]:
-    """What the cache has said so far."""
+def warnings() -> Iterator[list[str]]:
+    """The warnings of the cache so far."""
     texts: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
@@ -87,7 +87,7 @@ def said() -> Iterator[list[str]]:
     logging.getLogger("blockft.cache").removeHandler(handler)
 
 
-def test_what_one_tier_writes_every_other_reads(folder: Path, tier: DiskTier) -> None:
+def test_every_tier_of_a_folder_reads_what_one_wrote(folder: Path, tier: DiskTier) -> None:
     assert read(tier, KEYS[0]) is None
     for key in KEYS:
         tier.write(key, kv_of(key))
@@ -98,7 +98,7 @@ def test_what_one_tier_writes_every_other_reads(folder: Path, tier: DiskTier) ->
     assert later.statistics.bytes_read == sum(kv_of(key).nbytes for key in KEYS)
 
 
-def test_models_share_a_folder_and_see_their_own_blocks(folder: Path, tier: DiskTier) -> None:
+def test_models_share_a_folder_and_find_only_their_own_blocks(folder: Path, tier: DiskTier) -> None:
     other = DiskTier(folder, OTHER)
     tier.write(KEYS[0], kv_of(KEYS[0]))
     assert other.open(KEYS[0]) is None
@@ -109,7 +109,7 @@ def test_models_share_a_folder_and_see_their_own_blocks(folder: Path, tier: Disk
     assert CacheFolder(folder).models() == {TOY.fingerprint: TOY, OTHER.fingerprint: OTHER}
 
 
-def test_a_block_that_is_there_is_not_written_again(folder: Path, tier: DiskTier) -> None:
+def test_an_existing_entry_is_not_written_again(folder: Path, tier: DiskTier) -> None:
     tier.write(KEYS[0], kv_of(KEYS[0]))
     before = path_of(folder, KEYS[0]).stat()
     later = DiskTier(folder, TOY)
@@ -122,22 +122,22 @@ def test_a_block_that_is_there_is_not_written_again(folder: Path, tier: DiskTier
 
 
 @pytest.mark.parametrize("offset", [0, 20, 300, 4000, 4096])
-def test_damage_found_on_opening_is_reported_once_and_mended(
-    folder: Path, tier: DiskTier, said: list[str], offset: int
+def test_damage_found_on_opening_is_reported_once_and_repaired_by_a_write(
+    folder: Path, tier: DiskTier, warnings: list[str], offset: int
 ) -> None:
     for key in KEYS[:2]:
         tier.write(key, kv_of(key))
         flip(path_of(folder, key), offset)
         assert tier.open(key) is None and not path_of(folder, key).exists()
     assert tier.statistics.entries_damaged == 2 and used_bytes(folder) == 0
-    assert len(said) == 1 and key_digest(KEYS[0]) in said[0]
+    assert len(warnings) == 1 and key_digest(KEYS[0]) in warnings[0]
     tier.write(KEYS[0], kv_of(KEYS[0]))
     assert holds(tier, KEYS[0])
 
 
 @pytest.mark.parametrize("layer", range(TOY.num_layers))
-def test_damage_in_a_layer_is_reported_and_mended(
-    folder: Path, tier: DiskTier, said: list[str], layer: int
+def test_damage_in_a_layer_is_reported_and_repaired_by_a_write(
+    folder: Path, tier: DiskTier, warnings: list[str], layer: int
 ) -> None:
     tier.write(KEYS[0], kv_of(KEYS[0]))
     num_ids = 4 * num_tokens(KEYS[0])
@@ -150,13 +150,13 @@ def test_damage_in_a_layer_is_reported_and_mended(
     for _ in range(2):
         with pytest.raises(DamagedEntry, match=f"layer {layer}"):
             entry.read_layer(layer)
-    assert tier.statistics.entries_damaged == 1 and len(said) == 1
+    assert tier.statistics.entries_damaged == 1 and len(warnings) == 1
     assert tier.open(KEYS[0]) is None
     tier.write(KEYS[0], kv_of(KEYS[0]))
     assert holds(tier, KEYS[0])
 
 
-def test_a_truncated_or_foreign_entry_is_no_entry(folder: Path, tier: DiskTier, said: list[str]) -> None:
+def test_truncated_and_foreign_entries_are_missing(folder: Path, tier: DiskTier, warnings: list[str]) -> None:
     for key in KEYS[:3]:
         tier.write(key, kv_of(key))
     os.truncate(path_of(folder, KEYS[0]), SIZE - 1)
@@ -170,14 +170,14 @@ def test_a_truncated_or_foreign_entry_is_no_entry(folder: Path, tier: DiskTier, 
     assert holds(tier, KEYS[2])
 
 
-def test_a_truncated_entry_is_replaced_and_counted_right(folder: Path, tier: DiskTier) -> None:
+def test_a_write_replaces_a_truncated_entry(folder: Path, tier: DiskTier) -> None:
     tier.write(KEYS[0], kv_of(KEYS[0]))
     os.truncate(path_of(folder, KEYS[0]), 100)
     tier.write(KEYS[0], kv_of(KEYS[0]))
     assert holds(tier, KEYS[0])
 
 
-def test_a_sound_entry_that_took_a_damaged_ones_place_stays(folder: Path, tier: DiskTier) -> None:
+def test_an_entry_that_replaced_a_damaged_one_stays(folder: Path, tier: DiskTier) -> None:
     tier.write(KEYS[0], kv_of(KEYS[0]))
     flip(path_of(folder, KEYS[0]), SIZE - 1)
     entry = tier.open(KEYS[0])
@@ -189,7 +189,7 @@ def test_a_sound_entry_that_took_a_damaged_ones_place_stays(folder: Path, tier: 
     assert holds(tier, KEYS[0])
 
 
-def test_an_entry_that_is_evicted_while_open_is_read_to_its_end(folder: Path, tier: DiskTier) -> None:
+def test_an_open_entry_is_readable_after_its_eviction(folder: Path, tier: DiskTier) -> None:
     tier.write(KEYS[0], kv_of(KEYS[0]))
     entry = tier.open(KEYS[0])
     assert entry is not None
@@ -200,8 +200,8 @@ def test_an_entry_that_is_evicted_while_open_is_read_to_its_end(folder: Path, ti
     assert tier.statistics.entries_damaged == 0
 
 
-def test_an_entry_whose_file_is_not_held_is_read_while_it_is_there(
-    folder: Path, tier: DiskTier, said: list[str]
+def test_an_entry_that_is_not_kept_open_is_readable_while_its_file_exists(
+    folder: Path, tier: DiskTier, warnings: list[str]
 ) -> None:
     tier.write(KEYS[0], kv_of(KEYS[0]))
     path, kept = path_of(folder, KEYS[0]), folder.parent / "kept"
@@ -210,7 +210,7 @@ def test_an_entry_whose_file_is_not_held_is_read_while_it_is_there(
     path.rename(kept)
     with pytest.raises(DamagedEntry):
         entry.read_layer(2)
-    tier.write(KEYS[0], -kv_of(KEYS[0]))  # as another process might, whose numbers are not quite the same
+    tier.write(KEYS[0], -kv_of(KEYS[0]))  # like another process with slightly different numbers
     with pytest.raises(DamagedEntry, match="was replaced"):
         entry.read_layer(2)
     other = tier.open(KEYS[0])
@@ -219,11 +219,11 @@ def test_an_entry_whose_file_is_not_held_is_read_while_it_is_there(
     )
     kept.rename(path)
     assert torch.equal(entry.read_layer(2), kv_of(KEYS[0])[2])
-    assert not said and tier.statistics.entries_damaged == 0
+    assert not warnings and tier.statistics.entries_damaged == 0
     flip(path, SIZE - 1)
     with pytest.raises(DamagedEntry, match="layer 2"):
         entry.read_layer(2)
-    assert len(said) == tier.statistics.entries_damaged == 1 and not path.exists()
+    assert len(warnings) == tier.statistics.entries_damaged == 1 and not path.exists()
 
 
 # folders
@@ -237,13 +237,13 @@ def test_another_format_version_is_refused(folder: Path, tier: DiskTier) -> None
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "x"}', "\xff"])
-def test_what_is_no_format_is_refused(folder: Path, tier: DiskTier, text: str) -> None:
+def test_a_damaged_format_file_is_refused(folder: Path, tier: DiskTier, text: str) -> None:
     (folder / "format.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=r"format\.json"):
         DiskTier(folder, TOY)
 
 
-def test_other_peoples_folders_and_files_are_refused(tmp_path: Path) -> None:
+def test_folders_with_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for path in (tmp_path, tmp_path / "file", tmp_path / "file" / "cache"):
         with pytest.raises(UserError, match="folder"):
@@ -261,7 +261,7 @@ def test_a_damaged_model_file_is_written_again(folder: Path, tier: DiskTier) -> 
         assert CacheFolder(folder).models() == {TOY.fingerprint: TOY}
 
 
-def test_a_folder_that_was_emptied_is_filled_again(folder: Path, tier: DiskTier) -> None:
+def test_a_removed_folder_is_created_again(folder: Path, tier: DiskTier) -> None:
     tier.write(KEYS[0], kv_of(KEYS[0]))
     shutil.rmtree(folder)
     assert tier.open(KEYS[0]) is None
@@ -269,8 +269,8 @@ def test_a_folder_that_was_emptied_is_filled_again(folder: Path, tier: DiskTier)
     assert holds(tier, KEYS[0]) and CacheFolder(folder).models() == {TOY.fingerprint: TOY}
 
 
-def test_a_folder_that_another_version_takes_over_costs_one_warning(
-    folder: Path, tier: DiskTier, said: list[str]
+def test_a_folder_replaced_by_another_version_costs_one_warning(
+    folder: Path, tier: DiskTier, warnings: list[str]
 ) -> None:
     shutil.rmtree(folder)
     folder.mkdir()
@@ -278,29 +278,31 @@ def test_a_folder_that_another_version_takes_over_costs_one_warning(
     for key in KEYS[:2]:
         tier.write(key, kv_of(key))
         assert tier.open(key) is None
-    assert len(said) == 1 and "version 99" in said[0] and tier.statistics.entries_lost == 2
+    assert len(warnings) == 1 and "version 99" in warnings[0] and tier.statistics.entries_lost == 2
 
 
 # the budget
 
 
-def test_a_budget_that_holds_no_token_is_refused(folder: Path) -> None:
+def test_a_budget_below_one_token_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="cannot hold a block of toy"):
         DiskTier(folder, TOY, max_bytes=TOY.entry_bytes(1) - 1)
 
 
-def test_a_block_beyond_the_budget_is_left_out_and_evicts_nothing(folder: Path, said: list[str]) -> None:
+def test_a_block_above_the_budget_is_not_written_and_evicts_nothing(
+    folder: Path, warnings: list[str]
+) -> None:
     tier = DiskTier(folder, TOY, max_bytes=2 * SIZE)
     tier.write(KEYS[0], kv_of(KEYS[0]))
     for seed in (1, 2):
-        key = some_key(seed, 1000)
+        key = random_key(seed, 1000)
         tier.write(key, kv_of(key))
         assert tier.open(key) is None
     assert holds(tier, KEYS[0]) and tier.statistics.entries_lost == 2
-    assert len(said) == 1 and "1000 tokens" in said[0]
+    assert len(warnings) == 1 and "1000 tokens" in warnings[0]
 
 
-def test_the_least_recently_used_make_way(folder: Path) -> None:
+def test_the_least_recently_used_entries_are_evicted(folder: Path) -> None:
     tier = DiskTier(folder, TOY, max_bytes=4 * SIZE)
     long_ago = time.time() - 10_000
     for index, key in enumerate(KEYS[:4]):
@@ -314,14 +316,14 @@ def test_the_least_recently_used_make_way(folder: Path) -> None:
     assert used_bytes(folder) == stored_bytes(folder) == 3 * SIZE
 
 
-def test_a_budget_of_one_block_holds_the_last(folder: Path) -> None:
+def test_a_budget_of_one_block_keeps_the_last_block(folder: Path) -> None:
     tier = DiskTier(folder, TOY, max_bytes=SIZE)
     for key in KEYS:
         tier.write(key, kv_of(key))
         assert holds(tier, key) and stored_bytes(folder) == SIZE
 
 
-def test_the_budget_is_that_of_all_models_and_of_earlier_processes(folder: Path, tier: DiskTier) -> None:
+def test_the_budget_covers_all_models_and_earlier_processes(folder: Path, tier: DiskTier) -> None:
     for key in KEYS:
         tier.write(key, kv_of(key))
     size = OTHER.entry_bytes(num_tokens(KEYS[0]))
@@ -329,7 +331,7 @@ def test_the_budget_is_that_of_all_models_and_of_earlier_processes(folder: Path,
     assert path_of(folder, KEYS[0], OTHER).exists() and stored_bytes(folder) <= 3 * size
 
 
-def test_a_lost_count_is_made_again(folder: Path) -> None:
+def test_a_damaged_byte_count_is_counted_again(folder: Path) -> None:
     tier = DiskTier(folder, TOY, max_bytes=6 * SIZE)
     for key in KEYS[:6]:
         tier.write(key, kv_of(key))
@@ -338,11 +340,11 @@ def test_a_lost_count_is_made_again(folder: Path) -> None:
     assert stored_bytes(folder) == used_bytes(folder) <= 6 * SIZE
 
 
-# disks that do not take blocks
+# failing disks
 
 
 def test_a_full_disk_costs_one_warning(
-    folder: Path, tier: DiskTier, said: list[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, tier: DiskTier, warnings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tier.write(KEYS[0], kv_of(KEYS[0]))
     write_entry = disk.write_entry
@@ -357,25 +359,27 @@ def test_a_full_disk_costs_one_warning(
             tier.write(key, kv_of(key))
             assert tier.open(key) is None
     assert holds(tier, KEYS[0])
-    assert said == [f"{folder} cannot be written (the disk is full): blocks stay in memory only"]
+    assert warnings == [f"{folder} cannot be written (the disk is full): blocks stay in memory only"]
     assert tier.statistics.entries_lost == 2 and not list((folder / TEMPORARY).iterdir())
     tier.write(KEYS[1], kv_of(KEYS[1]))
     assert holds(tier, KEYS[1])
 
 
-def test_a_file_that_the_system_cuts_short_is_no_entry(folder: Path, tier: DiskTier, said: list[str]) -> None:
+def test_a_file_that_the_system_truncates_is_not_an_entry(
+    folder: Path, tier: DiskTier, warnings: list[str]
+) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE - 100, limits[1]))
     try:
         tier.write(KEYS[0], kv_of(KEYS[0]))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert tier.open(KEYS[0]) is None and len(said) == 1
+    assert tier.open(KEYS[0]) is None and len(warnings) == 1
     assert not list((folder / TEMPORARY).iterdir()) and stored_bytes(folder) == 0
 
 
-def test_a_read_only_cache_is_read(
-    folder: Path, tier: DiskTier, said: list[str], monkeypatch: pytest.MonkeyPatch
+def test_a_read_only_folder_is_readable(
+    folder: Path, tier: DiskTier, warnings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tier.write(KEYS[0], kv_of(KEYS[0]))
     os.utime(path_of(folder, KEYS[0]), (0, 0))
@@ -390,25 +394,25 @@ def test_a_read_only_cache_is_read(
     monkeypatch.setattr(CacheFolder, "temporary_file", refuse)
     monkeypatch.setattr(disk.os, "utime", refuse)
     later = DiskTier(folder, TOY)
-    assert not said
+    assert not warnings
     for _ in range(2):
         assert holds(later, KEYS[0])
-        assert len(said) == 1 and "cannot be recorded" in said[0]
+        assert len(warnings) == 1 and "cannot be recorded" in warnings[0]
     later.write(KEYS[2], kv_of(KEYS[2]))
-    assert len(said) == 2 and "cannot be written (Read-only" in said[1]
-    assert later.open(flip_key) is None and len(said) == 3
+    assert len(warnings) == 2 and "cannot be written (Read-only" in warnings[1]
+    assert later.open(flip_key) is None and len(warnings) == 3
     assert later.statistics.entries_lost == 1
 
 
-def test_a_folder_that_cannot_be_made_costs_one_warning(said: list[str]) -> None:
+def test_a_folder_that_cannot_be_created_costs_one_warning(warnings: list[str]) -> None:
     tier = DiskTier(Path("/proc/blockft/cache"), TOY)
     tier.write(KEYS[0], kv_of(KEYS[0]))
     assert tier.open(KEYS[0]) is None
-    assert len(said) == 1 and "cannot be written" in said[0]
+    assert len(warnings) == 1 and "cannot be written" in warnings[0]
 
 
-def test_a_disk_that_stops_answering_costs_one_warning(
-    folder: Path, tier: DiskTier, said: list[str], monkeypatch: pytest.MonkeyPatch
+def test_a_disk_with_read_errors_costs_one_warning(
+    folder: Path, tier: DiskTier, warnings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tier.write(KEYS[0], kv_of(KEYS[0]))
     entry = tier.open(KEYS[0])
@@ -422,14 +426,14 @@ def test_a_disk_that_stops_answering_costs_one_warning(
         with pytest.raises(DamagedEntry):
             entry.read_layer(0)
         assert tier.open(KEYS[0]) is None
-    assert len(said) == 1 and "cannot be read" in said[0] and tier.statistics.entries_damaged == 0
+    assert len(warnings) == 1 and "cannot be read" in warnings[0] and tier.statistics.entries_damaged == 0
     assert holds(tier, KEYS[0])
 
 
 # several threads and processes
 
 
-def test_threads_that_write_and_read_the_same_blocks(folder: Path, tier: DiskTier) -> None:
+def test_threads_may_write_and_read_the_same_blocks(folder: Path, tier: DiskTier) -> None:
     def work(seed: int) -> None:
         for key in random.Random(seed).sample(KEYS, len(KEYS)):
             tier.write(key, kv_of(key))
@@ -452,9 +456,9 @@ def write_at_once(folder: Path, key: BlockKey, barrier: Any, results: Any) -> No
     results.put((tier.statistics.entries_written, holds(tier, key)))
 
 
-def test_two_processes_that_write_the_same_block(folder: Path) -> None:
+def test_two_processes_may_write_the_same_block(folder: Path) -> None:
     results, barrier = processes.Queue(), processes.Barrier(2)
-    key = some_key(0, 20_000)
+    key = random_key(0, 20_000)
     for _ in range(2):
         processes.Process(target=write_at_once, args=(folder, key, barrier, results)).start()
     outcomes = [results.get(timeout=60) for _ in range(2)]
@@ -465,16 +469,16 @@ def test_two_processes_that_write_the_same_block(folder: Path) -> None:
 def write_forever(folder: Path, seed: int, started: Any) -> None:
     tier = DiskTier(folder, TOY, max_bytes=20 * TOY.entry_bytes(20_000))
     rng = random.Random(seed)
-    kv = kv_of(some_key(seed, 20_000))
+    kv = kv_of(random_key(seed, 20_000))
     started.set()
     while True:
         length = rng.randrange(1, 20_000)
         tier.write(block_key([rng.randrange(50_000)] * length), kv[:, :length])
 
 
-def test_sigkill_while_writing_leaves_nothing_that_is_wrong(folder: Path) -> None:
+def test_sigkill_while_writing_leaves_no_damaged_entry(folder: Path) -> None:
     rng = random.Random(0)
-    num_drafts = 0
+    num_temporary = 0
     for seed in range(12):
         started = processes.Event()
         writers = [
@@ -490,22 +494,22 @@ def test_sigkill_while_writing_leaves_nothing_that_is_wrong(folder: Path) -> Non
             writer.join()
         for entry in CacheFolder(folder).entries():
             check_file(entry.path)
-        num_drafts += len(list((folder / TEMPORARY).iterdir()))
+        num_temporary += len(list((folder / TEMPORARY).iterdir()))
     assert CacheFolder(folder).models() == {TOY.fingerprint: TOY}
-    assert num_drafts, "no writer was killed while it wrote"
+    assert num_temporary, "no writer was killed while it wrote"
     tier = DiskTier(folder, TOY)
     tier.write(KEYS[0], kv_of(KEYS[0]))
     assert holds(tier, KEYS[0]) and not list((folder / TEMPORARY).iterdir())
 
 
-def hammer(folder: Path, seed: int, seconds: float, results: Any) -> None:
-    """Read, write and prune at random. Reports statistics, what it pruned, how often blocks were right."""
+def use_randomly(folder: Path, seed: int, seconds: float, results: Any) -> None:
+    """Read, write and prune at random. Report statistics, pruned entries and correct reads."""
     rng = random.Random(seed)
     tier = DiskTier(folder, TOY, max_bytes=20 * SIZE)
     num_right, num_pruned = 0, 0
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        key = KEYS[rng.randrange(12)] if rng.random() < 0.5 else some_key(rng.randrange(12, 60))
+        key = KEYS[rng.randrange(12)] if rng.random() < 0.5 else random_key(rng.randrange(12, 60))
         if rng.random() < 0.02:
             cache = CacheFolder(folder)
             with cache.locked() as byte_count:
@@ -519,22 +523,24 @@ def hammer(folder: Path, seed: int, seconds: float, results: Any) -> None:
 
 
 @pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])
-def test_eight_processes_hammering_one_folder_lose_nothing(folder: Path, seconds: float) -> None:
+def test_eight_processes_using_one_folder_randomly_lose_no_entry(folder: Path, seconds: float) -> None:
     results = processes.Queue()
-    workers = [processes.Process(target=hammer, args=(folder, seed, seconds, results)) for seed in range(8)]
+    workers = [
+        processes.Process(target=use_randomly, args=(folder, seed, seconds, results)) for seed in range(8)
+    ]
     for worker in workers:
         worker.start()
     outcomes = [results.get(timeout=seconds + 60) for _ in workers]
     for worker in workers:
         worker.join()
         assert worker.exitcode == 0
-    left = list(CacheFolder(folder).entries())
-    for entry in left:
+    remaining = list(CacheFolder(folder).entries())
+    for entry in remaining:
         check_file(entry.path)
-    everything = [statistics for statistics, _, _ in outcomes]
-    assert all(s.entries_damaged == s.entries_lost == 0 for s in everything)
-    num_gone = sum(s.entries_evicted for s in everything) + sum(pruned for _, pruned, _ in outcomes)
-    assert sum(s.entries_written for s in everything) == len(left) + num_gone
+    all_statistics = [statistics for statistics, _, _ in outcomes]
+    assert all(s.entries_damaged == s.entries_lost == 0 for s in all_statistics)
+    num_removed = sum(s.entries_evicted for s in all_statistics) + sum(pruned for _, pruned, _ in outcomes)
+    assert sum(s.entries_written for s in all_statistics) == len(remaining) + num_removed
     assert used_bytes(folder) == stored_bytes(folder) <= 20 * SIZE
-    assert all(right > 10 for _, _, right in outcomes) and num_gone > 10
+    assert all(right > 10 for _, _, right in outcomes) and num_removed > 10
     assert not list((folder / TEMPORARY).iterdir())

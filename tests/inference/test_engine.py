@@ -1,4 +1,4 @@
-"""The engine as services embed it: requests of every kind, answers whatever their company."""
+"""The public API of the engine: every kind of request, batches, streams, options, errors and closing."""
 
 import math
 from collections.abc import Callable, Generator
@@ -37,7 +37,7 @@ def engine(request: pytest.FixtureRequest, toy_model: Path) -> Engine:
     return load_engine(toy_model, request.param)
 
 
-def drain(pieces: Generator[str, None, Answer]) -> tuple[list[str], Answer]:
+def read_stream(pieces: Generator[str, None, Answer]) -> tuple[list[str], Answer]:
     texts = []
     while True:
         try:
@@ -46,13 +46,13 @@ def drain(pieces: Generator[str, None, Answer]) -> tuple[list[str], Answer]:
             return texts, end.value
 
 
-def samples(engine: Engine) -> list[Sample]:
+def parse_samples(engine: Engine) -> list[Sample]:
     return [engine.parse_request(record, str(i)) for i, record in enumerate(REQUESTS)]
 
 
-def test_every_kind_of_request_is_answered_as_by_the_masked_forward(engine: Engine) -> None:
+def test_every_kind_of_request_gets_the_answer_of_the_masked_forward(engine: Engine) -> None:
     engine.eos_token_ids = set()
-    for record, prompt in zip(REQUESTS, samples(engine), strict=True):
+    for record, prompt in zip(REQUESTS, parse_samples(engine), strict=True):
         answer = engine.generate(**record, max_new_tokens=4)
         blocks = engine.encode(prompt, 4)
         assert answer.ids == greedy(engine.model, blocks, 4)
@@ -61,7 +61,7 @@ def test_every_kind_of_request_is_answered_as_by_the_masked_forward(engine: Engi
         assert answer.text == decoded.strip()
 
 
-def test_a_document_is_reused_wherever_it_stands(engine: Engine) -> None:
+def test_a_document_is_reused_at_any_position(engine: Engine) -> None:
     engine.generate(documents=DOCUMENTS, question="Who?", max_new_tokens=2)
     answer = engine.generate(documents=DOCUMENTS[::-1], question="Which one?", max_new_tokens=2)
     assert answer.blocks_reused == answer.num_blocks - 1 > len(DOCUMENTS)
@@ -71,10 +71,10 @@ def test_a_document_is_reused_wherever_it_stands(engine: Engine) -> None:
     assert len(engine.runner.block_cache.lookup(keys)) == len(keys) - 1
 
 
-def test_any_sequences_are_lists(engine: Engine) -> None:
+def test_tuples_and_numpy_numbers_are_accepted(engine: Engine) -> None:
     for record in REQUESTS:
-        want = engine.generate(**record, max_new_tokens=4)
-        assert engine.generate(**in_tuples(record), max_new_tokens=np.int64(4)).ids == want.ids
+        expected = engine.generate(**record, max_new_tokens=4)
+        assert engine.generate(**in_tuples(record), max_new_tokens=np.int64(4)).ids == expected.ids
 
 
 def in_tuples(found: Any) -> Any:
@@ -83,24 +83,24 @@ def in_tuples(found: Any) -> Any:
     return tuple(map(in_tuples, found)) if isinstance(found, list) else found
 
 
-def test_a_batch_answers_as_its_prompts_do_alone(engine: Engine) -> None:
+def test_prompts_of_a_batch_get_the_answers_that_they_get_alone(engine: Engine) -> None:
     for settings in ({}, {"mode": "full"}):
-        together = engine.generate_batch(samples(engine), max_new_tokens=6, **settings)
+        together = engine.generate_batch(parse_samples(engine), max_new_tokens=6, **settings)
         alone = [engine.generate(**record, max_new_tokens=6, **settings) for record in REQUESTS]
         assert [answer.ids for answer in together] == [answer.ids for answer in alone]
     assert engine.generate_batch([]) == []
 
 
-def test_draws_do_not_depend_on_the_batch(engine: Engine) -> None:
+def test_sampling_does_not_depend_on_the_batch(engine: Engine) -> None:
     drawn = {"temperature": 8.0, "top_p": 0.99, "max_new_tokens": 6}
-    together = engine.generate_batch(samples(engine), seed=5, **drawn)
+    together = engine.generate_batch(parse_samples(engine), seed=5, **drawn)
     alone = [engine.generate(**record, seed=5 + i, **drawn) for i, record in enumerate(REQUESTS)]
     assert [answer.ids for answer in together] == [answer.ids for answer in alone]
     assert engine.generate(**REQUESTS[0], seed=6, **drawn).ids != alone[0].ids
     assert engine.generate(**REQUESTS[0], seed=5, **drawn).ids == alone[0].ids
 
 
-def test_law_1_full_and_block_attention_to_one_block_are_the_same(engine: Engine) -> None:
+def test_block_and_full_mode_are_equal_for_one_block(engine: Engine) -> None:
     prompt = [[*range(40, 90)]]
     block, full = (
         engine.generate_ids([prompt], mode=mode, max_new_tokens=8)[0] for mode in ("block", "full")
@@ -108,9 +108,9 @@ def test_law_1_full_and_block_attention_to_one_block_are_the_same(engine: Engine
     assert block.ids == full.ids and full.sources == {}
 
 
-def test_full_attention_is_the_layout_of_one_block(engine: Engine) -> None:
+def test_full_mode_is_the_layout_of_one_block(engine: Engine) -> None:
     engine.eos_token_ids = set()
-    for prompt in samples(engine):
+    for prompt in parse_samples(engine):
         blocks = engine.encode(prompt, 5)
         (full,) = engine.generate_ids([blocks], mode="full", max_new_tokens=5)
         assert full.ids == greedy(engine.model, [[id for block in blocks for id in block]], 5)
@@ -118,30 +118,30 @@ def test_full_attention_is_the_layout_of_one_block(engine: Engine) -> None:
     assert not engine.runner.block_cache.host.num_blocks
 
 
-# where an answer ends
+# the end of an answer
 
 
-def test_an_answer_ends_at_an_end_token_which_is_no_part_of_it(engine: Engine) -> None:
+def test_an_answer_ends_before_an_end_of_sequence_token(engine: Engine) -> None:
     engine.eos_token_ids = set()
     whole = engine.generate(**REQUESTS[0], max_new_tokens=8)
-    at = next(i for i in range(1, 8) if whole.ids[i] not in whole.ids[:i])
-    engine.eos_token_ids = {whole.ids[at]}
-    cut = engine.generate(**REQUESTS[0], max_new_tokens=8)
-    assert cut.ids == whole.ids[:at]
+    end = next(i for i in range(1, 8) if whole.ids[i] not in whole.ids[:i])
+    engine.eos_token_ids = {whole.ids[end]}
+    shorter = engine.generate(**REQUESTS[0], max_new_tokens=8)
+    assert shorter.ids == whole.ids[:end]
     engine.eos_token_ids = {whole.ids[0]}
     empty = engine.generate(**REQUESTS[0], max_new_tokens=8)
     assert empty.ids == () and empty.text == "" and empty.tokens_per_s is None
-    together = engine.generate_batch(samples(engine)[:2], max_new_tokens=8)
+    together = engine.generate_batch(parse_samples(engine)[:2], max_new_tokens=8)
     assert together[0].ids == () and together[1].ids
 
 
-def test_speed_is_that_of_an_answer_and_not_of_its_reader_or_company(
+def test_speed_does_not_depend_on_the_reader_or_the_batch(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = count()
     monkeypatch.setattr(decoding, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     engine.eos_token_ids = set()
-    blocks = [engine.encode(prompt, 60) for prompt in samples(engine)[:2]]
+    blocks = [engine.encode(prompt, 60) for prompt in parse_samples(engine)[:2]]
     (whole,) = engine.generate_ids(blocks[:1], max_new_tokens=4)
     engine.eos_token_ids = {whole.ids[3]}
     together = engine.generate_ids(blocks, max_new_tokens=60)
@@ -156,10 +156,10 @@ def test_speed_is_that_of_an_answer_and_not_of_its_reader_or_company(
         except StopIteration as end:
             assert end.value.tokens_per_s == 1
             break
-        next(clock)  # the reader takes its time
+        next(clock)  # the reader is slow
 
 
-def test_end_tokens_are_the_templates_and_those_of_the_generation_config(toy_model: Path) -> None:
+def test_end_of_sequence_tokens_are_those_of_the_template_and_the_generation_config(toy_model: Path) -> None:
     engine = load_engine(toy_model)
     assert engine.eos_token_ids == {engine.tokenizer.eos_token_id}
     engine.model.generation_config.eos_token_id = [7, 8]
@@ -168,20 +168,20 @@ def test_end_tokens_are_the_templates_and_those_of_the_generation_config(toy_mod
 
 
 @pytest.mark.parametrize("num_new", [1, 3])
-def test_no_more_tokens_than_asked_for(engine: Engine, num_new: int) -> None:
+def test_answers_have_at_most_max_new_tokens(engine: Engine, num_new: int) -> None:
     engine.eos_token_ids = set()
-    for answer in engine.generate_batch(samples(engine), max_new_tokens=num_new):
+    for answer in engine.generate_batch(parse_samples(engine), max_new_tokens=num_new):
         assert len(answer.ids) == num_new
         assert (answer.tokens_per_s is None) == (num_new == 1)
 
 
-def test_a_stop_string_cuts_one_answer_and_no_other(engine: Engine) -> None:
+def test_a_stop_string_ends_only_the_answers_that_contain_it(engine: Engine) -> None:
     engine.eos_token_ids = set()
-    whole = engine.generate_batch(samples(engine), max_new_tokens=12)
+    whole = engine.generate_batch(parse_samples(engine), max_new_tokens=12)
     stop = whole[0].text[3:5]
-    cut = engine.generate_batch(samples(engine), max_new_tokens=12, stop=[stop])
-    assert cut[0].text == whole[0].text[: whole[0].text.index(stop)].strip() and len(cut[0].ids) < 12
-    for before, after in zip(whole, cut, strict=True):
+    stopped = engine.generate_batch(parse_samples(engine), max_new_tokens=12, stop=[stop])
+    assert stopped[0].text == whole[0].text[: whole[0].text.index(stop)].strip() and len(stopped[0].ids) < 12
+    for before, after in zip(whole, stopped, strict=True):
         assert after.text == before.text.partition(stop)[0].strip()
 
 
@@ -189,15 +189,15 @@ def test_a_stop_string_cuts_one_answer_and_no_other(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 3.0, "seed": 4}, {"mode": "full"}, {"stop": ["e"]}])
-def test_pieces_of_a_stream_join_to_the_text(engine: Engine, settings: dict[str, Any]) -> None:
-    for record, prompt in zip(REQUESTS, samples(engine), strict=True):
-        pieces, answer = drain(engine.stream(prompt, max_new_tokens=10, **settings))
+def test_the_pieces_of_a_stream_are_the_text_of_the_answer(engine: Engine, settings: dict[str, Any]) -> None:
+    for record, prompt in zip(REQUESTS, parse_samples(engine), strict=True):
+        pieces, answer = read_stream(engine.stream(prompt, max_new_tokens=10, **settings))
         assert "".join(pieces).strip() == answer.text and all(pieces)
         plain = engine.generate(**record, max_new_tokens=10, **settings)
         assert (answer.text, answer.ids) == (plain.text, plain.ids)
-        # a request is as good as the sample that it is made into
+        # a request and its sample are equivalent
         (batched,) = engine.generate_batch([record], max_new_tokens=10, **settings)
-        assert drain(engine.stream(record, max_new_tokens=10, **settings))[0] == pieces
+        assert read_stream(engine.stream(record, max_new_tokens=10, **settings))[0] == pieces
         assert (batched.text, batched.ids) == (plain.text, plain.ids)
 
 
@@ -209,26 +209,26 @@ def test_the_first_piece_comes_before_the_last_token(engine: Engine, monkeypatch
     assert len(steps) < 25
 
 
-# mistakes
+# errors
 
 
-def test_a_prompt_that_is_too_long_is_named(engine: Engine) -> None:
+def test_the_error_about_a_long_prompt_names_the_prompt_and_a_remedy(engine: Engine) -> None:
     prompt = engine.parse_request({"documents": ["x" * 5000], "question": "?"}, "the third")
     with pytest.raises(UserError, match=r"prompt the third: .* the model has 4096 positions: use fewer"):
         engine.generate_batch([prompt])
     with pytest.raises(UserError, match="no document can be spared"):
         engine.generate_batch([prompt], trim=True)
     chat = {"messages": [{"role": "user", "content": "x" * 5000}]}
-    for asked in ({"documents": ["x"], "question": "?" * 5000}, chat):
+    for request in ({"documents": ["x"], "question": "?" * 5000}, chat):
         with pytest.raises(UserError, match="shorten its question, or ask for fewer new tokens"):
-            engine.generate_batch([engine.parse_request(asked)])
+            engine.generate_batch([engine.parse_request(request)])
     with pytest.raises(UserError, match="need 4097 tokens"):
         engine.generate_ids([[[1] * 4000, [2]]], max_new_tokens=96)
     engine.eos_token_ids = set()
     assert len(engine.generate_ids([[[1] * 4000, [2] * 92]], max_new_tokens=4)[0].ids) == 4
 
 
-def test_long_prompts_lose_the_documents_of_the_lowest_score(engine: Engine) -> None:
+def test_trim_drops_the_documents_with_the_lowest_scores(engine: Engine) -> None:
     scores = [0.3, 0.1, 0.9, 0.2]
     documents = [{"text": str(i) * 1500, "score": score} for i, score in enumerate(scores)]
     prompt = engine.parse_request({"documents": documents, "question": "?"})
@@ -248,7 +248,7 @@ def test_a_prompt_without_a_token_is_refused(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ({}, "have 'documents' and 'question'"),
         ({"documents": ["a"]}, "question"),
@@ -268,10 +268,12 @@ def test_a_prompt_without_a_token_is_refused(engine: Engine) -> None:
         ({"blocks": ["a"], "stop": [""]}, "non-empty"),
     ],
 )
-def test_a_mistake_is_told_in_one_sentence(toy_model: Path, given: dict[str, Any], said: str) -> None:
+def test_a_malformed_request_gives_an_error_of_one_line(
+    toy_model: Path, given: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError) as raised:
         load_engine(toy_model).generate(**given)
-    assert said in str(raised.value) and "\n" not in str(raised.value)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_questions_are_worded_as_given_or_as_in_training_or_by_default(tmp_path: Path) -> None:

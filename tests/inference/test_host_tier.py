@@ -1,4 +1,4 @@
-"""The host tier: within its budget, the least recently used first, and quiet about it."""
+"""The host tier keeps its budget and evicts the least recently used blocks."""
 
 import logging
 from collections import OrderedDict
@@ -22,7 +22,7 @@ def block(num_bytes: int) -> torch.Tensor:
     st.lists(st.tuples(st.sampled_from(["put", "get", "clear"]), st.sampled_from(KEYS), st.integers(1, 12)))
 )
 @settings(max_examples=100, deadline=None)
-def test_it_is_a_queue_within_a_budget(uses: list[tuple[str, BlockKey, int]]) -> None:
+def test_random_uses_match_a_queue_with_a_budget(uses: list[tuple[str, BlockKey, int]]) -> None:
     tier, queue, evicted = HostTier(10), OrderedDict[BlockKey, torch.Tensor](), 0
     for use, key, size in uses:
         if use == "clear":
@@ -45,19 +45,18 @@ def test_it_is_a_queue_within_a_budget(uses: list[tuple[str, BlockKey, int]]) ->
         assert tier.num_blocks == len(queue) and tier.evicted == evicted
 
 
-def test_a_block_above_the_budget_is_not_kept_which_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_block_above_the_budget_is_not_kept_and_costs_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     tier = HostTier(10)
     tier.put(KEYS[0], block(8))
     with caplog.at_level(logging.WARNING):
         tier.put(KEYS[1], block(11))
         tier.put(KEYS[2], block(12))
     assert [key for key in KEYS if key in tier] == KEYS[:1]
-    assert (
-        len(caplog.records) == 1 and "a block of 11 B is larger than the memory budget of 10 B" in caplog.text
-    )
+    assert len(caplog.records) == 1
+    assert "a block of 11 B is larger than the memory budget of 10 B" in caplog.text
 
 
-def test_a_budget_of_nothing_is_meant(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_budget_of_0_keeps_nothing_and_gives_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     tier = HostTier(0)
     tier.put(KEYS[0], block(1))
     assert KEYS[0] not in tier and tier.get(KEYS[0]) is None and not caplog.records

@@ -1,4 +1,4 @@
-"""Streams of text: the pieces joined are what the tokenizer decodes, cut before the first stop string."""
+"""The pieces of a stream are the tokenizer's decoded text up to the first stop string."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -22,7 +22,7 @@ TEXTS = ["\U0001f98a", "é\n", "  a", " ", " .", "\ufffd", "The fox", " <|im_end
 
 
 def stripping(num_spaces: int) -> Any:
-    """The decoder of Llama 2's tokenizer, which strips one space at the start."""
+    """Return the decoder of Llama 2's tokenizer, which strips spaces at the start."""
     rules = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     return decoders.Sequence([*rules, decoders.Strip(" ", num_spaces, 0)])
 
@@ -54,10 +54,10 @@ def decoded(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
 
 
 def until_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    """The rule, character by character."""
+    """Return the text before the first stop string, and whether there is one. Checks every character."""
     for end in range(1, len(text) + 1):
-        if met := [stop for stop in stops if text[:end].endswith(stop)]:
-            return text[: end - max(map(len, met))], True
+        if matches := [stop for stop in stops if text[:end].endswith(stop)]:
+            return text[: end - max(map(len, matches))], True
     return text, False
 
 
@@ -67,17 +67,17 @@ def ids_of(tokenizer: PreTrainedTokenizerFast, *texts: str) -> list[int]:
     ]
 
 
-def byte_ids(tokenizer: PreTrainedTokenizerFast, given: bytes) -> list[int]:
-    return tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in given])  # type: ignore[return-value]
+def byte_ids(tokenizer: PreTrainedTokenizerFast, text: bytes) -> list[int]:
+    return tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in text])  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
-def test_the_pieces_joined_are_the_decoded_text_up_to_the_first_stop_string(name: str, data: Any) -> None:
+def test_the_pieces_are_the_decoded_text_up_to_the_first_stop_string(name: str, data: Any) -> None:
     tokenizer = tokenizer_of(name)
     texts = st.sampled_from(TEXTS) | st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
-    # beyond its last token, as a model may have more rows; and the bytes of the first tokens in any order
+    # also ids that the tokenizer does not have, and byte tokens in any order
     some_ids = st.lists(st.integers(0, len(tokenizer) + 3), max_size=6)
     ids = sum(data.draw(st.lists(some_ids | texts.map(lambda text: ids_of(tokenizer, text)))), [])
     text = decoded(tokenizer, ids)
@@ -92,7 +92,7 @@ def test_the_pieces_joined_are_the_decoded_text_up_to_the_first_stop_string(name
 
 
 @pytest.mark.parametrize("name", ["toy", "stripping", "metaspace-decoder", "gemma3", "phi35"])
-def test_nothing_is_held_back_without_a_reason(name: str) -> None:
+def test_text_that_cannot_change_is_not_held_back(name: str) -> None:
     tokenizer = tokenizer_of(name)
     stream, ids = TextStream(tokenizer, ["?\n"]), ids_of(tokenizer, "The quick brown fox. Who? The dog")
     for i, id in enumerate(ids, start=1):
@@ -100,7 +100,7 @@ def test_nothing_is_held_back_without_a_reason(name: str) -> None:
         assert stream.text == decoded(tokenizer, ids[:i]).removesuffix("?")
 
 
-def test_a_character_of_several_tokens_comes_whole() -> None:
+def test_a_character_of_several_tokens_is_one_piece() -> None:
     tokenizer = tokenizer_of("toy")
     ids = ids_of(tokenizer, "\U0001f98a!")
     assert len(ids) == 5
@@ -108,7 +108,7 @@ def test_a_character_of_several_tokens_comes_whole() -> None:
     assert [stream.push(id) for id in ids] == ["", "", "", "\U0001f98a", "!"]
 
 
-def test_bytes_that_become_no_character_take_their_run_along() -> None:
+def test_an_invalid_byte_makes_its_whole_run_of_byte_tokens_invalid() -> None:
     tokenizer = tokenizer_of("stripping")
     good, bad = byte_ids(tokenizer, "é".encode()), byte_ids(tokenizer, b"\xff")
     letter: Any = tokenizer.convert_tokens_to_ids("a")
@@ -117,7 +117,7 @@ def test_bytes_that_become_no_character_take_their_run_along() -> None:
     assert [stream.push(id) for id in (*good, *bad, letter)] == ["", "", "", "\ufffd" * 3 + "a"]
 
 
-def test_a_special_token_does_not_part_a_run_of_bytes() -> None:
+def test_a_special_token_does_not_end_a_run_of_byte_tokens() -> None:
     tokenizer = tokenizer_of("stripping")
     first, second = byte_ids(tokenizer, "é".encode())
     stream = TextStream(tokenizer)
@@ -125,7 +125,7 @@ def test_a_special_token_does_not_part_a_run_of_bytes() -> None:
     assert stream.close() == "é"
 
 
-def test_spaces_stay_where_the_model_wrote_them() -> None:
+def test_spaces_are_not_cleaned_up() -> None:
     tokenizer = deepcopy(family_tokenizer("phi35"))
     tokenizer.clean_up_tokenization_spaces = True
     stream = TextStream(tokenizer)
@@ -143,7 +143,7 @@ def test_spaces_stay_where_the_model_wrote_them() -> None:
         (["aab"], "aaab", "a"),
     ],
 )
-def test_the_stop_string_that_ends_first_stops(stops: list[str], text: str, expected: str) -> None:
+def test_the_stop_string_that_ends_first_counts(stops: list[str], text: str, expected: str) -> None:
     tokenizer = tokenizer_of("toy")
     stream = TextStream(tokenizer, stops)
     ids = ids_of(tokenizer, text)
@@ -152,7 +152,7 @@ def test_the_stop_string_that_ends_first_stops(stops: list[str], text: str, expe
     assert (stream.push(ids[0]), stream.close(), stream.text) == ("", "", expected)
 
 
-def test_an_unfinished_stop_string_is_text() -> None:
+def test_the_start_of_a_stop_string_is_text_if_no_token_follows() -> None:
     tokenizer = tokenizer_of("toy")
     stream = TextStream(tokenizer, ["END"])
     pieces = [stream.push(id) for id in ids_of(tokenizer, "An EN")]
@@ -160,7 +160,7 @@ def test_an_unfinished_stop_string_is_text() -> None:
     assert (stream.close(), stream.stopped, stream.text) == ("EN", False, "An EN")
 
 
-def test_a_stop_string_may_wait_for_the_end() -> None:
+def test_a_stop_string_can_be_found_when_the_stream_closes() -> None:
     tokenizer = tokenizer_of("stripping")
     stream = TextStream(tokenizer, ["\n"])
     text = "".join(stream.push(id) for id in [*ids_of(tokenizer, "a"), *byte_ids(tokenizer, b"\n")])
@@ -169,6 +169,6 @@ def test_a_stop_string_may_wait_for_the_end() -> None:
 
 
 @pytest.mark.parametrize("stop", ["END", ["END", ""]])
-def test_faulty_stop_strings_are_refused(stop: Any) -> None:
+def test_invalid_stop_strings_are_refused(stop: Any) -> None:
     with pytest.raises(UserError, match="a list of non-empty texts"):
         TextStream(tokenizer_of("toy"), stop)

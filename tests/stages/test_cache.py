@@ -20,7 +20,7 @@ from blockft.inference.runner import BlockRunner
 from blockft.stages.cache import build_cache, print_cache_stats, prune_cache, verify_cache
 from blockft.stages.generate import CacheArguments, generate
 from tests.commands import blockft, start_ranks
-from tests.inference.cached import OTHER, TOY, kv_of, some_key
+from tests.inference.cached import OTHER, TOY, kv_of, random_key
 from tests.run import save_model
 
 SIZE = TOY.entry_bytes(5)
@@ -33,8 +33,8 @@ def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "cache"
     tier, other = DiskTier(folder, TOY), DiskTier(folder, OTHER)
     for seed in range(4):
-        tier.write(some_key(seed), kv_of(some_key(seed)))
-    other.write(some_key(4), kv_of(some_key(4), OTHER))
+        tier.write(random_key(seed), kv_of(random_key(seed)))
+    other.write(random_key(4), kv_of(random_key(4), OTHER))
     for days, entry in enumerate(sorted(CacheFolder(folder).entries(), key=lambda e: e.path.parent), start=1):
         os.utime(entry.path, (time.time() - days * DAY - 60,) * 2)
     return folder
