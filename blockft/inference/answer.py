@@ -8,7 +8,7 @@ from blockft.inference.block_cache import CacheHit
 from blockft.inference.block_key import BlockKey, num_tokens
 from blockft.inference.text_stream import TextStream
 
-NOT_CACHED = "encoded"
+NOT_CACHED = "computed"
 """The source of a block that no tier had and that was computed."""
 
 
@@ -20,7 +20,7 @@ class Answer:
     ids            the generated tokens, without an end-of-sequence token
     num_blocks     blocks of the prompt, the final block included
     prompt_tokens  tokens of all blocks
-    sources        number of local blocks by source: the tiers "device", "host" and "disk", or "encoded"
+    sources        number of local blocks by source: the tiers "device", "host" and "disk", or "computed"
     blocks_reused  local blocks that came from a tier
     tokens_reused  tokens of these blocks
     ttft_ms        time to first token: from the batch's token ids on the host to its first new ids on the

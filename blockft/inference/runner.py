@@ -54,7 +54,7 @@ class CacheOptions:
         ...     for _ in range(2):
         ...         with Engine.load("data/demo/model", device="cpu", cache=cache) as engine:
         ...             print(engine.generate(messages=chat, max_new_tokens=4).sources)
-        {'encoded': 3}
+        {'computed': 3}
         {'disk': 3}
     """
 

@@ -82,7 +82,7 @@ def test_blocks_from_every_tier_give_the_same_answers(toy_model: Path, tmp_path:
     cache = options(tmp_path / "cache", host=2**24, device=2**24)
     engine = on_gpu(toy_model, "queries", cache)
     assert engine.runner.block_cache.device is not None
-    for source in ("encoded", "device", "host", "disk", "device"):
+    for source in ("computed", "device", "host", "disk", "device"):
         if source == "host":
             engine.runner.block_cache.device.clear()
         elif source == "disk":

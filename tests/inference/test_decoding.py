@@ -136,7 +136,7 @@ def test_an_interrupted_stream_reports_the_sources_of_its_first_prefill(toy_mode
         try:
             next(stream)
         except StopIteration as end:
-            assert end.value.sources == {"encoded": 4} and len(end.value.ids) == NUM_NEW
+            assert end.value.sources == {"computed": 4} and len(end.value.ids) == NUM_NEW
             break
 
 

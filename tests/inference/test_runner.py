@@ -88,10 +88,10 @@ def test_every_answer_reports_the_source_of_its_blocks(
         answers.append(ask(engine))
     keep_only_disk(engine)
     answers += [ask(engine), ask(engine)]
-    sources = ["encoded", nearest, *(["host"] if rotate == "queries" else []), "disk", nearest]
+    sources = ["computed", nearest, *(["host"] if rotate == "queries" else []), "disk", nearest]
     assert [answer.sources for answer in answers] == [{source: 4} for source in sources]
     for answer, source in zip(answers, sources, strict=True):
-        reused = 0 if source == "encoded" else 4
+        reused = 0 if source == "computed" else 4
         assert answer.ids == expected_ids
         assert (answer.blocks_reused, answer.tokens_reused) == (reused, 46 if reused else 0)
         assert (answer.num_blocks, answer.prompt_tokens) == (5, 52)
@@ -118,7 +118,7 @@ def test_found_blocks_and_computed_blocks_are_combined(
     assert ask(engine).ids == expected_by_prompt["prompt"]
     answer = ask(engine, LARGER)
     assert answer.ids == expected_by_prompt["larger"]
-    assert answer.sources == {"encoded": 2, "device" if rotate == "queries" else "host": 4}
+    assert answer.sources == {"computed": 2, "device" if rotate == "queries" else "host": 4}
     assert ask(engine, [PROMPT[1], PROMPT[0], PROMPT[1], *PROMPT[-1:]]).blocks_reused == 3
 
 
@@ -238,7 +238,7 @@ def test_damaged_entries_are_reported_and_do_not_change_the_answer(
     assert damage_entries(folder) == 4
     engine = load_engine(toy_model, rotate, options(folder))
     answer = ask(engine)
-    assert answer.ids == expected_ids and answer.sources == {"encoded": 4} and answer.tokens_reused == 0
+    assert answer.ids == expected_ids and answer.sources == {"computed": 4} and answer.tokens_reused == 0
     assert engine.runner.block_cache.disk is not None
     assert engine.runner.block_cache.disk.statistics.entries_damaged == 4
     assert len(warnings.records) == 1 and "has changed since it was written" in warnings.text
@@ -256,7 +256,7 @@ def test_one_damaged_entry_costs_one_block(
     ask(writer, [PROMPT[0], PROMPT[2], PROMPT[3], [1]])
     keep_only_disk(writer)
     answer = ask(writer)
-    assert answer.ids == expected_ids and answer.sources == {"encoded": 1, "disk": 3}
+    assert answer.ids == expected_ids and answer.sources == {"computed": 1, "disk": 3}
 
 
 @pytest.mark.parametrize("host", [2**20, 0])
@@ -283,7 +283,7 @@ def test_damaged_entries_in_a_read_only_folder_do_not_change_answers(
     engine = load_engine(toy_model, rotate, options(folder, host=host))
     for _ in range(2):
         answer = ask(engine)
-        assert answer.ids == expected_ids and answer.sources == {"encoded": 4}
+        assert answer.ids == expected_ids and answer.sources == {"computed": 4}
         keep_only_disk(engine)
     assert len(warnings.records) == 2, "one about damaged entries, one about the folder"
 
@@ -421,7 +421,7 @@ def test_a_model_with_changed_weights_finds_no_blocks(tmp_path: Path, folder: Pa
     after = load_engine(path, rotate, options(folder))
     answer = ask(after)
     after.flush()
-    assert answer.sources == {"encoded": 4} and answer.ids == greedy(after.model, PROMPT, NUM_NEW)
+    assert answer.sources == {"computed": 4} and answer.ids == greedy(after.model, PROMPT, NUM_NEW)
     assert len(CacheFolder(folder).models()) == 2
     keep_only_disk(before)
     again = ask(before)
@@ -444,11 +444,11 @@ def test_a_model_with_another_type_or_tokenizer_finds_no_blocks(
     engine.flush()
     cache = options(folder)
     in_16_bits = Engine.load(str(toy_model), device="cpu", dtype=torch.bfloat16, cache=cache)
-    assert ask(in_16_bits).sources == {"encoded": 4}
+    assert ask(in_16_bits).sources == {"computed": 4}
     other = Path(shutil.copytree(toy_model, tmp_path / "other"))
     file = other / "tokenizer.json"
     file.write_text(file.read_text().replace('"a":', '"?":').replace('"b":', '"a":').replace('"?":', '"b":'))
-    assert ask(load_engine(other, cache=cache)).sources == {"encoded": 4}
+    assert ask(load_engine(other, cache=cache)).sources == {"computed": 4}
 
 
 def test_an_unknown_attention_path_is_refused(toy_model: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which checkpoint of a run is the best, which are removed, and what its card says."""
+"""The best checkpoint of a run, the removal of incomplete checkpoints, and the model card."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def save_checkpoint(run: Path, step: int, **eval_losses: float) -> Path:
     return checkpoint
 
 
-def test_the_block_view_decides_which_is_best_whatever_view_comes_first(tmp_path: Path) -> None:
+def test_the_best_checkpoint_has_the_lowest_loss_of_block_mode(tmp_path: Path) -> None:
     assert best_checkpoint(tmp_path) is None
     save_checkpoint(tmp_path, 1, full=0.1, block=0.9)
     best = save_checkpoint(tmp_path, 2, full=0.5, block=0.6)
@@ -23,24 +23,24 @@ def test_the_block_view_decides_which_is_best_whatever_view_comes_first(tmp_path
     assert best_checkpoint(tmp_path) == best
 
 
-def test_the_only_view_decides_which_is_best(tmp_path: Path) -> None:
+def test_the_best_checkpoint_has_the_lowest_loss_of_the_only_mode(tmp_path: Path) -> None:
     best = save_checkpoint(tmp_path, 1, full=0.1)
     save_checkpoint(tmp_path, 2, full=0.2)
     assert best_checkpoint(tmp_path) == best
 
 
-def test_torn_checkpoints_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    whole = save_checkpoint(tmp_path, 2)
+def test_only_incomplete_checkpoints_are_removed(tmp_path: Path) -> None:
+    complete = save_checkpoint(tmp_path, 2)
     (tmp_path / "checkpoint-4" / "global_step4").mkdir(parents=True)
     (tmp_path / "checkpoint-4" / "global_step4" / "shard.pt").touch()
     (tmp_path / "checkpoint-mine").mkdir()
     remove_incomplete(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-mine"]
-    assert complete_checkpoints(tmp_path) == [whole]
+    assert complete_checkpoints(tmp_path) == [complete]
 
 
-def test_a_card_names_the_last_logged_loss_if_there_is_one() -> None:
+def test_the_model_card_names_the_last_logged_loss() -> None:
     lines = [{"step": 2, "loss": 0.5}, {"step": 4, "loss": 0.25}]
-    for metrics, said in (([], "after 3 steps."), (lines, "after 3 steps; the last logged loss is 0.5000.")):
+    for metrics, text in (([], "after 3 steps."), (lines, "after 3 steps; the last logged loss is 0.5000.")):
         card = build_model_card(base="m", version="1", step=3, recipe="", manifest={}, metrics=metrics)
-        assert said in card
+        assert text in card

@@ -1,4 +1,4 @@
-"""Models are told apart by what they compute."""
+"""Fingerprints depend on weights and configuration, and not on names or paths."""
 
 from collections.abc import Callable
 
@@ -11,14 +11,14 @@ from blockft.model.fingerprint import model_fingerprint
 from tests.tiny import build_model
 
 
-def changed(change: Callable[[PreTrainedModel], object]) -> PreTrainedModel:
+def build_changed(change: Callable[[PreTrainedModel], object]) -> PreTrainedModel:
     model = build_model("qwen3")
     with torch.no_grad():
         change(model)
     return model
 
 
-def test_a_fingerprint_is_that_of_weights_and_shape() -> None:
+def test_a_fingerprint_depends_on_weights_types_shapes_and_tokenizer() -> None:
     model, again = build_model("llama"), build_model("llama")
     again.config.name_or_path = "elsewhere"
     again.config.block_attention = {"version": 1}
@@ -29,10 +29,10 @@ def test_a_fingerprint_is_that_of_weights_and_shape() -> None:
     assert model_fingerprint(model) != model_fingerprint(model.to(torch.bfloat16))
 
 
-def test_any_weight_that_is_trained_changes_it() -> None:
+def test_every_weight_changes_the_fingerprint() -> None:
     before = model_fingerprint(build_model("qwen3"))
     for name, _ in build_model("qwen3").named_parameters():
-        model = changed(lambda model, name=name: model.get_parameter(name).add_(1e-3))
+        model = build_changed(lambda model, name=name: model.get_parameter(name).add_(1e-3))
         assert model_fingerprint(model) != before, name
 
 
@@ -48,18 +48,18 @@ def test_any_weight_that_is_trained_changes_it() -> None:
     ],
     ids=["signs", "rows", "columns", "two in a row", "two in a column", "one bit"],
 )
-def test_every_number_counts_and_its_place(change: Callable[[torch.Tensor], object]) -> None:
+def test_every_number_and_its_index_change_the_fingerprint(change: Callable[[torch.Tensor], object]) -> None:
     before = model_fingerprint(build_model("qwen3"))
-    model = changed(lambda model: change(model.get_parameter("model.layers.1.mlp.down_proj.weight")))
+    model = build_changed(lambda model: change(model.get_parameter("model.layers.1.mlp.down_proj.weight")))
     assert model_fingerprint(model) != before
 
 
-def test_two_weights_that_change_places_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_swapped_weights_change_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
     def swap(model: PreTrainedModel) -> None:
         first, second = (layer.mlp for layer in model.base_model.layers)
         first.up_proj, second.up_proj = second.up_proj, first.up_proj
 
     before = model_fingerprint(build_model("qwen3"))
-    assert model_fingerprint(changed(swap)) != before
+    assert model_fingerprint(build_changed(swap)) != before
     monkeypatch.setattr(fingerprint_module, "_CHUNK_NUMBERS", 100)
     assert model_fingerprint(build_model("qwen3")) == before

@@ -1,4 +1,4 @@
-"""Which models are opened, and what is said to those that are not."""
+"""Models, adapters, types and devices that can be opened, and the errors for the others."""
 
 import json
 import os
@@ -24,12 +24,12 @@ from tests.tiny import CONFIGS, SIZE, build_model
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_family_of_law_4_is_supported(name: str) -> None:
+def test_every_tested_family_is_supported(name: str) -> None:
     check_supported(CONFIGS[name]())
 
 
 @pytest.mark.parametrize(
-    ("config", "named"),
+    ("config", "message"),
     [
         (GPT2Config(), "gpt2"),
         (
@@ -40,14 +40,14 @@ def test_every_family_of_law_4_is_supported(name: str) -> None:
         (Gemma3TextConfig(**SIZE, use_bidirectional_attention=True), "use_bidirectional_attention"),
     ],
 )
-def test_what_no_law_covers_is_refused(config: object, named: str) -> None:
-    with pytest.raises(UserError, match=named):
+def test_untested_families_and_settings_are_refused(config: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         check_supported(config)
 
 
 def test_gemma3_has_two_rotaries() -> None:
-    local, globally = rotary_embeddings(build_model("gemma3"))
-    assert not torch.equal(local.inv_freq, globally.inv_freq)
+    local, full = rotary_embeddings(build_model("gemma3"))
+    assert not torch.equal(local.inv_freq, full.inv_freq)
 
 
 def test_a_saved_model_is_opened_with_its_weights(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_a_saved_model_is_opened_with_its_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["no/such/folder/here", "./missing", "/missing", "owner/not-cached"])
-def test_a_missing_model_is_one_sentence(path: str) -> None:
+def test_the_error_about_a_missing_model_is_one_line(path: str) -> None:
     for load in (load_tokenizer, lambda p: load_model(p, backend="sdpa", dtype=torch.float32)):
         with pytest.raises(UserError) as error:
             load(path)
@@ -68,7 +68,7 @@ def test_a_missing_model_is_one_sentence(path: str) -> None:
 
 
 @pytest.mark.parametrize("num_bytes", [-1, 5000, 4, 0])
-def test_weights_that_are_cut_short_are_one_sentence(tmp_path: Path, num_bytes: int) -> None:
+def test_the_error_about_truncated_weights_is_one_line(tmp_path: Path, num_bytes: int) -> None:
     model = build_model("llama")
     model.save_pretrained(tmp_path / "model")
     add_adapter(model, {}, seed=0).save_pretrained(tmp_path / "adapter")
@@ -84,7 +84,7 @@ def test_weights_that_are_cut_short_are_one_sentence(tmp_path: Path, num_bytes: 
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"r": 1}'])
-def test_an_adapter_that_names_no_model_is_one_sentence(tmp_path: Path, text: str) -> None:
+def test_an_adapter_that_names_no_base_model_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "adapter_config.json").write_text(text)
     with pytest.raises(UserError, match=r"adapter_config\.json is not the configuration of an adapter"):
         load_config(str(tmp_path))
@@ -94,7 +94,7 @@ WORDING = {"instruction": "Read.", "document": "{text}", "question": "{question}
 
 
 @pytest.mark.parametrize(
-    ("entry", "said"),
+    ("entry", "message"),
     [
         ({"version": 9}, r"has version 9 \(allowed: 1\)"),
         ({"version": "1"}, "has version '1'"),
@@ -111,18 +111,22 @@ WORDING = {"instruction": "Read.", "document": "{text}", "question": "{question}
         ([], r"its block_attention is \[\]"),
     ],
 )
-def test_an_export_that_asks_for_more_than_is_built_is_refused(tmp_path: Path, entry: Any, said: str) -> None:
+def test_an_export_of_another_version_is_refused(tmp_path: Path, entry: Any, message: str) -> None:
     model = build_model("llama")
     model.config.block_attention = entry
     model.config.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=f"^{tmp_path}: .*{said}"):
+    with pytest.raises(UserError, match=f"^{tmp_path}: .*{message}"):
         load_config(str(tmp_path))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         uses_reencoded_positions(model.config)
 
 
-@pytest.mark.parametrize(("text", "said"), [('{"version": 2}', "has version 2"), ('{"vers', "is not JSON")])
-def test_what_an_adapter_says_is_not_its_bases_fault(tmp_path: Path, text: str, said: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"), [('{"version": 2}', "has version 2"), ('{"vers', "is not JSON")]
+)
+def test_an_error_about_the_file_of_an_adapter_names_the_adapter(
+    tmp_path: Path, text: str, message: str
+) -> None:
     model = build_model("llama")
     model.save_pretrained(tmp_path / "model")
     folder = tmp_path / "adapter"
@@ -132,7 +136,7 @@ def test_what_an_adapter_says_is_not_its_bases_fault(tmp_path: Path, text: str, 
         json.dumps(json.loads(settings.read_text()) | {"base_model_name_or_path": str(tmp_path / "model")})
     )
     (folder / "block_attention.json").write_text(text)
-    with pytest.raises(UserError, match=f"^{folder}.* {said}"):
+    with pytest.raises(UserError, match=f"^{folder}.* {message}"):
         load_config(str(folder))
 
 
@@ -145,7 +149,7 @@ def test_what_an_adapter_says_is_not_its_bases_fault(tmp_path: Path, text: str, 
         {"prompt": WORDING, "documents_in": "system", "order": "ascending", "note": "mine"},
     ],
 )
-def test_what_exports_say_is_read(entry: dict[str, Any]) -> None:
+def test_the_entry_of_an_export_is_read(entry: dict[str, Any]) -> None:
     config = build_model("llama").config
     assert block_attention_config(config) == {}
     config.block_attention = entry
@@ -153,34 +157,36 @@ def test_what_exports_say_is_read(entry: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_windows_of_a_model_are_those_its_layers_ask_for(name: str) -> None:
-    asked = []
+def test_the_windows_of_a_model_are_those_of_its_layers(name: str) -> None:
+    windows = []
 
-    class Asked(AttentionMasks):
+    class RecordingMasks(AttentionMasks):
         def dense(self, window: int | None, num_queries: int) -> torch.Tensor:
-            asked.append(window)
+            windows.append(window)
             return super().dense(window, num_queries)
 
     model, metadata = build_model(name), build_metadata([Layout((3, 4))])
-    model(input_ids=torch.ones(1, 7, dtype=torch.int64), block_masks=Asked(metadata), use_cache=False)
-    assert set(asked) == set(attention_windows(model.config))
+    model(
+        input_ids=torch.ones(1, 7, dtype=torch.int64), block_masks=RecordingMasks(metadata), use_cache=False
+    )
+    assert set(windows) == set(attention_windows(model.config))
 
 
 def test_compiled_layers_give_the_same_logits() -> None:
     model, metadata = build_model("mistral-window"), build_metadata([Layout((3, 4)), Layout((5,))])
-    words = {
+    model_inputs = {
         "input_ids": torch.arange(1, 13)[None],
         "position_ids": metadata.position_ids,
         "use_cache": False,
     }
     masks = [AttentionMasks(metadata).build("block_sdpa", attention_windows(model.config)) for _ in range(2)]
     with torch.no_grad():
-        plain = model(**words, block_masks=masks[0]).logits
+        expected = model(**model_inputs, block_masks=masks[0]).logits
         compile_layers(model)
-        assert_close(model(**words, block_masks=masks[1]).logits, plain, rtol=1e-5, atol=1e-5)
+        assert_close(model(**model_inputs, block_masks=masks[1]).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_types_and_devices_have_names() -> None:
+def test_names_of_types_and_devices_are_parsed() -> None:
     assert parse_dtype("bfloat16", None) is torch.bfloat16 and parse_dtype("auto", None) is None
     assert parse_dtype(DType.auto, torch.float32) is torch.float32
     for name in ("float33", "int8", "load"):

@@ -71,7 +71,7 @@ def test_json_says_what_was_answered_and_what_was_reused(
         "ttft_ms",
         "tokens_per_s",
     }
-    assert first["sources"] == {"encoded": 5} and first["blocks_reused"] == first["tokens_reused"] == 0
+    assert first["sources"] == {"computed": 5} and first["blocks_reused"] == first["tokens_reused"] == 0
     assert first["blocks"] == 6 and len(first["answer_ids"]) <= 6 and first["ttft_ms"] > 0
     assert second["sources"] == {"host": 4} and 0 < second["tokens_reused"] < second["prompt_tokens"]
 
@@ -210,7 +210,7 @@ def test_a_second_process_reuses_every_block(
     second = [json.loads(line) for line in done.stdout.splitlines()]
     for a, b in zip(first, second, strict=True):
         assert b["answer_ids"] == a["answer_ids"] and b["answer"] == a["answer"]
-        assert b["blocks_reused"] == b["blocks"] - 1 and "encoded" not in b["sources"]
+        assert b["blocks_reused"] == b["blocks"] - 1 and "computed" not in b["sources"]
     assert second[0]["sources"] == {"disk": 5} and second[1]["sources"] == {"host": 4}
     host, disk = (sum(line["sources"].get(tier, 0) for line in second) for tier in ("host", "disk"))
     tiers = f"{host} from the host, {disk} from the disk"
@@ -228,9 +228,9 @@ def test_a_flipped_byte_is_reported_and_changes_no_answer(
     victim.write_bytes(content)
     second = answered(model, requests, capsys, cache=cached_in(folder))
     assert [line["answer_ids"] for line in first] == [line["answer_ids"] for line in second]
-    assert sum(line["sources"].get("encoded", 0) for line in second) == 1
+    assert sum(line["sources"].get("computed", 0) for line in second) == 1
     third = answered(model, requests, capsys, cache=cached_in(folder))
-    assert not any("encoded" in line["sources"] for line in third)
+    assert not any("computed" in line["sources"] for line in third)
 
 
 def test_the_folder_stays_within_its_budget(
