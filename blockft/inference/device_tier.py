@@ -55,7 +55,7 @@ class DeviceTier:
             raise UserError(
                 f"{device} does not have {size_text} for blocks: lower the device budget"
             ) from error
-        self.evicted = 0
+        self.num_evicted = 0
         self._slots: OrderedDict[BlockKey, int] = OrderedDict()
         self._free = [(0, self.num_slots)]
         self._unwritten: set[BlockKey] = set()
@@ -115,7 +115,7 @@ class DeviceTier:
                     self._compact()
                 else:
                     self.drop(victim)
-                    self.evicted += 1
+                    self.num_evicted += 1
             self._slots[key] = slot
         yield
         self._unwritten.clear()

@@ -20,7 +20,7 @@ class HostTier:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.used_bytes = 0
-        self.evicted = 0
+        self.num_evicted = 0
         self._blocks: OrderedDict[BlockKey, torch.Tensor] = OrderedDict()
         self._has_warned = max_bytes == 0
 
@@ -53,7 +53,7 @@ class HostTier:
         while self.used_bytes + kv.nbytes > self.max_bytes:
             _, old = self._blocks.popitem(last=False)
             self.used_bytes -= old.nbytes
-            self.evicted += 1
+            self.num_evicted += 1
         self._blocks[key] = kv
         self.used_bytes += kv.nbytes
 

@@ -106,7 +106,7 @@ def test_small_device_and_host_tiers_do_not_change_answers(toy_model: Path) -> N
         prompt = [*rng.sample(blocks, 4), [rng.randrange(97) for _ in range(10)]]
         (got,), (expected,) = (e.generate_ids([prompt], max_new_tokens=4) for e in (engine, reference))
         assert got.ids == expected.ids
-    assert engine.runner.block_cache.device is not None and engine.runner.block_cache.device.evicted
+    assert engine.runner.block_cache.device is not None and engine.runner.block_cache.device.num_evicted
 
 
 @pytest.mark.parametrize("question_len", [40, 260])

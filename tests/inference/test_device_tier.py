@@ -104,7 +104,7 @@ def test_blocks_move_if_every_free_range_is_too_short() -> None:
         tier.drop(key)
     kept = (small[1], small[3])
     fill(tier, KEYS[9], keep=kept)  # 11 of 13 free slots, which are in three ranges
-    assert tier.evicted == 0 and all(holds(tier, key) for key in (*kept, KEYS[9]))
+    assert tier.num_evicted == 0 and all(holds(tier, key) for key in (*kept, KEYS[9]))
     ranges = sorted((tier.slot(key), num_tokens(key)) for key in (*kept, KEYS[9]))
     assert ranges[0][0] == 0 and all(a + n == b for (a, n), (b, _) in pairwise(ranges))
 
@@ -115,7 +115,7 @@ def test_adjacent_free_slots_are_one_range() -> None:
     tier.drop(KEYS[4])
     tier.drop(KEYS[5])
     fill(tier, KEYS[8])
-    assert tier.evicted == 0 and holds(tier, KEYS[9]) and holds(tier, KEYS[8])
+    assert tier.num_evicted == 0 and holds(tier, KEYS[9]) and holds(tier, KEYS[8])
 
 
 def test_the_least_recently_used_blocks_are_evicted() -> None:
@@ -123,7 +123,7 @@ def test_the_least_recently_used_blocks_are_evicted() -> None:
     fill(tier, KEYS[2], KEYS[3], KEYS[4])  # 3, 3 and 4 tokens
     tier.slot(KEYS[2])
     fill(tier, KEYS[1])
-    assert KEYS[3] not in tier and tier.evicted == 1
+    assert KEYS[3] not in tier and tier.num_evicted == 1
     assert all(holds(tier, KEYS[i]) for i in (1, 2, 4))
 
 
@@ -132,7 +132,7 @@ def test_blocks_that_do_not_fit_together_are_refused_and_evict_nothing() -> None
     fill(tier, KEYS[4], KEYS[5])
     with pytest.raises(UserError, match="raise the device budget, or answer fewer prompts"):
         fill(tier, KEYS[6], keep=(KEYS[5],))
-    assert holds(tier, KEYS[4]) and holds(tier, KEYS[5]) and tier.evicted == 0
+    assert holds(tier, KEYS[4]) and holds(tier, KEYS[5]) and tier.num_evicted == 0
 
 
 def test_an_interrupt_anywhere_leaves_no_wrong_block() -> None:

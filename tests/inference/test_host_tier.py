@@ -42,7 +42,7 @@ def test_random_uses_match_a_queue_with_a_budget(uses: list[tuple[str, BlockKey,
                 queue[key] = kv
         assert [key for key in KEYS if key in tier] == [key for key in KEYS if key in queue]
         assert tier.used_bytes == sum(map(len, queue.values())) <= 10
-        assert tier.num_blocks == len(queue) and tier.evicted == evicted
+        assert tier.num_blocks == len(queue) and tier.num_evicted == evicted
 
 
 def test_a_block_above_the_budget_is_not_kept_and_costs_one_warning(caplog: pytest.LogCaptureFixture) -> None:

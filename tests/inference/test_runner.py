@@ -209,7 +209,7 @@ def test_a_small_device_evicts_the_least_recently_used_blocks(
         assert ask(engine, prompt).ids == expected_by_prompt[name]
     assert ask(engine).sources == {"device": 4}
     device = engine.runner.block_cache.device
-    assert device is not None and device.evicted == 2
+    assert device is not None and device.num_evicted == 2
 
 
 def test_only_prompts_that_do_not_fit_on_the_device_are_refused(

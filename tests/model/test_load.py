@@ -45,7 +45,7 @@ def test_untested_families_and_settings_are_refused(config: object, message: str
         check_supported(config)
 
 
-def test_gemma3_has_two_rotaries() -> None:
+def test_gemma3_has_two_rotary_embeddings() -> None:
     local, full = rotary_embeddings(build_model("gemma3"))
     assert not torch.equal(local.inv_freq, full.inv_freq)
 
