@@ -1,11 +1,16 @@
 """The READMEs of the project and the code blocks in them, for the tests that run or check these blocks."""
 
+import json
 import re
 import shlex
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).parents[1]
-MODEL_CARD = ROOT / "data" / "demo" / "model" / "README.md"
+MAIN = ROOT / "README.md"
+DEMO_MODEL = ROOT / "data" / "demo" / "model"
+MODEL_CARD = DEMO_MODEL / "README.md"
 HIDDEN_FOLDERS = ("out", "node_modules")
 
 READMES = sorted(
@@ -60,3 +65,18 @@ def links(path: Path) -> list[str]:
 def inline_code(path: Path) -> list[str]:
     """Return the texts in single backquotes, outside of code blocks."""
     return re.findall(r"`([^`\n]+)`", "\n".join(line for _, line in prose_lines(path)))
+
+
+def write_own_data(folder: Path) -> None:
+    """Write what a reader of the main README writes: `mine.yaml`, and files with its example records.
+
+    The recipe is the README's, with the demo's model in place of a model on the Hub.
+    """
+    recipe = yaml.safe_load(code_blocks(MAIN, "yaml")[0])
+    recipe["model"]["path"] = str(DEMO_MODEL)
+    (folder / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    question, chat, request = code_blocks(MAIN, "json")[0].splitlines()
+    records = {"questions": question, "heldout": question, "chats": chat, "requests": request}
+    records["corpus"] = json.dumps({"title": "Oslo", "text": "In Norway."})
+    for name, record in records.items():
+        (folder / f"{name}.jsonl").write_text(f"{record}\n")

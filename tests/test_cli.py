@@ -1,4 +1,4 @@
-"""The command line: messages for mistakes, help texts, exit codes, and the commands that the README names."""
+"""The command line: messages for mistakes, help texts and exit codes."""
 
 import os
 import re
@@ -13,14 +13,10 @@ from blockft import __version__
 from blockft.cli import bench, cache, commands
 from blockft.cli.next_command import print_next
 from blockft.config.choices import Metric
-from blockft.config.recipe import RECIPES_FOLDER
 from blockft.evaluation.metrics import METRICS
 from tests.commands import blockft
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHELL = "\n".join(re.findall(r"^```sh\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL))
-COMMANDS = re.findall(r"^(blockft .+?) *(?:#.*)?$", SHELL, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -253,26 +249,3 @@ def test_a_worker_without_outputs_ends_so_too() -> None:
     words = shlex.join([sys.executable, "-c", ENDS, str({"RANK": "0"}), "sys.exit(3)"])
     done = subprocess.run(["sh", "-c", f"{words} >&-"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 3 and "Exception" not in done.stderr
-
-
-def test_the_readme_names_commands() -> None:
-    assert len(COMMANDS) >= 8
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_of_the_readme_exists(command: str) -> None:
-    """Its verb, its options and the recipe it names; `make test-slow` runs those that need no GPU."""
-    words = shlex.split(command)[1:]
-    verb = words[:2] if words[0] in ("bench", "cache") else words[:1]
-    helped = blockft(*verb, "--help")
-    assert helped.returncode == 0, helped.stderr
-    for option in (word for word in words if word.startswith("--")):
-        assert option in helped.stdout
-    named = {path.stem for path in RECIPES_FOLDER.glob("*.yaml")}
-    if verb[0] in ("prepare", "train"):
-        assert words[1] in named
-
-
-def test_the_readmes_files_exist() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target

@@ -1,9 +1,7 @@
-"""The demo reaches the scores that the README claims, and the README's commands and Python code run on it."""
+"""The demo gives the scores that the README states, and the README's commands run, training included."""
 
 import json
 import os
-import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_cli import COMMANDS, README, ROOT
+from tests.readmes import MAIN, ROOT, code_blocks, shell_commands, write_own_data
 
 pytestmark = pytest.mark.slow  # the demo takes more than a minute
 
@@ -23,10 +21,6 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "data").symlink_to(ROOT / "data")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     subprocess.run(["bash", "data/demo/demo.sh"], cwd=folder, check=True, env=os.environ | {"PATH": path})
-    document = "The mayor of Heneomouth is Bidak."
-    request = {"messages": [{"role": "user", "content": [f"{document}\n", "Who?"]}]}
-    (folder / "requests.jsonl").write_text(json.dumps(request))
-    (folder / "corpus.jsonl").write_text(json.dumps({"title": "Heneomouth", "text": document}))
     return folder
 
 
@@ -47,32 +41,46 @@ def test_block_mode_loses_accuracy_and_fine_tuning_restores_it(demo: Path) -> No
 
 
 def test_the_python_code_of_the_readme_answers(demo: Path) -> None:
-    (code,) = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-    done = subprocess.run([sys.executable, "-c", code], cwd=demo, capture_output=True, text=True)
+    done = run_python(code_blocks(MAIN, "python")[0], demo)
     assert done.stdout.split("\n") == ["Brosuk 0", "Brosuk 4", ""], done.stderr
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if "bench" not in command])
-def test_a_command_of_the_readme_runs(demo: Path, command: str) -> None:
-    """A command that would write a folder of the demo again writes to another folder."""
-    arguments = shlex.split(command)[1:]
-    other_folder = {
-        "prepare": "data.output_dir=again/data",
-        "train": "train.output_dir=again/run",
-        "eval": "eval.output_dir=again/eval",
-    }
-    name = arguments[0]
-    if name in other_folder:
-        arguments.append(other_folder[name])
-    if name == "export":
-        arguments = [argument.replace("out/demo/model", "again/model") for argument in arguments]
-    if name == "train":
-        arguments.append("train.max_steps=2")
-    done = subprocess.run(
-        [sys.executable, "-m", "blockft", *arguments],
-        cwd=demo,
+@pytest.fixture(scope="module")
+def mine(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with the README's recipe and example records, and the results of the demo."""
+    folder = tmp_path_factory.mktemp("mine")
+    write_own_data(folder)
+    (folder / "out").mkdir()
+    (folder / "out" / "demo").symlink_to(demo / "out" / "demo")
+    return folder
+
+
+def test_the_commands_of_the_readme_run_in_their_order(mine: Path) -> None:
+    """All commands of the main README but benchmarks, which need a GPU or minutes."""
+    commands = [words for words in shell_commands(MAIN) if words[0] == "blockft" and words[1] != "bench"]
+    commands = [words for words in commands if words[1:] != ["prepare", "hotpotqa"]]
+    assert [words[1] for words in commands][:5] == ["prepare", "train", "export", "eval", "generate"]
+    for words in commands:
+        if words[1] == "inspect":
+            words[words.index("--index") + 1] = "1"
+        done = run_python("from blockft.cli import main; main()", mine, *words[1:])
+        assert done.returncode == 0, (words, done.stderr)
+    assert (mine / "out" / "mine" / "eval" / "report.json").is_file()
+
+
+def test_the_training_example_in_python_runs(tmp_path: Path) -> None:
+    write_own_data(tmp_path)
+    done = run_python(code_blocks(MAIN, "python")[1], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "mine" / "model" / "config.json").is_file()
+
+
+def run_python(code: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a folder."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=folder,
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
-    assert done.returncode == 0, done.stderr

@@ -23,11 +23,21 @@ from blockft import cli
 from blockft.config.recipe import RECIPES_FOLDER, build_recipe, find_recipe
 from blockft.config.settings import Recipe
 from tests import commands
-from tests.readmes import READMES, ROOT, anchors, code_blocks, inline_code, links, read, shell_commands
+from tests.readmes import (
+    DEMO_MODEL,
+    MAIN,
+    READMES,
+    ROOT,
+    anchors,
+    code_blocks,
+    inline_code,
+    links,
+    read,
+    shell_commands,
+    write_own_data,
+)
 
-MAIN = ROOT / "README.md"
 PACKAGE = ROOT / "blockft" / "README.md"
-DEMO_MODEL = ROOT / "data" / "demo" / "model"
 COMMANDS = [(path, shlex.join(words)) for path in READMES for words in shell_commands(path)]
 PYTHON = [(path, code) for path in READMES for code in code_blocks(path, "python")]
 RECIPES = [(path, code) for path in READMES for code in code_blocks(path, "ya?ml")]
@@ -42,7 +52,7 @@ def parse(words: list[str]) -> tuple[str, dict[str, Any]]:
 
     Return the name of the command and its parameters. An unknown command or option raises.
     """
-    command: Any = typer.main.get_command(cli.options.app)
+    command: Any = typer.main.get_command(cli.commands.app)
     context = command.make_context("blockft", list(words))
     while hasattr(command, "resolve_command"):
         rest = [*getattr(context, "_protected_args", ()), *context.args]
@@ -231,15 +241,7 @@ def test_the_example_of_the_engine_runs() -> None:
 def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the README's recipe and one file for each of its example records."""
     folder = tmp_path_factory.mktemp("mine")
-    recipe = yaml.safe_load(next(text for path, text in RECIPES if path == MAIN))
-    questions, chats, requests = code_blocks(MAIN, "json")[0].splitlines()
-    for name, line in (("questions", questions), ("chats", chats), ("heldout", questions)):
-        (folder / f"{name}.jsonl").write_text(f"{line}\n")
-    (folder / "requests.jsonl").write_text(f"{requests}\n")
-    (folder / "corpus.jsonl").write_text(json.dumps({"title": "Oslo", "text": "In Norway."}))
-    recipe["model"]["path"] = str(DEMO_MODEL)
-    recipe["train"]["batch_rows"] = 1
-    (folder / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    write_own_data(folder)
     return folder
 
 

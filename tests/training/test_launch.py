@@ -3,7 +3,6 @@
 import datetime
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -27,7 +26,7 @@ from blockft.model.checkpoint import MARKER, complete_checkpoints
 from blockft.stages.prepare import prepare
 from blockft.training import distributed, launch
 from tests import commands
-from tests.commands import ROOT, TIMEOUT_S, blockft, finish, fork_ranks, free_port, logged, start
+from tests.commands import ROOT, TIMEOUT_S, finish, fork_ranks, free_port, logged, start
 from tests.run import toy_recipe
 from tests.training.hosts import node_options
 
@@ -133,16 +132,6 @@ def test_the_slurm_script_starts_one_rank_per_task_and_requeues_a_stopped_run(tm
     lines = calls.read_text().splitlines()
     assert sorted(lines[:2]) == [f"{call} a=b c" for call in expected]
     assert sorted(lines[2:]) == [f"{call} --resume" for call in expected]
-
-
-def test_the_launch_options_in_the_readme_exist() -> None:
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Several GPUs and nodes")[1]
-    block = section.split("```")[1].strip().splitlines()
-    help_text = blockft("train", "--help").stdout
-    assert len(block) == 5
-    for line in block:
-        for option in re.findall(r"--[a-z-]+", line.split("#")[0] if "blockft train" in line[:13] else ""):
-            assert f"{option} " in help_text
 
 
 def test_more_processes_than_gpus_are_refused_before_any_starts(
