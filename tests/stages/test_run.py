@@ -231,7 +231,9 @@ def test_a_dry_run_refuses_the_settings_that_a_run_refuses(toy: Path, override: 
 
 
 def test_a_run_is_not_accepted_as_a_model(toy: Path) -> None:
-    with pytest.raises(UserError, match=rf"run is a run, not a model: blockft export {toy}/run FOLDER"):
+    with pytest.raises(
+        UserError, match=rf"run is a run, not a model: export it with blockft export {toy}/run FOLDER"
+    ):
         evaluate(str(toy / "run"), toy_recipe(toy))
 
 
