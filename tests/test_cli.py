@@ -203,18 +203,18 @@ def test_an_interrupted_training_prints_its_checkpoint_and_how_to_resume(
     assert command == f"next: blockft train demo train.output_dir={run} --resume"
 
 
-def test_a_launchers_stray_argument_is_passed_over() -> None:
+def test_an_argument_that_a_launcher_adds_is_ignored() -> None:
     done = blockft("--local_rank=0", "train", "demmo")
     assert done.returncode == 2 and "did you mean demo" in done.stderr
 
 
-ENDS = """
+PROCESS = """
 import atexit, os, sys
 from blockft import cli
 from blockft.errors import UserError
-class Late:
+class Global:
     def __del__(self): print("Python shut down")
-late = Late()
+last = Global()
 def app(*_, **__):
     os.environ.update(eval(sys.argv[1]))
     atexit.register(print, "outputs closed")
@@ -225,7 +225,7 @@ cli.main()
 
 
 @pytest.mark.parametrize(
-    ("ended", "code"),
+    ("end", "code"),
     [
         ("pass", 0),
         ("sys.exit()", 0),
@@ -235,17 +235,17 @@ cli.main()
         ("raise ValueError", 1),
     ],
 )
-def test_a_worker_ends_before_python_shuts_down(ended: str, code: int) -> None:
-    """Threads of its process group would abort it there now and then, after its work is done."""
+def test_a_rank_ends_before_python_shuts_down(end: str, code: int) -> None:
+    """During shutdown, threads of the process group sometimes abort a rank whose work is done."""
     for environment, shuts_down in (({"RANK": "0"}, False), ({}, True)):
-        words = [sys.executable, "-c", ENDS, str(environment), ended]
-        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+        command = [sys.executable, "-c", PROCESS, str(environment), end]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == code
         assert done.stdout.splitlines() == ["outputs closed", *(["Python shut down"] if shuts_down else [])]
         assert ("Traceback" in done.stderr) == (code == 1)
 
 
-def test_a_worker_without_outputs_ends_so_too() -> None:
-    words = shlex.join([sys.executable, "-c", ENDS, str({"RANK": "0"}), "sys.exit(3)"])
-    done = subprocess.run(["sh", "-c", f"{words} >&-"], capture_output=True, text=True, cwd=ROOT)
+def test_a_rank_without_stdout_ends_with_its_exit_code() -> None:
+    command = shlex.join([sys.executable, "-c", PROCESS, str({"RANK": "0"}), "sys.exit(3)"])
+    done = subprocess.run(["sh", "-c", f"{command} >&-"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 3 and "Exception" not in done.stderr

@@ -124,17 +124,19 @@ def _walk(name: str, definition: str, schema: dict[str, Any]) -> Iterator[tuple[
 
 def _without_null(prop: dict[str, Any]) -> dict[str, Any]:
     """Return the schema of a setting's values other than null."""
-    choices = [choice for choice in prop.get("anyOf", [prop]) if choice.get("type") != "null"]
-    return choices[0]
+    schemas: list[dict[str, Any]] = prop.get("anyOf", [prop])
+    return next(schema for schema in schemas if schema.get("type") != "null")
 
 
 def _resolve(schema: dict[str, Any]) -> dict[str, Any]:
     """Return the definition that a schema refers to, or the schema itself."""
     name = schema.get("$ref", "").rpartition("/")[2]
-    return json_schema()["$defs"][name] if name else schema
+    definitions: dict[str, dict[str, Any]] = json_schema()["$defs"]
+    return definitions[name] if name else schema
 
 
 def _describe(key: str, prop: dict[str, Any], is_required: bool) -> Setting:
+    """Return the documentation of a setting from its schema."""
     values = _without_null(prop)
     default = "required" if is_required else json.dumps(prop.get("default"), ensure_ascii=False)
     if "enum" in _resolve(values):
@@ -151,18 +153,19 @@ def _describe(key: str, prop: dict[str, Any], is_required: bool) -> Setting:
 
 
 def _type_name(schema: dict[str, Any]) -> str:
+    """Return the type of a setting in a word, for example `integer` or `list of choices`."""
     resolved = _resolve(schema)
     if "enum" in resolved:
         return "choice"
     if "properties" in resolved:
         return "section"
     if resolved["type"] == "array":
-        inner = _type_name(resolved["items"])
-        return f"list of {inner}s"
-    return {"object": "mapping"}.get(resolved["type"], resolved["type"])
+        return f"list of {_type_name(resolved['items'])}s"
+    return "mapping" if resolved["type"] == "object" else str(resolved["type"])
 
 
 def _allowed(schema: dict[str, Any]) -> str:
+    """Return the choices or the bounds of a setting, for example `at least 0, below 1`."""
     resolved = _resolve(schema)
     if resolved.get("type") == "array":
         items = _allowed(resolved["items"])

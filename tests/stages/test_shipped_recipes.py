@@ -5,6 +5,7 @@ same loader on a local file.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from blockft.config.settings import Source
 from blockft.data.prepared import load_prepared
 from blockft.stages.evaluate import read_questions
 from blockft.stages.prepare import prepare
+from tests.commands import ROOT
 
 NUM_RECORDS = 12
 
@@ -141,3 +143,13 @@ def test_a_shipped_recipe_prepares_and_reads_its_questions(
     assert all(source["kept"] == NUM_RECORDS for source in manifest["sources"])
     questions, dropped = read_questions(recipe)
     assert len(questions) == NUM_RECORDS * len(recipe.eval.sources) and not dropped
+
+
+def test_the_recipe_of_the_readme_is_the_shipped_one_for_own_data(tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(block, encoding="utf-8")
+    assert load_recipe(str(tmp_path / "mine.yaml")) == load_recipe("own-data")
+    shipped = list_recipes()["own-data"].read_text(encoding="utf-8")
+    commands = re.findall(r"^#   (blockft .+)$", shipped, flags=re.MULTILINE)
+    assert len(commands) == 4 and all(f"\n{command} " in readme for command in commands)

@@ -37,15 +37,15 @@ def settings(**changes: Any) -> DataSettings:
 
 
 @pytest.mark.parametrize(
-    ("wording", "said"),
+    ("wording", "message"),
     [
         ({"instruction": " \n"}, "data.prompt.instruction is blank"),
         ({"document": "{title}\n{text}\n\n"}, r"data.prompt.document ends in '\\n\\n'"),
         ({"document": "{txt}"}, "{txt}"),
     ],
 )
-def test_a_wording_that_would_change_documents_is_refused(wording: dict[str, str], said: str) -> None:
-    with pytest.raises(UserError, match=said) as raised:
+def test_a_wording_that_would_change_documents_is_refused(wording: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as raised:
         check_wording(PromptSettings(**wording))
         rag_prompt(settings(prompt=PromptSettings(**wording)))
     assert "\n" not in str(raised.value)
@@ -54,8 +54,8 @@ def test_a_wording_that_would_change_documents_is_refused(wording: dict[str, str
 def real_samples(source: Source, data: DataSettings) -> tuple[list[Sample], RecordCounts]:
     if not Path(source.path).exists():
         pytest.skip(f"{source.path} is not there (set BLOCKFT_REAL_DATA)")
-    tally = RecordCounts()
-    return list(read_source(source, data, tally)), tally
+    counts = RecordCounts()
+    return list(read_source(source, data, counts)), counts
 
 
 @pytest.mark.real_data
@@ -67,8 +67,8 @@ def test_the_recipe_of_the_small_table_reads_every_record_of_the_real_files(
     assert recipe.eval
     ids: dict[str, list[str]] = {}
     for source in (*recipe.data.sources, *recipe.eval.sources):
-        samples, tally = real_samples(source, recipe.data)
-        assert tally.read == tally.samples == len(samples) and not tally.dropped
+        samples, counts = real_samples(source, recipe.data)
+        assert counts.read == counts.samples == len(samples) and not counts.dropped
         ids.setdefault(Path(source.path).name, []).extend(sample.id for sample in samples)
         if SOURCE_FORMATS[source.format].parse_question:
             assert all(sample.meta["supporting"] for sample in samples)
@@ -82,10 +82,10 @@ def test_the_recipe_of_the_small_table_reads_every_record_of_the_real_files(
 @pytest.mark.parametrize("shared_context", [False, True])
 def test_no_distractor_of_squad_holds_an_answer(shared_context: bool) -> None:
     source = Source(format=Format.squad, path=str(REAL_DATA / "squadshifts_new_wiki_dev.json"))
-    samples, tally = real_samples(source, settings(shared_context=shared_context, num_documents=10))
+    samples, counts = real_samples(source, settings(shared_context=shared_context, num_documents=10))
     # in a quarter of the questions another paragraph of the article holds an answer
-    assert tally.dropped.total() > 0 if shared_context else not tally.dropped
-    assert tally.read == tally.samples + tally.dropped.total()
+    assert counts.dropped.total() > 0 if shared_context else not counts.dropped
+    assert counts.read == counts.samples + counts.dropped.total()
     for sample in samples:
         (gold,) = sample.meta["supporting"]
         texts = [" ".join(block.casefold().split()) for block in sample.blocks]
