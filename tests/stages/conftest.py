@@ -1,4 +1,4 @@
-"""A recipe of a few made-up samples and a toy tokenizer, in a folder of its own."""
+"""Fixtures for recipes of a few invented samples and a toy tokenizer."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,10 @@ def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_recipe(tmp_path: Path, toy_model: Path) -> Make:
-    """Makes a recipe over 200 samples, two questions to each pair of documents; takes settings of `data`."""
+    """Return a function that makes a recipe of 200 samples, two per pair of documents.
+
+    The function takes settings of `data`.
+    """
     source = tmp_path / "source.jsonl"
     samples = [
         rag_sample(f"Question {i}?", (f"Fox {i // 2}.\n\n", "dog " * (i // 2) + "\n\n"), id=str(i))

@@ -188,14 +188,14 @@ def test_an_interrupted_evaluation_resumes_with_the_same_options_only(
 ) -> None:
     complete, calls = contents(run(toy, "never")), []
 
-    def failing(*given: object, **named: object) -> list[answers.AnswerRecord]:
-        calls.append(given)
+    def interrupt_fourth(*arguments: object, **options: object) -> list[answers.AnswerRecord]:
+        calls.append(arguments)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return asked(*given, **named)  # type: ignore[arg-type]
+        return answer_batch(*arguments, **options)  # type: ignore[arg-type]
 
-    asked = answers.answer_batch
-    monkeypatch.setattr("blockft.stages.evaluate.answer_batch", failing)
+    answer_batch = answers.answer_batch
+    monkeypatch.setattr("blockft.stages.evaluate.answer_batch", interrupt_fourth)
     with pytest.raises(KeyboardInterrupt):
         run(toy, "failed")
     assert "run the same command again to resume" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`blockft generate`: answers, what was reused for them, and mistakes found before the first one."""
+"""`blockft generate`: answers, reused blocks, the cache folder, and errors before the first answer."""
 
 import io
 import json
@@ -44,19 +44,19 @@ def write(path: Path, records: list[Any]) -> Path:
     return path
 
 
-def cached_in(folder: Path, **words: str) -> CacheArguments:
-    return CacheArguments(folder=folder, **{"host": "1MB", "device": "1MB"} | words)
+def cached_in(folder: Path, **sizes: str) -> CacheArguments:
+    return CacheArguments(folder=folder, **{"host": "1MB", "device": "1MB"} | sizes)
 
 
-def answered(model: Path, source: Path, capsys: pytest.CaptureFixture[str], **given: Any) -> list[Any]:
+def generate_json(model: Path, source: Path, capsys: pytest.CaptureFixture[str], **given: Any) -> list[Any]:
     generate(str(model), str(source), as_json=True, **{"max_new_tokens": 6, "cache": SMALL} | given)
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def test_json_says_what_was_answered_and_what_was_reused(
+def test_json_lines_hold_answers_and_reused_blocks(
     model: Path, requests: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = answered(model, requests, capsys)
+    lines = generate_json(model, requests, capsys)
     assert [line["id"] for line in lines] == ["a", f"{requests}, line 3", "7", f"{requests}, line 7"]
     first, second, *_ = lines
     assert set(first) == {
@@ -76,10 +76,10 @@ def test_json_says_what_was_answered_and_what_was_reused(
     assert second["sources"] == {"host": 4} and 0 < second["tokens_reused"] < second["prompt_tokens"]
 
 
-def test_the_texts_are_those_of_the_json_and_a_summary_ends_it(
+def test_the_plain_output_has_the_texts_of_the_json_and_a_summary_on_stderr(
     model: Path, requests: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    texts = [line["answer"] for line in answered(model, requests, capsys)]
+    texts = [line["answer"] for line in generate_json(model, requests, capsys)]
     generate(str(model), str(requests), max_new_tokens=6, cache=SMALL)
     out, err = capsys.readouterr()
     assert out == "".join(text + "\n" for text in texts)
@@ -89,23 +89,23 @@ def test_the_texts_are_those_of_the_json_and_a_summary_ends_it(
 
 @pytest.mark.parametrize("given", [{}, {"mode": "full"}, {"temperature": 5.0, "top_p": 0.9, "seed": 3}])
 @pytest.mark.parametrize("batch_size", [3, 10])
-def test_the_size_of_batches_changes_no_answer(
+def test_the_batch_size_changes_no_answer(
     model: Path,
     requests: Path,
     capsys: pytest.CaptureFixture[str],
     given: dict[str, Any],
     batch_size: int,
 ) -> None:
-    alone = answered(model, requests, capsys, **given)
-    together = answered(model, requests, capsys, **given, batch_size=batch_size)
+    alone = generate_json(model, requests, capsys, **given)
+    together = generate_json(model, requests, capsys, **given, batch_size=batch_size)
     for a, b in zip(alone, together, strict=True):
         assert (a["id"], a["answer_ids"], a["answer"]) == (b["id"], b["answer_ids"], b["answer"])
 
 
-def test_a_stream_writes_the_same_texts(
+def test_streaming_prints_the_same_texts(
     model: Path, requests: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    texts = [line["answer"] for line in answered(model, requests, capsys, stop=["e"], max_new_tokens=20)]
+    texts = [line["answer"] for line in generate_json(model, requests, capsys, stop=["e"], max_new_tokens=20)]
     generate(str(model), str(requests), stream=True, max_new_tokens=20, stop=["e"], cache=SMALL)
     out, err = capsys.readouterr()
     rest = out
@@ -115,7 +115,7 @@ def test_a_stream_writes_the_same_texts(
     assert not rest.strip() and err.startswith("4 answers")
 
 
-def test_a_terminal_sees_how_far_it_is(
+def test_a_terminal_shows_progress(
     model: Path, requests: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generate(str(model), str(requests), max_new_tokens=6, cache=SMALL)
@@ -127,71 +127,71 @@ def test_a_terminal_sees_how_far_it_is(
     assert shown.out == out and "answers" in shown.err and "100%" in shown.err
 
 
-def test_requests_may_come_from_standard_input(
+def test_requests_are_read_from_standard_input(
     model: Path, requests: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    want = answered(model, requests, capsys)
+    expected = generate_json(model, requests, capsys)
     monkeypatch.setattr(sys, "stdin", io.StringIO(requests.read_text()))
-    got = answered(model, Path("-"), capsys)
-    assert [line["answer_ids"] for line in got] == [line["answer_ids"] for line in want]
-    assert got[1]["id"] == "-, line 3"
+    lines = generate_json(model, Path("-"), capsys)
+    assert [line["answer_ids"] for line in lines] == [line["answer_ids"] for line in expected]
+    assert lines[1]["id"] == "-, line 3"
 
 
-def test_the_default_wording_is_for_models_without_their_own(model: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_recorded_wording_gets_the_default_wording(model: Path, tmp_path: Path) -> None:
     default = open_engine(str(model), SMALL).prompt
     assert default is not None and default.instruction == PromptSettings().instruction
     export = Path(shutil.copytree(model, tmp_path / "export"))
-    own = {"instruction": "Own.\n", "document": "{text}\n", "question": "{question}"}
-    facts = json.loads((export / "config.json").read_text())
-    facts["block_attention"] = {"prompt": own, "documents_in": "user", "order": "ascending"}
-    (export / "config.json").write_text(json.dumps(facts))
+    recorded = {"instruction": "Own.\n", "document": "{text}\n", "question": "{question}"}
+    config = json.loads((export / "config.json").read_text())
+    config["block_attention"] = {"prompt": recorded, "documents_in": "user", "order": "ascending"}
+    (export / "config.json").write_text(json.dumps(config))
     trained = open_engine(str(export), SMALL).prompt
     assert trained is not None and trained.instruction == "Own.\n"
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_request(
+def test_a_byte_order_mark_is_ignored(
     model: Path,
     requests: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    want = [line["answer_ids"] for line in answered(model, requests, capsys)]
+    expected = [line["answer_ids"] for line in generate_json(model, requests, capsys)]
     marked = tmp_path / "marked.jsonl"
     marked.write_text(requests.read_text(), encoding="utf-8-sig")
-    assert [line["answer_ids"] for line in answered(model, marked, capsys)] == want
+    assert [line["answer_ids"] for line in generate_json(model, marked, capsys)] == expected
     monkeypatch.setattr(sys, "stdin", io.StringIO(marked.read_text(encoding="utf-8")))
-    assert [line["answer_ids"] for line in answered(model, Path("-"), capsys)] == want
+    assert [line["answer_ids"] for line in generate_json(model, Path("-"), capsys)] == expected
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU compiles")
-def test_compiling_is_refused_without_a_gpu(model: Path, requests: Path) -> None:
+def test_compile_is_refused_without_a_gpu(model: Path, requests: Path) -> None:
     with pytest.raises(UserError, match="compile is for rotated queries on a GPU"):
         generate(str(model), str(requests), compile=True, cache=SMALL)
 
 
-def test_long_prompts_lose_documents_if_asked(
+def test_trim_drops_documents_of_a_long_prompt(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     documents = [{"text": str(i) * 1500, "score": i} for i in range(4)]
     source = write(tmp_path / "long.jsonl", [{"documents": documents, "question": "?"}])
     with pytest.raises(UserError, match="long.jsonl, line 1: .* the model has 4096 positions"):
-        answered(model, source, capsys)
-    (line,) = answered(model, source, capsys, trim=True)
+        generate_json(model, source, capsys)
+    (line,) = generate_json(model, source, capsys, trim=True)
     assert line["blocks"] == 5
 
 
 @pytest.mark.parametrize("scores", [[None] * 12, [1] * 3 + [0] * 9, [1] * 12])
-def test_documents_of_one_score_may_be_lost(
+def test_trim_drops_the_last_documents_of_equal_score(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], scores: list[int | None]
 ) -> None:
     documents = [
         {"text": f"{i:04}" * 375} | ({} if score is None else {"score": score})
         for i, score in enumerate(scores)
     ]
-    ways = [documents, documents[:2]]
-    source = write(tmp_path / "long.jsonl", [{"documents": way, "question": "?"} for way in ways])
-    trimmed, short = answered(model, source, capsys, trim=True)
+    prompts = [documents, documents[:2]]
+    source = write(tmp_path / "long.jsonl", [{"documents": prompt, "question": "?"} for prompt in prompts])
+    trimmed, short = generate_json(model, source, capsys, trim=True)
     assert trimmed["answer_ids"] == short["answer_ids"] and trimmed["prompt_tokens"] == short["prompt_tokens"]
     assert trimmed["blocks_reused"] == 0 and short["blocks_reused"] == short["blocks"] - 1
 
@@ -203,7 +203,7 @@ def test_a_second_process_reuses_every_block(
     model: Path, requests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "cache"
-    first = answered(model, requests, capsys, cache=cached_in(folder))
+    first = generate_json(model, requests, capsys, cache=cached_in(folder))
     options = ["--json", "--max-new-tokens", "6", "--cache", folder, "--host-bytes", "1MB"]
     done = run_ranks("generate", model, "--input", requests, *options)
     assert done.returncode == 0, done.stderr
@@ -217,19 +217,19 @@ def test_a_second_process_reuses_every_block(
     assert done.stderr.startswith(f"4 answers; 14 of 14 context blocks reused ({tiers}), ")
 
 
-def test_a_flipped_byte_is_reported_and_changes_no_answer(
+def test_a_damaged_entry_is_recomputed_and_changes_no_answer(
     model: Path, requests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "cache"
-    first = answered(model, requests, capsys, cache=cached_in(folder))
-    victim = next(CacheFolder(folder).entries()).path
-    content = bytearray(victim.read_bytes())
+    first = generate_json(model, requests, capsys, cache=cached_in(folder))
+    damaged = next(CacheFolder(folder).entries()).path
+    content = bytearray(damaged.read_bytes())
     content[-2] ^= 4
-    victim.write_bytes(content)
-    second = answered(model, requests, capsys, cache=cached_in(folder))
+    damaged.write_bytes(content)
+    second = generate_json(model, requests, capsys, cache=cached_in(folder))
     assert [line["answer_ids"] for line in first] == [line["answer_ids"] for line in second]
     assert sum(line["sources"].get("computed", 0) for line in second) == 1
-    third = answered(model, requests, capsys, cache=cached_in(folder))
+    third = generate_json(model, requests, capsys, cache=cached_in(folder))
     assert not any("computed" in line["sources"] for line in third)
 
 
@@ -237,16 +237,17 @@ def test_the_folder_stays_within_its_budget(
     model: Path, requests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache = cached_in(tmp_path / "cache", disk="40kB")
-    want, got = answered(model, requests, capsys), answered(model, requests, capsys, cache=cache)
-    assert [line["answer_ids"] for line in got] == [line["answer_ids"] for line in want]
+    expected = generate_json(model, requests, capsys)
+    lines = generate_json(model, requests, capsys, cache=cache)
+    assert [line["answer_ids"] for line in lines] == [line["answer_ids"] for line in expected]
     assert 0 < sum(entry.num_bytes for entry in CacheFolder(tmp_path / "cache").entries()) <= 40_000
 
 
-# mistakes
+# errors
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("arguments", "message"),
     [
         ({"mode": "half"}, "--mode is 'half', allowed are block, full"),
         ({"stream": True}, "leave out --json"),
@@ -265,17 +266,17 @@ def test_the_folder_stays_within_its_budget(
         ({"cache": CacheArguments(folder=Path("no/such"), disk="0")}, "cannot hold a block"),
     ],
 )
-def test_a_mistake_is_found_before_the_first_answer(
-    model: Path, requests: Path, given: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
+def test_wrong_arguments_are_refused_before_the_first_answer(
+    model: Path, requests: Path, arguments: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(UserError) as raised:
-        generate(str(model), str(requests), **{"as_json": True, "max_new_tokens": 2} | given)
-    assert said in str(raised.value) and not capsys.readouterr().out
+        generate(str(model), str(requests), **{"as_json": True, "max_new_tokens": 2} | arguments)
+    assert message in str(raised.value) and not capsys.readouterr().out
     assert not Path("no/such").exists()
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("{", "line 3 is not JSON"),
         ('{"question": "b", "n": ' + "1" * 5000 + "}", "line 3 is not JSON"),
@@ -287,29 +288,29 @@ def test_a_mistake_is_found_before_the_first_answer(
         ('{"id": "long", "blocks": ["' + "a" * 5000 + '"]}', "prompt long: "),
     ],
 )
-def test_a_bad_line_is_named_before_the_first_answer(
-    model: Path, tmp_path: Path, line: str, said: str, capsys: pytest.CaptureFixture[str]
+def test_an_error_names_the_line_before_the_first_answer(
+    model: Path, tmp_path: Path, line: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = tmp_path / "bad.jsonl"
     source.write_text(f"{json.dumps(REQUESTS[0])}\n\n{line}\n")
     with pytest.raises(UserError) as raised:
         generate(str(model), str(source), max_new_tokens=2, cache=SMALL)
-    assert said in str(raised.value) and not capsys.readouterr().out
+    assert message in str(raised.value) and not capsys.readouterr().out
 
 
-def test_input_without_a_prompt_is_refused(model: Path, tmp_path: Path) -> None:
+def test_input_without_a_request_is_refused(model: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n \n")
     (tmp_path / "latin.jsonl").write_bytes(b'{"question": "\xe9"}')
-    for name, said in [
+    for name, message in [
         ("empty", "holds no request"),
         ("latin", "cannot be read"),
         ("none", "cannot be read"),
     ]:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             generate(str(model), str(tmp_path / f"{name}.jsonl"))
 
 
-def test_the_command_line_ends_with_2_and_prints_nothing(model: Path, tmp_path: Path) -> None:
+def test_an_error_exits_with_2_and_prints_no_answer(model: Path, tmp_path: Path) -> None:
     source = tmp_path / "bad.jsonl"
     source.write_text(json.dumps(REQUESTS[0]) + '\n{"question": "Who?"}\n')
     done = blockft("generate", model, "--input", source)

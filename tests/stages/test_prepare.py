@@ -1,3 +1,5 @@
+"""`blockft prepare`: the prepared folder, its reproducible bytes, counts of records, and refusals."""
+
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -44,7 +46,7 @@ def test_a_prepared_folder(make_recipe: Make, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("shared_context", [False, True])
-def test_law_12_the_bytes_do_not_depend_on_the_number_of_workers(
+def test_the_bytes_do_not_depend_on_the_number_of_workers(
     make_recipe: Make, tmp_path: Path, shared_context: bool
 ) -> None:
     options: dict[str, Any] = {
@@ -61,34 +63,34 @@ def test_law_12_the_bytes_do_not_depend_on_the_number_of_workers(
     assert json.loads(one.with_name("1.log").read_text())["num_workers"] == 1
 
 
-def test_questions_share_their_context(make_recipe: Make) -> None:
+def test_questions_with_the_same_documents_share_their_context(make_recipe: Make) -> None:
     found = load_prepared(prepare(make_recipe(shared_context=True)))
     assert len(found.examples) == 100
     assert {example.num_final for example in found.examples} == {2}
     assert found.examples[0].sample_ids == ("0", "1")
 
 
-def test_no_more_questions_share_a_context_than_asked_for(make_recipe: Make) -> None:
+def test_max_questions_per_context_limits_shared_contexts(make_recipe: Make) -> None:
     found = load_prepared(prepare(make_recipe(shared_context=True, max_questions_per_context=1)))
     assert {example.num_final for example in found.examples} == {1} and len(found.examples) == 200
 
 
-def test_copies_ask_every_question_over_other_documents(make_recipe: Make, tmp_path: Path) -> None:
+def test_copies_have_other_orders_of_the_documents(make_recipe: Make, tmp_path: Path) -> None:
     options: dict[str, Any] = {"sources": [squad_source(tmp_path, "A")], "order": Order.shuffled}
     once = samples_of(prepare(make_recipe(**options)))
     out = prepare(make_recipe(**options, num_copies=3), overwrite=True)
-    asked = samples_of(out)
-    assert asked[: len(once)] == once and len(asked) == 3 * len(once)
-    orders = {tuple(s.blocks[:-1] for s in asked if s.id == sample.id) for sample in once}
+    copies = samples_of(out)
+    assert copies[: len(once)] == once and len(copies) == 3 * len(once)
+    orders = {tuple(s.blocks[:-1] for s in copies if s.id == sample.id) for sample in once}
     assert all(len(three) == 3 for three in orders) and any(len(set(three)) > 1 for three in orders)
-    # what the second copy holds is what another seed gives
-    other = samples_of(prepare(make_recipe(**options, seed=1), overwrite=True))
-    assert asked[len(once) : 2 * len(once)] == other
+    # the second copy equals a single copy with the next seed
+    next_seed = samples_of(prepare(make_recipe(**options, seed=1), overwrite=True))
+    assert copies[len(once) : 2 * len(once)] == next_seed
     manifest = load_prepared(prepare(make_recipe(**options, num_copies=3), overwrite=True)).manifest
     assert manifest["sources"][0]["read"] == 30 == manifest["num_samples"]
 
 
-def test_copies_are_those_of_other_seeds_where_records_have_no_ids(make_recipe: Make, tmp_path: Path) -> None:
+def test_copies_of_records_without_ids_equal_those_of_other_seeds(make_recipe: Make, tmp_path: Path) -> None:
     path = tmp_path / "nq.jsonl"
     contexts = [{"title": f"T{i}", "text": f"text {i}"} for i in range(6)]
     records = [{"question": f"q{i}?", "answers": ["text"], "ctxs": contexts} for i in range(4)]
@@ -99,24 +101,24 @@ def test_copies_are_those_of_other_seeds_where_records_have_no_ids(make_recipe: 
     }
     options["on_bad_record"] = BadRecordPolicy.skip
     out = prepare(make_recipe(**options, num_copies=2))
-    asked = samples_of(out)
+    copies = samples_of(out)
     (counts,) = load_prepared(out).manifest["sources"]
-    assert [s.id for s in asked] == 2 * [f"nq-{n}" for n in range(1, 5)]
-    assert asked[4:] == samples_of(prepare(make_recipe(**options, seed=1), overwrite=True)) != asked[:4]
+    assert [s.id for s in copies] == 2 * [f"nq-{n}" for n in range(1, 5)]
+    assert copies[4:] == samples_of(prepare(make_recipe(**options, seed=1), overwrite=True)) != copies[:4]
     assert counts["dropped"] == {"bad record": 2} and len(counts["bad_records"]) == 1
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
-        # samples come worded, whatever the order
+        # samples have their documents in place, so no order applies
         ({"num_copies": 2, "order": Order.shuffled}, "all copies would be the same"),
     ],
 )
 def test_copies_that_would_be_the_same_are_refused(
-    make_recipe: Make, options: dict[str, Any], said: str
+    make_recipe: Make, options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         prepare(make_recipe(**options))
 
 
@@ -164,7 +166,7 @@ def test_settings_that_have_an_effect_give_no_warning(
         ({"num_documents": 2, "retriever": Retriever.bm25}, False),
     ],
 )
-def test_copies_are_taken_where_lots_are_drawn(
+def test_copies_are_refused_where_the_seed_changes_nothing(
     make_recipe: Make, tmp_path: Path, options: dict[str, Any], varies: bool
 ) -> None:
     source = squad_source(tmp_path, "ABCDEF", retriever=options.get("retriever", Retriever.none))
@@ -197,7 +199,7 @@ def test_bad_records_are_counted_and_listed(make_recipe: Make) -> None:
     assert "line 201: not JSON" in source["bad_records"][0]
 
 
-def test_a_prepared_folder_is_never_overwritten_unless_asked(make_recipe: Make) -> None:
+def test_a_prepared_folder_is_replaced_only_with_overwrite(make_recipe: Make) -> None:
     out = prepare(make_recipe())
     before = files(out)
     with pytest.raises(UserError, match="exists"):
@@ -207,7 +209,7 @@ def test_a_prepared_folder_is_never_overwritten_unless_asked(make_recipe: Make) 
     assert load_prepared(out).manifest["options"]["seed"] == 1
 
 
-def test_an_unfinished_folder_is_redone_and_a_foreign_one_left_alone(make_recipe: Make) -> None:
+def test_an_incomplete_folder_is_replaced_and_a_foreign_one_left_unchanged(make_recipe: Make) -> None:
     out = prepare(make_recipe())
     (out / "manifest.json").unlink()
     assert load_prepared(prepare(make_recipe())).manifest
@@ -240,7 +242,7 @@ def with_model(path: str) -> Callable[[Recipe], Recipe]:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (broken_line, r"source.jsonl, line 101: not JSON"),
         (empty, "no example to train on"),
@@ -253,11 +255,11 @@ def with_model(path: str) -> Callable[[Recipe], Recipe]:
     ],
 )
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_a_mistake_is_one_sentence_and_nothing_is_written(
-    make_recipe: Make, spoil: Callable[[Recipe], Recipe], said: str, num_workers: int
+def test_an_error_is_one_sentence_and_nothing_is_written(
+    make_recipe: Make, spoil: Callable[[Recipe], Recipe], message: str, num_workers: int
 ) -> None:
     recipe = spoil(make_recipe(num_workers=num_workers))
-    with pytest.raises(UserError, match=said) as raised:
+    with pytest.raises(UserError, match=message) as raised:
         prepare(recipe)
     assert "\n" not in str(raised.value)
     out = Path(recipe.data.output_dir)
@@ -290,7 +292,7 @@ def test_the_manifest_accounts_for_every_record(make_recipe: Make, tmp_path: Pat
     assert max(example.num_final for example in examples) == 4
 
 
-def test_chats_are_cut_and_give_a_sample_per_answer(make_recipe: Make, tmp_path: Path) -> None:
+def test_chats_are_split_and_give_a_sample_per_answer(make_recipe: Make, tmp_path: Path) -> None:
     path = tmp_path / "chats.jsonl"
     turns = [
         "The quick brown fox jumps over the dog.\n\nThe lazy dog sleeps, too.",
@@ -301,8 +303,8 @@ def test_chats_are_cut_and_give_a_sample_per_answer(make_recipe: Make, tmp_path:
     chat = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
     path.write_text(json.dumps({"id": "c", "messages": chat}) + '\n{"messages": []}\n')
     source = Source(format=Format.messages, path=str(path))
-    cut = SplittingSettings(min_block_tokens=2)
-    out = prepare(make_recipe(sources=[source], on_bad_record=BadRecordPolicy.skip, splitting=cut))
+    splitting = SplittingSettings(min_block_tokens=2)
+    out = prepare(make_recipe(sources=[source], on_bad_record=BadRecordPolicy.skip, splitting=splitting))
     (counts,) = load_prepared(out).manifest["sources"]
     assert (counts["read"], counts["samples"], counts["kept"]) == (2, 2, 2)
     assert counts["dropped"] == {"bad record": 1}
@@ -311,7 +313,9 @@ def test_chats_are_cut_and_give_a_sample_per_answer(make_recipe: Make, tmp_path:
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_law_12_retrieval_gives_the_same_bytes(make_recipe: Make, tmp_path: Path, num_workers: int) -> None:
+def test_retrieval_gives_the_same_bytes_for_any_number_of_workers(
+    make_recipe: Make, tmp_path: Path, num_workers: int
+) -> None:
     source = squad_source(tmp_path, "ABCDEFGHI", retriever=Retriever.bm25)
     options: dict[str, Any] = {"sources": [source], "num_documents": 3, "order": Order.shuffled}
     one, other = (
@@ -319,21 +323,21 @@ def test_law_12_retrieval_gives_the_same_bytes(make_recipe: Make, tmp_path: Path
         for n in (1, num_workers + 1)
     )
     assert files(one) == files(other)
-    # a single task is not worth a worker
+    # several tasks, so that the workers share them
     assert load_prepared(one).manifest["num_samples"] == 90 > TASK_SAMPLES
 
 
-def test_law_12_unfit_samples_are_counted_and_listed(
+def test_samples_that_the_template_changes_are_counted_and_listed(
     make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count_tokens = Encoder.count_tokens
 
-    def choosy(self: Encoder, texts: Sequence[str]) -> list[int]:
+    def refuse_marker(self: Encoder, texts: Sequence[str]) -> list[int]:
         if any("marker" in text for text in texts):
             raise TemplateMismatch("the vocabulary spells a marker", "added token spelled by a text")
         return count_tokens(self, texts)
 
-    monkeypatch.setattr(Encoder, "count_tokens", choosy)
+    monkeypatch.setattr(Encoder, "count_tokens", refuse_marker)
     path = tmp_path / "alpaca.jsonl"
     texts = ["marker" if n % 50 == 7 else "fox" for n in range(200)]
     records = [{"id": str(n), "instruction": f"a\n\n{text}", "output": "x"} for n, text in enumerate(texts)]
@@ -369,7 +373,9 @@ REAL = {
 
 @pytest.mark.real_data
 @pytest.mark.parametrize("format", REAL)
-def test_laws_5_and_6_on_real_data(make_recipe: Make, toy_model: Path, format: Format) -> None:
+def test_real_prompts_equal_the_rendered_template_and_equal_blocks_have_equal_ids(
+    make_recipe: Make, toy_model: Path, format: Format
+) -> None:
     name, retriever = REAL[format]
     path = Path(os.environ.get("BLOCKFT_REAL_DATA", "../shared/data")) / name
     if not path.exists():
@@ -388,6 +394,6 @@ def test_laws_5_and_6_on_real_data(make_recipe: Make, toy_model: Path, format: F
             assert ids_of.setdefault(text, ids.tolist()) == ids.tolist()
 
 
-def test_a_wording_that_would_change_documents_is_not_trained(make_recipe: Make) -> None:
+def test_a_wording_that_changes_document_blocks_is_refused(make_recipe: Make) -> None:
     with pytest.raises(UserError, match="data.prompt.document ends in"):
         prepare(make_recipe(prompt=PromptSettings(document="{title}\n{text}\n\n")))
