@@ -53,24 +53,23 @@ def bench_agreement(
     samples, _ = read_questions(recipe)
     if num_prompts > len(samples):
         raise UserError(f"the recipe has {len(samples)} questions, but --num-prompts is {num_prompts}")
-    engine = Engine.load(
-        model, revision=model_revision(model, recipe), dtype=parse_dtype(recipe.model.dtype, None)
-    )
-    questions = encode_questions(
-        engine,
-        [samples[i * len(samples) // num_prompts] for i in range(num_prompts)],
-        max_new_tokens,
-        trim=recipe.data.too_long is TooLongPolicy.trim,
-        skip_bad=recipe.data.on_bad_record is BadRecordPolicy.skip,
-    )
-    agreement_benchmark.bench_agreement(
-        engine,
-        track(questions.samples, "answers"),
-        questions.prompts,
-        max_new_tokens=max_new_tokens,
-        record={"model": model, "dropped_records": dict(questions.dropped)},
-        out=out,
-    )
+    revision, dtype = model_revision(model, recipe), parse_dtype(recipe.model.dtype, None)
+    with Engine.load(model, revision=revision, dtype=dtype) as engine:
+        questions = encode_questions(
+            engine,
+            [samples[i * len(samples) // num_prompts] for i in range(num_prompts)],
+            max_new_tokens,
+            trim=recipe.data.too_long is TooLongPolicy.trim,
+            skip_bad=recipe.data.on_bad_record is BadRecordPolicy.skip,
+        )
+        agreement_benchmark.bench_agreement(
+            engine,
+            track(questions.samples, "answers"),
+            questions.prompts,
+            max_new_tokens=max_new_tokens,
+            record={"model": model, "dropped_records": dict(questions.dropped)},
+            out=out,
+        )
 
 
 def _with_data(recipe: Recipe, **settings: Any) -> Recipe:

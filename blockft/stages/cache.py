@@ -26,7 +26,7 @@ from blockft.inference.cache_folder import CacheFolder, EntryInfo
 from blockft.inference.disk_tier import DiskTier
 from blockft.inference.engine import Engine
 from blockft.progress import progress, track
-from blockft.stages.generate import CacheArguments, open_engine
+from blockft.stages.generate import CacheArguments
 from blockft.units import format_bytes, parse_bytes, parse_duration
 
 BATCH_DOCUMENTS = 64
@@ -70,10 +70,7 @@ class Corpus:
                 yield CorpusLine(location, len(line), parse_document(record))
             except RecordError as error:
                 raise UserError(f"{location}: {error}") from error
-            except (
-                ValueError,
-                RecursionError,
-            ) as error:  # not JSON, not UTF-8, or a number of too many digits
+            except (ValueError, RecursionError) as error:  # a ValueError also if it is not UTF-8
                 raise UserError(f"{location} is not JSON: {error}") from error
 
 
@@ -86,30 +83,31 @@ def build_cache(model: str, corpus: Path, cache: CacheArguments) -> None:
 
     Raises:
         UserError: there is no document; a line is not a document or does not fit the model (the message has
-            its number); the folder cannot take all blocks, or its budget is too small; see `open_engine`.
+            its number); the folder cannot take all blocks, or its budget is too small; see `Engine.load`.
     """
     with _open_corpus(corpus) as opened:
         # read all lines first: an error in the last one must not appear after hours
         num_bytes = sum(line.num_bytes for line in opened.lines())
         if not num_bytes:
             raise UserError(f"{corpus} holds no document")
-        engine = open_engine(model, cache)
-        disk = engine.runner.block_cache.disk
-        assert disk
-        if (max_bytes := cache.options().disk_bytes) is not None:
-            _check_budget(engine, disk, opened, num_bytes, max_bytes)
+        options = cache.options()
         digests: set[str] = set()
         num_encoded = 0
-        with progress("encode", num_bytes) as advance:
-            for keys, num_line_bytes in _new_blocks(engine, opened, digests):
-                num_encoded += engine.runner.prefill_blocks(keys)
-                engine.flush()
-                if disk.statistics.entries_lost:
-                    raise UserError(
-                        f"{cache.folder} does not take all blocks: make room or name another folder, then "
-                        "run the same command again to resume"
-                    )
-                advance(num_line_bytes)
+        with Engine.load(model, cache=options) as engine:
+            disk = engine.runner.block_cache.disk
+            assert disk
+            if options.disk_bytes is not None:
+                _check_budget(engine, disk, opened, num_bytes, options.disk_bytes)
+            with progress("encode", num_bytes) as advance:
+                for keys, num_line_bytes in _new_blocks(engine, opened, digests):
+                    num_encoded += engine.runner.prefill_blocks(keys)
+                    engine.flush()
+                    if disk.statistics.entries_lost:
+                        raise UserError(
+                            f"{cache.folder} does not take all blocks: make room or name another folder, "
+                            "then run the same command again to resume"
+                        )
+                    advance(num_line_bytes)
     print(f"{len(digests):,} blocks are in {cache.folder}, {num_encoded:,} of them new")
     if num_evicted := disk.statistics.entries_evicted:
         if num_missing := len(digests - disk.digests()):

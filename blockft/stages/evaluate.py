@@ -88,32 +88,23 @@ def evaluate(
     settings = recipe.eval
     if settings is None:
         raise UserError("the recipe has no eval: add eval.output_dir and eval.sources")
-    out = Path(settings.output_dir)
-    check_absent(out, "choose another eval.output_dir")
+    check_absent(Path(settings.output_dir), "choose another eval.output_dir")
     revision = model_revision(model, recipe)
     samples, dropped = read_questions(recipe)
     dtype = parse_dtype(recipe.model.dtype, None)
     # blocks are reused within a batch only, and the device tier holds the blocks of a batch
     cache = CacheOptions(host_bytes=0) if torch.cuda.is_available() else None
-    engine = Engine.load(model, revision=revision, dtype=dtype, cache=cache)
-    if recipe.data.positions is Positions.local and uses_reencoded_positions(engine.model.config):
-        _remark("data.positions=local has no effect: the model was not trained with local positions")
-    questions = _encode(engine, samples, recipe)
-    options = _options(recipe, engine, questions, revision)
-    options["records dropped"] = dict(sorted((questions.dropped + Counter(dropped)).items()))
-    signature = {name: value for name, value in options.items() if name != SOURCES}
-    try:
-        with resumable_folder(out, signature) as partial:
-            predictions = {
-                mode.value: _answer(engine, questions, _attention_mode(mode), recipe, partial)
-                for mode in dict.fromkeys(settings.modes)
-            }
-            report = build_report(model, predictions, options)
-            _write(out, report, predictions)
-    except KeyboardInterrupt:
-        _remark("interrupted: run the same command again to resume")
-        raise
-    return report
+    with Engine.load(model, revision=revision, dtype=dtype, cache=cache) as engine:
+        if recipe.data.positions is Positions.local and uses_reencoded_positions(engine.model.config):
+            _remark("data.positions=local has no effect: the model was not trained with local positions")
+        questions = _encode(engine, samples, recipe)
+        options = _options(recipe, engine, questions, revision)
+        options["records dropped"] = dict(sorted((questions.dropped + Counter(dropped)).items()))
+        try:
+            return _answer_and_report(model, engine, questions, recipe, options)
+        except KeyboardInterrupt:
+            _remark("interrupted: run the same command again to resume")
+            raise
 
 
 def evaluation_recipe(
@@ -318,6 +309,23 @@ def _options(
 def _describe_source(source: Source, dense_model: str) -> dict[str, Any]:
     retrieval = {"dense_model": dense_model} if source.retriever is Retriever.dense else {}
     return source.model_dump(mode="json") | retrieval
+
+
+def _answer_and_report(
+    model: str, engine: Engine, questions: EncodedQuestions, recipe: Recipe, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Answer the questions in every mode, resuming if possible, write the report and return it."""
+    assert recipe.eval
+    out = Path(recipe.eval.output_dir)
+    signature = {name: value for name, value in options.items() if name != SOURCES}
+    with resumable_folder(out, signature) as partial:
+        predictions = {
+            mode.value: _answer(engine, questions, _attention_mode(mode), recipe, partial)
+            for mode in dict.fromkeys(recipe.eval.modes)
+        }
+        report = build_report(model, predictions, options)
+        _write(out, report, predictions)
+    return report
 
 
 def _attention_mode(mode: Mode) -> AttentionMode:

@@ -44,22 +44,13 @@ class CacheArguments:
         return CacheOptions(folder=self.folder, disk_bytes=disk, host_bytes=host, device_bytes=device)
 
 
-class _GenerateOptions(TypedDict):
+class _GenerateArguments(TypedDict):
     """Keyword arguments of `Engine.generate_ids` and `Engine.stream_ids`."""
 
     mode: AttentionMode
     max_new_tokens: int
     sampler: Sampler
     stop: Sequence[str]
-
-
-def open_engine(model: str, cache: CacheArguments, *, compile: bool = False) -> Engine:
-    """Load a model with its block cache.
-
-    Raises:
-        UserError: see `CacheArguments.options` and `Engine.load`.
-    """
-    return Engine.load(model, cache=cache.options(), compile=compile)
 
 
 def generate(
@@ -87,7 +78,7 @@ def generate(
 
     Raises:
         UserError: the mode is unknown; options do not go together; a line is not a request or is too long
-            (the message has its number); see `open_engine`.
+            (the message has its number); see `Engine.load`.
     """
     if mode not in Mode.__members__:
         raise UserError(f"--mode is {mode!r}, allowed are {', '.join(Mode.__members__)}")
@@ -97,33 +88,33 @@ def generate(
         raise UserError("--mode full has no blocks to store or to reuse: leave out --cache")
     Sampler(temperature, top_p, seed)  # raises its errors before the model is loaded
     lines = _read_lines(source)
-    engine = open_engine(model, cache or CacheArguments(), compile=compile)
-    samples = [_parse_request(line, engine, f"{source}, line {number}") for number, line in lines]
-    prompts = [engine.encode(sample, max_new_tokens, trim=trim) for sample in samples]
+    options = (cache or CacheArguments()).options()
     answers: list[Answer] = []
-    with progress("answers", len(prompts), beside_results=True) as advance:
-        for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            options = _GenerateOptions(
-                mode="block" if mode == Mode.block else "full",
-                max_new_tokens=max_new_tokens,
-                sampler=Sampler(temperature, top_p, seed + start),
-                stop=stop,
-            )
-            if stream:
-                answers.append(_print_stream(engine, batch[0], options))
-            else:
-                batch_answers = engine.generate_ids(batch, **options)
-                answers += batch_answers
-                for sample, answer in zip(samples[start:], batch_answers, strict=False):
-                    print(_to_json(sample, answer) if as_json else answer.text, flush=True)
-            advance(len(batch))
-    engine.close()
+    with Engine.load(model, cache=options, compile=compile) as engine:
+        samples = [_parse_request(line, engine, f"{source}, line {number}") for number, line in lines]
+        prompts = [engine.encode(sample, max_new_tokens, trim=trim) for sample in samples]
+        with progress("answers", len(prompts), beside_results=True) as advance:
+            for start in range(0, len(prompts), batch_size):
+                batch = prompts[start : start + batch_size]
+                arguments = _GenerateArguments(
+                    mode="block" if mode == Mode.block else "full",
+                    max_new_tokens=max_new_tokens,
+                    sampler=Sampler(temperature, top_p, seed + start),
+                    stop=stop,
+                )
+                if stream:
+                    answers.append(_print_stream(engine, batch[0], arguments))
+                else:
+                    batch_answers = engine.generate_ids(batch, **arguments)
+                    answers += batch_answers
+                    for sample, answer in zip(samples[start:], batch_answers, strict=False):
+                        print(_to_json(sample, answer) if as_json else answer.text, flush=True)
+                advance(len(batch))
     print(_reuse_summary(answers), file=sys.stderr)
 
 
-def _print_stream(engine: Engine, prompt: Sequence[Sequence[int]], options: _GenerateOptions) -> Answer:
-    stream = engine.stream_ids(prompt, **options)
+def _print_stream(engine: Engine, prompt: Sequence[Sequence[int]], arguments: _GenerateArguments) -> Answer:
+    stream = engine.stream_ids(prompt, **arguments)
     while True:
         try:
             print(next(stream), end="", flush=True)

@@ -14,7 +14,8 @@ from blockft import progress
 from blockft.config.settings import PromptSettings
 from blockft.errors import UserError
 from blockft.inference.cache_folder import CacheFolder
-from blockft.stages.generate import CacheArguments, generate, open_engine
+from blockft.inference.engine import Engine
+from blockft.stages.generate import CacheArguments, generate
 from tests.commands import blockft, run_ranks
 from tests.run import save_model
 
@@ -138,14 +139,14 @@ def test_requests_are_read_from_standard_input(
 
 
 def test_a_model_without_a_recorded_wording_gets_the_default_wording(model: Path, tmp_path: Path) -> None:
-    default = open_engine(str(model), SMALL).prompt
+    default = Engine.load(str(model), cache=SMALL.options()).prompt
     assert default is not None and default.instruction == PromptSettings().instruction
     export = Path(shutil.copytree(model, tmp_path / "export"))
     recorded = {"instruction": "Own.\n", "document": "{text}\n", "question": "{question}"}
     config = json.loads((export / "config.json").read_text())
     config["block_attention"] = {"prompt": recorded, "documents_in": "user", "order": "ascending"}
     (export / "config.json").write_text(json.dumps(config))
-    trained = open_engine(str(export), SMALL).prompt
+    trained = Engine.load(str(export), cache=SMALL.options()).prompt
     assert trained is not None and trained.instruction == "Own.\n"
 
 
