@@ -223,6 +223,16 @@ def export(
     max_shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Largest size of one file of weights.")
     ] = "5GB",
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Report of blockft eval whose scores the model card shows."),
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Also upload the model to the Hugging Face Hub.")
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="With --push: create a public repository. Default: private.")
+    ] = False,
 ) -> None:
     """Write a run as an ordinary Hugging Face checkpoint.
 
@@ -234,11 +244,22 @@ def export(
       blockft export out/run out/model
       blockft export out/run/checkpoint-500 out/model-500 --dtype bfloat16
       blockft export out/lora-run out/adapter --adapter-only
+      blockft export out/run out/model2 --report out/eval --push OWNER/NAME
     """
     from blockft.run_folder import RECIPE
     from blockft.stages.export import export
 
-    export(checkpoint, out, dtype.value, best=best, adapter_only=adapter_only, max_shard_size=max_shard_size)
+    export(
+        checkpoint,
+        out,
+        dtype=dtype.value,
+        best=best,
+        adapter_only=adapter_only,
+        max_shard_size=max_shard_size,
+        report=report,
+        push=push,
+        private=not public,
+    )
     recipe = next((f / RECIPE for f in (checkpoint, checkpoint.parent) if (f / RECIPE).is_file()), None)
     generate = ["generate", out, "--input", "requests.jsonl"]
     print_next(f"model: {out}", *([["eval", out, recipe]] if recipe else []), generate)

@@ -1,30 +1,39 @@
-"""The model card of an export."""
+"""The model card (README.md) of an export."""
 
 import json
 from typing import Any
 
+import yaml
+
+from blockft.model.hub import BaseModel
+
 _CARD = """---
-base_model: {base}
-library_name: transformers
-tags: [block-attention]
----
-# {base}, fine-tuned for Block-Attention
+{metadata}---
+# {title}
 
-The keys and values of a document are computed once and reused in every prompt that contains the document, at
-any position (Ma, Wang, Lan: Block-Attention for Efficient Prefilling, ICLR 2025). Plain `transformers` loads
-the weights and uses them with full attention. The entry `block_attention` in `config.json` says how the
-prompts of training were split into blocks.
-
+{base}, fine-tuned for Block-Attention (Ma, Wang, Lan: Block-Attention for Efficient Prefilling, ICLR 2025).
 Written by blockft {version} after {step} steps{loss}.
 
-```python
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("...")      # full attention
-```
-```sh
-blockft generate ... --input prompts.jsonl               # block attention
-```
+The keys and values of each document of a prompt can be computed once and reused in every prompt that contains
+the document, at any position. The weights have the usual format: without blockft, the model attends fully.
+The entry `block_attention` of `{config_file}` says how prompts are split into blocks.
 
+## Usage
+With blockft, in both modes. In block mode the second prompt with a document reuses its keys and values:
+```python
+from blockft import Engine
+
+documents = ["Oslo is the capital of Norway.", "Bergen is a city on the west coast of Norway."]
+with Engine.load("{name}") as engine:
+    for mode in ("block", "full"):
+        answer = engine.generate(documents=documents, question="What is the capital of Norway?", mode=mode)
+        print(mode, answer.text)
+```
+With {library}, in full mode:
+```python
+{loading_code}
+```
+{scores}
 ## Recipe
 ```yaml
 {recipe}```
@@ -35,28 +44,62 @@ blockft generate ... --input prompts.jsonl               # block attention
 ```
 """
 
+_LOAD_MODEL = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")"""
+
+_LOAD_ADAPTER = """from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")"""
+
 
 def build_model_card(
     *,
-    base: str,
+    name: str,
+    base: BaseModel,
     version: str,
     step: int,
     recipe: str,
     manifest: dict[str, Any],
     metrics: list[dict[str, Any]],
+    is_adapter: bool = False,
+    scores: str = "",
 ) -> str:
-    """Return the model card in Markdown: the base model, the recipe, the data and the last logged loss.
+    """Return the Markdown of a model card: metadata, loading code, scores, recipe and data manifest.
 
-    manifest  of the prepared data
-    metrics   the lines of the run's `metrics.jsonl`
+    Args:
+        name: the name or Hub id under which the loading code opens the model.
+        base: the model that was fine-tuned.
+        version: of blockft.
+        step: number of optimizer steps of the exported checkpoint.
+        recipe: the run's recipe, as YAML.
+        manifest: of the prepared data.
+        metrics: lines of the run's metrics; the last loss up to `step` is named.
+        is_adapter: the folder holds an adapter without its base model.
+        scores: Markdown with the scores of an evaluation.
     """
+    metadata: dict[str, Any] = {"base_model": base.hub_id} if base.hub_id else {}
+    metadata |= {"library_name": "peft" if is_adapter else "transformers", **base.metadata}
+    metadata |= {"pipeline_tag": "text-generation", "tags": ["block-attention"]}
     losses = [line["loss"] for line in metrics if "loss" in line and line["step"] <= step]
+    loading_code = _LOAD_ADAPTER if is_adapter else _LOAD_MODEL
     return _CARD.format(
-        base=base,
+        metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
+        title=f"{base.name} for Block-Attention" + (" (adapter)" if is_adapter else ""),
+        base=base.name,
+        name=name,
         version=version,
         step=step,
-        # a run may stop before its first log
+        # a run may stop before it logs a loss
         loss=f"; the last logged loss is {losses[-1]:.4f}" if losses else "",
+        config_file="block_attention.json" if is_adapter else "config.json",
+        library="peft" if is_adapter else "transformers",
+        loading_code=loading_code.format(name=name, base=base.name),
+        scores=f"\n## Scores\n{scores.strip()}\n" if scores else "",
         recipe=recipe,
         manifest=json.dumps(manifest, indent=2),
     )

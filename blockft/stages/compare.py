@@ -40,7 +40,7 @@ def compare(
     """
     if metric not in METRICS:
         raise UserError(f"--metric is {metric!r}, allowed are {', '.join(METRICS)}")
-    reports = {name: _read(path) for name, path in _name_reports(paths).items()}
+    reports = {name: read_report(path) for name, path in _name_reports(paths).items()}
     groups = _shared_groups(list(reports.values()))
     scores = {
         name: {
@@ -136,7 +136,12 @@ def _differing_options(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, di
     }
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_report(path: Path) -> dict[str, Any]:
+    """Return the report in a folder of `blockft eval`, or in a file.
+
+    Raises:
+        UserError: the report cannot be read, or is not one of this version.
+    """
     file = path / REPORT if path.is_dir() else path
     try:
         report = json.loads(file.read_text(encoding="utf-8"))

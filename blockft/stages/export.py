@@ -13,7 +13,10 @@ from blockft.config.choices import DType
 from blockft.config.recipe import load_recipe
 from blockft.config.settings import Recipe
 from blockft.errors import UserError
+from blockft.evaluation.report import ALL
+from blockft.evaluation.report_render import TITLES, format_score, markdown_table
 from blockft.model.checkpoint import find_checkpoint, load_reference_logits, read_marker
+from blockft.model.hub import check_push, describe_base_model, push_folder
 from blockft.model.load import (
     BLOCK_ATTENTION,
     DTYPES,
@@ -25,6 +28,7 @@ from blockft.model.lora import load_adapter
 from blockft.model.model_card import build_model_card
 from blockft.outputs import atomic_folder, check_absent
 from blockft.run_folder import DATA, RECIPE, read_metrics
+from blockft.stages.compare import read_report
 from blockft.training.library_internals import consolidate_weights
 from blockft.training.plan import WEIGHT_DTYPE
 from blockft.units import parse_bytes
@@ -40,11 +44,14 @@ ROUNDED_TOLERANCE = 2e-2
 def export(
     run: Path,
     output_dir: Path,
-    dtype: str = "auto",
     *,
+    dtype: str = "auto",
     best: bool = False,
     adapter_only: bool = False,
     max_shard_size: str = "5GB",
+    report: Path | None = None,
+    push: str | None = None,
+    private: bool = True,
 ) -> Path:
     """Write a checkpoint as a plain Hugging Face model folder and return the folder's path.
 
@@ -58,13 +65,22 @@ def export(
         best: export the checkpoint with the lowest evaluation loss instead of the last one.
         adapter_only: write only the adapter of a LoRA run.
         max_shard_size: largest size of a file of weights, for example "5GB".
+        report: a folder of `evaluate`, whose scores the model card shows.
+        push: a repository of the Hugging Face Hub (OWNER/NAME) to upload the folder to; it is created if it
+            does not exist.
+        private: create that repository as a private one. An existing repository keeps its visibility.
 
     Raises:
         UserError: there is no complete checkpoint; `output_dir` exists; the dtype or size is unknown; the run
-            has no adapter; the disk is full. Nothing is left behind.
+            has no adapter; the report cannot be read; the disk is full. Nothing is left behind. Also, if the
+            upload fails: then the folder is complete, and the message says how to repeat the upload.
         RuntimeError: the logits differ from those of the run.
     """
+    run, output_dir = Path(run), Path(output_dir)
     check_absent(output_dir, "choose another folder")
+    if push is not None:
+        check_push(push)
+    scores = "" if report is None else _format_scores(read_report(Path(report)))
     shard_bytes = parse_bytes(max_shard_size)
     checkpoint = find_checkpoint(run, best=best)
     run_signature = read_marker(checkpoint)["run_signature"]
@@ -82,7 +98,10 @@ def export(
         else:
             _save_model(folder, checkpoint, recipe, export_dtype, has_adapter, shard_bytes)
         AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
-        (folder / "README.md").write_text(_build_card(checkpoint, recipe), encoding="utf-8")
+        card = _build_card(
+            checkpoint, recipe, name=push or output_dir.name, is_adapter=adapter_only, scores=scores
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
         is_exact = export_dtype is run_dtype and (export_dtype is torch.float32 or not has_adapter)
         tolerance = EXACT_TOLERANCE if is_exact else ROUNDED_TOLERANCE
         difference = _compare_logits(folder, checkpoint)
@@ -92,6 +111,8 @@ def export(
                 f"{tolerance:.0e}: nothing was written to {output_dir}"
             )
     console.print(f"wrote {output_dir}; its logits differ from the run's by {difference:.1e}")
+    if push is not None:
+        console.print(f"pushed to {push_folder(output_dir, push, private=private)}")
     return output_dir
 
 
@@ -164,9 +185,24 @@ def _build_empty_model(checkpoint: Path, recipe: Recipe, dtype: torch.dtype) -> 
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def _build_card(checkpoint: Path, recipe: Recipe) -> str:
+def _format_scores(report: dict[str, Any]) -> str:
+    """Return the scores of a report over all questions as Markdown: a row per metric, a column per mode."""
+    modes = report["modes"]
+    rows = [
+        [title, *(format_score(groups[ALL], metric) for groups in modes.values())]
+        for metric, title in TITLES.items()
+    ]
+    num_questions = next(iter(modes.values()))[ALL]["questions"]
+    table = markdown_table(["metric", *(f"{mode} mode" for mode in modes)], rows)
+    return f"Evaluation of `{Path(report['model']).name}` on {num_questions:,} questions:\n\n{table}"
+
+
+def _build_card(checkpoint: Path, recipe: Recipe, *, name: str, is_adapter: bool, scores: str) -> str:
     return build_model_card(
-        base=recipe.model.path,
+        name=name,
+        base=describe_base_model(recipe.model.path, recipe.model.revision),
+        is_adapter=is_adapter,
+        scores=scores,
         version=__version__,
         step=read_marker(checkpoint)["step"],
         recipe=(checkpoint.parent / RECIPE).read_text(encoding="utf-8"),

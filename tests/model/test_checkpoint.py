@@ -1,9 +1,8 @@
-"""The best checkpoint of a run, the removal of incomplete checkpoints, and the model card."""
+"""Which checkpoints of a run are complete, which one is the best, and which are removed."""
 
 from pathlib import Path
 
 from blockft.model.checkpoint import best_checkpoint, complete_checkpoints, mark_complete, remove_incomplete
-from blockft.model.model_card import build_model_card
 
 
 def save_checkpoint(run: Path, step: int, **eval_losses: float) -> Path:
@@ -37,10 +36,3 @@ def test_only_incomplete_checkpoints_are_removed(tmp_path: Path) -> None:
     remove_incomplete(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-mine"]
     assert complete_checkpoints(tmp_path) == [complete]
-
-
-def test_the_model_card_names_the_last_logged_loss() -> None:
-    lines = [{"step": 2, "loss": 0.5}, {"step": 4, "loss": 0.25}]
-    for metrics, text in (([], "after 3 steps."), (lines, "after 3 steps; the last logged loss is 0.5000.")):
-        card = build_model_card(base="m", version="1", step=3, recipe="", manifest={}, metrics=metrics)
-        assert text in card

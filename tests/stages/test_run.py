@@ -270,10 +270,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(toy: Path) -> None:
     assert not complete_checkpoints(toy / "nan")
 
 
-def test_wandb_works_offline(toy: Path) -> None:
+def test_wandb_gets_the_recipe_the_data_the_speed_and_the_loss_plot(toy: Path) -> None:
     overrides = ("train.report_to=[wandb]", "train.max_steps=1")
     train(toy / "recipe.yaml", toy / "tracked", *overrides, WANDB_MODE="offline", WANDB_DIR=str(toy))
-    assert list((toy / "wandb").glob("offline-run-*"))
+    (run,) = (toy / "wandb").glob("offline-run-*")
+    (log,) = run.glob("*.wandb")
+    logged_bytes = log.read_bytes()
+    # the project and the run bear the names of the recipe and of the run's folder
+    for text in (b"recipe/tracked", b"content_hash", b"batch_rows: 4", b"train/tokens_per_s"):
+        assert text in logged_bytes, text
+    assert list((run / "files").rglob("loss plot*.png"))
 
 
 def test_eval_scores_both_modes(toy: Path, exported: Path) -> None:
@@ -288,6 +294,30 @@ def test_eval_scores_both_modes(toy: Path, exported: Path) -> None:
     done = blockft("compare", out, "--png", toy / "compared.png")
     assert done.returncode == 0 and "block mode" in done.stdout
     assert (toy / "compared.png").stat().st_size > 0
+
+
+def test_a_pushed_export_shows_the_scores_of_a_report(
+    toy: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = toy_recipe(toy, f"eval.output_dir={toy}/scores", "eval.max_samples=2")
+    evaluate(str(exported), recipe)
+    monkeypatch.setattr(export_stage, "check_push", lambda repo_id: None)
+    pushed: list[tuple[Path, str, bool]] = []
+
+    def push_folder(folder: Path, repo_id: str, *, private: bool) -> str:
+        assert (folder / "config.json").is_file(), "an export is pushed when it is complete"
+        pushed.append((folder, repo_id, private))
+        return "https://huggingface.co/me/mine"
+
+    monkeypatch.setattr(export_stage, "push_folder", push_folder)
+    out = export(toy / "run", toy / "pushed", report=toy / "scores", push="me/mine")
+    assert pushed == [(out, "me/mine", True)]
+    card = (out / "README.md").read_text()
+    assert "on 2 questions" in card and "| metric | block mode | full mode |" in card
+    assert 'from_pretrained("me/mine")' in card and str(toy) not in card.split("## Recipe")[0]
+    with pytest.raises(UserError, match="holds no report.json"):
+        export(toy / "run", toy / "new", report=toy / "run")
+    assert not (toy / "new").exists()
 
 
 def test_generate_answers_documents_and_chats(toy: Path, exported: Path) -> None:
