@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
@@ -384,7 +385,9 @@ def _build_trainer(
         callbacks.append(SeparateAdamStepsCallback())
     if "wandb" in recipe.train.report_to:
         set_default_project(name)
-        callbacks.append(WandbConfigCallback({"recipe": dump_recipe(recipe), "data": plan.manifest}))
+        callbacks.append(
+            WandbConfigCallback({"recipe": yaml.safe_load(dump_recipe(recipe)), "data": plan.manifest})
+        )
     try:
         trainer = BlockTrainer(
             model=model,
