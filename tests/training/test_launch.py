@@ -134,19 +134,6 @@ def test_the_slurm_script_starts_one_rank_per_task_and_requeues_a_stopped_run(tm
     assert sorted(lines[2:]) == [f"{call} --resume" for call in expected]
 
 
-<<<<<<< HEAD
-=======
-def test_the_launch_options_in_the_readme_exist() -> None:
-    text = (ROOT / "recipes" / "launch" / "README.md").read_text(encoding="utf-8")
-    launches = [line.split("#")[0] for line in text.splitlines() if line.startswith("blockft train ")]
-    help_text = blockft("train", "--help").stdout
-    assert len(launches) == 3
-    for launch_line in launches:
-        for option in re.findall(r"--[a-z-]+", launch_line):
-            assert f"{option} " in help_text
-
-
->>>>>>> 25d37af (Describe launches beside their examples; offer --push and --report)
 def test_more_processes_than_gpus_are_refused_before_any_starts(
     toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
