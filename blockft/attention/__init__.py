@@ -1,0 +1,1 @@
+"""Attention under the block mask: layouts, masks, positions, backends, and kernels over cached blocks."""

@@ -34,9 +34,8 @@ class Engine:
     r"""A model with its block cache, which answers prompts that consist of blocks.
 
     Any number of threads may use an engine; their requests are answered one after the other. A batch of
-    prompts is one request. A stream is interrupted between its tokens by other requests. With
-    `rotate="queries"` it then recomputes its question and its answer so far, which takes time and does not
-    change the answer.
+    prompts is one request. Other requests may run between the tokens of a stream. With `rotate="queries"` the
+    stream then recomputes its question and its answer so far, which takes time and changes no answer.
 
     An engine is a context manager that closes itself. Most users open one with `Engine.load`.
 

@@ -1,0 +1,1 @@
+"""Models: opening them, adapters, checkpoints, fingerprints, and the masked forward pass."""
