@@ -70,7 +70,7 @@ def test_rotated_keys_give_the_logits_of_the_masked_forward(name: str, reencoded
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_rotated_keys_give_the_logits_of_the_masked_forward_up_to_2048_tokens(name: str) -> None:
+def test_rotated_keys_match_the_masked_forward_up_to_2048_tokens(name: str) -> None:
     rng, model = random.Random(name), build_model(name)
     ids, layout = random_ids(rng, 2048), random_layout(rng, 2048, 12)
     got = rotated_keys_logits(model, [split_ids(ids, layout)])[0]

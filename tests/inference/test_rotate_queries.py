@@ -76,7 +76,7 @@ def test_rotated_queries_give_the_logits_of_the_masked_forward(name: str, reenco
 
 
 @pytest.mark.parametrize("name", ["gemma3", "llama-yarn", "phi3-partial"])
-def test_rotated_queries_give_the_logits_of_the_masked_forward_up_to_2048_tokens(name: str) -> None:
+def test_rotated_queries_match_the_masked_forward_up_to_2048_tokens(name: str) -> None:
     rng, model = random.Random(name), build_model(name, "block_cached")
     check(model, [split_ids(random_ids(rng, 2048), random_layout(rng, 2048, 12))])
 
