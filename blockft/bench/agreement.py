@@ -62,7 +62,7 @@ def bench_agreement(
             if difference := _first_difference(masked_ids, logits_NV, ids):
                 differences.append({"id": sample.id, "source": sample.source, **difference})
     num_equal, num_equal_by_kernel = len(prompts) - len(different), len(prompts) - len(different_by_kernel)
-    Console().print(
+    Console(markup=False).print(
         f"{num_equal} of {len(prompts)} greedy answers over cached blocks equal those of the masked forward "
         f"pass; with another attention kernel the masked forward pass repeats {num_equal_by_kernel} of its "
         "own answers",

@@ -62,7 +62,7 @@ def _print_table(measured: list[dict[str, Any]]) -> None:
         errors = [f"{figures['errors'][name]:.1e}" for name in TENSORS]
         times = [f"{figures[name]:.2f}" for name in ("flex_ms", "dense_ms")]
         table.add_row(figures["dtype"], str(figures["window"]), str(figures["num_blocks"]), *errors, *times)
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def _compare(

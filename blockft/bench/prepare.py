@@ -67,4 +67,4 @@ def _print_table(measured: list[dict[str, Any]]) -> None:
             f"{figures['tokens'] / figures['seconds']:,.0f}",
             f"{figures['ratio']:.2f}",
         )
-    Console().print(table)
+    Console(markup=False).print(table)

@@ -151,7 +151,7 @@ def _print_table(
             f"{figures['loss']:.4f}",
             "" if peak_bytes is None else f"{peak_bytes / 2**30:.1f}",
         )
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def _random_samples(num_samples: int, sample_len: int, num_documents: int, vocab_size: int) -> list[Example]:

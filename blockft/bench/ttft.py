@@ -371,7 +371,7 @@ def print_table(model_or_shape: str, measured: Sequence[Mapping[str, Any]]) -> N
         saved = f"{figures['ttft_saved_percent']:.1f} %" if "ttft_saved_percent" in figures else ""
         flops_saved = f"{figures['flops_saved_percent']:.1f} %"
         table.add_row(f"{figures['length']:,}", *times, saved, f"{figures['floor_ms']:.1f}", flops_saved)
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def draw_ttft(model_or_shape: str, measured: Sequence[Mapping[str, Any]]) -> Any:

@@ -207,7 +207,7 @@ def print_cache_stats(folder: Path, *, as_json: bool = False) -> None:
         numbers = f"{model['entries']:,}", f"{model['tokens']:,}", format_bytes(model["bytes"])
         dates = ((model[name] or "")[:10] for name in ("oldest_use", "latest_use"))
         table.add_row(model["name"], model["fingerprint"][:12], *numbers, *dates)
-    Console().print(table)
+    Console(markup=False).print(table)
     print(f"{total['entries']:,} entries, {format_bytes(total['bytes'])}")
 
 

@@ -80,7 +80,7 @@ def print_comparison(comparison: Mapping[str, Any], *, as_json: bool = False) ->
             cells = [format_score(by_mode[mode][group], metric) if mode in by_mode else "" for mode in modes]
             table.add_row("" if i else group, name, str(number), *cells)
         table.add_section()
-    Console().print(table)
+    Console(markup=False).print(table)
     remarks = Console(stderr=True)
     for option, values in comparison["differing options"].items():
         listed = ", ".join(f"{name} {json.dumps(v, ensure_ascii=False)}" for name, v in values.items())

@@ -373,7 +373,7 @@ def print_report(report: Mapping[str, Any], *, as_json: bool = False) -> None:
         print(json.dumps(report, indent=2))
         return
     columns = report["modes"] | ({DIFFERENCE: report[DIFFERENCE]} if DIFFERENCE in report else {})
-    console = Console()
+    console = Console(markup=False)
     console.print(f"{report['model']}: scores in percent, with their 95 % intervals", markup=False)
     for name, groups in columns.items():
         is_difference = name == DIFFERENCE

@@ -51,7 +51,7 @@ def inspect(folder: Path, index: int = 0, as_json: bool = False, png: Path | Non
     if as_json:
         print(json.dumps(_describe(example, tokenizer), ensure_ascii=False))
     else:
-        console = Console()
+        console = Console(markup=False)
         console.print(_coloured_text(example, tokenizer), soft_wrap=True)
         console.print()
         console.print(_statistics_table(prepared.manifest))

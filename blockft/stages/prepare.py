@@ -117,7 +117,7 @@ def print_summary(recipe: Recipe) -> None:
     items = list_example_modes(has_local_blocks, data.modes)
     item_lengths = [lengths[index] for index, _ in items]
     rows = plan_rows(item_lengths, data.row_len, recipe.train.seed, epoch=0)
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     console.print(
         f"{data.output_dir}: {len(lengths):,} examples, {sum(has_local_blocks):,} of them split into blocks; "

@@ -544,7 +544,7 @@ def print_dry_run(recipe: Recipe, num_processes: int, *, resume: bool = False) -
         ),
     }.items():
         table.add_row(quantity, value)
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def _count_parameters(recipe: Recipe) -> tuple[int, int, int]:

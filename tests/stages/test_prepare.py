@@ -397,3 +397,16 @@ def test_real_prompts_equal_the_rendered_template_and_equal_blocks_have_equal_id
 def test_a_wording_that_changes_document_blocks_is_refused(make_recipe: Make) -> None:
     with pytest.raises(UserError, match="data.prompt.document ends in"):
         prepare(make_recipe(prompt=PromptSettings(document="{title}\n{text}\n\n")))
+
+
+def test_names_with_brackets_are_printed_as_they_are(
+    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """rich would read [red] as a colour."""
+    recipe = make_recipe()
+    monkeypatch.chdir(tmp_path)
+    Path("[red].jsonl").write_text(Path(recipe.data.sources[0].path).read_text())
+    recipe.data.sources[0].path = "[red].jsonl"
+    prepare(recipe)
+    print_summary(recipe)
+    assert "[red].jsonl" in capsys.readouterr().out
