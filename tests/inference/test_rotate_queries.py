@@ -86,7 +86,7 @@ BLOCKS = st.lists(st.integers(1, 5), min_size=1, max_size=4)
 
 @given(prompts=st.lists(st.tuples(st.lists(BLOCKS, max_size=6), BLOCKS), min_size=1, max_size=4))
 @settings(max_examples=25, deadline=None)
-def test_rotated_queries_are_right_for_any_batch_of_prompts_that_share_blocks(
+def test_rotated_queries_are_right_for_any_batch_with_shared_blocks(
     prompts: list[tuple[list[list[int]], list[int]]],
 ) -> None:
     model = build_model("gemma3", "block_cached")
