@@ -5,6 +5,7 @@ import os
 import secrets
 import socket
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,9 @@ def set_worker_environment() -> None:
 
 def find_free_port() -> int:
     """Return a TCP port of this machine that no process uses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def init_distributed() -> None:
@@ -63,7 +64,9 @@ def init_distributed() -> None:
     import deepspeed
 
     try:
-        deepspeed.init_distributed(dist_backend="gloo" if use_cpu() else "nccl", verbose=False)
+        # DeepSpeed prints on stdout that it compiled an operator
+        with redirect_stdout(sys.stderr):
+            deepspeed.init_distributed(dist_backend="gloo" if use_cpu() else "nccl", verbose=False)
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "connectFullMesh" in str(error)):
             raise

@@ -210,11 +210,11 @@ def _check_environment_files() -> None:
 
 
 def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
+    with socket.socket() as listener:
         # otherwise the port counts as in use for a minute after a run ended
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("", port))
+            listener.bind(("", port))
         except OSError:
             return False
     return True

@@ -7,6 +7,13 @@ from blockft.outputs import save_figure
 from blockft.run_folder import LOSS_PLOT, read_metrics
 from blockft.training.objectives import EVAL_LOSS_PREFIX
 
+_COLOURS = {
+    f"{EVAL_LOSS_PREFIX}block": "tab:blue",
+    f"{EVAL_LOSS_PREFIX}full": "tab:orange",
+    "loss": "tab:gray",
+}
+"""Colour of each loss; the modes have the same colours as in reports."""
+
 
 def save_loss_plot(run: Path, title: str) -> Path:
     """Draw the losses in the metrics of a run, write them to `loss.png` in its folder and return the path."""
@@ -24,7 +31,14 @@ def draw_losses(metrics: list[dict[str, Any]], title: str) -> Any:
     for name in dict.fromkeys(name for line in metrics for name in line if "loss" in name):
         steps, losses = zip(*((line["step"], line[name]) for line in metrics if name in line), strict=True)
         is_sparse = len(steps) < 20  # a single point would be invisible without a marker
-        axes.plot(steps, losses, label=_describe_loss(name), marker="o" if is_sparse else None, markersize=4)
+        axes.plot(
+            steps,
+            losses,
+            label=_describe_loss(name),
+            color=_COLOURS[name],
+            marker="o" if is_sparse else None,
+            markersize=4,
+        )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="optimizer step", ylabel="mean loss per label token", title=title)
     axes.grid(alpha=0.3)
