@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from blockft.errors import UserError
-from blockft.training.library_internals import unlink_shared_memory
+from blockft.training.library_internals import forget_process_groups, unlink_shared_memory
 
 
 def is_worker() -> bool:
@@ -134,6 +134,7 @@ def shutdown_distributed() -> None:
     """
     dist.barrier()
     _destroy_process_group()
+    forget_process_groups()
 
 
 def _destroy_process_group() -> None:

@@ -147,6 +147,21 @@ def unlink_shared_memory() -> None:
         buffer.unlink(missing_ok=True)
 
 
+# --- DeepSpeed's process groups
+
+
+def forget_process_groups() -> None:
+    """Make DeepSpeed forget its process groups after they were destroyed.
+
+    Otherwise a second run of the same process would use the groups of the first one.
+    """
+    import importlib
+
+    from deepspeed.utils import groups
+
+    importlib.reload(groups)  # it caches the groups in its module variables
+
+
 # --- DeepSpeed's launcher: its command line, and how it quotes arguments
 
 

@@ -4,6 +4,7 @@ import atexit
 import json
 import re
 import resource
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import blockft as blockft_api
 from blockft.config.recipe import load_recipe
 from blockft.errors import UserError
 from blockft.model.checkpoint import (
@@ -268,6 +270,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(toy: Path) -> None:
     done = run_ranks("train", toy / "recipe.yaml", *overrides)
     assert done.returncode == 2 and "learning_rate" in done.stderr.splitlines()[-1]
     assert not complete_checkpoints(toy / "nan")
+
+
+def train_with_the_api(recipe: Path, run: Path) -> None:
+    assert (
+        blockft_api.train(load_recipe(str(recipe), [f"train.output_dir={run}", "train.max_steps=2"])) == run
+    )
+
+
+def test_a_process_can_train_twice(toy: Path) -> None:
+    """As in a notebook: the first run leaves nothing that changes the second one."""
+    recipe, first, second = toy / "recipe.yaml", toy / "first", toy / "second"
+    train(recipe, second, "train.max_steps=2", before=partial(train_with_the_api, recipe, first))
+    assert logged(first) == logged(second) and len(logged(first)) == 2
 
 
 def test_wandb_gets_the_recipe_the_data_the_speed_and_the_loss_plot(toy: Path) -> None:
