@@ -39,6 +39,7 @@ TIMEOUT_S = 240
 
 
 def free_port() -> int:
+    """Return a port of this machine that no process listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -57,8 +58,8 @@ def blockft(*arguments: str | Path, cwd: Path = ROOT, **environment: str) -> Com
         redirect_stderr(stderr),
         patch.dict(os.environ, environment),
         patch.object(sys, "argv", ["blockft", *map(str, arguments)]),
-        patch.object(atexit, "register"),
-        patch.object(signal, "signal"),
+        patch.object(cli, "atexit"),
+        patch.object(cli, "signal"),
     ):
         try:
             cli.main()
@@ -98,9 +99,12 @@ class Ranks:
 
     processes: list[multiprocessing.process.BaseProcess]
     port: int
+    """The port where they meet, which is also part of the names of their shared memory."""
+
     folder: tempfile.TemporaryDirectory[str] = field(default_factory=tempfile.TemporaryDirectory)
 
     def output(self, name: str) -> str:
+        """Return what all ranks have printed to `stdout` or to `stderr`."""
         path = Path(self.folder.name, name)
         return path.read_text() if path.exists() else ""
 
@@ -129,7 +133,7 @@ class Ranks:
                 if not code and process.exitcode:
                     code = process.exitcode
                     # the others may be saving a checkpoint, or may wait for the failed rank forever
-                    deadline = time.monotonic() + 30
+                    deadline = time.monotonic() + 60
             if not ended:
                 self.send_signal(signal.SIGKILL)
                 code = code or -signal.SIGKILL
