@@ -65,7 +65,7 @@ def is_recipe(name: str) -> bool:
     return Path(name).suffix in (".yaml", ".yml") or name in list_recipes()
 
 
-def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `key=value` overrides.
 
     name: the path of a YAML file, or the name of a shipped recipe.
@@ -78,7 +78,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    path = find_recipe(name)
+    path = find_recipe(str(name))
     try:
         settings = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:

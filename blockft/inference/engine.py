@@ -4,6 +4,7 @@ import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
 
@@ -108,7 +109,7 @@ class Engine:
     @classmethod
     def load(
         cls,
-        path: str,
+        path: str | Path,
         *,
         revision: str | None = None,
         device: str | None = None,
@@ -130,6 +131,7 @@ class Engine:
         Raises:
             UserError: there is no such device or model, or the model is not supported; see `BlockRunner`.
         """
+        path = str(path)
         torch_device = parse_device(device)
         dtype = dtype or (torch.bfloat16 if torch_device.type == "cuda" else torch.float32)
         model = load_model(path, backend="cached", dtype=dtype, revision=revision)

@@ -56,8 +56,8 @@ SOURCES = "sources"
 
 
 def evaluate(
-    model: str,
-    recipe_or_data: Recipe | str,
+    model: str | Path,
+    recipe_or_data: Recipe | str | Path,
     *,
     overrides: Sequence[str] = (),
     format: str | None = None,
@@ -84,6 +84,9 @@ def evaluate(
             options; a question has no answers; no question fits into the model; see `model_revision` and
             `Engine.load`.
     """
+    model = str(model)
+    if isinstance(recipe_or_data, Path):
+        recipe_or_data = str(recipe_or_data)
     recipe = evaluation_recipe(model, recipe_or_data, overrides=overrides, format=format, modes=modes)
     settings = recipe.eval
     if settings is None:

@@ -42,8 +42,8 @@ ROUNDED_TOLERANCE = 2e-2
 
 
 def export(
-    run: Path,
-    output_dir: Path,
+    run: str | Path,
+    output_dir: str | Path,
     *,
     dtype: str = "auto",
     best: bool = False,
