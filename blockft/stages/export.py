@@ -30,6 +30,7 @@ from blockft.outputs import atomic_folder, check_absent
 from blockft.run_folder import DATA, RECIPE, read_metrics
 from blockft.stages.compare import read_report
 from blockft.training.library_internals import consolidate_weights
+from blockft.training.library_warnings import silence_known_warnings
 from blockft.training.plan import WEIGHT_DTYPE
 from blockft.units import parse_bytes
 from blockft.version import __version__
@@ -76,6 +77,7 @@ def export(
             upload fails: then the folder is complete, and the message says how to repeat the upload.
         RuntimeError: the logits differ from those of the run.
     """
+    silence_known_warnings()
     run, output_dir = Path(run), Path(output_dir)
     check_absent(output_dir, "choose another folder")
     if push is not None:

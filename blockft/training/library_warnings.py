@@ -7,7 +7,6 @@ _WARNINGS = {
     # deprecated names, which blockft or another library uses to support older versions
     r"`gradient_checkpointing(_kwargs)?` is deprecated": FutureWarning,
     r"`torch\.distributed\.\w+` is deprecated": FutureWarning,
-    r"`is_gradient_checkpointing` is deprecated": Warning,
 }
 """Start of a warning's message (a pattern) and its category."""
 
