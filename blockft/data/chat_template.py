@@ -118,7 +118,7 @@ class ChatTemplate:
 
         The blocks joined are the rendered prompt. `documents` are the indices of blocks that are documents.
         Markup goes to the end of the block before it. At the start of the prompt and after a document, markup
-        is a block of its own. A prompt that consists of a single text is one block::
+        is a block of its own. A prompt that consists of a single text is one block. Example::
 
             <|im_start|>user\\n | Answer. | doc 0 | doc 1 | Question?<|im_end|>\\n<|im_start|>assistant\\n
 

@@ -12,15 +12,15 @@ from transformers import PreTrainedTokenizerFast
 from tests.data.toys import CORPUS
 
 TEMPLATES = Path(__file__).parent / "templates"
-"""Written for these tests after what each family's template renders for plain chats; only `smollm2.jinja` is
-the real one to the letter (HuggingFaceTB/SmolLM2, Apache-2.0)."""
+"""Templates written for these tests. Each renders plain chats as the template of its family does. Only
+`smollm2.jinja` is a copy of the real template (HuggingFaceTB/SmolLM2, Apache-2.0)."""
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A chat template, the kind of its tokenizer, its control tokens, and which chats it takes."""
+    """A chat template, the kind of its tokenizer, its control tokens, and the chats that it accepts."""
 
     template: str
     kind: str
@@ -30,15 +30,15 @@ class Family:
     eos: str
     end_of_turn: str
     system: str = "anywhere"
-    """Where a system message may stand: `anywhere` first, only before a `single` turn, or `never`."""
+    """When a chat may start with a system message: `anywhere`, only before a `single` turn, or `never`."""
     trim: bool = False
     opening: str = ""
     loses: str = ""
-    """A text that answers of earlier turns must not hold."""
+    """A text that the answers of earlier turns must not contain."""
 
     @property
     def controls(self) -> list[str]:
-        """All that a template of the family writes and a text might spell."""
+        """Return everything that a template of the family writes and a text might spell."""
         marks = ["[INST]", "[/INST]", "<<SYS>>", "<|user|>\n", "Assistant:", "<0x0A>", "▁", self.loses]
         return [str(token) for token in (*self.special, *self.other)] + [mark for mark in marks if mark]
 
@@ -55,7 +55,7 @@ LLAMA3 = (
 )
 GEMMA = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
 BLANKS = ("\n", "\n\n", "\n\n\n", "▁▁", "▁▁▁▁", "\t\t")
-"""Gemma's added tokens of mere white space, which a text may hold."""
+"""Gemma's added tokens that are white space, which a text may contain."""
 PHI = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>")
 
 FAMILIES = {
@@ -192,7 +192,7 @@ FAMILIES = {
 
 @cache
 def family_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a family, its chat template included."""
+    """Return the tokenizer of a family with its chat template."""
     family = FAMILIES[name]
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_backend(family.kind, family.special),
@@ -224,16 +224,16 @@ def _backend(kind: str, special: tuple[str, ...]) -> Tokenizer:
 
 
 def _with_bytes(kind: str, special: tuple[str, ...]) -> Tokenizer:
-    """A tokenizer like SentencePiece's: spaces are "▁", and an unknown character falls back to its bytes."""
+    """Return a tokenizer like SentencePiece's: spaces are "▁", and unknown characters become byte tokens."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-    # the vocabulary spells the control tokens out of smaller pieces, as some do
+    # the vocabulary can merge the control tokens from smaller pieces, as some real ones can
     corpus = [*CORPUS, *special * 30]
     trained.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=400, show_progress=False))
     bpe = json.loads(trained.to_str())["model"]
     pieces = list(dict.fromkeys([*special, *BYTES, *bpe["vocab"]]))
     if kind == "unigram":
-        # as in a real one, the control tokens are the best pieces of all
+        # as in real models, the control tokens have the highest scores
         scores = [(piece, 0.0 if piece in special else -float(10 - len(piece))) for piece in pieces]
         backend = Tokenizer(models.Unigram(scores, unk_id=0, byte_fallback=True))
     else:

@@ -98,7 +98,7 @@ def test_a_question_without_answer_is_dropped(change: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
         (lambda a: a.pop("paragraphs"), "line 1: field 'paragraphs' is missing"),
         (
@@ -111,24 +111,24 @@ def test_a_question_without_answer_is_dropped(change: dict[str, Any]) -> None:
         (lambda a: a["paragraphs"][0]["qas"][0].update(answers=[{}]), "'answers[0].text'"),
     ],
 )
-def test_a_bad_article_or_question_names_its_place(spoil: Any, message: str) -> None:
-    one = article()
-    spoil(one)
-    faults = []
-    for at, record in squad.read_article_questions([("line 1", one), ("line 2", article())]):
+def test_a_bad_article_or_question_names_its_place(damage: Any, message: str) -> None:
+    broken = article()
+    damage(broken)
+    errors = []
+    for place, record in squad.read_article_questions([("line 1", broken), ("line 2", article())]):
         try:
             if isinstance(record, RecordError):
                 raise record
             squad.parse_question(record)
         except RecordError as error:
-            faults.append(f"{at}: {error}")
-    assert len(faults) == 1 and re.search(re.escape(message), faults[0])
+            errors.append(f"{place}: {error}")
+    assert len(errors) == 1 and re.search(re.escape(message), errors[0])
 
 
 def test_a_bad_row_is_one_bad_record() -> None:
-    spoilt = [rows()[0] | {"context": 3}, *rows()[1:]]
-    records = list(squad.read_article_questions([(str(n), row) for n, row in enumerate(spoilt)]))
-    assert len(records) == len(spoilt) and isinstance(records[0][1], RecordError)
+    broken_rows = [rows()[0] | {"context": 3}, *rows()[1:]]
+    records = list(squad.read_article_questions([(str(n), row) for n, row in enumerate(broken_rows)]))
+    assert len(records) == len(broken_rows) and isinstance(records[0][1], RecordError)
     assert not any(isinstance(record, RecordError) for _, record in records[1:])
 
 
@@ -155,11 +155,11 @@ def test_new_sets_are_drawn_for_questions_beyond_the_limit_of_a_set() -> None:
     questions = list(ask([{"title": "T", "paragraphs": paragraphs}]))
     shared = list(squad.group_by_context(iter(questions), sets_of(4), print, max_questions=6))
     assert sorted(q.id for q in shared) == sorted(q.id for q in questions)
-    by_set = [list(some) for _, some in groupby(shared, key=texts)]
-    assert max(map(len, by_set)) == 6 and len({tuple(texts(some[0])) for some in by_set}) > 6
-    # of the first sets every paragraph is questions about, and some twice
-    assert all(len({q.answers for q in some}) == 4 for some in by_set[:3])
-    # a short set is filled
+    by_set = [list(group) for _, group in groupby(shared, key=texts)]
+    assert max(map(len, by_set)) == 6 and len({tuple(texts(group[0])) for group in by_set}) > 6
+    # each of the first sets has questions about all of its paragraphs, and two about some
+    assert all(len({q.answers for q in group}) == 4 for group in by_set[:3])
+    # the last set is filled with paragraphs of earlier sets
     some_sets = list(squad.group_by_context(iter(questions[:55]), sets_of(5), print, max_questions=6))
     assert len(some_sets) == 55 and {len(q.documents) for q in some_sets} == {5}
     ids = [q.id for q in by_set[0]]
@@ -175,8 +175,8 @@ def test_similar_paragraphs_are_in_the_same_set() -> None:
         shared = list(squad.group_by_context(iter(questions), sets_of(3, seed), print, bm25_indexer()))
         assert {len({text[:3] for text in texts(question)}) for question in shared} == {1}
     assert len(shared) == 9
-    by_lot = list(squad.group_by_context(iter(questions), sets_of(3), print))
-    assert max(len({text[:3] for text in texts(question)}) for question in by_lot) > 1
+    random_sets = list(squad.group_by_context(iter(questions), sets_of(3), print))
+    assert max(len({text[:3] for text in texts(question)}) for question in random_sets) > 1
 
 
 def test_a_question_whose_answer_is_in_another_paragraph_of_its_set_is_dropped() -> None:

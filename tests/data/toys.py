@@ -1,4 +1,4 @@
-"""A tokenizer and samples small enough to read."""
+"""A tokenizer and samples that are small enough to read."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ CORPUS = ["The quick brown fox jumps over the lazy dog. Question: Who? Answer in
 
 
 def toy_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with two special tokens, and one added token that is not special."""
+    """Return a byte-level BPE tokenizer with two special tokens and one added token that is not special."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -50,7 +50,7 @@ def save_toy_tokenizer(folder: Path) -> Path:
 def rag_sample(
     question: str = "Who?", documents: tuple[str, ...] = ("One.\n\n", "Two.\n\n"), **changes: Any
 ) -> Sample:
-    """Instruction, documents and question in one user message."""
+    """Return a sample with instruction, documents and question in one user message."""
     last = len(documents)
     given: dict[str, Any] = {
         "id": "s",
@@ -67,4 +67,5 @@ def rag_sample(
 
 
 def block_texts(blocks: Any) -> list[str]:
+    """Return the text of each block of a rendered prompt."""
     return ["".join(part.text for part in block) for block in blocks]
