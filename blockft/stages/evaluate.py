@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -381,17 +380,19 @@ def print_report(report: Mapping[str, Any], *, as_json: bool = False) -> None:
     for name, groups in columns.items():
         is_difference = name == DIFFERENCE
         table = Table(
-            Column("questions", overflow="fold", min_width=12),
-            Column("number", justify="right", no_wrap=True),
-            # a score stands above its interval, and neither is ever broken
-            *(Column(metric.replace("_", "\n"), no_wrap=True) for metric in METRICS),
+            Column("questions", overflow="fold", min_width=18),
+            # a score stands above its interval; only [-100.0, -100.0] is wider and takes a line more
+            *(Column(metric.replace("_", "\n"), width=14) for metric in METRICS),
             title=name if is_difference else f"{name} mode",
-            box=SIMPLE_HEAD,
-            show_edge=False,
+            title_justify="left",
+            # no box: its lines would leave too little width for four intervals
+            box=None,
             padding=(0, 1, 0, 0),
+            pad_edge=False,
         )
         for group, scores in groups.items():
             cells = [format_score(scores, metric, signed=is_difference) for metric in METRICS]
-            table.add_row(group, str(scores["questions"]), *(cell.replace(" [", "\n[") for cell in cells))
+            number = f"{scores['questions']:,} question{'s' if scores['questions'] > 1 else ''}"
+            table.add_row(f"{group}\n{number}", *(cell.replace(" [", "\n[") for cell in cells))
         console.print()
         console.print(table)

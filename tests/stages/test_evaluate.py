@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ import pytest
 from blockft.config.recipe import build_recipe
 from blockft.config.settings import PromptSettings, Recipe
 from blockft.errors import UserError
-from blockft.evaluation import answers
+from blockft.evaluation import answers as answers_module
+from blockft.evaluation.report import Prediction, build_report
 from blockft.stages import evaluate as stage
 from blockft.stages.evaluate import (
     evaluate,
@@ -151,16 +154,27 @@ def test_positions_follow_the_model_not_the_recipe(toy: Path, capsys: pytest.Cap
     assert "data.positions=local has no effect" in capsys.readouterr().err
 
 
-def test_the_table_fits_80_columns_and_breaks_no_word(
-    toy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("answers", [("Paris", "Paris"), ("Rome", "Paris")])
+def test_the_table_fits_80_columns_and_breaks_no_score(
+    answers: tuple[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    report = json.loads((run(toy, "table") / "report.json").read_text())
-    print_report(report)
-    lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 80
-    words = {word for line in lines for word in line.split()}
-    assert {"number", "substring", "match", "exact", "token", "f1"} <= words
+    kinds = ("2wikimultihopqa: bridge_comparison", "2wikimultihopqa: inference")
+    predictions = {
+        mode: [
+            Prediction(str(i), answer, ("Paris",), ("2wikimultihopqa", kinds[i % 2]), 3, 20, 1, False)
+            for i in range(4)
+        ]
+        for mode, answer in zip(("block", "full"), answers, strict=True)
+    }
+    print_report(build_report("m", predictions, {}))
+    table = capsys.readouterr().out
+    assert max(map(len, table.splitlines())) <= 80
+    assert {"questions", "substring", "match", "word", "exact", "token", "f1"} <= set(table.split())
+    # three groups, each with four scores and their two bounds, in two modes and their difference
+    numbers = Counter(float(number) for number in re.findall(r"[-+]?\d+\.\d", table))
+    block, full, difference = [(100, 100, 0), (0, 100, -100)][answers[0] == "Rome"]
+    assert numbers == Counter(3 * 12 * [block, full, difference])
 
 
 def test_answers_do_not_depend_on_the_batches(toy: Path) -> None:
@@ -188,13 +202,13 @@ def test_an_interrupted_evaluation_resumes_with_the_same_options_only(
 ) -> None:
     complete, calls = contents(run(toy, "never")), []
 
-    def interrupt_fourth(*arguments: object, **options: object) -> list[answers.AnswerRecord]:
+    def interrupt_fourth(*arguments: object, **options: object) -> list[answers_module.AnswerRecord]:
         calls.append(arguments)
         if len(calls) == 4:
             raise KeyboardInterrupt
         return answer_batch(*arguments, **options)  # type: ignore[arg-type]
 
-    answer_batch = answers.answer_batch
+    answer_batch = answers_module.answer_batch
     monkeypatch.setattr("blockft.stages.evaluate.answer_batch", interrupt_fourth)
     with pytest.raises(KeyboardInterrupt):
         run(toy, "failed")
@@ -295,7 +309,7 @@ def test_published_questions_are_grouped_by_kind(toy: Path) -> None:
     if not path.exists():
         pytest.skip(f"{path} is not there (set BLOCKFT_REAL_DATA)")
     samples, dropped = read_questions(evaluation_recipe(str(toy / "model"), str(path), format="hotpotqa"))
-    groups = {group for sample in samples for group in answers.question_groups(sample)}
+    groups = {group for sample in samples for group in answers_module.question_groups(sample)}
     assert len(samples) == 200 and not dropped
     assert groups == {f"hotpotqa{kind}" for kind in ("", ": bridge", ": comparison", ": hard", ": yes/no")}
 
