@@ -95,7 +95,6 @@ def test_the_first_screen_leads_to_ones_own_data() -> None:
         assert text in screen
 
 
-@pytest.mark.xfail(reason="a part of the API or a README is still to come", strict=False)
 @pytest.mark.parametrize("path", READMES, ids=name_of)
 def test_links_lead_to_files_and_headings(path: Path) -> None:
     for link in links(path):
@@ -197,7 +196,6 @@ def test_every_invariant_has_tests_that_exist() -> None:
             )
 
 
-@pytest.mark.xfail(reason="a part of the API or a README is still to come", strict=False)
 def test_files_named_in_the_package_readme_exist() -> None:
     for text in inline_code(PACKAGE):
         if re.fullmatch(r"[\w./-]+/[\w.-]*|[\w/-]+\.(py|md|json)", text):
@@ -209,7 +207,6 @@ def test_every_recipe_in_a_readme_is_valid(path: Path, text: str) -> None:
     build_recipe(yaml.safe_load(text), (), str(path))
 
 
-@pytest.mark.xfail(reason="a part of the API or a README is still to come", strict=False)
 @pytest.mark.parametrize(("path", "code"), PYTHON, ids=name_of)
 def test_the_python_examples_call_the_api_as_it_is(path: Path, code: str) -> None:
     """Every call of a name of `blockft` has arguments that its signature accepts."""
