@@ -1,0 +1,75 @@
+"""The experiments of the study by name: how a model is trained and how it is asked."""
+
+from dataclasses import dataclass, replace
+
+from prompts import PromptOptions
+from study import Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """An evaluation in both orders; `prompt_options` replaces the one of training.
+
+    `recomputed` is the share of context tokens that are computed once more. `choice` selects them: the
+    `first` of their blocks, or those whose values `changed` most.
+    """
+
+    mode: str
+    prompt_options: PromptOptions | None = None
+    recomputed: float = 0.0
+    choice: str = "first"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """`training` is None where the weights of an earlier experiment (`weights`) are only asked.
+
+    `teacher` names the experiment whose weights teach; `keep_weights` says that later ones need the weights.
+    """
+
+    name: str
+    description: str
+    training: Training | None
+    evaluations: dict[str, Evaluation]
+    weights: str = ""
+    teacher: str = ""
+    keep_weights: bool = False
+
+
+BLOCK_MODE = {"block": Evaluation(mode="block")}
+BOTH_MODES = {**BLOCK_MODE, "full": Evaluation(mode="full")}
+BLOCK = Training(modes="both")
+FULL = Training(modes="full")
+
+
+def block(
+    name: str,
+    description: str,
+    *,
+    teacher: str = "",
+    keep_weights: bool = False,
+    evaluations: dict[str, Evaluation] = BOTH_MODES,
+    **changes: object,
+) -> Experiment:
+    """A block fine-tuned model that differs from the plain recipe in `changes`."""
+    training = replace(BLOCK, **changes)  # type: ignore[arg-type]
+    return Experiment(
+        name=name,
+        description=description,
+        training=training,
+        evaluations=evaluations,
+        teacher=teacher,
+        keep_weights=keep_weights,
+    )
+
+
+def full(name: str, description: str, *, keep_weights: bool = False, **changes: object) -> Experiment:
+    """A full fine-tuned model; in block mode it shows the mask alone."""
+    training = replace(FULL, **changes)  # type: ignore[arg-type]
+    return Experiment(
+        name=name,
+        description=description,
+        training=training,
+        evaluations=BOTH_MODES,
+        keep_weights=keep_weights,
+    )

@@ -1,0 +1,369 @@
+"""From the drivers' lines to one JSON file per experiment, and from those to the study's tables and picture.
+
+python table.py collect DATA LINES.jsonl ... OUT     writes OUT/NAME.json and OUT/questions.json
+python table.py show OUT                             writes OUT/tables.md and OUT/recomputation.png
+"""
+
+import json
+import lzma
+import sys
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from scores import METRICS, interval, is_yes_no, prior_answers, question_type, resampled_mean
+
+SETS = {
+    "squad": "SQuAD",
+    "fid": "NQ",
+    "hotpotqa": "HotpotQA",
+    "2wikimultihopqa": "2Wiki",
+    "musique": "MuSiQue",
+}
+ORDERS = ("ascending", "shuffled")
+METRIC = "substring_match"
+SCALES = {
+    "40 % of the data, 400 steps": (("full", "full-seed1"), ("both", "both-seed1")),
+    "all data, 1,000 steps": (("full-all",), ("both-all", "both-all-seed1")),
+}
+"""Of each scale the seeds of the baseline and of the plain block recipe; their means are the references."""
+
+Scores = dict[str, NDArray[np.float64]]
+"""Scores in percent by set, of the questions that are not answered by yes or no."""
+
+
+def load_data(folder: Path) -> dict[str, Any]:
+    content = lzma.decompress((folder / "prepared.pt.xz").read_bytes())
+    data: dict[str, Any] = torch.load(BytesIO(content), weights_only=False)
+    return data
+
+
+def collect(folder: Path, lines: list[Path], out: Path) -> None:
+    data = load_data(folder)
+    validation = [q for q in data["questions"] if q["part"] == "validation"]
+    questions = {
+        "sets": [q["source"] for q in validation],
+        "ids": [q["id"] for q in validation],
+        "types": [q["type"] for q in validation],
+        "yes_no": "".join(str(int(is_yes_no(q["answers"]))) for q in validation),
+        "prior": prior_scores(data, validation),
+    }
+    (out / "questions.json").write_text(json.dumps(questions) + "\n", encoding="utf-8")
+    for path in lines:
+        for text in path.read_text(encoding="utf-8").splitlines():
+            line = renamed(json.loads(text))
+            assert "error" not in line, line
+            for result in line["results"].values():
+                result["gold_loss"] = [round(x, 2) for x in result["gold_loss"]]
+            (out / f"{line['name']}.json").write_text(json.dumps(line) + "\n", encoding="utf-8")
+
+
+NEW_NAMES = {
+    "see-ahead": "bidirectional",
+    "twice": "question-twice",
+    "first-block-twice": "first-block-question-twice",
+    "joins": "merged-documents",
+    "raised": "mask-loss-weights",
+    "gists": "end-tokens",
+    "recomputed": "recomputation",
+}
+NEW_KEYS = {
+    "what": "description",
+    "askings": "evaluations",
+    "wording": "prompt_options",
+    "sees_ahead": "is_bidirectional",
+    "gist_tokens": "end_tokens",
+    "keeps": "keep_weights",
+}
+"""Experiments and settings that were renamed after they had run."""
+
+
+def renamed(line: dict[str, Any]) -> dict[str, Any]:
+    """A driver's line with the names that experiments and settings have now."""
+
+    def keys(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {NEW_KEYS.get(key, key): keys(inner) for key, inner in value.items()}
+        return value
+
+    line = {**line, "name": NEW_NAMES.get(line["name"], line["name"]), "settings": keys(line["settings"])}
+    line["settings"]["name"] = line["name"]
+    # what ran as "53ce5e5+base.patch" was the first of the two commits of that patch
+    line["commit"] = {"53ce5e5+base.patch": "912988b"}.get(line["commit"], line["commit"])
+    return line
+
+
+def prior_scores(data: dict[str, Any], validation: list[dict[str, Any]]) -> dict[str, str]:
+    """The prior baseline's hits by metric: the most frequent training answer of each question type."""
+    train = [
+        {"source": q["source"], "question": q["question"], "answer": q["answers"][0]}
+        for q in data["questions"]
+        if q["part"] == "train"
+    ]
+    best = prior_answers(train)
+    answers = [best.get((q["source"], question_type(q["question"])), "") for q in validation]
+    return {
+        name: "".join(str(int(metric(a, q["answers"]))) for a, q in zip(answers, validation, strict=True))
+        for name, metric in METRICS.items()
+    }
+
+
+class Results:
+    """The scores of all experiments, by set."""
+
+    def __init__(self, out: Path) -> None:
+        questions = json.loads((out / "questions.json").read_text(encoding="utf-8"))
+        self._sets = np.array(questions["sets"])
+        self._is_yes_no = np.array([c == "1" for c in questions["yes_no"]])
+        self.prior = questions["prior"]
+        self.lines = {
+            path.stem: json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted(out.glob("*.json"))
+            if path.stem not in ("questions", "split")
+        }
+
+    def reading(self, hits: str) -> Scores:
+        values = np.array([100.0 * (c == "1") for c in hits])
+        return {name: values[(self._sets == name) & ~self._is_yes_no] for name in SETS}
+
+    def of(self, name: str, evaluation: str, metric: str = METRIC) -> Scores:
+        return self.reading(self.lines[name]["results"][evaluation]["scores"][metric])
+
+    def yes_no(self, hits: str) -> float:
+        values = np.array([100.0 * (c == "1") for c in hits])
+        return float(values[self._is_yes_no].mean())
+
+    def loss(self, name: str, evaluation: str) -> float:
+        losses = np.array(self.lines[name]["results"][evaluation]["gold_loss"])
+        return float(losses[~self._is_yes_no].mean())
+
+
+def mean(scores: Scores) -> float:
+    return float(np.mean(np.concatenate([np.atleast_2d(s).mean(axis=0) for s in scores.values()])))
+
+
+def minus(a: Scores, b: Scores) -> Scores:
+    return {name: a[name] - b[name] for name in SETS}
+
+
+def averaged(several: list[Scores]) -> Scores:
+    return {name: np.mean([scores[name] for scores in several], axis=0) for name in SETS}
+
+
+def with_interval(scores: Scores, signed: bool = False) -> str:
+    low, high = interval(resampled_mean(scores))
+    sign = "+" if signed else ""
+    return f"{mean(scores):{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+def verdict(difference: Scores) -> str:
+    low, high = interval(resampled_mean(difference))
+    return "better" if low > 0 else "worse" if high < 0 else "no difference shown"
+
+
+def scale_of(line: dict[str, Any]) -> str:
+    training = line["settings"]["training"]
+    return list(SCALES)[bool(training and training["data_share"] == 1.0)]
+
+
+def main_table(results: Results, scale: str) -> str:
+    """The block mode of every experiment of a scale against the baseline and against the plain recipe."""
+    baselines, plains = SCALES[scale]
+    head = (
+        "| experiment | what | seed | block, ascending | minus baseline | block, shuffled | minus baseline "
+        "| full mode minus baseline, ascending; shuffled | block mode minus plain recipe, both orders "
+        "| loss of gold answers, ascending; shuffled | verdict |"
+    )
+    rows = [head, "|---" * 11 + "|"]
+    for name, line in results.lines.items():
+        training = line["settings"]["training"]
+        if not training or scale_of(line) != scale or training["modes"] == "full":
+            continue
+        block = [results.of(name, f"block {order}") for order in ORDERS]
+        full = [averaged([results.of(b, f"full {order}") for b in baselines]) for order in ORDERS]
+        own_full = "; ".join(
+            f"{mean(minus(results.of(name, f'full {order}'), b)):+.1f}"
+            if f"full {order}" in line["results"]
+            else "-"
+            for order, b in zip(ORDERS, full, strict=True)
+        )
+        of_plain = averaged([results.of(p, f"block {order}") for order in ORDERS for p in plains])
+        to_plain = minus(averaged(block), of_plain)
+        is_plain = name in plains
+        cells = [name, line["settings"]["description"], str(training["seed"])]
+        for scores, reference in zip(block, full, strict=True):
+            cells += [f"{mean(scores):.1f}", with_interval(minus(scores, reference), signed=True)]
+        losses = "; ".join(f"{results.loss(name, f'block {order}'):.3f}" for order in ORDERS)
+        cells += [own_full, "" if is_plain else with_interval(to_plain, True), losses]
+        cells.append("plain recipe" if is_plain else verdict(to_plain))
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def baseline_table(results: Results) -> str:
+    """Baselines that know no block fine-tuning, in percent."""
+    rows = ["| what | experiment | ascending | shuffled |", "|---|---|---|---|"]
+    prior = with_interval(results.reading(results.prior[METRIC]))
+    rows.append(f"| most frequent training answer of the question's type | prior | {prior} | the same |")
+    for name in ("full", "full-seed1", "full-ranking", "full-fewer-documents", "full-all"):
+        line = results.lines[name]
+        for mode, words in (("full", "full attention"), ("block", "the block mask alone")):
+            if f"{mode} ascending" in line["results"]:
+                cells = [with_interval(results.of(name, f"{mode} {order}")) for order in ORDERS]
+                rows.append(
+                    f"| {line['settings']['description']}; {words} | {name} | " + " | ".join(cells) + " |"
+                )
+    for evaluation in results.lines["untrained-baselines"]["settings"]["evaluations"]:
+        cells = [
+            with_interval(results.of("untrained-baselines", f"{evaluation} {order}")) for order in ORDERS
+        ]
+        rows.append(
+            f"| `full` under the block mask; {evaluation} | untrained-baselines | " + " | ".join(cells) + " |"
+        )
+    return "\n".join(rows)
+
+
+def set_table(results: Results, rows: list[tuple[str, str]]) -> str:
+    """Scores by set, beside them whole words, yes or no and the loss."""
+    names = " | ".join(
+        f"{name} ({len(results.of('full', 'full ascending')[key])})" for key, name in SETS.items()
+    )
+    table = [
+        f"| experiment, mode, order | {names} | mean | whole words | yes or no | loss |",
+        "|---" * (len(SETS) + 5) + "|",
+    ]
+    prior = results.reading(results.prior[METRIC])
+    cells = [f"{scores.mean():.1f}" for scores in prior.values()]
+    words = mean(results.reading(results.prior["word_match"]))
+    cells += [f"{mean(prior):.1f}", f"{words:.1f}", f"{results.yes_no(results.prior[METRIC]):.0f}", ""]
+    table.append("| prior | " + " | ".join(cells) + " |")
+    for name, mode in rows:
+        for order in ORDERS:
+            evaluation = f"{mode} {order}"
+            scores = results.of(name, evaluation)
+            cells = [f"{values.mean():.1f}" for values in scores.values()]
+            cells += [
+                f"{mean(scores):.1f}",
+                f"{mean(results.of(name, evaluation, 'word_match')):.1f}",
+                f"{results.yes_no(results.lines[name]['results'][evaluation]['scores'][METRIC]):.0f}",
+                f"{results.loss(name, evaluation):.3f}",
+            ]
+            table.append(f"| {name}, {mode} mode, {order} | " + " | ".join(cells) + " |")
+    return "\n".join(table)
+
+
+def recomputation(results: Results, out: Path) -> str:
+    """The curve of selective recomputation, as a table and a picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2)
+    table = [
+        "| recomputed | choice | ascending | minus block mode | shuffled | minus block mode |",
+        "|---|---|---|---|---|---|",
+    ]
+    points: dict[tuple[str, str], list[tuple[float, Scores]]] = {}
+    for choice in ("first", "changed"):
+        for order in ORDERS:
+            points[choice, order] = [(0.0, results.of("both-all", f"block {order}"))]
+        for share in (5, 10, 20):
+            cells = [f"{share} %", choice]
+            for order in ORDERS:
+                scores = results.of("recomputation", f"{choice} {share} % {order}")
+                points[choice, order].append((share, scores))
+                difference = minus(scores, points[choice, order][0][1])
+                cells += [f"{mean(scores):.1f}", with_interval(difference, True)]
+            table.append("| " + " | ".join(cells) + " |")
+    cells = ["100 % (full mode)", ""]
+    for order in ORDERS:
+        scores = results.of("both-all", f"full {order}")
+        cells += [
+            f"{mean(scores):.1f}",
+            with_interval(minus(scores, results.of("both-all", f"block {order}")), True),
+        ]
+    table.append("| " + " | ".join(cells) + " |")
+    for ax, order in zip(axes, ORDERS, strict=True):
+        for choice, label in (("first", "first of their blocks"), ("changed", "values changed most")):
+            shares, scores = zip(*points[choice, order], strict=True)
+            bounds = np.array([interval(resampled_mean(s)) for s in scores])
+            ax.plot(shares, [mean(s) for s in scores], marker="o", label=label)
+            ax.fill_between(shares, bounds[:, 0], bounds[:, 1], alpha=0.12)
+        ax.axhline(
+            mean(results.of("both-all", f"full {order}")), color="gray", ls="--", label="its full mode"
+        )
+        ax.axhline(
+            mean(results.of("full-all", f"full {order}")), color="black", ls=":", label="full fine-tuned"
+        )
+        ax.set(title=f"{order} order", xlabel="context tokens recomputed, %", ylabel="substring match, %")
+    axes[1].legend(fontsize=8, loc="lower right")
+    figure.savefig(out / "recomputation.png", dpi=110)
+    return "\n".join(table)
+
+
+def pairs(results: Results) -> str:
+    """Comparisons that the text cites."""
+    rows = ["| comparison | ascending | shuffled | both orders |", "|---|---|---|---|"]
+
+    def add(label: str, one: list[tuple[str, str]], other: list[tuple[str, str]]) -> None:
+        differences = []
+        for order in ORDERS:
+            a, b = (averaged([results.of(n, f"{m} {order}") for n, m in some]) for some in (one, other))
+            differences.append(minus(a, b))
+        cells = [with_interval(d, True) for d in (*differences, averaged(differences))]
+        rows.append(f"| {label} | " + " | ".join(cells) + " |")
+
+    fulls, boths = [("full", "full"), ("full-seed1", "full")], [("both", "block"), ("both-seed1", "block")]
+    add("40 %: `both` in block mode, 2 seeds, minus `full`, 2 seeds", boths, fulls)
+    add("40 %: second seed minus first, `full`", fulls[1:], fulls[:1])
+    add("40 %: second seed minus first, `both` in block mode", boths[1:], boths[:1])
+    seeds = [("both-all", "block"), ("both-all-seed1", "block")]
+    add("all: `both-all` in block mode, 2 seeds, minus `full-all`, 1 seed", seeds, [("full-all", "full")])
+    add("all: `both-all`, full mode minus `full-all`", [("both-all", "full")], [("full-all", "full")])
+    add("all: `both-all`, block mode minus its full mode", [("both-all", "block")], [("both-all", "full")])
+    first = [("first-block-all", "block")]
+    add("all: `first-block-all` in block mode minus `full-all`", first, [("full-all", "full")])
+    add("all: `first-block-all` minus `both-all`, 2 seeds, block mode", first, seeds)
+    add(
+        "all: `first-block-all`, full mode minus `both-all`, full mode",
+        [("first-block-all", "full")],
+        [("both-all", "full")],
+    )
+    add("all: `first-block-all`, block mode minus its full mode", first, [("first-block-all", "full")])
+    add("more data and steps, `full-all` minus `full`", [("full-all", "full")], [("full", "full")])
+    add(
+        "more data and steps, `both-all` minus `both`, block mode",
+        [("both-all", "block")],
+        [("both", "block")],
+    )
+    return "\n".join(rows)
+
+
+def show(out: Path) -> None:
+    results = Results(out)
+    by_set = [("full-all", "full"), ("full-all", "block"), ("both-all", "block"), ("both-all", "full")]
+    by_set += [("first-block-all", "block"), ("first-block-all", "full"), ("full", "full"), ("both", "block")]
+    by_set += [("first-block-equal", "block")]
+    parts = {
+        "Baselines": baseline_table(results),
+        **{scale: main_table(results, scale) for scale in SCALES},
+        "Comparisons": pairs(results),
+        "By set": set_table(results, by_set),
+        "Recomputation": recomputation(results, out),
+    }
+    text = "\n\n".join(f"### {title}\n\n{table}" for title, table in parts.items())
+    (out / "tables.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["collect", data, *lines, out]:
+            collect(Path(data), [Path(line) for line in lines], Path(out))
+        case ["show", out]:
+            show(Path(out))
+        case _:
+            sys.exit(__doc__)
