@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from blockft.attention.positions import RotaryEmbedding
+from blockft.attention.rope import RotaryEmbedding
 
 TILE_PADDING = 128
 """Unused tokens after the last one of a cache and of a final block, because kernels load whole tiles."""

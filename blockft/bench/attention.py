@@ -1,4 +1,4 @@
-"""`blockft bench attention`: errors and times of the flex backend beside the dense-mask reference."""
+"""`blockft bench attention`: errors and times of the flex backend compared with the dense-mask reference."""
 
 import random
 from collections.abc import Callable

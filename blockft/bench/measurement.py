@@ -1,4 +1,4 @@
-"""How a benchmark measures: run times, memory bandwidth, and the provenance of each figure."""
+"""Measure run times and memory bandwidth, and record the provenance of each figure."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`blockft bench train`: the speed of training steps, packed rows beside one sample at a time."""
+"""`blockft bench train`: the speed of training steps, packed rows compared with one sample at a time."""
 
 import warnings
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from blockft.bench.measurement import measure_ms, write_measurement
 from blockft.data.collate import collate_row
 from blockft.data.encoder import IGNORE_INDEX, Example
 from blockft.errors import UserError
-from blockft.model.layers import compile_layers
+from blockft.model.decoder_layers import compile_layers
 from blockft.outputs import check_writable
 from blockft.progress import track
 from blockft.training.model_inputs import build_model_inputs

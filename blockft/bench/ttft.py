@@ -1,4 +1,4 @@
-"""`blockft bench ttft`: the time to first token (TTFT) of full prefill beside that of cached blocks.
+"""`blockft bench ttft`: the time to first token (TTFT) of full prefill and of cached blocks.
 
 Each prompt has a given number of tokens: blocks of context, then a question.
 """

@@ -1,6 +1,6 @@
-"""Keys of cached blocks, and the shape of their keys and values.
+"""Cache keys of blocks (their token ids), and the shape of a block's KV tensors.
 
-The key of a block is its token ids, because a block's keys and values depend only on its own tokens. Tensors
+The token ids identify a block, because its keys and values depend only on its own tokens. Tensors
 of blocks are (L, n, 2, K, D): L layers, n tokens, keys and values, K key/value heads, D head size.
 """
 

@@ -1,4 +1,4 @@
-"""Inference that rotates keys: cached keys move to their position in the prompt and are concatenated.
+"""Reference inference path: rotate cached keys to their prompt positions, concatenate, prefill, decode.
 
 This is the reference for `rotate_queries`. It runs on any device and for every supported family.
 Shapes: B prompts of a batch, T query tokens, S key tokens, n tokens of a block, L layers, K key/value heads,
@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from blockft.attention.backends import AttentionMasks
 from blockft.attention.layout import PADDING, AttentionMetadata, Layout, build_metadata
-from blockft.attention.positions import RotaryEmbedding
+from blockft.attention.rope import RotaryEmbedding
 from blockft.inference.block_key import BlockKey, num_tokens, token_ids
 
 

@@ -1,4 +1,4 @@
-"""Inference that rotates queries: cached blocks stay in the device tier, queries rotate to each block.
+"""GPU inference path: cached blocks stay in the device tier; the queries are rotated for each block.
 
 Shapes: B prompts, T query tokens, N chunks of a prompt's context, L layers, S columns of a final block, K
 key/value heads, D head size.
@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from blockft.attention.cached_context import TILE_PADDING, build_query_rotation
-from blockft.attention.positions import RotaryEmbedding
+from blockft.attention.rope import RotaryEmbedding
 from blockft.attention.rotate_queries import CachedAttention
 from blockft.inference.block_key import BlockKey, num_tokens
 from blockft.inference.cuda_graph import GraphInputs, GraphSize

@@ -22,9 +22,9 @@ from blockft.inference.disk_tier import CacheModel, DiskTier
 from blockft.inference.host_tier import HostTier
 from blockft.inference.rotate_keys import RotatedKeysBatch, prefill_blocks
 from blockft.inference.rotate_queries import QueryRotationRunner, RotatedQueriesBatch
+from blockft.model.decoder_layers import compile_layers, rotary_embeddings
 from blockft.model.fingerprint import model_fingerprint
 from blockft.model.fused_linear import fuse_projections
-from blockft.model.layers import compile_layers, rotary_embeddings
 from blockft.model.supported import uses_reencoded_positions
 
 ATTENTION = "block_cached"

@@ -1,4 +1,4 @@
-"""Which models and exports are supported, and the errors for those that are not."""
+"""Check that a model or export is supported; read its RoPE parameters and its `block_attention` entry."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -8,7 +8,7 @@ from blockft.bench import prepare as prepare_benchmark
 from blockft.config.choices import BadRecordPolicy, TooLongPolicy
 from blockft.config.settings import Recipe
 from blockft.errors import UserError
-from blockft.evaluation.answers import encode_questions
+from blockft.evaluation.answer_questions import encode_questions
 from blockft.inference.engine import Engine
 from blockft.model.load import parse_dtype
 from blockft.outputs import check_writable

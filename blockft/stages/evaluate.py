@@ -24,7 +24,7 @@ from blockft.data.split import SPLIT_FORMATS
 from blockft.data.statistics import histogram
 from blockft.data.tokenizer import tokenizer_fingerprint
 from blockft.errors import UserError
-from blockft.evaluation.answers import (
+from blockft.evaluation.answer_questions import (
     TOO_LONG,
     AnswerFile,
     EncodedQuestions,

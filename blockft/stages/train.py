@@ -25,8 +25,8 @@ from blockft.data.prepared import PreparedData, load_prepared
 from blockft.data.tokenizer import tokenizer_fingerprint
 from blockft.errors import UserError
 from blockft.model.checkpoint import complete_checkpoints, find_checkpoint, read_marker, remove_incomplete
+from blockft.model.decoder_layers import compile_layers
 from blockft.model.fingerprint import model_fingerprint
-from blockft.model.layers import compile_layers
 from blockft.model.load import load_config, load_model, load_tokenizer, parse_dtype
 from blockft.model.lora import add_adapter
 from blockft.outputs import check_absent, write_atomic

@@ -1,4 +1,4 @@
-"""Being one process (rank) of a distributed run: its environment, joining and leaving the other ranks."""
+"""Set up one rank of a distributed run, check that ranks agree, and shut it down."""
 
 import atexit
 import os

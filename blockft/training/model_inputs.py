@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from blockft.attention.backends import AttentionMasks
 from blockft.attention.layout import AttentionMetadata
-from blockft.model.layers import attention_windows
+from blockft.model.decoder_layers import attention_windows
 
 
 def build_model_inputs(

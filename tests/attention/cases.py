@@ -7,7 +7,7 @@ from random import Random
 import torch
 
 from blockft.attention.cached_context import TILE_PADDING, CachedContext, build_query_rotation
-from blockft.attention.positions import RotaryEmbedding
+from blockft.attention.rope import RotaryEmbedding
 
 
 @dataclass(frozen=True, kw_only=True)

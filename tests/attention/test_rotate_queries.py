@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from blockft.attention.cached_context import build_query_rotation
-from blockft.attention.positions import RotaryEmbedding
+from blockft.attention.rope import RotaryEmbedding
 from blockft.attention.rotate_queries import attend_reference, merge_partial_attention
 from tests.attention.cases import Case, make_case
 

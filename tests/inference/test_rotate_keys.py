@@ -16,7 +16,7 @@ from blockft.errors import UserError
 from blockft.inference.block_key import BlockKey, block_key
 from blockft.inference.engine import Engine
 from blockft.inference.rotate_keys import RotatedKeysBatch, prefill_blocks
-from blockft.model.layers import rotary_embeddings
+from blockft.model.decoder_layers import rotary_embeddings
 from tests.run import save_model
 from tests.tiny import CONFIGS, build_model, random_ids, random_layout
 

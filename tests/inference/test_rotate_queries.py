@@ -17,7 +17,7 @@ from blockft.inference.device_tier import DeviceTier
 from blockft.inference.rotate_keys import prefill_blocks
 from blockft.inference.rotate_queries import QueryRotationRunner
 from blockft.inference.runner import kv_shape
-from blockft.model.layers import rotary_embeddings
+from blockft.model.decoder_layers import rotary_embeddings
 from tests.inference.engines import ROTATE, Prompt, greedy, make_engine
 from tests.inference.test_rotate_keys import keys_of, masked_logits, split_ids
 from tests.tiny import CONFIGS, build_model, random_ids, random_layout

@@ -16,7 +16,7 @@ from blockft.attention.backends import AttentionMasks
 from blockft.attention.layout import Layout, build_metadata
 from blockft.config.choices import DType
 from blockft.errors import UserError
-from blockft.model.layers import attention_windows, compile_layers, rotary_embeddings
+from blockft.model.decoder_layers import attention_windows, compile_layers, rotary_embeddings
 from blockft.model.load import load_config, load_model, load_tokenizer, parse_device, parse_dtype
 from blockft.model.lora import add_adapter
 from blockft.model.supported import block_attention_config, check_supported, uses_reencoded_positions

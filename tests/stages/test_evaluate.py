@@ -17,7 +17,7 @@ import pytest
 from blockft.config.recipe import build_recipe
 from blockft.config.settings import PromptSettings, Recipe
 from blockft.errors import UserError
-from blockft.evaluation import answers as answers_module
+from blockft.evaluation import answer_questions
 from blockft.evaluation.report import Prediction, build_report
 from blockft.stages import evaluate as stage
 from blockft.stages.evaluate import (
@@ -202,13 +202,13 @@ def test_an_interrupted_evaluation_resumes_with_the_same_options_only(
 ) -> None:
     complete, calls = contents(run(toy, "never")), []
 
-    def interrupt_fourth(*arguments: object, **options: object) -> list[answers_module.AnswerRecord]:
+    def interrupt_fourth(*arguments: object, **options: object) -> list[answer_questions.AnswerRecord]:
         calls.append(arguments)
         if len(calls) == 4:
             raise KeyboardInterrupt
         return answer_batch(*arguments, **options)  # type: ignore[arg-type]
 
-    answer_batch = answers_module.answer_batch
+    answer_batch = answer_questions.answer_batch
     monkeypatch.setattr("blockft.stages.evaluate.answer_batch", interrupt_fourth)
     with pytest.raises(KeyboardInterrupt):
         run(toy, "failed")
@@ -309,7 +309,7 @@ def test_published_questions_are_grouped_by_kind(toy: Path) -> None:
     if not path.exists():
         pytest.skip(f"{path} is not there (set BLOCKFT_REAL_DATA)")
     samples, dropped = read_questions(evaluation_recipe(str(toy / "model"), str(path), format="hotpotqa"))
-    groups = {group for sample in samples for group in answers_module.question_groups(sample)}
+    groups = {group for sample in samples for group in answer_questions.question_groups(sample)}
     assert len(samples) == 200 and not dropped
     assert groups == {f"hotpotqa{kind}" for kind in ("", ": bridge", ": comparison", ": hard", ": yes/no")}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from blockft.attention.positions import RotaryEmbedding
+from blockft.attention.rope import RotaryEmbedding
 
 ROTARY = RotaryEmbedding(1.0 / 10000.0 ** (torch.arange(0, 16, 2) / 16))
 KEYS = torch.randn(1, 2, 5, 16, generator=torch.Generator().manual_seed(0))

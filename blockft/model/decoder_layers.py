@@ -1,9 +1,9 @@
-"""The decoder layers of a model: their sliding windows, their rotary embeddings, and their compilation."""
+"""Read the sliding windows and rotary embeddings of decoder layers; compile the layers."""
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from blockft.attention.positions import RotaryEmbedding
+from blockft.attention.rope import RotaryEmbedding
 from blockft.model.supported import rope_parameters
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from blockft.data.sample import Message, Sample
-from blockft.evaluation.answers import (
+from blockft.evaluation.answer_questions import (
     WINDOW_BATCHES,
     AnswerFile,
     AnswerRecord,

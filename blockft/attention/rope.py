@@ -1,4 +1,4 @@
-"""Position re-encoding: RoPE moves cached keys to the positions of their block (Ma et al. 2025, section 2.3).
+"""Rotary embedding: shift cached keys to the positions of their block (Ma et al. 2025, section 2.3).
 
 Shapes: B batch, K key/value heads, S key tokens, D head size, R rotated dimensions of a head (R <= D).
 """

@@ -1,4 +1,7 @@
-"""The questions of an evaluation, encoded, and their answers, stored batch by batch so that it can resume."""
+"""Encode evaluation questions, answer them in batches, and store the answers.
+
+An interrupted evaluation resumes after its last complete batch.
+"""
 
 import json
 import os
