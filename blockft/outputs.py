@@ -29,8 +29,10 @@ _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def check_absent(path: Path, remedy: str) -> None:
-    """Raises:
-    UserError: `path` exists.
+    """Check that `path` does not exist.
+
+    Raises:
+        UserError: `path` exists; the message ends in `remedy`.
     """
     if path.exists():
         raise UserError(f"{path} exists already and is never overwritten: {remedy}")

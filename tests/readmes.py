@@ -10,16 +10,14 @@ import yaml
 ROOT = Path(__file__).parents[1]
 MAIN = ROOT / "README.md"
 DEMO_MODEL = ROOT / "data" / "demo" / "model"
-MODEL_CARD = DEMO_MODEL / "README.md"
 HIDDEN_FOLDERS = ("out", "node_modules")
 
 READMES = sorted(
     path
     for path in ROOT.rglob("README.md")
-    if path != MODEL_CARD
-    and not any(part.startswith(".") or part in HIDDEN_FOLDERS for part in path.relative_to(ROOT).parts)
+    if not any(part.startswith(".") or part in HIDDEN_FOLDERS for part in path.relative_to(ROOT).parts)
 )
-"""Every README except the model card of the demo's model, which `blockft export` writes."""
+"""Every README of the project."""
 
 
 def read(path: Path) -> str:

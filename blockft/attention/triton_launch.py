@@ -1,4 +1,4 @@
-"""Launches of the Triton kernels, which compute the same attention as `rotate_queries.attend_reference`.
+"""Launch the Triton kernels, which compute the same attention as `rotate_queries.attend_reference`.
 
 Shapes: see `rotate_queries`.
 """
@@ -154,7 +154,10 @@ def attend_cached(
 def append_keys_values(
     keys_BKTD: torch.Tensor, values_BKTD: torch.Tensor, final_BS2KD: torch.Tensor, query_start: torch.Tensor
 ) -> None:
-    """Write the keys and values of T new tokens into final blocks, from column `query_start` (1,) on."""
+    """Write the keys and values of T new tokens into `final_BS2KD` in place.
+
+    query_start: the first slot along S to write; a (1,) tensor shared by all prompts.
+    """
     num_prompts, kv_heads, num_tokens, head_size = keys_BKTD.shape
     triton_kernels.append[(num_prompts * num_tokens, kv_heads)](
         keys_BKTD,
@@ -173,5 +176,5 @@ def append_keys_values(
 
 
 def _padded_size(size: int) -> int:
-    """Return the smallest side of a tile that holds `size` entries: a power of two of at least 16."""
+    """Return the side of a tile for `size` entries: the smallest power of two that is >= `size` and >= 16."""
     return max(16, 1 << (size - 1).bit_length())

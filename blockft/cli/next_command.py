@@ -1,4 +1,4 @@
-"""The last line of a command: where its result lies and which command to type next."""
+"""The last lines that a command prints: its result, and the commands that can follow it."""
 
 import os
 import shlex

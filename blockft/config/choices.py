@@ -1,4 +1,7 @@
-"""Values that a setting can be chosen from. Imports nothing heavy, so that the command line starts fast."""
+"""The values of settings that are choices.
+
+Imports no heavy packages, so that the command line starts fast.
+"""
 
 from enum import StrEnum
 

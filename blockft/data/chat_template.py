@@ -30,7 +30,7 @@ STRIPPED = {EDGE_MARKER: "", EDGE_MARKER[1:]: "\n", "": None}
 
 
 class TemplateMismatch(UserError):
-    """The chat template or the tokenizer does not keep a prompt as it is; other prompts may be fine.
+    """The chat template or the tokenizer changes the text of a prompt; other prompts may be encoded.
 
     `reason` is a short text without details, so that equal reasons can be counted.
     """

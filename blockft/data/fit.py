@@ -1,4 +1,4 @@
-"""Encode what fits: samples into rows of a fixed length, prompts into the positions of a model."""
+"""Encode samples and prompts within a length limit, trimming documents if allowed."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ class PromptTooLong(UserError):
 class EncodedSample:
     """A sample after splitting and trimming, with its example, or with the reason why it was dropped.
 
-    A sample that is too long keeps the example of its last attempt. A sample that the chat template or the
-    tokenizer does not keep as it is (`is_mismatch`) has no example.
+    A sample that is too long has the example of the last attempt to trim it. A sample that the chat template
+    or the tokenizer changes (`is_mismatch`) has no example.
     """
 
     sample: Sample
@@ -41,11 +41,11 @@ def encode_samples(
     Args:
         row_len: the number of tokens that an example may have.
         trim: a sample that is too long loses its least relevant documents; otherwise it is dropped.
-        skip_bad: drop a sample that the template or the tokenizer does not keep, instead of raising.
+        skip_bad: drop a sample that the template or the tokenizer changes, instead of raising.
         split: splits the prompt of a sample into blocks, for formats that mark none.
 
     Raises:
-        TemplateMismatch: the template or the tokenizer does not keep a text; the message names the sample.
+        TemplateMismatch: the template or the tokenizer changes a text; the message names the sample.
     """
     trainable = [sample for sample in samples if sample.response]
     encoded = iter(_encode_each(trainable, encoder, split))
@@ -66,7 +66,7 @@ def fit_prompt(
 
     Raises:
         PromptTooLong: the prompt is too long and may not be trimmed, or is too long without documents.
-        TemplateMismatch: the template or the tokenizer does not keep a text of the prompt.
+        TemplateMismatch: the template or the tokenizer changes a text of the prompt.
     """
     block_ids = encoder.encode_prompt(prompt)
     while sum(map(len, block_ids)) + max_new_tokens > num_positions:

@@ -19,10 +19,12 @@ PlacedRecord = tuple[str, Any]
 
 
 def read_file(path: Path, array_key: str | None = None) -> Iterator[PlacedRecord]:
-    """Read the records of a file lazily. The content decides between a JSON array and JSON lines.
+    """Read the records of a file lazily.
 
-    A file whose name ends in `.parquet` is read as parquet. If `array_key` is given, a JSON object that has
-    this key is read as well: its value is the array of records.
+    A file whose name ends in `.parquet` is read as parquet. For any other file the first characters decide
+    between a JSON array and JSON lines; the file may be compressed with gzip. If `array_key` is given, a JSON
+    object that has this key is read as well: its value is the array of records. `array_key` is ignored for a
+    file whose name ends in `.jsonl` (or `.jsonl.gz`).
 
     Raises:
         UserError: the file cannot be read, or is neither parquet, a JSON array nor JSON lines.

@@ -31,14 +31,14 @@ def parse_request(record: Any, prompt: RagPrompt, default_id: str) -> Sample:
 
     A request is one of three kinds:
 
-    - `{"documents": [{"title", "text", "score"?} or text, ...], "question"}`, which `prompt` words. Other
+    - `{"documents": [{"title"?, "text", "score"?} or text, ...], "question"}`, formatted with `prompt`. Other
       fields of a document are ignored.
     - `{"messages": [{"role", "content"}, ...]}`; the last message is from the user. A content is the list of
       its blocks, or a text, which is one block.
     - `{"blocks": [text, ...]}`, the blocks of a prompt that already contains the chat template.
 
     The last block is the final block. `id` is optional and defaults to `default_id`. `meta` is the metadata
-    of a sample; beside `documents` it may not say which blocks are documents. The record of a sample is a
+    of a sample; with `documents` it may not hold the block indices of documents. The record of a sample is a
     request, too; its source, response and answers are ignored.
 
     Raises:

@@ -123,7 +123,7 @@ def _search_text(document: Document) -> str:
 
 
 def _import_bm25() -> Any:
-    """Import bm25s without JAX, which it does not need here and which would take most of a GPU's memory."""
+    """Import bm25s without JAX: bm25s does not need JAX here, and JAX would reserve most GPU memory."""
     hide_jax = "jax" not in sys.modules
     if hide_jax:
         sys.modules["jax"] = None  # type: ignore[assignment]

@@ -53,7 +53,7 @@ class SourceFormat:
     Attributes:
         description: one sentence that says what the format is.
         blocks: what becomes a block of the prompt.
-        record: the shape of a record, for documentation.
+        record_shapes: the shapes that a record may have, for documentation.
         suffixes: the files of a folder that belong to a source.
         array_key: the key under which a JSON file may hold its records.
         expand: converts what the files hold into one record per question.
@@ -66,7 +66,7 @@ class SourceFormat:
 
     description: str
     blocks: str
-    record: str
+    record_shapes: tuple[str, ...]
     suffixes: tuple[str, ...] = (".json", ".jsonl", ".parquet")
     array_key: str | None = None
     expand: Callable[[Iterator[PlacedRecord]], Iterator[PlacedRecord]] = iter
@@ -79,39 +79,49 @@ SOURCE_FORMATS = {
     "samples": SourceFormat(
         description="Samples in the format of blockft, with marked blocks.",
         blocks="as marked",
-        record='{"id", "source", "messages": [{"role", "content": [block, ...]}, ...], "response", '
-        '"answers"?, "meta"?}',
+        record_shapes=(
+            '{"id", "source", "messages": [{"role", "content": [block, ...]}, ...], "response", '
+            '"answers"?, "meta"?}',
+        ),
         suffixes=(".jsonl",),
         parse_samples=lambda record, default_id: [parse_sample(record)],
     ),
     "hotpotqa": SourceFormat(
         description="HotpotQA in the distractor setting: questions that need two of ten paragraphs.",
         blocks="documents",
-        record='{"_id", "question", "answer", "supporting_facts": [[title, number], ...], '
-        '"context": [[title, [sentence, ...]], ...]}',
+        record_shapes=(
+            '{"_id", "question", "answer", "supporting_facts": [[title, number], ...], '
+            '"context": [[title, [sentence, ...]], ...]}',
+        ),
         parse_question=qa_formats.parse_hotpotqa,
     ),
     "2wikimultihopqa": SourceFormat(
         description="2WikiMultihopQA: questions over several Wikipedia articles, in the layout of HotpotQA.",
         blocks="documents",
-        record='{"_id", "question", "answer", "supporting_facts": [[title, number], ...], '
-        '"context": [[title, [sentence, ...]], ...]}',
+        record_shapes=(
+            '{"_id", "question", "answer", "supporting_facts": [[title, number], ...], '
+            '"context": [[title, [sentence, ...]], ...]}',
+        ),
         parse_question=qa_formats.parse_2wikimultihopqa,
     ),
     "musique": SourceFormat(
         description="MuSiQue: questions of two to four hops, with twenty paragraphs each.",
         blocks="documents",
-        record='{"id", "question", "answer", "answer_aliases"?, "answerable"?, '
-        '"paragraphs": [{"title", "paragraph_text", "is_supporting"}, ...]}',
+        record_shapes=(
+            '{"id", "question", "answer", "answer_aliases"?, "answerable"?, '
+            '"paragraphs": [{"title", "paragraph_text", "is_supporting"}, ...]}',
+        ),
         parse_question=qa_formats.parse_musique,
     ),
     "squad": SourceFormat(
         description="SQuAD 1 and 2; the other paragraphs of an article are the distractors, "
         "except those that contain the answer.",
         blocks="documents",
-        record='{"title", "paragraphs": [{"context", "qas": [{"id", "question", "answers": [{"text"}, ...]}, '
-        '...]}, ...]}, or one row per question: {"id", "title", "context", "question", '
-        '"answers": {"text": [...]}}',
+        record_shapes=(
+            '{"title", "paragraphs": [{"context", "qas": [{"id", "question", "answers": [{"text"}, ...]}, '
+            "...]}, ...]}",
+            '{"id", "title", "context", "question", "answers": {"text": [...]}}',
+        ),
         array_key="data",
         expand=squad.read_article_questions,
         parse_question=squad.parse_question,
@@ -120,31 +130,39 @@ SOURCE_FORMATS = {
     "fid": SourceFormat(
         description="NQ, TriviaQA and other questions with retrieved passages, as FiD and DPR write them.",
         blocks="documents",
-        record='{"id"?, "question", "answers": [...], "target"?, '
-        '"ctxs": [{"title", "text", "score"?}, ...]}, '
-        'or DPR\'s "positive_ctxs", "hard_negative_ctxs" and "negative_ctxs" in place of "ctxs"',
+        record_shapes=(
+            '{"id"?, "question", "answers": [...], "target"?, "ctxs": [{"title", "text", "score"?}, ...]}',
+            '{"id"?, "question", "answers": [...], "target"?, "positive_ctxs": [{"title", "text"}, ...], '
+            '"hard_negative_ctxs"?: [...], "negative_ctxs"?: [...]}',
+        ),
         parse_question=qa_formats.parse_fid,
         distractors_from="source",
     ),
     "messages": SourceFormat(
         description="Chats as Tulu 3, OpenAI and ShareGPT write them; each answer gives a sample.",
         blocks="turns and their paragraphs",
-        record='{"messages": [{"role", "content"}, ...]}, or '
-        '{"conversations": [{"from", "value"}, ...], "system"?}',
+        record_shapes=(
+            '{"messages": [{"role", "content"}, ...]}',
+            '{"conversations": [{"from", "value"}, ...], "system"?}',
+        ),
         parse_samples=chat_formats.parse_messages_record,
     ),
     "alpaca": SourceFormat(
         description="Instructions as Alpaca writes them; each answer gives a sample.",
         blocks="turns and their paragraphs",
-        record='{"instruction", "input"?, "output", "system"?, "history"?: [[question, answer], ...]}',
+        record_shapes=(
+            '{"instruction", "input"?, "output", "system"?, "history"?: [[question, answer], ...]}',
+        ),
         parse_samples=chat_formats.parse_alpaca,
     ),
     "blocks": SourceFormat(
         description="Prompts that already contain the chat template, as the authors of Block-Attention "
         "write them.",
         blocks="as given",
-        record='{"prompt", "blocks": [text, ...], "response"}, or '
-        '{"prompt", "documents": [{"title", "text", "score"?}, ...], "generated", "answers"}',
+        record_shapes=(
+            '{"prompt", "blocks": [text, ...], "response"}',
+            '{"prompt", "documents": [{"title", "text", "score"?}, ...], "generated", "answers"}',
+        ),
         parse_samples=chat_formats.parse_blocks,
     ),
 }

@@ -28,7 +28,7 @@ class PlainTokenizer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        state = _without_added_tokens(tokenizer)
+        state = _without_automatic_additions(tokenizer)
         markers = {
             token["content"]: token["id"]
             for token in state["added_tokens"]
@@ -84,7 +84,7 @@ class TemplatedTokenizer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._backend = Tokenizer.from_str(json.dumps(_without_added_tokens(tokenizer)))
+        self._backend = Tokenizer.from_str(json.dumps(_without_automatic_additions(tokenizer)))
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Return the token ids of each text."""
@@ -113,8 +113,10 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _without_added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return the tokenizer's `tokenizer.json` without rules that add tokens or spaces to a text.
+def _without_automatic_additions(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return the tokenizer's `tokenizer.json` without rules that add to a text or shorten it.
+
+    Removed are post-processor, truncation, padding and prefix-space rules; `added_tokens` is kept.
 
     Raises:
         UserError: the tokenizer has no `tokenizer.json`.

@@ -72,7 +72,7 @@ def encode_questions(
     """Encode all questions; those that are too long for the model are left out and counted.
 
     trim: drop the least relevant documents of a question that is too long.
-    skip_bad: leave out and count questions that the chat template or the tokenizer does not keep unchanged.
+    skip_bad: leave out and count questions that the chat template or the tokenizer changes.
 
     Raises:
         TemplateMismatch: the template or the tokenizer changes a question, which the message names.

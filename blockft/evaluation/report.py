@@ -52,7 +52,10 @@ class Prediction:
 
 
 def summarize_scores(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Return mean scores in percent, their intervals and the number of questions, for each group."""
+    """Return mean scores in percent, their intervals and the number of questions, for each group.
+
+    Groups with the same questions as an earlier group are left out.
+    """
     return {
         group: _mean_scores([predictions[i].scores for i in indices])
         for group, indices in _distinct_groups(predictions).items()

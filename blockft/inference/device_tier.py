@@ -82,8 +82,10 @@ class DeviceTier:
         return self.cache_LS2KD[:, start : start + num_tokens(key)]
 
     def check_fits(self, keys: Iterable[BlockKey]) -> None:
-        """Raises:
-        UserError: these blocks do not fit together.
+        """Check that the tier has enough slots for these blocks together.
+
+        Raises:
+            UserError: the blocks need more slots than the tier has.
         """
         needed = sum(map(num_tokens, keys))
         if needed > self.num_slots:

@@ -21,9 +21,10 @@ from blockft.inference.block_key import BlockKey, num_tokens, token_ids
 def prefill_blocks(
     model: PreTrainedModel, keys: Iterable[BlockKey], max_tokens: int = 4096
 ) -> Iterator[tuple[BlockKey, torch.Tensor]]:
-    """Compute each different block by itself, several blocks per forward pass of at most `max_tokens` tokens.
+    """Compute each distinct block independently, several per forward pass of at most `max_tokens` tokens.
 
-    Yields each block's keys (at positions 0..n-1) and values: (L, n, 2, K, D), in memory that is not reused.
+    A longer block gets its own pass. Yields each block's keys (at positions 0..n-1) and values:
+    (L, n, 2, K, D), in memory that is not overwritten later.
     """
     for group in _groups(dict.fromkeys(keys), max_tokens):
         # as an example of its own, a block has positions 0..n-1 and attends to nothing else

@@ -246,7 +246,7 @@ def _chunks(context: Sequence[BlockKey], tier: DeviceTier, num_programs: int, re
 
 
 def _round_up(count: int) -> int:
-    """Return 1 for 1, otherwise the next power of two of at least 16."""
+    """Return 1 if `count` is 1, otherwise the smallest power of two that is >= `count` and >= 16."""
     return 1 if count == 1 else max(16, 1 << (count - 1).bit_length())
 
 

@@ -31,7 +31,7 @@ ATTENTION = "block_cached"
 """The attention backend that computes blocks and reads cached ones."""
 
 Rotate = Literal["auto", "keys", "queries"]
-"""The attention path: which of the two rotates. `auto` is `queries` on a GPU and `keys` elsewhere."""
+"""The attention path: whether keys or queries are rotated. `auto` is `queries` on a GPU, otherwise `keys`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +158,7 @@ class BlockRunner:
                 with use_device(self.model.device):
                     return prefill(keys, hits, contexts, finals, num_new)
             except DamagedBlocks:
-                continue  # each time at least one damaged entry fewer is looked up
+                continue  # terminates: every retry has fewer damaged entries
 
     def prefill_blocks(self, keys: Sequence[BlockKey]) -> int:
         """Compute the blocks that no tier has, for the host and disk tiers. Return how many were computed."""

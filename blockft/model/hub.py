@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: what a base model's card says of it, and pushing an exported folder."""
+"""The Hugging Face Hub: read the metadata of a base model's card, and push an exported folder."""
 
 import re
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _REPO_ID = re.compile(r"[A-Za-z0-9]([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
 
 @dataclass(frozen=True)
 class BaseModel:
-    """What is known of the model that was fine-tuned.
+    """The model that was fine-tuned, as far as its card and folder describe it.
 
     `name` is its Hub id, or the name of its folder; `hub_id` is None if it has none. `metadata` holds licence
     and languages as in the metadata of its model card.
@@ -72,7 +72,7 @@ def push_folder(folder: Path, repo_id: str, *, private: bool = True) -> str:
     The repository is created if it does not exist; an existing one keeps its visibility.
 
     Raises:
-        UserError: the Hub cannot be reached or refuses; the folder stays as it is.
+        UserError: the Hub cannot be reached or rejects the upload; the local folder is unchanged.
     """
     api = HfApi()
     try:

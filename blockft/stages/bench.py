@@ -42,7 +42,8 @@ def bench_agreement(
 ) -> None:
     """Compare answers over cached blocks with the masked forward pass on evenly spaced questions.
 
-    Questions that do not fit into the model are left out and counted, as in `blockft eval`.
+    Questions that do not fit into the model are left out and counted, after trimming if
+    `data.too_long=trim`.
 
     Raises:
         UserError: there are fewer questions than prompts; `out` cannot be written; see `read_questions`,

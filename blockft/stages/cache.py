@@ -277,12 +277,12 @@ def prune_cache(
 ) -> None:
     """Remove entries unused for `older_than`, then the least recently used ones beyond `max_bytes`.
 
-    Both limits apply to the entries of `model`, or to all entries together. A model without a limit loses all
-    its entries.
+    Both limits apply to the entries of `model`, or to all entries together. With `model` and no limit, all
+    its entries are removed.
 
     max_bytes: a size such as 10GB.
     older_than: a duration such as 7d.
-    model: a model's name, or the beginning of its fingerprint.
+    model: a model's name, or the start of its fingerprint.
 
     Raises:
         UserError: there is neither a limit nor a model; there is no such model; a limit cannot be parsed;
@@ -310,7 +310,11 @@ def prune_cache(
 
 
 def _find_models(cache: CacheFolder, model: str) -> set[str]:
-    """Return the fingerprints of the models with that name, or whose fingerprint begins so."""
+    """Return the fingerprints of the models whose name is `model` or whose fingerprint starts with it.
+
+    Raises:
+        UserError: the cache holds no entries of the model.
+    """
     models = cache.models()
     # every fingerprint begins with the empty text, which an unset shell variable gives: match nothing
     chosen = {

@@ -104,7 +104,10 @@ def _name_reports(paths: Sequence[Path]) -> dict[str, Path]:
 
 
 def _scores(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the scores of each mode, with the groups that repeat another group added."""
+    """Return the scores of each mode.
+
+    Repeated groups are included; they get the scores of the earlier equal group.
+    """
     return {
         mode: groups | {group: groups[earlier] for group, earlier in report.get(REPEATED, {}).items()}
         for mode, groups in report["modes"].items()

@@ -89,7 +89,12 @@ def _formats() -> Iterator[str]:
     yield from _table(
         ("format", "content", "blocks of a prompt", "record"),
         (
-            (f"`{name}`", f"{form.description}", form.blocks, f"`{form.record}`")
+            (
+                f"`{name}`",
+                form.description,
+                form.blocks,
+                " or ".join(f"`{shape}`" for shape in form.record_shapes),
+            )
             for name, form in SOURCE_FORMATS.items()
         ),
     )

@@ -14,8 +14,8 @@ from blockft.errors import UserError
 def check_wording(prompt: PromptSettings) -> None:
     """Refuse a wording with which the same document would not always become the same block.
 
-    Only `prepare` checks this: a model that was trained on such a wording can still be asked in it, if its
-    chat template keeps it.
+    Only `prepare` checks this: a model that was trained with such a wording can still use it if its chat
+    template leaves it unchanged.
 
     Raises:
         UserError: no text stands before the documents, or a document ends in white space.
@@ -48,7 +48,7 @@ def check_copies(data: DataSettings) -> None:
 
 
 def settings_without_effect(data: DataSettings) -> list[str]:
-    """Return one sentence for every changed setting that does nothing with the sources at hand."""
+    """Return one sentence for every changed setting that has no effect on `data.sources`."""
     has_questions = any(SOURCE_FORMATS[source.format].parse_question for source in data.sources)
     splits = any(source.format in SPLIT_FORMATS for source in data.sources)
     searches = any(source.retriever is Retriever.dense for source in data.sources)
@@ -56,7 +56,7 @@ def settings_without_effect(data: DataSettings) -> list[str]:
     for key in _changed_settings(data):
         section, _, name = key.rpartition(".")
         if section == "data.prompt" or key in ("data.num_documents", "data.order"):
-            has_effect, reason = has_questions, "all of them have their documents in place"
+            has_effect, reason = has_questions, "all of them already contain their documents"
         elif section == "data.splitting":
             has_effect, reason = splits, "none of them has chats or instructions to split"
         elif name == "dense_model":

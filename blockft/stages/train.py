@@ -264,7 +264,7 @@ def _check_prepared(recipe: Recipe, prepared: PreparedData, tokenizer: PreTraine
         load_config(settings.teacher)
         if prepared.manifest["tokenizer"] != tokenizer_fingerprint(load_tokenizer(settings.teacher)):
             raise UserError(
-                f"train.teacher {settings.teacher} has another tokenizer than {recipe.model.path}"
+                f"train.teacher {settings.teacher} and {recipe.model.path} have different tokenizers"
             )
     if (longest := max(map(len, prepared.examples))) > data.row_len:
         raise UserError(

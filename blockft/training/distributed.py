@@ -99,7 +99,7 @@ def check_ranks(run: Path, run_signature: dict[str, Any]) -> None:
     for name, expected in signatures[0].items():
         if different := [i for i in range(num_processes) if signatures[i].get(name) != expected]:
             raise UserError(
-                f"rank {different[0]} has another {name} than rank 0: every host must start the same command "
+                f"rank {different[0]} and rank 0 differ in {name}: every host must start the same command "
                 "in a directory with the same files"
             )
     token = [secrets.token_hex(8)]

@@ -27,8 +27,8 @@ ZERO_STAGE = "ZeRO stage"
 WEIGHT_DTYPE = "dtype of the weights"
 """Entry of a run signature."""
 
-TEACHER_FINGERPRINT = "model as train.teacher"
-"""Entry of a run signature that is known only after the teacher was loaded: its fingerprint."""
+TEACHER_FINGERPRINT = "fingerprint of train.teacher"
+"""Entry of a run signature that is known only after the teacher was loaded."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class RunPlan:
     backend        the attention backend: sdpa or flex
     dtype          of weights and activations
     deepspeed      the DeepSpeed config
-    run_signature  what a resumed run must match, by a name for messages
+    run_signature  values that a resumed run must match; the keys appear in error messages
     """
 
     rows: RowDataset
@@ -129,8 +129,10 @@ def zero_stage(deepspeed: Mapping[str, Any]) -> int:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises:
-    UserError: transformers does not know one of the trackers.
+    """Check that transformers knows every tracker in `names`.
+
+    Raises:
+        UserError: transformers does not know one of the trackers.
     """
     try:
         get_reporting_integration_callbacks([name for name in names if name not in ("none", "all")])
@@ -156,7 +158,7 @@ def check_run_signature(
     for name in dict.fromkeys((*found, *run_signature)):
         if found.get(name) != run_signature.get(name) and name not in ignore:
             raise UserError(
-                f"{checkpoint} was trained with another {name} ({found.get(name)}) than this recipe gives "
-                f"({run_signature.get(name)}): resume with the recipe that the run was started with, or "
+                f"{checkpoint} was trained with {name} = {found.get(name)}, but this recipe gives "
+                f"{run_signature.get(name)}: resume with the recipe that the run was started with, or "
                 "start a new run"
             )

@@ -80,8 +80,8 @@ class RunCallback(TrainerCallback):
     ) -> None:
         """Decide whether to log, evaluate, save and stop; all ranks decide alike if one received a signal.
 
-        A step that is saved on schedule is logged, so that a loss that is not finite never enters a
-        checkpoint, and evaluated. A stop saves time: an evaluation that is due happens when the run resumes.
+        A scheduled save also logs and evaluates the step. Logging rejects non-finite losses before saving.
+        On a stop, a due evaluation is postponed until the run resumes.
 
         Raises:
             UserError: the run is stopped and its loss is not finite.
@@ -105,15 +105,17 @@ class RunCallback(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **passed: Any
     ) -> None:
-        """Raises:
-        UserError: the loss or the gradient is not finite; the last complete checkpoint is not touched.
+        """Append the logged values to `metrics.jsonl`, after checking that they are finite.
+
+        Raises:
+            UserError: the loss or the gradient is not finite; the last complete checkpoint is not touched.
         """
         logs: dict[str, float] = passed["logs"]
         if self._has_eval_rows and any(name.startswith(EVAL_LOSS_PREFIX) for name in logs):
             self._log_eval(state, logs)
         if "loss" not in logs:
             return
-        # DeepSpeed skips steps with an infinite gradient; under ZeRO-0 the Trainer knows no norm
+        # DeepSpeed skips steps with an infinite gradient; under ZeRO-0 the Trainer has no gradient norm
         names = ("loss", "grad_norm", "learning_rate")
         values: dict[str, float] = {name: logs[name] for name in names if name in logs}
         _check_finite(values, state.global_step)
@@ -181,8 +183,10 @@ class RunCallback(TrainerCallback):
 
 
 def _check_finite(values: dict[str, float], step: int) -> None:
-    """Raises:
-    UserError: one of the values is not finite.
+    """Check that all values are finite.
+
+    Raises:
+        UserError: one of the values is not finite.
     """
     for name, value in values.items():
         if not math.isfinite(value):

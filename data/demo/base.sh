@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Trains the demo's base model from nothing, with full attention alone, in four stages that begin where the last one ended.
-# Run at the top of the project; the folder out/demo-base, which the recipe names, is begun afresh. The model is its train-model.
+# Train the demo's base model from random weights, with full attention only, in four stages. Each stage starts
+# from the model of the stage before. Run it in the root folder of the project. It replaces the folder
+# out/demo-base, which the recipe names; the base model is out/demo-base/train-model.
 set -euo pipefail
 out=out/demo-base
 rm -rf "$out" && mkdir -p "$out"

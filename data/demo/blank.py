@@ -1,8 +1,8 @@
-"""Writes the demo's model before any training: the shape of a tiny Llama, and a tokenizer for its world.
+"""Write the demo's model before training: the config of a tiny Llama, and a tokenizer for the demo's texts.
 
-The tokenizer is byte-level BPE, so it encodes any text. It cuts text into capitalised words and what lies
-between them: every name is one token wherever it stands, and so is " is " or "The mayor of ". Its merges are
-built from the world's own pieces.
+The tokenizer is byte-level BPE, so it encodes any text. It splits text into capitalised words and the
+text between them: every name is one token at any place, and so is " is " or " mayor of ". The merges are
+built from the texts of the demo.
 
     python blank.py OUT_FOLDER
 """
@@ -17,7 +17,7 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 from world import ATTRIBUTES, ENDINGS, INSTRUCTION, NAMES, ONSETS, VOWELS, pairs, scene
 
 SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
-CUT = Regex(r"[A-Z][a-z]*|[^A-Z]+")
+WORD_PATTERN = Regex(r"[A-Z][a-z]*|[^A-Z]+")
 TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
     "{% if message.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
@@ -36,16 +36,16 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     syllables = [*ENDINGS.values(), *(onset + vowel for onset in ONSETS for vowel in VOWELS)]
     pieces = [*syllables, *map(str.capitalize, syllables), *texts]
 
-    cut = pre_tokenizers.Sequence(
+    pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(CUT, "isolated"),
+            pre_tokenizers.Split(WORD_PATTERN, "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
     merges: dict[tuple[str, str], None] = {}
-    words = dict.fromkeys(word for piece in pieces for word, _ in cut.pre_tokenize_str(piece))
+    words = dict.fromkeys(word for piece in pieces for word, _ in pre_tokenizer.pre_tokenize_str(piece))
     for word in words:
         parts = [token.value for token in BPE(vocab=vocab, merges=list(merges)).tokenize(word)]
         while len(parts) > 1:
@@ -53,7 +53,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
             parts[:2] = [parts[0] + parts[1]]
             vocab.setdefault(parts[0], len(vocab))
     backend = Tokenizer(BPE(vocab=vocab, merges=list(merges)))
-    backend.pre_tokenizer, backend.decoder = cut, decoders.ByteLevel()
+    backend.pre_tokenizer, backend.decoder = pre_tokenizer, decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<|pad|>",

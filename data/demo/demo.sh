@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The demo: a tiny model that reads with full attention loses its way under the block mask, and wins it back.
-# Run at the top of the project; the folder out/demo, which the recipe names, is begun afresh.
+# The demo: fine-tune a tiny model, trained with full attention, so that it answers in block mode as well.
+# Run it in the root folder of the project. It replaces the folder out/demo, which the recipe names.
 set -euo pipefail
 out=out/demo
 step() { printf '\n== %s\n' "$*"; }
@@ -8,9 +8,9 @@ rm -rf "$out" && mkdir -p "$out"
 
 step "an invented world: documents, and questions that only the right documents answer"
 python data/demo/world.py "$out/world" --scenes 1500
-step "the base model, trained with full attention alone, on held-out questions"
+step "the base model, trained only with full attention, on held-out questions"
 blockft eval data/demo/model demo eval.output_dir=out/demo/before
-step "block fine-tuning, both views, under DeepSpeed"
+step "block fine-tuning in both modes, under DeepSpeed"
 blockft prepare demo
 blockft train demo
 step "export, and the same questions again"

@@ -99,16 +99,16 @@ def main(out: Path, results: Path) -> None:
 
 
 def _hits(path: Path) -> list[tuple[str, float]]:
-    """Each question and its score, in the order of the file: a question may be asked twice."""
+    """Return each question and its score, in the order of the file. A question may occur twice."""
     lines = (json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line)
     return [(f"{line['groups'][0]} {line['id']}", 100 * line["scores"][METRIC]) for line in lines]
 
 
 def _difference(hits: list[tuple[str, float]], reference: list[tuple[str, float]]) -> dict[str, Any]:
-    """What a row scores above the reference, with the interval over pairs of answers to one question."""
+    """Return the mean difference of a row to the reference, with its interval over pairs of answers."""
     assert [q for q, _ in hits] == [q for q, _ in reference], "the evaluations asked different questions"
-    apart = [score - other for (_, score), (_, other) in zip(hits, reference, strict=True)]
-    return {METRIC: statistics.fmean(apart), INTERVALS: {METRIC: bootstrap_interval(apart)}}
+    differences = [score - other for (_, score), (_, other) in zip(hits, reference, strict=True)]
+    return {METRIC: statistics.fmean(differences), INTERVALS: {METRIC: bootstrap_interval(differences)}}
 
 
 def _run(run: Path) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def test_one_process_and_one_per_core_are_measured(
     assert "examples/s" in table and "split into blocks" not in table
 
 
-def test_different_data_are_an_error(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_different_content_hashes_raise(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     figures = {"seconds": 1.0, "examples": 1, "tokens": 1}
     monkeypatch.setattr(

@@ -64,7 +64,8 @@ def test_every_format_is_described_and_parses_either_questions_or_samples() -> N
     for source_format in SOURCE_FORMATS.values():
         assert (source_format.parse_question is None) != (source_format.parse_samples is None)
         assert source_format.description.endswith(".") and ". " not in source_format.description
-        assert source_format.blocks and source_format.record.startswith("{")
+        assert source_format.blocks and source_format.record_shapes
+        assert all(shape.startswith("{") and shape.endswith("}") for shape in source_format.record_shapes)
 
 
 def test_parquet_gives_the_same_samples(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Requests from several threads and streams at once get the answers that they get alone."""
+"""Concurrent requests and interleaved streams match sequential requests."""
 
 import random
 from collections.abc import Generator
@@ -61,7 +61,7 @@ def finish(pieces: Generator[str, None, Answer]) -> Ids:
 
 @pytest.mark.parametrize("num_threads", [2, 5])
 @pytest.mark.parametrize("cache", [options(), TIGHT], ids=["roomy", "tight"])
-def test_threads_get_the_answers_that_they_get_alone(
+def test_concurrent_requests_match_sequential(
     toy_model: Path,
     rotate: Rotate,
     cache: Any,
@@ -82,7 +82,7 @@ def test_threads_get_the_answers_that_they_get_alone(
     assert got == expected_ids * 3
 
 
-def test_threads_may_use_a_new_engine_at_once(toy_model: Path, rotate: Rotate) -> None:
+def test_concurrent_first_requests_match_sequential(toy_model: Path, rotate: Rotate) -> None:
     """The first requests modify the tokenizer."""
     records = [{"documents": [f"The {i} barks."], "question": f"Who is {i}?"} for i in range(12)]
     alone = load_endless(toy_model, rotate)
@@ -100,7 +100,7 @@ def test_threads_may_use_a_new_engine_at_once(toy_model: Path, rotate: Rotate) -
 
 @pytest.mark.parametrize("cache", [options(), TIGHT], ids=["roomy", "tight"])
 @pytest.mark.parametrize("sampled", [{}, {"temperature": 5.0, "top_p": 0.95, "seed": 3}])
-def test_interleaved_streams_get_their_answers(
+def test_interleaved_streams_match_separate_streams(
     toy_model: Path, rotate: Rotate, cache: Any, sampled: dict[str, Any]
 ) -> None:
     engine, alone = (load_endless(toy_model, rotate, cache) for _ in range(2))
@@ -118,11 +118,11 @@ def test_interleaved_streams_get_their_answers(
     assert between == ask(alone).ids
 
 
-def test_an_unfinished_stream_blocks_no_other_request(toy_model: Path, rotate: Rotate) -> None:
+def test_an_unfinished_stream_does_not_delay_other_requests(toy_model: Path, rotate: Rotate) -> None:
     engine = load_endless(toy_model, rotate)
     stream = engine.stream_ids(LARGER, max_new_tokens=NUM_NEW)
     next(stream)
-    with ThreadPoolExecutor(1) as pool:  # also not requests of another thread
+    with ThreadPoolExecutor(1) as pool:  # nor a request from another thread
         assert pool.submit(ask, engine).result(timeout=60).ids == ask(engine).ids
     assert finish(stream) == greedy(engine.model, LARGER, NUM_NEW)
 

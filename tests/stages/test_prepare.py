@@ -111,7 +111,7 @@ def test_copies_of_records_without_ids_equal_those_of_other_seeds(make_recipe: M
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        # samples have their documents in place, so no order applies
+        # samples already contain their documents, so no order applies
         ({"num_copies": 2, "order": Order.shuffled}, "all copies would be the same"),
     ],
 )
@@ -125,9 +125,13 @@ def test_copies_that_would_be_the_same_are_refused(
 @pytest.mark.parametrize(
     ("options", "key", "reason"),
     [
-        ({"num_documents": 2}, "data.num_documents", "documents in place"),
-        ({"order": Order.given}, "data.order", "documents in place"),
-        ({"prompt": PromptSettings(question="{question}")}, "data.prompt.question", "documents in place"),
+        ({"num_documents": 2}, "data.num_documents", "already contain their documents"),
+        ({"order": Order.given}, "data.order", "already contain their documents"),
+        (
+            {"prompt": PromptSettings(question="{question}")},
+            "data.prompt.question",
+            "already contain their documents",
+        ),
         ({"max_questions_per_context": 2}, "data.max_questions_per_context", "shared_context is false"),
         ({"splitting": SplittingSettings(max_blocks=2)}, "data.splitting.max_blocks", "chats"),
         ({"dense_model": "other/model"}, "data.dense_model", "retriever: dense"),

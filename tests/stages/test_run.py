@@ -67,7 +67,7 @@ def test_two_ranks_started_by_the_command_line_give_the_losses_of_one(toy: Path)
 
 
 def test_a_resumed_run_gives_the_losses_of_one_never_stopped(toy: Path) -> None:
-    """As after a kill: the newest checkpoint has no marker, and the last metrics line is cut off."""
+    """As after a kill: the newest checkpoint has no marker, and the last metrics line is incomplete."""
     run, options = toy / "again", ["train.save_steps=2"]
     train(toy / "recipe.yaml", run, *options)
     assert logged(run) == logged(toy / "run")
@@ -119,7 +119,7 @@ def test_a_run_with_local_positions_says_so_in_its_export(toy: Path) -> None:
     entry = json.loads((out / "config.json").read_text())["block_attention"]
     assert entry["position_scheme"] == "local"
     done = blockft("train", toy / "recipe.yaml", f"train.output_dir={run}", "train.max_steps=2", "--resume")
-    assert done.returncode == 2 and "another data.positions (local)" in done.stderr
+    assert done.returncode == 2 and "trained with data.positions = local, but" in done.stderr
 
 
 def test_a_16_bit_export_is_within_its_tolerance(toy: Path) -> None:
@@ -186,9 +186,9 @@ def test_an_unknown_type_or_shard_size_is_refused(toy: Path) -> None:
         (("train.output_dir={toy}/other", "train.deepspeed=zero9"), "zero2"),
         (("train.output_dir={toy}/other", "data.output_dir={toy}/nothing"), "blockft prepare"),
         (("train.output_dir={toy}/other", "train.batch_rows=3", "--num-gpus", "2"), "multiple of 2"),
-        (("model.path={toy}/wide", "--resume"), "another model"),
-        (("train.batch_rows=2", "--resume"), "another train.batch_rows"),
-        (("train.num_eval_examples=3", "--resume"), "another train.num_eval_examples"),
+        (("model.path={toy}/wide", "--resume"), "trained with model = "),
+        (("train.batch_rows=2", "--resume"), "trained with train.batch_rows = "),
+        (("train.num_eval_examples=3", "--resume"), "trained with train.num_eval_examples = "),
         (("train.output_dir={toy}/other", "data.row_len=10"), "example of"),
         (("train.output_dir={toy}/other", "model.path=data/demo/model"), "tokenizer"),
         (("train.output_dir={toy}/other", "train.lr_scheduler_type=foo"), "foo"),

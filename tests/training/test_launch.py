@@ -49,7 +49,7 @@ def two_ranks(toy: Path) -> list[float]:
 
 
 @pytest.mark.slow  # two hosts start eight interpreters
-def test_hosts_that_are_started_one_by_one_give_the_losses_of_two_ranks(
+def test_manually_started_hosts_match_single_host_losses(
     toy: Path, two_ranks: list[float], hostfile: Path
 ) -> None:
     arguments, port = ("blockft", "train", toy / "recipe.yaml", f"train.output_dir={toy}/nodes"), free_port()
@@ -76,7 +76,7 @@ def check_agreement(runs: Sequence[Path], data: Sequence[str]) -> None:
     ("folders", "data", "message"),
     [
         (("a", "a"), ("x", "x"), None),
-        (("a", "a"), ("x", "y"), "rank 1 has another data than rank 0"),
+        (("a", "a"), ("x", "y"), "rank 1 and rank 0 differ in data"),
         (("a", "b"), ("x", "x"), "rank 1 does not see the files that rank 0 writes"),
     ],
 )
@@ -250,7 +250,7 @@ def test_sigterm_lets_all_hosts_save_and_the_run_resumes(toy: Path, two_hosts: H
 @pytest.mark.slow  # two hosts start six interpreters
 @two_hosts_only
 @pytest.mark.parametrize("when", ["before the first step", "while training"])
-def test_a_host_that_fails_ends_the_other(toy: Path, two_hosts: Hosts, when: str) -> None:
+def test_failed_host_terminates_other_host(toy: Path, two_hosts: Hosts, when: str) -> None:
     run = toy / f"killed-{when.split()[0]}"
     settings = ("train.num_train_epochs=3000", "train.save_steps=1000000")
     launcher = start_over_pdsh(two_hosts, toy / "recipe.yaml", f"train.output_dir={run}", *settings)
