@@ -1,4 +1,4 @@
-"""`python -m blockft`, which is also how the deepspeed launcher starts its workers."""
+"""`python -m blockft`: the command line; the deepspeed launcher starts its workers with it."""
 
 from blockft.cli import main
 

@@ -1,4 +1,4 @@
-"""What a user is told on stderr: an error in one sentence, or a warning in one line."""
+"""Messages for users on stderr: an error in one sentence, or a warning in one line."""
 
 import os
 import sys

@@ -57,7 +57,7 @@ def test_type_checkers_see_where_every_name_comes_from() -> None:
     assert (Path(blockft.__file__).parent / "py.typed").is_file()
 
 
-def test_an_unknown_name_is_an_attribute_error() -> None:
+def test_an_unknown_name_raises_attribute_error() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'evalute'"):
         _ = blockft.evalute  # type: ignore[attr-defined]
 

@@ -208,7 +208,7 @@ def test_every_recipe_in_a_readme_is_valid(path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(("path", "code"), PYTHON, ids=name_of)
-def test_the_python_examples_call_the_api_as_it_is(path: Path, code: str) -> None:
+def test_python_examples_match_api_signatures(path: Path, code: str) -> None:
     """Every call of a name of `blockft` has arguments that its signature accepts."""
     calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
     checked = 0

@@ -1,4 +1,4 @@
-"""What attention reads from the block cache: which chunks each prompt uses, and how far its queries rotate.
+"""Inputs of attention over cached blocks: the chunks of each prompt, and the rotation of its queries.
 
 Shapes: B prompts, N chunks of a prompt's context, P Triton programs per prompt, T query tokens, H query
 heads, D head size, R rotated dimensions of a head (R <= D).

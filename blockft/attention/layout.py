@@ -1,4 +1,4 @@
-"""The layout of an example in blocks, and the per-token metadata that takes layouts to the device.
+"""The block layout of an example, and the per-token metadata that masks are built from.
 
 Shapes: B rows of a batch, T tokens of a row.
 """

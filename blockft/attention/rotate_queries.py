@@ -1,4 +1,4 @@
-"""Attention over cached blocks by rotating queries: cached keys stay in place, queries rotate to each block.
+"""Attention over cached blocks that rotates queries: cached keys stay unchanged, queries rotate per block.
 
 For a block at offset d, with R the rotation of RoPE,
 

@@ -1,1 +1,1 @@
-"""Benchmarks, one module each; `measurement` and `benchmark_model` hold what they share."""
+"""Benchmarks, one module each; `measurement` and `benchmark_model` hold their shared code."""

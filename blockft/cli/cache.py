@@ -1,4 +1,4 @@
-"""`blockft cache`: commands for the folder that keeps blocks for later processes."""
+"""`blockft cache`: commands for the folder of a block cache."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""The top-level commands. Each one imports what it needs when it is called, so that `--help` is fast."""
+"""The top-level commands. Each command imports its stage when it is called, so that `--help` is fast."""
 
 import os
 from pathlib import Path

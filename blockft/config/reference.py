@@ -1,4 +1,4 @@
-"""Description of all settings, derived from the pydantic models: JSON Schema, tables for people, Markdown."""
+"""Describe all settings, derived from the pydantic models, as JSON Schema and as sections of tables."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Files of a source: how a path, glob or folder is resolved, and how a file of JSON is opened."""
+"""Files of a source: resolve a path, glob or folder, and open JSON files."""
 
 import codecs
 import glob

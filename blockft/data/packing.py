@@ -1,4 +1,4 @@
-"""Packing: which examples are trained on together in a row of fixed length, and in which mode."""
+"""Packing: assign examples, each in a mode, to rows of a fixed length."""
 
 import random
 from bisect import bisect_left, insort

@@ -1,4 +1,4 @@
-"""RAG prompts: how a question and its documents become the messages of a prompt, one block per document."""
+"""RAG prompts: build the messages of a prompt from a question and its documents, one block per document."""
 
 import hashlib
 import random

@@ -1,4 +1,4 @@
-"""Sources: the formats that blockft reads, and how the files of a source become samples."""
+"""Sources: the table of formats, and reading the records of a source as samples."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator

@@ -1,4 +1,4 @@
-"""How answers are scored: SQuAD's exact match and F1, the paper's substring match, and whole-word match."""
+"""Score answers: SQuAD's exact match and F1, the paper's substring match, and whole-word match."""
 
 import re
 import string

@@ -1,4 +1,4 @@
-"""Sampling: choosing the next token of every prompt of a batch, independent of the other prompts.
+"""Sampling: choose the next token of every prompt of a batch, independently of the other prompts.
 
 Shapes: B prompts of a batch, V tokens of the vocabulary.
 """

@@ -1,4 +1,4 @@
-"""Streaming of text: the pieces of an answer as they become certain, up to a stop string."""
+"""Streaming of text: yield the pieces of an answer that later tokens cannot change, up to a stop string."""
 
 import re
 from collections.abc import Sequence

@@ -1,1 +1,1 @@
-"""Models: opening them, adapters, checkpoints, fingerprints, and the masked forward pass."""
+"""Models: loading, adapters, checkpoints, fingerprints, and the masked forward pass."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: which are complete, which is the best, and the reference logits stored in each.
+"""Checkpoints of a run: mark and find complete ones, choose the best one, and store reference logits.
 
 Tensor suffixes: T tokens of the reference text, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""Opening models, configurations and tokenizers, from folders and from the Hub."""
+"""Load models, configurations and tokenizers from folders and from the Hub."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Low-rank adapters of peft: adding one for training, loading one from a checkpoint, merging one."""
+"""Low-rank adapters of peft: add one for training, load one from a checkpoint, or merge one."""
 
 import warnings
 from collections.abc import Mapping

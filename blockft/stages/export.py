@@ -1,4 +1,4 @@
-"""`blockft export`: an ordinary Hugging Face model folder, checked against the run before it appears."""
+"""`blockft export`: write a plain Hugging Face model folder after checking it against the run."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The text of `recipes/README.md`: how recipes work, the formats of sources, and every setting."""
+"""Build the text of `recipes/README.md`: how recipes work, the formats of sources, and every setting."""
 
 from collections.abc import Iterator
 

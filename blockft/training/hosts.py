@@ -1,4 +1,4 @@
-"""The hosts of a run: reading a hostfile, checking its options, and reaching the hosts through pdsh."""
+"""The hosts of a run: read a hostfile, check its options, and reach the hosts through pdsh."""
 
 import os
 import re

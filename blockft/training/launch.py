@@ -1,4 +1,4 @@
-"""Starting the processes of a run with the `deepspeed` launcher, and stopping them together."""
+"""Start the processes of a run with the `deepspeed` launcher, and stop them together."""
 
 import os
 import signal

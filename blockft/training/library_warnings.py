@@ -1,4 +1,4 @@
-"""Warnings of libraries that do not concern a user of blockft, silenced one by one."""
+"""Silence the warnings of libraries that do not concern a user of blockft, each by its own rule."""
 
 import logging
 import warnings

@@ -1,4 +1,4 @@
-"""Learning rate schedules: checking the recipe's, and resuming under a schedule that was changed."""
+"""Learning rate schedules: check the recipe's schedule, and resume with a changed schedule."""
 
 from typing import Any
 

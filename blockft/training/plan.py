@@ -1,4 +1,4 @@
-"""What a run will do: its rows and steps, how they are computed, and what must match when it resumes."""
+"""The plan of a run: its rows and steps, how they are computed, and its run signature."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""What a run writes to its folder while it trains: metrics and complete checkpoints, also on a stop."""
+"""Write metrics and complete checkpoints to the folder of a run, and save and stop on a signal."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Resuming with another number of processes, through a temporary universal checkpoint."""
+"""Resume with another number of processes, through a temporary universal checkpoint."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a run adds to Weights & Biases beside the metrics that transformers logs."""
+"""Report a run to Weights & Biases, in addition to the metrics that transformers logs."""
 
 import os
 from pathlib import Path

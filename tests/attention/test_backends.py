@@ -138,7 +138,7 @@ def test_questions_that_share_a_context_have_the_logits_of_separate_questions() 
 
 
 @pytest.mark.parametrize("attention", ["block_sdpa", "block_flex"])
-def test_missing_block_masks_are_an_error(attention: str) -> None:
+def test_missing_block_masks_raise(attention: str) -> None:
     model = build_model("llama", attention)
     ids = random_ids(random.Random(0), 8)[None]
     with pytest.raises(ValueError, match="block_masks"):
@@ -147,7 +147,7 @@ def test_missing_block_masks_are_an_error(attention: str) -> None:
         model(input_ids=ids, block_mask=AttentionMasks(build_metadata([Layout((8,))])))
 
 
-def test_masks_of_another_length_are_an_error() -> None:
+def test_masks_of_another_length_raise() -> None:
     model, masks = build_model("llama"), AttentionMasks(build_metadata([Layout((7,))]))
     with pytest.raises(ValueError, match="describe"):
         model(input_ids=random_ids(random.Random(0), 8)[None], block_masks=masks)

@@ -39,7 +39,7 @@ def test_every_variant_computes_the_same_loss(tmp_path: Path, capsys: pytest.Cap
     assert "packed row" in capsys.readouterr().out
 
 
-def test_a_different_loss_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_different_losses_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     collate = benchmark.collate_row
 
     def wrong(examples: Any, row_len: int, pad_id: int) -> dict[str, torch.Tensor]:
@@ -51,7 +51,7 @@ def test_a_different_loss_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         bench_train("tiny", **ARGUMENTS)
 
 
-def test_a_loss_of_nan_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_nan_loss_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     loss = benchmark.label_loss
     monkeypatch.setattr(benchmark, "label_loss", lambda *arguments: loss(*arguments) * float("nan"))
     with pytest.raises(RuntimeError, match="loss is nan"):

@@ -403,7 +403,7 @@ def test_a_wording_that_changes_document_blocks_is_refused(make_recipe: Make) ->
         prepare(make_recipe(prompt=PromptSettings(document="{title}\n{text}\n\n")))
 
 
-def test_names_with_brackets_are_printed_as_they_are(
+def test_names_with_brackets_are_printed_unchanged(
     make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """rich would read [red] as a colour."""

@@ -239,7 +239,7 @@ def test_the_command_line_passes_sigterm_on_to_its_ranks(train_once: TrainOnce, 
     check_stopped_run_resumes(run, process.returncode, train_once(3, False))
 
 
-def test_a_finished_run_is_left_as_it_is_and_a_run_without_a_checkpoint_starts_again(folder: Path) -> None:
+def test_a_finished_run_is_unchanged_and_a_run_without_a_checkpoint_starts_again(folder: Path) -> None:
     run = folder / "early"
     train(run, "train.max_steps=3", num_ranks=1)
     lines = read_metrics(run)

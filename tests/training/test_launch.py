@@ -210,7 +210,7 @@ def wait_for_two_steps(run: Path, launcher: subprocess.Popen[str]) -> None:
 @pytest.mark.slow  # two hosts start six interpreters
 @two_hosts_only
 @pytest.mark.parametrize("launcher", ["blockft", "deepspeed"])
-def test_two_hosts_over_pdsh_give_the_losses_of_two_ranks(
+def test_two_hosts_over_pdsh_match_single_host_losses(
     toy: Path, two_ranks: list[float], two_hosts: Hosts, launcher: str
 ) -> None:
     run = toy / f"by {launcher}, 100%h [a] $HOME" if launcher == "blockft" else toy / "by-deepspeed"
@@ -274,7 +274,7 @@ def test_failed_host_terminates_other_host(toy: Path, two_hosts: Hosts, when: st
 
 
 @pytest.mark.slow  # two interpreters start
-def test_the_slurm_script_gives_the_losses_of_two_ranks(
+def test_the_slurm_script_matches_single_host_losses(
     toy: Path, two_ranks: list[float], tmp_path: Path
 ) -> None:
     environment = fake_slurm(tmp_path, f'exec {sys.executable} -m blockft "$@"')
