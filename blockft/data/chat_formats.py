@@ -59,7 +59,9 @@ def parse_messages_record(record: Any, default_id: str) -> Iterator[Sample]:
     turns = [_parse_turn(message, f"field '{name}[{i}]") for i, message in enumerate(messages)]
     system = _optional_text(record, "system")
     if turns[0].role == "system":
-        check_field(not system, "field 'system'", system, "be absent beside a system message")
+        check_field(
+            not system, "field 'system'", system, "be absent if the first message is a system message"
+        )
         system, turns = turns[0].text, turns[1:]
     return _samples_of_chat(record, default_id, "messages", system, turns)
 

@@ -73,7 +73,7 @@ class JsonStream:
             try:
                 value, end = self._json.raw_decode(self._text, self._position)
             except json.JSONDecodeError as error:
-                # a value that the window cuts off fails near the window's end, or in an unterminated string
+                # a value that the window truncates fails near the window's end, or in an unterminated string
                 is_cut_off = error.msg.startswith("Unterminated string") or error.pos > len(self._text) - 16
                 if self._is_at_end or not is_cut_off:
                     self.fail(f"not JSON ({error.msg})")

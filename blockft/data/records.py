@@ -82,7 +82,9 @@ def read_hub(path: str, split: str | None, name: str | None = None) -> Iterator[
     import datasets
 
     if split is None:
-        raise UserError(f"source {path} does not exist here; for a dataset on the Hub name its split, too")
+        raise UserError(
+            f"source {path} does not exist here; for a dataset on the Hub, name its split as well"
+        )
     try:
         records = iter(datasets.load_dataset(path, name, split=split, streaming=True))
         record = next(records, None)

@@ -97,7 +97,12 @@ def _parse_chat(value: Any) -> tuple[Message, ...]:
     check_field(is_list(value) and bool(value), "field 'messages'", value, "be a list of messages")
     last, role_name = value[-1], f"field 'messages[{len(value) - 1}].role'"
     if isinstance(last, Mapping) and "role" in last:
-        check_field(last["role"] == "user", role_name, last["role"], "be user: the last message asks")
+        check_field(
+            last["role"] == "user",
+            role_name,
+            last["role"],
+            "be user, because the last message is the question",
+        )
     return parse_messages(
         [_with_content_list(message, f"field 'messages[{i}]") for i, message in enumerate(value)]
     )
@@ -130,6 +135,6 @@ def _merge_meta(request_meta: Any, document_meta: dict[str, Any]) -> dict[str, A
             name not in request_meta,
             f"field 'meta.{name}'",
             request_meta.get(name),
-            "be absent beside 'documents'",
+            "be absent if there is a field 'documents'",
         )
     return {**request_meta, **document_meta}

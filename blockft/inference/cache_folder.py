@@ -5,7 +5,7 @@
     format.json                         the name and version of the format
     .lock                               locked while entries are added or removed; contains their total size
     .tmp/                               files that are being written, each locked by its writer
-    <fingerprint>/model.json            the model of the entries beside it
+    <fingerprint>/model.json            the model of the entries in this folder
     <fingerprint>/<digest>.safetensors  an entry
 
 A file is written under a temporary name and then renamed, so that readers see complete files only. The

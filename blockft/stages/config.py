@@ -27,7 +27,7 @@ def print_config(
     markdown: print the file `recipes/README.md`.
 
     Raises:
-        UserError: more than one thing is asked for; see `load_recipe`.
+        UserError: more than one output is requested; see `load_recipe`.
     """
     if schema + markdown + (recipe is not None) > 1 or (as_json and (schema or markdown)):
         raise UserError("blockft config prints one thing: give a RECIPE, --schema or --markdown")

@@ -126,7 +126,7 @@ def _parse_dtype(name: str, run_dtype: torch.dtype) -> torch.dtype:
 
 
 def _save_adapter(folder: Path, checkpoint: Path, recipe: Recipe, dtype: torch.dtype) -> None:
-    """Write the adapter of a run, its `block_attention` entry beside it."""
+    """Write the adapter of a run, and its `block_attention` entry as a file of its own."""
     base = _build_empty_model(checkpoint, recipe, dtype)
     adapter = load_adapter(base, checkpoint, consolidate_weights(checkpoint, dtype))
     adapter.save_pretrained(str(folder))

@@ -272,7 +272,7 @@ def _format_dropped(dropped: dict[str, int]) -> str:
 
 
 def _append_to_log(out: Path, seconds: float, num_workers: int) -> None:
-    """Record what differs between equal runs beside the folder, whose bytes must be equal."""
+    """Append values that differ between equal runs to a log outside the folder, whose bytes are compared."""
     entry = {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "folder": str(out.absolute()),

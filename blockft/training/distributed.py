@@ -83,7 +83,7 @@ def init_distributed() -> None:
 
 
 def count_gpus(num_gpus: int) -> str:
-    """Return `num_gpus` in words for a message: "1 GPU", "2 GPUs"."""
+    """Return the text for a message: "1 GPU", "2 GPUs"."""
     return f"{num_gpus} GPU" + ("s" if num_gpus != 1 else "")
 
 

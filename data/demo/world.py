@@ -1,11 +1,11 @@
-"""Writes the demo's invented world: documents, and questions that only the right documents answer.
+"""Write the data of the demo: documents about invented towns, and questions that the documents answer.
 
-A scene is a handful of towns, and a document for each fact about them. Facts are drawn anew for every scene,
-so nothing can be known by heart; a held-out scene's set of documents occurs in no training scene. Five files
-of samples, each a step harder:
+A scene is a few towns, and a document for each fact about them. Facts are random in every scene, so a model
+cannot memorise them. The documents of a held-out scene occur together in no training scene. There are five
+files of samples, from easy to hard:
 
-    recall.jsonl    "OremouthKell"; asked for Oremouth, answer OremouthKell: reading, at its simplest
-    pairs.jsonl     the same, and asked "Oremouth?", answer Kell
+    recall.jsonl    document "OremouthKell"; question "Oremouth", response OremouthKell
+    pairs.jsonl     the same, and question "Oremouth?", response Kell
     facts.jsonl     "The mayor of Oremouth is Kell."; two or three towns with a mayor each, or a river
     train.jsonl     three or four towns with a mayor and a river each
     heldout.jsonl   the same with four towns, for evaluation only
@@ -59,7 +59,7 @@ class Question:
 
 
 def names(kind: str) -> list[str]:
-    """The invented names of a kind; the same on every machine."""
+    """Return the invented names of a kind; they are the same on every machine."""
     rng = random.Random(f"names of {kind}")
     found: dict[str, None] = {}
     while len(found) < NUM_NAMES:
@@ -72,7 +72,10 @@ NAMES = {kind: names(kind) for kind in ENDINGS}
 
 
 def pairs(rng: random.Random, short_answers: bool) -> tuple[list[str], list[Question]]:
-    """Two to four towns, each beside its mayor or river; `short_answers` adds questions for those alone."""
+    """Return two to four towns, each joined to its mayor or river, and questions about them.
+
+    `short_answers` adds questions whose answer is only the mayor or river.
+    """
     num_pairs = rng.choice((2, 2, 2, 3, 4))
     towns = rng.sample(NAMES["town"], num_pairs)
     values = rng.sample(NAMES[rng.choice(ATTRIBUTES)], num_pairs)
@@ -86,7 +89,10 @@ def pairs(rng: random.Random, short_answers: bool) -> tuple[list[str], list[Ques
 def scene(
     rng: random.Random, num_towns: int, attributes: tuple[str, ...], sentences: bool
 ) -> tuple[list[str], list[Question]]:
-    """The documents about some towns and a question for each; `sentences` adds ones that want a sentence."""
+    """Return the documents about some towns and a question for each.
+
+    `sentences` adds questions whose response is a sentence.
+    """
     documents, questions = [], []
     for attribute in attributes:
         towns, values = rng.sample(NAMES["town"], num_towns), rng.sample(NAMES[attribute], num_towns)
@@ -100,7 +106,7 @@ def scene(
 
 
 def samples(name: str, documents: list[str], questions: list[Question]) -> Iterator[dict[str, Any]]:
-    """One sample per question; those of a scene hold the same documents in the same order."""
+    """Yield one sample per question; the samples of a scene have the same documents in the same order."""
     for number, question in enumerate(questions):
         yield {
             "id": f"{name}-{number}",

@@ -114,7 +114,7 @@ def test_a_bad_chat_names_the_field(turns: tuple[tuple[str, Any], ...], field: s
         ({"messages": [{"content": "Hi"}]}, "have the key 'role'"),
         ({"conversations": [{"from": "human"}]}, r"'conversations\[0\]'.*have the key 'value'"),
         (tulu(("user", "Hi"), ("assistant", "Yo"), system=3), "'system'"),
-        (tulu(*TURNS, system="Be kind."), "absent beside a system message"),
+        (tulu(*TURNS, system="Be kind."), "absent if the first message is a system message"),
         (
             {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}]},
             r"'messages\[0\].tool_calls'",
