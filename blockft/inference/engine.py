@@ -230,7 +230,7 @@ class Engine:
         stop: Sequence[str] = (),
         trim: bool = False,
     ) -> list[Answer]:
-        """Answer a batch of prompts. Each answer equals that of a batch of one prompt.
+        """Answer a batch of prompts. The other prompts of the batch do not change an answer.
 
         Args:
             prompts: requests with the fields that `generate` takes, or samples, whose responses are ignored.

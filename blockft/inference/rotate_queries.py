@@ -1,4 +1,4 @@
-"""GPU inference path: cached blocks stay in the device tier; the queries are rotated for each block.
+"""Inference path for GPUs: cached blocks stay in the device tier; the queries are rotated for each block.
 
 Shapes: B prompts, T query tokens, N chunks of a prompt's context, L layers, S columns of a final block, K
 key/value heads, D head size.
