@@ -5,6 +5,7 @@ import fcntl
 import glob
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -51,13 +52,14 @@ def atomic_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(out)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=TEMPORARY, dir=out.parent))
+        temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}{TEMPORARY}")
+        temporary.mkdir()
         lock = _lock(temporary)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}") from error
     try:
         yield temporary
-        temporary.chmod(0o755)
+        apply_umask(temporary)
         replaced = temporary.with_name(f"{temporary.name}.old")
         if replace and out.exists():
             out.rename(replaced)
@@ -71,6 +73,17 @@ def atomic_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(lock)
+
+
+def apply_umask(folder: Path) -> None:
+    """Give the files in a folder the permissions that the folder got from the umask.
+
+    safetensors creates files that only their owner can read.
+    """
+    permissions = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(path.stat().st_mode | permissions)
 
 
 @contextmanager

@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from safetensors.numpy import save_file
 
 from blockft.errors import UserError
 from blockft.outputs import (
@@ -48,6 +50,23 @@ def test_a_killed_writer_leaves_nothing_finished_and_the_next_one_cleans_up(tmp_
     assert others.name.startswith(".out.") and (others / "half").exists()
     alive.terminate()
     alive.wait()
+
+
+@pytest.mark.parametrize(("umask", "expected"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_all_files_of_an_atomic_folder_follow_the_umask(tmp_path: Path, umask: int, expected: int) -> None:
+    """Also those of safetensors, which only their owner could read."""
+    out = tmp_path / "out"
+    old = os.umask(umask)
+    try:
+        with atomic_folder(out) as draft:
+            (draft / "inner").mkdir()
+            (draft / "text").write_text("x")
+            save_file({"x": np.zeros(1)}, draft / "inner" / "x.safetensors")
+    finally:
+        os.umask(old)
+    modes = {path.stat().st_mode & 0o777 for path in out.rglob("*") if path.is_file()}
+    assert modes == {expected}
+    assert {path.stat().st_mode & 0o777 for path in (out, out / "inner")} == {0o777 & ~umask}
 
 
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from blockft.attention.layout import Layout
 from blockft.errors import UserError
 from blockft.model.masked_forward import masked_logits
-from blockft.outputs import write_atomic
+from blockft.outputs import apply_umask, write_atomic
 
 MARKER = "complete.json"
 """Completion marker of a checkpoint, written last: a checkpoint without it is incomplete and is ignored."""
@@ -37,7 +37,7 @@ def mark_complete(
     eval_due: bool,
     unlogged: dict[str, Any],
 ) -> None:
-    """Write the completion marker of a checkpoint, or replace it.
+    """Write the completion marker of a checkpoint, or replace it; the files get the umask's permissions.
 
     `run_signature` is what a resumed run must match. `eval_losses` holds the evaluation loss by mode;
     `eval_due` says that the run stopped before the evaluation of this step. `unlogged` describes the steps
@@ -46,6 +46,7 @@ def mark_complete(
     """
     marker = {"step": step, "eval_losses": eval_losses, "eval_due": eval_due, "unlogged": unlogged}
     text = json.dumps({**marker, "run_signature": run_signature}, indent=2)
+    apply_umask(checkpoint)
     write_atomic(checkpoint / MARKER, text + "\n")
 
 
