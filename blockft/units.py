@@ -1,4 +1,4 @@
-"""Sizes and durations as people write them, such as 10GB or 7d."""
+"""Sizes, durations and counts as people write them, such as 10GB, 7d or "1 row"."""
 
 import re
 
@@ -36,6 +36,11 @@ def format_bytes(num_bytes: int) -> str:
             break
         size, unit = size / 1000, larger
     return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+
+
+def format_count(number: int, noun: str, plural: str | None = None) -> str:
+    """Return a number with its noun, such as "1 row" or "1,200 rows"; the default plural ends in s."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def parse_duration(text: str) -> float:

@@ -6,13 +6,14 @@ from typing import Any
 import yaml
 
 from blockft.model.hub import BaseModel
+from blockft.units import format_count
 
 _CARD = """---
 {metadata}---
 # {title}
 
 {base}, fine-tuned for Block-Attention (Ma, Wang, Lan: Block-Attention for Efficient Prefilling, ICLR 2025).
-Written by blockft {version} after {step} steps{loss}.
+Written by blockft {version} after {steps}{loss}.
 
 The keys and values of each document of a prompt can be computed once and reused in every prompt that contains
 the document, at any position. The weights have the usual format: without blockft, the model attends fully.
@@ -93,7 +94,7 @@ def build_model_card(
         base=base.name,
         name=name,
         version=version,
-        step=step,
+        steps=format_count(step, "step"),
         # a run may stop before it logs a loss
         loss=f"; the last logged loss is {losses[-1]:.4f}" if losses else "",
         config_file="block_attention.json" if is_adapter else "config.json",

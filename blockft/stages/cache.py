@@ -27,7 +27,7 @@ from blockft.inference.disk_tier import DiskTier
 from blockft.inference.engine import Engine
 from blockft.progress import progress, track
 from blockft.stages.generate import CacheArguments
-from blockft.units import format_bytes, parse_bytes, parse_duration
+from blockft.units import format_bytes, format_count, parse_bytes, parse_duration
 
 BATCH_DOCUMENTS = 64
 """Documents that are looked up and encoded together."""
@@ -108,15 +108,15 @@ def build_cache(model: str, corpus: Path, cache: CacheArguments) -> None:
                             "then run the same command again to resume"
                         )
                     advance(num_line_bytes)
-    print(f"{len(digests):,} blocks are in {cache.folder}, {num_encoded:,} of them new")
+    print(f"{format_count(len(digests), 'block')} in {cache.folder}, {num_encoded:,} of them new")
     if num_evicted := disk.statistics.entries_evicted:
         if num_missing := len(digests - disk.digests()):
             raise UserError(
                 f"{num_missing:,} of these blocks were evicted again: raise --cache-bytes, then run the same "
                 "command again to resume"
             )
-        remark = f"{num_evicted:,} other blocks were evicted to make room: raise --cache-bytes to keep them"
-        print(remark, file=sys.stderr)
+        evicted = format_count(num_evicted, "other block")
+        print(f"evicted {evicted} to make room: raise --cache-bytes to keep them", file=sys.stderr)
 
 
 def _check_budget(engine: Engine, disk: DiskTier, corpus: Corpus, num_bytes: int, max_bytes: int) -> None:
@@ -208,7 +208,7 @@ def print_cache_stats(folder: Path, *, as_json: bool = False) -> None:
         dates = ((model[name] or "")[:10] for name in ("oldest_use", "latest_use"))
         table.add_row(model["name"], model["fingerprint"][:12], *numbers, *dates)
     Console(markup=False).print(table)
-    print(f"{total['entries']:,} entries, {format_bytes(total['bytes'])}")
+    print(f"{format_count(total['entries'], 'entry', 'entries')}, {format_bytes(total['bytes'])}")
 
 
 def _describe(model: CacheModel, entries: list[EntryInfo]) -> dict[str, Any]:
@@ -251,7 +251,8 @@ def verify_cache(folder: Path, *, remove: bool = False, as_json: bool = False) -
     else:
         for line in damaged:
             print(f"{line['path']}: {line['reason']}")
-        print(f"{len(entries):,} entries, {len(damaged):,} damaged{' and removed' if remove else ''}")
+        checked = format_count(len(entries), "entry", "entries")
+        print(f"{checked}, {len(damaged):,} damaged{' and removed' if remove else ''}")
     if damaged and not remove:
         raise UserError(f"{len(damaged)} of {len(entries)} entries in {folder} are damaged: add --remove")
 
@@ -305,7 +306,8 @@ def prune_cache(
             left_bytes = byte_count.read() or 0
     removed_bytes = format_bytes(sum(entry.num_bytes for entry in removed))
     print(
-        f"{len(removed):,} entries removed, {removed_bytes}; {format_bytes(left_bytes)} are left in {folder}"
+        f"removed {format_count(len(removed), 'entry', 'entries')}, {removed_bytes}; "
+        f"{format_bytes(left_bytes)} are left in {folder}"
     )
 
 

@@ -18,7 +18,10 @@ from blockft.inference.engine import AttentionMode, Engine
 from blockft.inference.runner import CacheOptions
 from blockft.inference.sampling import Sampler
 from blockft.progress import progress
-from blockft.units import parse_bytes
+from blockft.units import format_count, parse_bytes
+
+EMPTY_ANSWER = "(empty answer)"
+"""Printed for an answer without text; JSON output has the empty text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +111,9 @@ def generate(
                     batch_answers = engine.generate_ids(batch, **arguments)
                     answers += batch_answers
                     for sample, answer in zip(samples[start:], batch_answers, strict=False):
-                        print(_to_json(sample, answer) if as_json else answer.text, flush=True)
+                        print(
+                            _to_json(sample, answer) if as_json else answer.text or EMPTY_ANSWER, flush=True
+                        )
                 advance(len(batch))
     print(_reuse_summary(answers), file=sys.stderr)
 
@@ -119,8 +124,8 @@ def _print_stream(engine: Engine, prompt: Sequence[Sequence[int]], arguments: _G
         try:
             print(next(stream), end="", flush=True)
         except StopIteration as stop:
-            print(flush=True)
             answer: Answer = stop.value
+            print("" if answer.text else EMPTY_ANSWER, flush=True)
             return answer
 
 
@@ -166,7 +171,8 @@ def _reuse_summary(answers: Sequence[Answer]) -> str:
     tokens_reused = sum(answer.tokens_reused for answer in answers)
     ttft_ms = statistics.median(answer.ttft_ms for answer in answers)
     return (
-        f"{len(answers)} answers; {blocks_reused} of {sources.total()} context blocks reused"
+        f"{format_count(len(answers), 'answer')}; "
+        f"{blocks_reused} of {format_count(sources.total(), 'context block')} reused"
         f"{f' ({tiers})' if tiers else ''}, {tokens_reused:,} of {num_tokens:,} prompt tokens "
         f"({100 * tokens_reused / num_tokens:.0f} %); median time to first token {ttft_ms:.1f} ms"
     )

@@ -18,6 +18,7 @@ from blockft.data.prepared import load_prepared
 from blockft.errors import UserError
 from blockft.model.load import load_tokenizer
 from blockft.outputs import save_figure
+from blockft.units import format_count
 
 BLOCK_COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "red")
 """Terminal colours of consecutive blocks."""
@@ -92,7 +93,8 @@ def draw_mask(example: Example) -> Any:
     axes.set_xticks(ticks, labels, rotation=90, fontsize=8)
     axes.set_yticks(ticks, labels, fontsize=8)
     axes.tick_params(length=0)
-    title = f"{example.sample_ids[0]}: {len(example):,} tokens in {len(names)} blocks"
+    size = f"{format_count(len(example), 'token')} in {format_count(len(names), 'block')}"
+    title = f"{example.sample_ids[0]}: {size}"
     axes.set(xlabel="key tokens", ylabel="query tokens", title=title)
     if example.num_final == 1:
         final_label = "the final block attends to all blocks"
@@ -130,13 +132,14 @@ def _describe(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str,
 
 def _coloured_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
     num_blocks = len(example.block_lengths)
-    text = Text(f"{', '.join(example.sample_ids)}: {len(example):,} tokens in {num_blocks} blocks\n\n")
+    size = f"{format_count(len(example), 'token')} in {format_count(num_blocks, 'block')}"
+    text = Text(f"{', '.join(example.sample_ids)}: {size}\n\n")
     names = _block_names(num_blocks, example.num_final)
     is_label = np.split(example.labels != IGNORE_INDEX, np.cumsum(example.block_lengths)[:-1])
     for i, (block, block_is_label) in enumerate(zip(example.blocks, is_label, strict=True)):
         is_final = i >= num_blocks - example.num_final
         style = Style(color=BLOCK_COLOURS[i % len(BLOCK_COLOURS)], bold=is_final)
-        text.append(f"[{names[i]}: {len(block)} tokens]", Style(dim=True))
+        text.append(f"[{names[i]}: {format_count(len(block), 'token')}]", Style(dim=True))
         # the labels of a block are its last tokens
         labels_start = len(block) - int(block_is_label.sum())
         text.append(_decode(block[:labels_start], tokenizer), style)
@@ -149,12 +152,12 @@ def _statistics_table(manifest: dict[str, Any]) -> Table:
     for name in ("num_samples", "num_examples", "num_tokens", "num_labels"):
         table.add_row(name.removeprefix("num_"), f"{manifest[name]:,}")
     histograms = {
-        "blocks_per_example": "examples of {} blocks",
-        "tokens_per_example": "examples of up to {} tokens",
+        "blocks_per_example": ("examples of", "block"),
+        "tokens_per_example": ("examples of up to", "token"),
     }
-    for name, label in histograms.items():
+    for name, (label, noun) in histograms.items():
         for number, count in manifest[name].items():
-            table.add_row(label.format(number), f"{count:,}")
+            table.add_row(f"{label} {format_count(int(number), noun)}", f"{count:,}")
     for source in manifest["sources"]:
         dropped = ", ".join(f"{number:,} {reason}" for reason, number in source["dropped"].items()) or "none"
         table.add_row(source["path"], f"{source['read']:,} read, {source['kept']:,} kept, dropped: {dropped}")

@@ -5,7 +5,6 @@ import os
 import secrets
 import socket
 import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ import torch.distributed as dist
 
 from blockft.errors import UserError
 from blockft.training.library_internals import forget_process_groups, unlink_shared_memory
+from blockft.training.library_warnings import library_output_on_stderr
+from blockft.units import format_count
 
 
 def is_worker() -> bool:
@@ -57,15 +58,15 @@ def init_distributed() -> None:
         local_rank, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local_rank >= num_gpus:
             raise UserError(
-                f"LOCAL_RANK is {local_rank}, but this process sees {count_gpus(num_gpus)}: start one "
-                "process per GPU on every host, and let each process see all GPUs of its host"
+                f"LOCAL_RANK is {local_rank}, but this process sees {format_count(num_gpus, 'GPU')}: start "
+                "one process per GPU on every host, and let each process see all GPUs of its host"
             )
         torch.cuda.set_device(local_rank)  # otherwise NCCL puts every rank on the first GPU
     import deepspeed
 
     try:
         # DeepSpeed prints on stdout that it compiled an operator
-        with redirect_stdout(sys.stderr):
+        with library_output_on_stderr():
             deepspeed.init_distributed(dist_backend="gloo" if use_cpu() else "nccl", verbose=False)
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "connectFullMesh" in str(error)):
@@ -80,11 +81,6 @@ def init_distributed() -> None:
         atexit.register(_destroy_process_group)
         dist.barrier()  # from here on every rank has opened the shared memory of every other rank
         unlink_shared_memory()
-
-
-def count_gpus(num_gpus: int) -> str:
-    """Return the text for a message: "1 GPU", "2 GPUs"."""
-    return f"{num_gpus} GPU" + ("s" if num_gpus != 1 else "")
 
 
 def check_ranks(run: Path, run_signature: dict[str, Any]) -> None:

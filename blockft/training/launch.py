@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from blockft.errors import UserError
-from blockft.training.distributed import count_gpus, find_free_port, use_cpu
+from blockft.training.distributed import find_free_port, use_cpu
 from blockft.training.hosts import (
     PDSH_FAILURE,
     Hosts,
@@ -21,6 +21,7 @@ from blockft.training.hosts import (
     signal_hosts,
 )
 from blockft.training.library_internals import quote_for_remote_shell
+from blockft.units import format_count
 
 
 def check_num_gpus(num_gpus: int) -> None:
@@ -31,8 +32,8 @@ def check_num_gpus(num_gpus: int) -> None:
     """
     if not use_cpu() and num_gpus > (num_found := torch.cuda.device_count()):
         raise UserError(
-            f"--num-gpus is {num_gpus}, but this process sees {count_gpus(num_found)}: ask for {num_found} "
-            "or fewer (see CUDA_VISIBLE_DEVICES), or name more machines with --hostfile"
+            f"--num-gpus is {num_gpus}, but this process sees {format_count(num_found, 'GPU')}: ask for "
+            f"{num_found} or fewer (see CUDA_VISIBLE_DEVICES), or name more machines with --hostfile"
         )
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import sys
 from argparse import Namespace
 from collections.abc import Mapping
-from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from blockft.training.library_warnings import library_output_on_stderr
 
 if TYPE_CHECKING:
     import torch
@@ -82,12 +83,14 @@ def consolidate_weights(checkpoint: Path, dtype: torch.dtype) -> dict[str, torch
     Weights are converted one by one: besides the result, memory holds the float32 shards once.
     """
     import torch
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    from deepspeed.utils import zero_to_fp32
+    from tqdm import tqdm
 
+    zero_to_fp32.tqdm = partial(tqdm, disable=True)  # its bars have no option and appear in log files, too
     shards = checkpoint / read_tag(checkpoint)
     if any(shards.glob("*_optim_states.pt")):
-        with redirect_stdout(sys.stderr):
-            weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), lazy_mode=True)
+        with library_output_on_stderr():
+            weights = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), lazy_mode=True)
     else:  # ZeRO-0 writes no shards
         weights = torch.load(shards / "mp_rank_00_model_states.pt", weights_only=False)["module"]
     return {name: weight.contiguous().to(dtype) for name, weight in weights.items()}
@@ -103,7 +106,7 @@ def convert_shards_to_universal(checkpoint: Path, out: Path) -> None:
     from deepspeed.checkpoint import ds_to_universal
 
     tag = read_tag(checkpoint)
-    with redirect_stdout(sys.stderr):
+    with library_output_on_stderr():
         ds_to_universal.main(
             Namespace(
                 input_folder=str(checkpoint / tag),

@@ -1,7 +1,11 @@
-"""Silence the warnings of libraries that do not concern a user of blockft, each by its own rule."""
+"""Silence warnings and printed lines of libraries that do not concern a user, each by its own rule."""
 
+import io
 import logging
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 
 _WARNINGS = {
     # deprecated names, which blockft or another library uses to support older versions
@@ -17,6 +21,18 @@ _LOG_MESSAGES = {
     "DeepSpeed": "Setting accelerator to CPU",
 }
 """Name of a logger and text of a message."""
+
+_PRINTED_LINES = (
+    # DeepSpeed, when it gathers the weights of a checkpoint
+    "Processing zero checkpoint '",
+    "Parsing checkpoint created by deepspeed==",
+    "Detected checkpoint of type zero stage ",
+    "Reconstructed fp32 state dict with ",
+    "Reconstructed Frozen fp32 state dict with ",
+    # DeepSpeed on CPUs, in every process
+    "DeepSpeed deepspeed.ops.comm.deepspeed_shm_comm_op built successfully",
+)
+"""Starts of lines that libraries print on stdout."""
 
 
 class _MessageFilter(logging.Filter):
@@ -38,3 +54,28 @@ def silence_known_warnings() -> None:
         logger = logging.getLogger(name)
         if not any(isinstance(known, _MessageFilter) for known in logger.filters):
             logger.addFilter(_MessageFilter(text))
+
+
+class _LineFilter(io.TextIOBase):
+    """Passes complete lines on to stderr, without the listed ones."""
+
+    def __init__(self) -> None:
+        self._line = ""
+
+    def write(self, text: str) -> int:
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            if not line.startswith(_PRINTED_LINES):
+                print(line, file=sys.stderr)
+        return len(text)
+
+
+@contextmanager
+def library_output_on_stderr() -> Iterator[None]:
+    """Redirect what libraries print on stdout to stderr, without the listed lines."""
+    output = _LineFilter()
+    try:
+        with redirect_stdout(output):
+            yield
+    finally:
+        output.write("\n" if output._line else "")

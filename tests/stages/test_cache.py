@@ -105,7 +105,7 @@ def test_prune_keeps_the_latest_entries_within_the_budget(
     by_age = sorted(CacheFolder(folder).entries(), key=lambda entry: entry.used_at)
     prune_cache(folder, max_bytes=str(2 * SIZE))
     assert [entry.path.exists() for entry in by_age] == [False, False, False, True, True]
-    assert "3 entries removed" in capsys.readouterr().out
+    assert "removed 3 entries" in capsys.readouterr().out
     assert not list((folder / TEMPORARY).iterdir())
 
 
@@ -299,17 +299,17 @@ def test_a_corpus_is_read_from_a_pipe_and_from_standard_input(
     build_cache(str(model), pipe, on_disk(cache))
     writer.join()
     number = num_entries(cache)
-    assert number > 9 and f"{number} blocks are in {cache}, {number} of them new" in capsys.readouterr().out
+    assert number > 9 and f"{number} blocks in {cache}, {number} of them new" in capsys.readouterr().out
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
     build_cache(str(model), Path("-"), on_disk(cache))
-    assert f"{number} blocks are in {cache}, 0 of them new" in capsys.readouterr().out
+    assert f"{number} blocks in {cache}, 0 of them new" in capsys.readouterr().out
 
 
 def test_blocks_that_documents_share_count_once(
     model: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     build_cache(str(model), corpus_of(tmp_path, 150), on_disk(cache))
-    assert capsys.readouterr().out.startswith(f"{num_entries(cache)} blocks are in ")
+    assert capsys.readouterr().out.startswith(f"{num_entries(cache)} blocks in ")
 
 
 def test_a_build_stops_at_the_first_block_that_cannot_be_written(
@@ -341,7 +341,7 @@ def test_a_budget_that_is_too_small_is_refused_with_the_needed_size(
         build_cache(str(model), corpus, on_disk(cache, disk=str(needed - 1)))
     build_cache(str(model), corpus, on_disk(cache, disk=str(needed)))
     number = num_entries(cache)
-    assert capsys.readouterr().out.startswith(f"{number} blocks are in {cache}, {number} of them new")
+    assert capsys.readouterr().out.startswith(f"{number} blocks in {cache}, {number} of them new")
     with pytest.raises(UserError, match="cannot hold a block"):
         build_cache(str(model), corpus, on_disk(cache, disk="0"))
 
@@ -357,9 +357,7 @@ def test_evicted_blocks_of_other_documents_are_counted(
     build_cache(str(model), others, on_disk(cache, disk="150kB"))
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 1
-    assert re.fullmatch(
-        r"\d+ other blocks were evicted to make room: raise --cache-bytes to keep them\n", err
-    )
+    assert re.fullmatch(r"evicted \d+ other blocks to make room: raise --cache-bytes to keep them\n", err)
 
 
 def test_a_build_fails_if_its_own_blocks_are_evicted(

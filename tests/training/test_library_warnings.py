@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 
-from blockft.training.library_warnings import silence_known_warnings
+from blockft.training.library_warnings import library_output_on_stderr, silence_known_warnings
 
 
 def test_listed_warnings_are_silenced_and_others_are_not() -> None:
@@ -29,3 +29,14 @@ def test_listed_log_messages_are_silenced_and_others_are_not(caplog: pytest.LogC
     logger.warning("[RANK 0] Gradient accumulation steps mismatch: GradientAccumulationPlugin has 1")
     logger.warning("another message")
     assert [record.getMessage() for record in caplog.records] == ["another message"]
+
+
+def test_listed_lines_of_libraries_are_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Other lines go to stderr, because stdout carries the results."""
+    with pytest.raises(ZeroDivisionError), library_output_on_stderr():
+        print("Processing zero checkpoint 'out/run/checkpoint-1/global_step1'")
+        print("DeepSpeed deepspeed.ops.comm.deepspeed_shm_comm_op built successfully")
+        print("another", "line")
+        print("a line without an end", end="")
+        _ = 1 / 0
+    assert capsys.readouterr() == ("", "another line\na line without an end\n")
