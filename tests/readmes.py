@@ -73,7 +73,7 @@ def write_own_data(folder: Path) -> None:
     recipe = yaml.safe_load(code_blocks(MAIN, "yaml")[0])
     recipe["model"]["path"] = str(DEMO_MODEL)
     (folder / "mine.yaml").write_text(yaml.safe_dump(recipe))
-    question, chat, request = code_blocks(MAIN, "json")[0].splitlines()
+    question, chat, request = (block.strip() for block in code_blocks(MAIN, "json"))
     records = {"questions": question, "heldout": question, "chats": chat, "requests": request}
     records["corpus"] = json.dumps({"title": "Oslo", "text": "In Norway."})
     for name, record in records.items():

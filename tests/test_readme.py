@@ -130,8 +130,8 @@ def check_recipe(name: str, parameters: dict[str, Any]) -> None:
 
     Placeholders (in capitals) and files that the reader writes, as `mine.yaml`, stand for any recipe.
     """
-    given = parameters.get("recipe") or (parameters.get("target") if name == "eval" else None)
-    if not given:
+    given = parameters.get({"eval": "target", "config": "recipe_or_section"}.get(name, "recipe"))
+    if not given or name == "config" and given in Recipe.model_fields:
         return
     placeholder = str(given).isupper() or str(given) == "mine.yaml"
     recipe = yaml.safe_load(read(find_recipe("demo" if placeholder else str(given))))

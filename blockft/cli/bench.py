@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from blockft.cli.next_command import print_next
 from blockft.cli.options import MaxNewTokens, ModelName, Overrides, Png, RecipeName
 
 app = typer.Typer(help="Measure speed and agreement.", rich_markup_mode=None)
@@ -89,6 +90,8 @@ def bench_ttft(
         out=out,
         png=png,
     )
+    if png:
+        print_next(f"picture: {png}")
 
 
 @app.command("agreement")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from blockft.cli.next_command import print_next
+from blockft.cli.next_command import eval_command, print_next
 from blockft.cli.options import (
     AsJson,
     CacheBytes,
@@ -98,6 +98,8 @@ def inspect(
     from blockft.stages.inspect import inspect
 
     inspect(folder, index=index, as_json=as_json, png=png)
+    if png:
+        print_next(f"picture: {png}")
 
 
 @app.command()
@@ -170,6 +172,11 @@ def train(
 
     if dry_run:
         stage.print_dry_run(settings, num_processes, resume=resume)
+        if hosts:
+            print_next("next: the same command without --dry-run")
+        else:
+            options = [*(["--num-gpus", num_gpus] if num_gpus else []), *(["--resume"] if resume else [])]
+            print_next("dry run: the recipe can be trained", ["train", recipe, *(overrides or ()), *options])
     elif hosts or (num_processes > 1 and not is_worker()):
         if not hosts:
             check_num_gpus(num_processes)
@@ -236,6 +243,7 @@ def export(
 ) -> None:
     """Write a run as an ordinary Hugging Face checkpoint.
 
+    An adapter is merged into its base model, except with --adapter-only.
     Loads the written folder with plain transformers and compares its logits with those of the run. The folder
     appears only if they agree.
 
@@ -261,8 +269,9 @@ def export(
         private=not public,
     )
     recipe = next((f / RECIPE for f in (checkpoint, checkpoint.parent) if (f / RECIPE).is_file()), None)
+    evaluate = eval_command(out, recipe) if recipe else None
     generate = ["generate", out, "--input", "requests.jsonl"]
-    print_next(f"model: {out}", *([["eval", out, recipe]] if recipe else []), generate)
+    print_next(f"model: {out}", *([evaluate] if evaluate else []), generate)
 
 
 @app.command()
@@ -301,7 +310,7 @@ def generate(
     host_bytes: HostBytes = None,
     device_bytes: DeviceBytes = None,
 ) -> None:
-    """Answer requests over cached blocks, one JSON object a line.
+    """Answer requests from a JSON Lines file, reusing cached blocks.
 
     \b
     A request has one of three forms:
@@ -404,6 +413,8 @@ def compare(
     from blockft.stages.compare import compare, print_comparison
 
     print_comparison(compare(reports, metric=metric.value, png=png), as_json=as_json)
+    if png:
+        print_next(f"picture: {png}")
 
 
 @app.command()
@@ -416,9 +427,12 @@ def recipes() -> None:
 
 @app.command()
 def config(
-    recipe: Annotated[
+    recipe_or_section: Annotated[
         str | None,
-        typer.Argument(metavar="[RECIPE]", help="A recipe to print with all its settings. Default: none."),
+        typer.Argument(
+            metavar="[RECIPE_OR_SECTION]",
+            help="A recipe to print with all its settings, or a section whose settings are listed.",
+        ),
     ] = None,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
@@ -427,17 +441,18 @@ def config(
         bool, typer.Option("--markdown", help="Print the reference of formats and settings as Markdown.")
     ] = False,
 ) -> None:
-    """List all settings, or print a recipe with all its settings.
+    """List settings, or print a recipe with all its settings.
 
     \b
     Examples:
       blockft config
+      blockft config train
       blockft config hotpotqa train.learning_rate=1e-5
       blockft config --schema > recipe.schema.json
     """
     from blockft.stages.config import print_config
 
-    print_config(recipe, overrides or (), as_json=as_json, schema=schema, markdown=markdown)
+    print_config(recipe_or_section, overrides or (), as_json=as_json, schema=schema, markdown=markdown)
 
 
 def parse_and_run(arguments: list[str]) -> int:

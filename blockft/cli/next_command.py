@@ -4,6 +4,8 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable
+from itertools import count
+from pathlib import Path
 
 
 def print_next(result: str, *commands: Iterable[object]) -> None:
@@ -16,3 +18,21 @@ def print_next(result: str, *commands: Iterable[object]) -> None:
     print(result, file=sys.stderr)
     for command in commands:
         print(f"next: blockft {shlex.join(map(str, command))}", file=sys.stderr)
+
+
+def eval_command(model: Path, recipe: Path) -> list[str] | None:
+    """Return the command that evaluates an export with its run's recipe; None if the recipe has no `eval`.
+
+    If `eval.output_dir` exists, the command names a new folder beside the model.
+    """
+    from blockft.config.recipe import load_recipe
+
+    settings = load_recipe(recipe).eval
+    if settings is None:
+        return None
+    command = ["eval", str(model), str(recipe)]
+    if Path(settings.output_dir).exists():
+        names = (f"{model.name}-eval{'' if number == 1 else f'-{number}'}" for number in count(1))
+        folder = next(path for path in map(model.with_name, names) if not path.exists())
+        command.append(f"eval.output_dir={folder}")
+    return command

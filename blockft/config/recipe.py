@@ -112,7 +112,9 @@ def build_recipe(settings: Any, overrides: Sequence[str], origin: str) -> Recipe
         try:
             OmegaConf.update(settings, key, yaml.safe_load(value))
         except (yaml.YAMLError, OmegaConfBaseException, TypeError) as error:
-            raise UserError(f"{override} cannot be set: {_reason(error)}") from error
+            is_split = override.rstrip().endswith(("{", "[", ":", ","))
+            advice = "; put quotes around a setting that contains spaces" if is_split else ""
+            raise UserError(f"{override} cannot be set: {_reason(error)}{advice}") from error
     try:
         plain = OmegaConf.to_container(settings, resolve=True)
     except OmegaConfBaseException as error:

@@ -97,14 +97,19 @@ def list_keys() -> list[str]:
     ]
 
 
-def settings_json() -> str:
-    """Return all settings as a JSON list of objects, one for each key."""
+def is_in_section(name: str, section: str | None) -> bool:
+    """Return whether a name such as `data.sources[]` is a section or lies in it; everything lies in None."""
+    return section is None or name == section or name.startswith(f"{section}.")
+
+
+def settings_json(section_name: str | None = None) -> str:
+    """Return all settings, or those of one section, as a JSON list of objects, one for each key."""
     found = [
         asdict(setting) | {"key": f"{name}.{setting.name}"}
         for section in list_sections()
         for name in section.names
         for setting in section.settings
-        if name and setting.type != "section"
+        if name and is_in_section(name, section_name) and setting.type != "section"
     ]
     return json.dumps(found, indent=2, ensure_ascii=False)
 

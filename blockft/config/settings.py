@@ -162,7 +162,8 @@ class DataSettings(Settings):
     output_dir: str = Field(description="Folder that `prepare` writes and `train` reads.")
     sources: list[Source] = Field(min_length=1, description="Sources of the training data.")
     row_len: PositiveInt = Field(
-        default=4096, description="Tokens of a packed row. No example can be longer than a row."
+        default=4096,
+        description="Length of a packed row in tokens. Longer examples are dropped or trimmed (`too_long`).",
     )
     modes: list[Mode] = Field(
         default=[Mode.block, Mode.full],
@@ -283,7 +284,11 @@ class TrainSettings(Settings):
     )
     num_train_epochs: PositiveInt = Field(default=1, description="Passes over the training data.")
     max_steps: PositiveInt | None = Field(
-        default=None, description="Stop after this number of optimizer steps. null trains all epochs."
+        default=None,
+        description=(
+            "Upper limit of optimizer steps. Unlike in transformers, it does not extend `num_train_epochs`. "
+            "null trains all epochs."
+        ),
     )
     learning_rate: Float = Field(default=2e-5, ge=0, description="Peak learning rate.")
     lr_scheduler_type: str = Field(

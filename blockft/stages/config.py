@@ -1,11 +1,19 @@
-"""`blockft config`: list the settings, print a resolved recipe, or print the JSON Schema."""
+"""`blockft config`: list the settings or one section, print a resolved recipe, or print the JSON Schema."""
 
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
 
 from blockft.config.recipe import dump_recipe, load_recipe
-from blockft.config.reference import Section, Setting, json_schema_text, list_sections, settings_json
+from blockft.config.reference import (
+    Section,
+    Setting,
+    is_in_section,
+    json_schema_text,
+    list_sections,
+    settings_json,
+)
+from blockft.config.settings import Recipe
 from blockft.errors import UserError
 
 MAX_WIDTH = 100
@@ -13,15 +21,16 @@ MAX_WIDTH = 100
 
 
 def print_config(
-    recipe: str | None,
+    recipe_or_section: str | None,
     overrides: Sequence[str] = (),
     *,
     as_json: bool = False,
     schema: bool = False,
     markdown: bool = False,
 ) -> None:
-    """Print a recipe with all its settings as YAML; without a recipe, print what the settings mean.
+    """Print a recipe with all its settings as YAML; otherwise print what the settings mean.
 
+    recipe_or_section: a recipe; or a section such as `train`, to print only its settings; None prints all.
     as_json: print JSON instead of YAML or text.
     schema: print the JSON Schema of a recipe.
     markdown: print the file `recipes/README.md`.
@@ -29,28 +38,29 @@ def print_config(
     Raises:
         UserError: more than one output is requested; see `load_recipe`.
     """
-    if schema + markdown + (recipe is not None) > 1 or (as_json and (schema or markdown)):
-        raise UserError("blockft config prints one thing: give a RECIPE, --schema or --markdown")
+    is_section = recipe_or_section in Recipe.model_fields and not overrides
+    if schema + markdown + (recipe_or_section is not None) > 1 or (as_json and (schema or markdown)):
+        raise UserError("blockft config prints one thing: give a RECIPE, a section, --schema or --markdown")
     if schema:
         print(json_schema_text(), end="")
     elif markdown:
         from blockft.stages.recipes_readme import recipes_readme
 
         print(recipes_readme(), end="")
-    elif recipe is not None:
-        resolved = load_recipe(recipe, overrides)
+    elif recipe_or_section is not None and not is_section:
+        resolved = load_recipe(recipe_or_section, overrides)
         print(resolved.model_dump_json(indent=2) if as_json else dump_recipe(resolved).rstrip("\n"))
     elif as_json:
-        print(settings_json())
+        print(settings_json(recipe_or_section))
     else:
         width = min(shutil.get_terminal_size().columns, MAX_WIDTH)
-        print("\n".join(_lines(width)))
+        print("\n".join(_lines(width, recipe_or_section)))
 
 
-def _lines(width: int) -> Iterator[str]:
-    """Yield the list of settings, section by section, as lines of at most `width` characters."""
+def _lines(width: int, name: str | None) -> Iterator[str]:
+    """Yield the settings of a section, or of all, as lines of at most `width` characters."""
     for section in list_sections():
-        if section.names == ("",):
+        if section.names == ("",) or not any(is_in_section(other, name) for other in section.names):
             continue
         yield from _heading(section, width)
         for setting in section.settings:

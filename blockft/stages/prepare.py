@@ -19,12 +19,12 @@ from blockft.config.choices import BadRecordPolicy, TooLongPolicy
 from blockft.config.settings import DataSettings, Recipe, Source
 from blockft.data.encoder import Encoder, Example
 from blockft.data.fit import EncodedSample, encode_samples
-from blockft.data.packing import fill_ratio, list_example_modes, plan_rows
+from blockft.data.packing import complete_last_batch, fill_ratio, list_example_modes, plan_rows
 from blockft.data.parallel import map_in_order
 from blockft.data.prepared import MANIFEST, PreparedWriter, is_incomplete, load_prepared
 from blockft.data.sample import Sample
 from blockft.data.shared_context import merge_shared_contexts
-from blockft.data.sources import RecordCounts
+from blockft.data.sources import SOURCE_FORMATS, RecordCounts
 from blockft.data.split import SPLIT_FORMATS, split_sample
 from blockft.data.statistics import ExampleStatistics, SourceStatistics, histogram
 from blockft.data.tokenizer import tokenizer_fingerprint
@@ -38,6 +38,7 @@ from blockft.stages.source_settings import (
     read_source,
     settings_without_effect,
 )
+from blockft.units import format_count
 
 TASK_SAMPLES = 64
 """Samples that a worker encodes at a time."""
@@ -50,7 +51,7 @@ def prepare(recipe: Recipe, *, overwrite: bool = False) -> Path:
     """Read `data.sources`, tokenize them and write the prepared folder `data.output_dir`.
 
     The folder appears only when it is complete. The time of the run is appended to the file FOLDER.log beside
-    it.
+    it. A source without a single kept sample gives a warning.
 
     overwrite: replace a prepared folder that exists.
 
@@ -82,8 +83,11 @@ def prepare(recipe: Recipe, *, overwrite: bool = False) -> Path:
             writer.add_example(example)
             statistics.add(example)
         if not statistics.lengths:
-            raise UserError(_no_examples_message(data, counts))
+            raise UserError(f"no example to train on: {_nothing_kept_message(data, data.sources, counts)}")
         writer.finish(_manifest(recipe, tokenizer_fingerprint(tokenizer), counts, statistics))
+    for source, count in zip(data.sources, counts, strict=True):
+        if not count.kept:
+            warn(_nothing_kept_message(data, [source], [count]))
     _append_to_log(out, time.monotonic() - start, data.num_workers)
     return out
 
@@ -117,12 +121,17 @@ def print_summary(recipe: Recipe) -> None:
     items = list_example_modes(has_local_blocks, data.modes)
     item_lengths = [lengths[index] for index, _ in items]
     rows = plan_rows(item_lengths, data.row_len, recipe.train.seed, epoch=0)
+    batch_rows = recipe.train.batch_rows
+    num_padded = len(complete_last_batch(rows, batch_rows))
+    padding = (
+        f", padded to {num_padded:,} (train.batch_rows is {batch_rows})" if num_padded > len(rows) else ""
+    )
     console = Console(markup=False)
     console.print(table)
     console.print(
-        f"{data.output_dir}: {len(lengths):,} examples, {sum(has_local_blocks):,} of them split into blocks; "
-        f"an epoch has {len(rows):,} rows of {data.row_len:,} tokens, "
-        f"{fill_ratio(rows, item_lengths, data.row_len):.1%} filled",
+        f"{data.output_dir}: {format_count(len(lengths), 'example')}, {sum(has_local_blocks):,} of them "
+        f"split into blocks; an epoch has {format_count(len(rows), 'row')} of {data.row_len:,} tokens, "
+        f"{fill_ratio(rows, item_lengths, data.row_len):.1%} filled{padding}",
         highlight=False,
         markup=False,
         soft_wrap=True,
@@ -214,16 +223,23 @@ def _write_samples(
             yield encoded.example
 
 
-def _no_examples_message(data: DataSettings, counts: Sequence[SourceStatistics]) -> str:
-    lengths = [count.shortest_dropped for count in counts if count.shortest_dropped]
-    if lengths:
-        return (
-            f"data.row_len is {data.row_len}, but the shortest example has {min(lengths)} tokens: "
-            "raise data.row_len, or lower data.num_documents"
-        )
+def _nothing_kept_message(
+    data: DataSettings, sources: Sequence[Source], counts: Sequence[SourceStatistics]
+) -> str:
+    """Return why none of the sources has a kept sample, with the remedy if all of them are too long."""
+    paths = " and ".join(source.path for source in sources)
     dropped = sum((count.dropped for count in counts), Counter[str]())
-    reasons = ", ".join(f"{reason}: {number}" for reason, number in dropped.items()) or "no records"
-    return f"no example to train on in {', '.join(source.path for source in data.sources)} ({reasons})"
+    if not dropped:
+        return f"{paths} holds no samples" if len(sources) == 1 else f"{paths} hold no samples"
+    reasons = ", ".join(f"{reason}: {number:,}" for reason, number in dropped.items())
+    lengths = [count.shortest_dropped for count in counts if count.shortest_dropped]
+    if not lengths:
+        return f"every sample of {paths} was dropped ({reasons})"
+    has_documents = any(SOURCE_FORMATS[source.format].parse_question for source in sources)
+    return (
+        f"every sample of {paths} was dropped ({reasons}; the shortest has {min(lengths):,} tokens): raise "
+        f"data.row_len, which is {data.row_len:,}{', or lower data.num_documents' if has_documents else ''}"
+    )
 
 
 def _manifest(

@@ -18,12 +18,14 @@ reads the sections that it needs. The first recipe to copy is [own-data.yaml](ow
 ```sh
 blockft recipes                                       # list the shipped recipes
 blockft config                                        # list every setting
+blockft config train                                  # list the settings of one section
 blockft config hotpotqa train.learning_rate=1e-5      # print a recipe with all its settings
 blockft prepare hotpotqa data.row_len=4096            # override a setting on the command line
 ```
 
 * A setting that a recipe leaves out has its default. `key=value` on the command line overrides the recipe:
-  `data.sources.0.path=my.jsonl`, `train.lora={r: 8}`, `data.modes=[block]`, `train.max_steps=null`.
+  `data.sources.0.path=my.jsonl`, `data.modes=[block]`, `train.max_steps=null`. Put quotes around a setting
+  that contains spaces: `'train.lora={r: 8}'`.
 * `${...}` refers to another setting, or to an environment variable with `${oc.env:NAME,default}`.
 * An unknown setting or a wrong value stops the command, which lists all faults at once. A setting without
   effect on the sources gives a warning.

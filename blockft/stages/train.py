@@ -23,7 +23,7 @@ from blockft.config.recipe import RECIPES_FOLDER, dump_recipe
 from blockft.config.settings import Recipe
 from blockft.data.prepared import PreparedData, load_prepared
 from blockft.data.tokenizer import tokenizer_fingerprint
-from blockft.errors import UserError
+from blockft.errors import UserError, warn
 from blockft.model.checkpoint import complete_checkpoints, find_checkpoint, read_marker, remove_incomplete
 from blockft.model.decoder_layers import compile_layers
 from blockft.model.fingerprint import model_fingerprint
@@ -59,6 +59,7 @@ from blockft.training.plan import (
     zero_stage,
 )
 from blockft.training.row_dataset import RowDataset
+from blockft.units import format_count
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -104,6 +105,8 @@ def train(recipe: Recipe, *, resume: bool = False, name: str | None = None) -> P
     rank, num_processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # every rank checks, and no rank writes before all ranks are connected
     plan, checkpoint = check_run(recipe, resume=resume, num_processes=num_processes)
+    if rank == 0:
+        _warn_if_epochs_end_first(recipe, plan)
     run = Path(recipe.train.output_dir)
     marker = read_marker(checkpoint) if checkpoint else None
     if marker and marker["step"] >= plan.num_steps and not marker["eval_due"]:
@@ -235,6 +238,17 @@ def build_plan(recipe: Recipe, num_processes: int) -> RunPlan:
             NUM_PROCESSES: num_processes,
         },
     )
+
+
+def _warn_if_epochs_end_first(recipe: Recipe, plan: RunPlan) -> None:
+    """Warn that a run has fewer steps than `train.max_steps`."""
+    max_steps, num_epochs = recipe.train.max_steps, recipe.train.num_train_epochs
+    if max_steps is not None and max_steps > plan.num_steps:
+        warn(
+            f"train.max_steps is {max_steps:,}, but {format_count(num_epochs, 'epoch')} of the data "
+            f"{'has' if num_epochs == 1 else 'have'} only {format_count(plan.num_steps, 'step')}: raise "
+            "train.num_train_epochs to train longer"
+        )
 
 
 def _check_objective(recipe: Recipe) -> None:
@@ -514,6 +528,7 @@ def print_dry_run(recipe: Recipe, num_processes: int, *, resume: bool = False) -
         UserError: see `check_run`.
     """
     plan, _ = check_run(recipe, resume=resume, num_processes=num_processes)
+    _warn_if_epochs_end_first(recipe, plan)
     num_parameters, num_trained, num_teacher = _count_parameters(recipe)
     state_bytes = estimate_state_bytes(
         num_parameters=num_parameters,
@@ -530,13 +545,15 @@ def print_dry_run(recipe: Recipe, num_processes: int, *, resume: bool = False) -
     )
     if num_teacher:
         parameters += f"; {num_teacher:,} of the teacher"
+    batch_rows, num_rows = recipe.train.batch_rows, len(rows.epochs[0])
+    padding = "" if all(rows.epochs[0]) else f", padded to a multiple of train.batch_rows {batch_rows}"
     table = Table("quantity", "value", title="dry run: nothing is written")
     for quantity, value in {
         "examples to train on, counted per mode, per epoch": f"{len(rows.items):,}",
         "tokens per epoch": f"{rows.num_tokens:,}",
         "label tokens per epoch": f"{rows.num_labels:,} ({rows.num_labels / rows.num_tokens:.1%})",
-        f"rows of {recipe.data.row_len:,}": f"{len(rows.epochs[0]):,} per epoch (fill {rows.fill:.1%})",
-        "optimizer steps": f"{plan.num_steps:,} of {recipe.train.batch_rows} rows",
+        f"rows of {recipe.data.row_len:,} tokens": f"{num_rows:,} per epoch{padding}, {rows.fill:.1%} filled",
+        "optimizer steps": f"{plan.num_steps:,} of {format_count(batch_rows, 'row')}",
         "parameters": parameters,
         "attention backend": plan.backend,
         f"memory for model states, ZeRO-{plan.zero_stage}, per process of {num_processes}": (

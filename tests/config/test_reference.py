@@ -108,6 +108,17 @@ def test_all_settings_are_listed_at_80_columns(monkeypatch: pytest.MonkeyPatch) 
     assert "train.adam_beta2: number, default 0.95 (at least 0, below 1)" in done.stdout
 
 
+def test_the_settings_of_one_section_are_listed() -> None:
+    printed = blockft("config", "data").stdout
+    for key in ("data.row_len", "data.sources[].path", "data.prompt.question"):
+        assert f"\n{key}: " in printed
+    assert "train.batch_rows" not in printed and "model.path" not in printed
+    assert {
+        setting["key"].partition(".")[0]
+        for setting in json.loads(blockft("config", "train", "--json").stdout)
+    } == {"train"}
+
+
 def test_all_settings_are_listed_as_json() -> None:
     found = {setting["key"]: setting for setting in json.loads(blockft("config", "--json").stdout)}
     sections = {"model", "data", "train", "eval", "data.prompt", "data.splitting"}

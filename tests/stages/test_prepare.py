@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,39 @@ def test_a_sample_longer_than_a_row_is_dropped_or_trimmed(make_recipe: Make) -> 
     assert max(map(len, load_prepared(out).examples)) <= 128
 
 
+def test_a_source_without_a_kept_sample_is_a_warning(
+    make_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_recipe().data.sources[0]
+    bad, blank = tmp_path / "bad.jsonl", tmp_path / "blank.jsonl"
+    bad.write_text("broken\n")
+    blank.write_text("\n")
+    long = tmp_path / "long.jsonl"
+    record = {"question": "Who?", "answers": ["a"], "ctxs": [{"title": "t", "text": "word " * 2000}]}
+    long.write_text(f"{json.dumps(record)}\n")
+    others = [Source(format=Format.samples, path=str(path)) for path in (bad, blank)]
+    others.append(Source(format=Format.fid, path=str(long)))
+    recipe = make_recipe(sources=[source, *others], on_bad_record=BadRecordPolicy.skip)
+    prepare(recipe)
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert first == f"blockft: warning: every sample of {bad} was dropped (bad record: 1)"
+    assert second == f"blockft: warning: {blank} holds no samples"
+    assert re.fullmatch(
+        rf"blockft: warning: every sample of {long} was dropped \(too long: 1; the shortest has [\d,]+ "
+        r"tokens\): raise data.row_len, which is 1,024, or lower data.num_documents",
+        third,
+    )
+
+
+def test_the_summary_says_how_the_rows_are_padded(
+    make_recipe: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make_recipe(row_len=8192)
+    prepare(recipe)
+    print_summary(recipe)
+    assert "padded to 8 (train.batch_rows is 8)" in capsys.readouterr().out
+
+
 def test_bad_records_are_counted_and_listed(make_recipe: Make) -> None:
     recipe = make_recipe(on_bad_record=BadRecordPolicy.skip)
     path = Path(recipe.data.sources[0].path)
@@ -249,8 +283,12 @@ def with_model(path: str) -> Callable[[Recipe], Recipe]:
     ("spoil", "message"),
     [
         (broken_line, r"source.jsonl, line 101: not JSON"),
-        (empty, "no example to train on"),
-        (with_data(row_len=20), r"row_len is 20, but the shortest example has \d+ tokens"),
+        (empty, "no example to train on: .*source.jsonl holds no samples"),
+        (
+            with_data(row_len=20),
+            r"every sample of .*source.jsonl was dropped \(too long: 200; the shortest has \d+ tokens\): "
+            "raise data.row_len, which is 20$",
+        ),
         (with_data(sources=[Source(format=Format.samples, path="data/none.jsonl")]), "data/none.jsonl"),
         (with_data(sources=[Source(format=Format.samples, path="owner/name", split="train")]), "owner/name"),
         (with_data(prompt=PromptSettings(document="{txt}")), "{txt}"),
