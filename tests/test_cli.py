@@ -11,7 +11,7 @@ import pytest
 
 from blockft import __version__
 from blockft.cli import bench, cache, commands
-from blockft.cli.next_command import print_next
+from blockft.cli.next_command import eval_command, print_next, unused_path
 from blockft.config.choices import Metric
 from blockft.evaluation.metrics import METRICS
 from tests.commands import blockft
@@ -179,6 +179,22 @@ def test_the_next_command_goes_to_stderr_of_the_first_rank(
     monkeypatch.setenv("RANK", "1")
     print_next("run: out")
     assert capsys.readouterr().err == ""
+
+
+def test_the_command_after_an_export_evaluates_into_an_unused_folder(tmp_path: Path) -> None:
+    model, recipe, report = tmp_path / "model", tmp_path / "recipe.yaml", tmp_path / "eval"
+    sources = "sources: [{format: samples, path: p}]"
+    training = f"model: {{path: m}}\ndata: {{output_dir: o, {sources}}}\ntrain: {{output_dir: r}}\n"
+    recipe.write_text(training)
+    assert eval_command(model, recipe) is None
+    recipe.write_text(f"{training}eval: {{output_dir: {report}, {sources}}}\n")
+    assert eval_command(model, recipe) == ["eval", str(model), str(recipe)]
+    report.mkdir()
+    for name in ("model-eval", "model-eval-2", "model-eval-3"):
+        expected = ["eval", str(model), str(recipe), f"eval.output_dir={tmp_path / name}"]
+        assert eval_command(model, recipe) == expected
+        (tmp_path / name).mkdir()
+    assert unused_path(model) == model and unused_path(report) == tmp_path / "eval-2"
 
 
 @pytest.mark.parametrize("checkpoints", [(), ("checkpoint-4", "checkpoint-8")])

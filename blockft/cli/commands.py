@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from blockft.cli.next_command import eval_command, print_next
+from blockft.cli.next_command import eval_command, print_next, unused_path
 from blockft.cli.options import (
     AsJson,
     CacheBytes,
@@ -190,7 +190,7 @@ def train(
         except KeyboardInterrupt:
             _print_resume(Path(settings.train.output_dir), ["train", recipe, *(overrides or ()), "--resume"])
             raise
-        print_next(f"run: {run}", ["export", run, run.with_name("model")])
+        print_next(f"run: {run}", ["export", run, unused_path(run.with_name("model"))])
 
 
 def _print_resume(run: Path, command: list[str]) -> None:

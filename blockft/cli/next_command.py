@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 
 
@@ -32,7 +32,11 @@ def eval_command(model: Path, recipe: Path) -> list[str] | None:
         return None
     command = ["eval", str(model), str(recipe)]
     if Path(settings.output_dir).exists():
-        names = (f"{model.name}-eval{'' if number == 1 else f'-{number}'}" for number in count(1))
-        folder = next(path for path in map(model.with_name, names) if not path.exists())
-        command.append(f"eval.output_dir={folder}")
+        command.append(f"eval.output_dir={unused_path(model.with_name(f'{model.name}-eval'))}")
     return command
+
+
+def unused_path(path: Path) -> Path:
+    """Return `path` if it does not exist; otherwise the first of `path`-2, `path`-3, ... that does not."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in count(2))
+    return next(candidate for candidate in chain([path], numbered) if not candidate.exists())

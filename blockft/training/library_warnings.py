@@ -29,6 +29,7 @@ _PRINTED_LINES = (
     "Detected checkpoint of type zero stage ",
     "Reconstructed fp32 state dict with ",
     "Reconstructed Frozen fp32 state dict with ",
+    "Reconstructed Trainable fp32 state dict with ",
     # DeepSpeed on CPUs, in every process
     "DeepSpeed deepspeed.ops.comm.deepspeed_shm_comm_op built successfully",
 )

@@ -116,6 +116,17 @@ def test_streaming_prints_the_same_texts(
     assert not rest.strip() and err.startswith("4 answers")
 
 
+def test_an_empty_answer_is_named_in_plain_output_only(
+    model: Path, requests: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first_letters = {line["answer"][0] for line in generate_json(model, requests, capsys) if line["answer"]}
+    options: dict[str, Any] = {"stop": sorted(first_letters), "max_new_tokens": 6}
+    assert {line["answer"] for line in generate_json(model, requests, capsys, **options)} == {""}
+    for stream in (False, True):
+        generate(str(model), str(requests), stream=stream, cache=SMALL, **options)
+        assert capsys.readouterr().out == 4 * "(empty answer)\n"
+
+
 def test_a_terminal_shows_progress(
     model: Path, requests: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

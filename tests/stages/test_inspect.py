@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from blockft.cli import commands
 from blockft.config.settings import Recipe
 from blockft.data.prepared import load_prepared
 from blockft.errors import UserError
@@ -38,6 +39,28 @@ def test_an_example_is_shown_with_statistics_and_mask(
     shown = capsys.readouterr().out
     assert "Fox 0." in shown and "Question 1?" in shown and "200 read, 200 kept" in shown
     assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_says_where_the_picture_is(
+    make_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, png = prepare(make_recipe()), tmp_path / "mask.png"
+    commands.inspect(out, png=png)
+    assert capsys.readouterr().err == f"picture: {png}\n"
+
+
+def test_statistics_have_singular_nouns(make_recipe: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = make_recipe()
+    record = {
+        "id": "0",
+        "source": "s",
+        "messages": [{"role": "user", "content": ["Why?"]}],
+        "response": "So.",
+    }
+    Path(recipe.data.sources[0].path).write_text(json.dumps(record) + "\n")
+    inspect(prepare(recipe))
+    shown = capsys.readouterr().out
+    assert "tokens in 1 block\n" in shown and "examples of 1 block " in shown
 
 
 def test_wrong_arguments_are_refused(make_recipe: Make, tmp_path: Path) -> None:

@@ -265,6 +265,31 @@ def test_a_dry_run_writes_nothing(toy: Path) -> None:
     assert not (toy / "dry").exists()
 
 
+def test_a_dry_run_prints_the_next_command_and_how_the_rows_are_padded(toy: Path) -> None:
+    overrides = (f"train.output_dir={toy}/dry", "train.batch_rows=7", "train.max_steps=100")
+    done = blockft("train", toy / "recipe.yaml", *overrides, "--num-gpus", "1", "--dry-run")
+    warning, _, command = done.stderr.splitlines()
+    assert re.fullmatch(
+        r"blockft: warning: train.max_steps is 100, but 1 epoch of the data has only \d+ steps?: raise "
+        "train.num_train_epochs to train longer",
+        warning,
+    )
+    assert command == f"next: blockft train {toy / 'recipe.yaml'} {' '.join(overrides)} --num-gpus 1"
+    assert "padded to a multiple of train.batch_rows 7" in re.sub(r"[\s│]+", " ", done.stdout)
+
+
+def test_gathering_the_weights_of_a_checkpoint_prints_nothing(
+    toy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    consolidate_weights(find_checkpoint(toy / "run"), torch.float32)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_files_of_a_checkpoint_have_the_same_permissions(toy: Path) -> None:
+    files = [path for path in find_checkpoint(toy / "run").rglob("*") if path.is_file()]
+    assert len({path.stat().st_mode & 0o666 for path in files}) == 1
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(toy: Path) -> None:
     overrides = (f"train.output_dir={toy}/nan", "train.learning_rate=1e39", "train.max_grad_norm=0")
     done = run_ranks("train", toy / "recipe.yaml", *overrides)
