@@ -229,8 +229,8 @@ import atexit, os, sys
 from blockft import cli
 from blockft.errors import UserError
 class Global:
-    def __del__(self): print("Python shut down")
-last = Global()
+    def __del__(self, write=os.write): write(1, b"Python shut down\\n")
+sys.last = Global()  # Python empties `sys` when it shuts down; globals of the script may outlive it
 def app(*_, **__):
     os.environ.update(eval(sys.argv[1]))
     atexit.register(print, "outputs closed")
