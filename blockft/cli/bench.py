@@ -34,6 +34,7 @@ def bench_attention(
     from blockft.bench.attention import bench_attention
 
     bench_attention(row_len=row_len, num_layouts=num_layouts, out=out)
+    _print_files(out)
 
 
 @app.command("ttft")
@@ -90,8 +91,7 @@ def bench_ttft(
         out=out,
         png=png,
     )
-    if png:
-        print_next(f"picture: {png}")
+    _print_files(out, png)
 
 
 @app.command("agreement")
@@ -114,6 +114,7 @@ def bench_agreement(
 
     settings = load_recipe(recipe, overrides or ())
     bench_agreement(model, settings, num_prompts=num_prompts, max_new_tokens=max_new_tokens, out=out)
+    _print_files(out)
 
 
 @app.command("prepare")
@@ -130,6 +131,7 @@ def bench_prepare(recipe: RecipeName, overrides: Overrides = None, out: Out = No
     from blockft.stages.bench import bench_prepare
 
     bench_prepare(load_recipe(recipe, overrides or ()), out=out)
+    _print_files(out)
 
 
 @app.command("train")
@@ -166,3 +168,12 @@ def bench_train(
         runs=runs,
         out=out,
     )
+    _print_files(out)
+
+
+def _print_files(out: Path | None, png: Path | None = None) -> None:
+    """Print where a benchmark wrote its figures and its picture."""
+    if out:
+        print_next(f"figures: {out}")
+    if png:
+        print_next(f"picture: {png}")

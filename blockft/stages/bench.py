@@ -15,6 +15,7 @@ from blockft.outputs import check_writable
 from blockft.progress import track
 from blockft.stages.evaluate import model_revision, read_questions
 from blockft.stages.prepare import TASK_SAMPLES, prepare
+from blockft.units import format_count
 
 
 def bench_prepare(recipe: Recipe, *, out: Path | None) -> None:
@@ -53,7 +54,9 @@ def bench_agreement(
         check_writable(out)
     samples, _ = read_questions(recipe)
     if num_prompts > len(samples):
-        raise UserError(f"the recipe has {len(samples)} questions, but --num-prompts is {num_prompts}")
+        raise UserError(
+            f"the recipe has {format_count(len(samples), 'question')}, but --num-prompts is {num_prompts}"
+        )
     revision, dtype = model_revision(model, recipe), parse_dtype(recipe.model.dtype, None)
     with Engine.load(model, revision=revision, dtype=dtype) as engine:
         questions = encode_questions(

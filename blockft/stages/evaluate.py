@@ -23,7 +23,7 @@ from blockft.data.sources import SOURCE_FORMATS, RecordCounts, find_source_files
 from blockft.data.split import SPLIT_FORMATS
 from blockft.data.statistics import histogram
 from blockft.data.tokenizer import tokenizer_fingerprint
-from blockft.errors import UserError
+from blockft.errors import UserError, warn
 from blockft.evaluation.answer_questions import (
     TOO_LONG,
     AnswerFile,
@@ -221,6 +221,12 @@ def read_questions(recipe: Recipe) -> tuple[list[Sample], dict[str, int]]:
     if not chosen:
         reasons = ", ".join(f"{reason}: {number}" for reason, number in dropped.items())
         raise UserError(f"eval.sources hold no question{f' ({reasons})' if reasons else ''}")
+    with_questions = {index for index, _ in chosen}
+    is_limit_reached = len(chosen) == recipe.eval.max_samples
+    for index, (source, count) in enumerate(zip(recipe.eval.sources, counts, strict=True)):
+        if index not in with_questions and not is_limit_reached:  # otherwise it may not have been read
+            reasons = ", ".join(f"{reason}: {number}" for reason, number in count.dropped.items())
+            warn(f"no question of {source.path} is asked ({reasons or 'it holds no samples'})")
     return [sample for _, sample in chosen], dict(sorted(dropped.items()))
 
 

@@ -32,7 +32,7 @@ from blockft.stages.compare import read_report
 from blockft.training.library_internals import consolidate_weights
 from blockft.training.library_warnings import silence_known_warnings
 from blockft.training.plan import WEIGHT_DTYPE
-from blockft.units import parse_bytes
+from blockft.units import format_count, parse_bytes
 from blockft.version import __version__
 
 EXACT_TOLERANCE = 1e-5
@@ -195,8 +195,9 @@ def _format_scores(report: dict[str, Any]) -> str:
         for metric, title in TITLES.items()
     ]
     num_questions = next(iter(modes.values()))[ALL]["questions"]
+    questions = format_count(num_questions, "question")
     table = markdown_table(["metric", *(f"{mode} mode" for mode in modes)], rows)
-    return f"Evaluation of `{Path(report['model']).name}` on {num_questions:,} questions:\n\n{table}"
+    return f"Evaluation of `{Path(report['model']).name}` on {questions}:\n\n{table}"
 
 
 def _build_card(checkpoint: Path, recipe: Recipe, *, name: str, is_adapter: bool, scores: str) -> str:

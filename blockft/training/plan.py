@@ -17,6 +17,7 @@ from blockft.errors import UserError
 from blockft.model.checkpoint import read_marker
 from blockft.training.distributed import use_cpu
 from blockft.training.row_dataset import RowDataset
+from blockft.units import format_count
 
 NUM_PROCESSES = "number of processes"
 """Entry of a run signature, the only one in which a resumed run may differ."""
@@ -92,8 +93,8 @@ def hold_out_examples(
     candidates = [index for index, example in enumerate(examples) if example.has_local_blocks]
     if num_held_out >= len(candidates):
         raise UserError(
-            f"train.num_eval_examples is {num_held_out}, but only {len(candidates)} examples split into "
-            "blocks: hold out fewer"
+            f"train.num_eval_examples is {num_held_out}, but the data holds only "
+            f"{format_count(len(candidates), 'example')} split into blocks: hold out fewer"
         )
     held_out = set(random.Random(f"{seed}:held out").sample(candidates, num_held_out))
     return (

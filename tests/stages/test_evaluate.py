@@ -389,6 +389,19 @@ def test_on_bad_record_skip_leaves_out_questions_without_answers(tmp_path: Path)
         read_questions(recipe_of([path], "data.on_bad_record=skip"))
 
 
+def test_a_source_without_a_question_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = save_questions(tmp_path / "a.jsonl", 3)
+    bad = save_questions(tmp_path / "b.jsonl", 2, without_answers=(0, 1))
+    (tmp_path / "c.jsonl").touch()
+    read_questions(recipe_of([good, bad, str(tmp_path / "c.jsonl")], "data.on_bad_record=skip"))
+    assert capsys.readouterr().err.splitlines() == [
+        f"blockft: warning: no question of {bad} is asked (no answers: 2)",
+        f"blockft: warning: no question of {tmp_path / 'c.jsonl'} is asked (it holds no samples)",
+    ]
+    read_questions(recipe_of([good, bad], "data.on_bad_record=skip", "eval.max_samples=1"))
+    assert capsys.readouterr().err == ""
+
+
 def test_chats_are_refused_because_they_hold_no_answers(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "x"}]
     (tmp_path / "c.jsonl").write_text(json.dumps({"messages": turns}))
