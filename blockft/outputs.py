@@ -94,7 +94,8 @@ def resumable_folder(out: Path, signature: Mapping[str, Any]) -> Iterator[Path]:
     `out` is complete, and stays on any error.
 
     Raises:
-        UserError: the folder has another signature, another process writes it, or it cannot be written.
+        UserError: the folder has another signature or files without one, another process writes it, or it
+            cannot be written.
     """
     partial = out.with_name(f".{out.name}{PARTIAL}")
     expected = json.loads(json.dumps(dict(signature)))
@@ -116,6 +117,11 @@ def resumable_folder(out: Path, signature: Mapping[str, Any]) -> Iterator[Path]:
                         "another folder, or remove it to start again"
                     )
         else:
+            if any(not path.name.startswith(f".{SIGNATURE}") for path in partial.iterdir()):
+                raise UserError(
+                    f"{partial} holds files but no {SIGNATURE}, so their settings are unknown: remove the "
+                    "folder to start again"
+                )
             write_atomic(partial / SIGNATURE, json.dumps(expected, indent=2) + "\n")
         yield partial
         shutil.rmtree(partial, ignore_errors=True)

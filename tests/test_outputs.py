@@ -142,3 +142,23 @@ def test_a_file_is_replaced_completely_or_not_at_all(tmp_path: Path, monkeypatch
 
 def full_disk(*_: object) -> None:
     raise OSError(28, "No space left on device")
+
+
+def test_a_resumable_folder_with_files_of_unknown_settings_is_refused(tmp_path: Path) -> None:
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    (partial / "answers-block.jsonl").write_text("{}\n")
+    with (
+        pytest.raises(UserError, match="settings are unknown: remove the folder"),
+        resumable_folder(tmp_path / "out", {"model": "m"}),
+    ):
+        pass
+    assert (partial / "answers-block.jsonl").read_text() == "{}\n"
+
+
+def test_a_resumable_folder_outlives_a_kill_while_its_signature_is_written(tmp_path: Path) -> None:
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    (partial / f".{SIGNATURE}.123").write_text("{")
+    with resumable_folder(tmp_path / "out", {"model": "m"}) as folder:
+        assert (folder / SIGNATURE).is_file()

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,15 +121,23 @@ def build_recipe(settings: Any, overrides: Sequence[str], origin: str) -> Recipe
         key = error.full_key or ""
         where = f" (at {key})" if key else ""
         raise UserError(f"{_origin(key, overrides, origin)}: {_reason(error)}{where}") from error
+    # a setting that holds `???` has to be set, required or not
+    faults = {key: f"{key} is missing" for key in _missing_keys(plain, ())}
+    recipe, cause = None, None
     try:
-        return Recipe.model_validate(_without_missing(plain))
+        recipe = Recipe.model_validate(_without_missing(plain))
     except ValidationError as error:
-        by_origin: dict[str, list[str]] = {}
+        cause = error
         for fault in error.errors(include_url=False):
             key = _key(fault["loc"])
-            by_origin.setdefault(_origin(key, overrides, origin), []).append(_describe(key, fault))
-        message = "; ".join(f"{source}: {'; '.join(faults)}" for source, faults in by_origin.items())
-        raise UserError(message) from error
+            faults[key] = _describe(key, fault)
+    if recipe is not None and not faults:
+        return recipe
+    by_origin: dict[str, list[str]] = {}
+    for key, sentence in faults.items():
+        by_origin.setdefault(_origin(key, overrides, origin), []).append(sentence)
+    message = "; ".join(f"{source}: {'; '.join(found)}" for source, found in by_origin.items())
+    raise UserError(message) from cause
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -149,6 +157,18 @@ def _escape(value: Any) -> Any:
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
     return value
+
+
+def _missing_keys(value: Any, loc: tuple[int | str, ...]) -> Iterator[str]:
+    """Yield the keys that hold OmegaConf's mark `???` of a missing value."""
+    if value == "???":
+        yield _key(loc)
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _missing_keys(inner, (*loc, key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _missing_keys(inner, (*loc, index))
 
 
 def _without_missing(value: Any) -> Any:

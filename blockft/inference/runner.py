@@ -58,7 +58,7 @@ class CacheOptions:
         {'disk': 3}
     """
 
-    folder: Path | None = None
+    folder: Path | str | None = None
     disk_bytes: int | None = None
     host_bytes: int | None = None
     device_bytes: int | None = None
@@ -254,4 +254,4 @@ def _disk_tier(model: PreTrainedModel, name: str, tokenizer: str, cache: CacheOp
     assert cache.folder
     fingerprint = model_fingerprint(model, tokenizer)
     cache_model = CacheModel(fingerprint=fingerprint, name=name, **asdict(kv_shape(model)))
-    return DiskTier(cache.folder, cache_model, cache.disk_bytes)
+    return DiskTier(Path(cache.folder), cache_model, cache.disk_bytes)

@@ -127,8 +127,16 @@ def evaluation_recipe(
             `load_recipe`.
     """
     if isinstance(recipe_or_data, Recipe):
-        assert not overrides and format is None and modes is None, "a recipe holds its settings already"
-        return recipe_or_data
+        if overrides or format is not None:
+            raise UserError(
+                "a recipe object takes neither overrides nor a format: change its settings, or give its path"
+            )
+        if modes is None or recipe_or_data.eval is None:
+            return recipe_or_data
+        recipe = recipe_or_data.model_copy(deep=True)
+        assert recipe.eval is not None
+        recipe.eval.modes = [Mode(mode) for mode in modes]
+        return recipe
     if modes is not None:
         overrides = [*overrides, f"eval.modes=[{','.join(modes)}]"]
     if format is None and is_recipe(recipe_or_data):

@@ -115,7 +115,7 @@ def train(recipe: Recipe, *, resume: bool = False, name: str | None = None) -> P
             Console(stderr=True).print(message, soft_wrap=True, highlight=False, markup=False)
         return run
     title = run.name if name is None or name == run.name else f"{name}/{run.name}"
-    with _restored_signal_handlers():
+    with _restored_process_state():
         init_distributed()
         # DeepSpeed, which this module imports, needs the worker's environment
         from blockft.training.universal_checkpoint import UNIVERSAL, convert_to_universal, remove_universal
@@ -151,12 +151,18 @@ def train(recipe: Recipe, *, resume: bool = False, name: str | None = None) -> P
 
 
 @contextmanager
-def _restored_signal_handlers() -> Iterator[None]:
-    """Restore the handlers of SIGINT and SIGTERM, which a run replaces."""
+def _restored_process_state() -> Iterator[None]:
+    """Restore what a run changes in the process: the handlers of SIGINT and SIGTERM, and DeepSpeed's config.
+
+    With the config of a ZeRO-3 run in place, transformers would load every later model without its weights.
+    """
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
+        unset_hf_deepspeed_config()
         for number, handler in handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 

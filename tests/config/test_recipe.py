@@ -122,3 +122,10 @@ def test_a_dumped_recipe_is_read_back(name: str, tmp_path: Path) -> None:
     recipe.data.prompt.instruction = "Zür ${x} \\${y} 'z' \\n:\n- yes\n"
     (tmp_path / "r.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     assert load_recipe(str(tmp_path / "r.yaml")) == recipe
+
+
+@pytest.mark.parametrize("key", ["data.no_such", "model.dtype", "train.lora.r", "eval", "model.path"])
+def test_a_setting_that_is_marked_as_missing_is_an_error(key: str) -> None:
+    """OmegaConf marks a value that has to be given as `???`."""
+    with pytest.raises(UserError, match=f"{key.replace('.', '[.]')} is missing"):
+        build_recipe(SETTINGS, [f"{key}=???"], "r.yaml")

@@ -18,6 +18,7 @@ from blockft.errors import UserError
 from blockft.inference.answer import Answer
 from blockft.inference.cache_folder import CacheFolder
 from blockft.inference.engine import Engine
+from blockft.inference.runner import CacheOptions
 from blockft.inference.sampling import Sampler
 from tests.inference.engines import PROMPT, ROTATE, greedy, load_engine, options
 from tests.run import save_model
@@ -333,3 +334,9 @@ def test_an_engine_is_closed_after_an_error(toy_model: Path) -> None:
         raise ZeroDivisionError
     with pytest.raises(UserError, match="closed"):
         engine.flush()
+
+
+def test_a_cache_folder_may_be_given_as_a_text(toy_model: Path, tmp_path: Path) -> None:
+    with Engine.load(str(toy_model), cache=CacheOptions(folder=str(tmp_path / "blocks"))) as engine:
+        engine.generate_ids([PROMPT], max_new_tokens=1)
+    assert list(CacheFolder(tmp_path / "blocks").entries())

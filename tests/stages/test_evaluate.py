@@ -435,3 +435,13 @@ def test_the_recorded_wording_is_read_at_the_revision(
     data, overrides = str(tmp_path / "h.json"), ["model.revision=v2"]
     evaluation_recipe("owner/export", data, overrides=overrides, format="hotpotqa")
     assert loaded == [("owner/export", "v2")]
+
+
+def test_the_modes_of_a_recipe_object_can_be_chosen(toy: Path) -> None:
+    recipe = evaluation_recipe(f"{toy}/model", f"{toy}/questions.jsonl", modes=["block", "full"])
+    chosen = evaluation_recipe(f"{toy}/model", recipe, modes=["full"])
+    assert chosen.eval and chosen.eval.modes == ["full"]
+    assert recipe.eval and recipe.eval.modes == ["block", "full"]
+    assert chosen.model_copy(update={"eval": recipe.eval}) == recipe
+    with pytest.raises(UserError, match="takes neither overrides nor a format"):
+        evaluation_recipe(f"{toy}/model", recipe, overrides=["eval.max_new_tokens=2"])

@@ -310,6 +310,19 @@ def test_a_process_can_train_twice(toy: Path) -> None:
     assert logged(first) == logged(second) and len(logged(first)) == 2
 
 
+def train_with_zero3_and_export(recipe: Path, run: Path, model: Path) -> None:
+    overrides = [f"train.output_dir={run}", "train.max_steps=1", "train.deepspeed=zero3"]
+    blockft_api.train(load_recipe(str(recipe), overrides))
+    blockft_api.export(run, model)
+
+
+def test_a_process_can_export_after_a_zero3_run(toy: Path) -> None:
+    recipe, run, model = toy / "recipe.yaml", toy / "zero3", toy / "zero3-model"
+    before = partial(train_with_zero3_and_export, recipe, run, model)
+    train(recipe, toy / "after-zero3", "train.max_steps=1", before=before)
+    assert (model / "model.safetensors").is_file()
+
+
 def test_wandb_gets_the_recipe_the_data_the_speed_and_the_loss_plot(toy: Path) -> None:
     overrides = ("train.report_to=[wandb]", "train.max_steps=1")
     train(toy / "recipe.yaml", toy / "tracked", *overrides, WANDB_MODE="offline", WANDB_DIR=str(toy))
