@@ -337,6 +337,6 @@ def test_an_engine_is_closed_after_an_error(toy_model: Path) -> None:
 
 
 def test_a_cache_folder_may_be_given_as_a_text(toy_model: Path, tmp_path: Path) -> None:
-    with Engine.load(str(toy_model), cache=CacheOptions(folder=str(tmp_path / "blocks"))) as engine:
-        engine.generate_ids([PROMPT], max_new_tokens=1)
+    with load_engine(toy_model, cache=CacheOptions(folder=str(tmp_path / "blocks"))) as engine:
+        engine.generate(**REQUESTS[0], max_new_tokens=1)
     assert list(CacheFolder(tmp_path / "blocks").entries())
