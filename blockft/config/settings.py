@@ -94,6 +94,13 @@ class ModelSettings(Settings):
 
     path: str = Field(description="A local model folder or a model id on the Hub.")
     revision: str | None = Field(default=None, description="Branch, tag or commit on the Hub.")
+    chat_template: str | None = Field(
+        default=None,
+        description=(
+            "A file with a Jinja chat template that replaces that of the tokenizer, in the export too. null "
+            "keeps the template of the tokenizer."
+        ),
+    )
     init: WeightInit = Field(
         default=WeightInit.pretrained,
         description=(

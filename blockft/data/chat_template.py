@@ -1,26 +1,36 @@
 """Chat templates: render a prompt, tell its markup from its text, and assign the markup to blocks."""
 
+import re
+import traceback
 from collections.abc import Collection, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import chain
+from os.path import commonprefix
 from typing import NoReturn
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from blockft.data.sample import Message
+from blockft.data.sample import ROLES, Message
 from blockft.errors import UserError
 
-FIXED_DATE = """
-{%- macro strftime_now(format) -%}
-{{ format | replace('%d', '26') | replace('%b', 'Jul') | replace('%B', 'July') | replace('%m', '07')
-          | replace('%Y', '2024') }}
-{%- endmacro %}
-"""
-"""A macro put before a template that prints today's date.
+FIXED_DATE = (
+    "{%- macro strftime_now(format) -%}"
+    "{{ format | replace('%d', '26') | replace('%b', 'Jul') | replace('%B', 'July') | replace('%m', '07')"
+    " | replace('%Y', '2024') }}"
+    "{%- endmacro %}\n"
+)
+"""A macro put in a line before a template that prints today's date.
 
 It prints the default date of Llama 3's template, so that prepared data do not change from day to day.
 """
+
+EMPTY_THOUGHT = re.compile(r"(?:<(?P<tag>[\w:|-]+)>\s*</(?P=tag)>|\[(?P<word>\w+)\]\s*\[/(?P=word)\])\s*\Z")
+"""An empty thought at the end of a text, such as <think></think>, with the white space after it."""
+
+OPEN_THOUGHT = re.compile(r"[<\[](?P<name>[\w:|-]+)[>\]]\s*\Z")
+"""The opening tag of a thought at the end of a text, with the white space after it."""
 
 EDGE_MARKER = "\n\u2003"
 """White space put before a placeholder, and mirrored after it, to show what a template strips there."""
@@ -57,10 +67,9 @@ Strip = tuple[str | None, str | None]
 
 @dataclass(frozen=True)
 class RenderedPrompt:
-    """The blocks of a rendered prompt, the response, and the markup around the response.
+    """The blocks of a rendered prompt, the response, and the texts around the response.
 
-    `opening` is markup between the generation prompt and the response; the model has to write it, too.
-    `ending` is the markup after the response.
+    `opening` is white space between the prompt and the response, `ending` the markup after the response.
     """
 
     blocks: tuple[Block, ...]
@@ -69,14 +78,9 @@ class RenderedPrompt:
     opening: str = ""
 
     @property
-    def answer(self) -> Block:
-        """What the model writes before the ending.
-
-        An opening of white space is part of the response's text, so that it is tokenized with the first word.
-        """
-        if self.opening.strip():
-            return TextPart(self.opening, is_markup=True), TextPart(self.response, is_markup=False)
-        return (TextPart(self.opening + self.response, is_markup=False),)
+    def answer(self) -> TextPart:
+        """What the model writes before the ending: the response, tokenized with the white space before it."""
+        return TextPart(self.opening + self.response, is_markup=False)
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,24 @@ class _TemplateMarkup:
 
     markup: tuple[str, ...]
     strips: tuple[Strip, ...]
+
+
+@dataclass(frozen=True)
+class _ResponseMarkup:
+    """How a template writes a response to a sequence of roles.
+
+    `prompt_end` is markup that the template writes before a response and not in its generation prompt, such
+    as an empty thought. `opening` is white space before the response, `ending` the markup after it, and
+    `strip` is what is stripped of it. `chat` is the markup of the last `num_turns` messages with their
+    response: the whole chat, or its last turn.
+    """
+
+    prompt_end: str
+    opening: str
+    ending: str
+    strip: Strip
+    chat: tuple[str, ...]
+    num_turns: int
 
 
 class ChatTemplate:
@@ -106,43 +128,62 @@ class ChatTemplate:
                 f"{' named default' if templates else ''}: use the tokenizer of an instruct model"
             )
         self._tokenizer = tokenizer
+        self._name = tokenizer.name_or_path or "the tokenizer"
         template = tokenizer.get_chat_template()
-        self._template = FIXED_DATE + template if "strftime_now" in template else template
+        self._lines_before = int("strftime_now" in template)
+        self._template = FIXED_DATE * self._lines_before + template
         self._prompt_markup_cache: dict[tuple[Roles, bool], _TemplateMarkup] = {}
-        self._response_markup_cache: dict[Roles, _TemplateMarkup] = {}
+        self._response_markup_cache: dict[Roles, _ResponseMarkup | UserError] = {}
+
+    @property
+    def start(self) -> str:
+        """The markup before the first text of a prompt."""
+        return self._markup_of_roles(("user",), for_generation=True).markup[0]
+
+    @property
+    def ending(self) -> str:
+        """The markup after a response to a single message."""
+        return self._markup_of_roles(("user", "assistant"), for_generation=False).markup[-1]
 
     def render(
         self, messages: Sequence[Message], documents: Collection[int], response: str | None = None
     ) -> RenderedPrompt:
         """Render a prompt with its generation prompt, split into blocks.
 
-        The blocks joined are the rendered prompt. `documents` are the indices of blocks that are documents.
-        Markup goes to the end of the block before it. At the start of the prompt and after a document, markup
-        is a block of its own. A prompt that consists of a single text is one block. Example::
+        The blocks joined are the rendered prompt, and after it the markup that some templates write only
+        before a response, such as an empty thought. The prompt is the same with and without a response.
+        `documents` are the indices of blocks that are documents. Markup goes to the end of the block before
+        it. At the start of the prompt and after a document, markup is a block of its own. A prompt that
+        consists of a single text is one block. Example::
 
             <|im_start|>user\\n | Answer. | doc 0 | doc 1 | Question?<|im_end|>\\n<|im_start|>assistant\\n
 
         Raises:
-            TemplateMismatch: the template refuses the roles, changes their order, changes a text other than
-                by stripping it, strips a document, or writes a response that does not follow the generation
-                prompt.
-            UserError: the template has a syntax error.
+            TemplateMismatch: the template refuses the roles or fails, changes their order, changes a text
+                other than by stripping it, strips a document, or writes a response that does not follow the
+                generation prompt.
+            UserError: the template has a syntax error, or its generation prompt opens a thought that it does
+                not write before a response.
         """
         roles = tuple(message.role for message in messages)
         template = self._markup_of_roles(roles, for_generation=True)
         contents = self._strip_messages(messages, template.strips, documents)
         texts = ["".join(content) for content in contents]
-        rendered = self._apply(roles, [message.text for message in messages], for_generation=True)
-        if rendered != "".join(chain.from_iterable(zip(template.markup, [*texts, ""], strict=True))):
-            changed = _first_changed_text(rendered, template.markup, texts)
-            self._fail(f"changes the text {changed} otherwise than by trimming it", "text changed")
-        blocks = _assign_markup(template.markup, contents, documents)
-        if response is None:
+        self._check_texts(messages, template.markup, [*texts, ""], for_generation=True)
+        around_response = self._find_response_markup(roles)
+        if response is not None and isinstance(around_response, UserError):
+            raise copy(around_response)  # an error that is raised again would collect tracebacks
+        # a template that cannot be trained is asked with its own generation prompt
+        prompt_end = "" if isinstance(around_response, UserError) else around_response.prompt_end
+        markup = (*template.markup[:-1], template.markup[-1] + prompt_end)
+        blocks = _assign_markup(markup, contents, documents)
+        if response is None or isinstance(around_response, UserError):
             return RenderedPrompt(blocks, "", "")
-        around_response = self._markup_of_response(roles)
-        (response,) = _strip_blocks((response,), *around_response.strips[0])
-        opening, ending = around_response.markup
-        return RenderedPrompt(blocks, response, ending, opening)
+        (stripped,) = _strip_blocks((response,), *around_response.strip)
+        turns = around_response.num_turns
+        chat = [*messages[-turns:], Message(role="assistant", content=(response,))]
+        self._check_texts(chat, around_response.chat, [*texts[-turns:], stripped, ""], for_generation=False)
+        return RenderedPrompt(blocks, stripped, around_response.ending, around_response.opening)
 
     def _markup_of_roles(self, roles: Roles, *, for_generation: bool) -> _TemplateMarkup:
         """Return how the template writes messages of these roles, found by rendering placeholders."""
@@ -185,29 +226,88 @@ class ChatTemplate:
             markup.append(before)
         return (*markup, rest)
 
-    def _markup_of_response(self, roles: Roles) -> _TemplateMarkup:
-        """Return the opening and the ending of a response to messages of these roles."""
+    def _check_texts(
+        self, messages: Sequence[Message], markup: Sequence[str], texts: Sequence[str], for_generation: bool
+    ) -> None:
+        """Check that the rendered messages are the markup and the texts in turn.
+
+        Raises:
+            TemplateMismatch: the template changes a text.
+        """
+        roles = tuple(message.role for message in messages)
+        rendered = self._apply(roles, [message.text for message in messages], for_generation)
+        if rendered != "".join(chain.from_iterable(zip(markup, texts, strict=True))):
+            changed = _first_changed_text(rendered, markup, texts)
+            self._fail(f"changes the text {changed} otherwise than by trimming it", "text changed")
+
+    def _find_response_markup(self, roles: Roles) -> _ResponseMarkup | UserError:
+        """Return how the template writes a response to these roles, or why no response can be learned."""
         if roles not in self._response_markup_cache:
-            # some templates drop the system message once there is a response; with them, the markup of a
-            # response to the last turn alone is the right one
-            for turns in dict.fromkeys((roles, roles[-1:])):
-                try:
-                    prompt_markup = self._markup_of_roles(turns, for_generation=True).markup
-                    chat = self._markup_of_roles((*turns, "assistant"), for_generation=False)
-                except TemplateMismatch:
-                    continue
-                *before, opening, ending = chat.markup
-                if (*before,) == prompt_markup[:-1] and opening.startswith(prompt_markup[-1]):
-                    markup = (opening.removeprefix(prompt_markup[-1]), ending)
-                    self._response_markup_cache[roles] = _TemplateMarkup(markup, chat.strips[-1:])
-                    break
-            else:
-                self._fail(
-                    "writes a response otherwise than its generation prompt leads to", "response changed"
-                )
+            try:
+                self._response_markup_cache[roles] = self._markup_of_response(roles)
+            except UserError as error:
+                self._response_markup_cache[roles] = error.with_traceback(None)
         return self._response_markup_cache[roles]
 
+    def _markup_of_response(self, roles: Roles) -> _ResponseMarkup:
+        """Return how the template writes a response to messages of these roles.
+
+        The markup before a response starts with the generation prompt. If the generation prompt ends with an
+        empty thought, the template may leave this thought out of the chat.
+        """
+        difference = None
+        # some templates drop the system message once there is a response; with them, the markup of a
+        # response to the last turn alone is the right one
+        for turns in dict.fromkeys((roles, roles[-1:])):
+            try:
+                *prompt_before, asked = self._markup_of_roles(turns, for_generation=True).markup
+                chat = self._markup_of_roles((*turns, "assistant"), for_generation=False)
+            except TemplateMismatch:
+                continue
+            *before, written, ending = chat.markup
+            if before != prompt_before:
+                continue
+            prompt_end, opening = "", ""
+            if written.startswith(asked):
+                opening = written.removeprefix(asked)
+                if opening.strip():
+                    prompt_end, opening = opening, ""
+            elif not EMPTY_THOUGHT.search(asked) or _without_thought(asked) != _without_thought(written):
+                difference = difference or (asked, written)
+                continue
+            return _ResponseMarkup(prompt_end, opening, ending, chat.strips[-1], chat.markup, len(turns))
+        self._fail_response(*(difference or ("", "")))
+
+    def _fail_response(self, asked: str, written: str) -> NoReturn:
+        """Raise the error for a response that does not follow the generation prompt.
+
+        `asked` and `written` are the markup before a response: in the generation prompt, and in the chat.
+        """
+        if not asked:
+            self._fail("writes a response otherwise than its generation prompt leads to", "response changed")
+        end = asked[len(commonprefix([asked, written])) :]
+        texts = (
+            f"the chat template of {self._name} ends its generation prompt with {asked[-60:]!r}, "
+            f"but writes {written[-60:]!r} before a response"
+        )
+        if opened := OPEN_THOUGHT.search(end):
+            tag = opened[0].strip()
+            closed = f"{end.rstrip()}\n\n{tag[0]}/{tag[1:]}\n\n"
+            raise UserError(
+                f"{texts}: a response without a thought cannot be learned after an open {tag}. Copy the "
+                f"template to a file, let its generation prompt end with the empty thought {closed!r} in "
+                f"place of {end!r}, and set model.chat_template to that file"
+            )
+        raise TemplateMismatch(
+            f"{texts}: a response must follow the generation prompt. Correct this in a copy of the template, "
+            "and set model.chat_template to that file",
+            "response changed by the chat template",
+        )
+
     def _apply(self, roles: Roles, texts: Sequence[str], for_generation: bool) -> str:
+        """Run the template. Every error of the template becomes a UserError here."""
+        # a template pastes the role into the prompt, so that any other role could spell control tokens
+        assert set(roles) <= set(ROLES), roles
         chat = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
         try:
             return str(
@@ -221,10 +321,26 @@ class ChatTemplate:
                 )
             )
         except jinja2.TemplateSyntaxError as error:
-            location = f"{self._tokenizer.name_or_path}, line {error.lineno}"
-            raise UserError(f"the chat template of {location} cannot be read: {error}") from error
-        except (jinja2.TemplateError, TypeError) as error:
-            self._fail(f"refuses messages of the roles {_list(roles)} ({error})", "roles refused")
+            raise UserError(
+                f"the chat template of {self._name}, line {error.lineno - self._lines_before} cannot be "
+                f"read: {_first_line(error.message or '')}"
+            ) from error
+        except SyntaxError as error:
+            raise UserError(f"the chat template of {self._name} cannot be read: {error.msg}") from error
+        # the template is a program that came with the model, and may raise anything
+        except Exception as error:
+            self._fail(
+                f"refuses messages of the roles {_list(roles)} ({self._describe(error)})", "roles refused"
+            )
+
+    def _describe(self, error: Exception) -> str:
+        """Return the first line of an error that the template raised, with the template's line."""
+        frames = traceback.extract_tb(error.__traceback__)
+        numbers = [frame.lineno or 0 for frame in frames if frame.filename == "<template>"]
+        name = "" if isinstance(error, jinja2.TemplateError) else type(error).__name__
+        line = f"line {numbers[-1] - self._lines_before}" if numbers else ""
+        message = ": ".join(filter(None, (name, _first_line(str(error)))))
+        return ", ".join(filter(None, (message, line)))
 
     def _strip_messages(
         self, messages: Sequence[Message], strips: Sequence[Strip], documents: Collection[int]
@@ -246,9 +362,12 @@ class ChatTemplate:
         return contents
 
     def _fail(
-        self, problem: str, reason: str, remedy: str = "leave such prompts out, or use another template"
+        self,
+        problem: str,
+        reason: str,
+        remedy: str = "leave such prompts out, or set model.chat_template to another template",
     ) -> NoReturn:
-        subject = f"the chat template of {self._tokenizer.name_or_path}"
+        subject = f"the chat template of {self._name}"
         raise TemplateMismatch(f"{subject} {problem}: {remedy}", f"{reason} by the chat template")
 
 
@@ -300,6 +419,16 @@ def _first_changed_text(rendered: str, markup: Sequence[str], texts: Sequence[st
             break
         start += len(before + text)
     return _abbreviate(text)
+
+
+def _without_thought(markup: str) -> str:
+    """Return the markup without an empty thought at its end."""
+    return EMPTY_THOUGHT.sub("", markup)
+
+
+def _first_line(message: str) -> str:
+    line = (message.splitlines() or [""])[0]
+    return line if len(line) <= 200 else f"{line[:197]}..."
 
 
 def _list(roles: Roles) -> str:

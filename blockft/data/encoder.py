@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from blockft.attention.layout import Layout
 from blockft.data.chat_template import Block, ChatTemplate, RenderedPrompt, TemplateMismatch, TextPart
-from blockft.data.sample import Message, Sample
-from blockft.data.tokenizer import PlainTokenizer, TemplatedTokenizer, encode_markup
+from blockft.data.sample import Sample
+from blockft.data.tokenizer import PlainTokenizer, TemplatedTokenizer, control_token_ids, encode_markup
 from blockft.errors import UserError
 
 IGNORE_INDEX = -100
@@ -87,9 +87,10 @@ class Encoder:
     def encode(self, samples: Sequence[Sample]) -> list[Example]:
         """Encode samples to train on, one example per sample. Labels are the response and the end of turn.
 
-        The end of turn is what the template writes after a response, up to its first added token. If the
-        response of a templated sample has no end of turn, it gets that of the template, or the eos token if
-        there is no template.
+        The end of turn is what the template writes after a response, up to the last of the successive added
+        tokens that end a turn. White space after them belongs to the next turn. If the response of a
+        templated sample has no end of turn, it gets that of the template, or the eos token if there is no
+        template.
 
         Raises:
             TemplateMismatch: the template or the tokenizer changes a text; the message names the sample.
@@ -115,10 +116,20 @@ class Encoder:
         """Return the number of tokens of each text, encoded as text from data."""
         return [len(ids) for ids in self._plain.encode(list(texts))]
 
-    @cached_property
+    @property
     def eos_token_id(self) -> int:
-        """The last token of a response, at which decoding stops."""
-        return self._ending[-1]
+        """The first token that ends a response."""
+        return self._end_token_ids[0]
+
+    @property
+    def end_token_ids(self) -> frozenset[int]:
+        """All tokens that end a response. Decoding stops at the first of them."""
+        return frozenset(self._end_token_ids)
+
+    @cached_property
+    def _end_token_ids(self) -> TokenIds:
+        control = control_token_ids(self._tokenizer)
+        return [id for id in self._ending if id in control] or self._ending
 
     @cached_property
     def _template(self) -> ChatTemplate:
@@ -128,8 +139,7 @@ class Encoder:
     def _ending(self) -> TokenIds:
         """The end of turn for a response whose prompt the template did not render."""
         if self._tokenizer.chat_template:
-            prompt = self._template.render((Message(role="user", content=("?",)),), (), "!")
-            return self._end_of_turn(prompt.ending)
+            return self._end_of_turn(self._template.ending)
         if self._tokenizer.eos_token_id is None:
             raise UserError(
                 f"tokenizer {self._name} has neither a chat template nor an eos token: "
@@ -141,7 +151,13 @@ class Encoder:
     def _end_ids(self) -> frozenset[int]:
         """The tokens that end a templated response."""
         added = self._tokenizer.added_tokens_decoder
-        return frozenset({id for id, token in added.items() if token.special} | {self.eos_token_id})
+        return frozenset({id for id, token in added.items() if token.special} | self.end_token_ids)
+
+    @cached_property
+    def _start_ids(self) -> frozenset[int]:
+        """The added tokens that start a prompt or a turn, and end none."""
+        control = control_token_ids(self._tokenizer) - {self._tokenizer.eos_token_id}
+        return control.intersection(self._encode_markup(self._template.start))
 
     def _encode_chats(self, samples: Sequence[Sample]) -> list[Example]:
         prompts = [self._render(sample, sample.response) for sample in samples]
@@ -149,7 +165,7 @@ class Encoder:
         examples = []
         for sample, prompt in zip(samples, prompts, strict=True):
             blocks = [self._block_ids(block, ids_of) for block in prompt.blocks]
-            answer = [id for part in prompt.answer for id in ids_of[part]] + self._end_of_turn(prompt.ending)
+            answer = ids_of[prompt.answer] + self._end_of_turn(prompt.ending)
             examples.append(_build_example(sample, blocks, answer))
         return examples
 
@@ -171,7 +187,7 @@ class Encoder:
         Text from data is encoded without added tokens, markup with them.
         """
         parts = {part for prompt in prompts for block in prompt.blocks for part in block}
-        parts |= {part for prompt in prompts for part in prompt.answer}
+        parts |= {prompt.answer for prompt in prompts}
         texts = [part.text for part in parts if not part.is_markup]
         plain = dict(zip(texts, self._plain.encode(texts), strict=True))
         return {p: self._encode_markup(p.text) if p.is_markup else plain[p.text] for p in parts}
@@ -182,16 +198,27 @@ class Encoder:
         return self._markup_ids[text]
 
     def _end_of_turn(self, ending: str) -> TokenIds:
-        """Return the ids of the text after a response, up to and including its first added token."""
+        """Return the ids of the text after a response, up to the last token that ends the turn.
+
+        Tokens that end the turn are the first added token and the added tokens that follow it, with only
+        white space between them. A token that starts a turn is none of them. ::
+
+            "<|end|> <|endoftext|> "       ->  "<|end|> <|endoftext|>"
+            "<|im_end|> <|im_start|>user"  ->  "<|im_end|>"
+        """
         if ending not in self._ending_ids:
-            added = self._tokenizer.added_tokens_decoder
             ids = self._encode_markup(ending)
-            end = next((i for i, id in enumerate(ids, start=1) if id in added), None)
+            control = control_token_ids(self._tokenizer)
+            end = next((i for i, id in enumerate(ids, start=1) if id in control), None)
             if end is None:
                 raise UserError(
                     f"the chat template of {self._name} writes {ending!r} after a response, "
                     "which contains no added token: a model could not learn where a response ends"
                 )
+            for i, id in enumerate(ids[end:], start=end):
+                if id in self._start_ids or id not in control and str(self._tokenizer.decode([id])).strip():
+                    break
+                end = i + 1 if id in control else end
             self._ending_ids[ending] = ids[:end]
         return self._ending_ids[ending]
 

@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+ROLES = ("system", "user", "assistant")
+"""The roles of messages. A chat template pastes a role into the prompt, so no other text may be a role."""
+
 SAMPLE_FIELDS = ("id", "source", "messages", "blocks", "response", "answers", "meta")
 """The fields of a sample's JSON object."""
 
@@ -182,6 +185,16 @@ def parse_text(value: Any, name: str, *, may_be_blank: bool = False) -> str:
     return str(value)
 
 
+def parse_role(value: Any, name: str) -> str:
+    """Return the role of a message.
+
+    Raises:
+        RecordError: there is no such role. Messages of tools are refused, too.
+    """
+    check_field(isinstance(value, str) and value in ROLES, name, value, f"be one of {', '.join(ROLES)}")
+    return str(value)
+
+
 def parse_messages(value: Any) -> tuple[Message, ...]:
     """Parse the field `messages` of a record: the messages of a prompt.
 
@@ -204,7 +217,7 @@ def parse_messages(value: Any) -> tuple[Message, ...]:
         ]
         for j, text in enumerate(texts):
             check_field(bool(text), f"{name}.content[{j}]'", text, "not be empty")
-        messages.append(Message(role=parse_text(message["role"], f"{name}.role'"), content=tuple(texts)))
+        messages.append(Message(role=parse_role(message["role"], f"{name}.role'"), content=tuple(texts)))
     last = messages[-1]
     is_prompt = last.role != "assistant"
     check_field(is_prompt, f"{name}.role'", last.role, "not be assistant: the answer goes into 'response'")

@@ -107,6 +107,12 @@ def encode_markup(text: str, tokenizer: PreTrainedTokenizerBase, plain: PlainTok
     return plain.encode([head])[0] + ids[first:]
 
 
+def control_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the ids of the added tokens, special or not, that are no white space."""
+    added = tokenizer.added_tokens_decoder
+    return frozenset(id for id, token in added.items() if not _is_blank(token.content))
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a hash of the tokenizer's vocabulary, rules and chat template."""
     parts = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template))

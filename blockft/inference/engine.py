@@ -104,7 +104,7 @@ class Engine:
         self._encoder = Encoder(tokenizer)
         configured = model.generation_config.eos_token_id
         configured_ids = configured if isinstance(configured, list) else [configured]
-        self.eos_token_ids = {*configured_ids, self._encoder.eos_token_id} - {None}
+        self.eos_token_ids = {*configured_ids, *self._encoder.end_token_ids} - {None}
 
     @classmethod
     def load(

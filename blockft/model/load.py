@@ -101,13 +101,30 @@ def adapter_base_model(path: str) -> tuple[str, str | None] | None:
         raise UserError(f"{adapter} is not the configuration of an adapter: {error!r}") from error
 
 
-def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str, revision: str | None = None, chat_template: str | None = None
+) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model folder or Hub id.
 
+    chat_template: a file with the chat template that replaces that of the tokenizer.
+
     Raises:
-        UserError: there is no tokenizer.
+        UserError: there is no tokenizer, or the file cannot be read.
     """
-    return _open(AutoTokenizer, path, revision)
+    tokenizer: PreTrainedTokenizerBase = _open(AutoTokenizer, path, revision)
+    if chat_template is not None:
+        tokenizer.chat_template = _read_chat_template(Path(chat_template))
+    return tokenizer
+
+
+def _read_chat_template(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
+        raise UserError(f"model.chat_template {path} cannot be read: {error}") from error
+    if not text.strip():
+        raise UserError(f"model.chat_template {path} is empty: it should hold a Jinja template")
+    return text
 
 
 def load_model(

@@ -1,6 +1,7 @@
 """`blockft export`: write a plain Hugging Face model folder after checking it against the run."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from blockft.config.choices import DType
 from blockft.config.recipe import load_recipe
 from blockft.config.settings import Recipe
+from blockft.data.encoder import Encoder
 from blockft.errors import UserError
 from blockft.evaluation.report import ALL
 from blockft.evaluation.report_render import TITLES, format_score, markdown_table
@@ -95,11 +97,13 @@ def export(
     console = Console(stderr=True, markup=False)
     console.print(f"gathering the weights of {checkpoint}")
     with atomic_folder(output_dir) as folder:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         if adapter_only:
             _save_adapter(folder, checkpoint, recipe, export_dtype)
         else:
-            _save_model(folder, checkpoint, recipe, export_dtype, has_adapter, shard_bytes)
-        AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
+            end_token_ids = Encoder(tokenizer).end_token_ids
+            _save_model(folder, checkpoint, recipe, export_dtype, has_adapter, shard_bytes, end_token_ids)
+        tokenizer.save_pretrained(folder)
         card = _build_card(
             checkpoint, recipe, name=push or output_dir.name, is_adapter=adapter_only, scores=scores
         )
@@ -135,14 +139,27 @@ def _save_adapter(folder: Path, checkpoint: Path, recipe: Recipe, dtype: torch.d
 
 
 def _save_model(
-    folder: Path, checkpoint: Path, recipe: Recipe, dtype: torch.dtype, has_adapter: bool, shard_bytes: int
+    folder: Path,
+    checkpoint: Path,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    has_adapter: bool,
+    shard_bytes: int,
+    end_token_ids: Collection[int],
 ) -> None:
-    """Write the model of a run, its adapter merged."""
+    """Write the model of a run, its adapter merged.
+
+    Plain transformers stops at the ids in the generation config, so `end_token_ids` are added to them.
+    """
     load_weights = _merge_adapter if has_adapter else _load_all_weights
     model = load_weights(checkpoint, recipe, dtype)
     model.config.block_attention = _block_attention_entry(recipe)
     if (checkpoint / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint)
+    configured = model.generation_config.eos_token_id
+    configured_ids = configured if isinstance(configured, list) else [configured]
+    if missing := sorted({*end_token_ids} - {*configured_ids}):
+        model.generation_config.eos_token_id = [id for id in configured_ids if id is not None] + missing
     model.save_pretrained(folder, max_shard_size=shard_bytes)
 
 

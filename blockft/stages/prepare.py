@@ -73,7 +73,7 @@ def prepare(recipe: Recipe, *, overwrite: bool = False) -> Path:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     counts = [SourceStatistics() for _ in data.sources]
     sources = [_read_copies(source, data, count) for source, count in zip(data.sources, counts, strict=True)]
-    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
+    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision, recipe.model.chat_template)
     statistics = ExampleStatistics()
     with atomic_folder(out, replace=True) as folder, PreparedWriter(folder) as writer:
         examples = _write_samples(_encode(Encoder(tokenizer), data, sources), counts, writer)

@@ -67,10 +67,33 @@ A prompt that already contains the chat template has `"blocks": [...]` in place 
 ```
 """
 
+_CHAT_TEMPLATES = """\
+## Chat templates
+
+A prompt is what the chat template renders with its generation prompt, and the labels are the answer with all
+tokens that end its turn. `generate` asks with the same prompt. Where a template writes more than its
+generation prompt before an answer, such as the empty thought of Qwen3, that text belongs to the prompt too.
+The date of a template is always 26 Jul 2024, and thinking is off (`enable_thinking=False`).
+
+A template that fails, refuses the roles of a chat, or changes a text other than by trimming it, is an error
+that names the template. So is a generation prompt that opens a thought (`<think>`), as the templates of
+DeepSeek-R1-Distill and QwQ do: the answers of the data have no thoughts, and a model that learned an answer
+inside a thought would write malformed answers. To train such a model without thoughts, close the thought:
+
+1. Copy the template of the model (`chat_template.jinja`, or `chat_template` in `tokenizer_config.json`) to a
+   file.
+2. Let its generation prompt end with an empty thought: `<think>\\n\\n</think>\\n\\n` in place of
+   `<think>\\n`.
+3. Set `model.chat_template` to the file.
+
+The export contains the template of the file, so `generate`, transformers and vLLM ask as the model was
+trained.
+"""
+
 
 def recipes_readme() -> str:
     """Return the Markdown text of `recipes/README.md`."""
-    return "\n".join((_INTRODUCTION, *_recipes(), *_formats(), _EXAMPLES, *_settings()))
+    return "\n".join((_INTRODUCTION, *_recipes(), *_formats(), _EXAMPLES, _CHAT_TEMPLATES, *_settings()))
 
 
 def _recipes() -> Iterator[str]:

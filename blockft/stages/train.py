@@ -208,7 +208,7 @@ def build_plan(recipe: Recipe, num_processes: int) -> RunPlan:
     _check_objective(recipe)
     check_trackers(settings.report_to)
     config = load_config(recipe.model.path, recipe.model.revision)
-    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
+    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision, recipe.model.chat_template)
     prepared = load_prepared(Path(data.output_dir))
     _check_prepared(recipe, prepared, tokenizer)
     rows, eval_rows = _build_rows(recipe, prepared, tokenizer, num_processes)
@@ -282,7 +282,8 @@ def _check_prepared(recipe: Recipe, prepared: PreparedData, tokenizer: PreTraine
         )
     if settings.teacher is not None:
         load_config(settings.teacher)
-        if prepared.manifest["tokenizer"] != tokenizer_fingerprint(load_tokenizer(settings.teacher)):
+        teacher_tokenizer = load_tokenizer(settings.teacher, chat_template=recipe.model.chat_template)
+        if prepared.manifest["tokenizer"] != tokenizer_fingerprint(teacher_tokenizer):
             raise UserError(
                 f"train.teacher {settings.teacher} and {recipe.model.path} have different tokenizers"
             )
@@ -390,7 +391,7 @@ def _build_trainer(
     arguments.use_cache = model.config.use_cache
     run_callback = RunCallback(
         run,
-        tokenizer=load_tokenizer(recipe.model.path, recipe.model.revision),
+        tokenizer=load_tokenizer(recipe.model.path, recipe.model.revision, recipe.model.chat_template),
         run_signature=run_signature,
         reference_ids_T=plan.rows[0]["input_ids"][0, :REFERENCE_LEN].clone(),
         save_total_limit=recipe.train.save_total_limit,

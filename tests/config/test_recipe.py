@@ -46,7 +46,7 @@ SETTINGS: dict[str, Any] = {
         ("train.report_to=wandb", ": train.report_to is 'wandb', it should be a list"),
         ("train.lora=yes", ": train.lora is True, it should be a mapping"),
         ("model.path=[a]", ": model.path is ['a'], it should be a string"),
-        ("model=m", ": model is 'm', it should hold path, revision, init, attention, dtype"),
+        ("model=m", ": model is 'm', it should hold path, revision, chat_template, init, attention, dtype"),
         ("data.sources=[]", ": data.sources is [], it should hold at least 1"),
         ("data.sources=[{path: p}]", ": data.sources[0].format is missing"),
         ("data.sources.0.format=csv", ": data.sources[0].format is 'csv' (allowed: samples, hotpotqa, "),
@@ -55,7 +55,10 @@ SETTINGS: dict[str, Any] = {
         ("data.sources[0].pth=x", ": unknown key data.sources[0].pth (did you mean data.sources[0].path?)"),
         ("tran.seed=1", ": unknown key tran (did you mean train?)"),
         ("learning_rate=1", ": unknown key learning_rate (did you mean train.learning_rate?)"),
-        ("model.xyz=1", ": unknown key model.xyz (allowed: path, revision, init, attention, dtype)"),
+        (
+            "model.xyz=1",
+            ": unknown key model.xyz (allowed: path, revision, chat_template, init, attention, dtype)",
+        ),
         ("data.output_dir=${none}", ": Interpolation key 'none' not found (at data.output_dir)"),
     ],
 )

@@ -34,7 +34,9 @@ class Family:
     trim: bool = False
     opening: str = ""
     loses: str = ""
-    """A text that the answers of earlier turns must not contain."""
+    """A text that answers must not contain."""
+    further_ends: tuple[str, ...] = ()
+    """Tokens that the template writes after the end of the turn."""
 
     @property
     def controls(self) -> list[str]:
@@ -152,6 +154,7 @@ FAMILIES = {
         bos="<s>",
         eos="<|endoftext|>",
         end_of_turn="<|end|>",
+        further_ends=("<|endoftext|>",),
     ),
     "phi35": Family(
         template="phi35",
@@ -159,6 +162,7 @@ FAMILIES = {
         special=("<unk>", "<s>", "</s>", *PHI),
         eos="<|endoftext|>",
         end_of_turn="<|end|>",
+        further_ends=("<|endoftext|>",),
     ),
     "tulu3": Family(
         template="tulu3",

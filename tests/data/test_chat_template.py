@@ -113,16 +113,51 @@ def test_the_ending_is_the_markup_after_the_response() -> None:
 def test_the_response_follows_the_generation_prompt() -> None:
     found = ChatTemplate(toy_tokenizer(THINKING)).render([user("Who?")], (), "The fox")
     assert block_texts(found.blocks) == [f"{START}Who?{END}<think></think>"]
-    aloud = THINKING.replace("'<think></think>' if m", "'' if m")
-    with pytest.raises(TemplateMismatch, match="otherwise than its generation prompt leads to"):
-        ChatTemplate(toy_tokenizer(aloud)).render([user("Who?")], (), "The fox")
+    unlike = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>model\n'")
+    with pytest.raises(TemplateMismatch, match=r"with '.*model.n', but writes '.*assistant.n' before a resp"):
+        ChatTemplate(toy_tokenizer(unlike)).render([user("Who?")], (), "The fox")
 
 
-def test_markup_before_a_response_opens_the_answer() -> None:
-    always = THINKING.replace("enable_thinking is false", "false")
-    found = ChatTemplate(toy_tokenizer(always)).render([user("Who?")], (), "The fox")
-    assert block_texts(found.blocks) == [f"{START}Who?{END}"]
-    assert found.answer == (TextPart("<think></think>", True), TextPart("The fox", False))
+@pytest.mark.parametrize("thought", ["<think></think>", "<think>\n\n</think>\n\n", "[THINK][/THINK]"])
+def test_an_empty_thought_belongs_to_the_prompt(thought: str) -> None:
+    is_answer = "m['role'] == 'assistant'"
+    in_chat = CHATML.replace("+ m['content']", f"+ ({thought!r} if {is_answer} else '') + m['content']")
+    in_prompt = CHATML.replace("'<|im_start|>assistant\n'", repr(f"<|im_start|>assistant\n{thought}"))
+    opened = in_chat.replace("'<|im_start|>assistant\n'", repr("<|im_start|>assistant\n<think>\n"))
+    for template in (in_chat, in_prompt, *([opened] if thought.startswith("<think>\n") else [])):
+        asked = ChatTemplate(toy_tokenizer(template)).render([user("Who?")], ())
+        learnt = ChatTemplate(toy_tokenizer(template)).render([user("Who?")], (), "The fox")
+        assert asked.blocks == learnt.blocks
+        assert block_texts(learnt.blocks) == [f"{START}Who?{END}{thought}"]
+        assert learnt.answer == TextPart("The fox", is_markup=False)
+
+
+def test_a_header_that_the_generation_prompt_lacks_belongs_to_the_prompt() -> None:
+    template = CHATML.replace("add_generation_prompt", "false")
+    for response in (None, "The fox"):
+        found = ChatTemplate(toy_tokenizer(template)).render([user("Who?")], (), response)
+        assert block_texts(found.blocks) == [f"{START}Who?{END}"]
+
+
+@pytest.mark.parametrize("tag", ["<think>", "[THINK]", "<seed:think>"])
+def test_an_open_thought_before_the_answer_is_refused_and_the_remedy_works(tag: str) -> None:
+    opened = f"<|im_start|>assistant\n{tag}\n"
+    template = CHATML.replace("'<|im_start|>assistant\n'", repr(opened))
+    with pytest.raises(UserError, match="set model.chat_template to that file") as found:
+        ChatTemplate(toy_tokenizer(template)).render([user("Who?")], (), "The fox")
+    assert not isinstance(found.value, TemplateMismatch), "no other prompt can be learned either"
+    closed = f"{tag}\n\n{tag[0]}/{tag[1:]}\n\n"
+    message = str(found.value)
+    assert repr(opened)[1:] in message and "'<|im_end|>\\n<|im_start|>assistant\\n'" in message
+    assert repr(closed) in message
+    # the model itself can be asked with its own template
+    asked = ChatTemplate(toy_tokenizer(template)).render([user("Who?")], ())
+    assert block_texts(asked.blocks) == [f"{START}Who?{END}{tag}\n"]
+    remedied = ChatTemplate(toy_tokenizer(template.replace(repr(f"{tag}\n")[1:-1], repr(closed)[1:-1])))
+    assert block_texts(remedied.render([user("Who?")], (), "The fox").blocks) == [f"{START}Who?{END}{closed}"]
+
+
+def test_white_space_before_a_response_is_tokenized_with_it() -> None:
     spaced = ChatTemplate(family_tokenizer("mistral_v1")).render([user("Who?")], (), "The fox")
     assert spaced == RenderedPrompt(
         ((TextPart("<s>[INST] ", True), TextPart("Who?", False), TextPart(" [/INST]", True)),),
@@ -130,12 +165,15 @@ def test_markup_before_a_response_opens_the_answer() -> None:
         "</s>",
         " ",
     )
-    assert spaced.answer == (TextPart(" The fox", False),)
+    assert spaced.answer == TextPart(" The fox", is_markup=False)
 
 
-def test_a_response_that_the_template_would_rewrite_is_kept() -> None:
-    found = ChatTemplate(family_tokenizer("qwen3")).render([user("Who?")], (), "\n\nNo <think> or </think>\n")
-    assert (found.opening, found.response, found.ending) == ("", "No <think> or </think>\n", "<|im_end|>\n")
+def test_a_response_that_the_template_rewrites_is_refused() -> None:
+    template = ChatTemplate(family_tokenizer("qwen3"))
+    found = template.render([user("Who?")], (), "\n\nNo <think>\n")
+    assert (found.opening, found.response, found.ending) == ("", "No <think>\n", "<|im_end|>\n")
+    with pytest.raises(TemplateMismatch, match="changes the text '<think>Hm</think>The fox'"):
+        template.render([user("Who?")], (), "<think>Hm</think>The fox")
 
 
 def test_a_template_may_drop_the_system_message_once_there_is_a_response() -> None:

@@ -63,6 +63,12 @@ class Reading:
         added = self.tokenizer.added_tokens_decoder
         return {id for id, token in added.items() if token.content not in BLANKS}
 
+    @cached_property
+    def ends(self) -> list[int]:
+        """The tokens that end a turn, in their order."""
+        ends = [self.family.end_of_turn, *self.family.further_ends]
+        return [self.tokenizer.convert_tokens_to_ids(token) for token in ends]
+
     def ids_of(self, part: TextPart) -> list[int]:
         if part.is_markup:
             return encode_markup(part.text, self.tokenizer, self.plain)
@@ -130,7 +136,7 @@ def chats(draw: st.DrawFn, name: str, shared: str = "") -> Sample:
         id="s",
         source="s",
         messages=tuple(messages),
-        response=draw(not_blank),
+        response=draw(not_blank).replace(family.loses or "\0", "."),
         meta={"documents": documents},
     )
 
@@ -153,12 +159,12 @@ def test_the_ids_of_a_block_depend_only_on_its_text_and_markup(name: str) -> Non
         )
         expected = [[*chain.from_iterable(map(r.ids_of, block))] for block in rendered.blocks]
         assert r.encoder.encode_prompt(sample) == expected
-        answer = [*chain.from_iterable(map(r.ids_of, rendered.answer)), r.encoder.eos_token_id]
+        answer = r.ids_of(rendered.answer)
         assert blocks[:-1] == expected[:-1]
         assert blocks[-1][: len(expected[-1])] == expected[-1]
         labels = [label for label in example.labels.tolist() if label != IGNORE_INDEX]
         assert labels == blocks[-1][len(expected[-1]) :]
-        assert (labels[: len(answer) - 1], labels[-1]) == (answer[:-1], answer[-1])
+        assert (labels[: len(answer)], labels[-1]) == (answer, r.ends[-1])
 
     holds()
 
@@ -201,7 +207,7 @@ def test_the_concatenated_blocks_equal_the_rendered_prompt(name: str) -> None:
         messages = [(m.role, m.text) for m in sample.messages]
         assert prompt == r.rendered(messages)
         drops_system = r.family.system == "single" and messages[0][0] == "system"
-        if not drops_system and (not r.family.loses or r.family.loses not in sample.response):
+        if not drops_system:
             chat = r.rendered([*messages, ("assistant", sample.response)], for_generation=False)
             assert f"{prompt}{rendered.opening}{rendered.response}{rendered.ending}" == chat
         assert rendered.opening == r.family.opening
@@ -249,7 +255,7 @@ def test_text_from_data_never_becomes_an_added_token(name: str) -> None:
         (example,) = r.encoder.encode([sample])
         markup = [part.text for part in chain.from_iterable(rendered.blocks) if part.is_markup]
         meant = [id for text in markup for id in r.tokenizer(text, add_special_tokens=False)["input_ids"]]
-        meant.append(r.encoder.eos_token_id)
+        meant += r.ends
         assert [id for id in example.input_ids.tolist() if id in r.markers] == [
             id for id in meant if id in r.markers
         ]
@@ -276,13 +282,17 @@ def test_a_chat_has_the_control_tokens_of_the_rendered_template(name: str) -> No
     rendered = r.rendered([("user", "One. Who?")])
     (example,) = r.encoder.encode([Sample(id="s", source="s", messages=messages, response="The fox")])
     known = [id for id in r.tokenizer(rendered, add_special_tokens=False)["input_ids"] if id in r.markers]
-    assert [id for id in example.input_ids.tolist() if id in r.markers] == [*known, r.encoder.eos_token_id]
-    ending, end, _ = r.template.render(messages, (), "The fox").ending.partition(r.family.end_of_turn)
+    assert [id for id in example.input_ids.tolist() if id in r.markers] == [*known, *r.ends]
+    last = r.decoded(r.ends[-1:])
+    ending, end, _ = r.template.render(messages, (), "The fox").ending.partition(last)
     labels = [label for label in example.labels.tolist() if label != IGNORE_INDEX]
-    assert r.decoded(labels) == f"{r.family.opening}The fox{ending}{end}"
+    # the tokenizer of Phi 3 drops the white space after a control token, that of Phi 3.5 adds a space
+    written = {"phi3": "", "phi35": " \n"}.get(name, "\n")
+    assert r.decoded(labels) == f"{r.family.opening}The fox{ending}{end}".replace(">\n", f">{written}")
 
 
 @every_family
 def test_the_end_of_turn_is_that_of_the_family(name: str) -> None:
     r = reading(name)
     assert r.tokenizer.convert_ids_to_tokens(r.encoder.eos_token_id) == r.family.end_of_turn
+    assert r.encoder.end_token_ids == {*r.ends}

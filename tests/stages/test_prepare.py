@@ -13,12 +13,13 @@ from transformers import AutoTokenizer
 from blockft.config.choices import BadRecordPolicy, Format, Order, Retriever, TooLongPolicy
 from blockft.config.settings import ModelSettings, PromptSettings, Recipe, Source, SplittingSettings
 from blockft.data.chat_template import TemplateMismatch
-from blockft.data.encoder import Encoder
+from blockft.data.encoder import IGNORE_INDEX, Encoder
 from blockft.data.prepared import load_prepared
 from blockft.data.sample import parse_sample
 from blockft.errors import UserError
 from blockft.stages.prepare import TASK_SAMPLES, prepare, print_summary
 from tests.data.test_squad import article
+from tests.data.toys import CHATML
 
 Make = Callable[..., Recipe]
 
@@ -44,6 +45,32 @@ def test_a_prepared_folder(make_recipe: Make, capsys: pytest.CaptureFixture[str]
     print_summary(make_recipe())
     printed = capsys.readouterr()
     assert "200 examples, 200 of them split" in printed.out and printed.err == ""
+
+
+def test_the_chat_template_of_the_recipe_replaces_that_of_the_tokenizer(
+    make_recipe: Make, tmp_path: Path
+) -> None:
+    recipe = make_recipe()
+    path = tmp_path / "thinking.jinja"
+    recipe.model.chat_template = str(path)
+    for content, fault in (
+        (None, "cannot be read"),
+        (" \n", "is empty"),
+        ("{% for %}", "line 1 cannot be r"),
+    ):
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(UserError, match=fault):
+            prepare(recipe)
+    path.write_text(CHATML.replace("assistant\n'", r"assistant\n<think>\n'"))
+    with pytest.raises(UserError, match="ends its generation prompt with .*<think>.*, but writes "):
+        prepare(recipe)
+    path.write_text(CHATML.replace("assistant\n'", r"assistant\n<think>\n\n</think>\n\n'"))
+    example = load_prepared(prepare(recipe)).examples[0]
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.path)
+    is_label = example.labels != IGNORE_INDEX
+    assert tokenizer.decode(example.input_ids[~is_label]).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert tokenizer.decode(example.labels[is_label]) == "The fox<|im_end|>"
 
 
 @pytest.mark.parametrize("shared_context", [False, True])
