@@ -13,5 +13,15 @@ class UserError(Exception):
 
 def warn(message: str) -> None:
     """Print a warning on stderr as one line. Of several ranks of a host only the first prints."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print("blockft: warning:", " ".join(message.split()), file=sys.stderr)
+    notify(f"warning: {message}")
+
+
+def notify(message: str) -> None:
+    """Print a remark on stderr as one line. Of several ranks of a host only the first prints."""
+    if is_first_of_host():
+        print("blockft:", " ".join(message.split()), file=sys.stderr)
+
+
+def is_first_of_host() -> bool:
+    """Return whether this process is the first rank of its host, or no rank of a run at all."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"

@@ -11,21 +11,22 @@ from blockft.config.recipe import RECIPES_FOLDER, load_recipe
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = {"attention", "data", "model", "inference"}
-SUPPORT = {"outputs", "run_folder", "progress", "units", "errors", "version"}
+SUPPORT = {"outputs", "run_folder", "progress", "digest", "units", "errors", "version"}
 MAY_IMPORT = {
     "errors": set(),
     "version": set(),
     "config": {"errors"},
-    "outputs": {"errors"},
-    "run_folder": {"outputs", "errors"},
     "units": {"errors"},
+    "digest": {"units", "errors"},
+    "outputs": {"digest", "errors"},
+    "run_folder": {"outputs", "digest", "errors"},
     "progress": set(),
     "attention": {"errors"},
-    "data": {"attention", "errors"},
-    "model": {"attention", "outputs", "run_folder", "progress", "units", "errors"},
-    "inference": {"data", "model", "attention", "units", "errors"},
-    "training": LIBRARY | {"outputs", "run_folder", "units", "errors"},
-    "evaluation": LIBRARY | {"errors"},
+    "data": {"attention", "digest", "errors"},
+    "model": {"attention", "outputs", "run_folder", "progress", "digest", "units", "errors"},
+    "inference": {"data", "model", "attention", "digest", "units", "errors"},
+    "training": LIBRARY | {"outputs", "run_folder", "digest", "units", "errors"},
+    "evaluation": LIBRARY | {"digest", "errors"},
     "bench": LIBRARY | {"training"} | SUPPORT,
     "stages": LIBRARY | {"bench", "training", "evaluation", "config"} | SUPPORT,
     "cli": {"bench", "stages", "training", "config"} | SUPPORT,

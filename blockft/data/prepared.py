@@ -4,12 +4,12 @@
 
     samples-00000.jsonl ...    50,000 samples each
     examples/examples.arrow    one row per example
-    manifest.json              content and options; written last, so a folder without it is incomplete
+    manifest.json              content, options and the digests of all files; written last, so a folder
+                               without it is incomplete
 
 The same samples and examples give the same bytes.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,10 +23,28 @@ from torch.utils.data import Dataset
 
 from blockft.data.encoder import Example
 from blockft.data.sample import Sample, sample_to_record
-from blockft.errors import UserError
+from blockft.digest import (
+    DamagedFile,
+    check_no_other_files,
+    digest_files,
+    digest_names,
+    dump_with_digest,
+    files_to_record,
+    list_files,
+    parse_files,
+    read_with_digest,
+    verify_files,
+)
+from blockft.errors import UserError, is_first_of_host
 
 MANIFEST = "manifest.json"
 EXAMPLES = "examples/examples.arrow"
+
+VERSION = 2
+"""Version of the format of the folder. Other versions are never read."""
+
+FILES = "files"
+"""Key of the manifest: size and digest of every other file of the folder."""
 
 SHARD_SAMPLES = 50_000
 """Number of samples in a file."""
@@ -86,16 +104,31 @@ class PreparedData:
 
 
 def load_prepared(folder: Path) -> PreparedData:
-    """Open a prepared folder.
+    """Open a prepared folder after checking that its files are what `prepare` wrote.
+
+    Of several ranks of a host the first one checks all files and the others the examples, which they read.
 
     Raises:
-        UserError: the folder does not exist or is incomplete.
+        UserError: the folder does not exist, is incomplete or damaged, or has another version.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder of prepared examples: write it with blockft prepare RECIPE")
-    if not (folder / MANIFEST).is_file():
+    if not (folder / MANIFEST).exists():
         raise UserError(f"{folder} is incomplete (it has no {MANIFEST}): run blockft prepare again")
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    try:
+        manifest = read_with_digest(folder / MANIFEST)
+        if manifest.get("version") != VERSION:
+            raise UserError(
+                f"{folder} has version {manifest.get('version')} of the format, this blockft reads version "
+                f"{VERSION}: run blockft prepare again with --overwrite"
+            )
+        files = parse_files(manifest[FILES])
+        check_no_other_files(list_files(folder), [MANIFEST, *files])
+        verify_files(folder, files if is_first_of_host() else {EXAMPLES: files[EXAMPLES]})
+    except DamagedFile as error:
+        raise UserError(
+            f"prepared data {folder} is damaged ({error}): run blockft prepare again with --overwrite"
+        ) from error
     return PreparedData(folder, manifest, Examples(folder / EXAMPLES))
 
 
@@ -114,7 +147,8 @@ class PreparedWriter:
         self._shard: TextIO | None = None
         self._batch: list[Example] = []
         (folder / EXAMPLES).parent.mkdir()
-        self._examples = pa.ipc.new_file(str(folder / EXAMPLES), _SCHEMA)
+        self._examples_file = pa.OSFile(str(folder / EXAMPLES), "wb")
+        self._examples = pa.ipc.new_file(self._examples_file, _SCHEMA)
 
     def __enter__(self) -> "PreparedWriter":
         return self
@@ -122,7 +156,9 @@ class PreparedWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._examples.close()
+        if not self._examples_file.closed:
+            self._examples.close()
+            self._examples_file.close()  # Arrow's writer leaves the last bytes in a buffer of the file
         if self._shard:
             self._shard.close()
 
@@ -144,14 +180,14 @@ class PreparedWriter:
             self._flush()
 
     def finish(self, manifest: dict[str, Any]) -> None:
-        """Close the files, and write the manifest with a hash of their content."""
+        """Close the files, and write the manifest with their digests and one hash of the whole content."""
         self._flush()
         self.__exit__(None, None, None)
-        content = [*sorted(self._folder.glob("samples-*.jsonl")), self._folder / EXAMPLES]
-        complete = manifest | {"content_hash": _hash_files(content)}
-        (self._folder / MANIFEST).write_text(
-            json.dumps(complete, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        files = digest_files(self._folder, list_files(self._folder))
+        content_hash = digest_names(files, sorted(files))
+        complete = {"version": VERSION, **manifest, "content_hash": content_hash}
+        complete[FILES] = files_to_record(files)
+        (self._folder / MANIFEST).write_text(dump_with_digest(complete), encoding="utf-8")
 
     def _flush(self) -> None:
         if self._batch:
@@ -169,11 +205,3 @@ class PreparedWriter:
 def _list_array(arrays: Sequence[np.ndarray[Any, np.dtype[np.int32]]]) -> pa.ListArray:
     offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
     return pa.ListArray.from_arrays(offsets, np.concatenate(arrays))
-
-
-def _hash_files(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

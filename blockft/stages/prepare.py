@@ -253,7 +253,6 @@ def _manifest(
         del options[name]
     sources = zip(recipe.data.sources, counts, strict=True)
     return {
-        "version": 1,
         "model": {"path": recipe.model.path, "revision": recipe.model.revision},
         "tokenizer": tokenizer,
         "options": options,
