@@ -1,6 +1,9 @@
 """Fingerprints depend on weights and configuration, and not on names or paths."""
 
+import hashlib
+import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -54,12 +57,36 @@ def test_every_number_and_its_index_change_the_fingerprint(change: Callable[[tor
     assert model_fingerprint(model) != before
 
 
-def test_swapped_weights_change_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_swapped_weights_change_the_fingerprint() -> None:
     def swap(model: PreTrainedModel) -> None:
         first, second = (layer.mlp for layer in model.base_model.layers)
         first.up_proj, second.up_proj = second.up_proj, first.up_proj
 
     before = model_fingerprint(build_model("qwen3"))
     assert model_fingerprint(build_changed(swap)) != before
-    monkeypatch.setattr(fingerprint_module, "_CHUNK_NUMBERS", 100)
-    assert model_fingerprint(build_model("qwen3")) == before
+
+
+def test_strides_do_not_change_the_fingerprint() -> None:
+    def transpose(model: PreTrainedModel) -> None:
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight.data = weight.data.t().contiguous().t()
+
+    assert model_fingerprint(build_changed(transpose)) == model_fingerprint(build_model("qwen3"))
+
+
+def test_a_fingerprint_contains_the_sha_256_of_the_bytes_of_every_weight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A sum of the weights could be forged: another model with the same sum would be served its blocks."""
+    hashed: list[Any] = []
+    monkeypatch.setattr(fingerprint_module, "digest_json", hashed.append)
+    model = build_model("qwen3")
+    model_fingerprint(model, "tokenizer")
+    (_, tokenizer, weights) = hashed[0]
+    assert tokenizer == "tokenizer" and [name for name, *_ in weights] == list(dict(model.named_parameters()))
+    for name, shape, dtype, digest in weights:
+        content = model.get_parameter(name).detach().numpy().tobytes()
+        assert dtype == "torch.float32" and len(content) == 4 * math.prod(shape)
+        tree = b"blockft tree %d %d " % (len(content), 2**24) + hashlib.sha256(content).digest()
+        assert digest == hashlib.sha256(tree).hexdigest()
