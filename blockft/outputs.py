@@ -15,6 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from blockft.digest import DamagedFile, dump_with_digest, read_with_digest
 from blockft.errors import UserError
 
 TEMPORARY = ".draft"
@@ -122,7 +123,7 @@ def resumable_folder(out: Path, signature: Mapping[str, Any]) -> Iterator[Path]:
                     f"{partial} holds files but no {SIGNATURE}, so their settings are unknown: remove the "
                     "folder to start again"
                 )
-            write_atomic(partial / SIGNATURE, json.dumps(expected, indent=2) + "\n")
+            write_atomic(partial / SIGNATURE, dump_with_digest(expected))
         yield partial
         shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
@@ -137,12 +138,9 @@ def resumable_folder(out: Path, signature: Mapping[str, Any]) -> Iterator[Path]:
 
 def _read_signature(partial: Path) -> dict[str, Any]:
     try:
-        found = json.loads((partial / SIGNATURE).read_text(encoding="utf-8"))
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"{partial / SIGNATURE} is damaged: remove {partial} to start again")
-    return found
+        return read_with_digest(partial / SIGNATURE)
+    except DamagedFile as error:
+        raise UserError(f"{partial} is damaged ({error}): remove the folder to start again") from error
 
 
 def _lock(folder: Path) -> int:

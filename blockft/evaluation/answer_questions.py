@@ -7,13 +7,15 @@ import json
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, takewhile, zip_longest
 from pathlib import Path
 
 from blockft.data.chat_template import TemplateMismatch
 from blockft.data.fit import PromptTooLong
 from blockft.data.sample import Sample
+from blockft.digest import DIGEST, digest_json
 from blockft.evaluation.metrics import is_yes_no
 from blockft.evaluation.report import ALL, Prediction
 from blockft.inference.engine import AttentionMode, Engine
@@ -127,27 +129,51 @@ def answer_batch(
 
 
 class AnswerFile:
-    """The answers in one mode, in the order of the batches.
+    """The answers in one mode, in the order of the batches. Each line has a digest.
 
-    An existing file is read up to the first incomplete batch and truncated there.
+    An existing file is read up to the first incomplete batch or damaged line, and truncated there.
+    `evaluation` identifies the evaluation and the mode: lines of another one count as damaged.
+    `damaged_line` is the number of the damaged line, or None. An interruption damages no complete line.
 
     Raises:
         OSError: the file cannot be written.
     """
 
-    def __init__(self, path: Path, batches: Sequence[Batch]) -> None:
-        self._path, self._batches = path, batches
+    def __init__(self, path: Path, batches: Sequence[Batch], evaluation: str) -> None:
+        self._path, self._batches, self._evaluation = path, batches, evaluation
         self.records: list[AnswerRecord] = []
-        num_bytes = 0
+        self.damaged_line: int | None = None
         if path.is_file():
-            lines = _read_complete_lines(path.read_bytes())
+            lines = path.read_bytes().split(b"\n")[:-1]
+            order = chain.from_iterable(batches)
+            found = [
+                self._parse(line, index) for line, index in zip_longest(lines, order) if line is not None
+            ]
+            valid = list(takewhile(lambda record: record is not None, found))
+            if len(valid) < len(lines):
+                self.damaged_line = len(valid) + 1
+            num_bytes = 0
             for batch in batches:
-                records = [record for _, record in zip(batch, lines, strict=False)]
-                if tuple(record.index for record in records) != batch:
+                if len(self.records) + len(batch) > len(valid):
                     break
-                self.records += records
-                num_bytes += sum(len(_to_json_line(record)) for record in records)
+                start, end = len(self.records), len(self.records) + len(batch)
+                self.records += [record for record in valid[start:end] if record]
+                num_bytes += sum(len(line) + 1 for line in lines[start:end])
             os.truncate(path, num_bytes)
+
+    def _parse(self, line: bytes, index: int | None) -> AnswerRecord | None:
+        """Return the answer of a line to the sample at `index`, or None if the line is another one."""
+        try:
+            fields = json.loads(line)
+            del fields[DIGEST]
+            record = AnswerRecord(**fields)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return None
+        return record if record.index == index and self._to_line(record) == line + b"\n" else None
+
+    def _to_line(self, record: AnswerRecord) -> bytes:
+        fields = asdict(record)
+        return json.dumps(fields | {DIGEST: digest_json([self._evaluation, fields])}).encode() + b"\n"
 
     @property
     def remaining_batches(self) -> Sequence[Batch]:
@@ -158,7 +184,7 @@ class AnswerFile:
     def add(self, records: Sequence[AnswerRecord]) -> None:
         """Append the answers of a batch and wait until they are on the disk."""
         with self._path.open("ab") as file:
-            file.write(b"".join(map(_to_json_line, records)))
+            file.write(b"".join(map(self._to_line, records)))
             file.flush()
             os.fsync(file.fileno())
         self.records += records
@@ -193,16 +219,3 @@ def question_groups(sample: Sample) -> tuple[str, ...]:
     kinds = [sample.meta[name] for name in GROUP_FIELDS if name in sample.meta]
     kinds += [YES_NO] * is_yes_no(sample.answers)
     return tuple(dict.fromkeys([source, *(f"{source}: {kind}" for kind in kinds)]))
-
-
-def _to_json_line(record: AnswerRecord) -> bytes:
-    return json.dumps(asdict(record), ensure_ascii=False).encode() + b"\n"
-
-
-def _read_complete_lines(content: bytes) -> Iterator[AnswerRecord]:
-    """Yield the answers up to the first line that an interruption or a power failure damaged."""
-    for line in content.split(b"\n")[:-1]:
-        try:
-            yield AnswerRecord(**json.loads(line))
-        except (ValueError, TypeError):
-            return

@@ -1,12 +1,11 @@
-"""Checkpoints of a run: mark and find complete ones, choose the best one, and store reference logits.
+"""Checkpoints of a run: mark, find and verify complete ones, choose the best one, store reference logits.
 
 Tensor suffixes: T tokens of the reference text, V vocabulary.
 """
 
-import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,18 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from blockft.attention.layout import Layout
+from blockft.digest import (
+    DamagedFile,
+    FileDigest,
+    check_no_other_files,
+    digest_files,
+    dump_with_digest,
+    files_to_record,
+    list_files,
+    parse_files,
+    read_with_digest,
+    verify_files,
+)
 from blockft.errors import UserError
 from blockft.model.masked_forward import masked_logits
 from blockft.outputs import apply_umask, write_atomic
@@ -28,31 +39,118 @@ REFERENCE_LOGITS = "reference_logits.safetensors"
 """The token ids of a fixed text and the run's logits on them; an export is compared with these."""
 
 
+_FILES = "files"
+"""Key of the marker: size and digest of every other file of the checkpoint."""
+
+_REMOVED = ".removed"
+"""Suffix of the hidden name under which a checkpoint is deleted, so that no part of it counts as one."""
+
+_RANK_FILE = re.compile(r"(?:pp_rank|rng_state)_(\d+)")
+"""Files that a rank writes for itself; rank 0 writes all others."""
+
+
+def digest_own_files(checkpoint: Path, *, rank: int, num_ranks: int) -> dict[str, FileDigest]:
+    """Return the digests of the files of a checkpoint that a rank has written, by name.
+
+    A rank has its own files still in memory, also if the checkpoint lies on a file system of the network.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+
+    def writer(name: str) -> int:
+        match = _RANK_FILE.search(Path(name).name)
+        return int(match[1]) if match and int(match[1]) < num_ranks else 0
+
+    own = [name for name in _list_content(checkpoint) if writer(name) == rank]
+    try:
+        return digest_files(checkpoint, own)
+    except DamagedFile as error:
+        raise UserError(f"{checkpoint} cannot be completed: {error}") from error
+
+
+def _list_content(checkpoint: Path) -> list[str]:
+    names = list_files(checkpoint)
+    return [name for name in names if name != MARKER and not Path(name).name.startswith(".")]
+
+
 def mark_complete(
     checkpoint: Path,
     *,
     step: int,
-    run_signature: dict[str, Any],
-    eval_losses: dict[str, float],
+    run_signature: Mapping[str, Any],
+    eval_losses: Mapping[str, float],
     eval_due: bool,
-    unlogged: dict[str, Any],
+    unlogged: Mapping[str, Any],
+    files: Mapping[str, FileDigest],
+    metrics: Mapping[str, Any],
 ) -> None:
-    """Write the completion marker of a checkpoint, or replace it; the files get the umask's permissions.
+    """Write the completion marker of a checkpoint; the files get the umask's permissions.
 
     `run_signature` is what a resumed run must match. `eval_losses` holds the evaluation loss by mode;
     `eval_due` says that the run stopped before the evaluation of this step. `unlogged` describes the steps
     since the last logged one: their number (`num_steps`) and the sum of their losses on each rank
-    (`loss_sums`); it is empty if there are none.
+    (`loss_sums`); it is empty if there are none. `files` are the digests of all files of the checkpoint, and
+    `metrics` is the digest of the run's metrics up to here, see `digest_metrics`.
     """
     marker = {"step": step, "eval_losses": eval_losses, "eval_due": eval_due, "unlogged": unlogged}
-    text = json.dumps({**marker, "run_signature": run_signature}, indent=2)
+    marker |= {"run_signature": run_signature, _FILES: files_to_record(files), "metrics": metrics}
     apply_umask(checkpoint)
-    write_atomic(checkpoint / MARKER, text + "\n")
+    write_atomic(checkpoint / MARKER, dump_with_digest(marker))
+
+
+def add_evaluation(checkpoint: Path, *, eval_losses: Mapping[str, float], metrics: Mapping[str, Any]) -> None:
+    """Add the evaluation that was due to the marker of a checkpoint."""
+    marker = read_marker(checkpoint) | {"eval_losses": eval_losses, "eval_due": False, "metrics": metrics}
+    write_atomic(checkpoint / MARKER, dump_with_digest(marker))
 
 
 def read_marker(checkpoint: Path) -> dict[str, Any]:
-    """Return the arguments of `mark_complete` that the marker of a complete checkpoint holds, by name."""
-    return json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+    """Return the content of the marker of a complete checkpoint, see `mark_complete`.
+
+    Raises:
+        UserError: the marker is damaged; the message names another checkpoint that is whole.
+    """
+    try:
+        return read_with_digest(checkpoint / MARKER)
+    except DamagedFile as error:
+        raise _damaged(checkpoint, error) from error
+
+
+def verify_checkpoint(checkpoint: Path) -> None:
+    """Check that the files of a complete checkpoint are what the run wrote, before they are read.
+
+    Raises:
+        UserError: the checkpoint is damaged; the message names another checkpoint that is whole.
+    """
+    try:
+        _verify(checkpoint)
+    except DamagedFile as error:
+        raise _damaged(checkpoint, error) from error
+
+
+def _verify(checkpoint: Path) -> None:
+    files = parse_files(read_with_digest(checkpoint / MARKER).get(_FILES))
+    check_no_other_files(_list_content(checkpoint), files)
+    verify_files(checkpoint, files)
+
+
+def _damaged(checkpoint: Path, error: DamagedFile) -> UserError:
+    """Return the error about a damaged checkpoint, which offers the newest other one that is whole."""
+    others = [other for other in complete_checkpoints(checkpoint.parent) if other.name != checkpoint.name]
+    if whole := next(filter(_is_whole, reversed(others)), None):
+        remedy = f"{whole} is whole: remove {checkpoint.name} to resume from it, or export it by its name"
+    else:
+        remedy = "no other checkpoint of the run is whole: restore this one from a copy, or start a new run"
+    return UserError(f"checkpoint {checkpoint} is damaged ({error}); {remedy}")
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        _verify(checkpoint)
+    except DamagedFile:
+        return False
+    return True
 
 
 def _list_checkpoints(run: Path) -> list[Path]:
@@ -66,11 +164,41 @@ def complete_checkpoints(run: Path) -> list[Path]:
     return [path for path in _list_checkpoints(run) if (path / MARKER).is_file()]
 
 
-def remove_incomplete(run: Path) -> None:
-    """Delete the incomplete checkpoints of a run, so that no later save mixes its shards with old ones."""
-    for checkpoint in _list_checkpoints(run):
-        if not (checkpoint / MARKER).is_file():
-            shutil.rmtree(checkpoint)
+def incomplete_checkpoints(run: Path) -> list[Path]:
+    """Return the incomplete checkpoints of a run, oldest first."""
+    return [path for path in _list_checkpoints(run) if not (path / MARKER).is_file()]
+
+
+def check_incomplete(run: Path) -> None:
+    """Check that no checkpoint but the newest is incomplete: an interrupted save leaves only that one.
+
+    Raises:
+        UserError: an older checkpoint has no marker, so it has lost it.
+    """
+    newest = _list_checkpoints(run)[-1:]
+    if lost := [path for path in incomplete_checkpoints(run) if path not in newest]:
+        raise UserError(
+            f"{lost[0]} has lost its {MARKER}, without which it cannot be verified: restore that file, or "
+            "remove the checkpoint to resume without it"
+        )
+
+
+def remove_incomplete(run: Path) -> list[str]:
+    """Delete the incomplete checkpoints of a run, so that no later save mixes its shards with old ones.
+
+    Returns the names of those that an interrupted save left.
+    """
+    incomplete = incomplete_checkpoints(run)
+    for checkpoint in incomplete:
+        _remove(checkpoint)
+    for removed in run.glob(f".checkpoint-*{_REMOVED}"):
+        shutil.rmtree(removed)
+    return [checkpoint.name for checkpoint in incomplete]
+
+
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint under a hidden name; `remove_incomplete` deletes what an interruption leaves."""
+    shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}{_REMOVED}")))
 
 
 def best_checkpoint(run: Path) -> Path | None:
@@ -109,15 +237,11 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Path:
 
 
 def remove_old_checkpoints(run: Path, num_kept: int, *, keep_best: bool) -> None:
-    """Delete all but the newest `num_kept` complete checkpoints, and the best one if `keep_best`.
-
-    A marker is deleted before its checkpoint, so that a partly deleted checkpoint counts as incomplete.
-    """
+    """Delete all but the newest `num_kept` complete checkpoints, and the best one if `keep_best`."""
     best = best_checkpoint(run) if keep_best else None
     for checkpoint in complete_checkpoints(run)[:-num_kept]:
         if checkpoint != best:
-            (checkpoint / MARKER).unlink()
-            shutil.rmtree(checkpoint)
+            _remove(checkpoint)
 
 
 @torch.no_grad()

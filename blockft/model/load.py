@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from blockft.attention.backends import BACKENDS
 from blockft.errors import UserError
 from blockft.model.lora import merge_adapter
+from blockft.model.model_files import verify_model_files
 from blockft.model.supported import block_attention_config, check_supported
 from blockft.progress import is_enabled
 from blockft.run_folder import RECIPE
@@ -89,16 +90,26 @@ def adapter_base_model(path: str) -> tuple[str, str | None] | None:
     """Return the base model and revision of the adapter in a folder, or None if the folder has no adapter.
 
     Raises:
-        UserError: the adapter's configuration does not name a base model.
+        UserError: the adapter is damaged, or its configuration does not name a base model.
     """
     adapter = Path(path) / "adapter_config.json"
     if not adapter.is_file():
         return None
+    verify_model_files(path, weights=True)
     try:
         settings = json.loads(adapter.read_text(encoding="utf-8"))
         return settings["base_model_name_or_path"], settings.get("revision")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{adapter} is not the configuration of an adapter: {error!r}") from error
+
+
+def verify_model(path: str, revision: str | None = None) -> None:
+    """Check the weights of a model with digests, and of the base model of an adapter, before they are read.
+
+    Raises:
+        UserError: a file is damaged or missing, or was added.
+    """
+    verify_model_files(*(adapter_base_model(path) or (path, revision)), weights=True)
 
 
 def load_tokenizer(
@@ -165,7 +176,7 @@ def load_full_attention_model(path: str, revision: str | None, dtype: torch.dtyp
 
 
 def _open(kind: Any, path: str, revision: str | None, **settings: Any) -> Any:
-    """Return `kind.from_pretrained(path)`, with its many different errors as one UserError.
+    """Return `kind.from_pretrained(path)` of a verified model, with its many errors as one UserError.
 
     `settings` are further arguments of `from_pretrained`.
     """
@@ -173,6 +184,7 @@ def _open(kind: Any, path: str, revision: str | None, **settings: Any) -> Any:
         raise UserError(f"model {path!r} is neither a folder nor an id on the Hub (owner/name)")
     if (Path(path) / RECIPE).is_file() and not (Path(path) / "config.json").exists():
         raise UserError(f"{path} is a run, not a model: export it with blockft export {path} FOLDER")
+    verify_model_files(path, revision, weights=kind is AutoModelForCausalLM)
     try:
         return kind.from_pretrained(path, revision=revision or "main", **settings)
     except (OSError, ValueError, SafetensorError) as error:

@@ -23,6 +23,7 @@ from blockft.data.sources import SOURCE_FORMATS, RecordCounts, find_source_files
 from blockft.data.split import SPLIT_FORMATS
 from blockft.data.statistics import histogram
 from blockft.data.tokenizer import tokenizer_fingerprint
+from blockft.digest import digest_json
 from blockft.errors import UserError, warn
 from blockft.evaluation.answer_questions import (
     TOO_LONG,
@@ -336,7 +337,9 @@ def _answer_and_report(
     signature = {name: value for name, value in options.items() if name != SOURCES}
     with resumable_folder(out, signature) as partial:
         predictions = {
-            mode.value: _answer(engine, questions, _attention_mode(mode), recipe, partial)
+            mode.value: _answer(
+                engine, questions, _attention_mode(mode), recipe, partial, evaluation=digest_json(signature)
+            )
             for mode in dict.fromkeys(recipe.eval.modes)
         }
         report = build_report(model, predictions, options)
@@ -349,12 +352,24 @@ def _attention_mode(mode: Mode) -> AttentionMode:
 
 
 def _answer(
-    engine: Engine, questions: EncodedQuestions, mode: AttentionMode, recipe: Recipe, folder: Path
+    engine: Engine,
+    questions: EncodedQuestions,
+    mode: AttentionMode,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    evaluation: str,
 ) -> list[Prediction]:
-    """Answer the questions in one mode, except those whose answers `folder` already holds."""
+    """Answer the questions in one mode, except those whose answers `folder` already holds.
+
+    evaluation: identifies the evaluation, whose answers alone are used.
+    """
     assert recipe.eval
     samples, max_new_tokens = questions.samples, recipe.eval.max_new_tokens
-    answers = AnswerFile(folder / f"answers-{mode}.jsonl", plan_batches(samples, recipe.eval.batch_size))
+    path, batches = folder / f"answers-{mode}.jsonl", plan_batches(samples, recipe.eval.batch_size)
+    answers = AnswerFile(path, batches, f"{evaluation} {mode}")
+    if answers.damaged_line:
+        warn(f"{path}, line {answers.damaged_line} is damaged: the questions from there on are asked again")
     if answers.records:
         _remark(f"{mode} mode: resuming after {len(answers.records)} of {len(samples)} answers")
     for batch in track(answers.remaining_batches, f"{mode} mode"):

@@ -14,10 +14,18 @@ from blockft.config.choices import DType
 from blockft.config.recipe import load_recipe
 from blockft.config.settings import Recipe
 from blockft.data.encoder import Encoder
-from blockft.errors import UserError
+from blockft.data.prepared import FILES
+from blockft.errors import UserError, warn
 from blockft.evaluation.report import ALL
 from blockft.evaluation.report_render import TITLES, format_score, markdown_table
-from blockft.model.checkpoint import find_checkpoint, load_reference_logits, read_marker
+from blockft.model.checkpoint import (
+    MARKER,
+    find_checkpoint,
+    incomplete_checkpoints,
+    load_reference_logits,
+    read_marker,
+    verify_checkpoint,
+)
 from blockft.model.hub import check_push, describe_base_model, push_folder
 from blockft.model.load import (
     BLOCK_ATTENTION,
@@ -28,8 +36,9 @@ from blockft.model.load import (
 )
 from blockft.model.lora import load_adapter
 from blockft.model.model_card import build_model_card
+from blockft.model.model_files import write_digests
 from blockft.outputs import atomic_folder, check_absent
-from blockft.run_folder import DATA, RECIPE, read_metrics
+from blockft.run_folder import RECIPE, read_data, read_metrics, read_recipe, verify_metrics
 from blockft.stages.compare import read_report
 from blockft.training.library_internals import consolidate_weights
 from blockft.training.library_warnings import silence_known_warnings
@@ -87,7 +96,13 @@ def export(
     scores = "" if report is None else _format_scores(read_report(Path(report)))
     shard_bytes = parse_bytes(max_shard_size)
     checkpoint = find_checkpoint(run, best=best)
-    run_signature = read_marker(checkpoint)["run_signature"]
+    for incomplete in incomplete_checkpoints(run):
+        warn(f"{incomplete} is incomplete (it has no {MARKER}) and is passed over")
+    verify_checkpoint(checkpoint)
+    marker = read_marker(checkpoint)
+    verify_metrics(checkpoint.parent, marker["metrics"])
+    read_recipe(checkpoint.parent)  # checks it
+    run_signature = marker["run_signature"]
     has_adapter = run_signature["train.lora"] is not None
     if adapter_only and not has_adapter:
         raise UserError(f"{run} trained all weights, so there is no adapter: leave out --adapter-only")
@@ -108,6 +123,7 @@ def export(
             checkpoint, recipe, name=push or output_dir.name, is_adapter=adapter_only, scores=scores
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
+        write_digests(folder)
         is_exact = export_dtype is run_dtype and (export_dtype is torch.float32 or not has_adapter)
         tolerance = EXACT_TOLERANCE if is_exact else ROUNDED_TOLERANCE
         difference = _compare_logits(folder, checkpoint)
@@ -225,8 +241,8 @@ def _build_card(checkpoint: Path, recipe: Recipe, *, name: str, is_adapter: bool
         scores=scores,
         version=__version__,
         step=read_marker(checkpoint)["step"],
-        recipe=(checkpoint.parent / RECIPE).read_text(encoding="utf-8"),
-        manifest=json.loads((checkpoint.parent / DATA).read_text(encoding="utf-8")),
+        recipe=read_recipe(checkpoint.parent),
+        manifest={name: value for name, value in read_data(checkpoint.parent).items() if name != FILES},
         metrics=read_metrics(checkpoint.parent),
     )
 

@@ -1,6 +1,5 @@
 """`blockft train`: one run, from prepared examples to complete checkpoints."""
 
-import json
 import os
 import signal
 from collections.abc import Iterator
@@ -23,14 +22,28 @@ from blockft.config.recipe import RECIPES_FOLDER, dump_recipe
 from blockft.config.settings import Recipe
 from blockft.data.prepared import PreparedData, load_prepared
 from blockft.data.tokenizer import tokenizer_fingerprint
-from blockft.errors import UserError, warn
-from blockft.model.checkpoint import complete_checkpoints, find_checkpoint, read_marker, remove_incomplete
+from blockft.errors import UserError, is_first_of_host, notify, warn
+from blockft.model.checkpoint import (
+    check_incomplete,
+    complete_checkpoints,
+    find_checkpoint,
+    read_marker,
+    remove_incomplete,
+    verify_checkpoint,
+)
 from blockft.model.decoder_layers import compile_layers
 from blockft.model.fingerprint import model_fingerprint
-from blockft.model.load import load_config, load_model, load_tokenizer, parse_dtype
+from blockft.model.load import load_config, load_model, load_tokenizer, parse_dtype, verify_model
 from blockft.model.lora import add_adapter
 from blockft.outputs import check_absent, write_atomic
-from blockft.run_folder import DATA, METRICS, RECIPE, truncate_metrics
+from blockft.run_folder import (
+    METRICS,
+    RECIPE,
+    truncate_metrics,
+    verify_metrics,
+    write_data,
+    write_recipe,
+)
 from blockft.training.distributed import (
     check_ranks,
     init_distributed,
@@ -174,7 +187,8 @@ def check_run(recipe: Recipe, *, resume: bool, num_processes: int) -> tuple[RunP
     """Return the plan of a run and the checkpoint that it resumes from, or None if it starts at step 0.
 
     Raises:
-        UserError: see `build_plan`; the run exists and `resume` is not set, or it cannot be resumed.
+        UserError: see `build_plan`; the run exists and `resume` is not set, or it cannot be resumed, for
+            example because its last checkpoint is damaged.
     """
     run = Path(recipe.train.output_dir)
     # a run that was killed before its first checkpoint starts again
@@ -184,10 +198,19 @@ def check_run(recipe: Recipe, *, resume: bool, num_processes: int) -> tuple[RunP
             "start it again (it has no complete checkpoint)" if starts_again else "resume its last checkpoint"
         )
         check_absent(run, f"{action} with --resume, or choose another train.output_dir")
+    checkpoint = None if not resume or starts_again else find_checkpoint(run)
+    check_incomplete(run)
+    # before the ranks are connected, where a rank that fails alone would leave the others waiting
+    if checkpoint and is_first_of_host():
+        verify_checkpoint(checkpoint)
+        verify_metrics(run, read_marker(checkpoint)["metrics"])
     plan = build_plan(recipe, num_processes)
-    if not resume or starts_again:
+    if recipe.model.init is not WeightInit.random:
+        verify_model(recipe.model.path, recipe.model.revision)
+    if recipe.train.teacher is not None:
+        verify_model(recipe.train.teacher)
+    if checkpoint is None:
         return plan, None
-    checkpoint = find_checkpoint(run)
     check_run_signature(checkpoint, plan.run_signature, ignore=(NUM_PROCESSES, TEACHER_FINGERPRINT))
     return plan, checkpoint
 
@@ -510,9 +533,11 @@ def _build_arguments(
 def _start_run_folder(run: Path, recipe: Recipe, plan: RunPlan, checkpoint: Path | None) -> None:
     """Write the recipe and the manifest of a run, and remove what was written after the checkpoint."""
     run.mkdir(parents=True, exist_ok=True)
-    remove_incomplete(run)
-    write_atomic(run / RECIPE, dump_recipe(recipe))
-    write_atomic(run / DATA, json.dumps(plan.manifest, indent=2) + "\n")
+    start = f"resumes from {checkpoint.name}" if checkpoint else "starts again at step 0"
+    for name in remove_incomplete(run):
+        notify(f"{name} is incomplete, because its save was interrupted: it is removed, and the run {start}")
+    write_recipe(run, dump_recipe(recipe))
+    write_data(run, plan.manifest)
     if checkpoint:
         marker = read_marker(checkpoint)
         truncate_metrics(run, last_step=marker["step"], eval_due=marker["eval_due"])

@@ -15,15 +15,17 @@ from transformers import (
     TrainingArguments,
 )
 
+from blockft.digest import FileDigest
 from blockft.errors import UserError
 from blockft.model.checkpoint import (
+    add_evaluation,
     compute_reference_logits,
+    digest_own_files,
     mark_complete,
-    read_marker,
     remove_old_checkpoints,
     save_reference_logits,
 )
-from blockft.run_folder import METRICS
+from blockft.run_folder import METRICS, digest_metrics
 from blockft.training.library_internals import get_unlogged_loss, restore_unlogged_loss
 from blockft.training.objectives import EVAL_LOSS_PREFIX
 from blockft.training.trainer import BlockTrainer
@@ -136,8 +138,7 @@ class RunCallback(TrainerCallback):
         """Add an evaluation that was due to the marker of the checkpoint that the run resumes from."""
         if self._eval_due and state.is_world_process_zero:
             checkpoint = self._run / f"checkpoint-{state.global_step}"
-            evaluated = {"eval_losses": self._eval_losses, "eval_due": False}
-            mark_complete(checkpoint, **(read_marker(checkpoint) | evaluated))
+            add_evaluation(checkpoint, eval_losses=self._eval_losses, metrics=digest_metrics(self._run))
             remove_old_checkpoints(self._run, self._save_total_limit, keep_best=self._keep_best)
         self._eval_due = False
 
@@ -170,6 +171,8 @@ class RunCallback(TrainerCallback):
             if model.generation_config is not None:
                 model.generation_config.save_pretrained(checkpoint)
             save_reference_logits(checkpoint, self._reference_ids_T, logits_TV)
+        files = _gather_digests(checkpoint, args.process_index, args.world_size)
+        if state.is_world_process_zero:
             mark_complete(
                 checkpoint,
                 step=state.global_step,
@@ -177,9 +180,20 @@ class RunCallback(TrainerCallback):
                 eval_losses=self._eval_losses,
                 eval_due=self._eval_due,
                 unlogged=self._unlogged,
+                files=files,
+                metrics=digest_metrics(self._run),
             )
             remove_old_checkpoints(self._run, self._save_total_limit, keep_best=self._keep_best)
         self.trainer.throughput.restart(state.global_step)
+
+
+def _gather_digests(checkpoint: Path, rank: int, num_ranks: int) -> dict[str, FileDigest]:
+    """Return the digests of all files of a checkpoint; each rank reads what it wrote. All ranks call it."""
+    own = digest_own_files(checkpoint, rank=rank, num_ranks=num_ranks)
+    gathered = [own] * num_ranks
+    if num_ranks > 1:
+        torch.distributed.all_gather_object(gathered, own)
+    return {name: digest for part in gathered for name, digest in part.items()}
 
 
 def _check_finite(values: dict[str, float], step: int) -> None:

@@ -41,24 +41,40 @@ def test_batches_are_sorted_by_length_within_a_window() -> None:
 
 def test_an_answer_file_is_read_again_and_gives_predictions_in_the_order_of_the_data(tmp_path: Path) -> None:
     path, batches = tmp_path / "a.jsonl", [(2, 0), (1, 3)]
-    file = AnswerFile(path, batches)
+    file = AnswerFile(path, batches, "one block")
     for batch in file.remaining_batches:
         file.add(records_of(*batch))
-    again = AnswerFile(path, batches)
+    again = AnswerFile(path, batches, "one block")
     assert again.records == file.records and not again.remaining_batches
     predictions = build_predictions(SAMPLES, again.records, max_new_tokens=2)
     assert [p.id for p in predictions] == ["0", "1", "2", "3"] and all(p.hit_token_limit for p in predictions)
 
 
 @pytest.mark.parametrize(
-    "damage", ["incomplete line", "incomplete batch", "zeros", "not a record", "another order"]
+    ("damage", "damaged_line"),
+    [
+        ("incomplete line", None),
+        ("incomplete batch", None),
+        ("zeros", None),
+        ("not a record", 3),
+        ("another order", 3),
+        ("another answer", 3),
+        ("another blank", 3),
+        ("an answer of another mode", 3),
+        ("a line twice", 3),
+        ("a line more", 6),
+    ],
 )
-def test_only_complete_batches_are_kept(tmp_path: Path, damage: str) -> None:
+def test_only_complete_batches_without_damage_are_kept(
+    tmp_path: Path, damage: str, damaged_line: int | None
+) -> None:
     path, batches = tmp_path / "a.jsonl", [(2, 0), (1, 3), (4,)]
-    file = AnswerFile(path, batches)
+    file = AnswerFile(path, batches, "one block")
     for batch in batches:
         file.add(records_of(*batch))
     complete = path.read_bytes()
+    other = AnswerFile(tmp_path / "b.jsonl", batches, "one full")
+    other.add(records_of(1))
     lines = complete.splitlines(keepends=True)
     path.write_bytes(
         {
@@ -67,10 +83,18 @@ def test_only_complete_batches_are_kept(tmp_path: Path, damage: str) -> None:
             "zeros": b"".join(lines[:2]) + b"\0" * 20,
             "not a record": b"".join([*lines[:2], b"7\n"]),
             "another order": b"".join([*lines[:2], lines[4]]),
+            "another answer": b"".join([*lines[:2], lines[2].replace(b"u2028", b"u2029"), *lines[3:]]),
+            "another blank": b"".join([*lines[:2], lines[2].replace(b", ", b",  ", 1), *lines[3:]]),
+            "an answer of another mode": b"".join(
+                [*lines[:2], (tmp_path / "b.jsonl").read_bytes(), *lines[3:]]
+            ),
+            "a line twice": b"".join([*lines[:2], lines[1], *lines[2:]]),
+            "a line more": complete + lines[0],
         }[damage]
     )
-    again = AnswerFile(path, batches)
-    assert list(again.remaining_batches) == batches[1:]
+    again = AnswerFile(path, batches, "one block")
+    assert again.damaged_line == damaged_line
+    assert list(again.remaining_batches) == ([] if damage == "a line more" else batches[1:])
     for batch in again.remaining_batches:
         again.add(records_of(*batch))
     assert path.read_bytes() == complete

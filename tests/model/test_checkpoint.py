@@ -1,15 +1,48 @@
-"""Which checkpoints of a run are complete, which one is the best, and which are removed."""
+"""Which checkpoints of a run are complete and whole, which one is the best, and which are removed."""
 
+import os
+import shutil
 from pathlib import Path
 
-from blockft.model.checkpoint import best_checkpoint, complete_checkpoints, mark_complete, remove_incomplete
+import pytest
+
+from blockft.errors import UserError
+from blockft.model.checkpoint import (
+    MARKER,
+    add_evaluation,
+    best_checkpoint,
+    check_incomplete,
+    complete_checkpoints,
+    digest_own_files,
+    mark_complete,
+    read_marker,
+    remove_incomplete,
+    remove_old_checkpoints,
+    verify_checkpoint,
+)
 
 
-def save_checkpoint(run: Path, step: int, **eval_losses: float) -> Path:
+def save_checkpoint(run: Path, step: int, num_ranks: int = 1, **eval_losses: float) -> Path:
+    """Write a checkpoint with a file of each rank and two of rank 0, as ranks together do."""
     checkpoint = run / f"checkpoint-{step}"
-    checkpoint.mkdir()
+    (checkpoint / "global_step").mkdir(parents=True)
+    (checkpoint / "latest").write_text("global_step")
+    (checkpoint / "trainer_state.json").write_text(f'{{"step": {step}}}')
+    for rank in range(num_ranks):
+        (checkpoint / "global_step" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").write_bytes(
+            bytes([step, rank]) * 100
+        )
+    parts = [digest_own_files(checkpoint, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
+    assert sum(map(len, parts)) == len({name for part in parts for name in part}) == 2 + num_ranks
     mark_complete(
-        checkpoint, step=step, run_signature={}, eval_losses=eval_losses, eval_due=False, unlogged={}
+        checkpoint,
+        step=step,
+        run_signature={"train.seed": 1},
+        eval_losses=eval_losses,
+        eval_due=False,
+        unlogged={},
+        files={name: digest for part in parts for name, digest in part.items()},
+        metrics={"bytes": 0, "digest": ""},
     )
     return checkpoint
 
@@ -36,3 +69,84 @@ def test_only_incomplete_checkpoints_are_removed(tmp_path: Path) -> None:
     remove_incomplete(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-mine"]
     assert complete_checkpoints(tmp_path) == [complete]
+
+
+def test_an_older_checkpoint_without_a_marker_is_refused(tmp_path: Path) -> None:
+    """An interrupted save leaves the newest one incomplete, so an older one has lost its marker."""
+    first, second = save_checkpoint(tmp_path, 2), save_checkpoint(tmp_path, 10)
+    (second / MARKER).unlink()
+    check_incomplete(tmp_path)
+    (first / MARKER).unlink()
+    with pytest.raises(UserError, match="checkpoint-2 has lost its complete.json.*restore that file"):
+        check_incomplete(tmp_path)
+    assert first.is_dir() and second.is_dir()
+
+
+def test_a_checkpoint_whose_removal_is_interrupted_does_not_count_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (2, 4):
+        save_checkpoint(tmp_path, step)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+
+        def interrupt(_: Path) -> None:
+            raise KeyboardInterrupt
+
+        patched.setattr(shutil, "rmtree", interrupt)
+        remove_old_checkpoints(tmp_path, 1, keep_best=False)
+    check_incomplete(tmp_path)
+    assert not remove_incomplete(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda c: (c / "latest").write_text("global_stop"), "latest has changed"),
+        (lambda c: (c / "latest").write_text("global"), "latest has 6 bytes instead of 11"),
+        (lambda c: (c / "latest").unlink(), "latest is missing"),
+        (lambda c: ((c / "latest").unlink(), (c / "latest").mkdir()), "latest is not a regular file"),
+        (lambda c: ((c / "latest").unlink(), os.mkfifo(c / "latest")), "latest is not a regular file"),
+        (lambda c: (c / "model.safetensors").touch(), "model.safetensors was added"),
+        (
+            lambda c: (c / MARKER).write_text((c / MARKER).read_text().replace('"step": 4', '"step": 5')),
+            "complete.json has changed",
+        ),
+        (lambda c: (c / MARKER).write_text((c / MARKER).read_text() + " "), "complete.json has changed"),
+        (lambda c: (c / MARKER).write_text("{"), "complete.json is not JSON"),
+        (lambda c: (c / MARKER).write_text("[1]"), "complete.json is not a JSON object"),
+        (lambda c: (c / MARKER).write_text('{"step": 4}'), "complete.json has no digest"),
+    ],
+    ids=str,
+)
+def test_damage_of_a_checkpoint_is_one_sentence_that_offers_a_whole_one(
+    damage: object, reason: str, tmp_path: Path
+) -> None:
+    assert callable(damage)
+    whole, damaged = save_checkpoint(tmp_path, 2, num_ranks=2), save_checkpoint(tmp_path, 4, num_ranks=2)
+    verify_checkpoint(damaged)
+    damage(damaged)
+    with pytest.raises(UserError) as error:
+        verify_checkpoint(damaged)
+    assert reason in str(error.value)
+    assert str(error.value).endswith(
+        f"{whole} is whole: remove checkpoint-4 to resume from it, or export it by its name"
+    )
+    (whole / "latest").write_text("")
+    with pytest.raises(UserError, match="no other checkpoint of the run is whole"):
+        verify_checkpoint(damaged)
+
+
+def test_a_marker_holds_a_later_evaluation_and_the_digests_of_before(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path, 2)
+    before = read_marker(checkpoint)
+    add_evaluation(checkpoint, eval_losses={"block": 0.5}, metrics={"bytes": 3, "digest": "abc"})
+    verify_checkpoint(checkpoint)
+    changed = {"eval_losses": {"block": 0.5}, "metrics": {"bytes": 3, "digest": "abc"}}
+    assert read_marker(checkpoint) == before | changed
+
+
+def test_hidden_files_of_a_checkpoint_are_passed_over(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path, 2)
+    (checkpoint / ".nfs0001").touch()
+    verify_checkpoint(checkpoint)

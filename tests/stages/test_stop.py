@@ -36,6 +36,13 @@ def train(run: Path, *overrides: str, stop_at: int | None = None, num_ranks: int
     assert done.returncode == (0 if stop_at is None else 130), done.stderr
 
 
+def describe(checkpoint: Path) -> dict[str, Any]:
+    """Return the marker without digests: metrics and shards hold speeds and times."""
+    return {
+        name: value for name, value in read_marker(checkpoint).items() if name not in ("files", "metrics")
+    }
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stop")
@@ -62,7 +69,7 @@ def test_a_run_stopped_four_times_logs_every_line_of_one_never_stopped(folder: P
             shutil.copytree(run, one_rank)
     train(run, *settings, "--resume")
     assert all_logged(run) == all_logged(uninterrupted)
-    assert read_marker(find_checkpoint(run)) == read_marker(find_checkpoint(uninterrupted))
+    assert describe(find_checkpoint(run)) == describe(find_checkpoint(uninterrupted))
     assert find_checkpoint(run).name == "checkpoint-8"
     best, expected = best_checkpoint(run), best_checkpoint(uninterrupted)
     assert best and expected and best.name == expected.name

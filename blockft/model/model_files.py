@@ -1,0 +1,115 @@
+"""The digests of an export's files, which every reader of the folder checks before it reads them.
+
+::
+
+    digests.json    {"version": 1, "files": {name: {"bytes": ..., "digest": ...}}, "digest": ...}
+
+It lists the files that determine the model: weights, configuration, tokenizer, template, adapter.
+transformers and vLLM ignore it. A folder without it, such as any other model, is not checked.
+"""
+
+from pathlib import Path
+
+from transformers.utils.hub import cached_file
+
+from blockft.digest import (
+    DamagedFile,
+    FileDigest,
+    check_no_other_files,
+    digest_files,
+    dump_with_digest,
+    files_to_record,
+    list_files,
+    parse_files,
+    read_with_digest,
+    verify_files,
+)
+from blockft.errors import UserError, is_first_of_host
+
+DIGESTS = "digests.json"
+
+VERSION = 1
+"""Version of the format of `digests.json`. Other versions are never read."""
+
+_WEIGHTS = (".safetensors", ".bin")
+"""Suffixes of files with weights."""
+
+_NOT_READ = ("", ".md", ".png", ".jsonl", ".gguf")
+"""Suffixes of files that transformers reads from no model folder; they may be added and changed."""
+
+_READ_FOLDERS = (".", "additional_chat_templates")
+"""Folders of a model in which transformers looks for files."""
+
+
+def write_digests(folder: Path) -> None:
+    """Write the digests of a model's files into its folder."""
+    files = digest_files(folder, _list_model_files(folder))
+    record = {"version": VERSION, "files": files_to_record(files)}
+    (folder / DIGESTS).write_text(dump_with_digest(record), encoding="utf-8")
+
+
+def verify_model_files(path: str, revision: str | None = None, *, weights: bool) -> None:
+    """Check the files of a model folder or Hub id that has digests; without `weights` only the small files.
+
+    Files of the Hub are downloaded. Of several ranks of a host only the first one checks weights.
+
+    Raises:
+        UserError: a file is damaged or missing, or was added.
+    """
+    digests = _find_digests(path, revision)
+    if digests is None:
+        return
+    folder = digests.parent
+    try:
+        files = _read_digests(digests)
+        check_no_other_files(_list_model_files(folder), files)
+        with_weights = weights and is_first_of_host()
+        checked = {name: file for name, file in files.items() if with_weights or not name.endswith(_WEIGHTS)}
+        if not Path(path).is_dir():
+            for name in checked:
+                _download(path, name, folder.name)
+        verify_files(folder, checked)
+    except DamagedFile as error:
+        raise UserError(
+            f"model {folder} is damaged ({error}): restore the file, or remove {DIGESTS} from the folder "
+            "if it was changed on purpose"
+        ) from error
+
+
+def _list_model_files(folder: Path) -> list[str]:
+    """Return the names of the files that determine what transformers reads from a folder."""
+    return [
+        name
+        for name in list_files(folder)
+        if name != DIGESTS
+        and not Path(name).name.startswith(".")
+        and Path(name).suffix not in _NOT_READ
+        and str(Path(name).parent) in _READ_FOLDERS
+    ]
+
+
+def _find_digests(path: str, revision: str | None) -> Path | None:
+    if Path(path).is_dir():
+        digests = Path(path) / DIGESTS
+        return digests if digests.exists() or digests.is_symlink() else None
+    found = _download(path, DIGESTS, revision)
+    return Path(found) if found else None
+
+
+def _download(hub_id: str, name: str, revision: str | None) -> str | None:
+    """Return the path of a file of a Hub id in the cache; None if it is not there or cannot be downloaded."""
+    return cached_file(
+        hub_id,
+        name,
+        revision=revision or "main",
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+
+
+def _read_digests(path: Path) -> dict[str, FileDigest]:
+    record = read_with_digest(path)
+    if record.get("version") != VERSION:
+        raise DamagedFile(f"{path.name} has version {record.get('version')}, this blockft reads {VERSION}")
+    return parse_files(record.get("files"))
