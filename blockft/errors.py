@@ -3,6 +3,8 @@
 import os
 import sys
 
+from blockft.printable import print_text
+
 
 class UserError(Exception):
     """A mistake of the user, in one sentence: what is wrong, what was found, what is allowed, the remedy.
@@ -19,7 +21,7 @@ def warn(message: str) -> None:
 def notify(message: str) -> None:
     """Print a remark on stderr as one line. Of several ranks of a host only the first prints."""
     if is_first_of_host():
-        print("blockft:", " ".join(message.split()), file=sys.stderr)
+        print_text(f"blockft: {' '.join(message.split())}", file=sys.stderr)
 
 
 def is_first_of_host() -> bool:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from blockft.digest import DamagedFile, dump_with_digest, read_with_digest
 from blockft.errors import UserError
+from blockft.printable import printable
 
 TEMPORARY = ".draft"
 """Suffix of the hidden folder in which an atomic folder is written."""
@@ -215,6 +216,11 @@ def write_atomic(path: Path, text: str) -> None:
     """
     with _atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def plain_label(text: str) -> str:
+    """Return a text for a label or a title of a picture. Matplotlib would read $...$ as a formula."""
+    return printable(text).replace("$", r"\$")
 
 
 def save_figure(figure: Any, path: Path) -> None:

@@ -5,8 +5,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from rich.console import Console
-from rich.progress import Progress
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from blockft.console import PlainConsole
+from blockft.printable import printable
 
 Item = TypeVar("Item")
 
@@ -24,9 +34,15 @@ def progress(label: str, total: float, *, beside_results: bool = False) -> Itera
         and the bar is off.
     """
     is_off = not is_enabled() or beside_results and sys.stdout.isatty()
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+    )
     # rich would otherwise redirect stdout to the terminal, even if it is meant for a file
-    with Progress(console=Console(stderr=True), disable=is_off, redirect_stdout=False) as bar:
-        task = bar.add_task(label, total=total)
+    with Progress(*columns, console=PlainConsole(stderr=True), disable=is_off, redirect_stdout=False) as bar:
+        task = bar.add_task(printable(label), total=total)
         yield lambda amount: bar.advance(task, amount)
 
 
@@ -36,3 +52,22 @@ def track(items: Sequence[Item], label: str) -> Iterator[Item]:
         for item in items:
             yield item
             advance(1)
+
+
+@contextmanager
+def counter(noun: str) -> Iterator[Callable[[int], None]]:
+    """Show a count and the elapsed time; yields a function that adds to the count.
+
+    No thread refreshes it, because a caller may fork worker processes meanwhile.
+    """
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.completed:,.0f} {task.description}", markup=False),
+        TimeElapsedColumn(),
+        console=PlainConsole(stderr=True),
+        disable=not is_enabled(),
+        auto_refresh=False,
+        transient=True,
+    ) as bar:
+        task = bar.add_task(printable(noun), total=None)
+        yield lambda amount: bar.update(task, advance=amount, refresh=True)

@@ -11,22 +11,26 @@ from blockft.config.recipe import RECIPES_FOLDER, load_recipe
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = {"attention", "data", "model", "inference"}
-SUPPORT = {"outputs", "run_folder", "progress", "digest", "units", "errors", "version"}
+PRINTING = {"console", "markdown", "printable"}
+SUPPORT = PRINTING | {"outputs", "run_folder", "progress", "digest", "units", "errors", "version"}
 MAY_IMPORT = {
-    "errors": set(),
+    "printable": set(),
+    "console": {"printable"},
+    "markdown": {"printable"},
+    "errors": {"printable"},
     "version": set(),
     "config": {"errors"},
     "units": {"errors"},
     "digest": {"units", "errors"},
-    "outputs": {"digest", "errors"},
+    "outputs": {"printable", "digest", "errors"},
     "run_folder": {"outputs", "digest", "errors"},
-    "progress": set(),
+    "progress": {"console", "printable"},
     "attention": {"errors"},
     "data": {"attention", "digest", "errors"},
-    "model": {"attention", "outputs", "run_folder", "progress", "digest", "units", "errors"},
+    "model": {"markdown", "attention", "outputs", "run_folder", "progress", "digest", "units", "errors"},
     "inference": {"data", "model", "attention", "digest", "units", "errors"},
     "training": LIBRARY | {"outputs", "run_folder", "digest", "units", "errors"},
-    "evaluation": LIBRARY | {"digest", "errors"},
+    "evaluation": LIBRARY | {"markdown", "printable", "outputs", "digest", "errors"},
     "bench": LIBRARY | {"training"} | SUPPORT,
     "stages": LIBRARY | {"bench", "training", "evaluation", "config"} | SUPPORT,
     "cli": {"bench", "stages", "training", "config"} | SUPPORT,
@@ -90,6 +94,29 @@ def test_no_private_name_is_imported_from_another_module(name: str) -> None:
         alias.name for node in imports if (node.module or "").startswith("blockft") for alias in node.names
     ]
     assert not [name for name in names if name.startswith("_") and not name.startswith("__")]
+
+
+PRINTERS = {"printable", "console", "progress"}
+"""Modules that print text of users, without markup and with control characters escaped."""
+
+PRINTS_BY_ITSELF = {
+    "blockft.training.launch": "lines of workers, which have printed them as they are",
+    "blockft.training.library_warnings": "lines of libraries",
+    "blockft.training.progress_line": "numbers, and the codes that rewrite a line of the terminal",
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_text_is_printed_without_markup_and_control_characters(name: str) -> None:
+    if part_of(MODULES[name]) in PRINTERS or name in PRINTS_BY_ITSELF:
+        return
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported |= {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+    assert imported.isdisjoint({"rich", "rich.console", "rich.progress", "rich.markup", "rich.live"})
+    called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert called.isdisjoint({"print", "typer.echo", "typer.secho", "Text.from_markup", "rprint"})
+    assert not [c for c in called if c.endswith(("stdout.write", "stderr.write"))]
 
 
 def test_imports_form_no_cycle() -> None:

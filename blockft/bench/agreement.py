@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blockft.attention.layout import Layout
 from blockft.bench.measurement import write_measurement
+from blockft.console import PlainConsole
 from blockft.data.sample import Sample
 from blockft.inference.engine import Engine
 from blockft.model.masked_forward import masked_logits
@@ -62,12 +62,11 @@ def bench_agreement(
             if difference := _first_difference(masked_ids, logits_NV, ids):
                 differences.append({"id": sample.id, "source": sample.source, **difference})
     num_equal, num_equal_by_kernel = len(prompts) - len(different), len(prompts) - len(different_by_kernel)
-    Console(markup=False).print(
+    PlainConsole().print(
         f"{num_equal} of {len(prompts)} greedy answers over cached blocks equal those of the masked forward "
         f"pass; with another attention kernel the masked forward pass repeats {num_equal_by_kernel} of its "
         "own answers",
         soft_wrap=True,
-        highlight=False,
     )
     result = {
         "dtype": str(engine.model.dtype).removeprefix("torch."),

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from blockft.attention.backends import AttentionMasks, block_flex, block_sdpa
 from blockft.attention.layout import AttentionMetadata, Layout, build_metadata
 from blockft.attention.mask import build_dense_mask
 from blockft.bench.measurement import measure_ms, write_measurement
+from blockft.console import PlainConsole
 from blockft.errors import UserError
 from blockft.outputs import check_writable
 from blockft.progress import track
@@ -62,7 +62,7 @@ def _print_table(measured: list[dict[str, Any]]) -> None:
         errors = [f"{figures['errors'][name]:.1e}" for name in TENSORS]
         times = [f"{figures[name]:.2f}" for name in ("flex_ms", "dense_ms")]
         table.add_row(figures["dtype"], str(figures["window"]), str(figures["num_blocks"]), *errors, *times)
-    Console(markup=False).print(table)
+    PlainConsole().print(table)
 
 
 def _compare(

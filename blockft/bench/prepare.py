@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from blockft.bench.measurement import write_measurement
+from blockft.console import PlainConsole
 from blockft.data.prepared import MANIFEST
 from blockft.outputs import check_writable
 
@@ -67,4 +67,4 @@ def _print_table(measured: list[dict[str, Any]]) -> None:
             f"{figures['tokens'] / figures['seconds']:,.0f}",
             f"{figures['ratio']:.2f}",
         )
-    Console(markup=False).print(table)
+    PlainConsole().print(table)

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from blockft.bench.attention import MAX_RELATIVE_ERROR
 from blockft.bench.benchmark_model import load_benchmark_config, load_benchmark_model
 from blockft.bench.measurement import measure_ms, write_measurement
+from blockft.console import PlainConsole
 from blockft.data.collate import collate_row
 from blockft.data.encoder import IGNORE_INDEX, Example
 from blockft.errors import UserError
@@ -151,7 +151,7 @@ def _print_table(
             f"{figures['loss']:.4f}",
             "" if peak_bytes is None else f"{peak_bytes / 2**30:.1f}",
         )
-    Console(markup=False).print(table)
+    PlainConsole().print(table)
 
 
 def _random_samples(num_samples: int, sample_len: int, num_documents: int, vocab_size: int) -> list[Example]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
@@ -19,11 +18,13 @@ from transformers import PreTrainedModel
 from blockft.attention.layout import Layout
 from blockft.bench.benchmark_model import load_benchmark_config, load_benchmark_model
 from blockft.bench.measurement import measure_copy_bandwidth, measure_ms, write_measurement
+from blockft.console import PlainConsole
 from blockft.errors import UserError
 from blockft.inference.block_key import BlockKey, block_key
 from blockft.inference.runner import BlockRunner, CacheOptions, kv_shape
 from blockft.model.masked_forward import masked_logits
-from blockft.outputs import check_writable, save_figure
+from blockft.outputs import check_writable, plain_label, save_figure
+from blockft.printable import print_text
 from blockft.progress import is_enabled, progress
 
 DEFAULT_LENGTHS = [512, 1024, 2048, 4096, 8192, 16384, 32768]
@@ -123,7 +124,7 @@ def bench_ttft(
         for figures, prompt in zip(measured, prompts, strict=True):
             _add_cached_times(figures, runner, prompt, tiers, warmups, runs, advance)
             if not is_enabled():
-                print(_summary_line(figures), file=sys.stderr, flush=True)
+                print_text(_summary_line(figures), file=sys.stderr, flush=True)
     print_table(model_or_shape, measured)
     write_measurement(
         out,
@@ -197,7 +198,7 @@ def _choose_lengths(lengths: Sequence[int] | None, question_len: int, num_positi
         if not fitting:
             raise UserError(f"none of the lengths {left_out} can be measured, {reason}: set --lengths")
         if left_out:
-            print(f"not measured: {left_out} tokens ({reason})", file=sys.stderr, flush=True)
+            print_text(f"not measured: {left_out} tokens ({reason})", file=sys.stderr, flush=True)
         return fitting
     if min(lengths) <= question_len:
         raise UserError(
@@ -371,7 +372,7 @@ def print_table(model_or_shape: str, measured: Sequence[Mapping[str, Any]]) -> N
         saved = f"{figures['ttft_saved_percent']:.1f} %" if "ttft_saved_percent" in figures else ""
         flops_saved = f"{figures['flops_saved_percent']:.1f} %"
         table.add_row(f"{figures['length']:,}", *times, saved, f"{figures['floor_ms']:.1f}", flops_saved)
-    Console(markup=False).print(table)
+    PlainConsole().print(table)
 
 
 def draw_ttft(model_or_shape: str, measured: Sequence[Mapping[str, Any]]) -> Any:
@@ -395,7 +396,7 @@ def draw_ttft(model_or_shape: str, measured: Sequence[Mapping[str, Any]]) -> Any
         yscale="log",
         xlabel="prompt length, tokens",
         ylabel="median time to first token, ms",
-        title=f"Time to first token of {model_or_shape}",
+        title=plain_label(f"Time to first token of {model_or_shape}"),
     )
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths], rotation=30)
     axes.minorticks_off()

@@ -11,6 +11,7 @@ import typer
 
 from blockft.cli import bench, cache, commands
 from blockft.errors import UserError
+from blockft.printable import print_text
 
 __all__ = ["bench", "cache", "commands", "main"]
 
@@ -56,7 +57,7 @@ def main() -> None:
 def _fail(message: str) -> int:
     """Print an error as one line, once on every host, because each host may have its own mistake."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print("blockft:", " ".join(message.split()), file=sys.stderr)
+        print_text(f"blockft: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 

@@ -20,13 +20,14 @@ from blockft.cli.options import (
     RecipeName,
 )
 from blockft.config.choices import DType, Format, Metric, Mode
+from blockft.printable import print_text
 
 
 def _print_version(value: bool) -> None:
     if value:
         from blockft.version import __version__
 
-        print(f"blockft {__version__}")
+        print_text(f"blockft {__version__}")
         raise typer.Exit
 
 

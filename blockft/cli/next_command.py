@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from itertools import chain, count
 from pathlib import Path
 
+from blockft.printable import print_text
+
 
 def print_next(result: str, *commands: Iterable[object]) -> None:
     """Print a result and the commands that can follow it, each of which can be pasted into a shell.
@@ -15,9 +17,9 @@ def print_next(result: str, *commands: Iterable[object]) -> None:
     """
     if os.environ.get("RANK", "0") != "0":
         return
-    print(result, file=sys.stderr)
+    print_text(result, file=sys.stderr)
     for command in commands:
-        print(f"next: blockft {shlex.join(map(str, command))}", file=sys.stderr)
+        print_text(f"next: blockft {shlex.join(map(str, command))}", file=sys.stderr)
 
 
 def eval_command(model: Path, recipe: Path) -> list[str] | None:

@@ -25,6 +25,7 @@ from blockft.errors import UserError
 from blockft.evaluation.loglikelihood import Ids, LoglikelihoodRequest, compute_loglikelihoods
 from blockft.inference.engine import AttentionMode, Engine
 from blockft.model.load import parse_dtype
+from blockft.printable import print_text
 
 BLOCK_START = "\x1e"
 """Marks the start of each block in a prompt that a chat template rendered; removed before encoding."""
@@ -265,5 +266,5 @@ if __name__ == "__main__":
     try:
         cli_evaluate()
     except UserError as error:
-        print(f"blockft: {error}", file=sys.stderr)
+        print_text(f"blockft: {error}", file=sys.stderr)
         sys.exit(2)

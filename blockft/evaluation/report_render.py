@@ -7,6 +7,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from blockft.evaluation.report import DIFFERENCE, INTERVALS
+from blockft.markdown import escape_markdown, markdown_table
+from blockft.outputs import plain_label
 
 Groups = Mapping[str, Mapping[str, Any]]
 """The scores of each group of questions in one mode: an entry of a report's `modes`."""
@@ -30,19 +32,11 @@ def format_score(scores: Mapping[str, Any], metric: str, *, signed: bool = False
     return f"{scores[metric]:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Format a markdown table; vertical bars inside cells are escaped."""
-    lines = [list(columns), ["---"] * len(columns), *rows]
-    return "\n".join(
-        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
-    )
-
-
 def report_markdown(report: Mapping[str, Any]) -> str:
     """Format a report as a markdown page: a table per metric, then everything that decided the answers."""
     modes = report["modes"]
     columns = dict(modes) | ({DIFFERENCE: report[DIFFERENCE]} if DIFFERENCE in report else {})
-    parts = [f"# Evaluation of {report['model']}"]
+    parts = [f"# Evaluation of {escape_markdown(report['model'])}"]
     for metric, title in TITLES.items():
         rows = [
             [
@@ -99,11 +93,11 @@ def draw_scores(
     top = 0.0
     for group in groups:
         if len(reports) > 1:
-            headers[top + group_gap / 2] = group
+            headers[top + group_gap / 2] = plain_label(group)
             top += group_gap
         for name, modes in reports.items():
             middle = top + len(modes) * bar / 2
-            labels[middle] = name if len(reports) > 1 else group
+            labels[middle] = plain_label(name if len(reports) > 1 else group)
             positions += [top + (i + 0.5) * bar for i in range(len(modes))]
             top += len(modes) * bar + report_gap
     figure = Figure(figsize=(8, 1.6 + 0.2 * top), layout="constrained")
@@ -124,7 +118,7 @@ def draw_scores(
     for position, group in headers.items():
         axes.text(0, position, f" {group}", va="center", fontsize=9, fontweight="bold")
     axes.set(ylim=(top, 0), xlim=(0, max(5.0, 1.12 * highest)), xlabel=TITLES[metric])
-    axes.set_title(title, fontsize=11)
+    axes.set_title(plain_label(title), fontsize=11)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right"]].set_visible(False)
     used_modes = dict.fromkeys(mode for _, _, mode in rows)

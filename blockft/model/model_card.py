@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from blockft.markdown import code_block, escape_markdown
 from blockft.model.hub import BaseModel
 from blockft.units import format_count
 
@@ -25,7 +26,7 @@ With blockft, in both modes. In block mode the second prompt with a document reu
 from blockft import Engine
 
 documents = ["Oslo is the capital of Norway.", "Bergen is a city on the west coast of Norway."]
-with Engine.load("{name}") as engine:
+with Engine.load({name}) as engine:
     for mode in ("block", "full"):
         answer = engine.generate(documents=documents, question="What is the capital of Norway?", mode=mode)
         print(mode, answer.text)
@@ -36,26 +37,23 @@ With {library}, in full mode:
 ```
 {scores}
 ## Recipe
-```yaml
-{recipe}```
+{recipe}
 
 ## Data
-```json
 {manifest}
-```
 """
 
 _LOAD_MODEL = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")"""
+model = AutoModelForCausalLM.from_pretrained({name})
+tokenizer = AutoTokenizer.from_pretrained({name})"""
 
 _LOAD_ADAPTER = """from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained("{base}")
-model = PeftModel.from_pretrained(base, "{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")"""
+base = AutoModelForCausalLM.from_pretrained({base})
+model = PeftModel.from_pretrained(base, {name})
+tokenizer = AutoTokenizer.from_pretrained({name})"""
 
 
 def build_model_card(
@@ -90,17 +88,17 @@ def build_model_card(
     loading_code = _LOAD_ADAPTER if is_adapter else _LOAD_MODEL
     return _CARD.format(
         metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
-        title=f"{base.name} for Block-Attention" + (" (adapter)" if is_adapter else ""),
-        base=base.name,
-        name=name,
+        title=f"{escape_markdown(base.name)} for Block-Attention" + (" (adapter)" if is_adapter else ""),
+        base=escape_markdown(base.name),
+        name=json.dumps(name),
         version=version,
         steps=format_count(step, "step"),
         # a run may stop before it logs a loss
         loss=f"; the last logged loss is {losses[-1]:.4f}" if losses else "",
         config_file="block_attention.json" if is_adapter else "config.json",
         library="peft" if is_adapter else "transformers",
-        loading_code=loading_code.format(name=name, base=base.name),
+        loading_code=loading_code.format(name=json.dumps(name), base=json.dumps(base.name)),
         scores=f"\n## Scores\n{scores.strip()}\n" if scores else "",
-        recipe=recipe,
-        manifest=json.dumps(manifest, indent=2),
+        recipe=code_block(recipe, "yaml"),
+        manifest=code_block(json.dumps(manifest, indent=2), "json"),
     )

@@ -13,9 +13,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rich.console import Console
 from rich.table import Column, Table
 
+from blockft.console import PlainConsole
 from blockft.data.rag_prompt import Document
 from blockft.data.request import parse_document
 from blockft.data.sample import RecordError
@@ -25,6 +25,7 @@ from blockft.inference.cache_entry import CacheModel, DamagedEntry, EntryReader
 from blockft.inference.cache_folder import CacheFolder, EntryInfo
 from blockft.inference.disk_tier import DiskTier
 from blockft.inference.engine import Engine
+from blockft.printable import print_text
 from blockft.progress import progress, track
 from blockft.stages.generate import CacheArguments
 from blockft.units import format_bytes, format_count, parse_bytes, parse_duration
@@ -108,7 +109,7 @@ def build_cache(model: str, corpus: Path, cache: CacheArguments) -> None:
                             "then run the same command again to resume"
                         )
                     advance(num_line_bytes)
-    print(f"{format_count(len(digests), 'block')} in {cache.folder}, {num_encoded:,} of them new")
+    print_text(f"{format_count(len(digests), 'block')} in {cache.folder}, {num_encoded:,} of them new")
     if num_evicted := disk.statistics.entries_evicted:
         if num_missing := len(digests - disk.digests()):
             raise UserError(
@@ -116,7 +117,7 @@ def build_cache(model: str, corpus: Path, cache: CacheArguments) -> None:
                 "command again to resume"
             )
         evicted = format_count(num_evicted, "other block")
-        print(f"evicted {evicted} to make room: raise --cache-bytes to keep them", file=sys.stderr)
+        print_text(f"evicted {evicted} to make room: raise --cache-bytes to keep them", file=sys.stderr)
 
 
 def _check_budget(engine: Engine, disk: DiskTier, corpus: Corpus, num_bytes: int, max_bytes: int) -> None:
@@ -194,7 +195,7 @@ def print_cache_stats(folder: Path, *, as_json: bool = False) -> None:
         models = [_describe(model, list(cache.entries(name))) for name, model in cache.models().items()]
     total = {name: sum(model[name] for model in models) for name in ("entries", "tokens", "bytes")}
     if as_json:
-        print(json.dumps(total | {"models": models}))
+        print_text(json.dumps(total | {"models": models}))
         return
     table = Table(
         Column("model", overflow="fold"),
@@ -207,8 +208,8 @@ def print_cache_stats(folder: Path, *, as_json: bool = False) -> None:
         numbers = f"{model['entries']:,}", f"{model['tokens']:,}", format_bytes(model["bytes"])
         dates = ((model[name] or "")[:10] for name in ("oldest_use", "latest_use"))
         table.add_row(model["name"], model["fingerprint"][:12], *numbers, *dates)
-    Console(markup=False).print(table)
-    print(f"{format_count(total['entries'], 'entry', 'entries')}, {format_bytes(total['bytes'])}")
+    PlainConsole().print(table)
+    print_text(f"{format_count(total['entries'], 'entry', 'entries')}, {format_bytes(total['bytes'])}")
 
 
 def _describe(model: CacheModel, entries: list[EntryInfo]) -> dict[str, Any]:
@@ -247,12 +248,12 @@ def verify_cache(folder: Path, *, remove: bool = False, as_json: bool = False) -
                 if remove:
                     cache.remove(entry.path, damage.status)
     if as_json:
-        print(json.dumps({"entries": len(entries), "damaged": damaged, "removed": remove}))
+        print_text(json.dumps({"entries": len(entries), "damaged": damaged, "removed": remove}))
     else:
         for line in damaged:
-            print(f"{line['path']}: {line['reason']}")
+            print_text(f"{line['path']}: {line['reason']}")
         checked = format_count(len(entries), "entry", "entries")
-        print(f"{checked}, {len(damaged):,} damaged{' and removed' if remove else ''}")
+        print_text(f"{checked}, {len(damaged):,} damaged{' and removed' if remove else ''}")
     if damaged and not remove:
         raise UserError(f"{len(damaged)} of {len(entries)} entries in {folder} are damaged: add --remove")
 
@@ -305,7 +306,7 @@ def prune_cache(
             )
             left_bytes = byte_count.read() or 0
     removed_bytes = format_bytes(sum(entry.num_bytes for entry in removed))
-    print(
+    print_text(
         f"removed {format_count(len(removed), 'entry', 'entries')}, {removed_bytes}; "
         f"{format_bytes(left_bytes)} are left in {folder}"
     )

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Column, Table
 
+from blockft.console import PlainConsole
 from blockft.errors import UserError
 from blockft.evaluation.metrics import METRICS
 from blockft.evaluation.report import REPEATED, check_report
 from blockft.evaluation.report_render import TITLES, draw_scores, format_score
 from blockft.outputs import save_figure
+from blockft.printable import print_text
 from blockft.stages.evaluate import PLOTTED_METRIC, REPORT
 
 MODEL_OPTIONS = ("revision", "model fingerprint", "tokenizer fingerprint")
@@ -60,7 +61,7 @@ def print_comparison(comparison: Mapping[str, Any], *, as_json: bool = False) ->
     Differing options are a remark on stderr below the table.
     """
     if as_json:
-        print(json.dumps(comparison, indent=2))
+        print_text(json.dumps(comparison, indent=2))
         return
     scores, metric = comparison["scores"], comparison["metric"]
     modes = list(dict.fromkeys(mode for by_mode in scores.values() for mode in by_mode))
@@ -80,11 +81,11 @@ def print_comparison(comparison: Mapping[str, Any], *, as_json: bool = False) ->
             cells = [format_score(by_mode[mode][group], metric) if mode in by_mode else "" for mode in modes]
             table.add_row("" if i else group, name, str(number), *cells)
         table.add_section()
-    Console(markup=False).print(table)
-    remarks = Console(stderr=True)
+    PlainConsole().print(table)
+    remarks = PlainConsole(stderr=True)
     for option, values in comparison["differing options"].items():
         listed = ", ".join(f"{name} {json.dumps(v, ensure_ascii=False)}" for name, v in values.items())
-        remarks.print(f"differing option: {option}: {listed}", highlight=False, markup=False, soft_wrap=True)
+        remarks.print(f"differing option: {option}: {listed}", soft_wrap=True)
 
 
 def _name_reports(paths: Sequence[Path]) -> dict[str, Path]:

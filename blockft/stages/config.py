@@ -15,6 +15,7 @@ from blockft.config.reference import (
 )
 from blockft.config.settings import Recipe
 from blockft.errors import UserError
+from blockft.printable import print_text
 
 MAX_WIDTH = 100
 """Longest line of the list of settings, in characters."""
@@ -42,19 +43,19 @@ def print_config(
     if schema + markdown + (recipe_or_section is not None) > 1 or (as_json and (schema or markdown)):
         raise UserError("blockft config prints one thing: give a RECIPE, a section, --schema or --markdown")
     if schema:
-        print(json_schema_text(), end="")
+        print_text(json_schema_text(), end="")
     elif markdown:
         from blockft.stages.recipes_readme import recipes_readme
 
-        print(recipes_readme(), end="")
+        print_text(recipes_readme(), end="")
     elif recipe_or_section is not None and not is_section:
         resolved = load_recipe(recipe_or_section, overrides)
-        print(resolved.model_dump_json(indent=2) if as_json else dump_recipe(resolved).rstrip("\n"))
+        print_text(resolved.model_dump_json(indent=2) if as_json else dump_recipe(resolved).rstrip("\n"))
     elif as_json:
-        print(settings_json(recipe_or_section))
+        print_text(settings_json(recipe_or_section))
     else:
         width = min(shutil.get_terminal_size().columns, MAX_WIDTH)
-        print("\n".join(_lines(width, recipe_or_section)))
+        print_text("\n".join(_lines(width, recipe_or_section)))
 
 
 def _lines(width: int, name: str | None) -> Iterator[str]:

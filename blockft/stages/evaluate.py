@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Column, Table
 
 from blockft.config.choices import BadRecordPolicy, Format, Mode, Positions, Retriever, TooLongPolicy
 from blockft.config.recipe import build_recipe, find_recipe, is_recipe, load_recipe
 from blockft.config.settings import Recipe, Source
+from blockft.console import PlainConsole
 from blockft.data.sample import Sample, sample_to_record
 from blockft.data.sources import SOURCE_FORMATS, RecordCounts, find_source_files
 from blockft.data.split import SPLIT_FORMATS
@@ -43,6 +43,7 @@ from blockft.model.fingerprint import model_fingerprint
 from blockft.model.load import load_config, parse_dtype
 from blockft.model.supported import block_attention_config, uses_reencoded_positions
 from blockft.outputs import atomic_folder, check_absent, resumable_folder, save_figure
+from blockft.printable import print_text
 from blockft.progress import track
 from blockft.stages.source_settings import read_source
 from blockft.version import __version__
@@ -395,17 +396,17 @@ def _write(out: Path, report: dict[str, Any], predictions: Mapping[str, list[Pre
 
 
 def _remark(text: str) -> None:
-    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+    PlainConsole(stderr=True).print(text, soft_wrap=True)
 
 
 def print_report(report: Mapping[str, Any], *, as_json: bool = False) -> None:
     """Print a report as a table of at most 80 columns, or as JSON."""
     if as_json:
-        print(json.dumps(report, indent=2))
+        print_text(json.dumps(report, indent=2))
         return
     columns = report["modes"] | ({DIFFERENCE: report[DIFFERENCE]} if DIFFERENCE in report else {})
-    console = Console(markup=False)
-    console.print(f"{report['model']}: scores in percent, with their 95 % intervals", markup=False)
+    console = PlainConsole()
+    console.print(f"{report['model']}: scores in percent, with their 95 % intervals")
     for name, groups in columns.items():
         is_difference = name == DIFFERENCE
         table = Table(

@@ -7,17 +7,18 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from blockft.config.choices import DType
 from blockft.config.recipe import load_recipe
 from blockft.config.settings import Recipe
+from blockft.console import PlainConsole
 from blockft.data.encoder import Encoder
 from blockft.data.prepared import FILES
 from blockft.errors import UserError, warn
 from blockft.evaluation.report import ALL
-from blockft.evaluation.report_render import TITLES, format_score, markdown_table
+from blockft.evaluation.report_render import TITLES, format_score
+from blockft.markdown import code_span, markdown_table
 from blockft.model.checkpoint import (
     MARKER,
     find_checkpoint,
@@ -109,7 +110,7 @@ def export(
     run_dtype = DTYPES[run_signature[WEIGHT_DTYPE]]
     export_dtype = _parse_dtype(dtype, run_dtype)
     recipe = load_recipe(str(checkpoint.parent / RECIPE))
-    console = Console(stderr=True, markup=False)
+    console = PlainConsole(stderr=True)
     console.print(f"gathering the weights of {checkpoint}")
     with atomic_folder(output_dir) as folder:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -230,7 +231,7 @@ def _format_scores(report: dict[str, Any]) -> str:
     num_questions = next(iter(modes.values()))[ALL]["questions"]
     questions = format_count(num_questions, "question")
     table = markdown_table(["metric", *(f"{mode} mode" for mode in modes)], rows)
-    return f"Evaluation of `{Path(report['model']).name}` on {questions}:\n\n{table}"
+    return f"Evaluation of {code_span(Path(report['model']).name)} on {questions}:\n\n{table}"
 
 
 def _build_card(checkpoint: Path, recipe: Recipe, *, name: str, is_adapter: bool, scores: str) -> str:

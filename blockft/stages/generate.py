@@ -17,6 +17,7 @@ from blockft.inference.block_cache import Tier
 from blockft.inference.engine import AttentionMode, Engine
 from blockft.inference.runner import CacheOptions
 from blockft.inference.sampling import Sampler
+from blockft.printable import print_answer, print_text
 from blockft.progress import progress
 from blockft.units import format_count, parse_bytes
 
@@ -111,21 +112,19 @@ def generate(
                     batch_answers = engine.generate_ids(batch, **arguments)
                     answers += batch_answers
                     for sample, answer in zip(samples[start:], batch_answers, strict=False):
-                        print(
-                            _to_json(sample, answer) if as_json else answer.text or EMPTY_ANSWER, flush=True
-                        )
+                        print_answer(_to_json(sample, answer) if as_json else answer.text or EMPTY_ANSWER)
                 advance(len(batch))
-    print(_reuse_summary(answers), file=sys.stderr)
+    print_text(_reuse_summary(answers), file=sys.stderr)
 
 
 def _print_stream(engine: Engine, prompt: Sequence[Sequence[int]], arguments: _GenerateArguments) -> Answer:
     stream = engine.stream_ids(prompt, **arguments)
     while True:
         try:
-            print(next(stream), end="", flush=True)
+            print_answer(next(stream), end="")
         except StopIteration as stop:
             answer: Answer = stop.value
-            print("" if answer.text else EMPTY_ANSWER, flush=True)
+            print_answer("" if answer.text else EMPTY_ANSWER)
             return answer
 
 

@@ -6,18 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.style import Style
 from rich.table import Column, Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from blockft.attention.mask import example_mask
+from blockft.console import PlainConsole
 from blockft.data.encoder import IGNORE_INDEX, Example
 from blockft.data.prepared import load_prepared
 from blockft.errors import UserError
 from blockft.model.load import load_tokenizer
-from blockft.outputs import save_figure
+from blockft.outputs import plain_label, save_figure
+from blockft.printable import print_text, printable
 from blockft.units import format_count
 
 BLOCK_COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "red")
@@ -50,9 +51,9 @@ def inspect(folder: Path, index: int = 0, as_json: bool = False, png: Path | Non
     if png is not None:
         save_figure(draw_mask(example), png)
     if as_json:
-        print(json.dumps(_describe(example, tokenizer), ensure_ascii=False))
+        print_text(json.dumps(_describe(example, tokenizer), ensure_ascii=False))
     else:
-        console = Console(markup=False)
+        console = PlainConsole()
         console.print(_coloured_text(example, tokenizer), soft_wrap=True)
         console.print()
         console.print(_statistics_table(prepared.manifest))
@@ -94,7 +95,7 @@ def draw_mask(example: Example) -> Any:
     axes.set_yticks(ticks, labels, fontsize=8)
     axes.tick_params(length=0)
     size = f"{format_count(len(example), 'token')} in {format_count(len(names), 'block')}"
-    title = f"{example.sample_ids[0]}: {size}"
+    title = plain_label(f"{example.sample_ids[0]}: {size}")
     axes.set(xlabel="key tokens", ylabel="query tokens", title=title)
     if example.num_final == 1:
         final_label = "the final block attends to all blocks"
@@ -133,7 +134,7 @@ def _describe(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str,
 def _coloured_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
     num_blocks = len(example.block_lengths)
     size = f"{format_count(len(example), 'token')} in {format_count(num_blocks, 'block')}"
-    text = Text(f"{', '.join(example.sample_ids)}: {size}\n\n")
+    text = Text(printable(f"{', '.join(example.sample_ids)}: {size}\n\n"))
     names = _block_names(num_blocks, example.num_final)
     is_label = np.split(example.labels != IGNORE_INDEX, np.cumsum(example.block_lengths)[:-1])
     for i, (block, block_is_label) in enumerate(zip(example.blocks, is_label, strict=True)):
@@ -142,8 +143,8 @@ def _coloured_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text
         text.append(f"[{names[i]}: {format_count(len(block), 'token')}]", Style(dim=True))
         # the labels of a block are its last tokens
         labels_start = len(block) - int(block_is_label.sum())
-        text.append(_decode(block[:labels_start], tokenizer), style)
-        text.append(_decode(block[labels_start:], tokenizer), style + Style(underline=True))
+        text.append(printable(_decode(block[:labels_start], tokenizer)), style)
+        text.append(printable(_decode(block[labels_start:], tokenizer)), style + Style(underline=True))
     return text
 
 

@@ -11,12 +11,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 from blockft.config.choices import BadRecordPolicy, TooLongPolicy
 from blockft.config.settings import DataSettings, Recipe, Source
+from blockft.console import PlainConsole
 from blockft.data.encoder import Encoder, Example
 from blockft.data.fit import EncodedSample, encode_samples
 from blockft.data.packing import complete_last_batch, fill_ratio, list_example_modes, plan_rows
@@ -31,7 +30,7 @@ from blockft.data.tokenizer import tokenizer_fingerprint
 from blockft.errors import UserError, warn
 from blockft.model.load import load_tokenizer
 from blockft.outputs import atomic_folder, check_absent
-from blockft.progress import is_enabled
+from blockft.progress import counter
 from blockft.stages.source_settings import (
     check_copies,
     check_wording,
@@ -126,14 +125,12 @@ def print_summary(recipe: Recipe) -> None:
     padding = (
         f", padded to {num_padded:,} (train.batch_rows is {batch_rows})" if num_padded > len(rows) else ""
     )
-    console = Console(markup=False)
+    console = PlainConsole()
     console.print(table)
     console.print(
         f"{data.output_dir}: {format_count(len(lengths), 'example')}, {sum(has_local_blocks):,} of them "
         f"split into blocks; an epoch has {format_count(len(rows), 'row')} of {data.row_len:,} tokens, "
         f"{fill_ratio(rows, item_lengths, data.row_len):.1%} filled{padding}",
-        highlight=False,
-        markup=False,
         soft_wrap=True,
     )
 
@@ -167,20 +164,10 @@ def _encode(
 ) -> Iterator[tuple[int, EncodedSample]]:
     """Encode the samples of all sources in order; yields (index of the source, encoded sample)."""
     encode = partial(_encode_task, encoder=encoder, data=data)
-    with Progress(
-        SpinnerColumn(),
-        TextColumn("{task.completed:,.0f} samples"),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        disable=not is_enabled(),
-        # no refresh thread: the workers are forked while the bar is shown
-        auto_refresh=False,
-        transient=True,
-    ) as progress:
-        bar = progress.add_task("", total=None)
+    with counter("samples") as advance:
         for source, encoded in map_in_order(encode, _tasks(sources), data.num_workers):
             yield from ((source, sample) for sample in encoded)
-            progress.update(bar, advance=len(encoded), refresh=True)
+            advance(len(encoded))
 
 
 def _tasks(sources: Sequence[Iterator[Sample]]) -> Iterator[tuple[int, list[Sample]]]:

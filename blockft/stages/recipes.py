@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from blockft.config.recipe import list_recipes
+from blockft.console import PlainConsole
 
 SCHEMA_LINE = "# yaml-language-server: $schema="
 """How the first line of a recipe begins, which names the JSON Schema for editors."""
@@ -16,7 +16,7 @@ def recipes() -> None:
     table = Table("recipe", "purpose", box=None)
     for name, path in list_recipes().items():
         table.add_row(name, purpose(path))
-    Console(markup=False).print(table)
+    PlainConsole().print(table)
 
 
 def purpose(path: Path) -> str:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 from peft import PeftModel
-from rich.console import Console
 from rich.table import Table
 from torch.utils.data import Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from blockft.config.choices import Mode, Objective, Positions, WeightInit
 from blockft.config.recipe import RECIPES_FOLDER, dump_recipe
 from blockft.config.settings import Recipe
+from blockft.console import PlainConsole
 from blockft.data.prepared import PreparedData, load_prepared
 from blockft.data.tokenizer import tokenizer_fingerprint
 from blockft.errors import UserError, is_first_of_host, notify, warn
@@ -125,7 +125,7 @@ def train(recipe: Recipe, *, resume: bool = False, name: str | None = None) -> P
     if marker and marker["step"] >= plan.num_steps and not marker["eval_due"]:
         if rank == 0:
             message = f"{run} is at step {marker['step']} of {plan.num_steps}: nothing is left to do"
-            Console(stderr=True).print(message, soft_wrap=True, highlight=False, markup=False)
+            PlainConsole(stderr=True).print(message, soft_wrap=True)
         return run
     title = run.name if name is None or name == run.name else f"{name}/{run.name}"
     with _restored_process_state():
@@ -593,7 +593,7 @@ def print_dry_run(recipe: Recipe, num_processes: int, *, resume: bool = False) -
         ),
     }.items():
         table.add_row(quantity, value)
-    Console(markup=False).print(table)
+    PlainConsole().print(table)
 
 
 def _count_parameters(recipe: Recipe) -> tuple[int, int, int]:

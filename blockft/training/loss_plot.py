@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from blockft.outputs import save_figure
+from blockft.outputs import plain_label, save_figure
 from blockft.run_folder import LOSS_PLOT, read_metrics
 from blockft.training.objectives import EVAL_LOSS_PREFIX
 
@@ -40,7 +40,7 @@ def draw_losses(metrics: list[dict[str, Any]], title: str) -> Any:
             markersize=4,
         )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="optimizer step", ylabel="mean loss per label token", title=title)
+    axes.set(xlabel="optimizer step", ylabel="mean loss per label token", title=plain_label(title))
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
