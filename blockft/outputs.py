@@ -1,5 +1,6 @@
 """Output folders and files that appear complete or not at all."""
 
+import ctypes
 import errno
 import fcntl
 import glob
@@ -8,19 +9,24 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
 from blockft.digest import DamagedFile, dump_with_digest, read_with_digest
 from blockft.errors import UserError
+from blockft.folder_lock import FolderLock, lock_folder
 from blockft.printable import printable
 
 TEMPORARY = ".draft"
 """Suffix of the hidden folder in which an atomic folder is written."""
+
+OLD = ".old"
+"""Further suffix of the hidden folder to which a replaced folder is moved."""
 
 PARTIAL = ".partial"
 """Suffix of the hidden folder in which a resumable folder is written."""
@@ -30,6 +36,58 @@ SIGNATURE = "signature.json"
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
+_TORCH_WRITE_ERRORS = ("PytorchStreamWriter failed writing", "iostream error", "unexpected pos ")
+"""Texts of the errors of torch.save, which does not say why a file cannot be written."""
+
+_NO_REPLACE, _EXCHANGE = 1, 2
+"""Flags of renameat2, see its manual page."""
+
+
+@dataclass(frozen=True)
+class OwnedFolder:
+    """An output folder that no other process writes.
+
+    name: the path as the user gave it, for messages.
+    path: the resolved path.
+    """
+
+    name: Path
+    path: Path
+    lock: FolderLock
+    initial: int | None
+    """A descriptor of what was at the path when the folder was locked, or None if nothing was.
+
+    While it is open, no other file or folder gets the same inode."""
+
+    def is_initial(self, path: Path) -> bool:
+        """Return whether `path` is what was there when the folder was locked."""
+        return self.initial is not None and os.path.samestat(os.fstat(self.initial), path.lstat())
+
+
+@contextmanager
+def own_folder(out: Path, action: str) -> Iterator[OwnedFolder]:
+    """Lock an output folder as its only writer, and remove what killed writers left beside it.
+
+    `action` names this process for those that are refused, for example "blockft prepare".
+
+    Raises:
+        UserError: another process reads or writes the folder, or it cannot be written.
+    """
+    with lock_folder(out, action) as lock:
+        path = lock.folder
+        initial = None
+        try:
+            _remove_remains(path)
+            with suppress(FileNotFoundError):
+                initial = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        except OSError as error:
+            raise UserError(f"{out} cannot be written: {error.strerror}") from error
+        try:
+            yield OwnedFolder(out, path, lock, initial)
+        finally:
+            if initial is not None:
+                os.close(initial)
+
 
 def check_absent(path: Path, remedy: str) -> None:
     """Check that `path` does not exist.
@@ -37,44 +95,127 @@ def check_absent(path: Path, remedy: str) -> None:
     Raises:
         UserError: `path` exists; the message ends in `remedy`.
     """
-    if path.exists():
+    if os.path.lexists(path):
         raise UserError(f"{path} exists already and is never overwritten: {remedy}")
 
 
 @contextmanager
-def atomic_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
+def atomic_folder(out: OwnedFolder) -> Iterator[Path]:
     """Yield a temporary folder and rename it to `out` at the end; on an error nothing is left.
 
-    The temporary folder is hidden and lies beside `out`, so that the rename is atomic. Temporary folders of
-    killed processes are removed. With `replace` an existing `out` is replaced at the end.
+    The temporary folder is hidden and lies beside `out`, so that the rename is atomic. It replaces what was
+    at `out` when `out` was locked, and nothing else.
 
     Raises:
-        UserError: the disk is full, the folder cannot be written, or `out` was created in the meantime.
+        UserError: the disk is full, the folder cannot be written, or `out` was created or replaced in the
+            meantime.
     """
+    temporary = out.path.with_name(f".{out.path.name}.{secrets.token_hex(8)}{TEMPORARY}")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(out)
-        temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}{TEMPORARY}")
-        temporary.mkdir()
-        lock = _lock(temporary)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}") from error
-    try:
-        yield temporary
-        apply_umask(temporary)
-        replaced = temporary.with_name(f"{temporary.name}.old")
-        if replace and out.exists():
-            out.rename(replaced)
-        check_absent(out, "another process wrote it in the meantime")
-        temporary.rename(out)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        if _is_disk_full(error):
-            raise UserError(f"the disk is full: nothing was written to {out}") from error
-        raise
+        with write_errors(temporary, name=out.name, remedy=lambda: f"nothing was written to {out.name}"):
+            temporary.mkdir()
+            yield temporary
+            apply_umask(temporary)
+            _move_into_place(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        os.close(lock)
+
+
+def _move_into_place(temporary: Path, out: OwnedFolder) -> None:
+    """Rename a folder to `out`, where only the initial folder may be, which is removed."""
+    try:
+        if not os.path.lexists(out.path):
+            if not _renameat2(temporary, out.path, _NO_REPLACE):
+                temporary.rename(out.path)
+            return
+        if out.is_initial(out.path):
+            if not _renameat2(temporary, out.path, _EXCHANGE):
+                old = temporary.with_name(f"{temporary.name}{OLD}")
+                out.path.rename(old)  # if this process is killed now, the next writer moves it back
+                temporary.rename(out.path)
+                shutil.rmtree(old, ignore_errors=True)
+                return
+            if out.is_initial(temporary):
+                return
+            _renameat2(temporary, out.path, _EXCHANGE)  # it was replaced between the two checks
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise UserError(f"{out.name} cannot be written: {error.strerror}") from error
+    raise UserError(
+        f"{out.name} was created by another process in the meantime, so nothing was written: choose another "
+        "folder"
+    )
+
+
+def _renameat2(source: Path, target: Path, flags: int) -> bool:
+    """Rename with flags of Linux; return False if the file system or the system does not know them."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    here = -100  # AT_FDCWD: paths are relative to the working directory
+    if not libc.renameat2(here, os.fsencode(source), here, os.fsencode(target), flags):
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(source), None, str(target))
+
+
+def _remove_remains(path: Path) -> None:
+    """Remove the temporary folders of killed writers of `path`, which this process has locked.
+
+    A writer that was killed while it replaced `path` has moved the old folder away: it is moved back.
+    """
+    remains = f".{glob.escape(path.name)}.*{TEMPORARY}"
+    for old in path.parent.glob(remains + OLD):
+        if not os.path.lexists(path):
+            old.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    for temporary in path.parent.glob(remains):
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def write_errors(folder: Path, *, name: Path, remedy: Callable[[], str]) -> Iterator[None]:
+    """Turn errors of writing below `folder` into a message about `name`, with a remedy for a full disk.
+
+    Raises:
+        UserError: the disk is full, or a file below `folder` cannot be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if is_disk_full(error):
+            raise UserError(
+                f"the disk is full, or a quota or a limit of the size of files is reached: {remedy()}"
+            ) from error
+        if isinstance(error, OSError) and _is_below(error.filename, folder):
+            raise UserError(f"{name} cannot be written: {error.strerror} ({error.filename})") from error
+        raise
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether an error, or the one that caused it, says that a file cannot grow."""
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        return True
+    text = str(error)
+    # safetensors gives the number of the system's error only in the text of the message
+    if isinstance(error, SafetensorError) and any(f"(os error {number})" in text for number in _DISK_FULL):
+        return True
+    if isinstance(error, RuntimeError) and any(message in text for message in _TORCH_WRITE_ERRORS):
+        return True
+    cause = error.__cause__ or error.__context__
+    return cause is not None and is_disk_full(cause)
+
+
+def _is_below(filename: object, folder: Path) -> bool:
+    return isinstance(filename, str | os.PathLike) and Path(filename).absolute().is_relative_to(
+        folder.absolute()
+    )
 
 
 def apply_umask(folder: Path) -> None:
@@ -89,52 +230,42 @@ def apply_umask(folder: Path) -> None:
 
 
 @contextmanager
-def resumable_folder(out: Path, signature: Mapping[str, Any]) -> Iterator[Path]:
+def resumable_folder(out: OwnedFolder, signature: Mapping[str, Any]) -> Iterator[Path]:
     """Yield a hidden folder beside `out` that survives an interruption; the same call finds it again.
 
     `signature` holds every setting that decides what is written there. The folder is removed at the end, when
     `out` is complete, and stays on any error.
 
     Raises:
-        UserError: the folder has another signature or files without one, another process writes it, or it
-            cannot be written.
+        UserError: the folder has another signature or files without one, or it cannot be written.
     """
-    partial = out.with_name(f".{out.name}{PARTIAL}")
-    expected = json.loads(json.dumps(dict(signature)))
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = _lock(partial)
-    except BlockingIOError:
-        raise UserError(f"another process is writing {out}: wait for it, or choose another folder") from None
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}") from error
-    try:
-        if (partial / SIGNATURE).is_file():
-            found = _read_signature(partial)
-            for name in expected | found:
-                if expected.get(name) != found.get(name):
-                    raise UserError(
-                        f"{partial} was started with other settings ({name}: {found.get(name)}, not "
-                        f"{expected.get(name)}): resume with the settings it was started with, choose "
-                        "another folder, or remove it to start again"
-                    )
-        else:
-            if any(not path.name.startswith(f".{SIGNATURE}") for path in partial.iterdir()):
-                raise UserError(
-                    f"{partial} holds files but no {SIGNATURE}, so their settings are unknown: remove the "
-                    "folder to start again"
-                )
-            write_atomic(partial / SIGNATURE, dump_with_digest(expected))
+    partial = out.path.with_name(f".{out.path.name}{PARTIAL}")
+    remedy = f"free some space, then resume {out.name} with the same command"
+    with write_errors(partial, name=out.name, remedy=lambda: remedy):
+        partial.mkdir(exist_ok=True)
+        _check_signature(partial, json.loads(json.dumps(dict(signature))))
         yield partial
         shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        if _is_disk_full(error):
-            raise UserError(
-                f"the disk is full: free some space, then resume {out} with the same command"
-            ) from error
-        raise
-    finally:
-        os.close(lock)
+
+
+def _check_signature(partial: Path, expected: dict[str, Any]) -> None:
+    """Write the signature of a resumable folder, or compare it with the one that is there."""
+    if (partial / SIGNATURE).is_file():
+        found = _read_signature(partial)
+        for name in expected | found:
+            if expected.get(name) != found.get(name):
+                raise UserError(
+                    f"{partial} was started with other settings ({name}: {found.get(name)}, not "
+                    f"{expected.get(name)}): resume with the settings it was started with, choose "
+                    "another folder, or remove it to start again"
+                )
+        return
+    if any(not path.name.startswith(f".{SIGNATURE}") for path in partial.iterdir()):
+        raise UserError(
+            f"{partial} holds files but no {SIGNATURE}, so their settings are unknown: remove the "
+            "folder to start again"
+        )
+    write_atomic(partial / SIGNATURE, dump_with_digest(expected))
 
 
 def _read_signature(partial: Path) -> dict[str, Any]:
@@ -142,38 +273,6 @@ def _read_signature(partial: Path) -> dict[str, Any]:
         return read_with_digest(partial / SIGNATURE)
     except DamagedFile as error:
         raise UserError(f"{partial} is damaged ({error}): remove the folder to start again") from error
-
-
-def _lock(folder: Path) -> int:
-    """Lock a folder for the life of this process and return the lock's file descriptor.
-
-    Raises:
-        BlockingIOError: another running process holds the lock.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _remove_abandoned(out: Path) -> None:
-    for temporary in out.parent.glob(f".{glob.escape(out.name)}.*{TEMPORARY}"):
-        try:
-            lock = _lock(temporary)
-        except OSError:
-            continue
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.close(lock)
-
-
-def _is_disk_full(error: Exception) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in _DISK_FULL
-    # safetensors gives the number of the system's error only in the text of the message
-    return any(f"(os error {number})" in str(error) for number in _DISK_FULL)
 
 
 def check_writable(path: Path) -> None:
@@ -196,15 +295,46 @@ def check_writable(path: Path) -> None:
 
 @contextmanager
 def _atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a hidden file beside `path` and rename it to `path` at the end; on an error nothing is left."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Yield a hidden file beside `path` and rename it to `path` at the end; on an error nothing is left.
+
+    Two processes that write `path` at once leave one of the two files, complete. Files that killed processes
+    left are removed.
+    """
+    temporary = None
     try:
-        yield temporary
-        temporary.replace(path)
+        temporary, lock = _create_temporary_file(path)
+        with lock:
+            yield temporary
+            temporary.replace(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
     finally:
-        with suppress(OSError):
+        if temporary:
+            with suppress(OSError):
+                temporary.unlink()
+
+
+def _create_temporary_file(path: Path) -> tuple[Path, BinaryIO]:
+    """Create a hidden file beside `path`; return its path, and it opened and locked.
+
+    The lock says that the writer is alive.
+    """
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{TEMPORARY}")
+        file = temporary.open("xb")
+        fcntl.flock(file, fcntl.LOCK_SH)
+        _remove_abandoned_files(path)
+        # another process may have removed the file before it was locked
+        if os.fstat(file.fileno()).st_nlink:
+            return temporary, file
+        file.close()
+
+
+def _remove_abandoned_files(path: Path) -> None:
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY}"):
+        # OSError: its writer is alive or has just ended, or it belongs to another user
+        with suppress(OSError), temporary.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             temporary.unlink()
 
 

@@ -12,7 +12,8 @@ from blockft.config.recipe import RECIPES_FOLDER, load_recipe
 ROOT = Path(__file__).parents[1]
 LIBRARY = {"attention", "data", "model", "inference"}
 PRINTING = {"console", "markdown", "printable"}
-SUPPORT = PRINTING | {"outputs", "run_folder", "progress", "digest", "units", "errors", "version"}
+FOLDERS = {"folder_lock", "outputs", "run_folder"}
+SUPPORT = PRINTING | FOLDERS | {"progress", "digest", "units", "errors", "version"}
 MAY_IMPORT = {
     "printable": set(),
     "console": {"printable"},
@@ -22,14 +23,15 @@ MAY_IMPORT = {
     "config": {"errors"},
     "units": {"errors"},
     "digest": {"units", "errors"},
-    "outputs": {"printable", "digest", "errors"},
+    "folder_lock": {"errors"},
+    "outputs": {"folder_lock", "printable", "digest", "errors"},
     "run_folder": {"outputs", "digest", "errors"},
     "progress": {"console", "printable"},
     "attention": {"errors"},
     "data": {"attention", "digest", "errors"},
-    "model": {"markdown", "attention", "outputs", "run_folder", "progress", "digest", "units", "errors"},
+    "model": FOLDERS | {"markdown", "attention", "progress", "digest", "units", "errors"},
     "inference": {"data", "model", "attention", "digest", "units", "errors"},
-    "training": LIBRARY | {"outputs", "run_folder", "digest", "units", "errors"},
+    "training": LIBRARY | FOLDERS | {"digest", "units", "errors"},
     "evaluation": LIBRARY | {"markdown", "printable", "outputs", "digest", "errors"},
     "bench": LIBRARY | {"training"} | SUPPORT,
     "stages": LIBRARY | {"bench", "training", "evaluation", "config"} | SUPPORT,

@@ -1,55 +1,159 @@
 """Output folders and files appear complete or not at all, and only one process writes them."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from safetensors.numpy import save_file
 
+from blockft import outputs
 from blockft.errors import UserError
+from blockft.folder_lock import FolderInUse
 from blockft.outputs import (
     SIGNATURE,
     atomic_folder,
     check_writable,
+    own_folder,
     resumable_folder,
     save_figure,
     write_atomic,
 )
 
+
+@contextmanager
+def writing(out: Path) -> Iterator[Path]:
+    """Own a folder and write it atomically, as a command does."""
+    with own_folder(out, "blockft test") as owned, atomic_folder(owned) as draft:
+        yield draft
+
+
+@contextmanager
+def resuming(out: Path, signature: dict[str, Any]) -> Iterator[Path]:
+    """Own a folder and write it so that an interruption can be resumed."""
+    with own_folder(out, "blockft test") as owned, resumable_folder(owned, signature) as partial:
+        yield partial
+
+
 WRITER = """
 import sys, time
 from pathlib import Path
-from blockft.outputs import atomic_folder
-with atomic_folder(Path(sys.argv[1])) as draft:
+from blockft.outputs import atomic_folder, own_folder
+with own_folder(Path(sys.argv[1]), "blockft prepare") as out, atomic_folder(out) as draft:
     (draft / "half").touch()
     print("writing", flush=True)
     time.sleep(60)
 """
 
 
+def start_writer(out: Path) -> subprocess.Popen[bytes]:
+    """Start a process that owns and writes a folder for a minute."""
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, out], stdout=subprocess.PIPE)
+    assert writer.stdout and writer.stdout.readline() == b"writing\n"
+    return writer
+
+
 def test_a_killed_writer_leaves_nothing_finished_and_the_next_one_cleans_up(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    writers = []
-    for _ in range(2):
-        writers.append(subprocess.Popen([sys.executable, "-c", WRITER, out], stdout=subprocess.PIPE))
-        assert writers[-1].stdout and writers[-1].stdout.readline() == b"writing\n"
-    killed, alive = writers
+    killed = start_writer(out)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    assert not out.exists()
-    assert len(list(tmp_path.iterdir())) == 2
-    with atomic_folder(out) as draft:
+    assert not out.exists() and len(list(tmp_path.iterdir())) == 2  # the draft and the lock
+    with writing(out) as draft:
         (draft / "done").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in out.iterdir()] == ["done"]
-    (others,) = (path for path in tmp_path.iterdir() if path != out)
-    assert others.name.startswith(".out.") and (others / "half").exists()
-    alive.terminate()
-    alive.wait()
+
+
+def test_a_second_writer_is_refused_however_it_spells_the_path(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    (tmp_path / "link").symlink_to(out)
+    writer = start_writer(out)
+    try:
+        for path in (out, tmp_path / "link", tmp_path / "deep" / "x" / ".." / "out", Path(f"{out}/")):
+            message = (
+                f"being written by process {writer.pid} on host .* since .* \\(blockft prepare\\): wait for"
+            )
+            with pytest.raises(FolderInUse, match=message), writing(path):
+                pass
+        with writing(tmp_path / "deep" / "other") as draft:
+            (draft / "done").touch()
+    finally:
+        writer.kill()
+        writer.wait()
+    with writing(tmp_path / "link") as draft:
+        (draft / "done").touch()
+    assert sorted(path.name for path in out.parent.iterdir()) == ["other", "out"]
+    assert (out / "done").exists() and (tmp_path / "link").is_symlink()
+
+
+def test_what_appears_while_a_folder_is_written_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    appearances: dict[str, Callable[[], object]] = {
+        "empty": out.mkdir,
+        "full": lambda: (out.mkdir(), (out / "precious").touch()),
+        "file": lambda: out.write_text("precious"),
+        "dangling": lambda: out.symlink_to(tmp_path / "nowhere"),
+    }
+    for appear in appearances.values():
+        with pytest.raises(UserError, match="created by another process in the meantime"), writing(out):
+            appear()
+        (left,) = tmp_path.iterdir()
+        assert left == out
+        out.unlink() if out.is_symlink() or out.is_file() else shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_only_the_folder_that_was_there_at_the_start_is_replaced(
+    tmp_path: Path, can_exchange: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on file systems that cannot exchange two folders, such as NFS."""
+    if not can_exchange:
+        monkeypatch.setattr(outputs, "_renameat2", lambda *_: False)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+    with writing(out) as draft:
+        (draft / "new").touch()
+    assert [path.name for path in out.iterdir()] == ["new"]
+    with pytest.raises(UserError, match="created by another process in the meantime"), writing(out):
+        shutil.rmtree(out)
+        out.mkdir()  # the same inode, if the file system gives it again
+        (out / "precious").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in out.iterdir()] == ["precious"]
+
+
+def test_a_folder_that_a_killed_writer_moved_away_comes_back(tmp_path: Path) -> None:
+    out, old = tmp_path / "out", tmp_path / f".out.0123{outputs.TEMPORARY}{outputs.OLD}"
+    old.mkdir()
+    (old / "precious").touch()
+    (tmp_path / f".out.0123{outputs.TEMPORARY}").mkdir()
+    with pytest.raises(ZeroDivisionError), own_folder(out, "blockft test"):
+        _ = 1 / 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (out / "precious").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file" / "out", Path("/proc/out"), tmp_path / ("x" * 300), tmp_path / "a\0b"):
+        with pytest.raises(UserError, match="cannot be written: "), writing(out):
+            pass
+    with (
+        pytest.raises(UserError, match="cannot be written: No such file"),
+        writing(tmp_path / "out") as draft,
+    ):
+        draft.rename(tmp_path / "moved")
+        (draft / "file").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "moved"]
 
 
 @pytest.mark.parametrize(("umask", "expected"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
@@ -58,7 +162,7 @@ def test_all_files_of_an_atomic_folder_follow_the_umask(tmp_path: Path, umask: i
     out = tmp_path / "out"
     old = os.umask(umask)
     try:
-        with atomic_folder(out) as draft:
+        with writing(out) as draft:
             (draft / "inner").mkdir()
             (draft / "text").write_text("x")
             save_file({"x": np.zeros(1)}, draft / "inner" / "x.safetensors")
@@ -70,7 +174,7 @@ def test_all_files_of_an_atomic_folder_follow_the_umask(tmp_path: Path, umask: i
 
 
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "out") as draft:
+    with pytest.raises(ZeroDivisionError), writing(tmp_path / "out") as draft:
         (draft / "half").touch()
         _ = 1 / 0
     assert not list(tmp_path.iterdir())
@@ -78,17 +182,17 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_resumable_folder_is_found_again_by_a_call_with_the_same_signature(tmp_path: Path) -> None:
     out, signature = tmp_path / "deep" / "out", {"model": "m", "limit": 3}
-    with pytest.raises(ZeroDivisionError), resumable_folder(out, signature) as partial:
+    with pytest.raises(ZeroDivisionError), resuming(out, signature) as partial:
         (partial / "kept").write_text("x")
-        with pytest.raises(UserError, match="another process"), resumable_folder(out, signature):
+        with pytest.raises(FolderInUse, match="being written by process"), resuming(out, signature):
             pass
         raise ZeroDivisionError
     with (
         pytest.raises(UserError, match=r"started with other settings \(limit: 3, not 4\)"),
-        resumable_folder(out, signature | {"limit": 4}),
+        resuming(out, signature | {"limit": 4}),
     ):
         pass
-    with resumable_folder(out, signature) as partial:
+    with resuming(out, signature) as partial:
         assert (partial / "kept").read_text() == "x"
     assert not list(out.parent.iterdir())
 
@@ -103,7 +207,7 @@ def test_a_resumable_folder_with_a_damaged_signature_is_refused(tmp_path: Path) 
                 UserError,
                 match=rf"{partial} is damaged \(signature.json .*: remove the folder to start again",
             ),
-            resumable_folder(tmp_path / "out", {}),
+            resuming(tmp_path / "out", {}),
         ):
             pass
     assert partial.exists()
@@ -153,7 +257,7 @@ def test_a_resumable_folder_with_files_of_unknown_settings_is_refused(tmp_path: 
     (partial / "answers-block.jsonl").write_text("{}\n")
     with (
         pytest.raises(UserError, match="settings are unknown: remove the folder"),
-        resumable_folder(tmp_path / "out", {"model": "m"}),
+        resuming(tmp_path / "out", {"model": "m"}),
     ):
         pass
     assert (partial / "answers-block.jsonl").read_text() == "{}\n"
@@ -163,5 +267,5 @@ def test_a_resumable_folder_outlives_a_kill_while_its_signature_is_written(tmp_p
     partial = tmp_path / ".out.partial"
     partial.mkdir()
     (partial / f".{SIGNATURE}.123").write_text("{")
-    with resumable_folder(tmp_path / "out", {"model": "m"}) as folder:
+    with resuming(tmp_path / "out", {"model": "m"}) as folder:
         assert (folder / SIGNATURE).is_file()

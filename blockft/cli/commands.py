@@ -1,6 +1,7 @@
 """The top-level commands. Each command imports its stage when it is called, so that `--help` is fast."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -181,7 +182,10 @@ def train(
     elif hosts or (num_processes > 1 and not is_worker()):
         if not hosts:
             check_num_gpus(num_processes)
-        stage.check_run(settings, resume=resume, num_processes=num_processes)
+        # on another host than the first, the lock may be held by the first rank of this very run
+        is_first_host = hosts is None or not hosts.node_rank
+        with stage.own_run(settings) if is_first_host else nullcontext():
+            stage.check_run(settings, resume=resume, num_processes=num_processes)
         arguments = ["train", recipe, *(overrides or ()), *(["--resume"] if resume else [])]
         # the first rank prints the next command
         raise typer.Exit(start_workers(arguments, num_gpus=num_processes, hosts=hosts))

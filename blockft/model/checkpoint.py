@@ -6,7 +6,7 @@ Tensor suffixes: T tokens of the reference text, V vocabulary.
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from blockft.digest import (
     verify_files,
 )
 from blockft.errors import UserError
+from blockft.folder_lock import FolderInUse, lock_folder
 from blockft.model.masked_forward import masked_logits
 from blockft.outputs import apply_umask, write_atomic
 
@@ -237,11 +238,15 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Path:
 
 
 def remove_old_checkpoints(run: Path, num_kept: int, *, keep_best: bool) -> None:
-    """Delete all but the newest `num_kept` complete checkpoints, and the best one if `keep_best`."""
+    """Delete all but the newest `num_kept` complete checkpoints, and the best one if `keep_best`.
+
+    A checkpoint that an export is reading stays until the next call.
+    """
     best = best_checkpoint(run) if keep_best else None
     for checkpoint in complete_checkpoints(run)[:-num_kept]:
         if checkpoint != best:
-            _remove(checkpoint)
+            with suppress(FolderInUse), lock_folder(checkpoint, "blockft train"):
+                _remove(checkpoint)
 
 
 @torch.no_grad()

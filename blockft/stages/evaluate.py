@@ -42,9 +42,10 @@ from blockft.inference.runner import CacheOptions
 from blockft.model.fingerprint import model_fingerprint
 from blockft.model.load import load_config, parse_dtype
 from blockft.model.supported import block_attention_config, uses_reencoded_positions
-from blockft.outputs import atomic_folder, check_absent, resumable_folder, save_figure
+from blockft.outputs import OwnedFolder, atomic_folder, check_absent, resumable_folder, save_figure
 from blockft.printable import print_text
 from blockft.progress import track
+from blockft.stages.output_folder import own_output
 from blockft.stages.source_settings import read_source
 from blockft.version import __version__
 
@@ -81,9 +82,9 @@ def evaluate(
         The content of report.json; see `build_report`.
 
     Raises:
-        UserError: the recipe has no `eval`; the output folder exists, or holds an evaluation with other
-            options; a question has no answers; no question fits into the model; see `model_revision` and
-            `Engine.load`.
+        UserError: the recipe has no `eval`; the output folder exists, is used by another process, or holds an
+            evaluation with other options; a question has no answers; no question fits into the model; see
+            `model_revision` and `Engine.load`.
     """
     model = str(model)
     if isinstance(recipe_or_data, Path):
@@ -92,7 +93,14 @@ def evaluate(
     settings = recipe.eval
     if settings is None:
         raise UserError("the recipe has no eval: add eval.output_dir and eval.sources")
-    check_absent(Path(settings.output_dir), "choose another eval.output_dir")
+    inputs = {"the model": model}
+    inputs |= {f"eval.sources.{index}.path": source.path for index, source in enumerate(settings.sources)}
+    with own_output(Path(settings.output_dir), "blockft eval", inputs) as out:
+        check_absent(out.name, "choose another eval.output_dir")
+        return _evaluate(model, recipe, out)
+
+
+def _evaluate(model: str, recipe: Recipe, out: OwnedFolder) -> dict[str, Any]:
     revision = model_revision(model, recipe)
     samples, dropped = read_questions(recipe)
     dtype = parse_dtype(recipe.model.dtype, None)
@@ -105,7 +113,7 @@ def evaluate(
         options = _options(recipe, engine, questions, revision)
         options["records dropped"] = dict(sorted((questions.dropped + Counter(dropped)).items()))
         try:
-            return _answer_and_report(model, engine, questions, recipe, options)
+            return _answer_and_report(model, engine, questions, recipe, options, out)
         except KeyboardInterrupt:
             _remark("interrupted: run the same command again to resume")
             raise
@@ -330,11 +338,15 @@ def _describe_source(source: Source, dense_model: str) -> dict[str, Any]:
 
 
 def _answer_and_report(
-    model: str, engine: Engine, questions: EncodedQuestions, recipe: Recipe, options: dict[str, Any]
+    model: str,
+    engine: Engine,
+    questions: EncodedQuestions,
+    recipe: Recipe,
+    options: dict[str, Any],
+    out: OwnedFolder,
 ) -> dict[str, Any]:
     """Answer the questions in every mode, resuming if possible, write the report and return it."""
     assert recipe.eval
-    out = Path(recipe.eval.output_dir)
     signature = {name: value for name, value in options.items() if name != SOURCES}
     with resumable_folder(out, signature) as partial:
         predictions = {
@@ -378,7 +390,7 @@ def _answer(
     return build_predictions(samples, answers.records, max_new_tokens)
 
 
-def _write(out: Path, report: dict[str, Any], predictions: Mapping[str, list[Prediction]]) -> None:
+def _write(out: OwnedFolder, report: dict[str, Any], predictions: Mapping[str, list[Prediction]]) -> None:
     modes = report["modes"]
     figure = draw_scores(
         {report["model"]: modes},

@@ -18,6 +18,7 @@ from blockft.data.prepared import FILES
 from blockft.errors import UserError, warn
 from blockft.evaluation.report import ALL
 from blockft.evaluation.report_render import TITLES, format_score
+from blockft.folder_lock import reading_folder
 from blockft.markdown import code_span, markdown_table
 from blockft.model.checkpoint import (
     MARKER,
@@ -38,9 +39,10 @@ from blockft.model.load import (
 from blockft.model.lora import load_adapter
 from blockft.model.model_card import build_model_card
 from blockft.model.model_files import write_digests
-from blockft.outputs import atomic_folder, check_absent
+from blockft.outputs import OwnedFolder, atomic_folder, check_absent
 from blockft.run_folder import RECIPE, read_data, read_metrics, read_recipe, verify_metrics
 from blockft.stages.compare import read_report
+from blockft.stages.output_folder import own_output
 from blockft.training.library_internals import consolidate_weights
 from blockft.training.library_warnings import silence_known_warnings
 from blockft.training.plan import WEIGHT_DTYPE
@@ -91,14 +93,41 @@ def export(
     """
     silence_known_warnings()
     run, output_dir = Path(run), Path(output_dir)
-    check_absent(output_dir, "choose another folder")
-    if push is not None:
-        check_push(push)
-    scores = "" if report is None else _format_scores(read_report(Path(report)))
-    shard_bytes = parse_bytes(max_shard_size)
-    checkpoint = find_checkpoint(run, best=best)
-    for incomplete in incomplete_checkpoints(run):
-        warn(f"{incomplete} is incomplete (it has no {MARKER}) and is passed over")
+    with own_output(output_dir, "blockft export", {"the run": run}) as out:
+        check_absent(output_dir, "choose another folder")
+        if push is not None:
+            check_push(push)
+        checkpoint = find_checkpoint(run, best=best)
+        for incomplete in incomplete_checkpoints(run):
+            warn(f"{incomplete} is incomplete (it has no {MARKER}) and is passed over")
+        # a run that goes on keeps the checkpoint meanwhile
+        with reading_folder(checkpoint, "blockft export"):
+            _export(
+                out,
+                find_checkpoint(checkpoint),
+                dtype=dtype,
+                adapter_only=adapter_only,
+                shard_bytes=parse_bytes(max_shard_size),
+                scores="" if report is None else _format_scores(read_report(Path(report))),
+                repository=push,
+            )
+        if push is not None:
+            pushed = push_folder(output_dir, push, private=private)
+            PlainConsole(stderr=True).print(f"pushed to {pushed}")
+    return output_dir
+
+
+def _export(
+    out: OwnedFolder,
+    checkpoint: Path,
+    *,
+    dtype: str,
+    adapter_only: bool,
+    shard_bytes: int,
+    scores: str,
+    repository: str | None,
+) -> None:
+    """Write a checkpoint as a model folder after comparing its logits with those of the run."""
     verify_checkpoint(checkpoint)
     marker = read_marker(checkpoint)
     verify_metrics(checkpoint.parent, marker["metrics"])
@@ -106,13 +135,13 @@ def export(
     run_signature = marker["run_signature"]
     has_adapter = run_signature["train.lora"] is not None
     if adapter_only and not has_adapter:
-        raise UserError(f"{run} trained all weights, so there is no adapter: leave out --adapter-only")
+        raise UserError(f"{checkpoint} trained all weights, so there is no adapter: leave out --adapter-only")
     run_dtype = DTYPES[run_signature[WEIGHT_DTYPE]]
     export_dtype = _parse_dtype(dtype, run_dtype)
     recipe = load_recipe(str(checkpoint.parent / RECIPE))
     console = PlainConsole(stderr=True)
     console.print(f"gathering the weights of {checkpoint}")
-    with atomic_folder(output_dir) as folder:
+    with atomic_folder(out) as folder:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         if adapter_only:
             _save_adapter(folder, checkpoint, recipe, export_dtype)
@@ -121,7 +150,7 @@ def export(
             _save_model(folder, checkpoint, recipe, export_dtype, has_adapter, shard_bytes, end_token_ids)
         tokenizer.save_pretrained(folder)
         card = _build_card(
-            checkpoint, recipe, name=push or output_dir.name, is_adapter=adapter_only, scores=scores
+            checkpoint, recipe, name=repository or out.name.name, is_adapter=adapter_only, scores=scores
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_digests(folder)
@@ -131,12 +160,9 @@ def export(
         if not difference <= tolerance:
             raise RuntimeError(
                 f"the export's logits differ from the run's by {difference:.1e}, which is more than "
-                f"{tolerance:.0e}: nothing was written to {output_dir}"
+                f"{tolerance:.0e}: nothing was written to {out.name}"
             )
-    console.print(f"wrote {output_dir}; its logits differ from the run's by {difference:.1e}")
-    if push is not None:
-        console.print(f"pushed to {push_folder(output_dir, push, private=private)}")
-    return output_dir
+    console.print(f"wrote {out.name}; its logits differ from the run's by {difference:.1e}")
 
 
 def _parse_dtype(name: str, run_dtype: torch.dtype) -> torch.dtype:

@@ -29,8 +29,9 @@ from blockft.data.statistics import ExampleStatistics, SourceStatistics, histogr
 from blockft.data.tokenizer import tokenizer_fingerprint
 from blockft.errors import UserError, warn
 from blockft.model.load import load_tokenizer
-from blockft.outputs import atomic_folder, check_absent
+from blockft.outputs import OwnedFolder, atomic_folder, check_absent
 from blockft.progress import counter
+from blockft.stages.output_folder import own_output
 from blockft.stages.source_settings import (
     check_copies,
     check_wording,
@@ -58,12 +59,19 @@ def prepare(recipe: Recipe, *, overwrite: bool = False) -> Path:
         The path of the prepared folder; `load_prepared` reads it.
 
     Raises:
-        UserError: the folder exists; a source or the tokenizer cannot be read; a record is bad and
-            `data.on_bad_record` is error; no example is left.
+        UserError: the folder exists, or another process reads or writes it; a source or the tokenizer cannot
+            be read; a record is bad and `data.on_bad_record` is error; no example is left.
     """
-    start = time.monotonic()
-    data, out = recipe.data, Path(recipe.data.output_dir)
-    _check_output(out, overwrite)
+    inputs = {"model.path": recipe.model.path}
+    inputs |= {f"data.sources.{index}.path": source.path for index, source in enumerate(recipe.data.sources)}
+    run = {"train.output_dir": recipe.train.output_dir}
+    with own_output(Path(recipe.data.output_dir), "blockft prepare", inputs, other_outputs=run) as out:
+        return _prepare(recipe, out, overwrite)
+
+
+def _prepare(recipe: Recipe, out: OwnedFolder, overwrite: bool) -> Path:
+    start, data = time.monotonic(), recipe.data
+    _check_output(out.name, overwrite)
     check_wording(data.prompt)
     check_copies(data)
     for warning in settings_without_effect(data):
@@ -74,7 +82,7 @@ def prepare(recipe: Recipe, *, overwrite: bool = False) -> Path:
     sources = [_read_copies(source, data, count) for source, count in zip(data.sources, counts, strict=True)]
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision, recipe.model.chat_template)
     statistics = ExampleStatistics()
-    with atomic_folder(out, replace=True) as folder, PreparedWriter(folder) as writer:
+    with atomic_folder(out) as folder, PreparedWriter(folder) as writer:
         examples = _write_samples(_encode(Encoder(tokenizer), data, sources), counts, writer)
         if data.shared_context:
             examples = merge_shared_contexts(examples, data.row_len, data.max_questions_per_context)
@@ -84,11 +92,12 @@ def prepare(recipe: Recipe, *, overwrite: bool = False) -> Path:
         if not statistics.lengths:
             raise UserError(f"no example to train on: {_nothing_kept_message(data, data.sources, counts)}")
         writer.finish(_manifest(recipe, tokenizer_fingerprint(tokenizer), counts, statistics))
+        _check_output(out.name, overwrite)  # files may have appeared in a folder that was empty
     for source, count in zip(data.sources, counts, strict=True):
         if not count.kept:
             warn(_nothing_kept_message(data, [source], [count]))
-    _append_to_log(out, time.monotonic() - start, data.num_workers)
-    return out
+    _append_to_log(out.name, time.monotonic() - start, data.num_workers)
+    return out.name
 
 
 def print_summary(recipe: Recipe) -> None:
@@ -139,7 +148,7 @@ def _check_output(out: Path, overwrite: bool) -> None:
     if (out / MANIFEST).is_file():
         if not overwrite:
             check_absent(out, "set data.output_dir to another folder, or add --overwrite")
-    elif out.exists() and not (out.is_dir() and is_incomplete(out)):
+    elif os.path.lexists(out) and not (out.is_dir() and is_incomplete(out)):
         raise UserError(f"{out} exists and is not a prepared folder: set data.output_dir to another folder")
 
 
@@ -281,5 +290,9 @@ def _append_to_log(out: Path, seconds: float, num_workers: int) -> None:
         "seconds": round(seconds, 1),
         "num_workers": num_workers,
     }
-    with out.with_name(f"{out.name}.log").open("a", encoding="utf-8") as log:
-        log.write(json.dumps(entry) + "\n")
+    file = out.with_name(f"{out.name}.log")
+    try:
+        with file.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(entry) + "\n")
+    except OSError as error:
+        warn(f"the prepared folder is complete, but {file} cannot be written: {error.strerror}")

@@ -3,7 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from blockft.console import PlainConsole
 from blockft.data.prepared import PreparedData, load_prepared
 from blockft.data.tokenizer import tokenizer_fingerprint
 from blockft.errors import UserError, is_first_of_host, notify, warn
+from blockft.folder_lock import FolderLock, reading_folder
 from blockft.model.checkpoint import (
     check_incomplete,
     complete_checkpoints,
@@ -35,7 +36,7 @@ from blockft.model.decoder_layers import compile_layers
 from blockft.model.fingerprint import model_fingerprint
 from blockft.model.load import load_config, load_model, load_tokenizer, parse_dtype, verify_model
 from blockft.model.lora import add_adapter
-from blockft.outputs import check_absent, write_atomic
+from blockft.outputs import check_absent, write_atomic, write_errors
 from blockft.run_folder import (
     METRICS,
     RECIPE,
@@ -44,6 +45,7 @@ from blockft.run_folder import (
     write_data,
     write_recipe,
 )
+from blockft.stages.output_folder import own_output
 from blockft.training.distributed import (
     check_ranks,
     init_distributed,
@@ -80,6 +82,9 @@ if TYPE_CHECKING:
     from blockft.training.run_callback import RunCallback
     from blockft.training.trainer import BlockTrainer
 
+ACTION = "blockft train"
+"""What a process that is refused is told about a run."""
+
 REFERENCE_LEN = 256
 """Number of tokens of the reference text, on which exports are compared: the start of the run's first row."""
 
@@ -110,11 +115,68 @@ def train(recipe: Recipe, *, resume: bool = False, name: str | None = None) -> P
 
     Raises:
         UserError: recipe, prepared data, model and number of processes do not fit together; the folder exists
-            and `resume` is not set, or cannot be resumed; a loss is not finite.
+            and `resume` is not set, or cannot be resumed; another process writes it or the prepared data; a
+            loss is not finite; the disk is full.
         RunStopped: the run was asked to stop and has saved a checkpoint.
     """
     set_worker_environment()
     silence_known_warnings()
+    # the other ranks share the lock of the first one as soon as all are connected
+    with own_run(recipe) if os.environ["RANK"] == "0" else nullcontext() as lock:
+        return _train(recipe, lock, resume=resume, name=name)
+
+
+@contextmanager
+def own_run(recipe: Recipe) -> Iterator[FolderLock]:
+    """Hold the lock of a run's folder as its only writer, and keep writers away from its prepared data.
+
+    Raises:
+        UserError: another process uses the run's folder or writes the data; the folder's place is not
+            allowed, or it cannot be written.
+    """
+    run, data = Path(recipe.train.output_dir), Path(recipe.data.output_dir)
+    models = {"model.path": recipe.model.path, "train.teacher": recipe.train.teacher or recipe.model.path}
+    with (
+        own_output(run, ACTION, models, other_outputs={"data.output_dir": data}) as owned,
+        reading_folder(data, ACTION),
+    ):
+        yield owned.lock
+
+
+@contextmanager
+def _shared_by_ranks(lock: FolderLock | None, run: Path) -> Iterator[None]:
+    """Let every rank hold the lock of a run's folder, so that it is free only when all ranks have ended.
+
+    `lock` is the lock that the first rank holds; None on the others.
+    """
+    if lock:
+        lock.share()
+    torch.distributed.barrier()
+    joined = None if lock else FolderLock(run, ACTION, shared=True)
+    try:
+        torch.distributed.barrier()
+        yield
+    finally:
+        if joined:
+            joined.release()
+
+
+@contextmanager
+def _reported_write_errors(run: Path, num_processes: int) -> Iterator[None]:
+    """Turn a full disk into a message that says how to resume; remove what is incomplete."""
+
+    def remedy() -> str:
+        if num_processes == 1:  # other ranks may still be writing: the resumed run removes it then
+            remove_incomplete(run)
+        last = last_checkpoint(run)
+        found = f"its last complete checkpoint is {last.name}" if last else "it has no complete checkpoint"
+        return f"free some space, then resume {run} with --resume ({found})"
+
+    with write_errors(run, name=run, remedy=remedy):
+        yield
+
+
+def _train(recipe: Recipe, lock: FolderLock | None, *, resume: bool, name: str | None) -> Path:
     rank, num_processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # every rank checks, and no rank writes before all ranks are connected
     plan, checkpoint = check_run(recipe, resume=resume, num_processes=num_processes)
@@ -128,8 +190,11 @@ def train(recipe: Recipe, *, resume: bool = False, name: str | None = None) -> P
             PlainConsole(stderr=True).print(message, soft_wrap=True)
         return run
     title = run.name if name is None or name == run.name else f"{name}/{run.name}"
-    with _restored_process_state():
+    with ExitStack() as stack:
+        stack.enter_context(_restored_process_state())
+        stack.enter_context(_reported_write_errors(run, num_processes))
         init_distributed()
+        stack.enter_context(_shared_by_ranks(lock, run))
         # DeepSpeed, which this module imports, needs the worker's environment
         from blockft.training.universal_checkpoint import UNIVERSAL, convert_to_universal, remove_universal
 

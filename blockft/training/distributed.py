@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from blockft.errors import UserError
+from blockft.outputs import TEMPORARY
 from blockft.training.library_internals import forget_process_groups, unlink_shared_memory
 from blockft.training.library_warnings import library_output_on_stderr
 from blockft.units import format_count
@@ -100,7 +101,7 @@ def check_ranks(run: Path, run_signature: dict[str, Any]) -> None:
             )
     token = [secrets.token_hex(8)]
     dist.broadcast_object_list(token)
-    shared_file = run.parent / f".{run.name}.{token[0]}"
+    shared_file = run.parent / f".{run.name}.{token[0]}{TEMPORARY}"
     write_error = [""]
     if rank == 0:
         try:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ class RunCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        self._folder = os.stat(self._run)
         self.trainer.throughput.restart(state.global_step)
         if self._unlogged:
             restore_unlogged_loss(self.trainer, self._unlogged)
@@ -86,7 +88,7 @@ class RunCallback(TrainerCallback):
         On a stop, a due evaluation is postponed until the run resumes.
 
         Raises:
-            UserError: the run is stopped and its loss is not finite.
+            UserError: the run is stopped and its loss is not finite; the run's folder was moved or removed.
         """
         self._eval_losses, self._unlogged, self._eval_due = {}, {}, False
         stop_requested = torch.tensor(int(self.stop_requested), device=args.device)
@@ -95,6 +97,8 @@ class RunCallback(TrainerCallback):
         is_eval_step = self._eval_steps is not None and state.global_step % self._eval_steps == 0
         should_evaluate = self._has_eval_rows and (is_eval_step or control.should_save)
         control.should_log |= control.should_save or should_evaluate
+        if control.should_log or stop_requested.item():
+            self._check_folder()
         if not stop_requested.item():
             control.should_evaluate = should_evaluate
             return
@@ -103,6 +107,18 @@ class RunCallback(TrainerCallback):
         if not control.should_log:
             self._unlogged = get_unlogged_loss(self.trainer)
             _check_finite({"loss": sum(self._unlogged["loss_sums"])}, state.global_step)
+
+    def _check_folder(self) -> None:
+        """Check that the run's folder is the one in which the run began: the Trainer would create another."""
+        try:
+            is_same = os.path.samestat(self._folder, os.stat(self._run))
+        except FileNotFoundError:
+            is_same = False
+        if not is_same:
+            raise UserError(
+                f"{self._run} was moved, removed or replaced while the run was writing it: move it back, and "
+                "resume its last complete checkpoint with --resume"
+            )
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **passed: Any

@@ -1,0 +1,117 @@
+"""Locks of folders: one writer or many readers, released by the death of their holder."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from blockft.errors import UserError
+from blockft.folder_lock import FolderInUse, FolderLock, lock_folder, reading_folder
+
+FORKED = """
+import os, sys, time
+from pathlib import Path
+from blockft.folder_lock import lock_folder
+with lock_folder(Path(sys.argv[1]), "blockft test"):
+    if os.fork():
+        print("forked", flush=True)
+    time.sleep(60)
+"""
+
+
+def try_to_lock(folder: Path) -> None:
+    with lock_folder(folder, "blockft test"):
+        pass
+
+
+def test_readers_share_a_folder_and_a_writer_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    with reading_folder(folder, "blockft train"), reading_folder(folder, "blockft export"):
+        with pytest.raises(FolderInUse, match=f"being read by process {os.getpid()} .*blockft export"):
+            try_to_lock(folder)
+        assert [path.name for path in tmp_path.iterdir()] == [".folder.lock"]
+    with (
+        lock_folder(folder, "blockft prepare"),
+        pytest.raises(FolderInUse, match="being written by .*blockft prepare"),
+        reading_folder(folder, "blockft train"),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_a_parent_is_read_without_a_lock(tmp_path: Path) -> None:
+    with reading_folder(tmp_path / "none" / "folder", "blockft train"):
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_ends_with_its_process_even_if_children_live_on(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", FORKED, folder], stdout=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        assert holder.stdout and holder.stdout.readline() == b"forked\n"
+        with pytest.raises(FolderInUse):
+            try_to_lock(folder)
+        holder.kill()
+        holder.wait()
+        assert (tmp_path / ".folder.lock").exists()
+        try_to_lock(folder)
+    finally:
+        os.killpg(holder.pid, signal.SIGKILL)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ranks_share_the_lock_of_the_first_and_the_last_one_removes_it(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    with lock_folder(folder, "blockft train") as first:
+        first.share()
+        other = FolderLock(folder, "blockft train", shared=True)
+        with pytest.raises(FolderInUse, match=f"being written by process {os.getpid()}"):
+            try_to_lock(folder)
+    with pytest.raises(FolderInUse):
+        try_to_lock(folder)
+    assert other.release() and not list(tmp_path.iterdir())
+    assert not other.release()
+
+
+def compete(folder: Path, counter: Path, rounds: int) -> None:
+    """Count with a counter that loses counts if two processes use it at once."""
+    while rounds:
+        try:
+            with lock_folder(folder, "blockft test"):
+                count = int(counter.read_text())
+                time.sleep(0.001)
+                counter.write_text(str(count + 1))
+            rounds -= 1
+        except FolderInUse:
+            time.sleep(0.001)
+
+
+def test_no_two_processes_hold_a_lock_whose_file_comes_and_goes(tmp_path: Path) -> None:
+    """Also the folders above the lock come and go."""
+    counter = tmp_path / "counter"
+    counter.write_text("0")
+    context = multiprocessing.get_context("spawn")
+    arguments = (tmp_path / "new" / "deep" / "folder", counter, 50)
+    processes = [context.Process(target=compete, args=arguments) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert counter.read_text() == "200"
+    assert not list(tmp_path.rglob(".*.lock"))
+
+
+def test_a_lock_without_a_readable_holder_is_refused_without_details(tmp_path: Path) -> None:
+    for content in ("", "{", "[]", '{"use": "written"}'):
+        with lock_folder(tmp_path / "folder", "blockft test"):
+            (tmp_path / ".folder.lock").write_text(content)
+            with pytest.raises(UserError, match="is in use by another process: wait for it"):
+                try_to_lock(tmp_path / "folder")
