@@ -6,7 +6,6 @@ The imports take about ten seconds, a toy training about one.
 import gc
 import os
 import sys
-import time
 from pathlib import Path
 
 import deepspeed.checkpoint.ds_to_universal
@@ -18,7 +17,6 @@ import pytest  # noqa: F401
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
 from deepspeed.comm.torch import build_shm_op
-from torch.utils.cpp_extension import get_default_build_root
 
 import blockft.stages.cache
 import blockft.stages.evaluate
@@ -28,15 +26,12 @@ import blockft.stages.train
 import blockft.training.run_callback
 import blockft.training.trainer
 import blockft.training.universal_checkpoint  # noqa: F401
+from blockft.training.compiler_lock import watch_compiler_locks
 
 # DeepSpeed builds an op for communication on a CPU, with the ninja that is installed beside Python
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 if not torch.cuda.is_available():
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root()))
-    for lock in root.rglob("deepspeed_shm_comm/lock"):
-        # a build takes two minutes, and DeepSpeed waits forever for one that was killed
-        if time.time() - lock.stat().st_mtime > 1800:
-            raise RuntimeError(f"delete {lock}, which a build that was killed has left")
+    watch_compiler_locks()  # a build that was killed has left its lock
     build_shm_op()
 # collections of garbage in the ranks pass over all that is imported here
 gc.freeze()

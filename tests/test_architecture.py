@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "data": {"attention", "digest", "errors"},
     "model": FOLDERS | {"markdown", "attention", "progress", "digest", "units", "errors"},
     "inference": {"data", "model", "attention", "digest", "units", "errors"},
-    "training": LIBRARY | FOLDERS | {"digest", "units", "errors"},
+    "training": LIBRARY | FOLDERS | {"printable", "digest", "units", "errors"},
     "evaluation": LIBRARY | {"markdown", "printable", "outputs", "digest", "errors"},
     "bench": LIBRARY | {"training"} | SUPPORT,
     "stages": LIBRARY | {"bench", "training", "evaluation", "config"} | SUPPORT,

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from blockft.errors import UserError
 from blockft.outputs import TEMPORARY
+from blockft.training.compiler_lock import watch_compiler_locks
 from blockft.training.library_internals import forget_process_groups, unlink_shared_memory
 from blockft.training.library_warnings import library_output_on_stderr
 from blockft.units import format_count
@@ -65,6 +66,7 @@ def init_distributed() -> None:
         torch.cuda.set_device(local_rank)  # otherwise NCCL puts every rank on the first GPU
     import deepspeed
 
+    watch_compiler_locks()
     try:
         # DeepSpeed prints on stdout that it compiled an operator
         with library_output_on_stderr():
