@@ -78,6 +78,11 @@ class RenderedPrompt:
     opening: str = ""
 
     @property
+    def text(self) -> str:
+        """The text of the prompt: its blocks joined."""
+        return "".join(part.text for block in self.blocks for part in block)
+
+    @property
     def answer(self) -> TextPart:
         """What the model writes before the ending: the response, tokenized with the white space before it."""
         return TextPart(self.opening + self.response, is_markup=False)

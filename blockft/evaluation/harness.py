@@ -12,6 +12,10 @@ lines is split into several blocks. Both modes read the same token ids.
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from itertools import chain
+from typing import Any
 
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
@@ -20,7 +24,9 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from blockft.data.tokenizer import PlainTokenizer, TemplatedTokenizer
+from blockft.data.chat_template import ChatTemplate
+from blockft.data.sample import Message, RecordError, parse_role, parse_text
+from blockft.data.tokenizer import PlainTokenizer, TemplatedTokenizer, control_token_ids
 from blockft.errors import UserError
 from blockft.evaluation.loglikelihood import Ids, LoglikelihoodRequest, compute_loglikelihoods
 from blockft.inference.engine import AttentionMode, Engine
@@ -29,6 +35,9 @@ from blockft.printable import print_text
 
 BLOCK_START = "\x1e"
 """Marks the start of each block in a prompt that a chat template rendered; removed before encoding."""
+
+TOKEN_BREAK = "\x1f"
+"""Divides a control token that a message spells, so that it is encoded as text; removed before encoding."""
 
 DEFAULT_DEVICE = "cuda:0"
 """The device that the harness passes if the user names none: the first GPU, or the CPU."""
@@ -80,6 +89,8 @@ class BlockLM(LM):
         self._batch_size, self._max_new_tokens = min(map(int, sizes.values())), max_gen_toks
         self._tokenizer = self._engine.tokenizer
         self._plain, self._templated = PlainTokenizer(self._tokenizer), TemplatedTokenizer(self._tokenizer)
+        control = control_token_ids(self._tokenizer)
+        self._control_tokens = [str(self._tokenizer.added_tokens_decoder[id]) for id in sorted(control)]
         # the ids that the tokenizer puts before every text: the bos token, or none
         text_ids = self._tokenizer("x", add_special_tokens=False)["input_ids"]
         self._prompt_start_ids = tuple(self._tokenizer("x")["input_ids"][: -len(text_ids)])
@@ -94,29 +105,33 @@ class BlockLM(LM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Render a chat and mark the blocks: user turns start a block, and are split at delimiters.
+        """Render a chat as `generate` does, and mark the blocks.
+
+        User turns start a block, and are split at delimiters. Without a generation prompt, the last message
+        is the start of the answer.
 
         Raises:
-            UserError: the template changes a message, so that the prompt cannot be split.
+            UserError: a message has an unknown role, or the template changes a message, so that the prompt
+                cannot be split.
         """
+        messages = [_parse_message(message, i) for i, message in enumerate(chat_history)]
         # the template is rendered once more with placeholders, which show where each message stands
-        placeholders = [{**message, "content": f"\ue000{i}\ue001"} for i, message in enumerate(chat_history)]
+        placeholders = [replace(m, content=(f"\ue000{i}\ue001",)) for i, m in enumerate(messages)]
         # some templates strip messages
-        stripped = [{**message, "content": message["content"].strip()} for message in chat_history]
-        rendered, outline = (
-            self._render(chat, add_generation_prompt) for chat in (chat_history, placeholders)
-        )
-        for chat in (chat_history, stripped):
+        stripped = [replace(m, content=(m.text.strip(),)) for m in messages]
+        rendered, outline = (self._render(chat, add_generation_prompt) for chat in (messages, placeholders))
+        for chat in (messages, stripped):
             blocks, rest = [""], outline
             for message, placeholder in zip(chat, placeholders, strict=True):
-                markup, _, rest = rest.partition(placeholder["content"])
+                markup, _, rest = rest.partition(placeholder.text)
                 blocks[-1] += markup
-                if message["role"] == "user":
-                    blocks += self._split(message["content"])
+                text = self._break_control_tokens(message.text)
+                if message.role == "user":
+                    blocks += self._split(text)
                 else:
-                    blocks[-1] += message["content"]
+                    blocks[-1] += text
             blocks[-1] += rest
-            if "".join(blocks) == rendered:
+            if "".join(blocks).replace(TOKEN_BREAK, "") == rendered:
                 return BLOCK_START + BLOCK_START.join(blocks)
         raise UserError(
             f"the chat template of {self.tokenizer_name} changes messages, so the prompt "
@@ -180,14 +195,20 @@ class BlockLM(LM):
                 self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
         return answers
 
-    def _render(self, history: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        rendered = self._tokenizer.apply_chat_template(
-            history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
-        return str(rendered)
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        if add_generation_prompt:
+            return self._template.render(messages, ()).text
+        *before, start = messages
+        if start.role != "assistant" or not before:
+            raise UserError("without a generation prompt, a chat must end with the start of an answer")
+        rendered = self._template.render(before, (), start.text)
+        return rendered.text + rendered.answer.text
+
+    def _break_control_tokens(self, text: str) -> str:
+        """Mark the places where control tokens that a message spells are divided, so that they stay text."""
+        for token in self._control_tokens:
+            text = text.replace(token, token[0] + TOKEN_BREAK + token[1:])
+        return text
 
     def _generate(
         self, prompts: Sequence[Sequence[Ids]], max_new_tokens: int, stop: Sequence[str]
@@ -196,6 +217,10 @@ class BlockLM(LM):
             prompts, mode=self._mode, max_new_tokens=max_new_tokens, stop=stop
         )
         return [answer.ids for answer in answers]
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self._tokenizer)
 
     @property
     def _prefix_id(self) -> int:
@@ -224,7 +249,9 @@ class BlockLM(LM):
             texts = self._split(context) or [""]
             tokenizer, start_ids = self._plain, self._prompt_start_ids
         texts[-1] += continuation
-        first, *others = (tuple(ids) for ids in tokenizer.encode(texts))
+        is_templated = tokenizer is self._templated
+        pieces = [text.split(TOKEN_BREAK) if is_templated else [text] for text in texts]
+        first, *others = (tuple(chain.from_iterable(tokenizer.encode(block))) for block in pieces)
         return [ids for ids in (start_ids + first, *others) if ids] or [(self._prefix_id,)]
 
     def _score(
@@ -249,6 +276,23 @@ class BlockLM(LM):
         return LoglikelihoodRequest(
             tuple(blocks[:-1]), final_prefix, blocks_with_continuation[-1][len(final_prefix) :]
         )
+
+
+def _parse_message(message: Any, index: int) -> Message:
+    """Return a message of a chat. Other fields than role and content are not passed to the template.
+
+    Raises:
+        UserError: the role is unknown, or the content is not a text.
+    """
+    name = f"messages[{index}]"
+    try:
+        role = parse_role(message.get("role"), f"{name}.role")
+        text = parse_text(message.get("content"), f"{name}.content", may_be_blank=True)
+    except RecordError as error:
+        raise UserError(f"a chat of the task cannot be asked: {error}") from error
+    if BLOCK_START in text or TOKEN_BREAK in text:
+        raise UserError(f"a chat of the task cannot be asked: {name}.content holds U+001E or U+001F")
+    return Message(role=role, content=(text,))
 
 
 def _stop_strings(until: str | Sequence[str] | None) -> tuple[str, ...]:
