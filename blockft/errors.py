@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import Any
 
 from blockft.printable import print_text
 
@@ -25,5 +26,22 @@ def notify(message: str) -> None:
 
 
 def is_first_of_host() -> bool:
-    """Return whether this process is the first rank of its host, or no rank of a run at all."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    """Return whether this process is the first rank of its host, or no rank of a run at all.
+
+    A process whose variables no launcher gives is no rank.
+    """
+    local_rank, num_processes = os.environ.get("LOCAL_RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    is_rank = local_rank.isdecimal() and num_processes.isdecimal()
+    return not (is_rank and 0 < int(local_rank[:9]) < int(num_processes[:9]))
+
+
+def check_type(value: Any, expected: type | tuple[type, ...], name: str, remedy: str = "") -> None:
+    """Check the type of an argument of the Python API.
+
+    Raises:
+        TypeError: the argument has another type. The message ends in `remedy`.
+    """
+    if not isinstance(value, expected):
+        kinds = expected if isinstance(expected, tuple) else (expected,)
+        allowed = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise TypeError(f"{name} is {type(value).__name__}, it should be {allowed}{remedy and f': {remedy}'}")

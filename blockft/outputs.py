@@ -285,6 +285,8 @@ def check_writable(path: Path) -> None:
         if path.exists() and not path.is_file():
             kind = "a folder" if path.is_dir() else "not a regular file"
             raise UserError(f"{path} cannot be written: it is {kind}")
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{path} cannot be written: it is a symbolic link that leads nowhere")
         if not path.parent.is_dir():
             raise UserError(f"{path} cannot be written: there is no folder {path.parent}")
         with tempfile.TemporaryFile(dir=path.parent):

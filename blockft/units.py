@@ -7,6 +7,12 @@ from blockft.errors import UserError
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)b?", re.IGNORECASE | re.ASCII)
 
+MAX_BYTES = 1 << 60
+"""Largest size that is accepted."""
+
+MAX_SECONDS = 100 * 365 * 86400
+"""Longest duration that is accepted."""
+
 _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])", re.ASCII)
 
@@ -22,10 +28,14 @@ def parse_bytes(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if not match or (match[3] and not match[2]):
         raise UserError(
-            f"{text!r} is not a size: write a number of bytes, or a number with a unit such as 10GB or 512MiB"
+            f"{text[:40]!r} is not a size: write a number of bytes, or a number with a unit such as 10GB "
+            "or 512MiB"
         )
     power = _POWERS[match[2].lower()]
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    size = float(match[1]) * (1024 if match[3] else 1000) ** power
+    if size > MAX_BYTES:
+        raise UserError(f"{text[:40]!r} is more than {MAX_BYTES} bytes: write a smaller size")
+    return int(size)
 
 
 def format_bytes(num_bytes: int) -> str:
@@ -51,5 +61,10 @@ def parse_duration(text: str) -> float:
     """
     match = _DURATION.fullmatch(text.strip())
     if not match:
-        raise UserError(f"{text!r} is not a duration: write a number with a unit, such as 30m, 12h or 7d")
-    return float(match[1]) * _UNIT_SECONDS[match[2]]
+        raise UserError(
+            f"{text[:40]!r} is not a duration: write a number with a unit, such as 30m, 12h or 7d"
+        )
+    seconds = float(match[1]) * _UNIT_SECONDS[match[2]]
+    if seconds > MAX_SECONDS:
+        raise UserError(f"{text[:40]!r} is more than 100 years: write a shorter duration")
+    return seconds

@@ -13,14 +13,15 @@ ROOT = Path(__file__).parents[1]
 LIBRARY = {"attention", "data", "model", "inference"}
 PRINTING = {"console", "markdown", "printable"}
 FOLDERS = {"folder_lock", "outputs", "run_folder"}
-SUPPORT = PRINTING | FOLDERS | {"progress", "digest", "units", "errors", "version"}
+SUPPORT = PRINTING | FOLDERS | {"inputs", "progress", "digest", "units", "errors", "version"}
 MAY_IMPORT = {
     "printable": set(),
     "console": {"printable"},
     "markdown": {"printable"},
     "errors": {"printable"},
     "version": set(),
-    "config": {"errors"},
+    "inputs": {"errors"},
+    "config": {"inputs", "errors"},
     "units": {"errors"},
     "digest": {"units", "errors"},
     "folder_lock": {"errors"},
@@ -28,10 +29,10 @@ MAY_IMPORT = {
     "run_folder": {"outputs", "digest", "errors"},
     "progress": {"console", "printable"},
     "attention": {"errors"},
-    "data": {"attention", "digest", "errors"},
-    "model": FOLDERS | {"markdown", "attention", "progress", "digest", "units", "errors"},
-    "inference": {"data", "model", "attention", "digest", "units", "errors"},
-    "training": LIBRARY | FOLDERS | {"printable", "digest", "units", "errors"},
+    "data": {"attention", "digest", "inputs", "errors"},
+    "model": FOLDERS | {"inputs", "markdown", "attention", "progress", "digest", "units", "errors"},
+    "inference": {"data", "model", "attention", "digest", "inputs", "units", "errors"},
+    "training": LIBRARY | FOLDERS | {"inputs", "printable", "digest", "units", "errors"},
     "evaluation": LIBRARY | {"markdown", "printable", "outputs", "digest", "errors"},
     "bench": LIBRARY | {"training"} | SUPPORT,
     "stages": LIBRARY | {"bench", "training", "evaluation", "config"} | SUPPORT,

@@ -1,6 +1,7 @@
 """The command line: parses arguments, calls a command, and turns errors into exit codes."""
 
 import atexit
+import errno
 import os
 import signal
 import sys
@@ -10,7 +11,9 @@ from typing import Any
 import typer
 
 from blockft.cli import bench, cache, commands
-from blockft.errors import UserError
+from blockft.cli.streams import BROKEN_PIPE, OutputClosed, prepare_streams
+from blockft.errors import UserError, is_first_of_host
+from blockft.inputs import shorten, text_problem
 from blockft.printable import print_text
 
 __all__ = ["bench", "cache", "commands", "main"]
@@ -18,13 +21,24 @@ __all__ = ["bench", "cache", "commands", "main"]
 commands.app.add_typer(cache.app, name="cache")
 commands.app.add_typer(bench.app, name="bench")
 
+MAX_MESSAGE_LEN = 4000
+"""Longest error message in characters; a message may quote long texts of the user."""
+
+_STATES_OF_THE_SYSTEM = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE),
+}
+"""System errors that no program causes, so that they are the user's to mend. Others are internal errors."""
+
 
 def main() -> None:
     """Run the command line.
 
-    Exit codes: 0 success, 1 internal error, 2 user error, 130 interrupted.
+    Exit codes: 0 success, 1 internal error, 2 user error, 130 interrupted, 141 the reader of the output has
+    gone.
     """
     code = 1
+    prepare_streams()
 
     def end_worker() -> None:
         # a Gloo thread that frees a tensor while Python shuts down aborts the process after its work is done
@@ -41,23 +55,47 @@ def main() -> None:
     if "RANK" not in os.environ:  # a rank ends at once on SIGTERM until it has something to save
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        _check_arguments(arguments)
         code = commands.parse_and_run(arguments)
+        sys.stdout.flush()
     except _UsageError as error:
         code = _fail(f"{error.format_message()} (see blockft --help)")
     except UserError as error:
         code = _fail(str(error))
+    except OutputClosed:
+        code = BROKEN_PIPE
     except (KeyboardInterrupt, typer.Abort):
         code = 130
+    except MemoryError:
+        code = _fail("the memory of this machine does not suffice: choose smaller sizes")
+    except OSError as error:
+        if error.filename is None or error.errno not in _STATES_OF_THE_SYSTEM:
+            raise
+        code = _fail(f"{error.filename} cannot be used: {error.strerror}")
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         raise
     sys.exit(code)
 
 
+def _check_arguments(arguments: list[str]) -> None:
+    """Check that the arguments are texts: paths and names are written to files in UTF-8.
+
+    Raises:
+        UserError: an argument is not UTF-8.
+    """
+    for argument in arguments:
+        if problem := text_problem(argument):
+            raise UserError(f"the argument {shorten(ascii(argument))} {problem}")
+
+
 def _fail(message: str) -> int:
     """Print an error as one line, once on every host, because each host may have its own mistake."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print_text(f"blockft: {' '.join(message.split())}", file=sys.stderr)
+    if is_first_of_host():
+        # without a reader of the message the exit code alone tells of the error
+        with suppress(OutputClosed, UserError):
+            text = shorten(" ".join(message.split()), MAX_MESSAGE_LEN)
+            print_text(f"blockft: {text}", file=sys.stderr)
     return 2
 
 

@@ -6,23 +6,32 @@ from typing import Annotated
 import typer
 
 from blockft.cli.next_command import print_next
-from blockft.cli.options import MaxNewTokens, ModelName, Overrides, Png, RecipeName
+from blockft.cli.options import (
+    MaxNewTokens,
+    ModelName,
+    ModelOrShape,
+    Overrides,
+    Png,
+    RecipeName,
+    Runs,
+    Warmups,
+    path_option,
+)
+from blockft.config.bounds import MAX_BLOCKS, MAX_COUNT, MAX_RUNS, MAX_TOKENS
 
 app = typer.Typer(help="Measure speed and agreement.", rich_markup_mode=None)
 
 Out = Annotated[
     Path | None,
-    typer.Option(
-        "--out", metavar="FILE", help="Write the figures as JSON into this file, which is replaced."
-    ),
+    path_option("--out", metavar="FILE", help="Write the figures as JSON into this file, which is replaced."),
 ]
-RowLen = Annotated[int, typer.Option(min=1, help="Tokens of a packed row.")]
+RowLen = Annotated[int, typer.Option(min=1, max=MAX_TOKENS, help="Tokens of a packed row.")]
 
 
 @app.command("attention")
 def bench_attention(
     row_len: RowLen = 4096,
-    num_layouts: Annotated[int, typer.Option(help="Random layouts for each type.")] = 4,
+    num_layouts: Annotated[int, typer.Option(min=1, max=MAX_RUNS, help="Random layouts for each type.")] = 4,
     out: Out = None,
 ) -> None:
     """Compare flex attention with the reference on a GPU.
@@ -39,12 +48,7 @@ def bench_attention(
 
 @app.command("ttft")
 def bench_ttft(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL_OR_SHAPE", help="A model, or a shape with random weights such as llama-3-8b."
-        ),
-    ],
+    target: ModelOrShape,
     lengths: Annotated[
         str,
         typer.Option(
@@ -52,8 +56,8 @@ def bench_ttft(
             help="Prompt lengths in tokens, question included. Default: 512 to 32768, if the model can.",
         ),
     ] = "",
-    question_len: Annotated[int, typer.Option(min=1, help="Tokens of the question.")] = 50,
-    block_len: Annotated[int, typer.Option(min=1, help="Tokens of a block.")] = 512,
+    question_len: Annotated[int, typer.Option(min=1, max=MAX_TOKENS, help="Tokens of the question.")] = 50,
+    block_len: Annotated[int, typer.Option(min=1, max=MAX_TOKENS, help="Tokens of a block.")] = 512,
     tiers: Annotated[
         str,
         typer.Option(
@@ -61,10 +65,10 @@ def bench_ttft(
             help="Tiers that hold the blocks. Default: device,host,disk,none; on a CPU host,disk,none.",
         ),
     ] = "",
-    warmups: Annotated[int, typer.Option(min=0, help="Runs before the measured ones.")] = 10,
-    runs: Annotated[int, typer.Option(min=1, help="Measured runs.")] = 30,
+    warmups: Warmups = 10,
+    runs: Runs = 30,
     folder: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Folder for the files of the disk tier.")
+        Path | None, path_option(metavar="FOLDER", help="Folder for the files of the disk tier.")
     ] = None,
     compile: Annotated[bool, typer.Option(help="Compile the layers that read cached blocks (GPU).")] = True,
     out: Out = None,
@@ -99,7 +103,9 @@ def bench_agreement(
     model: ModelName,
     recipe: RecipeName,
     overrides: Overrides = None,
-    num_prompts: Annotated[int, typer.Option(min=1, help="Questions of the recipe to ask.")] = 100,
+    num_prompts: Annotated[
+        int, typer.Option(min=1, max=MAX_COUNT, help="Questions of the recipe to ask.")
+    ] = 100,
     max_new_tokens: MaxNewTokens = 24,
     out: Out = None,
 ) -> None:
@@ -136,17 +142,14 @@ def bench_prepare(recipe: RecipeName, overrides: Overrides = None, out: Out = No
 
 @app.command("train")
 def bench_train(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL_OR_SHAPE", help="A model, or a shape with random weights such as llama-3.2-1b."
-        ),
-    ],
+    target: ModelOrShape,
     row_len: RowLen = 16384,
-    sample_len: Annotated[int, typer.Option(min=1, help="Tokens of a sample.")] = 1600,
-    num_documents: Annotated[int, typer.Option(min=1, help="Documents of a sample, one block each.")] = 10,
-    warmups: Annotated[int, typer.Option(min=0, help="Steps before the measured ones.")] = 3,
-    runs: Annotated[int, typer.Option(min=1, help="Measured steps.")] = 10,
+    sample_len: Annotated[int, typer.Option(min=1, max=MAX_TOKENS, help="Tokens of a sample.")] = 1600,
+    num_documents: Annotated[
+        int, typer.Option(min=1, max=MAX_BLOCKS, help="Documents of a sample, one block each.")
+    ] = 10,
+    warmups: Annotated[int, typer.Option(min=0, max=MAX_RUNS, help="Steps before the measured ones.")] = 3,
+    runs: Annotated[int, typer.Option(min=1, max=MAX_RUNS, help="Measured steps.")] = 10,
     out: Out = None,
 ) -> None:
     """Measure training tokens per second, packed and unpacked.

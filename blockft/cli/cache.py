@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from blockft.cli.next_command import print_next
-from blockft.cli.options import AsJson, CacheBytes, CacheName, ModelName
+from blockft.cli.options import AsJson, CacheBytes, CacheName, ModelName, path_argument, path_option
 
 app = typer.Typer(help="Manage a folder of cached blocks.", rich_markup_mode=None)
 
@@ -16,10 +16,10 @@ def cache_build(
     model: ModelName,
     corpus: Annotated[
         Path,
-        typer.Argument(help='JSON lines {"title": ..., "text": ...} or strings; - reads standard input.'),
+        path_argument(help='JSON lines {"title": ..., "text": ...} or strings; - reads standard input.'),
     ],
     folder: Annotated[
-        Path, typer.Option("--cache", metavar="FOLDER", help="Folder of the cache; created if missing.")
+        Path, path_option("--cache", metavar="FOLDER", help="Folder of the cache; created if missing.")
     ],
     cache_bytes: CacheBytes = None,
 ) -> None:

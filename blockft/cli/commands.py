@@ -10,6 +10,7 @@ import typer
 from blockft.cli.next_command import eval_command, print_next, unused_path
 from blockft.cli.options import (
     AsJson,
+    BatchSize,
     CacheBytes,
     CacheFolderOption,
     DeviceBytes,
@@ -19,7 +20,12 @@ from blockft.cli.options import (
     Overrides,
     Png,
     RecipeName,
+    SamplingSeed,
+    parse_name,
+    path_argument,
+    path_option,
 )
+from blockft.config.bounds import MAX_PORT, MAX_PROCESSES
 from blockft.config.choices import DType, Format, Metric, Mode
 from blockft.printable import print_text
 
@@ -85,7 +91,7 @@ def prepare(
 
 @app.command()
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="A folder that `blockft prepare` wrote.")],
+    folder: Annotated[Path, path_argument(help="A folder that `blockft prepare` wrote.")],
     index: Annotated[int, typer.Option(help="Number of the example, from 0.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the example as JSON.")] = False,
     png: Png = None,
@@ -110,29 +116,36 @@ def train(
     overrides: Overrides = None,
     num_gpus: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes on this machine: one per GPU, or CPU processes. Default: 1."),
+        typer.Option(
+            min=1,
+            max=MAX_PROCESSES,
+            help="Processes on this machine: one per GPU, or CPU processes. Default: 1.",
+        ),
     ] = None,
     hostfile: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE", help="Start on the hosts of this file by pdsh; its lines: NAME slots=N."
-        ),
+        path_option(metavar="FILE", help="Start on the hosts of this file by pdsh; its lines: NAME slots=N."),
     ] = None,
     master_addr: Annotated[
         str | None, typer.Option(help="Address of the first host. Default: its name in the hostfile.")
     ] = None,
     master_port: Annotated[
         int | None,
-        typer.Option(min=1, max=65535, help="Port of the first host that all processes use. Default: 29500."),
+        typer.Option(
+            min=1, max=MAX_PORT, help="Port of the first host that all processes use. Default: 29500."
+        ),
     ] = None,
     ssh_port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Port of the ssh servers of the hosts.")
+        int | None, typer.Option(min=1, max=MAX_PORT, help="Port of the ssh servers of the hosts.")
     ] = None,
     no_ssh: Annotated[
         bool, typer.Option("--no-ssh", help="Start only this host; run the command on each host by hand.")
     ] = False,
     node_rank: Annotated[
-        int | None, typer.Option(help="With --no-ssh: place of this host in the hostfile, from 0.")
+        int | None,
+        typer.Option(
+            min=0, max=MAX_PROCESSES, help="With --no-ssh: place of this host in the hostfile, from 0."
+        ),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the last complete checkpoint of the run.")
@@ -219,9 +232,9 @@ def _print_resume(run: Path, command: list[str]) -> None:
 def export(
     checkpoint: Annotated[
         Path,
-        typer.Argument(metavar="RUN_OR_CHECKPOINT", help="The folder of a run, or one checkpoint of it."),
+        path_argument(metavar="RUN_OR_CHECKPOINT", help="The folder of a run, or one checkpoint of it."),
     ],
-    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    out: Annotated[Path, path_argument(help="The folder to write; it must not exist.")],
     dtype: Annotated[
         DType, typer.Option(help="Type of the saved weights; auto is the type of the run.")
     ] = DType.auto,
@@ -237,7 +250,7 @@ def export(
     ] = "5GB",
     report: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Report of blockft eval whose scores the model card shows."),
+        path_option(metavar="FOLDER", help="Report of blockft eval whose scores the model card shows."),
     ] = None,
     push: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Also upload the model to the Hugging Face Hub.")
@@ -283,7 +296,13 @@ def export(
 def generate(
     model: ModelName,
     source: Annotated[
-        str, typer.Option("--input", metavar="FILE", help="JSON lines with requests; - reads standard input.")
+        str,
+        typer.Option(
+            "--input",
+            metavar="FILE",
+            parser=parse_name,
+            help="JSON lines with requests; - reads standard input.",
+        ),
     ],
     mode: Annotated[Mode, typer.Option(help="Attention mode; full reuses no blocks.")] = Mode.block,
     max_new_tokens: MaxNewTokens = 128,
@@ -292,9 +311,7 @@ def generate(
         float,
         typer.Option(help="Sample from the most likely tokens of this total probability."),
     ] = 1,
-    seed: Annotated[
-        int, typer.Option(help="Sampling seed; prompt i uses seed + i. Ignored at temperature 0.")
-    ] = 0,
+    seed: SamplingSeed = 0,
     stop: Annotated[
         list[str] | None, typer.Option(help="End an answer before this text; can be repeated.")
     ] = None,
@@ -302,7 +319,7 @@ def generate(
         bool,
         typer.Option("--trim", help="Drop the least relevant documents of a prompt that is too long."),
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered together.")] = 1,
+    batch_size: BatchSize = 1,
     stream: Annotated[bool, typer.Option("--stream", help="Print text while it is generated.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON lines: answer, reused blocks, times.")
@@ -355,6 +372,7 @@ def evaluate(
         str,
         typer.Argument(
             metavar="RECIPE_OR_DATA",
+            parser=parse_name,
             help="A recipe with an eval section, or questions: a file, a glob, a folder or a Hub dataset.",
         ),
     ],
@@ -402,7 +420,7 @@ def evaluate(
 @app.command()
 def compare(
     reports: Annotated[
-        list[Path], typer.Argument(metavar="REPORT...", help="Folders of reports, or report.json files.")
+        list[Path], path_argument(metavar="REPORT...", help="Folders of reports, or report.json files.")
     ],
     metric: Annotated[Metric, typer.Option(help="The score to compare.")] = Metric.substring_match,
     as_json: AsJson = False,
@@ -436,6 +454,7 @@ def config(
         str | None,
         typer.Argument(
             metavar="[RECIPE_OR_SECTION]",
+            parser=parse_name,
             help="A recipe to print with all its settings, or a section whose settings are listed.",
         ),
     ] = None,

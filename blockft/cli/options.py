@@ -1,9 +1,43 @@
 """Arguments and options that several commands share."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from blockft.config.bounds import MAX_BATCH, MAX_RUNS, MAX_SEED, MAX_TOKENS
+from blockft.inputs import path_problem, shorten
+
+
+def parse_path(value: str | Path) -> Path:
+    """Return a path of the command line.
+
+    Raises:
+        typer.BadParameter: no file can have this path.
+    """
+    if problem := path_problem(str(value)):
+        raise typer.BadParameter(f"{shorten(str(value))!r} {problem}")
+    return Path(value)
+
+
+def parse_name(value: str) -> str:
+    """Return a name that may be a path: of a model, a recipe or a shape.
+
+    Raises:
+        typer.BadParameter: no file can have this path.
+    """
+    parse_path(value)
+    return value
+
+
+def path_argument(**options: Any) -> Any:
+    """Return a typer argument that takes a path."""
+    return typer.Argument(parser=parse_path, **options)
+
+
+def path_option(*names: str, **options: Any) -> Any:
+    """Return a typer option that takes a path."""
+    return typer.Option(*names, parser=parse_path, **options)
 
 
 def _complete_recipe(incomplete: str) -> list[str]:
@@ -17,6 +51,7 @@ RecipeName = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE",
+        parser=parse_name,
         help="A YAML file, or the name of a shipped recipe (see `blockft recipes`).",
         autocompletion=_complete_recipe,
     ),
@@ -27,11 +62,22 @@ Overrides = Annotated[
         metavar="KEY=VALUE", help="Settings that override those of the recipe (see `blockft config`)."
     ),
 ]
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="An export, a model folder, or a Hub id.")]
-CacheName = Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of a block cache.")]
+ModelName = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", parser=parse_name, help="An export, a model folder, or a Hub id."),
+]
+ModelOrShape = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL_OR_SHAPE",
+        parser=parse_name,
+        help="A model, or a shape with random weights such as llama-3-8b.",
+    ),
+]
+CacheName = Annotated[Path, path_argument(metavar="FOLDER", help="The folder of a block cache.")]
 CacheFolderOption = Annotated[
     Path | None,
-    typer.Option("--cache", metavar="FOLDER", help="Folder that keeps blocks for later processes."),
+    path_option("--cache", metavar="FOLDER", help="Folder that keeps blocks for later processes."),
 ]
 CacheBytes = Annotated[
     str | None,
@@ -51,9 +97,20 @@ DeviceBytes = Annotated[
         help="GPU memory for blocks, for example 20GB. Default: half of what the model leaves free.",
     ),
 ]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, max=MAX_TOKENS, help="Longest answer, in tokens.")]
+BatchSize = Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Prompts answered together.")]
+SamplingSeed = Annotated[
+    int,
+    typer.Option(
+        min=-MAX_SEED - 1,
+        max=MAX_SEED,
+        help="Sampling seed; prompt i uses seed + i. Ignored at temperature 0.",
+    ),
+]
+Warmups = Annotated[int, typer.Option(min=0, max=MAX_RUNS, help="Runs before the measured ones.")]
+Runs = Annotated[int, typer.Option(min=1, max=MAX_RUNS, help="Measured runs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Png = Annotated[
     Path | None,
-    typer.Option("--png", metavar="FILE", help="Draw a picture into this file, which is replaced."),
+    path_option("--png", metavar="FILE", help="Draw a picture into this file, which is replaced."),
 ]

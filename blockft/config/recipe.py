@@ -1,6 +1,7 @@
 """Recipes: find one by path or name, read it, apply overrides, validate it, and write it as YAML."""
 
 import difflib
+import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,9 +9,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from blockft.config.reference import list_keys
+from blockft.config.recipe_yaml import MAX_RECIPE_BYTES, yaml_problem
+from blockft.config.reference import format_bound, list_keys
 from blockft.config.settings import Recipe
-from blockft.errors import UserError
+from blockft.errors import UserError, check_type
+from blockft.inputs import check_path, read_text, shorten, text_problem
 
 RECIPES_FOLDER = next(
     p for p in (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "recipes") if p.is_dir()
@@ -47,6 +50,7 @@ def find_recipe(name: str) -> Path:
     Raises:
         UserError: there is no such recipe; the message lists the shipped ones.
     """
+    check_path(name, "recipe")
     path = Path(name)
     if path.is_file():
         return path
@@ -74,15 +78,21 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         UserError: the recipe is not found or not YAML, or a setting is unknown, missing or has a wrong value.
             The message names all faulty settings.
     """
+    check_type(name, (str, Path), "name")
+    check_type(overrides, (list, tuple), "overrides", "write a list of key=value")
     import yaml
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     path = find_recipe(str(name))
+    text = read_text(path, "recipe", max_bytes=MAX_RECIPE_BYTES)
     try:
-        settings = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} cannot be read as a recipe: {' '.join(str(error).split())}") from error
+        problem = yaml_problem(text)
+        settings = OmegaConf.create() if problem else OmegaConf.load(io.StringIO(text))
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
+        problem = _reason(error)
+    if problem:
+        raise UserError(f"{path} cannot be read as a recipe: {problem}")
     if not isinstance(settings, DictConfig):
         raise UserError(
             f"{path} does not contain a mapping: a recipe has the keys {', '.join(Recipe.model_fields)}"
@@ -110,17 +120,22 @@ def build_recipe(settings: Any, overrides: Sequence[str], origin: str) -> Recipe
                 f"{override!r} is not an override: write key=value, for example train.learning_rate=1e-4"
             )
         try:
-            OmegaConf.update(settings, key, yaml.safe_load(value))
-        except (yaml.YAMLError, OmegaConfBaseException, TypeError) as error:
+            problem = text_problem(override) or yaml_problem(value)
+            if not problem:
+                OmegaConf.update(settings, key, yaml.safe_load(value))
+        except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
             is_split = override.rstrip().endswith(("{", "[", ":", ","))
             advice = "; put quotes around a setting that contains spaces" if is_split else ""
-            raise UserError(f"{override} cannot be set: {_reason(error)}{advice}") from error
+            problem = f"{_reason(error)}{advice}"
+        if problem:
+            raise UserError(f"{shorten(override)} cannot be set: {problem}")
     try:
         plain = OmegaConf.to_container(settings, resolve=True)
     except OmegaConfBaseException as error:
         key = error.full_key or ""
         where = f" (at {key})" if key else ""
         raise UserError(f"{_origin(key, overrides, origin)}: {_reason(error)}{where}") from error
+    _check_texts(plain, (), overrides, origin)
     # a setting that holds `???` has to be set, required or not
     faults = {key: f"{key} is missing" for key in _missing_keys(plain, ())}
     recipe, cause = None, None
@@ -159,6 +174,29 @@ def _escape(value: Any) -> Any:
     return value
 
 
+def _check_texts(value: Any, loc: tuple[int | str, ...], overrides: Sequence[str], origin: str) -> None:
+    """Check that all keys are texts, and that all texts can be written in UTF-8.
+
+    Raises:
+        UserError: a key or a value is of another kind; the message names it.
+    """
+    key = _key(loc)
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if not isinstance(name, str):
+                raise UserError(
+                    f"{_origin(key, overrides, origin)}: {key or 'the recipe'} has the key {name!r}, "
+                    "it should be a text"
+                )
+            _check_texts(name, (*loc, name), overrides, origin)
+            _check_texts(inner, (*loc, name), overrides, origin)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            _check_texts(inner, (*loc, index), overrides, origin)
+    elif isinstance(value, str) and (problem := text_problem(value)):
+        raise UserError(f"{_origin(key, overrides, origin)}: {key} {problem}")
+
+
 def _missing_keys(value: Any, loc: tuple[int | str, ...]) -> Iterator[str]:
     """Yield the keys that hold OmegaConf's mark `???` of a missing value."""
     if value == "???":
@@ -183,27 +221,32 @@ def _without_missing(value: Any) -> Any:
 def _describe(key: str, fault: Mapping[str, Any]) -> str:
     """Return what is wrong with a setting: what was found, what is allowed, and a suggestion."""
     found, kind, context = fault["input"], fault["type"], fault.get("ctx", {})
+    value, quoted = shorten(str(found)), shorten(repr(found))
     expected = _EXPECTED.get(kind.partition("_")[0])
     if kind == "extra_forbidden":
-        return f"unknown key {key} ({_suggest(key)})"
+        return f"unknown key {shorten(key)} ({_suggest(key)})"
     if kind == "missing" or (found is None and expected):
         return f"{key} is missing"
     if kind == "enum":
         return (
-            f"{key} is {found!r} (allowed: {context['expected'].replace(' or ', ', ').replace(chr(39), '')})"
+            f"{key} is {quoted} (allowed: {context['expected'].replace(' or ', ', ').replace(chr(39), '')})"
         )
     if kind == "model_type":
-        return f"{key} is {found!r}, it should hold {', '.join(_names_in(key))}"
+        return f"{key} is {quoted}, it should hold {', '.join(_names_in(key))}"
     if kind == "too_short":
-        return f"{key} is {found}, it should hold at least {context['min_length']}"
+        return f"{key} is {value}, it should hold at least {context['min_length']}"
     if kind == "finite_number":
-        return f"{key} is {found}, it should be finite"
+        return f"{key} is {value}, it should be finite"
     if kind in _BOUNDS:
         word, name = _BOUNDS[kind]
-        return f"{key} is {found}, it should be {word} {context[name]:g}"
+        return f"{key} is {value}, it should be {word} {format_bound(context[name])}"
+    if kind == "path":
+        return f"{key} {quoted} {context['problem']}"
+    if kind == "string_type" and isinstance(found, bool | int | float):
+        return f"{key} is {value}, it should be a string: put quotes around it"
     if expected:
-        return f"{key} is {found!r}, it should be {expected}"
-    return f"{key} is {found!r}: {fault['msg']}"
+        return f"{key} is {quoted}, it should be {expected}"
+    return f"{key} is {quoted}: {fault['msg']}"
 
 
 def _names_in(key: str) -> list[str]:
@@ -243,7 +286,7 @@ def _origin(key: str, overrides: Sequence[str], origin: str) -> str:
     for override in reversed(overrides):
         pairs = zip(_parts(key), _parts(override.partition("=")[0]), strict=False)
         if key and all(part == set_part for part, set_part in pairs):
-            return override
+            return shorten(override)
     return origin
 
 

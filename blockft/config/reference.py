@@ -177,4 +177,11 @@ def _allowed(schema: dict[str, Any]) -> str:
         return ", ".join(filter(None, (items, "at least one" if resolved.get("minItems") else "")))
     if "enum" in resolved:
         return ", ".join(resolved["enum"])
-    return ", ".join(f"{word} {resolved[name]:g}" for name, word in _BOUNDS.items() if name in resolved)
+    return ", ".join(
+        f"{word} {format_bound(resolved[name])}" for name, word in _BOUNDS.items() if name in resolved
+    )
+
+
+def format_bound(bound: float) -> str:
+    """Return a bound as it is shown to people."""
+    return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"

@@ -4,11 +4,24 @@ A recipe overrides the defaults, and `key=value` overrides a recipe (see `blockf
 and `stages` read settings; all other code takes plain arguments.
 """
 
+import math
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from blockft.config.bounds import (
+    MAX_BATCH,
+    MAX_BLOCKS,
+    MAX_COPIES,
+    MAX_COUNT,
+    MAX_EPOCHS,
+    MAX_FLOAT,
+    MAX_PROCESSES,
+    MAX_RUN_SEED,
+    MAX_SEED,
+    MAX_TOKENS,
+)
 from blockft.config.choices import (
     AttentionBackend,
     BadRecordPolicy,
@@ -23,6 +36,7 @@ from blockft.config.choices import (
     TooLongPolicy,
     WeightInit,
 )
+from blockft.inputs import path_problem
 
 
 def _parse_int(value: Any) -> Any:
@@ -44,11 +58,44 @@ def _refuse_bool(value: Any) -> Any:
     return value
 
 
-Int = Annotated[int, BeforeValidator(_parse_int)]
-# the bound stands before the validator: in the other order pydantic leaves it out of the JSON Schema
-PositiveInt = Annotated[int, Field(ge=1), BeforeValidator(_parse_int)]
-NonNegativeInt = Annotated[int, Field(ge=0), BeforeValidator(_parse_int)]
+def _parse_text(value: Any) -> Any:
+    """Take a whole number as the text that it was written as; refuse others, whose text YAML has changed."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _check_finite(value: Any) -> Any:
+    """Refuse infinite numbers and nan anywhere in the arguments of a library, which would take them."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for item in inner:
+        _check_finite(item)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise PydanticCustomError("finite_number", "not finite")
+    return value
+
+
+def _check_path(value: str) -> str:
+    """Refuse a text that cannot be a path."""
+    if problem := path_problem(value):
+        raise PydanticCustomError("path", "it {problem}", {"problem": problem})
+    return value
+
+
+# a bound stands before the validator: in the other order pydantic leaves it out of the JSON Schema
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT), BeforeValidator(_parse_int)]
+PositiveCount = Annotated[int, Field(ge=1, le=MAX_COUNT), BeforeValidator(_parse_int)]
+NumTokens = Annotated[int, Field(ge=1, le=MAX_TOKENS), BeforeValidator(_parse_int)]
+NumBlocks = Annotated[int, Field(ge=1, le=MAX_BLOCKS), BeforeValidator(_parse_int)]
+NumDocuments = Annotated[int, Field(ge=0, le=MAX_BLOCKS), BeforeValidator(_parse_int)]
+BatchSize = Annotated[int, Field(ge=1, le=MAX_BATCH), BeforeValidator(_parse_int)]
+NumEpochs = Annotated[int, Field(ge=1, le=MAX_EPOCHS), BeforeValidator(_parse_int)]
+NumCopies = Annotated[int, Field(ge=1, le=MAX_COPIES), BeforeValidator(_parse_int)]
+NumProcesses = Annotated[int, Field(ge=0, le=MAX_PROCESSES), BeforeValidator(_parse_int)]
+Seed = Annotated[int, Field(ge=-MAX_SEED - 1, le=MAX_SEED), BeforeValidator(_parse_int)]
+RunSeed = Annotated[int, Field(ge=0, le=MAX_RUN_SEED), BeforeValidator(_parse_int)]
+Arguments = Annotated[dict[str, Any], AfterValidator(_check_finite)]
 Float = Annotated[float, BeforeValidator(_refuse_bool)]
+Text = Annotated[str, BeforeValidator(_parse_text)]
+PathText = Annotated[str, BeforeValidator(_parse_text), AfterValidator(_check_path)]
 
 
 class Settings(BaseModel):
@@ -58,7 +105,6 @@ class Settings(BaseModel):
         extra="forbid",
         validate_assignment=True,
         allow_inf_nan=False,
-        coerce_numbers_to_str=True,
     )
 
 
@@ -66,16 +112,18 @@ class Source(Settings):
     """One file, glob, folder or Hub dataset to read."""
 
     format: Format = Field(description="Format of the records.")
-    path: str = Field(description="A file, a glob, a folder, or the id of a dataset on the Hub.")
-    split: str | None = Field(default=None, description="Split of a Hub dataset. Required for a Hub dataset.")
-    name: str | None = Field(
+    path: PathText = Field(description="A file, a glob, a folder, or the id of a dataset on the Hub.")
+    split: Text | None = Field(
+        default=None, description="Split of a Hub dataset. Required for a Hub dataset."
+    )
+    name: Text | None = Field(
         default=None, description="Configuration of a Hub dataset. Required if the dataset has several."
     )
-    skip_samples: NonNegativeInt = Field(
+    skip_samples: Count = Field(
         default=0,
         description="Samples to skip at the start, so that one file can serve training and evaluation.",
     )
-    max_samples: PositiveInt | None = Field(
+    max_samples: PositiveCount | None = Field(
         default=None, description="Largest number of samples to read after the skipped ones. null reads all."
     )
     retriever: Retriever = Field(
@@ -92,9 +140,9 @@ class Source(Settings):
 class ModelSettings(Settings):
     """The model to start from."""
 
-    path: str = Field(description="A local model folder or a model id on the Hub.")
-    revision: str | None = Field(default=None, description="Branch, tag or commit on the Hub.")
-    chat_template: str | None = Field(
+    path: PathText = Field(description="A local model folder or a model id on the Hub.")
+    revision: Text | None = Field(default=None, description="Branch, tag or commit on the Hub.")
+    chat_template: PathText | None = Field(
         default=None,
         description=(
             "A file with a Jinja chat template that replaces that of the tokenizer, in the export too. null "
@@ -131,18 +179,18 @@ class PromptSettings(Settings):
     strip the end of a message, and a document must be the same block wherever it stands.
     """
 
-    instruction: str = Field(
+    instruction: Text = Field(
         default="Answer the question using the following documents.",
         description="The block before the documents. It must not be blank.",
     )
-    document: str = Field(
+    document: Text = Field(
         default="\n\n{title}\n{text}",
         description=(
             "The block of one document. {title} and {text} are stripped. An empty title is left out together "
             "with the white space after it."
         ),
     )
-    question: str = Field(
+    question: Text = Field(
         default="\n\nQuestion: {question}\nAnswer in a few words.",
         description=(
             "The final block, which contains {question}. White space before it is left out where the block "
@@ -155,10 +203,10 @@ class PromptSettings(Settings):
 class SplittingSettings(Settings):
     """How the prompts of chats and instructions are split into blocks."""
 
-    max_blocks: PositiveInt = Field(
+    max_blocks: NumBlocks = Field(
         default=16, description="Largest number of blocks of a prompt. Turns of a chat are never merged."
     )
-    min_block_tokens: PositiveInt = Field(
+    min_block_tokens: NumTokens = Field(
         default=8, description="Smallest number of tokens of a block that results from splitting a message."
     )
 
@@ -166,9 +214,9 @@ class SplittingSettings(Settings):
 class DataSettings(Settings):
     """What to train on, and how prompts are built."""
 
-    output_dir: str = Field(description="Folder that `prepare` writes and `train` reads.")
+    output_dir: PathText = Field(description="Folder that `prepare` writes and `train` reads.")
     sources: list[Source] = Field(min_length=1, description="Sources of the training data.")
-    row_len: PositiveInt = Field(
+    row_len: NumTokens = Field(
         default=4096,
         description="Length of a packed row in tokens. Longer examples are dropped or trimmed (`too_long`).",
     )
@@ -185,7 +233,7 @@ class DataSettings(Settings):
             "and `eval` read it from the export."
         ),
     )
-    num_documents: NonNegativeInt | None = Field(
+    num_documents: NumDocuments | None = Field(
         default=None,
         description=(
             "Documents of a RAG prompt. Documents that support the answer are always kept. null keeps all "
@@ -205,14 +253,14 @@ class DataSettings(Settings):
             "source has a `retriever`."
         ),
     )
-    max_questions_per_context: PositiveInt | None = Field(
+    max_questions_per_context: PositiveCount | None = Field(
         default=None,
         description=(
             "Largest number of questions that share a context. null sets no limit. `squad` draws new sets "
             "for the remaining questions if the article has more than `num_documents` paragraphs."
         ),
     )
-    num_copies: PositiveInt = Field(
+    num_copies: NumCopies = Field(
         default=1,
         description=(
             "How often `prepare` reads the sources, with seeds `seed`, `seed + 1`, and so on. Small data "
@@ -221,7 +269,7 @@ class DataSettings(Settings):
             "0."
         ),
     )
-    dense_model: str = Field(
+    dense_model: PathText = Field(
         default="sentence-transformers/all-MiniLM-L6-v2",
         description="The sentence-transformers model of `retriever: dense`: a folder or an id on the Hub.",
     )
@@ -240,11 +288,11 @@ class DataSettings(Settings):
             "first."
         ),
     )
-    num_workers: NonNegativeInt = Field(
+    num_workers: NumProcesses = Field(
         default=0,
         description="Worker processes of `prepare`. 0 starts one per core. Does not change the output.",
     )
-    seed: Int = Field(default=0, description="Seed of all random choices of `prepare`.")
+    seed: Seed = Field(default=0, description="Seed of all random choices of `prepare`.")
     prompt: PromptSettings = Field(default_factory=PromptSettings, description="Wording of RAG prompts.")
     splitting: SplittingSettings = Field(
         default_factory=SplittingSettings, description="How chats and instructions are split into blocks."
@@ -254,15 +302,17 @@ class DataSettings(Settings):
 class TrainSettings(Settings):
     """How to train."""
 
-    output_dir: str = Field(description="Folder of the run: checkpoints, metrics and the resolved recipe.")
-    deepspeed: str = Field(
+    output_dir: PathText = Field(
+        description="Folder of the run: checkpoints, metrics and the resolved recipe."
+    )
+    deepspeed: PathText = Field(
         default="zero2",
         description=(
             "DeepSpeed configuration: a JSON file, or the name of a shipped one (`zero0` to `zero3`, "
             "`zero2-offload`, ...)."
         ),
     )
-    lora: dict[str, Any] | None = Field(
+    lora: Arguments | None = Field(
         default=None,
         description="Arguments of peft.LoraConfig; {} takes its defaults. null trains all weights.",
     )
@@ -273,7 +323,7 @@ class TrainSettings(Settings):
             "teacher in full mode."
         ),
     )
-    teacher: str | None = Field(
+    teacher: PathText | None = Field(
         default=None,
         description=(
             "Teacher of `distill`: a model with the same tokenizer. It teaches every mode, is frozen, and is "
@@ -286,11 +336,11 @@ class TrainSettings(Settings):
         le=1,
         description="Weight of the distillation loss where the teacher teaches. `sft` has the rest.",
     )
-    batch_rows: PositiveInt = Field(
+    batch_rows: BatchSize = Field(
         default=8, description="Rows of a global batch; a multiple of the number of processes."
     )
-    num_train_epochs: PositiveInt = Field(default=1, description="Passes over the training data.")
-    max_steps: PositiveInt | None = Field(
+    num_train_epochs: NumEpochs = Field(default=1, description="Passes over the training data.")
+    max_steps: PositiveCount | None = Field(
         default=None,
         description=(
             "Upper limit of optimizer steps. Unlike in transformers, it does not extend `num_train_epochs`. "
@@ -298,21 +348,21 @@ class TrainSettings(Settings):
         ),
     )
     learning_rate: Float = Field(default=2e-5, ge=0, description="Peak learning rate.")
-    lr_scheduler_type: str = Field(
+    lr_scheduler_type: Text = Field(
         default="cosine",
         description="Scheduler of transformers.Trainer. Schedulers that follow a metric are not supported.",
     )
-    lr_scheduler_kwargs: dict[str, Any] = Field(default={}, description="Further arguments of the scheduler.")
-    warmup_steps: NonNegativeInt = Field(
+    lr_scheduler_kwargs: Arguments = Field(default={}, description="Further arguments of the scheduler.")
+    warmup_steps: Count = Field(
         default=0, description="Steps in which the learning rate rises from 0 to its peak."
     )
-    weight_decay: Float = Field(default=0.0, ge=0, description="Weight decay of AdamW.")
+    weight_decay: Float = Field(default=0.0, ge=0, le=MAX_FLOAT, description="Weight decay of AdamW.")
     adam_beta1: Float = Field(default=0.9, ge=0, lt=1, description="Decay of AdamW's mean of gradients.")
     adam_beta2: Float = Field(
         default=0.95, ge=0, lt=1, description="Decay of AdamW's mean of squared gradients."
     )
     max_grad_norm: Float = Field(
-        default=1.0, ge=0, description="Gradients are clipped to this norm. 0 does not clip."
+        default=1.0, ge=0, le=MAX_FLOAT, description="Gradients are clipped to this norm. 0 does not clip."
     )
     torch_compile: bool = Field(
         default=False,
@@ -327,15 +377,15 @@ class TrainSettings(Settings):
             "Recompute activations in the backward pass. Saves memory and takes about a third more time."
         ),
     )
-    logging_steps: PositiveInt = Field(default=1, description="Steps between two log entries.")
-    save_steps: PositiveInt = Field(
+    logging_steps: PositiveCount = Field(default=1, description="Steps between two log entries.")
+    save_steps: PositiveCount = Field(
         default=500, description="Steps between two checkpoints. The last step is always saved."
     )
-    save_total_limit: PositiveInt = Field(default=2, description="Number of checkpoints kept.")
-    num_eval_examples: NonNegativeInt = Field(
+    save_total_limit: PositiveCount = Field(default=2, description="Number of checkpoints kept.")
+    num_eval_examples: Count = Field(
         default=0, description="Examples held out of training, whose loss is logged for each mode."
     )
-    eval_steps: PositiveInt | None = Field(
+    eval_steps: PositiveCount | None = Field(
         default=None,
         description=(
             "Steps between two evaluations. The held-out loss is also evaluated before the first step and at "
@@ -348,26 +398,26 @@ class TrainSettings(Settings):
             "Also keep the checkpoint with the lowest held-out loss (in block mode, if `data.modes` has it)."
         ),
     )
-    seed: Int = Field(default=0, description="Seed of the row order and of random weights.")
-    report_to: list[str] = Field(default=["none"], description="Trackers: `none`, `wandb`, `tensorboard`.")
+    seed: RunSeed = Field(default=0, description="Seed of the row order and of random weights.")
+    report_to: list[Text] = Field(default=["none"], description="Trackers: `none`, `wandb`, `tensorboard`.")
 
 
 class EvalSettings(Settings):
     """Which questions `blockft eval` asks."""
 
-    output_dir: str = Field(description="Folder of the report, the predictions and the plot.")
+    output_dir: PathText = Field(description="Folder of the report, the predictions and the plot.")
     sources: list[Source] = Field(description="Held-out samples with accepted answers.")
     modes: list[Mode] = Field(
         default=[Mode.block, Mode.full],
         min_length=1,
         description="Attention modes in which the questions are asked.",
     )
-    max_new_tokens: PositiveInt = Field(default=32, description="Longest answer, in tokens.")
-    max_samples: PositiveInt | None = Field(
+    max_new_tokens: NumTokens = Field(default=32, description="Longest answer, in tokens.")
+    max_samples: PositiveCount | None = Field(
         default=None,
         description="Largest number of questions, taken from the sources in turn. null asks all.",
     )
-    batch_size: PositiveInt = Field(default=32, description="Questions answered together.")
+    batch_size: BatchSize = Field(default=32, description="Questions answered together.")
 
 
 class Recipe(Settings):

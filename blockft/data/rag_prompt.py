@@ -5,10 +5,14 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
+from types import NoneType
 from typing import Any
 
 from blockft.data.sample import Message
-from blockft.errors import UserError
+from blockft.errors import UserError, check_type
+
+ORDERS = ("ascending", "descending", "shuffled", "given")
+"""The orders of the documents of a prompt by relevance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +60,9 @@ class RagPrompt:
     so that the same document always gives the same block.
 
     Raises:
-        UserError: a template has an unknown field or lacks a required one, or `num_documents` is negative.
+        UserError: a template has an unknown field or lacks a required one, `num_documents` is negative, or
+            `order` or `documents_in` is unknown.
+        TypeError: an argument has another type.
 
     Example:
         >>> from blockft import RagPrompt
@@ -80,6 +86,10 @@ class RagPrompt:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("instruction", "document", "question", "documents_in", "order"):
+            check_type(getattr(self, name), str, name)
+        check_type(self.num_documents, (int, NoneType), "num_documents")
+        check_type(self.seed, int, "seed")
         _check_template("instruction", self.instruction, needed=(), optional=())
         _check_template("document", self.document, needed=("text",), optional=("title",))
         _check_template("question", self.question, needed=("question",), optional=())
@@ -89,8 +99,9 @@ class RagPrompt:
             raise UserError(
                 f"data.num_documents is {self.num_documents}; allowed are 0 or more, or null for all"
             )
-        assert self.order in ("ascending", "descending", "shuffled", "given"), self.order
-        assert self.documents_in in ("system", "user"), self.documents_in
+        for name, allowed in (("order", ORDERS), ("documents_in", ("system", "user"))):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name} is {getattr(self, name)!r} (allowed: {', '.join(allowed)})")
 
     def build(
         self, question: str, documents: Sequence[Document], sample_id: str

@@ -5,7 +5,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
-from types import TracebackType
+from types import NoneType, TracebackType
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,13 +17,14 @@ from blockft.data.rag_prompt import Document, RagPrompt, rag_prompt_of_export
 from blockft.data.request import parse_request
 from blockft.data.sample import RecordError, Sample
 from blockft.data.tokenizer import tokenizer_fingerprint
-from blockft.errors import UserError
+from blockft.errors import UserError, check_type
 from blockft.inference.answer import Answer, PartialAnswer
 from blockft.inference.block_key import BlockKey, block_key
 from blockft.inference.decoding import decode_batch
 from blockft.inference.runner import BlockRunner, CacheOptions, Rotate
 from blockft.inference.sampling import Sampler
 from blockft.inference.text_stream import TextStream
+from blockft.inputs import check_path
 from blockft.model.load import load_model, load_tokenizer, parse_device
 from blockft.model.supported import block_attention_config
 
@@ -87,6 +88,8 @@ class Engine:
         rotate: Rotate = "auto",
         compile: bool = False,
     ) -> None:
+        check_type(prompt, (RagPrompt, NoneType), "prompt")
+        check_type(cache, (CacheOptions, NoneType), "cache")
         self.model, self.tokenizer = model, tokenizer
         self._lock = threading.Lock()  # also for the tokenizer, which some calls modify
         self._is_closed = False
@@ -131,6 +134,10 @@ class Engine:
         Raises:
             UserError: there is no such device or model, or the model is not supported; see `BlockRunner`.
         """
+        check_type(path, (str, Path), "path")
+        check_path(path, "model")
+        check_type(device, (str, NoneType), "device")
+        check_type(dtype, (torch.dtype, NoneType), "dtype", "write a type such as torch.bfloat16")
         path = str(path)
         torch_device = parse_device(device)
         dtype = dtype or (torch.bfloat16 if torch_device.type == "cuda" else torch.float32)

@@ -8,13 +8,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, get_args
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from blockft.attention.cached_context import TILE_PADDING
-from blockft.errors import UserError
+from blockft.errors import UserError, check_type
 from blockft.inference.block_cache import BlockCache, CacheHit, DamagedBlocks
 from blockft.inference.block_key import BlockKey, KVShape
 from blockft.inference.device_tier import DeviceTier, free_bytes, use_device
@@ -22,6 +23,7 @@ from blockft.inference.disk_tier import CacheModel, DiskTier
 from blockft.inference.host_tier import HostTier
 from blockft.inference.rotate_keys import RotatedKeysBatch, prefill_blocks
 from blockft.inference.rotate_queries import QueryRotationRunner, RotatedQueriesBatch
+from blockft.inputs import check_path, shorten
 from blockft.model.decoder_layers import compile_layers, rotary_embeddings
 from blockft.model.fingerprint import model_fingerprint
 from blockft.model.fused_linear import fuse_projections
@@ -29,6 +31,9 @@ from blockft.model.supported import uses_reencoded_positions
 
 ATTENTION = "block_cached"
 """The attention backend that computes blocks and reads cached ones."""
+
+MAX_CACHE_BYTES = 1 << 60
+"""Largest size of a tier of the cache."""
 
 Rotate = Literal["auto", "keys", "queries"]
 """The attention path: whether keys or queries are rotated. `auto` is `queries` on a GPU, otherwise `keys`."""
@@ -43,6 +48,9 @@ class CacheOptions:
     host_bytes    size of the host tier; None is a quarter of the free memory
     device_bytes  size of the device tier; None is half of the GPU memory that is free after loading the
                   model (on a CPU a quarter). Only `rotate="queries"` has a device tier.
+
+    Raises:
+        TypeError, UserError: a value is no path or no size.
 
     Example:
         >>> from pathlib import Path
@@ -62,6 +70,16 @@ class CacheOptions:
     disk_bytes: int | None = None
     host_bytes: int | None = None
     device_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        check_type(self.folder, (str, Path, NoneType), "folder")
+        if self.folder is not None:
+            check_path(self.folder, "the cache folder")
+        for name in ("disk_bytes", "host_bytes", "device_bytes"):
+            size = getattr(self, name)
+            check_type(size, (int, NoneType), name)
+            if isinstance(size, bool) or (size is not None and not 0 <= size <= MAX_CACHE_BYTES):
+                raise UserError(f"{name} is {shorten(repr(size))}, it should be 0 to {MAX_CACHE_BYTES} bytes")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from blockft.inference.cache_entry import CacheModel, DamagedEntry, EntryReader
 from blockft.inference.cache_folder import CacheFolder, EntryInfo
 from blockft.inference.disk_tier import DiskTier
 from blockft.inference.engine import Engine
+from blockft.inputs import MAX_TEXT_BYTES, check_readable, decode_text, parse_json
 from blockft.printable import print_text
 from blockft.progress import progress, track
 from blockft.stages.generate import CacheArguments
@@ -67,12 +68,10 @@ class Corpus:
                 continue
             location = f"{self.name}, line {number}"
             try:
-                record: Any = json.loads(line)
+                record = parse_json(decode_text(line, location, max_bytes=MAX_TEXT_BYTES), location)
                 yield CorpusLine(location, len(line), parse_document(record))
             except RecordError as error:
                 raise UserError(f"{location}: {error}") from error
-            except (ValueError, RecursionError) as error:  # a ValueError also if it is not UTF-8
-                raise UserError(f"{location} is not JSON: {error}") from error
 
 
 def build_cache(model: str, corpus: Path, cache: CacheArguments) -> None:
@@ -167,6 +166,10 @@ def _document_keys(engine: Engine, lines: Sequence[CorpusLine]) -> list[BlockKey
 def _open_corpus(path: Path) -> Iterator[Corpus]:
     """Open a corpus; a pipe can be read only once, so it is copied into a temporary file."""
     with ExitStack() as stack:
+        if path == STDIN and sys.stdin is None:
+            raise UserError("- cannot be read: standard input is closed")
+        if path != STDIN:
+            check_readable(path, "the corpus")
         try:
             file = sys.stdin.buffer if path == STDIN else stack.enter_context(path.open("rb"))
         except OSError as error:

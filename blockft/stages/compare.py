@@ -14,6 +14,7 @@ from blockft.errors import UserError
 from blockft.evaluation.metrics import METRICS
 from blockft.evaluation.report import REPEATED, check_report
 from blockft.evaluation.report_render import TITLES, draw_scores, format_score
+from blockft.inputs import read_json
 from blockft.outputs import save_figure
 from blockft.printable import print_text
 from blockft.stages.evaluate import PLOTTED_METRIC, REPORT
@@ -96,7 +97,7 @@ def _name_reports(paths: Sequence[Path]) -> dict[str, Path]:
     """
     folders = [path.parent if path.name == REPORT else path for path in paths]
     for i, folder in enumerate(folders):
-        if folder.resolve() in (other.resolve() for other in folders[:i]):
+        if os.path.realpath(folder) in map(os.path.realpath, folders[:i]):
             raise UserError(f"{paths[i]} is given twice: name different reports")
     # the path "." has no name of its own
     short_names = [Path(os.path.abspath(folder)).name for folder in folders]
@@ -147,15 +148,11 @@ def read_report(path: Path) -> dict[str, Any]:
         UserError: the report cannot be read, or is not one of this version.
     """
     file = path / REPORT if path.is_dir() else path
+    if not file.exists():
+        raise UserError(f"{path} holds no {REPORT}: write one with blockft eval")
+    report = read_json(file, "the report")
     try:
-        report = json.loads(file.read_text(encoding="utf-8"))
         check_report(report)
-    except FileNotFoundError:
-        raise UserError(f"{path} holds no {REPORT}: write one with blockft eval") from None
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON: {error}") from error
     except ValueError as error:
         raise UserError(f"{file} is not a report of blockft eval: {error}") from error
     return cast(dict[str, Any], report)

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from itertools import chain, islice, repeat, zip_longest
 from operator import itemgetter
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from blockft.data.split import SPLIT_FORMATS
 from blockft.data.statistics import histogram
 from blockft.data.tokenizer import tokenizer_fingerprint
 from blockft.digest import digest_json
-from blockft.errors import UserError, warn
+from blockft.errors import UserError, check_type, warn
 from blockft.evaluation.answer_questions import (
     TOO_LONG,
     AnswerFile,
@@ -86,6 +87,10 @@ def evaluate(
             evaluation with other options; a question has no answers; no question fits into the model; see
             `model_revision` and `Engine.load`.
     """
+    check_type(model, (str, Path), "model")
+    check_type(recipe_or_data, (Recipe, str, Path), "recipe_or_data")
+    check_type(overrides, (list, tuple), "overrides", "write a list of key=value")
+    check_type(modes, (list, tuple, NoneType), "modes", "write a list of block and full")
     model = str(model)
     if isinstance(recipe_or_data, Path):
         recipe_or_data = str(recipe_or_data)
@@ -143,6 +148,8 @@ def evaluation_recipe(
             )
         if modes is None or recipe_or_data.eval is None:
             return recipe_or_data
+        if unknown := [mode for mode in modes if mode not in list(Mode)]:
+            raise UserError(f"modes has {unknown[0]!r} (allowed: {', '.join(Mode)})")
         recipe = recipe_or_data.model_copy(deep=True)
         assert recipe.eval is not None
         recipe.eval.modes = [Mode(mode) for mode in modes]

@@ -15,10 +15,11 @@ from blockft.config.settings import Recipe
 from blockft.console import PlainConsole
 from blockft.data.encoder import Encoder
 from blockft.data.prepared import FILES
-from blockft.errors import UserError, warn
+from blockft.errors import UserError, check_type, warn
 from blockft.evaluation.report import ALL
 from blockft.evaluation.report_render import TITLES, format_score
 from blockft.folder_lock import reading_folder
+from blockft.inputs import check_path
 from blockft.markdown import code_span, markdown_table
 from blockft.model.checkpoint import (
     MARKER,
@@ -91,6 +92,10 @@ def export(
             upload fails: then the folder is complete, and the message says how to repeat the upload.
         RuntimeError: the logits differ from those of the run.
     """
+    for name, value in (("run", run), ("output_dir", output_dir)):
+        check_type(value, (str, Path), name)
+        check_path(value, name)
+    check_type(max_shard_size, str, "max_shard_size", "write a size such as 5GB")
     silence_known_warnings()
     run, output_dir = Path(run), Path(output_dir)
     with own_output(output_dir, "blockft export", {"the run": run}) as out:

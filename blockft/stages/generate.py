@@ -17,6 +17,7 @@ from blockft.inference.block_cache import Tier
 from blockft.inference.engine import AttentionMode, Engine
 from blockft.inference.runner import CacheOptions
 from blockft.inference.sampling import Sampler
+from blockft.inputs import parse_json, read_stdin, read_text
 from blockft.printable import print_answer, print_text
 from blockft.progress import progress
 from blockft.units import format_count, parse_bytes
@@ -132,13 +133,9 @@ def _read_lines(source: str) -> list[tuple[int, str]]:
     """Return the lines that are not blank, each with its number.
 
     Raises:
-        UserError: the file cannot be read, or all lines are blank.
+        UserError: the file cannot be read or is not UTF-8, or all lines are blank.
     """
-    try:
-        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--input {source} cannot be read: {error}") from error
-    text = text.removeprefix("\ufeff")  # a byte order mark
+    text = read_stdin("--input") if source == "-" else read_text(Path(source), "--input")
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise UserError(f"--input {source} holds no request")
@@ -146,10 +143,7 @@ def _read_lines(source: str) -> list[tuple[int, str]]:
 
 
 def _parse_request(line: str, engine: Engine, location: str) -> Sample:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{location} is not JSON: {error}") from error
+    record = parse_json(line, location)
     return engine.parse_request(record, location)
 
 

@@ -27,7 +27,7 @@ from blockft.data.sources import SOURCE_FORMATS, RecordCounts
 from blockft.data.split import SPLIT_FORMATS, split_sample
 from blockft.data.statistics import ExampleStatistics, SourceStatistics, histogram
 from blockft.data.tokenizer import tokenizer_fingerprint
-from blockft.errors import UserError, warn
+from blockft.errors import UserError, check_type, warn
 from blockft.model.load import load_tokenizer
 from blockft.outputs import OwnedFolder, atomic_folder, check_absent
 from blockft.progress import counter
@@ -62,6 +62,7 @@ def prepare(recipe: Recipe, *, overwrite: bool = False) -> Path:
         UserError: the folder exists, or another process reads or writes it; a source or the tokenizer cannot
             be read; a record is bad and `data.on_bad_record` is error; no example is left.
     """
+    check_type(recipe, Recipe, "recipe", "load_recipe reads one from a YAML file")
     inputs = {"model.path": recipe.model.path}
     inputs |= {f"data.sources.{index}.path": source.path for index, source in enumerate(recipe.data.sources)}
     run = {"train.output_dir": recipe.train.output_dir}

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -22,7 +23,7 @@ from blockft.config.settings import Recipe
 from blockft.console import PlainConsole
 from blockft.data.prepared import PreparedData, load_prepared
 from blockft.data.tokenizer import tokenizer_fingerprint
-from blockft.errors import UserError, is_first_of_host, notify, warn
+from blockft.errors import UserError, check_type, is_first_of_host, notify, warn
 from blockft.folder_lock import FolderLock, reading_folder
 from blockft.model.checkpoint import (
     check_incomplete,
@@ -46,6 +47,12 @@ from blockft.run_folder import (
     write_recipe,
 )
 from blockft.stages.output_folder import own_output
+from blockft.training.deepspeed_config import (
+    check_deepspeed_config,
+    is_shipped,
+    load_deepspeed_config,
+    zero_stage,
+)
 from blockft.training.distributed import (
     check_ranks,
     init_distributed,
@@ -65,15 +72,13 @@ from blockft.training.plan import (
     ZERO_STAGE,
     RunPlan,
     check_run_signature,
-    check_trackers,
     choose_backend,
     default_dtype,
     describe_architecture,
     hold_out_examples,
-    load_deepspeed_config,
-    zero_stage,
 )
 from blockft.training.row_dataset import RowDataset
+from blockft.training.trackers import check_trackers
 from blockft.units import format_count
 
 if TYPE_CHECKING:
@@ -117,8 +122,10 @@ def train(recipe: Recipe, *, resume: bool = False, name: str | None = None) -> P
         UserError: recipe, prepared data, model and number of processes do not fit together; the folder exists
             and `resume` is not set, or cannot be resumed; another process writes it or the prepared data; a
             loss is not finite; the disk is full.
+        TypeError: `recipe` is no recipe.
         RunStopped: the run was asked to stop and has saved a checkpoint.
     """
+    check_type(recipe, Recipe, "recipe", "load_recipe reads one from a YAML file")
     set_worker_environment()
     silence_known_warnings()
     # the other ranks share the lock of the first one as soon as all are connected
@@ -237,11 +244,12 @@ def _restored_process_state() -> Iterator[None]:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    may_set = threading.current_thread() is threading.main_thread()
     try:
         yield
     finally:
         unset_hf_deepspeed_config()
-        for number, handler in handlers.items():
+        for number, handler in handlers.items() if may_set else ():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
@@ -305,12 +313,27 @@ def build_plan(recipe: Recipe, num_processes: int) -> RunPlan:
     check_schedule(
         settings.lr_scheduler_type,
         settings.lr_scheduler_kwargs,
+        learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_steps,
         num_steps=num_steps,
     )
     dtype = parse_dtype(recipe.model.dtype, default_dtype())
     backend = choose_backend(recipe.model.attention.value)
     deepspeed = load_deepspeed_config(settings.deepspeed, RECIPES_FOLDER / "deepspeed")
+    if not is_shipped(settings.deepspeed, RECIPES_FOLDER / "deepspeed"):
+        check_deepspeed_config(
+            deepspeed,
+            settings.deepspeed,
+            num_processes=num_processes,
+            batch_rows=settings.batch_rows,
+            dtype=dtype,
+            max_grad_norm=settings.max_grad_norm,
+            learning_rate=settings.learning_rate,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            weight_decay=settings.weight_decay,
+            num_steps=num_steps,
+            warmup_steps=settings.warmup_steps,
+        )
     return RunPlan(
         rows=rows,
         eval_rows=eval_rows,

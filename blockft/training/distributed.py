@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import re
 import secrets
 import socket
 import sys
@@ -12,11 +13,18 @@ import torch
 import torch.distributed as dist
 
 from blockft.errors import UserError
+from blockft.inputs import shorten
 from blockft.outputs import TEMPORARY
 from blockft.training.compiler_lock import watch_compiler_locks
 from blockft.training.library_internals import forget_process_groups, unlink_shared_memory
 from blockft.training.library_warnings import library_output_on_stderr
 from blockft.units import format_count
+
+MAX_WORLD_SIZE = 1 << 20
+"""Largest number of processes of a run."""
+
+MAX_TIMEOUT_MINUTES = 1_000_000
+"""Largest time that DeepSpeed waits for processes."""
 
 
 def is_worker() -> bool:
@@ -33,7 +41,11 @@ def set_worker_environment() -> None:
     """Set the environment variables of a worker; without a launcher the process is the only rank.
 
     Call it before the first import of deepspeed. DeepSpeed would look for MPI if the variables were missing.
+
+    Raises:
+        UserError: see `check_worker_environment`.
     """
+    check_worker_environment()
     if use_cpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # DeepSpeed compiles with the ninja installed beside this Python, which is seldom on PATH over ssh
@@ -41,6 +53,40 @@ def set_worker_environment() -> None:
     if not is_worker():
         single_rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(single_rank, MASTER_PORT=str(find_free_port()))
+
+
+def check_worker_environment() -> None:
+    """Check the variables that a launcher sets, if a launcher started this process.
+
+    Raises:
+        UserError: a variable is missing or has a value that no launcher gives it.
+    """
+    _read_variable("DEEPSPEED_TIMEOUT", 1, MAX_TIMEOUT_MINUTES, default=1)
+    if not is_worker():
+        return
+    num_processes = _read_variable("WORLD_SIZE", 1, MAX_WORLD_SIZE)
+    _read_variable("RANK", 0, num_processes - 1)
+    _read_variable("LOCAL_RANK", 0, num_processes - 1)
+    _read_variable("MASTER_PORT", 1, 65535)
+    if not os.environ.get("MASTER_ADDR", "").strip():
+        raise UserError("RANK is set, but MASTER_ADDR is not: set it to the address of the first host")
+
+
+def _read_variable(name: str, smallest: int, largest: int, default: int | None = None) -> int:
+    value = os.environ.get(name)
+    if value is None and default is not None:
+        return default
+    if value is None:
+        raise UserError(
+            f"RANK is set, but {name} is not: start the processes with deepspeed, torchrun or --num-gpus, or "
+            "unset RANK"
+        )
+    if not re.fullmatch(r"\d{1,9}", value, re.ASCII) or not smallest <= int(value) <= largest:
+        raise UserError(
+            f"the environment variable {name} is {shorten(value)!r}, it should be a whole number from "
+            f"{smallest} to {largest}: correct or unset it"
+        )
+    return int(value)
 
 
 def find_free_port() -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blockft.errors import UserError
+from blockft.inputs import read_text, shorten
 from blockft.training.library_internals import launcher_pattern
 
 PDSH_FAILURE = re.compile(r"pdsh@[^:]*: (\S+): ssh exited with exit code \d+")
@@ -50,21 +51,18 @@ def read_hostfile(path: Path) -> dict[str, int]:
     Raises:
         UserError: the file cannot be read, a line is malformed, or a host is listed twice or has no slots.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the hostfile {path} cannot be read: {error}") from error
+    lines = read_text(path, "the hostfile").splitlines()
     slots: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         entry = line.split("#", 1)[0].strip()
         if not entry:
             continue
         # a plain name only: pdsh reads ranges and exclusions into other characters
-        match = re.fullmatch(r"(\w[\w.@-]*)\s+slots=([1-9]\d*)", entry)
+        match = re.fullmatch(r"(\w[\w.@-]*)\s+slots=([1-9]\d{0,5})", entry)
         if not match:
             raise UserError(
-                f"{path}, line {number} is {line.strip()!r}: write a host and its number of processes, "
-                "for example node0 slots=8"
+                f"{path}, line {number} is {shorten(line.strip())!r}: write a host and its number of "
+                "processes, for example node0 slots=8"
             )
         if match[1] in slots:
             raise UserError(f"{path}, line {number} names {match[1]} again: give each host one line")
@@ -203,10 +201,10 @@ def _pdsh(hosts: Hosts, command: str) -> subprocess.CompletedProcess[str]:
 def _check_environment_files() -> None:
     """Check the environment files, in which DeepSpeed fails on any other line, also comments."""
     for path in (Path.home() / ENVIRONMENT, Path(ENVIRONMENT)):
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        lines = read_text(path, "the file").splitlines() if path.is_file() else []
         for number, line in enumerate(lines, start=1):
             if not re.match(r"[A-Za-z_]\w*=", line):
-                raise UserError(f"{path}, line {number} is {line!r}: every line must be NAME=VALUE")
+                raise UserError(f"{path}, line {number} is {shorten(line)!r}: every line must be NAME=VALUE")
 
 
 def _is_free(port: int) -> bool:

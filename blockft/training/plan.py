@@ -1,6 +1,5 @@
 """The plan of a run: its rows and steps, how they are computed, and its run signature."""
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,12 +8,12 @@ from typing import Any
 
 import torch
 from torch.utils.data import Subset
-from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from blockft.data.encoder import Example
 from blockft.data.prepared import Examples
 from blockft.errors import UserError
 from blockft.model.checkpoint import read_marker
+from blockft.training.deepspeed_config import zero_stage
 from blockft.training.distributed import use_cpu
 from blockft.training.row_dataset import RowDataset
 from blockft.units import format_count
@@ -101,44 +100,6 @@ def hold_out_examples(
         Subset(examples, [index for index in range(len(examples)) if index not in held_out]),
         Subset(examples, sorted(held_out)),
     )
-
-
-def load_deepspeed_config(name: str, shipped: Path) -> dict[str, Any]:
-    """Return the DeepSpeed config of a JSON file, or of a name in the folder of `shipped` configs.
-
-    Raises:
-        UserError: there is no such file, or it holds no DeepSpeed config.
-    """
-    path = shipped / f"{name}.json"
-    if not path.is_file():
-        path = Path(name)
-    if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in shipped.glob("*.json")))
-        raise UserError(f"train.deepspeed {name!r} is neither a file nor the name of a shipped one ({names})")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
-        raise UserError(f"{path} should hold a JSON object, and its zero_optimization another one")
-    return config
-
-
-def zero_stage(deepspeed: Mapping[str, Any]) -> int:
-    """Return the ZeRO stage of a DeepSpeed config."""
-    return deepspeed.get("zero_optimization", {}).get("stage", 0)
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """Check that transformers knows every tracker in `names`.
-
-    Raises:
-        UserError: transformers does not know one of the trackers.
-    """
-    try:
-        get_reporting_integration_callbacks([name for name in names if name not in ("none", "all")])
-    except ValueError as error:
-        raise UserError(f"train.report_to cannot be used: {error}") from error
 
 
 def describe_architecture(config: Any) -> dict[str, Any]:

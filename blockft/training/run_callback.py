@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,10 @@ class RunCallback(TrainerCallback):
         self.trainer.throughput.restart(state.global_step)
         if self._unlogged:
             restore_unlogged_loss(self.trainer, self._unlogged)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._request_stop)
+        # Python lets only the main thread handle signals; a run in another thread is stopped by its owner
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._request_stop)
 
     def _request_stop(self, number: int, frame: Any) -> None:
         signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from blockft.config.choices import Mode, Retriever
 from blockft.config.recipe import build_recipe, dump_recipe, list_recipes, load_recipe
 from blockft.errors import UserError
+from blockft.inputs import shorten
 
 SETTINGS: dict[str, Any] = {
     "model": {"path": "m"},
@@ -59,6 +60,26 @@ SETTINGS: dict[str, Any] = {
             "model.xyz=1",
             ": unknown key model.xyz (allowed: path, revision, chat_template, init, attention, dtype)",
         ),
+        (f"train.batch_rows={10**400}", "(401 characters), it should be at most 65,536"),
+        (f"data.seed={2**63}", "it should be at most 9,223,372,036,854,775,807"),
+        ("train.num_train_epochs=10001", "it should be at most 10,000"),
+        ("data.row_len=010", "line 1: 010 is an octal number in YAML: write a decimal number"),
+        ("model.revision=0x1f", "a hexadecimal number"),
+        ("train.max_steps=1:30", "a number in base 60"),
+        ("train.output_dir=2026-01-31", "a date in YAML: write a decimal number, or a text in quotes"),
+        ("model.path=.inf", ": model.path is inf, it should be a string: put quotes around it"),
+        ("model.path=yes", ": model.path is True, it should be a string: put quotes around it"),
+        ("data.output_dir=", ": data.output_dir is missing"),
+        ("data.output_dir='  '", ": data.output_dir '  ' is empty: name a file or a folder"),
+        ("data.output_dir=~/data", ": data.output_dir '~/data' starts with ~"),
+        ('train.output_dir="a\\0b"', ": train.output_dir contains a NUL character"),
+        ("train.teacher=a/" + "b" * 256, "has a name of more than 255 bytes"),
+        ("train.deepspeed=" + "a/" * 2100, "is longer than 4095 bytes"),
+        ("train.lora={1: 2}", ": train.lora has the key 1, it should be a text"),
+        ("train.lora={r: 1, r: 2}", "line 1: the key 'r' occurs twice"),
+        ("train.lora=" + "[" * 60 + "]" * 60, "the nesting is deeper than 50"),
+        ("train.lora={a: &x [1], b: [*x, &y {c: *y}]}", "*y stands for what contains it"),
+        ("data.seed=${data.seed}", "data.seed"),
         ("data.output_dir=${none}", ": Interpolation key 'none' not found (at data.output_dir)"),
     ],
 )
@@ -66,7 +87,7 @@ def test_a_wrong_override_is_named(override: str, message: str) -> None:
     with pytest.raises(UserError) as raised:
         build_recipe(SETTINGS, ["data.seed=1", override, "train.seed=1"], "r.yaml")
     found = str(raised.value)
-    assert found.startswith(override.rstrip()) and message in found
+    assert found.startswith(shorten(override.rstrip())) and message in found
     assert "\n" not in found and "full_key" not in found and "r.yaml" not in found
 
 
@@ -93,7 +114,6 @@ def test_all_faults_are_reported_with_their_origin() -> None:
         ("train.torch_compile=on", True),
         ("train.teacher=7", "7"),
         ("train.deepspeed=${model.path}", "m"),
-        (f"train.batch_rows={10**400}", 10**400),
     ],
 )
 def test_values_are_converted_to_the_type_of_the_setting(override: str, value: object) -> None:

@@ -104,7 +104,7 @@ def test_all_settings_are_listed_at_80_columns(monkeypatch: pytest.MonkeyPatch) 
     for section in list_sections():
         for setting in section.settings:
             assert setting.type.startswith("section") or f"\n{setting.key}: {setting.type}," in done.stdout
-    assert "data.row_len: integer, default 4096 (at least 1)" in done.stdout
+    assert "data.row_len: integer, default 4096 (at least 1, at most 16,777,216)" in done.stdout
     assert "train.adam_beta2: number, default 0.95 (at least 0, below 1)" in done.stdout
 
 

@@ -1,0 +1,169 @@
+"""Files and texts that users name: check paths, and read small files of text and JSON."""
+
+import json
+import os
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+
+from blockft.errors import UserError
+
+MAX_NAME_BYTES = 255
+"""Longest name of a file that Linux file systems take."""
+
+MAX_PATH_BYTES = 4095
+"""Longest path that Linux takes."""
+
+MAX_TEXT_BYTES = 1 << 28
+"""Largest file that is read as a whole."""
+
+
+def path_problem(path: str) -> str | None:
+    """Return why no file can have this path, or None. The file itself is not looked up."""
+    if not path.strip():
+        return "is empty: name a file or a folder"
+    if problem := text_problem(path):
+        return problem
+    if path == "~" or path.startswith("~/"):
+        return "starts with ~, which only a shell replaces: write the whole path"
+    if len(os.fsencode(path)) > MAX_PATH_BYTES:
+        return f"is longer than {MAX_PATH_BYTES} bytes: choose a shorter path"
+    if max(len(os.fsencode(name)) for name in path.split("/")) > MAX_NAME_BYTES:
+        return f"has a name of more than {MAX_NAME_BYTES} bytes: choose a shorter name"
+    return None
+
+
+def text_problem(text: str) -> str | None:
+    """Return why a text cannot be part of a recipe, a path or a file in UTF-8, or None."""
+    if "\0" in text:
+        return "contains a NUL character: remove it"
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return "is not valid UTF-8: remove the bytes that are not"
+    return None
+
+
+def check_path(path: str | Path, name: str) -> None:
+    """Check that a file can have this path. `name` says in messages where the path comes from.
+
+    Raises:
+        UserError: see `path_problem`.
+    """
+    if problem := path_problem(str(path)):
+        raise UserError(f"{name} {shorten(str(path))!r} {problem}")
+
+
+def check_readable(path: Path, name: str) -> None:
+    """Check that a path is a file, or a pipe or terminal that this process has open.
+
+    Raises:
+        UserError: the path is a folder, a device or a named pipe, or nothing is there.
+    """
+    check_path(path, name)
+    try:
+        mode = path.stat().st_mode
+        target = os.path.realpath(path)
+        is_named_pipe = stat.S_ISFIFO(mode) and os.path.exists(target)
+    except OSError as error:
+        raise UserError(f"{name} {path} cannot be read: {error.strerror}") from error
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{name} {path} cannot be read: it is a folder, not a file")
+    if is_named_pipe:
+        raise UserError(f"{name} {path} cannot be read: it is a named pipe; give its content as a file")
+    is_terminal = stat.S_ISCHR(mode) and "/pts/" in target or "/tty" in target
+    if stat.S_ISBLK(mode) or (stat.S_ISCHR(mode) and not is_terminal):
+        raise UserError(f"{name} {path} cannot be read: it is a device, not a file")
+
+
+def read_text(path: Path, name: str, *, max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """Return the text of a file in UTF-8, without its byte order mark.
+
+    Raises:
+        UserError: the file cannot be read, is larger than `max_bytes`, or is not UTF-8. The message begins
+            with `name`, which says what the file is for.
+    """
+    check_readable(path, name)
+    try:
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise UserError(f"{name} {path} cannot be read: {error.strerror}") from error
+    return decode_text(data, f"{name} {path}", max_bytes=max_bytes)
+
+
+def read_stdin(name: str, *, max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """Return the text of standard input in UTF-8, whatever the encoding of the terminal.
+
+    Raises:
+        UserError: see `read_text`; standard input is closed.
+    """
+    if sys.stdin is None or sys.stdin.closed:
+        raise UserError(f"{name} - cannot be read: standard input is closed")
+    if not hasattr(sys.stdin, "buffer"):  # a stream of text that a caller put in its place
+        return sys.stdin.read()
+    try:
+        data = sys.stdin.buffer.read(max_bytes + 1)
+    except OSError as error:
+        raise UserError(f"{name} - cannot be read: {error.strerror}") from error
+    return decode_text(data, f"{name} -", max_bytes=max_bytes)
+
+
+def decode_text(data: bytes, name: str, *, max_bytes: int) -> str:
+    """Decode the content of a file in UTF-8, without its byte order mark.
+
+    Raises:
+        UserError: the data are longer than `max_bytes`, are not UTF-8 or contain a NUL character.
+    """
+    if len(data) > max_bytes:
+        raise UserError(f"{name} is larger than {max_bytes:,} bytes: name another file, or divide it")
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{name} is UTF-16: save it as UTF-8")
+    try:
+        text = data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 text (byte {error.start + 1}): save it as UTF-8") from error
+    if "\0" in text:
+        raise UserError(f"{name} is not text: it contains a NUL character")
+    return text
+
+
+def read_json(path: Path, name: str) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        UserError: see `read_text`; the file is not JSON.
+    """
+    return parse_json(read_text(path, name), f"{name} {path}")
+
+
+def parse_json(text: str, name: str) -> Any:
+    """Decode JSON.
+
+    Raises:
+        UserError: the text is not JSON, repeats a key, or is nested too deeply. The message begins with
+            `name`.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_without_repeated_keys)
+    except RecursionError as error:
+        raise UserError(f"{name} is not JSON that can be read: it is nested too deeply") from error
+    except ValueError as error:
+        raise UserError(f"{name} is not JSON: {error}") from error
+
+
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        repeated = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"the key {shorten(repeated)!r} occurs twice in one object")
+    return found
+
+
+def shorten(text: str, max_len: int = 200) -> str:
+    """Return the text, or its start and end if it is longer than `max_len` characters."""
+    if len(text) <= max_len:
+        return text
+    half = max_len // 2
+    return f"{text[:half]} ... {text[-half:]} ({len(text):,} characters)"
