@@ -143,9 +143,7 @@ def train(
     ] = False,
     node_rank: Annotated[
         int | None,
-        typer.Option(
-            min=0, max=MAX_PROCESSES, help="With --no-ssh: place of this host in the hostfile, from 0."
-        ),
+        typer.Option(help="With --no-ssh: place of this host in the hostfile, from 0."),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the last complete checkpoint of the run.")

@@ -219,7 +219,7 @@ def test_an_impossible_run_is_refused(toy: Path, arguments: tuple[str, ...], mes
         ("train.report_to=[foo]", "foo"),
         ("model.attention=flex", "needs a GPU"),
         ("train.deepspeed={toy}/started/list.json", "should hold a JSON object"),
-        ("train.deepspeed={toy}/started/stage.json", "should hold a JSON object"),
+        ("train.deepspeed={toy}/started/stage.json", "it should be an object"),
     ],
 )
 def test_a_dry_run_refuses_the_settings_that_a_run_refuses(toy: Path, override: str, message: str) -> None:
