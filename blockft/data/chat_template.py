@@ -135,6 +135,8 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._name = tokenizer.name_or_path or "the tokenizer"
         template = tokenizer.get_chat_template()
+        if not isinstance(template, str):
+            raise UserError(f"the chat template of {self._name} is {template!r:.60}, it should be a text")
         self._lines_before = int("strftime_now" in template)
         self._template = FIXED_DATE * self._lines_before + template
         self._prompt_markup_cache: dict[tuple[Roles, bool], _TemplateMarkup] = {}

@@ -195,20 +195,22 @@ def _save_model(
     shard_bytes: int,
     end_token_ids: Collection[int],
 ) -> None:
-    """Write the model of a run, its adapter merged.
-
-    Plain transformers stops at the ids in the generation config, so `end_token_ids` are added to them.
-    """
+    """Write the model of a run, its adapter merged."""
     load_weights = _merge_adapter if has_adapter else _load_all_weights
     model = load_weights(checkpoint, recipe, dtype)
     model.config.block_attention = _block_attention_entry(recipe)
     if (checkpoint / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint)
-    configured = model.generation_config.eos_token_id
-    configured_ids = configured if isinstance(configured, list) else [configured]
-    if missing := sorted({*end_token_ids} - {*configured_ids}):
-        model.generation_config.eos_token_id = [id for id in configured_ids if id is not None] + missing
+    add_end_tokens(model.generation_config, end_token_ids)
     model.save_pretrained(folder, max_shard_size=shard_bytes)
+
+
+def add_end_tokens(config: GenerationConfig, end_token_ids: Collection[int]) -> None:
+    """Let plain transformers stop at the tokens that end an answer, besides those of the configuration."""
+    configured = config.eos_token_id
+    ids = configured if isinstance(configured, list) else [] if configured is None else [configured]
+    if missing := sorted({*end_token_ids} - {*ids}):
+        config.eos_token_id = [*ids, *missing]
 
 
 def _block_attention_entry(recipe: Recipe) -> dict[str, Any]:

@@ -238,6 +238,11 @@ def test_the_default_of_several_templates_is_taken() -> None:
         ChatTemplate(named(tool_use=CHATML))
 
 
+def test_a_template_that_is_no_text_is_refused() -> None:
+    with pytest.raises(UserError, match="is 5, it should be a text"):
+        ChatTemplate(named(default=5))  # type: ignore[arg-type]
+
+
 def test_a_dated_template_prints_the_same_date_every_day() -> None:
     assert render_blocks([user("Who?")], (), DATED) == [f"26 Jul 2024{START}Who?{END}"]
     # the white space in front is the template's own

@@ -1,6 +1,7 @@
 """The content of a report, refused reports, and a report as a page and as a picture."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from blockft.evaluation.report import (
     summarize_scores,
 )
 from blockft.evaluation.report_render import draw_scores, report_markdown
+from blockft.outputs import save_figure
 
 
 def prediction(id: str, answer: str, *groups: str, hit_token_limit: bool = False) -> Prediction:
@@ -109,3 +111,16 @@ def test_a_picture_has_labels_beside_its_bars_and_one_colour_per_mode() -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "a", "b"]
     colours = [patch.get_facecolor() for patch in axes.patches if patch.get_width()]
     assert len(colours) == 8 and set(colours[::2]) == {colours[0]} and set(colours[1::2]) == {colours[1]}
+
+
+def test_names_of_models_and_sources_are_shown_as_they_are(tmp_path: Path) -> None:
+    odd = "s[/b] $x_{$ |`c`| *d*\n# e\x1b[2J"
+    answers = [prediction("1", "Paris", odd), prediction("2", "Rome", "other")]
+    report = build_report(odd, {"block": answers, "full": answers}, {odd: odd})
+    page = report_markdown(json.loads(json.dumps(report)))
+    shown = r"s[/b] $x_{$ \|\`c\`\| \*d\* # e\u001b[2J"
+    assert page.startswith(f"# Evaluation of {shown}\n\n")
+    assert f"| {shown} | 1 | 100.0" in page and "\x1b" not in page and "\n# e" not in page
+    for reports in ({odd: report["modes"]}, {odd: report["modes"], "b": report["modes"]}):
+        figure = draw_scores(reports, ["all", odd], "token_f1", title=odd)
+        save_figure(figure, tmp_path / "scores.png")

@@ -1,5 +1,6 @@
 """A model card names its base, licence, languages, last loss and scores, and shows how to load the model."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,17 @@ def test_the_code_of_a_card_loads_the_model_in_both_modes() -> None:
         compile(code.split("```")[0], "card", "exec")
     assert 'Engine.load("me/mine")' in card and '("block", "full")' in card
     assert 'AutoModelForCausalLM.from_pretrained("me/mine")' in card
+
+
+def test_a_card_shows_odd_names_as_they_are() -> None:
+    name, base = 'a"b\n```\\', BaseModel("[x](y)\n# z|`c`", None, {})
+    for is_adapter in (False, True):
+        card = build_card(name=name, base=base, recipe="x: |\n  ```\n  # no heading\n", is_adapter=is_adapter)
+        assert "\n# [x\\](y) # z\\|\\`c\\` for Block-Attention" in card
+        assert "````yaml\nx: |\n  ```\n  # no heading\n````" in card
+        assert f"Engine.load({json.dumps(name)})" in card
+    blocks = build_card(base=base, recipe="{x}: '{y}'\n").split("```yaml\n")
+    assert blocks[1].startswith("{x}: '{y}'\n```")
 
 
 def test_the_card_of_an_adapter_loads_its_base_and_then_the_adapter() -> None:

@@ -17,6 +17,7 @@ from blockft.data.encoder import IGNORE_INDEX, Encoder
 from blockft.data.prepared import load_prepared
 from blockft.data.sample import parse_sample
 from blockft.errors import UserError
+from blockft.stages.inspect import inspect
 from blockft.stages.prepare import TASK_SAMPLES, prepare, print_summary
 from tests.data.test_squad import article
 from tests.data.toys import CHATML
@@ -479,3 +480,20 @@ def test_names_with_brackets_are_printed_unchanged(
     prepare(recipe)
     print_summary(recipe)
     assert "[red].jsonl" in capsys.readouterr().out
+
+
+def test_paths_and_sources_are_printed_without_markup(
+    make_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = "q[/b] $x$ :smile: \x1b[2J\u202e"
+    recipe = make_recipe(output_dir=str(tmp_path / odd / "data"))
+    source = Path(recipe.data.sources[0].path)
+    (tmp_path / odd).mkdir(parents=True)
+    recipe.data.sources[0].path = str(source.rename(tmp_path / odd / "source.jsonl"))
+    prepare(recipe)
+    print_summary(recipe)
+    printed = capsys.readouterr()
+    assert r"q[/b] $x$ :smile: \u001b[2J\u202e/data: 200 examples" in printed.out
+    inspect(Path(recipe.data.output_dir), png=tmp_path / "mask.png")
+    printed_all = printed.out + printed.err + "".join(capsys.readouterr())
+    assert r":smile: \u001b[2J\u202e" in printed_all and not set(printed_all) & {"\x1b", "\u202e"}
