@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -362,5 +363,7 @@ def save_figure(figure: Any, path: Path) -> None:
         UserError: see `check_writable`.
     """
     check_writable(path)
-    with _atomic_file(path) as temporary:
+    with _atomic_file(path) as temporary, warnings.catch_warnings():
+        # a name in a script that matplotlib's font lacks is drawn as boxes
+        warnings.filterwarnings("ignore", r"Glyph .* missing from font")
         figure.savefig(temporary, dpi=120, format="png")

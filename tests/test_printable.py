@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -81,12 +82,13 @@ def test_an_answer_is_escaped_on_a_terminal_only(
 def test_pictures_show_dollars_and_markup_as_they_are(tmp_path: Path) -> None:
     figure = Figure()
     axes = figure.subplots()
-    name = plain_label("out/$x_{$ costs $5 \\alpha" + CONTROLS)
+    name = plain_label("out/$x_{$ costs $5 \\alpha 漢字" + CONTROLS)
     axes.set(title=name, xlabel=name)
     axes.set_yticks([0.5], [name])
     axes.plot([0, 1], label=name)
     figure.legend()
-    save_figure(figure, tmp_path / "figure.png")
+    with warnings.catch_warnings(action="error"):
+        save_figure(figure, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 

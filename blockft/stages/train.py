@@ -388,8 +388,8 @@ def _check_prepared(recipe: Recipe, prepared: PreparedData, tokenizer: PreTraine
     if prepared.manifest["tokenizer"] != tokenizer_fingerprint(tokenizer):
         raise UserError(
             f"{data.output_dir} was prepared with the tokenizer of {prepared.manifest['model']['path']}, "
-            f"not with that of {recipe.model.path}: run blockft prepare for this model, "
-            "with another data.output_dir"
+            f"not with that of {recipe.model.path}, or with another model.chat_template: run blockft prepare "
+            "for this model, with another data.output_dir"
         )
     if settings.teacher is not None:
         load_config(settings.teacher)
