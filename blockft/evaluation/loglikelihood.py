@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from blockft.attention.layout import Layout
 from blockft.errors import UserError
 from blockft.model.masked_forward import masked_logits
+from blockft.model.supported import check_token_ids
 
 ROW_TOKENS = 4096
 """Requests are scored in rows of about this many tokens."""
@@ -65,6 +66,8 @@ def compute_loglikelihoods(
     }
     num_positions = model.config.max_position_embeddings
     for request in requests:
+        for ids in (*request.context, request.final):
+            check_token_ids(ids, model.config.vocab_size, "a prompt or its continuation")
         # the last token is predicted, not read
         num_tokens = sum(map(len, request.context)) + len(request.final) - 1
         if num_tokens > num_positions:

@@ -26,7 +26,7 @@ from blockft.inference.sampling import Sampler
 from blockft.inference.text_stream import TextStream
 from blockft.inputs import check_path
 from blockft.model.load import load_model, load_tokenizer, parse_device
-from blockft.model.supported import block_attention_config
+from blockft.model.supported import block_attention_config, check_token_ids
 
 AttentionMode = Literal["block", "full"]
 """`block`: local blocks attend to themselves and come from the cache. `full`: plain causal attention."""
@@ -370,7 +370,12 @@ class Engine:
             raise UserError(
                 f"a document has {longest} tokens, the model has {self._num_positions} positions: shorten it"
             )
+        self._check_ids(blocks)
         return [block_key(block) for block in blocks]
+
+    def _check_ids(self, blocks: Sequence[Sequence[int]]) -> None:
+        for block in blocks:
+            check_token_ids(block, self.model.config.vocab_size, "a prompt")
 
     @contextmanager
     def _open(self) -> Iterator[None]:
@@ -404,6 +409,7 @@ class Engine:
         for prompt in prompts:
             if not prompt or not all(len(block) for block in prompt):
                 raise UserError("a prompt has no block, or an empty one: each needs at least one token")
+            self._check_ids(prompt)
             if (needed := sum(map(len, prompt)) + max_new_tokens) > self._num_positions:
                 raise UserError(
                     f"a prompt and its answer need {needed} tokens, "

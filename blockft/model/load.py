@@ -1,17 +1,20 @@
 """Load models, configurations and tokenizers from folders and from the Hub."""
 
+import copy
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,15 +23,29 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from blockft.attention.backends import BACKENDS
-from blockft.errors import UserError
+from blockft.errors import UserError, first_line
+from blockft.file_content import check_content
 from blockft.model.lora import merge_adapter
 from blockft.model.model_files import verify_model_files
-from blockft.model.supported import block_attention_config, check_supported
+from blockft.model.supported import (
+    block_attention_config,
+    check_settings,
+    check_special_ids,
+    check_supported,
+    check_vocabulary,
+)
+from blockft.model.weights import check_weights, error_prefix, find_file
 from blockft.progress import is_enabled
 from blockft.run_folder import RECIPE
 
 BLOCK_ATTENTION = "block_attention.json"
 """The file of an adapter's export with the entry `block_attention`, because an adapter has no config.json."""
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""The file that makes a folder the folder of an adapter."""
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
+"""Files of a tokenizer that are never empty."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Types in which weights can be loaded, by name."""
@@ -69,21 +86,37 @@ def parse_device(name: str | None) -> torch.device:
 def load_config(path: str, revision: str | None = None) -> PreTrainedConfig:
     """Return the configuration of a folder or Hub id; for an adapter, that of its base model.
 
+    Code in the folder or repository is never run: the model is that of transformers for its model type.
+
     Raises:
-        UserError: there is no such model, or it is not supported; see `blockft.model.supported`.
+        UserError: there is no such model; its configuration is malformed or contradicts itself; it is not
+            supported, see `blockft.model.supported`.
     """
     base = adapter_base_model(path)
-    config = _open(AutoConfig, *(base or (path, revision)))
+    model_path, model_revision = base or (path, revision)
+    _check_path(model_path)
+    verify_model_files(model_path, model_revision, weights=False)
+    if file := _find_config(model_path, model_revision):
+        check_settings(_read_json(file), model_path)
+    config = _open(AutoConfig, model_path, model_revision)
     if base and (entry := Path(path) / BLOCK_ATTENTION).is_file():
-        try:
-            config.block_attention = json.loads(entry.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{entry} is not JSON: {error}") from error
+        config.block_attention = _read_json(entry)
         # errors about the entry should name the adapter, not the base
         config.name_or_path = path
     check_supported(config)
+    check_special_ids(config, config.vocab_size, f"{model_path}: its config.json")
     block_attention_config(config)
+    # transformers finds most contradictions between settings only when it builds the model
+    _call(model_path, build_meta_model, config)
     return config
+
+
+def build_meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return the model of a configuration without memory for its weights."""
+    # `AutoModelForCausalLM.from_config` would shard the model while ZeRO-3 is enabled
+    with torch.device("meta"):
+        model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](copy.deepcopy(config))  # type: ignore
+    return model
 
 
 def adapter_base_model(path: str) -> tuple[str, str | None] | None:
@@ -92,15 +125,17 @@ def adapter_base_model(path: str) -> tuple[str, str | None] | None:
     Raises:
         UserError: the adapter is damaged, or its configuration does not name a base model.
     """
-    adapter = Path(path) / "adapter_config.json"
+    adapter = Path(path) / ADAPTER_CONFIG
     if not adapter.is_file():
         return None
     verify_model_files(path, weights=True)
-    try:
-        settings = json.loads(adapter.read_text(encoding="utf-8"))
-        return settings["base_model_name_or_path"], settings.get("revision")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{adapter} is not the configuration of an adapter: {error!r}") from error
+    with error_prefix(f"{adapter} is not the configuration of an adapter: "):
+        settings = _read_json(adapter)
+        base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+        revision = settings.get("revision") if base else None
+        if not (isinstance(base, str) and base) or not isinstance(revision, str | None):
+            raise UserError("it should name its base model (base_model_name_or_path, and maybe a revision)")
+        return base, revision
 
 
 def verify_model(path: str, revision: str | None = None) -> None:
@@ -120,9 +155,20 @@ def load_tokenizer(
     chat_template: a file with the chat template that replaces that of the tokenizer.
 
     Raises:
-        UserError: there is no tokenizer, or the file cannot be read.
+        UserError: there is no tokenizer, or the file cannot be read; the tokenizer does not belong to the
+            model beside it: it has ids that the model's embedding lacks.
     """
+    base = adapter_base_model(path)
+    # a folder may hold a tokenizer alone
+    has_model = base is not None or _find_config(path, revision) is not None
+    config = load_config(path, revision) if has_model else None
+    if Path(path).is_dir():
+        for name in TOKENIZER_FILES:
+            if (file := Path(path) / name).is_file():
+                check_content(file)
     tokenizer: PreTrainedTokenizerBase = _open(AutoTokenizer, path, revision)
+    if config is not None:
+        check_vocabulary(tokenizer, config, path)
     if chat_template is not None:
         tokenizer.chat_template = _read_chat_template(Path(chat_template))
     return tokenizer
@@ -154,15 +200,17 @@ def load_model(
     For the folder of an adapter it is the base model with the adapter merged in.
 
     Raises:
-        UserError: there is no such model, or it is not supported.
+        UserError: there is no such model, it is not supported, or its weights are not those that its
+            configuration describes; see `check_weights`.
     """
     config = load_config(path, revision)
-    settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": f"block_{backend}"}
+    attention = f"block_{backend}"
     if random_seed is not None:
         set_seed(random_seed)
-        return AutoModelForCausalLM.from_config(config, **settings).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        return model.eval()
     base = adapter_base_model(path)
-    model = _open(AutoModelForCausalLM, *(base or (path, revision)), config=config, **settings)
+    model = _load_weights(*(base or (path, revision)), config, dtype, attention)
     return (merge_adapter(model, Path(path)) if base else model).eval()
 
 
@@ -170,24 +218,103 @@ def load_full_attention_model(path: str, revision: str | None, dtype: torch.dtyp
     """Return the model as plain transformers opens it, with full attention.
 
     Raises:
-        UserError: there is no such model.
+        UserError: see `load_model`.
     """
-    return _open(AutoModelForCausalLM, path, revision, dtype=dtype)
+    return _load_weights(path, revision, load_config(path, revision), dtype, "sdpa")
+
+
+def load_generation_config(folder: Path, config: PreTrainedConfig) -> GenerationConfig:
+    """Return the generation config of a folder.
+
+    Raises:
+        UserError: it cannot be read, or one of its tokens is outside the vocabulary of the model.
+    """
+    check_content(folder / "generation_config.json")
+    generation: GenerationConfig = _call(str(folder), GenerationConfig.from_pretrained, folder)
+    check_special_ids(generation, config.vocab_size, f"{folder}: its generation_config.json")
+    return generation
+
+
+def _load_weights(
+    path: str, revision: str | None, config: PreTrainedConfig, dtype: torch.dtype, attention: str
+) -> PreTrainedModel:
+    """Return a model with exactly the weights of its files.
+
+    The files are compared with the model before transformers reads them, because it does not report every
+    difference while ZeRO-3 is enabled.
+    """
+    verify_model_files(path, revision, weights=True)
+    _call(path, check_weights, path, revision, build_meta_model(config))
+    model: PreTrainedModel
+    model, report = _open(
+        AutoModelForCausalLM,
+        path,
+        revision,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attention,
+        output_loading_info=True,
+    )
+    assert not any(report.values()), f"transformers does not use the weights that were checked: {report}"
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(f"{path} holds both a model and an adapter: name a folder that holds one of them")
+    if model.generation_config is not None:
+        check_special_ids(model.generation_config, config.vocab_size, f"{path}: its generation_config.json")
+    return model
+
+
+def _find_config(path: str, revision: str | None) -> Path | None:
+    """Return the file config.json of a model folder or Hub id, or None if there is none."""
+    _check_path(path)
+    found = _call(path, find_file, path, "config.json", revision)
+    return found if found is None or isinstance(found, Path) else None
+
+
+def _read_json(path: Path) -> Any:
+    check_content(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {first_line(error)}") from error
+
+
+def _check_path(path: str) -> None:
+    """Refuse a path that is neither a folder nor looks like a Hub id, and the folder of a run."""
+    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
+        raise UserError(f"model {path!r} is neither a folder nor an id on the Hub (owner/name)")
+    if (Path(path) / RECIPE).is_file() and not (Path(path) / "config.json").exists():
+        raise UserError(f"{path} is a run, not a model: export it with blockft export {path} FOLDER")
 
 
 def _open(kind: Any, path: str, revision: str | None, **settings: Any) -> Any:
     """Return `kind.from_pretrained(path)` of a verified model, with its many errors as one UserError.
 
-    `settings` are further arguments of `from_pretrained`.
+    `settings` are further arguments of `from_pretrained`. Remote code is refused without a question.
     """
-    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
-        raise UserError(f"model {path!r} is neither a folder nor an id on the Hub (owner/name)")
-    if (Path(path) / RECIPE).is_file() and not (Path(path) / "config.json").exists():
-        raise UserError(f"{path} is a run, not a model: export it with blockft export {path} FOLDER")
-    verify_model_files(path, revision, weights=kind is AutoModelForCausalLM)
+    _check_path(path)
+    verify_model_files(path, revision, weights=False)
+    arguments = {"revision": revision or "main", "trust_remote_code": False, **settings}
+    return _call(path, kind.from_pretrained, path, **arguments)
+
+
+def _call(path: str, function: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
+    """Call a reader of transformers, and raise its errors as one UserError about the model `path`."""
     try:
-        return kind.from_pretrained(path, revision=revision or "main", **settings)
-    except (OSError, ValueError, SafetensorError) as error:
+        return function(*arguments, **settings)
+    except UserError:
+        raise
+    # the readers trust the files: a wrong value raises whatever error the code that meets it raises
+    except Exception as error:
         is_offline = os.environ.get("HF_HUB_OFFLINE") == "1" and not Path(path).is_dir()
         offline = " (HF_HUB_OFFLINE is set)" if is_offline else ""
-        raise UserError(f"model {path!r} cannot be opened{offline}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"model {path!r} cannot be opened{offline}: {_describe(error)}") from error
+
+
+def _describe(error: Exception) -> str:
+    """Return the first line of an error, with its type where the line alone says little."""
+    line = first_line(error)
+    if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+        return "it needs code of its own (auto_map), and blockft never runs code of a model folder"
+    return (
+        line if isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: {line}"
+    )

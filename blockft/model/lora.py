@@ -1,19 +1,54 @@
-"""Low-rank adapters of peft: add one for training, load one from a checkpoint, or merge one."""
+"""Low-rank adapters of peft: add one for training, load one from a checkpoint, or merge one.
 
+Only adapters that can be exported and read back exactly are trained or read.
+"""
+
+import dataclasses
+import json
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import PreTrainedModel, set_seed
 
-from blockft.errors import UserError
+from blockft.errors import UserError, first_line
+from blockft.file_content import check_content
+from blockft.model.weights import StoredTensor, check_tensors, error_prefix, read_tensors
 
 # peft uses a name that transformers deprecates
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+
+OPTIONS = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "bias",
+    "init_lora_weights",
+    "modules_to_save",
+    "trainable_token_indices",
+)
+"""Options of `peft.LoraConfig` for which tests show that a merged adapter equals the trained one."""
+
+INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
+"""Values of `init_lora_weights` that need no data and give the same base model each time."""
+
+_DESCRIPTIVE = ("task_type", "base_model_name_or_path", "revision", "peft_version", "auto_mapping")
+"""Entries of adapter_config.json that do not change what an adapter computes."""
+
+_WITHOUT_EFFECT = ("inference_mode", "megatron_core", "qalora_group_size", "peft_type", "ensure_weight_tying")
+"""Entries that have no effect unless an option that is refused is set, or that are checked elsewhere."""
 
 
 def add_adapter(
@@ -25,25 +60,38 @@ def add_adapter(
     of the base model.
 
     Raises:
-        UserError: peft does not accept the arguments.
+        UserError: peft does not accept the arguments, or the trained adapter could not be exported or read
+            back exactly: an option is not among `OPTIONS`, names no module, or adapts tied weights.
     """
     set_seed(seed)
-    try:
-        defaults = {"task_type": "CAUSAL_LM", "target_modules": "all-linear", "revision": revision}
-        return get_peft_model(model, LoraConfig(**{**defaults, **arguments}))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"train.lora cannot be used: {str(error).splitlines()[0]}") from error
+    defaults = {"task_type": "CAUSAL_LM", "target_modules": "all-linear", "revision": revision}
+    with error_prefix("train.lora cannot be used: "):
+        _check_options(arguments)
+        try:
+            config = LoraConfig(**{**defaults, **arguments})
+            adapted = get_peft_model(model, config)
+        # peft checks few of its arguments: a wrong one raises whatever the code that meets it raises
+        except Exception as error:
+            raise UserError(first_line(error)) from error
+        _check_named_modules(adapted, config, arguments)
+        _check_tied_modules(adapted)
+    return adapted
 
 
 def load_adapter(base: PreTrainedModel, checkpoint: Path, weights: Mapping[str, torch.Tensor]) -> PeftModel:
-    """Return the base model with the adapter of a checkpoint; `weights` have the names of the run's model."""
-    config = LoraConfig.from_pretrained(str(checkpoint))
+    """Return the base model with the adapter of a checkpoint; `weights` have the names of the run's model.
+
+    Raises:
+        UserError: the adapter is not one that `add_adapter` makes, or its weights are missing or misshapen.
+    """
+    config = _read_config(checkpoint)
     config.inference_mode = False
     model = get_peft_model(base, config)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if missing := sorted(trained - weights.keys()):
-        raise RuntimeError(f"the checkpoint holds no weights for {', '.join(missing[:3])}")
-    # under ZeRO-0 DeepSpeed also saves frozen weights that are tied
+    trained = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    with error_prefix(f"{checkpoint} cannot be used: "):
+        _check_tied_modules(model)
+        # under ZeRO-0 DeepSpeed also saves frozen weights that are tied
+        check_tensors({n: StoredTensor.of(w) for n, w in weights.items() if n in trained}, trained)
     model.load_state_dict({name: weights[name] for name in trained}, strict=False, assign=True)
     return model
 
@@ -52,11 +100,146 @@ def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """Return the base model with the adapter of a folder merged into its weights.
 
     Raises:
-        UserError: the adapter cannot be read.
+        UserError: the adapter cannot be read, or not exactly; it belongs to another base model.
     """
-    try:
-        adapted = PeftModel.from_pretrained(base, folder)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"adapter {str(folder)!r} cannot be opened: {str(error).splitlines()[0]}") from error
-    model: PreTrainedModel = adapted.merge_and_unload()
+    model: PreTrainedModel = open_adapter(base, folder).merge_and_unload()
     return model
+
+
+def open_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """Return the base model with the adapter of a folder, unmerged.
+
+    Raises:
+        UserError: see `merge_adapter`.
+    """
+    config = _read_config(folder)
+    with error_prefix(f"adapter {str(folder)!r} cannot be opened: "):
+        _check_weights(base, folder, config)
+        try:
+            adapted = PeftModel.from_pretrained(base, folder, config=config)
+        # peft trusts its files, as transformers does
+        except Exception as error:
+            raise UserError(first_line(error)) from error
+        _check_tied_modules(adapted)
+    return adapted
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    """Return the configuration of the adapter in a folder.
+
+    Raises:
+        UserError: it is malformed, or describes an adapter that cannot be merged exactly.
+    """
+    path = folder / "adapter_config.json"
+    with error_prefix(f"{path} cannot be used: "):
+        check_content(path)
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"it is not JSON: {first_line(error)}") from error
+        if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
+            found = settings.get("peft_type") if isinstance(settings, dict) else settings
+            raise UserError(f"peft_type is {found!r}, only LORA is supported")
+        ignored = (*_DESCRIPTIVE, *_WITHOUT_EFFECT)
+        _check_options({name: value for name, value in settings.items() if name not in ignored})
+        options = {name: settings[name] for name in (*OPTIONS, *_DESCRIPTIVE[1:3]) if name in settings}
+        try:
+            return LoraConfig(task_type="CAUSAL_LM", inference_mode=True, **options)
+        except Exception as error:
+            raise UserError(first_line(error)) from error
+
+
+def _check_options(arguments: Mapping[str, Any]) -> None:
+    """Refuse options whose adapters cannot be merged exactly, and values that peft does not check."""
+    defaults = {field.name: field.default for field in dataclasses.fields(LoraConfig)}
+    defaults["task_type"] = "CAUSAL_LM"
+    for name, value in arguments.items():
+        is_unset = not value or value == defaults.get(name)
+        if name not in OPTIONS and not (is_unset and name in defaults):
+            raise UserError(
+                f"{name} is not supported, because such an adapter cannot be exported and read back exactly; "
+                f"supported: {', '.join(OPTIONS)}"
+            )
+        if name == "init_lora_weights" and not any(value is v or value == v for v in INITIALIZATIONS):
+            raise UserError(f"{name} is {value!r}, allowed are {', '.join(map(str, INITIALIZATIONS))}")
+    ranks = {"r": arguments.get("r", 1), **_entries(arguments, "rank_pattern")}
+    for name, rank in ranks.items():
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank < 2**31:
+            raise UserError(f"{name} is {rank!r}, it should be a whole number of at least 1")
+    scales = {"lora_alpha": arguments.get("lora_alpha", 1), **_entries(arguments, "alpha_pattern")}
+    for name, alpha in scales.items():
+        is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+        if not is_number or not 0 < alpha < math.inf:
+            raise UserError(f"{name} is {alpha!r}, it should be a number greater than 0")
+
+
+def _entries(arguments: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return the entries of a mapping among the options; an error names them `option.entry`."""
+    value = arguments.get(name) or {}
+    if not isinstance(value, dict):
+        raise UserError(f"{name} is {value!r}, it should map names of modules to numbers")
+    return {f"{name}.{key}": entry for key, entry in value.items()}
+
+
+def _check_named_modules(model: PeftModel, config: LoraConfig, arguments: Mapping[str, Any]) -> None:
+    """Refuse lists of modules with a name that peft passed over because no module has it."""
+    adapted: list[str] = model.targeted_module_names
+    all_names = [name for name, _ in model.get_base_model().named_modules()]
+    targets = arguments.get("target_modules")
+    searched: list[tuple[str, Any, Collection[str]]] = [
+        ("target_modules", [] if isinstance(targets, str) else targets or [], adapted),
+        ("modules_to_save", config.modules_to_save or [], all_names),
+    ]
+    for option, names, modules in searched:
+        for name in [names] if isinstance(names, str) else names:
+            if not any(module == name or module.endswith(f".{name}") for module in modules):
+                raise UserError(f"{option} names {name!r}, but the model has no such module")
+    layers = config.layers_to_transform
+    for layer in [layers] if isinstance(layers, int) else layers or []:
+        if not any(f".{layer}." in name for name in adapted):
+            raise UserError(f"layers_to_transform names layer {layer!r}, but no module of it is adapted")
+
+
+def _check_tied_modules(model: PeftModel) -> None:
+    """Refuse an adapter of tied weights: both matrices would change, but only one of them was trained.
+
+    Exception: tokens that are trained in the embedding and, tied, in the head.
+    """
+    base: Any = model.get_base_model()
+    for pair in base.all_tied_weights_keys.items():
+        names = [name.removesuffix(".weight") for name in pair]
+        modules = [base.get_submodule(name) for name in names]
+        is_adapted = [not isinstance(module, torch.nn.Linear | torch.nn.Embedding) for module in modules]
+        token_adapters: list[Any] = [getattr(module, "token_adapter", None) for module in modules]
+        shares_tokens = all(a is not None for a in token_adapters) and any(
+            a.tied_adapter is not None for a in token_adapters
+        )
+        if any(is_adapted) and not shares_tokens:
+            name = names[is_adapted.index(True)]
+            raise UserError(
+                f"it adapts {name}, but the model ties {names[0]} to {names[1]} (tie_word_embeddings): leave "
+                "both out of target_modules, modules_to_save and trainable_token_indices"
+            )
+
+
+def _check_weights(base: PreTrainedModel, folder: Path, config: LoraConfig) -> None:
+    """Compare the tensors of an adapter's folder with those that its configuration needs on this base model.
+
+    peft itself only warns of missing tensors, and passes over unexpected ones.
+    """
+    files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
+    if not (found := [file for file in files if file.is_file() or file.is_symlink()]):
+        raise UserError(f"it holds no weights ({' or '.join(file.name for file in files)})")
+    stored = read_tensors(found[:1])
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        empty = type(base)(base.config)
+        # the weights decide which tensors exist, and their initial values do not matter here
+        plain = LoraConfig(**{**config.to_dict(), "init_lora_weights": True})
+        adapted = get_peft_model(empty, plain)
+    needed = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    shapes = {name: tuple(tensor.shape) for name, tensor in needed.items()}
+    # peft also saves embeddings that were resized or adapted
+    for name, tensor in adapted.state_dict().items():
+        if name in stored and name.endswith((".weight", ".base_layer.weight")) and name not in shapes:
+            shapes[name] = tuple(tensor.shape)
+    check_tensors(stored, shapes)

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from blockft.config.choices import DType
 from blockft.config.recipe import load_recipe
@@ -34,12 +33,15 @@ from blockft.model.load import (
     BLOCK_ATTENTION,
     DTYPES,
     adapter_base_model,
+    load_config,
     load_full_attention_model,
+    load_generation_config,
     parse_dtype,
 )
-from blockft.model.lora import load_adapter
+from blockft.model.lora import load_adapter, open_adapter
 from blockft.model.model_card import build_model_card
 from blockft.model.model_files import write_digests
+from blockft.model.weights import error_prefix, load_weights
 from blockft.outputs import OwnedFolder, atomic_folder, check_absent
 from blockft.run_folder import RECIPE, read_data, read_metrics, read_recipe, verify_metrics
 from blockft.stages.compare import read_report
@@ -147,7 +149,7 @@ def _export(
     console = PlainConsole(stderr=True)
     console.print(f"gathering the weights of {checkpoint}")
     with atomic_folder(out) as folder:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        tokenizer = load_tokenizer(str(checkpoint))
         if adapter_only:
             _save_adapter(folder, checkpoint, recipe, export_dtype)
         else:
@@ -200,7 +202,7 @@ def _save_model(
     model = load_weights(checkpoint, recipe, dtype)
     model.config.block_attention = _block_attention_entry(recipe)
     if (checkpoint / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint)
+        model.generation_config = load_generation_config(checkpoint, model.config)
     add_end_tokens(model.generation_config, end_token_ids)
     model.save_pretrained(folder, max_shard_size=shard_bytes)
 
@@ -231,11 +233,9 @@ def _block_attention_entry(recipe: Recipe) -> dict[str, Any]:
 def _load_all_weights(checkpoint: Path, recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
     """Return the model of a run that trained all its weights."""
     model = _build_empty_model(checkpoint, recipe, dtype)
-    is_tied = bool(set(model.all_tied_weights_keys))
-    model.load_state_dict(consolidate_weights(checkpoint, dtype), assign=True, strict=not is_tied)
-    model.tie_weights()
-    if missing := [name for name, p in model.named_parameters() if p.is_meta]:
-        raise RuntimeError(f"the checkpoint holds no weights for {', '.join(missing[:3])}")
+    weights = consolidate_weights(checkpoint, dtype)
+    with error_prefix(f"{checkpoint} cannot be exported: "):
+        load_weights(model, weights)
     return model
 
 
@@ -248,7 +248,7 @@ def _merge_adapter(checkpoint: Path, recipe: Recipe, dtype: torch.dtype) -> PreT
 
 def _build_empty_model(checkpoint: Path, recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
     """Return the run's model on the meta device, under the name of its base model."""
-    config = AutoConfig.from_pretrained(checkpoint)
+    config = load_config(str(checkpoint))
     config.name_or_path = recipe.model.path
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -291,10 +291,8 @@ def _compare_logits(folder: Path, checkpoint: Path) -> float:
     ids, expected = load_reference_logits(checkpoint)
     if base := adapter_base_model(str(folder)):
         # transformers itself cannot open every kind of adapter (for example DoRA)
-        model: torch.nn.Module = PeftModel.from_pretrained(
-            load_full_attention_model(*base, torch.float32), folder
-        )
+        model: torch.nn.Module = open_adapter(load_full_attention_model(*base, torch.float32), folder)
     else:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = load_full_attention_model(str(folder), None, torch.float32)
     logits = model(input_ids=ids[None], use_cache=False).logits[0]
     return float((logits - expected).norm() / expected.norm())

@@ -35,8 +35,16 @@ from blockft.model.checkpoint import (
 )
 from blockft.model.decoder_layers import compile_layers
 from blockft.model.fingerprint import model_fingerprint
-from blockft.model.load import load_config, load_model, load_tokenizer, parse_dtype, verify_model
+from blockft.model.load import (
+    build_meta_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    parse_dtype,
+    verify_model,
+)
 from blockft.model.lora import add_adapter
+from blockft.model.supported import check_token_ids
 from blockft.outputs import check_absent, write_atomic, write_errors
 from blockft.run_folder import (
     METRICS,
@@ -304,9 +312,12 @@ def build_plan(recipe: Recipe, num_processes: int) -> RunPlan:
     _check_objective(recipe)
     check_trackers(settings.report_to)
     config = load_config(recipe.model.path, recipe.model.revision)
+    if settings.lora is not None:
+        # refuse an adapter that cannot be exported before any weight is loaded
+        add_adapter(build_meta_model(config), settings.lora, seed=settings.seed)
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision, recipe.model.chat_template)
     prepared = load_prepared(Path(data.output_dir))
-    _check_prepared(recipe, prepared, tokenizer)
+    _check_prepared(recipe, prepared, tokenizer, config.vocab_size)
     rows, eval_rows = _build_rows(recipe, prepared, tokenizer, num_processes)
     num_steps = len(rows) // settings.batch_rows
     num_steps = min(num_steps, settings.max_steps or num_steps)
@@ -382,8 +393,10 @@ def _check_objective(recipe: Recipe) -> None:
         )
 
 
-def _check_prepared(recipe: Recipe, prepared: PreparedData, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that the prepared data fits the tokenizers, the row length and the held-out examples."""
+def _check_prepared(
+    recipe: Recipe, prepared: PreparedData, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> None:
+    """Check that the prepared data fits tokenizers, model, row length and held-out examples."""
     data, settings = recipe.data, recipe.train
     if prepared.manifest["tokenizer"] != tokenizer_fingerprint(tokenizer):
         raise UserError(
@@ -398,6 +411,9 @@ def _check_prepared(recipe: Recipe, prepared: PreparedData, tokenizer: PreTraine
             raise UserError(
                 f"train.teacher {settings.teacher} and {recipe.model.path} have different tokenizers"
             )
+    for example in prepared.examples:
+        bounds = (int(example.input_ids.min()), int(example.input_ids.max()))
+        check_token_ids(bounds, vocab_size, f"an example of {data.output_dir}")
     if (longest := max(map(len, prepared.examples))) > data.row_len:
         raise UserError(
             f"data.row_len is {data.row_len}, but {data.output_dir} holds an example of {longest} tokens: "
