@@ -60,9 +60,10 @@ CONFIGS = {
             "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
         },
     ),
-    "phi3": lambda: Phi3Config(**SIZE, sliding_window=None),
+    "phi3": lambda: Phi3Config(**SIZE, eos_token_id=2, sliding_window=None),
     "phi3-partial": lambda: Phi3Config(
         **SIZE,
+        eos_token_id=2,
         sliding_window=WINDOW,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
     ),

@@ -123,7 +123,7 @@ def adapter_base_model(path: str) -> tuple[str, str | None] | None:
     """Return the base model and revision of the adapter in a folder, or None if the folder has no adapter.
 
     Raises:
-        UserError: the adapter is damaged, or its configuration does not name a base model.
+        UserError: the adapter is damaged, or its configuration does not name a model without adapters.
     """
     adapter = Path(path) / ADAPTER_CONFIG
     if not adapter.is_file():
@@ -135,6 +135,8 @@ def adapter_base_model(path: str) -> tuple[str, str | None] | None:
         revision = settings.get("revision") if base else None
         if not (isinstance(base, str) and base) or not isinstance(revision, str | None):
             raise UserError("it should name its base model (base_model_name_or_path, and maybe a revision)")
+        if (Path(base) / ADAPTER_CONFIG).is_file():
+            raise UserError(f"its base model {base} is itself an adapter: merge that one first")
         return base, revision
 
 

@@ -3,11 +3,13 @@
 Only adapters that can be exported and read back exactly are trained or read.
 """
 
+import copy
 import dataclasses
 import json
 import math
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +69,9 @@ def add_adapter(
     defaults = {"task_type": "CAUSAL_LM", "target_modules": "all-linear", "revision": revision}
     with error_prefix("train.lora cannot be used: "):
         _check_options(arguments)
-        try:
+        with _errors_of_peft():
             config = LoraConfig(**{**defaults, **arguments})
             adapted = get_peft_model(model, config)
-        # peft checks few of its arguments: a wrong one raises whatever the code that meets it raises
-        except Exception as error:
-            raise UserError(first_line(error)) from error
         _check_named_modules(adapted, config, arguments)
         _check_tied_modules(adapted)
     return adapted
@@ -86,7 +85,8 @@ def load_adapter(base: PreTrainedModel, checkpoint: Path, weights: Mapping[str, 
     """
     config = _read_config(checkpoint)
     config.inference_mode = False
-    model = get_peft_model(base, config)
+    with error_prefix(f"{checkpoint} cannot be used: "), _errors_of_peft():
+        model = get_peft_model(base, config)
     trained = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     with error_prefix(f"{checkpoint} cannot be used: "):
         _check_tied_modules(model)
@@ -115,11 +115,8 @@ def open_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     config = _read_config(folder)
     with error_prefix(f"adapter {str(folder)!r} cannot be opened: "):
         _check_weights(base, folder, config)
-        try:
+        with _errors_of_peft():
             adapted = PeftModel.from_pretrained(base, folder, config=config)
-        # peft trusts its files, as transformers does
-        except Exception as error:
-            raise UserError(first_line(error)) from error
         _check_tied_modules(adapted)
     return adapted
 
@@ -143,10 +140,20 @@ def _read_config(folder: Path) -> LoraConfig:
         ignored = (*_DESCRIPTIVE, *_WITHOUT_EFFECT)
         _check_options({name: value for name, value in settings.items() if name not in ignored})
         options = {name: settings[name] for name in (*OPTIONS, *_DESCRIPTIVE[1:3]) if name in settings}
-        try:
+        with _errors_of_peft():
             return LoraConfig(task_type="CAUSAL_LM", inference_mode=True, **options)
-        except Exception as error:
-            raise UserError(first_line(error)) from error
+
+
+@contextmanager
+def _errors_of_peft() -> Iterator[None]:
+    """Raise the errors of peft as one `UserError` with the first line of their message.
+
+    peft checks few of its arguments and files: a wrong one raises whatever the code that meets it raises.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise UserError(first_line(error)) from error
 
 
 def _check_options(arguments: Mapping[str, Any]) -> None:
@@ -231,8 +238,8 @@ def _check_weights(base: PreTrainedModel, folder: Path, config: LoraConfig) -> N
     if not (found := [file for file in files if file.is_file() or file.is_symlink()]):
         raise UserError(f"it holds no weights ({' or '.join(file.name for file in files)})")
     stored = read_tensors(found[:1])
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        empty = type(base)(base.config)
+    with torch.device("meta"), _errors_of_peft():
+        empty = type(base)(copy.deepcopy(base.config))
         # the weights decide which tensors exist, and their initial values do not matter here
         plain = LoraConfig(**{**config.to_dict(), "init_lora_weights": True})
         adapted = get_peft_model(empty, plain)

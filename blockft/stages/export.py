@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from blockft.config.choices import DType
 from blockft.config.recipe import load_recipe
@@ -36,6 +36,7 @@ from blockft.model.load import (
     load_config,
     load_full_attention_model,
     load_generation_config,
+    load_tokenizer,
     parse_dtype,
 )
 from blockft.model.lora import load_adapter, open_adapter
