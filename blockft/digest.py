@@ -138,19 +138,20 @@ def verify_files(folder: Path, expected: Mapping[str, FileDigest]) -> None:
 def check_no_other_files(names: Iterable[str], expected: Iterable[str]) -> None:
     """Check that a folder whose files are `names` holds no file that was not written with the others.
 
-    Hidden files are passed over: no library reads them.
-
     Raises:
         DamagedFile: a file is not expected. The first one is named.
     """
-    visible = (name for name in names if not Path(name).name.startswith("."))
-    if others := sorted(set(visible) - set(expected)):
+    if others := sorted(set(names) - set(expected)):
         raise DamagedFile(f"{others[0]} was added after the folder was written")
 
 
 def list_files(folder: Path) -> list[str]:
-    """Return the names of all files below a folder, relative to it, sorted."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    """Return the names of all files below a folder, relative to it, sorted.
+
+    Hidden files and folders are left out: locks, and files of systems and tools, which no library reads.
+    """
+    names = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
+    return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
 
 
 def _status(folder: Path, name: str) -> os.stat_result:

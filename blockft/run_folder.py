@@ -115,10 +115,10 @@ def verify_metrics(run: Path, expected: Mapping[str, Any]) -> None:
         )
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of `metrics.jsonl`; a last line that an interruption left incomplete is ignored.
+def read_metrics(run: Path, num_bytes: int | None = None) -> list[dict[str, Any]]:
+    """Return the lines of `metrics.jsonl`, or those of its first `num_bytes`; none if the file is missing.
 
-    There are none if the file is missing.
+    A last line that an interruption left incomplete is ignored.
 
     Raises:
         UserError: a line is not one that a run writes.
@@ -127,7 +127,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     metrics = []
-    lines = path.read_bytes().split(b"\n")[:-1]
+    lines = path.read_bytes()[:num_bytes].split(b"\n")[:-1]
     for number, line in enumerate(lines, start=1):
         try:
             values = json.loads(line)
@@ -143,15 +143,8 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return metrics
 
 
-def truncate_metrics(run: Path, last_step: int, *, eval_due: bool) -> None:
-    """Remove the lines that a run resumed at `last_step` logs again.
-
-    These are the lines after `last_step`, an incomplete last line, and the evaluation at `last_step` if that
-    evaluation is still due.
-    """
-    kept = [
-        line
-        for line in read_metrics(run)
-        if line["step"] < last_step or (line["step"] == last_step and ("loss" in line or not eval_due))
-    ]
-    write_atomic(run / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+def truncate_metrics(run: Path, num_bytes: int) -> None:
+    """Keep the first bytes of the metrics: what a checkpoint's marker counts, and a resumed run logs once."""
+    path = run / METRICS
+    content = path.read_bytes()[:num_bytes] if path.exists() else b""
+    write_atomic(path, content.decode("utf-8"))

@@ -20,13 +20,18 @@ from blockft.run_folder import (
 )
 
 
-def test_truncated_metrics_hold_no_line_that_a_resumed_run_logs_again(tmp_path: Path) -> None:
-    lines = ['{"step": 1, "loss": 0.1}', '{"step": 1, "eval_loss_block": 0.2}', '{"step": 2, "loss": 0.3}']
-    for eval_due, num_kept in ((False, 2), (True, 1)):
-        (tmp_path / METRICS).write_text("\n".join([*lines, '{"step": 3, "lo']))
-        assert [line["step"] for line in read_metrics(tmp_path)] == [1, 1, 2], "the last line is incomplete"
-        truncate_metrics(tmp_path, last_step=1, eval_due=eval_due)
-        assert (tmp_path / METRICS).read_text().splitlines() == lines[:num_kept]
+def test_truncated_metrics_hold_only_the_lines_of_the_checkpoint(tmp_path: Path) -> None:
+    lines = ['{"step": 1, "loss": 0.1}\n', '{"step": 1, "eval_loss_block": 0.2}\n', '{"step": 2, "lo']
+    (tmp_path / METRICS).write_text(lines[0])
+    counted = digest_metrics(tmp_path)["bytes"]
+    (tmp_path / METRICS).write_text("".join(lines))
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 1], "the last line is incomplete"
+    assert [line["loss"] for line in read_metrics(tmp_path, counted)] == [0.1]
+    truncate_metrics(tmp_path, counted)
+    assert (tmp_path / METRICS).read_text() == lines[0]
+    (tmp_path / METRICS).unlink()
+    truncate_metrics(tmp_path, counted)
+    assert (tmp_path / METRICS).read_text() == ""
 
 
 @pytest.mark.parametrize("text", ["a: 1\n", "a: x\u2028y\n\nb: 2\n", ""])

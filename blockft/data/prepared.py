@@ -35,7 +35,7 @@ from blockft.digest import (
     read_with_digest,
     verify_files,
 )
-from blockft.errors import UserError, is_first_of_host
+from blockft.errors import UserError
 
 MANIFEST = "manifest.json"
 EXAMPLES = "examples/examples.arrow"
@@ -106,7 +106,7 @@ class PreparedData:
 def load_prepared(folder: Path) -> PreparedData:
     """Open a prepared folder after checking that its files are what `prepare` wrote.
 
-    Of several ranks of a host the first one checks all files and the others the examples, which they read.
+    Every rank of a run checks all files: a rank that fails alone would leave the others waiting.
 
     Raises:
         UserError: the folder does not exist, is incomplete or damaged, or has another version.
@@ -124,7 +124,7 @@ def load_prepared(folder: Path) -> PreparedData:
             )
         files = parse_files(manifest[FILES])
         check_no_other_files(list_files(folder), [MANIFEST, *files])
-        verify_files(folder, files if is_first_of_host() else {EXAMPLES: files[EXAMPLES]})
+        verify_files(folder, files)
     except DamagedFile as error:
         raise UserError(
             f"prepared data {folder} is damaged ({error}): run blockft prepare again with --overwrite"

@@ -71,8 +71,7 @@ def digest_own_files(checkpoint: Path, *, rank: int, num_ranks: int) -> dict[str
 
 
 def _list_content(checkpoint: Path) -> list[str]:
-    names = list_files(checkpoint)
-    return [name for name in names if name != MARKER and not Path(name).name.startswith(".")]
+    return [name for name in list_files(checkpoint) if name != MARKER]
 
 
 def mark_complete(

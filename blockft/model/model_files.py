@@ -81,10 +81,7 @@ def _list_model_files(folder: Path) -> list[str]:
     return [
         name
         for name in list_files(folder)
-        if name != DIGESTS
-        and not Path(name).name.startswith(".")
-        and Path(name).suffix not in _NOT_READ
-        and str(Path(name).parent) in _READ_FOLDERS
+        if name != DIGESTS and Path(name).suffix not in _NOT_READ and str(Path(name).parent) in _READ_FOLDERS
     ]
 
 

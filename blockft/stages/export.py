@@ -136,10 +136,12 @@ def _export(
     repository: str | None,
 ) -> None:
     """Write a checkpoint as a model folder after comparing its logits with those of the run."""
+    # check before the weights are gathered what the model card needs
     verify_checkpoint(checkpoint)
     marker = read_marker(checkpoint)
     verify_metrics(checkpoint.parent, marker["metrics"])
-    read_recipe(checkpoint.parent)  # checks it
+    read_recipe(checkpoint.parent)
+    read_data(checkpoint.parent)
     run_signature = marker["run_signature"]
     has_adapter = run_signature["train.lora"] is not None
     if adapter_only and not has_adapter:
@@ -278,7 +280,7 @@ def _build_card(checkpoint: Path, recipe: Recipe, *, name: str, is_adapter: bool
         step=read_marker(checkpoint)["step"],
         recipe=read_recipe(checkpoint.parent),
         manifest={name: value for name, value in read_data(checkpoint.parent).items() if name != FILES},
-        metrics=read_metrics(checkpoint.parent),
+        metrics=read_metrics(checkpoint.parent, read_marker(checkpoint)["metrics"]["bytes"]),
     )
 
 

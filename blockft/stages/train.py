@@ -23,7 +23,7 @@ from blockft.config.settings import Recipe
 from blockft.console import PlainConsole
 from blockft.data.prepared import PreparedData, load_prepared
 from blockft.data.tokenizer import tokenizer_fingerprint
-from blockft.errors import UserError, check_type, is_first_of_host, notify, warn
+from blockft.errors import UserError, check_type, notify, warn
 from blockft.folder_lock import FolderLock, reading_folder
 from blockft.model.checkpoint import (
     check_incomplete,
@@ -45,9 +45,8 @@ from blockft.model.load import (
 )
 from blockft.model.lora import add_adapter
 from blockft.model.supported import check_token_ids
-from blockft.outputs import check_absent, write_atomic, write_errors
+from blockft.outputs import check_absent, write_errors
 from blockft.run_folder import (
-    METRICS,
     RECIPE,
     truncate_metrics,
     verify_metrics,
@@ -64,6 +63,7 @@ from blockft.training.deepspeed_config import (
 from blockft.training.distributed import (
     check_ranks,
     init_distributed,
+    run_on_each_host,
     set_worker_environment,
     shutdown_distributed,
     use_cpu,
@@ -194,7 +194,8 @@ def _reported_write_errors(run: Path, num_processes: int) -> Iterator[None]:
 def _train(recipe: Recipe, lock: FolderLock | None, *, resume: bool, name: str | None) -> Path:
     rank, num_processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # every rank checks, and no rank writes before all ranks are connected
-    plan, checkpoint = check_run(recipe, resume=resume, num_processes=num_processes)
+    is_alone = num_processes == 1
+    plan, checkpoint = check_run(recipe, resume=resume, num_processes=num_processes, verify=is_alone)
     if rank == 0:
         _warn_if_epochs_end_first(recipe, plan)
     run = Path(recipe.train.output_dir)
@@ -210,6 +211,8 @@ def _train(recipe: Recipe, lock: FolderLock | None, *, resume: bool, name: str |
         stack.enter_context(_reported_write_errors(run, num_processes))
         init_distributed()
         stack.enter_context(_shared_by_ranks(lock, run))
+        if not is_alone:  # once on every host, and no rank waits for one that has failed
+            run_on_each_host(partial(_verify_inputs, recipe, checkpoint))
         # DeepSpeed, which this module imports, needs the worker's environment
         from blockft.training.universal_checkpoint import UNIVERSAL, convert_to_universal, remove_universal
 
@@ -264,8 +267,12 @@ def _restored_process_state() -> Iterator[None]:
 # --- the plan of a run
 
 
-def check_run(recipe: Recipe, *, resume: bool, num_processes: int) -> tuple[RunPlan, Path | None]:
+def check_run(
+    recipe: Recipe, *, resume: bool, num_processes: int, verify: bool = True
+) -> tuple[RunPlan, Path | None]:
     """Return the plan of a run and the checkpoint that it resumes from, or None if it starts at step 0.
+
+    Without `verify` weights and checkpoint are not verified.
 
     Raises:
         UserError: see `build_plan`; the run exists and `resume` is not set, or it cannot be resumed, for
@@ -281,19 +288,28 @@ def check_run(recipe: Recipe, *, resume: bool, num_processes: int) -> tuple[RunP
         check_absent(run, f"{action} with --resume, or choose another train.output_dir")
     checkpoint = None if not resume or starts_again else find_checkpoint(run)
     check_incomplete(run)
-    # before the ranks are connected, where a rank that fails alone would leave the others waiting
-    if checkpoint and is_first_of_host():
-        verify_checkpoint(checkpoint)
-        verify_metrics(run, read_marker(checkpoint)["metrics"])
     plan = build_plan(recipe, num_processes)
-    if recipe.model.init is not WeightInit.random:
-        verify_model(recipe.model.path, recipe.model.revision)
-    if recipe.train.teacher is not None:
-        verify_model(recipe.train.teacher)
+    if verify:
+        _verify_inputs(recipe, checkpoint)
     if checkpoint is None:
         return plan, None
     check_run_signature(checkpoint, plan.run_signature, ignore=(NUM_PROCESSES, TEACHER_FINGERPRINT))
     return plan, checkpoint
+
+
+def _verify_inputs(recipe: Recipe, checkpoint: Path | None) -> None:
+    """Check the large files that a run is about to read: its checkpoint, the model and the teacher.
+
+    Raises:
+        UserError: one of them is damaged.
+    """
+    if checkpoint:
+        verify_checkpoint(checkpoint)
+        verify_metrics(checkpoint.parent, read_marker(checkpoint)["metrics"])
+    if recipe.model.init is not WeightInit.random:
+        verify_model(recipe.model.path, recipe.model.revision)
+    if recipe.train.teacher is not None:
+        verify_model(recipe.train.teacher)
 
 
 def build_plan(recipe: Recipe, num_processes: int) -> RunPlan:
@@ -642,11 +658,8 @@ def _start_run_folder(run: Path, recipe: Recipe, plan: RunPlan, checkpoint: Path
         notify(f"{name} is incomplete, because its save was interrupted: it is removed, and the run {start}")
     write_recipe(run, dump_recipe(recipe))
     write_data(run, plan.manifest)
-    if checkpoint:
-        marker = read_marker(checkpoint)
-        truncate_metrics(run, last_step=marker["step"], eval_due=marker["eval_due"])
-    else:
-        write_atomic(run / METRICS, "")
+    # an evaluation that is due is not counted, because it is logged again
+    truncate_metrics(run, read_marker(checkpoint)["metrics"]["bytes"] if checkpoint else 0)
 
 
 def last_checkpoint(run: Path) -> Path | None:

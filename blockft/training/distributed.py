@@ -6,13 +6,14 @@ import re
 import secrets
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from blockft.errors import UserError
+from blockft.errors import UserError, is_first_of_host
 from blockft.inputs import shorten
 from blockft.outputs import TEMPORARY
 from blockft.training.compiler_lock import watch_compiler_locks
@@ -130,6 +131,25 @@ def init_distributed() -> None:
         atexit.register(_destroy_process_group)
         dist.barrier()  # from here on every rank has opened the shared memory of every other rank
         unlink_shared_memory()
+
+
+def run_on_each_host(check: Callable[[], None]) -> None:
+    """Call `check` on the first rank of every host. All ranks call this function and wait for the result.
+
+    Raises:
+        UserError: on every rank, if `check` raised one on any host.
+    """
+    error = None
+    if is_first_of_host():
+        try:
+            check()
+        except UserError as raised:
+            error = str(raised)
+    errors: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for message in errors:
+        if message:
+            raise UserError(message)
 
 
 def check_ranks(run: Path, run_signature: dict[str, Any]) -> None:

@@ -91,23 +91,6 @@ def test_a_folder_of_another_version_is_refused(tmp_path: Path) -> None:
         load_prepared(tmp_path)
 
 
-def test_ranks_of_a_host_share_the_check_of_the_samples(
-    tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every rank reads the examples, and checks them; no rank trains on the samples."""
-    sample = rag_sample("Question?", ("doc",))
-    with PreparedWriter(tmp_path) as writer:
-        writer.add_sample(sample)
-        writer.add_example(*encoder.encode([sample]))
-        writer.finish({})
-    flip_bit(tmp_path / SAMPLES, 30)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    load_prepared(tmp_path)
-    flip_bit(tmp_path / EXAMPLES, 2000)
-    with pytest.raises(UserError, match="examples.arrow has changed"):
-        load_prepared(tmp_path)
-
-
 def test_an_incomplete_or_missing_folder_is_never_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="incomplete"):
         load_prepared(tmp_path)
