@@ -111,8 +111,9 @@ def check_report(report: Any) -> None:
             f"its version is {report.get('version')}, this blockft reads version {VERSION}: "
             "run the evaluation again"
         )
-    if not isinstance(report.get("options"), dict):
-        raise ValueError("it has no 'options'")
+    for name, kind in (("model", str), ("options", dict)):
+        if not isinstance(report.get(name), kind):
+            raise ValueError(f"it has no {name!r}")
     for mode, groups in modes.items():
         if not isinstance(groups, dict) or ALL not in groups:
             raise ValueError(f"mode {mode!r} has no scores")
@@ -128,13 +129,17 @@ def _is_summary(scores: Any) -> bool:
     match scores:
         case {"questions": int(), "intervals": {**intervals}}:
             return all(
-                isinstance(scores.get(name), int | float)
+                _is_percent(scores.get(name))
                 and isinstance(bounds := intervals.get(name), list)
                 and len(bounds) == 2
-                and all(isinstance(bound, int | float) for bound in bounds)
+                and all(map(_is_percent, bounds))
                 for name in METRICS
             )
     return False
+
+
+def _is_percent(value: Any) -> bool:
+    return isinstance(value, int | float) and -100.1 < value < 100.1
 
 
 def _distinct_groups(predictions: Sequence[Prediction]) -> dict[str, list[int]]:

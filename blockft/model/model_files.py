@@ -95,14 +95,17 @@ def _find_digests(path: str, revision: str | None) -> Path | None:
 
 def _download(hub_id: str, name: str, revision: str | None) -> str | None:
     """Return the path of a file of a Hub id in the cache; None if it is not there or cannot be downloaded."""
-    return cached_file(
-        hub_id,
-        name,
-        revision=revision or "main",
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    try:
+        return cached_file(
+            hub_id,
+            name,
+            revision=revision or "main",
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except (OSError, ValueError):  # no such repository or revision, which opening the model reports
+        return None
 
 
 def _read_digests(path: Path) -> dict[str, FileDigest]:

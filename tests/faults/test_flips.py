@@ -20,6 +20,8 @@ from blockft.model.checkpoint import MARKER, complete_checkpoints
 from blockft.model.load import load_model, load_tokenizer, verify_model
 from blockft.model.model_files import DIGESTS
 from blockft.run_folder import DATA, METRICS, RECIPE
+from blockft.stages.compare import compare, print_comparison
+from blockft.stages.evaluate import evaluate
 from blockft.stages.export import export
 from blockft.stages.inspect import inspect
 from blockft.stages.prepare import prepare, print_summary
@@ -211,6 +213,22 @@ def test_no_damage_of_an_adapter_is_used(adapter: Path) -> None:
     check_checkpoints(adapter, 6, 50, LORA)
     check_export(adapter.parent / "lora-merged", 7, 30)
     check_export(adapter.parent / "lora-adapter", 8, 40)
+
+
+def test_damage_of_a_report_is_no_traceback(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate(toy / "model", toy / "recipe.yaml", overrides=[f"eval.output_dir={tmp_path / 'eval'}"])
+    shutil.copytree(tmp_path / "eval", tmp_path / "other")
+    num_found = 0
+    for damage in damages(tmp_path / "eval", 9, 100, ["report.json"]):
+        try:
+            print_comparison(compare([tmp_path / "eval", tmp_path / "other"]))
+        except UserError as error:
+            num_found += 1
+            assert "\n" not in str(error), damage.text
+    assert num_found > 50
+    capsys.readouterr()
 
 
 @pytest.mark.slow  # more of the same

@@ -90,3 +90,9 @@ def test_a_fingerprint_contains_the_sha_256_of_the_bytes_of_every_weight(
         assert dtype == "torch.float32" and len(content) == 4 * math.prod(shape)
         tree = b"blockft tree %d %d " % (len(content), 2**24) + hashlib.sha256(content).digest()
         assert digest == hashlib.sha256(tree).hexdigest()
+
+
+@pytest.mark.gpu
+def test_a_model_has_the_same_fingerprint_on_a_gpu() -> None:
+    model = build_model("llama").to(torch.bfloat16)
+    assert model_fingerprint(model) == model_fingerprint(model.to("cuda"))

@@ -156,6 +156,13 @@ def test_a_model_of_the_hub_is_verified_in_the_cache(
     verify_model_files("owner/name", weights=True)
 
 
+def test_a_hub_id_that_cannot_be_found_is_left_to_the_reader() -> None:
+    for hub_id in ("blockft-test/no-such-model", "a b/--"):
+        verify_model_files(hub_id, "no-such-revision", weights=True)
+        with pytest.raises(UserError, match="cannot be opened"):
+            load_tokenizer(hub_id)
+
+
 def test_only_the_first_rank_of_a_host_reads_the_weights(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
