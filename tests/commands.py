@@ -59,7 +59,7 @@ def blockft(*arguments: str | Path, cwd: Path = ROOT, **environment: str) -> Com
         patch.dict(os.environ, environment),
         patch.object(sys, "argv", ["blockft", *map(str, arguments)]),
         patch.object(cli, "atexit"),
-        patch.object(cli, "signal"),
+        patch.object(cli.Interrupts, "install"),
     ):
         try:
             cli.main()

@@ -227,6 +227,7 @@ def test_an_argument_that_a_launcher_adds_is_ignored() -> None:
 PROCESS = """
 import atexit, os, sys
 from blockft import cli
+from blockft.cli import commands
 from blockft.errors import UserError
 class Global:
     def __del__(self, write=os.write): write(1, b"Python shut down\\n")
@@ -235,7 +236,7 @@ def app(*_, **__):
     os.environ.update(eval(sys.argv[1]))
     atexit.register(print, "outputs closed")
     exec(sys.argv[2])
-cli.commands.app = app
+commands.app = app
 cli.main()
 """
 

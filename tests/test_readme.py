@@ -19,7 +19,7 @@ import typer
 import yaml
 
 import blockft
-from blockft import cli
+from blockft.cli.commands import app
 from blockft.config.recipe import RECIPES_FOLDER, build_recipe, find_recipe
 from blockft.config.settings import Recipe
 from tests import commands
@@ -52,7 +52,7 @@ def parse(words: list[str]) -> tuple[str, dict[str, Any]]:
 
     Return the name of the command and its parameters. An unknown command or option raises.
     """
-    command: Any = typer.main.get_command(cli.commands.app)
+    command: Any = typer.main.get_command(app)
     context = command.make_context("blockft", list(words))
     while hasattr(command, "resolve_command"):
         rest = [*getattr(context, "_protected_args", ()), *context.args]

@@ -8,18 +8,12 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-import typer
-
-from blockft.cli import bench, cache, commands
+from blockft.cli.interrupt import CODE as INTERRUPTED
+from blockft.cli.interrupt import Interrupts
 from blockft.cli.streams import BROKEN_PIPE, OutputClosed, prepare_streams
 from blockft.errors import UserError, is_first_of_host
 from blockft.inputs import shorten, text_problem
 from blockft.printable import print_text
-
-__all__ = ["bench", "cache", "commands", "main"]
-
-commands.app.add_typer(cache.app, name="cache")
-commands.app.add_typer(bench.app, name="bench")
 
 MAX_MESSAGE_LEN = 4000
 """Longest error message in characters; a message may quote long texts of the user."""
@@ -50,32 +44,58 @@ def main() -> None:
             os._exit(code)
 
     atexit.register(end_worker)  # exit handlers run in reverse order, so this one runs last
+    interrupts = Interrupts()
+    # a rank ends at once on SIGTERM until it has something to save
+    interrupts.install(signal.SIGINT, *([] if "RANK" in os.environ else [signal.SIGTERM]))
+    try:
+        code = _run()
+        interrupts.stop()
+    except KeyboardInterrupt:
+        interrupts.stop()
+        code = INTERRUPTED
+    except SystemExit as ended:
+        interrupts.stop()
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        if not interrupts.received:
+            raise
+    except BaseException:
+        interrupts.stop()
+        # an interruption may surface as another error: of a worker process, or of an import
+        if not interrupts.received:
+            raise
+    sys.exit(INTERRUPTED if interrupts.received else code)
+
+
+def _run() -> int:
+    """Run the command that the arguments name and return its exit code."""
+    # all imports happen here, where an interruption is handled
+    import typer
+
+    from blockft.cli import commands
+
+    # typer does not export the class of the errors about unknown commands and options
+    usage_error: Any = typer.BadParameter.__base__
     # the deepspeed launcher passes --local_rank=N first, unless it is told not to
     arguments = [word for word in sys.argv[1:] if not word.startswith(("--local_rank=", "--local-rank="))]
-    if "RANK" not in os.environ:  # a rank ends at once on SIGTERM until it has something to save
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         _check_arguments(arguments)
         code = commands.parse_and_run(arguments)
         sys.stdout.flush()
-    except _UsageError as error:
-        code = _fail(f"{error.format_message()} (see blockft --help)")
+        return code
+    except usage_error as error:
+        return _fail(f"{error.format_message()} (see blockft --help)")
     except UserError as error:
-        code = _fail(str(error))
+        return _fail(str(error))
     except OutputClosed:
-        code = BROKEN_PIPE
-    except (KeyboardInterrupt, typer.Abort):
-        code = 130
+        return BROKEN_PIPE
+    except typer.Abort:
+        return INTERRUPTED
     except MemoryError:
-        code = _fail("the memory of this machine does not suffice: choose smaller sizes")
+        return _fail("the memory of this machine does not suffice: choose smaller sizes")
     except OSError as error:
         if error.filename is None or error.errno not in _STATES_OF_THE_SYSTEM:
             raise
-        code = _fail(f"{error.filename} cannot be used: {error.strerror}")
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-        raise
-    sys.exit(code)
+        return _fail(f"{error.filename} cannot be used: {error.strerror}")
 
 
 def _check_arguments(arguments: list[str]) -> None:
@@ -97,7 +117,3 @@ def _fail(message: str) -> int:
             text = shorten(" ".join(message.split()), MAX_MESSAGE_LEN)
             print_text(f"blockft: {text}", file=sys.stderr)
     return 2
-
-
-_UsageError: Any = typer.BadParameter.__base__
-"""What typer raises for unknown commands and options; typer does not export the class."""

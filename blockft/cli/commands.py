@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from blockft.cli import bench, cache
 from blockft.cli.next_command import eval_command, print_next, unused_path
 from blockft.cli.options import (
     AsJson,
@@ -42,6 +43,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(cache.app, name="cache")
+app.add_typer(bench.app, name="bench")
 
 
 @app.callback()
