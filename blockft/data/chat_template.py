@@ -6,7 +6,6 @@ from collections.abc import Collection, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import chain
-from os.path import commonprefix
 from typing import NoReturn
 
 import jinja2
@@ -29,7 +28,7 @@ It prints the default date of Llama 3's template, so that prepared data do not c
 EMPTY_THOUGHT = re.compile(r"(?:<(?P<tag>[\w:|-]+)>\s*</(?P=tag)>|\[(?P<word>\w+)\]\s*\[/(?P=word)\])\s*\Z")
 """An empty thought at the end of a text, such as <think></think>, with the white space after it."""
 
-OPEN_THOUGHT = re.compile(r"[<\[](?P<name>[\w:|-]+)[>\]]\s*\Z")
+OPEN_THOUGHT = re.compile(r"(?:<\w[\w:-]*>|\[\w+\])\s*\Z")
 """The opening tag of a thought at the end of a text, with the white space after it."""
 
 EDGE_MARKER = "\n\u2003"
@@ -292,18 +291,18 @@ class ChatTemplate:
         """
         if not asked:
             self._fail("writes a response otherwise than its generation prompt leads to", "response changed")
-        end = asked[len(commonprefix([asked, written])) :]
         texts = (
             f"the chat template of {self._name} ends its generation prompt with {asked[-60:]!r}, "
             f"but writes {written[-60:]!r} before a response"
         )
-        if opened := OPEN_THOUGHT.search(end):
+        added = asked.removeprefix(written)
+        if asked.startswith(written) and (opened := OPEN_THOUGHT.search(added)):
             tag = opened[0].strip()
-            closed = f"{end.rstrip()}\n\n{tag[0]}/{tag[1:]}\n\n"
+            closed = f"{added.rstrip()}\n\n{tag[0]}/{tag[1:]}\n\n"
             raise UserError(
                 f"{texts}: a response without a thought cannot be learned after an open {tag}. Copy the "
                 f"template to a file, let its generation prompt end with the empty thought {closed!r} in "
-                f"place of {end!r}, and set model.chat_template to that file"
+                f"place of {added!r}, and set model.chat_template to that file"
             )
         raise TemplateMismatch(
             f"{texts}: a response must follow the generation prompt. Correct this in a copy of the template, "

@@ -83,6 +83,18 @@ REFUSED = {
         "set model.chat_template to that file",
     ),
     "asks with another header": (LOOP + ASK.replace("assistant", "bot"), "bot.*, but writes '.*assistant"),
+    "asks with another tag": (
+        LOOP + ASK.replace("<|im_start|>assistant\n", "<bot>\n"),
+        r"'<\|im_end\|>\\n<bot>\\n', but writes .*: a response must follow the generation prompt",
+    ),
+    "asks with a token that thinks": (
+        LOOP + ASK.replace("assistant\n", "assistant\n<|think|>\n"),
+        "but writes .*: a response must follow the generation prompt",
+    ),
+    "thinks aloud": (
+        LOOP + ASK.replace("assistant\n", "assistant\n<think>\nOkay, "),
+        "<think>.*, but writes .*: a response must follow the generation prompt",
+    ),
     "content twice": (CHATML.replace("m['content']", "m['content'] * 2"), "does not write each text"),
     "no content": (CHATML.replace("m['content']", "''"), "does not write each text"),
     "upper": (CHATML.replace("m['content']", "m['content'] | upper"), "does not write each text"),
