@@ -4,32 +4,45 @@ Each parser takes a record and a default id for its samples. A record gives one 
 of a record with several answers are numbered (`id#1`, `id#2`).
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from blockft.data.fields import LEARN_FLAGS, SYSTEM_FIELDS
 from blockft.data.sample import (
     Message,
+    RecordDropped,
     RecordError,
     Sample,
     check_field,
     get_field,
+    is_number,
+    join_text_parts,
+    parse_flag,
+    parse_id,
     parse_templated_blocks,
     parse_text,
 )
 
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-"""The roles that chats use, and the role of the message."""
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "claude", "model"), "assistant"),
+}
+"""The roles that chats use, and the role of the message. A developer's message is a system message."""
+
+NOT_LEARNED = "no answer to learn"
+"""The reason for dropping a chat whose answers all have the weight 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Turn:
-    """A turn of a chat; `field_name` is its field, for error messages, without the closing quote."""
+    """A turn of a chat; `path` is its field, for error messages. An answer may be context only."""
 
     role: str
     text: str
-    field_name: str
+    path: str
+    is_learned: bool = True
 
 
 def parse_messages_record(record: Any, default_id: str) -> Iterator[Sample]:
@@ -42,26 +55,30 @@ def parse_messages_record(record: Any, default_id: str) -> Iterator[Sample]:
         -> sample #1: Hi -> Hello    sample #2: Hi, Hello, Who? -> The fox
 
     Tulu 3 and OpenAI write `messages` with `role` and `content`, ShareGPT writes `conversations` with `from`
-    and `value`. A field `system` may hold the system message.
+    and `value`. A field `system` (or `system_prompt`, `system_message`, `system_instruction`) may hold the
+    system message. A content may be a list of text parts.
 
     User and assistant alternate, after at most one system message. A blank system message is ignored. A blank
-    answer ends the chat, because nothing can be learned from it or from its continuation.
+    answer ends the chat, because nothing can be learned from it or from its continuation. An answer with the
+    weight 0 (or `train`, `training`, `trainable`, `loss` false) is part of the later prompts only.
 
     Raises:
-        RecordError: the turns do not alternate, a question is blank, a message calls a tool, or there is no
-            answer.
+        RecordDropped: no answer is to be learned.
+        RecordError: the turns do not alternate, a question is blank, a message has another role, or there is
+            no answer.
     """
     check_field(isinstance(record, Mapping), "the record", record, "be a JSON object")
-    name = "conversations" if "messages" not in record and "conversations" in record else "messages"
+    names = [name for name in ("messages", "conversations") if get_field(record, name, None) is not None]
+    check_field(len(names) < 2, "the record", list(record), "have either 'messages' or 'conversations'")
+    name = names[0] if names else "messages"
     messages = get_field(record, name)
     is_nonempty_list = isinstance(messages, list) and bool(messages)
     check_field(is_nonempty_list, f"field {name!r}", messages, "be a list of messages")
-    turns = [_parse_turn(message, f"field '{name}[{i}]") for i, message in enumerate(messages)]
-    system = _optional_text(record, "system")
+    turns = [_parse_turn(message, f"{name}[{i}]") for i, message in enumerate(messages)]
+    system = _system_text(record)
     if turns[0].role == "system":
-        check_field(
-            not system, "field 'system'", system, "be absent if the first message is a system message"
-        )
+        rule = "be absent if the first message is a system message"
+        check_field(not system, "the system message of the record", system, rule)
         system, turns = turns[0].text, turns[1:]
     return _samples_of_chat(record, default_id, "messages", system, turns)
 
@@ -81,24 +98,24 @@ def parse_alpaca(record: Any, default_id: str) -> Iterator[Sample]:
         RecordError: a field is missing, blank or of the wrong type.
     """
     check_field(isinstance(record, Mapping), "the record", record, "be a JSON object")
-    history = record.get("history") or []
+    history = get_field(record, "history", [])
     check_field(isinstance(history, list), "field 'history'", history, "be a list of pairs of texts")
     turns = []
     for i, pair in enumerate(history):
         is_pair = isinstance(pair, list | tuple) and len(pair) == 2
         check_field(is_pair, f"field 'history[{i}]'", pair, "be a pair of texts")
         for j, role in enumerate(("user", "assistant")):
-            name = f"field 'history[{i}][{j}]"
-            turns.append(_Turn(role=role, text=parse_text(pair[j], f"{name}'"), field_name=name))
+            path = f"history[{i}][{j}]"
+            turns.append(_Turn(role=role, text=parse_text(pair[j], f"field {path!r}"), path=path))
     instruction = parse_text(get_field(record, "instruction"), "field 'instruction'")
     input = _optional_text(record, "input")
     prompt = f"{instruction}\n\n{input}" if input else instruction
     output = parse_text(get_field(record, "output"), "field 'output'")
     turns += [
-        _Turn(role="user", text=prompt, field_name="field 'instruction"),
-        _Turn(role="assistant", text=output, field_name="field 'output"),
+        _Turn(role="user", text=prompt, path="instruction"),
+        _Turn(role="assistant", text=output, path="output"),
     ]
-    return _samples_of_chat(record, default_id, "alpaca", _optional_text(record, "system"), turns)
+    return _samples_of_chat(record, default_id, "alpaca", _system_text(record), turns)
 
 
 def parse_blocks(record: Any, default_id: str) -> Iterator[Sample]:
@@ -114,8 +131,8 @@ def parse_blocks(record: Any, default_id: str) -> Iterator[Sample]:
          "documents": [{"title": "A", "text": "One.", "score": 0.5}, ...], "answers": ["fox"]}
         -> a block before the documents, one block per document, the rest as final block; score is relevance
 
-    The released files of the first format say `chunks` in place of `blocks`. Other fields are ignored, token
-    ids among them.
+    The released files of the first format say `chunks` in place of `blocks`. Their token ids are not used. If
+    `train_block` is false, the prompt is one block, so that it is learned with full attention.
 
     Raises:
         RecordError: the blocks do not join to the prompt, or the prompt does not contain the documents in
@@ -123,21 +140,26 @@ def parse_blocks(record: Any, default_id: str) -> Iterator[Sample]:
     """
     check_field(isinstance(record, Mapping), "the record", record, "be a JSON object")
     prompt = parse_text(get_field(record, "prompt"), "field 'prompt'")
-    id = _text_or_default(record, "id", default_id)
-    name = "chunks" if "blocks" not in record and "chunks" in record else "blocks"
-    if name not in record and "documents" in record:
+    id = _id_or_default(record, default_id)
+    kinds = ("blocks", "chunks", "documents")
+    names = [name for name in kinds if get_field(record, name, None) is not None]
+    check_field(len(names) < 2, "the record", list(record), "have one of 'blocks', 'chunks' and 'documents'")
+    name = names[0] if names else "blocks"
+    if name == "documents":
         return iter([_parse_rag_record(record, prompt, id)])
     templated = parse_templated_blocks(get_field(record, name), name)
     check_field("".join(templated) == prompt, f"field {name!r}", list(templated), "join to the prompt")
     response = parse_text(get_field(record, "response"), "field 'response'")
     source = _text_or_default(record, "source", "blocks")
+    if not parse_flag(record, "train_block", True):
+        templated = (prompt,)
     return iter([Sample(id=id, source=source, templated=templated, response=response)])
 
 
 def _parse_rag_record(record: Mapping[str, Any], prompt: str, id: str) -> Sample:
-    answers = record.get("answers") or []
+    answers = get_field(record, "answers", [])
     check_field(isinstance(answers, list), "field 'answers'", answers, "be a list of texts")
-    response = record.get("generated") or ""
+    response = get_field(record, "generated", "")
     documents = get_field(record, "documents")
     check_field(isinstance(documents, list), "field 'documents'", documents, "be a list of documents")
     starts, end = _document_offsets(prompt, documents)
@@ -150,7 +172,10 @@ def _parse_rag_record(record: Mapping[str, Any], prompt: str, id: str) -> Sample
     if starts:
         meta["documents"] = list(range(num_before, num_before + len(starts)))
     scores = [document.get("score") for document in documents]
-    if scores and all(type(score) in (int, float) and math.isfinite(score) for score in scores):
+    for i, score in enumerate(scores):
+        is_score = score is None or is_number(score)
+        check_field(is_score, f"field 'documents[{i}].score'", score, "be a number")
+    if scores and None not in scores:
         meta["relevance"] = scores
     return Sample(
         id=id,
@@ -168,8 +193,9 @@ def _document_offsets(prompt: str, documents: Sequence[Any]) -> tuple[list[int],
     for i, document in enumerate(documents):
         name = f"field 'documents[{i}]"
         check_field(isinstance(document, Mapping), f"{name}'", document, 'be {"title", "text"}')
-        title = parse_text(get_field(document, "title"), f"{name}.title'", may_be_blank=True)
-        text = parse_text(get_field(document, "text"), f"{name}.text'", may_be_blank=True)
+        path = f"documents[{i}]."
+        title = parse_text(get_field(document, "title", path=path), f"{name}.title'", may_be_blank=True)
+        text = parse_text(get_field(document, "text", path=path), f"{name}.text'", may_be_blank=True)
         expected = f"- Title: {title}\n{text.strip()}"
         start = prompt.find(expected, end)
         rule = "be in the prompt after the documents before it, as '- Title: ...'"
@@ -179,48 +205,76 @@ def _document_offsets(prompt: str, documents: Sequence[Any]) -> tuple[list[int],
     return starts, end
 
 
-def _parse_turn(message: Any, name: str) -> _Turn:
-    check_field(isinstance(message, Mapping), f"{name}'", message, 'be {"role", "content"}')
-    for key in ("tool_calls", "function_call"):
-        value = message.get(key)
-        check_field(not value, f"{name}.{key}'", value, "be absent: calls of tools cannot be learned")
-    role_key, text_key = ("from", "value") if "from" in message else ("role", "content")
-    role, text = (_message_text(message, key, name) for key in (role_key, text_key))
-    check_field(role in ROLES, f"{name}.{role_key}'", role, f"be one of {', '.join(ROLES)}")
+def _parse_turn(message: Any, path: str) -> _Turn:
+    check_field(isinstance(message, Mapping), f"field {path!r}", message, 'be {"role", "content"}')
+    kinds = (("role", "content"), ("from", "value"))
+    given = [kind for kind in kinds if any(message.get(key) is not None for key in kind)]
+    check_field(len(given) == 1, f"field {path!r}", list(message), 'have the keys "role" and "content"')
+    role_key, text_key = given[0]
+    given_role = get_field(message, role_key, path=f"{path}.")
+    is_role = isinstance(given_role, str) and given_role in ROLES
+    check_field(is_role, f"field '{path}.{role_key}'", given_role, f"be one of {', '.join(ROLES)}")
+    role = ROLES[given_role]
+    content = get_field(message, text_key, path=f"{path}.")
+    if isinstance(content, list):
+        content = join_text_parts(content, f"{path}.{text_key}")
     # a blank question is an error; a blank answer ends the chat and a blank system message is ignored
-    may_be_blank = ROLES[role] != "user"
-    text = parse_text(text, f"{name}.{text_key}'", may_be_blank=may_be_blank)
-    return _Turn(role=ROLES[role], text=text, field_name=name)
+    text = parse_text(content, f"field '{path}.{text_key}'", may_be_blank=role != "user")
+    return _Turn(role=role, text=text, path=path, is_learned=_is_learned(message, role, path))
+
+
+def _is_learned(message: Mapping[str, Any], role: str, path: str) -> bool:
+    """Return whether an answer is learned; its flags may say that it is context only.
+
+    Raises:
+        RecordError: a flag is neither true nor false, or two flags contradict each other, or a message that
+            is no answer should be learned.
+    """
+    if message.keys().isdisjoint(LEARN_FLAGS):
+        return True
+    flags = {name: message[name] for name in LEARN_FLAGS if message.get(name) is not None}
+    for name, value in flags.items():
+        is_flag = type(value) in (bool, int, float) and value in (0, 1)
+        check_field(is_flag, f"field '{path}.{name}'", value, "be 0 or 1: an answer is learned, or it is not")
+        rule = "be 0 or absent: only the answers of the assistant are learned"
+        check_field(role == "assistant" or not value, f"field '{path}.{name}'", value, rule)
+    check_field(len({*map(bool, flags.values())}) < 2, f"field {path!r}", flags, "not contradict itself")
+    return all(flags.values())
 
 
 def _samples_of_chat(
     record: Mapping[str, Any], default_id: str, source: str, system: str, turns: Sequence[_Turn]
 ) -> Iterator[Sample]:
-    """Return one sample per answer of a chat, up to the first blank answer."""
+    """Return one sample per learned answer of a chat, up to the first blank answer."""
     for i, turn in enumerate(turns):
         role = ("user", "assistant")[i % 2]
-        check_field(turn.role == role, f"{turn.field_name}'", turn.role, f"be of the {role}: turns alternate")
+        rule = f"be of the {role}: turns alternate"
+        check_field(turn.role == role, f"field {turn.path!r}", turn.role, rule)
     num_answers = len(turns) // 2
     answers = [turn.text for turn in turns[1::2]]
     num_before_blank = next((i for i, answer in enumerate(answers) if not answer.strip()), num_answers)
     if not num_before_blank:
         raise RecordError("no answer of the assistant to learn: there is none, or the first one is blank")
     prompt = [Message(role="system", content=(system,))] if system.strip() else []
-    id, source = _text_or_default(record, "id", default_id), _text_or_default(record, "source", source)
+    id, source = _id_or_default(record, default_id), _text_or_default(record, "source", source)
     samples = []
-    pairs = zip(turns[::2], answers[:num_before_blank], strict=False)
+    pairs = zip(turns[::2], turns[1 : 2 * num_before_blank : 2], strict=False)
     for number, (question, answer) in enumerate(pairs, start=1):
         prompt.append(Message(role="user", content=(question.text,)))
         sample_id = id if num_answers == 1 else f"{id}#{number}"
-        samples.append(Sample(id=sample_id, source=source, messages=tuple(prompt), response=answer))
-        prompt.append(Message(role="assistant", content=(answer,)))
+        if answer.is_learned:
+            samples.append(Sample(id=sample_id, source=source, messages=tuple(prompt), response=answer.text))
+        prompt.append(Message(role="assistant", content=(answer.text,)))
+    if not samples:
+        raise RecordDropped(NOT_LEARNED)
     return iter(samples)
 
 
-def _message_text(message: Mapping[str, Any], key: str, name: str) -> str:
-    check_field(key in message, f"{name}'", list(message), f"have the key {key!r}")
-    check_field(isinstance(message[key], str), f"{name}.{key}'", message[key], "be a text")
-    return str(message[key])
+def _id_or_default(record: Mapping[str, Any], default: str) -> str:
+    """Return the id of the record, or the default if the id is missing, null or blank."""
+    value = get_field(record, "id", default)
+    is_blank = isinstance(value, str) and not value.strip()
+    return default if is_blank else parse_id(value, "field 'id'")
 
 
 def _text_or_default(record: Mapping[str, Any], name: str, default: str) -> str:
@@ -231,5 +285,17 @@ def _text_or_default(record: Mapping[str, Any], name: str, default: str) -> str:
 
 def _optional_text(record: Mapping[str, Any], name: str) -> str:
     """Return a text of the record; "" if the field is missing, null or blank."""
-    text = parse_text(record.get(name) or "", f"field {name!r}", may_be_blank=True)
+    text = parse_text(get_field(record, name, ""), f"field {name!r}", may_be_blank=True)
     return text if text.strip() else ""
+
+
+def _system_text(record: Mapping[str, Any]) -> str:
+    """Return the system message that a field of the record holds; "" if there is none.
+
+    Raises:
+        RecordError: two fields hold different system messages.
+    """
+    texts = {name: text for name in SYSTEM_FIELDS if (text := _optional_text(record, name))}
+    is_one = len(set(texts.values())) < 2
+    check_field(is_one, "the record", list(texts), "hold its system message in one field")
+    return next(iter(texts.values()), "")

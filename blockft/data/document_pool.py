@@ -32,6 +32,11 @@ class DocumentPool:
         """Return the index of a document of the pool."""
         return self._index_of[document.key]
 
+    def contains_answer(self, document: Document, answers: Collection[str]) -> bool:
+        """Return whether the text of a document of the pool contains one of the answers."""
+        _, text = self._normalized[self.index_of(document)]
+        return any(normalize_text(answer) in text for answer in answers)
+
     def distractors(
         self, question_documents: Collection[Document], answers: Collection[str], candidates: Iterable[int]
     ) -> Iterator[int]:

@@ -23,6 +23,11 @@ UNSUPPORTED_MAGIC = {
     b"BZh": "is compressed: unpack it first",
     b"\xfd7zXZ": "is compressed: unpack it first",
     b"\x28\xb5\x2f\xfd": "is compressed: unpack it first",
+    b"ARROW1": "is an Arrow file: save it as parquet or JSON lines",
+    b"version https://git-lfs": "is a Git LFS pointer: fetch the file itself with git lfs pull",
+    b"<!DOCTYPE": "is a web page: download the file itself",
+    b"<!doctype": "is a web page: download the file itself",
+    b"<html": "is a web page: download the file itself",
 }
 """First bytes of files that are not JSON in UTF-8, with the rest of the error message."""
 

@@ -15,21 +15,75 @@ from blockft.errors import UserError
 READ_BYTES = 1 << 20
 """Number of bytes read at a time. A value that is longer is read in steps that double."""
 
+REST_IS_LOST = (
+    "; the records after it cannot be read: repair the file, or write one record a line (JSON lines), where "
+    "data.on_bad_record=skip passes over a bad one"
+)
+"""What an error says about the rest of a JSON array."""
+
 NOT_IN_NUMBER = re.compile(r"[^+\-.0-9eE]")
+
+
+class JsonError(ValueError):
+    """A text is not JSON, or Python cannot decode it. The message says why."""
+
+
+class RecordDecoder(json.JSONDecoder):
+    """Decodes JSON and remembers a key that an object holds twice; Python's own decoder drops the first."""
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=self._build_object)
+        self.repeated_key: str | None = None
+
+    def decode_text(self, text: str | bytes) -> Any:
+        """Decode a JSON text.
+
+        Raises:
+            JsonError: the text is not JSON in UTF-8, is nested too deeply, or an object holds a key twice.
+        """
+        self.repeated_key = None
+        try:
+            value = self.decode(text if isinstance(text, str) else text.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise JsonError(f"not UTF-8 (byte {error.start + 1})") from error
+        except json.JSONDecodeError as error:
+            raise JsonError(f"not JSON ({error.msg}, column {error.colno})") from error
+        except (RecursionError, ValueError) as error:
+            raise JsonError(decoding_problem(error)) from error
+        if self.repeated_key is not None:
+            raise JsonError(repeated_key_problem(self.repeated_key))
+        return value
+
+    def _build_object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        built = dict(pairs)
+        if len(built) != len(pairs):
+            names = [name for name, _ in pairs]
+            self.repeated_key = next(name for name in names if names.count(name) > 1)
+        return built
+
+
+def decode_json(text: str | bytes) -> Any:
+    """Decode a JSON text; see `RecordDecoder.decode_text`."""
+    return RecordDecoder().decode_text(text)
 
 
 class JsonStream:
     """A sliding window over a JSON file, from which characters and values are taken in order.
 
-    `line` is the line of the next character, counted from 1.
+    `line` is the line of the next character, counted from 1. `repeated_key` is a key that an object of the
+    value read last holds twice; None if there is no such key.
     """
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.line = 1
         self._path, self._file = path, file
         self._utf8 = codecs.getincrementaldecoder("utf-8")()
-        self._json = json.JSONDecoder()
+        self._json = RecordDecoder()
         self._text, self._position, self._is_at_end = "", 0, False
+
+    @property
+    def repeated_key(self) -> str | None:
+        return self._json.repeated_key
 
     def peek(self) -> str:
         """Skip white space and return the next character; return "" at the end of the file."""
@@ -70,6 +124,7 @@ class JsonStream:
         self.peek()
         step = READ_BYTES
         while True:
+            self._json.repeated_key = None
             try:
                 value, end = self._json.raw_decode(self._text, self._position)
             except json.JSONDecodeError as error:
@@ -92,7 +147,7 @@ class JsonStream:
 
     def fail(self, reason: str) -> NoReturn:
         """Raise a UserError that names the file and the current line."""
-        raise UserError(f"{self._path}, line {self.line}: {reason}")
+        raise UserError(f"{self._path}, line {self.line}: {reason}{REST_IS_LOST}")
 
     def _read_more(self, num_bytes: int) -> None:
         data = self._file.read(num_bytes)
@@ -108,3 +163,8 @@ class JsonStream:
 def decoding_problem(error: RecursionError | ValueError) -> str:
     """Return why Python cannot decode JSON whose syntax is correct."""
     return "nested too deeply" if isinstance(error, RecursionError) else "a whole number has too many digits"
+
+
+def repeated_key_problem(key: str) -> str:
+    """Return why an object of JSON that holds a key twice cannot be read."""
+    return f"the key {key!r} occurs twice in an object: it is not clear which value counts"

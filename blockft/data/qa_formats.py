@@ -1,26 +1,31 @@
 """Question formats: parsers of HotpotQA, 2WikiMultihopQA, MuSiQue, and the files of FiD and DPR."""
 
-import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-from blockft.data.document_pool import DocumentPool
+from blockft.data.document_pool import DocumentPool, normalize_text
+from blockft.data.json_stream import decode_json
 from blockft.data.rag_prompt import Document
-from blockft.data.sample import check_field, get_field, parse_text
+from blockft.data.sample import RecordDropped, check_field, get_field, parse_flag, parse_id, parse_text
 
 NO_ANSWER = "no answer"
-"""The reason for dropping a question that cannot be answered from its documents."""
+"""The reason for dropping a question that is marked as not answerable, or has no answer."""
+
+NO_EVIDENCE = "no supporting document"
+"""The reason for not training on a question none of whose documents supports the answer."""
+
+PART_OF_EVIDENCE = "a supporting document is missing"
+"""The reason for not training on a question that needs several documents and lacks one of them."""
+
+EVIDENCE_MARKS = ("isgold", "hasanswer", "has_answer")
+"""The fields of a passage that say whether it supports the answer."""
 
 NO_POSITIVE = "no positive document"
-"""The reason for dropping a question of DPR's training files that has negative documents only."""
-
-
-class RecordDropped(Exception):
-    """A valid record gives no question; the message is the reason."""
+"""The reason for not training on a question of DPR's training files that has negative documents only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +34,9 @@ class Question:
 
     The first answer is the response. Distractors may be taken from `pool`. The reader of a source replaces an
     empty `id`.
+
+    `missing_evidence` says why the documents are known not to support the answer. Such a question would teach
+    a model to invent answers. It is empty if they do, or if the record does not say which documents do.
     """
 
     id: str
@@ -37,6 +45,7 @@ class Question:
     answers: tuple[str, ...]
     documents: tuple[Document, ...]
     pool: DocumentPool | None = None
+    missing_evidence: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
 
 
@@ -91,19 +100,18 @@ def parse_musique(record: Any) -> Question:
         RecordError: a field is missing or has the wrong type.
     """
     check_field(isinstance(record, Mapping), "the record", record, "be a JSON object")
-    id = parse_text(get_field(record, "id"), "field 'id'")
-    if get_field(record, "answerable", True) is False:
-        raise RecordDropped(NO_ANSWER)
+    id = parse_id(get_field(record, "id"), "field 'id'")
+    check_answerable(record)
     aliases = _list(record, "answer_aliases", [])
     documents = []
     for i, paragraph in enumerate(_list(record, "paragraphs")):
         field_name = f"field 'paragraphs[{i}]"
         check_field(isinstance(paragraph, Mapping), f"{field_name}'", paragraph, "be a JSON object")
-        supports = paragraph.get("is_supporting", False)
-        check_field(type(supports) is bool, f"{field_name}.is_supporting'", supports, "be true or false")
+        supports = parse_flag(paragraph, "is_supporting", False, path=f"paragraphs[{i}].")
+        title = get_field(paragraph, "title", "")
         documents.append(
             Document(
-                title=parse_text(paragraph.get("title", ""), f"{field_name}.title'", may_be_blank=True),
+                title=parse_text(title, f"{field_name}.title'", may_be_blank=True),
                 text=parse_text(
                     paragraph.get("paragraph_text"), f"{field_name}.paragraph_text'", may_be_blank=True
                 ),
@@ -117,8 +125,9 @@ def parse_musique(record: Any) -> Question:
         id=id,
         source="musique",
         question=parse_text(get_field(record, "question"), "field 'question'"),
-        answers=accepted_answers([get_field(record, "answer"), *aliases], "field 'answer'"),
+        answers=accepted_answers(_placed(record, "answer", aliases)),
         documents=tuple(documents),
+        missing_evidence=_missing_evidence(documents),
         meta={"type": hops[0]} if hops else {},
     )
 
@@ -135,67 +144,125 @@ def parse_fid(record: Any) -> Question:
     `target`, if present, is the response. The relevance of a passage is its `score`. If a passage has no
     score, the passages marked `isgold` have relevance 1 and all others 0; without such a mark the relevance
     falls in the order of the file. Passages marked `isgold` support the answer; without such a mark the first
-    passage marked `hasanswer` does.
+    passage marked `hasanswer` does. If passages are marked, but none as gold or as having the answer, or if
+    there are none, no document supports the answer.
 
     DPR's training files have `positive_ctxs`, `hard_negative_ctxs` and `negative_ctxs` in place of `ctxs`.
     The first positive passage counts as gold, and scores are ignored, as they are not comparable.
 
     Raises:
-        RecordDropped: the record has no answer, or `positive_ctxs` is empty.
+        RecordDropped: the record has no answer.
         RecordError: a field is missing or has the wrong type.
     """
     check_field(isinstance(record, Mapping), "the record", record, "be a JSON object")
-    id = record.get("id", record.get("_id"))
-    check_field(id is None or type(id) in (int, str), "field 'id'", id, "be a text or a whole number")
-    values = [record[name] for name in ("target", "answer", "answers") if record.get(name) is not None]
-    if not values:
-        get_field(record, "answers")
-    answers = [text for value in values for text in (value if isinstance(value, list) else [value])]
+    check_answerable(record)
+    id = get_field(record, "id", get_field(record, "_id", None))
+    answers = _fid_answers(record)
     if not answers:
         raise RecordDropped(NO_ANSWER)
-    passages = _dpr_passages(record) if "positive_ctxs" in record else _passages(record, "ctxs", ...)
-    gold = {i for i, (_, passage) in enumerate(passages) if passage.get("isgold")}
-    has_answer = (i for i, (_, p) in enumerate(passages) if p.get("hasanswer", p.get("has_answer")))
-    supporting = gold or {next(has_answer, -1)}
-    scores = [_score(passage, f"{field_name}.score'") for field_name, passage in passages]
+    is_dpr = get_field(record, "positive_ctxs", None) is not None
+    check_field(
+        not is_dpr or get_field(record, "ctxs", None) is None,
+        "the record",
+        list(record),
+        "have either 'ctxs' or 'positive_ctxs'",
+    )
+    passages = _dpr_passages(record) if is_dpr else _passages(record, "ctxs", ...)
+    gold = _marked(passages, "isgold")
+    has_answer = sorted({*_marked(passages, "hasanswer"), *_marked(passages, "has_answer")})
+    supporting = gold or {*has_answer[:1]}
+    scores = [_score(passage, f"field '{path}.score'") for path, passage in passages]
     documents = []
-    for i, (field_name, passage) in enumerate(passages):
+    for i, (path, passage) in enumerate(passages):
         score = scores[i] if None not in scores else int(i in gold) if gold else -i
         documents.append(
             Document(
-                title=parse_text(passage.get("title") or "", f"{field_name}.title'", may_be_blank=True),
-                text=parse_text(passage.get("text"), f"{field_name}.text'", may_be_blank=True),
+                title=parse_text(get_field(passage, "title", ""), f"field '{path}.title'", may_be_blank=True),
+                text=parse_text(passage.get("text"), f"field '{path}.text'", may_be_blank=True),
                 relevance=score or 0,
                 supports=i in supporting,
             )
         )
+    is_marked = any(p.get(mark) is not None for _, p in passages for mark in EVIDENCE_MARKS)
+    missing = NO_POSITIVE if is_dpr else NO_EVIDENCE
     return Question(
-        id="" if id is None else parse_text(str(id), "field 'id'"),
+        id="" if id is None else parse_id(id, "field 'id'"),
         source="fid",
         question=parse_text(get_field(record, "question"), "field 'question'"),
-        answers=accepted_answers(answers, "field 'answers'"),
+        answers=accepted_answers(answers),
         documents=tuple(documents),
+        missing_evidence=missing if _missing_evidence(documents, may_be_unknown=not is_marked) else "",
     )
 
 
-def accepted_answers(answers: list[Any], field_name: str) -> tuple[str, ...]:
-    """Return the distinct answers, stripped, in order.
+def accepted_answers(answers: Iterable[tuple[str, Any]]) -> tuple[str, ...]:
+    """Return the distinct answers, stripped, in order. Each is given with the path of its field.
 
     Raises:
-        RecordError: an answer is blank or not a text; the message names `field_name`.
+        RecordError: an answer is blank or not a text.
     """
-    return tuple(dict.fromkeys(parse_text(answer, field_name).strip() for answer in answers))
+    return tuple(dict.fromkeys(parse_text(answer, f"field {path!r}").strip() for path, answer in answers))
+
+
+def check_answerable(record: Mapping[str, Any], *, path: str = "") -> None:
+    """Check that no field says that the question has no answer (`answerable`, `is_impossible`).
+
+    Raises:
+        RecordDropped: a field says so.
+    """
+    is_answerable = parse_flag(record, "answerable", True, path=path)
+    if not is_answerable or parse_flag(record, "is_impossible", False, path=path):
+        raise RecordDropped(NO_ANSWER)
+
+
+def _missing_evidence(documents: Iterable[Document], *, may_be_unknown: bool = False) -> str:
+    """Return why the documents do not support the answer; "" if one does that has a text.
+
+    may_be_unknown: documents of which none is marked may all support the answer.
+    """
+    has_text = [document for document in documents if document.text.strip()]
+    is_supported = any(document.supports for document in has_text)
+    return "" if is_supported or may_be_unknown and has_text else NO_EVIDENCE
+
+
+def _placed(record: Mapping[str, Any], name: str, aliases: list[Any]) -> list[tuple[str, Any]]:
+    """Return the answer of a record and its aliases, each with the path of its field."""
+    placed = [(f"answer_aliases[{i}]", alias) for i, alias in enumerate(aliases)]
+    return [(name, get_field(record, name)), *placed]
+
+
+def _fid_answers(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return the target and the answers of a record, each with the path of its field."""
+    answers = []
+    for name in ("target", "answer", "answers"):
+        value = get_field(record, name, None)
+        if isinstance(value, list):
+            answers += [(f"{name}[{i}]", text) for i, text in enumerate(value)]
+        elif value is not None:
+            answers.append((name, value))
+    if all(get_field(record, name, None) is None for name in ("target", "answer")):
+        get_field(record, "answers")  # raises if all three are missing
+    return answers
+
+
+def _marked(passages: list[tuple[str, Mapping[str, Any]]], mark: str) -> set[int]:
+    """Return the indices of the passages whose field `mark` is true."""
+    return {i for i, (path, p) in enumerate(passages) if parse_flag(p, mark, False, path=f"{path}.")}
 
 
 def _parse_multi_hop(record: Any, source: str, *, separator: str) -> Question:
     """Parse a record in the layout of HotpotQA; `separator` joins the sentences of a paragraph."""
     check_field(isinstance(record, Mapping), "the record", record, "be a JSON object")
+    check_answerable(record)
     question = parse_text(get_field(record, "question"), "field 'question'")
-    answers = accepted_answers([get_field(record, "answer")], "field 'answer'")
-    id = parse_text(get_field(record, "_id" if "_id" in record else "id"), "field '_id'")
-    supporting_titles = {title for title, _ in _pairs(record, "supporting_facts", "title", "sent_id")}
+    answers = accepted_answers(_placed(record, "answer", _list(record, "answer_aliases", [])))
+    id_name = "id" if record.get("_id") is None and record.get("id") is not None else "_id"
+    id = parse_id(get_field(record, id_name), f"field {id_name!r}")
+    context = _pairs(record, "context", "title", "sentences")
+    cited = {title for title, _ in _pairs(record, "supporting_facts", "title", "sent_id")}
+    supporting_titles, num_missing = _titles_in_context(cited, [title for title, _ in context])
     documents = []
-    for i, (title, sentences) in enumerate(_pairs(record, "context", "title", "sentences")):
+    for i, (title, sentences) in enumerate(context):
         field_name = f"field 'context[{i}]'"
         are_texts = isinstance(sentences, list) and all(type(s) is str for s in sentences)
         check_field(are_texts, field_name, sentences, "hold sentences")
@@ -207,28 +274,45 @@ def _parse_multi_hop(record: Any, source: str, *, separator: str) -> Question:
                 supports=title in supporting_titles,
             )
         )
-    meta = {name: record[name] for name in ("type", "level") if record.get(name) is not None}
+    names = [name for name in ("type", "level") if record.get(name) is not None]
     return Question(
-        id=id, source=source, question=question, answers=answers, documents=tuple(documents), meta=meta
+        id=id,
+        source=source,
+        question=question,
+        answers=answers,
+        documents=tuple(documents),
+        missing_evidence=_missing_evidence(documents) or (PART_OF_EVIDENCE if num_missing else ""),
+        meta={name: parse_text(record[name], f"field {name!r}", may_be_blank=True) for name in names},
     )
+
+
+def _titles_in_context(cited: set[str], titles: list[str]) -> tuple[set[str], int]:
+    """Return the titles of paragraphs that supporting facts cite, and the number of other cited titles.
+
+    A cited title that no paragraph has is looked up again without regard to case, white space and variants of
+    characters.
+    """
+    found = cited.intersection(titles)
+    missing = cited - found
+    if missing:
+        missing = {normalize_text(title) for title in missing}
+        normalized = {title: normalize_text(title) for title in titles}
+        found |= {title for title, text in normalized.items() if text in missing}
+        missing -= {*normalized.values()}
+    return found, len(missing)
 
 
 def _list(record: Mapping[str, Any], name: str, default: Any = ...) -> list[Any]:
     value = get_field(record, name, default)
-    if value is default:
-        return []
     check_field(isinstance(value, list), f"field {name!r}", value, "be a list")
     return list(value)
 
 
 def _passages(record: Mapping[str, Any], name: str, default: Any) -> list[tuple[str, Mapping[str, Any]]]:
-    """Return the passages of a field, each with its field name.
-
-    The name has no closing quote yet, so that the caller can append the name of a field inside the passage.
-    """
-    passages = [(f"field '{name}[{i}]", passage) for i, passage in enumerate(_list(record, name, default))]
-    for field_name, passage in passages:
-        check_field(isinstance(passage, Mapping), f"{field_name}'", passage, "be a JSON object")
+    """Return the passages of a field, each with its path."""
+    passages = [(f"{name}[{i}]", passage) for i, passage in enumerate(_list(record, name, default))]
+    for path, passage in passages:
+        check_field(isinstance(passage, Mapping), f"field {path!r}", passage, "be a JSON object")
     return passages
 
 
@@ -237,11 +321,13 @@ def _dpr_passages(record: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any
     positive, *negative = (
         _passages(record, name, []) for name in ("positive_ctxs", "hard_negative_ctxs", "negative_ctxs")
     )
-    if not positive:
-        raise RecordDropped(NO_POSITIVE)
     return [
-        (field_name, {k: passage[k] for k in ("title", "text") if k in passage} | {"isgold": i == 0})
-        for i, (field_name, passage) in enumerate(chain(positive, *negative))
+        (
+            path,
+            {k: passage[k] for k in ("title", "text") if k in passage}
+            | {"isgold": i == 0 and bool(positive)},
+        )
+        for i, (path, passage) in enumerate(chain(positive, *negative))
     ]
 
 
@@ -252,7 +338,7 @@ def _score(passage: Mapping[str, Any], field_name: str) -> float | None:
         return None
     try:
         score = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         score = math.nan
     check_field(math.isfinite(score) and type(value) is not bool, field_name, value, "be a number")
     return score
@@ -261,14 +347,14 @@ def _score(passage: Mapping[str, Any], field_name: str) -> float | None:
 def _pairs(record: Mapping[str, Any], name: str, first: str, second: str) -> list[tuple[Any, Any]]:
     """Return a field as a list of pairs.
 
-    The field may hold a list of pairs, a mapping of two lists (keys `first` and `second`), or either of them
-    as JSON text.
+    The field may hold a list of pairs, a list of objects with the keys `first` and `second`, an object of two
+    lists under these keys, or any of them as JSON text.
     """
     value = get_field(record, name)
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except (RecursionError, ValueError):
+            value = decode_json(value)
+        except ValueError:
             check_field(False, f"field {name!r}", value, "be a list or the text of one in JSON")
     if (
         isinstance(value, Mapping)
@@ -279,6 +365,8 @@ def _pairs(record: Mapping[str, Any], name: str, first: str, second: str) -> lis
         rule = f"hold as many {first} as {second}, not {num_first} and {num_second}"
         check_field(num_first == num_second, f"field {name!r}", value, rule)
         value = list(zip(value[first], value[second], strict=True))
+    if isinstance(value, list) and all(isinstance(v, Mapping) and {first, second} <= v.keys() for v in value):
+        value = [(pair[first], pair[second]) for pair in value]
     are_pairs = isinstance(value, list) and all(_is_pair(pair) for pair in value)
     check_field(are_pairs, f"field {name!r}", value, f"be a list of pairs ({first}, {second})")
     return [(pair[0], pair[1]) for pair in value]

@@ -1,18 +1,20 @@
 """Records of a source: read JSON, JSON lines, parquet and Hub datasets one by one, with their places."""
 
-import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from blockft.data.files import open_json, without_gzip_suffix
-from blockft.data.json_stream import JsonStream, decoding_problem
+from blockft.data.json_stream import JsonError, JsonStream, RecordDecoder, repeated_key_problem
 from blockft.data.sample import RecordError
 from blockft.errors import UserError
 
 PARQUET_ROWS = 1000
 """Number of parquet rows that are converted to records at a time."""
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".xlsx", ".xls")
+"""Files of tables that cannot be read."""
 
 PlacedRecord = tuple[str, Any]
 """The place of a record (file and line), and the record, or a RecordError if the record cannot be read."""
@@ -29,6 +31,8 @@ def read_file(path: Path, array_key: str | None = None) -> Iterator[PlacedRecord
     Raises:
         UserError: the file cannot be read, or is neither parquet, a JSON array nor JSON lines.
     """
+    if without_gzip_suffix(path).suffix in TABLE_SUFFIXES:
+        raise UserError(f"source {path} is a table of texts: save it as parquet, JSON lines or a JSON array")
     try:
         if path.suffix == ".parquet":
             yield from _read_parquet(path)
@@ -52,10 +56,11 @@ def read_file(path: Path, array_key: str | None = None) -> Iterator[PlacedRecord
 
 def read_lines(path: Path) -> Iterator[PlacedRecord]:
     """Read a file of JSON lines. Blank lines are skipped; a line that is not JSON gives a RecordError."""
+    decoder = RecordDecoder()
     with open_json(path) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield f"{path}, line {number}", _parse_line(line)
+                yield f"{path}, line {number}", _parse_line(line, decoder)
 
 
 def read_array(path: Path, array_key: str | None = None) -> Iterator[PlacedRecord]:
@@ -81,23 +86,33 @@ def read_hub(path: str, split: str | None, name: str | None = None) -> Iterator[
     """
     import datasets
 
+    hub_errors = (OSError, ValueError, datasets.exceptions.DatasetsError)
     if split is None:
         raise UserError(
             f"source {path} does not exist here; for a dataset on the Hub, name its split as well"
         )
     try:
         records = iter(datasets.load_dataset(path, name, split=split, streaming=True))
-        record = next(records, None)
-    except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        record = next(records, ...)
+    except hub_errors as error:
         raise UserError(
-            f"source {path} is no local file, and the Hub gives no such dataset: {reason}"
+            f"source {path} is no local file, and the Hub gives no such dataset: {_first_line(error)}"
         ) from error
     place = f"{path} ({name}, {split})" if name else f"{path} ({split})"
     number = 1
-    while record is not None:
+    while record is not ...:
         yield f"{place}, record {number}", record
-        record, number = next(records, None), number + 1
+        try:
+            record, number = next(records, ...), number + 1
+        except hub_errors as error:
+            raise UserError(
+                f"{place}, after record {number}: the rest cannot be read ({_first_line(error)}): run the "
+                "command again, or download the dataset and name its files"
+            ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _first_character(path: Path) -> bytes:
@@ -142,17 +157,31 @@ def _read_parquet(path: Path) -> Iterator[PlacedRecord]:
         with pq.ParquetFile(path) as file:
             for group in range(file.num_row_groups):
                 for batch in file.iter_batches(PARQUET_ROWS, row_groups=[group]):
-                    for row in batch.to_pylist():
+                    for row in _batch_rows(batch):
                         number += 1
                         yield f"{path}, row {number}", row
     except pa.ArrowException as error:
         raise UserError(f"{path}, after row {number}: not parquet ({str(error).splitlines()[0]})") from error
 
 
+def _batch_rows(batch: Any) -> list[Any]:
+    """Return the rows of an Arrow record batch. A row that Python cannot represent becomes a RecordError."""
+    try:
+        rows: list[Any] = batch.to_pylist()
+    except (ValueError, OverflowError) as error:  # a text is not UTF-8, or a time is out of range
+        if batch.num_rows == 1:
+            return [RecordError(f"the row cannot be read: {error}")]
+        return [row for i in range(batch.num_rows) for row in _batch_rows(batch.slice(i, 1))]
+    return rows
+
+
 def _array_elements(path: Path, stream: JsonStream) -> Iterator[PlacedRecord]:
     stream.expect("[")
     while stream.peek() != "]":
-        yield f"{path}, line {stream.line}", stream.read_value()
+        place, value = f"{path}, line {stream.line}", stream.read_value()
+        if stream.repeated_key is not None:
+            value = RecordError(repeated_key_problem(stream.repeated_key))
+        yield place, value
         if stream.peek() != "]":
             stream.expect(",")
             if stream.peek() == "]":
@@ -164,6 +193,8 @@ def _elements_under_key(path: Path, stream: JsonStream, array_key: str) -> Itera
     has_key = False
     for key in _object_keys(stream):
         if key == array_key:
+            if has_key:
+                stream.fail(repeated_key_problem(array_key))
             has_key = True
             yield from _array_elements(path, stream)
         else:
@@ -184,12 +215,8 @@ def _object_keys(stream: JsonStream) -> Iterator[Any]:
     stream.expect("}")
 
 
-def _parse_line(line: bytes) -> Any:
+def _parse_line(line: bytes, decoder: RecordDecoder) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return RecordError(f"not UTF-8 (byte {error.start + 1})")
-    except json.JSONDecodeError as error:
-        return RecordError(f"not JSON ({error.msg}, column {error.colno})")
-    except (RecursionError, ValueError) as error:
-        return RecordError(decoding_problem(error))
+        return decoder.decode_text(line)
+    except JsonError as error:
+        return RecordError(str(error))

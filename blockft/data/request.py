@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from blockft.data.fields import REQUEST_DOCUMENT, FieldTable
 from blockft.data.rag_prompt import Document, RagPrompt
 from blockft.data.sample import (
     SAMPLE_FIELDS,
@@ -14,6 +15,8 @@ from blockft.data.sample import (
     get_field,
     is_list,
     is_number,
+    join_text_parts,
+    parse_id,
     parse_messages,
     parse_meta,
     parse_templated_blocks,
@@ -25,16 +28,28 @@ REQUEST_KINDS = (("documents", "question"), ("messages",), ("blocks",))
 
 ALLOWED_FIELDS = tuple(dict.fromkeys([name for kind in REQUEST_KINDS for name in kind] + list(SAMPLE_FIELDS)))
 
+REQUEST_FIELDS = FieldTable(
+    read=frozenset(ALLOWED_FIELDS),
+    objects={"documents": REQUEST_DOCUMENT},
+)
 
-def parse_request(record: Any, prompt: RagPrompt, default_id: str) -> Sample:
+OWN_WORDING = (
+    "the model was trained on prompts with a wording of their own, and there is no wording for documents: "
+    "ask with 'messages', whose content is the list of its blocks, or give a wording in Python: "
+    "Engine.load(..., prompt=RagPrompt(...))"
+)
+"""Why documents cannot be put into a prompt of a model that saw no prompt worded by `data.prompt`."""
+
+
+def parse_request(record: Any, prompt: RagPrompt | None, default_id: str) -> Sample:
     """Parse a JSON object that asks for an answer into a sample without a response.
 
     A request is one of three kinds:
 
-    - `{"documents": [{"title"?, "text", "score"?} or text, ...], "question"}`, formatted with `prompt`. Other
-      fields of a document are ignored.
+    - `{"documents": [{"title"?, "text", "score"?} or text, ...], "question"}`, formatted with `prompt`; None
+      if there is no wording. Unknown fields of a document have no effect; see `unknown_document_fields`.
     - `{"messages": [{"role", "content"}, ...]}`; the last message is from the user. A content is the list of
-      its blocks, or a text, which is one block.
+      its blocks, or a text or a list of text parts (`{"type": "text", "text"}`), which is one block.
     - `{"blocks": [text, ...]}`, the blocks of a prompt that already contains the chat template.
 
     The last block is the final block. `id` is optional and defaults to `default_id`. `meta` is the metadata
@@ -42,12 +57,13 @@ def parse_request(record: Any, prompt: RagPrompt, default_id: str) -> Sample:
     request, too; its source, response and answers are ignored.
 
     Raises:
-        RecordError: the record is of no kind or of several kinds, or a field is unknown, blank or of the
-            wrong type.
+        RecordError: the record is of no kind or of several kinds; a field is unknown, blank or of the wrong
+            type; or there are documents, but no wording for them.
     """
     check_field(isinstance(record, Mapping), "the request", record, "be a JSON object")
-    if unknown := [key for key in record if key not in ALLOWED_FIELDS]:
-        raise RecordError(f"unknown field {unknown[0]!r} (allowed: {', '.join(ALLOWED_FIELDS)})")
+    unknown = REQUEST_FIELDS.unknown_fields(record) - unknown_document_fields(record)
+    if unknown:
+        raise RecordError(f"unknown field {min(unknown)!r} (allowed: {', '.join(ALLOWED_FIELDS)})")
     check_field(
         sum(not record.keys().isdisjoint(kind) for kind in REQUEST_KINDS) == 1,
         "the request",
@@ -63,9 +79,17 @@ def parse_request(record: Any, prompt: RagPrompt, default_id: str) -> Sample:
     else:
         documents = _parse_documents(get_field(record, "documents"))
         question = parse_text(get_field(record, "question"), "field 'question'")
+        if prompt is None:
+            raise RecordError(OWN_WORDING)
         messages, document_meta = prompt.build(question, documents, sample.id)
         sample, meta = replace(sample, messages=messages), _merge_meta(meta, document_meta)
     return replace(sample, meta=parse_meta(meta, len(sample.blocks)))
+
+
+def unknown_document_fields(record: Any) -> set[str]:
+    """Return the fields of a request's documents that have no effect and are not known, as paths."""
+    unknown = REQUEST_FIELDS.unknown_fields(record)
+    return {name for name in unknown if name.startswith("documents[].")}
 
 
 def parse_document(value: Any, field: str = "") -> Document:
@@ -81,16 +105,15 @@ def parse_document(value: Any, field: str = "") -> Document:
         return Document(title="", text=parse_text(value, name))
     check_field(isinstance(value, Mapping), name, value, 'be {"title", "text"} or a text')
     check_field("text" in value, name, list(value), 'have the key "text"')
-    title = parse_text(value.get("title", ""), f"field '{prefix}title'", may_be_blank=True)
-    score = value.get("score", 0)
+    REQUEST_DOCUMENT.unknown_fields(value, path=prefix)  # raises if the document has an image, for example
+    title = parse_text(get_field(value, "title", ""), f"field '{prefix}title'", may_be_blank=True)
+    score = get_field(value, "score", 0)
     check_field(is_number(score), f"field '{prefix}score'", score, "be a finite number")
     return Document(title=title, text=parse_text(value["text"], f"field '{prefix}text'"), relevance=score)
 
 
 def _parse_id(record: Mapping[str, Any], default_id: str) -> str:
-    value = record.get("id", default_id)
-    check_field(type(value) in (str, int), "field 'id'", value, "be a text or a number")
-    return parse_text(str(value), "field 'id'")
+    return parse_id(get_field(record, "id", default_id), "field 'id'")
 
 
 def _parse_chat(value: Any) -> tuple[Message, ...]:
@@ -103,22 +126,24 @@ def _parse_chat(value: Any) -> tuple[Message, ...]:
             last["role"],
             "be user, because the last message is the question",
         )
-    return parse_messages(
-        [_with_content_list(message, f"field 'messages[{i}]") for i, message in enumerate(value)]
-    )
+    return parse_messages([_with_content_list(message, f"messages[{i}]") for i, message in enumerate(value)])
 
 
-def _with_content_list(message: Any, field_name: str) -> Any:
-    """Return the message with a content that is a list; a text becomes a list of one text."""
+def _with_content_list(message: Any, path: str) -> Any:
+    """Return the message with a content that is a list of blocks; a text, or text parts, become one block."""
     if not isinstance(message, Mapping) or "content" not in message:
         return message
+    has_only = message.keys() <= {"role", "content"}
+    check_field(has_only, f"field {path!r}", list(message), 'have the keys "role" and "content" only')
     content = message["content"]
     check_field(
         isinstance(content, str) or is_list(content),
-        f"{field_name}.content'",
+        f"field '{path}.content'",
         content,
         "be a text or a list of block texts",
     )
+    if is_list(content) and content and all(isinstance(part, Mapping) for part in content):
+        content = join_text_parts(content, f"{path}.content")
     return {**message, "content": [content]} if isinstance(content, str) else message
 
 

@@ -1,6 +1,6 @@
 """Samples: prompts with marked blocks and their responses, independent of any model; stored as JSON lines."""
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,8 +12,16 @@ SAMPLE_FIELDS = ("id", "source", "messages", "blocks", "response", "answers", "m
 """The fields of a sample's JSON object."""
 
 
+MAX_META_DEPTH = 32
+"""Number of lists and objects of `meta` that may be inside each other."""
+
+
 class RecordError(ValueError):
     """A record is not valid. The message names the field; the reader adds file and line."""
+
+
+class RecordDropped(Exception):
+    """A valid record gives no sample to train on; the message is the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,26 +103,21 @@ def parse_sample(record: Any) -> Sample:
     A prompt that already contains the chat template has `"blocks": [text, ...]` in place of `messages`.
 
     Raises:
-        RecordError: a field is missing, unknown or of the wrong type, or the sample has neither response nor
-            answers.
+        RecordError: a field is missing or of the wrong type, or the sample has neither response nor answers.
     """
     check_field(isinstance(record, Mapping), "the record", record, "be a JSON object")
-    if unknown := [key for key in record if key not in SAMPLE_FIELDS]:
-        raise RecordError(f"unknown field {unknown[0]!r} (allowed: {', '.join(SAMPLE_FIELDS)})")
+    has_messages, has_blocks = (get_field(record, name, None) is not None for name in ("messages", "blocks"))
     check_field(
-        not {"messages", "blocks"} <= record.keys(),
-        "the record",
-        sorted(record),
-        "have either 'messages' or 'blocks'",
+        not (has_messages and has_blocks), "the record", list(record), "have either 'messages' or 'blocks'"
     )
-    templated = parse_templated_blocks(record["blocks"], "blocks") if "blocks" in record else ()
+    templated = parse_templated_blocks(record["blocks"], "blocks") if has_blocks else ()
     messages = () if templated else parse_messages(get_field(record, "messages"))
     answers = get_field(record, "answers", [])
     check_field(isinstance(answers, list), "field 'answers'", answers, "be a list of texts")
     response = parse_text(get_field(record, "response"), "field 'response'", may_be_blank=bool(answers))
     num_blocks = len(templated) or sum(len(message.content) for message in messages)
     return Sample(
-        id=parse_text(get_field(record, "id"), "field 'id'"),
+        id=parse_id(get_field(record, "id"), "field 'id'"),
         source=parse_text(get_field(record, "source"), "field 'source'"),
         messages=messages,
         templated=templated,
@@ -139,16 +142,19 @@ def sample_to_record(sample: Sample) -> dict[str, Any]:
     return record
 
 
-def get_field(record: Mapping[str, Any], name: str, default: Any = ...) -> Any:
-    """Return a field of a record.
+def get_field(record: Mapping[str, Any], name: str, default: Any = ..., *, path: str = "") -> Any:
+    """Return a field of a record. A field that may be missing may be null as well, as in parquet files.
+
+    `path` is the path of the record's own object for error messages, with the dot at its end.
 
     Raises:
         RecordError: the field is missing and there is no default.
     """
-    if name in record:
-        return record[name]
+    value = record.get(name, ...)
+    if value is not ... and (value is not None or default is ...):
+        return value
     if default is ...:
-        raise RecordError(f"field {name!r} is missing")
+        raise RecordError(f"field '{path}{name}' is missing")
     return default
 
 
@@ -164,8 +170,11 @@ def check_field(is_valid: bool, name: str, value: Any, rule: str) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a value is a finite number. Python's JSON decoder also reads NaN and Infinity."""
-    return type(value) in (int, float) and abs(value) < math.inf
+    """Return whether a value is a finite number. Python's JSON decoder also reads NaN and Infinity.
+
+    A whole number beyond the range of floats is none.
+    """
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def is_list(value: Any) -> bool:
@@ -195,6 +204,44 @@ def parse_role(value: Any, name: str) -> str:
     return str(value)
 
 
+def parse_id(value: Any, name: str) -> str:
+    """Return an id, which may be a whole number, as a text.
+
+    Raises:
+        RecordError: the value is neither a text nor a whole number, or is blank.
+    """
+    is_id = isinstance(value, str) or type(value) is int
+    check_field(is_id, name, value, "be a text or a whole number")
+    return parse_text(str(value), name)
+
+
+def parse_flag(record: Mapping[str, Any], name: str, default: bool, *, path: str = "") -> bool:
+    """Return a field that is true or false, or 1 or 0; the default if the field is missing or null.
+
+    Raises:
+        RecordError: the field has another value.
+    """
+    value = get_field(record, name, default, path=path)
+    is_flag = type(value) in (bool, int, float) and value in (0, 1)
+    check_field(is_flag, f"field '{path}{name}'", value, "be true or false")
+    return bool(value)
+
+
+def join_text_parts(parts: Sequence[Any], path: str) -> str:
+    """Return the text of a message whose content is a list of parts: `[{"type": "text", "text"}, ...]`.
+
+    Raises:
+        RecordError: a part is no text, such as an image; the message names its place below `path`.
+    """
+    texts = []
+    for i, part in enumerate(parts):
+        is_text = isinstance(part, Mapping) and part.get("type") == "text"
+        check_field(is_text, f"field '{path}[{i}]'", part, 'be a text part: {"type": "text", "text"}')
+        text = get_field(part, "text", path=f"{path}[{i}].")
+        texts.append(parse_text(text, f"field '{path}[{i}].text'", may_be_blank=True))
+    return "".join(texts)
+
+
 def parse_messages(value: Any) -> tuple[Message, ...]:
     """Parse the field `messages` of a record: the messages of a prompt.
 
@@ -206,7 +253,7 @@ def parse_messages(value: Any) -> tuple[Message, ...]:
     for i, message in enumerate(value):
         name = f"field 'messages[{i}]"
         check_field(isinstance(message, Mapping), f"{name}'", message, 'be {"role", "content"}')
-        has_keys = set(message) == {"role", "content"}
+        has_keys = {"role", "content"} <= message.keys()
         check_field(has_keys, f"{name}'", list(message), 'have the keys "role" and "content"')
         content = message["content"]
         check_field(
@@ -273,4 +320,27 @@ def parse_meta(value: Any, num_blocks: int) -> dict[str, Any]:
         supporting,
         "list some of meta.documents",
     )
+    _check_json(value, "meta")
     return dict(value)
+
+
+def _check_json(value: Any, path: str, depth: int = 0) -> None:
+    """Check that a value can be written as JSON in UTF-8.
+
+    Raises:
+        RecordError: the value is nested too deeply, or holds a number that is not finite, a text that is not
+            valid Unicode, or anything that JSON does not know.
+    """
+    name = f"field {path!r}"
+    check_field(depth <= MAX_META_DEPTH, name, value, f"have at most {MAX_META_DEPTH} levels")
+    if isinstance(value, str):
+        parse_text(value, name, may_be_blank=True)
+    elif isinstance(value, dict):
+        for key, element in value.items():
+            parse_text(key, f"a key of {name}", may_be_blank=True)
+            _check_json(element, f"{path}.{key}", depth + 1)
+    elif is_list(value):
+        for i, element in enumerate(value):
+            _check_json(element, f"{path}[{i}]", depth + 1)
+    else:
+        check_field(value is None or type(value) is bool or is_number(value), name, value, "be JSON")

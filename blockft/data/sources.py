@@ -1,20 +1,21 @@
 """Sources: the table of formats, and reading the records of a source as samples."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from blockft.data import chat_formats, qa_formats, squad
+from blockft.data import chat_formats, fields, qa_formats, squad
 from blockft.data.document_pool import DocumentPool
+from blockft.data.fields import MAX_UNKNOWN_FIELDS, OTHER_FIELDS, FieldTable
 from blockft.data.files import find_files, without_gzip_suffix
-from blockft.data.qa_formats import Question, RecordDropped
+from blockft.data.qa_formats import Question
 from blockft.data.rag_prompt import RagPrompt
 from blockft.data.records import PlacedRecord, read_file, read_hub
 from blockft.data.retrieval import Indexer, bm25_indexer, dense_indexer, retrieve
-from blockft.data.sample import RecordError, Sample, parse_sample
+from blockft.data.sample import RecordDropped, RecordError, Sample, parse_sample
 from blockft.errors import UserError
 
 T = TypeVar("T")
@@ -26,6 +27,8 @@ class RecordCounts:
 
     Each record either is dropped for a reason or gives one or more samples. Each sample either is kept or is
     dropped for a reason. If every record gives one sample, `read` equals `kept` plus the sum of `dropped`.
+
+    `unknown_fields` is the number of records that have a field which the format does not know, by field.
     """
 
     read: int = 0
@@ -33,6 +36,14 @@ class RecordCounts:
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     bad_records: list[str] = field(default_factory=list)
+    unknown_fields: Counter[str] = field(default_factory=Counter)
+
+    def count_unknown(self, names: Iterable[str]) -> None:
+        """Count one record with these unknown fields. Only so many fields are counted by name."""
+        for name in sorted(names):
+            is_new = name not in self.unknown_fields
+            name = OTHER_FIELDS if is_new and len(self.unknown_fields) >= MAX_UNKNOWN_FIELDS else name
+            self.unknown_fields[name] += 1
 
     def drop(self, reason: str) -> None:
         """Count one dropped record or sample."""
@@ -43,6 +54,7 @@ class RecordCounts:
         self.read += other.read
         self.samples += other.samples
         self.dropped += other.dropped
+        self.unknown_fields += other.unknown_fields
         self.bad_records = [*dict.fromkeys(self.bad_records + other.bad_records)]
 
 
@@ -54,6 +66,8 @@ class SourceFormat:
         description: one sentence that says what the format is.
         blocks: what becomes a block of the prompt.
         record_shapes: the shapes that a record may have, for documentation.
+        fields: the fields of a record that are read, that have no effect, and that are refused.
+        recognized_by: groups of fields; a record that has all fields of a group may be of this format.
         suffixes: the files of a folder that belong to a source.
         array_key: the key under which a JSON file may hold its records.
         expand: converts what the files hold into one record per question.
@@ -67,6 +81,8 @@ class SourceFormat:
     description: str
     blocks: str
     record_shapes: tuple[str, ...]
+    fields: FieldTable
+    recognized_by: tuple[str, ...]
     suffixes: tuple[str, ...] = (".json", ".jsonl", ".parquet")
     array_key: str | None = None
     expand: Callable[[Iterator[PlacedRecord]], Iterator[PlacedRecord]] = iter
@@ -83,6 +99,8 @@ SOURCE_FORMATS = {
             '{"id", "source", "messages": [{"role", "content": [block, ...]}, ...], "response", '
             '"answers"?, "meta"?}',
         ),
+        fields=fields.SAMPLES,
+        recognized_by=("messages response", "source blocks response"),
         suffixes=(".jsonl",),
         parse_samples=lambda record, default_id: [parse_sample(record)],
     ),
@@ -93,6 +111,8 @@ SOURCE_FORMATS = {
             '{"_id", "question", "answer", "supporting_facts": [[title, number], ...], '
             '"context": [[title, [sentence, ...]], ...]}',
         ),
+        fields=fields.MULTI_HOP,
+        recognized_by=("supporting_facts context",),
         parse_question=qa_formats.parse_hotpotqa,
     ),
     "2wikimultihopqa": SourceFormat(
@@ -102,6 +122,8 @@ SOURCE_FORMATS = {
             '{"_id", "question", "answer", "supporting_facts": [[title, number], ...], '
             '"context": [[title, [sentence, ...]], ...]}',
         ),
+        fields=fields.MULTI_HOP,
+        recognized_by=("supporting_facts context evidences",),
         parse_question=qa_formats.parse_2wikimultihopqa,
     ),
     "musique": SourceFormat(
@@ -111,6 +133,8 @@ SOURCE_FORMATS = {
             '{"id", "question", "answer", "answer_aliases"?, "answerable"?, '
             '"paragraphs": [{"title", "paragraph_text", "is_supporting"}, ...]}',
         ),
+        fields=fields.MUSIQUE,
+        recognized_by=("paragraphs question answer",),
         parse_question=qa_formats.parse_musique,
     ),
     "squad": SourceFormat(
@@ -122,6 +146,8 @@ SOURCE_FORMATS = {
             "...]}, ...]}",
             '{"id", "title", "context", "question", "answers": {"text": [...]}}',
         ),
+        fields=fields.SQUAD_QUESTION,
+        recognized_by=("paragraphs title", "context question answers", "data version"),
         array_key="data",
         expand=squad.read_article_questions,
         parse_question=squad.parse_question,
@@ -135,16 +161,20 @@ SOURCE_FORMATS = {
             '{"id"?, "question", "answers": [...], "target"?, "positive_ctxs": [{"title", "text"}, ...], '
             '"hard_negative_ctxs"?: [...], "negative_ctxs"?: [...]}',
         ),
+        fields=fields.FID,
+        recognized_by=("question ctxs", "question positive_ctxs"),
         parse_question=qa_formats.parse_fid,
         distractors_from="source",
     ),
     "messages": SourceFormat(
-        description="Chats as Tulu 3, OpenAI and ShareGPT write them; each answer gives a sample.",
+        description="Chats as Tulu 3, OpenAI and ShareGPT write them; each learned answer gives a sample.",
         blocks="turns and their paragraphs",
         record_shapes=(
-            '{"messages": [{"role", "content"}, ...]}',
-            '{"conversations": [{"from", "value"}, ...], "system"?}',
+            '{"messages": [{"role", "content", "weight"?}, ...], "system"?}',
+            '{"conversations": [{"from", "value", "weight"?}, ...], "system"?}',
         ),
+        fields=fields.CHAT,
+        recognized_by=("messages", "conversations"),
         parse_samples=chat_formats.parse_messages_record,
     ),
     "alpaca": SourceFormat(
@@ -153,6 +183,8 @@ SOURCE_FORMATS = {
         record_shapes=(
             '{"instruction", "input"?, "output", "system"?, "history"?: [[question, answer], ...]}',
         ),
+        fields=fields.ALPACA,
+        recognized_by=("instruction output",),
         parse_samples=chat_formats.parse_alpaca,
     ),
     "blocks": SourceFormat(
@@ -163,6 +195,8 @@ SOURCE_FORMATS = {
             '{"prompt", "blocks": [text, ...], "response"}',
             '{"prompt", "documents": [{"title", "text", "score"?}, ...], "generated", "answers"}',
         ),
+        fields=fields.BLOCKS,
+        recognized_by=("prompt blocks", "prompt chunks", "prompt documents generated"),
         parse_samples=chat_formats.parse_blocks,
     ),
 }
@@ -180,6 +214,7 @@ def read_samples(
     max_samples: int | None = None,
     max_questions_per_context: int | None = None,
     skip_bad: bool = False,
+    needs_evidence: bool = True,
     retriever: str = "none",
     dense_model: str = "",
 ) -> Iterator[Sample]:
@@ -198,6 +233,8 @@ def read_samples(
         max_samples: the number of records to read; None reads all.
         max_questions_per_context: the number of `squad` questions that may share one set of documents.
         skip_bad: count and list bad records instead of raising.
+        needs_evidence: drop questions whose documents are known not to support the answer. A model that
+            learned them would learn to invent answers; an evaluation may ask them.
         retriever: `bm25` or `dense` searches distractors and ranks documents; `none` does not.
         dense_model: the sentence-transformers model of the `dense` retriever.
 
@@ -214,6 +251,7 @@ def read_samples(
         skip_samples=skip_samples,
         max_samples=max_samples,
         skip_bad=skip_bad,
+        needs_evidence=needs_evidence,
     )
     if retriever != "none":
         _check_retrieval(format, path, prompt.num_documents)
@@ -244,6 +282,7 @@ class _SourceReader:
     skip_samples: int
     max_samples: int | None
     skip_bad: bool
+    needs_evidence: bool
 
     def all_records(self) -> Iterator[PlacedRecord]:
         """Yield every record of the source."""
@@ -264,7 +303,14 @@ class _SourceReader:
         """Parse records into questions. A question without an id gets the default id."""
         parse_question = SOURCE_FORMATS[self.format].parse_question
         assert parse_question
-        for question in self._parse_records(records, parse_question, counts):
+
+        def parse(record: Any) -> Question:
+            question = parse_question(record)
+            if self.needs_evidence and question.missing_evidence:
+                raise RecordDropped(question.missing_evidence)
+            return question
+
+        for question in self._parse_records(records, parse, counts):
             yield question if question.id else replace(question, id=self._default_id(counts))
 
     def samples(self, counts: RecordCounts) -> Iterator[Sample]:
@@ -286,30 +332,60 @@ class _SourceReader:
     def _parse_records(
         self, records: Iterable[PlacedRecord], parse: Callable[[Any], T], counts: RecordCounts
     ) -> Iterator[T]:
-        """Yield the parsed records; count those that are dropped or bad.
+        """Yield the parsed records; count unknown fields, and records that are dropped or bad.
 
         Raises:
-            UserError: a record is bad and `skip_bad` is False. If it is the first record of the source, the
-                message asks whether the format is right.
+            UserError: a record is bad and `skip_bad` is False. If the record looks like one of another
+                format, the message says so.
         """
         for place, record in records:
             counts.read += 1
             try:
                 if isinstance(record, RecordError):
                     raise record
+                unknown = self._unknown_fields(record)
                 result = parse(record)
             except RecordDropped as reason:
                 counts.drop(str(reason))
             except RecordError as error:
                 if not self.skip_bad:
-                    hint = " (data.on_bad_record=skip passes over it)"
-                    if counts.read == 1:
-                        hint = f"; is it in the format {self.format} (--format, sources[].format)?"
-                    raise UserError(f"{place}: {error}{hint}") from error
+                    hint = _format_hint(record, self.format, is_first=counts.read == 1)
+                    remedy = "data.on_bad_record=skip passes over it"
+                    raise UserError(f"{place}: {error}{hint} ({remedy})") from error
                 counts.drop("bad record")
                 counts.bad_records.append(f"{place}: {error}")
             else:
+                if unknown:
+                    counts.count_unknown(unknown)
                 yield result
+
+    def _unknown_fields(self, record: Any) -> set[str]:
+        """Return the fields of a record that its format does not know.
+
+        Raises:
+            RecordError: the record has a field that is refused.
+        """
+        table = SOURCE_FORMATS[self.format].fields
+        if isinstance(record, squad.ArticleQuestion):
+            return table.unknown_fields(record.record, path=record.path) | record.unknown_fields
+        return table.unknown_fields(record)
+
+
+def _format_hint(record: Any, format: str, *, is_first: bool) -> str:
+    """Return the part of an error message that says which format a bad record may have; "" if unknown."""
+    where = "--format, sources[].format"
+    if isinstance(record, Mapping) and not _has_fields(record, format):
+        scores = {name: _has_fields(record, name) for name in SOURCE_FORMATS}
+        best = max(scores, key=scores.__getitem__)
+        if scores[best]:
+            return f"; it looks like the format {best} ({where})"
+    return f"; is it in the format {format} ({where})?" if is_first else ""
+
+
+def _has_fields(record: Mapping[str, Any], format: str) -> int:
+    """Return the size of the largest group of fields of a format that the record has; 0 if it has none."""
+    groups = map(str.split, SOURCE_FORMATS[format].recognized_by)
+    return max((len(group) for group in groups if record.keys() >= {*group}), default=0)
 
 
 def _add_documents(

@@ -13,11 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockft.data.document_pool import DocumentPool
-from blockft.data.qa_formats import NO_ANSWER, Question, RecordDropped, accepted_answers
+from blockft.data.fields import SQUAD_ARTICLE, SQUAD_PARAGRAPH
+from blockft.data.qa_formats import NO_ANSWER, Question, accepted_answers, check_answerable
 from blockft.data.rag_prompt import Document, RagPrompt
 from blockft.data.records import PlacedRecord
 from blockft.data.retrieval import Indexer, document_similarity
-from blockft.data.sample import RecordError, check_field, get_field, parse_text
+from blockft.data.sample import RecordDropped, RecordError, check_field, get_field, parse_id, parse_text
+
+NO_SPAN = "answer not in its paragraph"
+"""The reason for not training on a question whose paragraph contains none of its answers."""
 
 WaitingQuestions = deque[tuple[int, Question]]
 """Questions about one paragraph, each with its number in the article."""
@@ -25,11 +29,17 @@ WaitingQuestions = deque[tuple[int, Question]]
 
 @dataclass(frozen=True, eq=False)
 class ArticleQuestion:
-    """The JSON object of a question, the paragraph that it is about, and all paragraphs of its article."""
+    """The JSON object of a question, the paragraph that it is about, and all paragraphs of its article.
+
+    `path` is the place of the question in its article for error messages, with the dot at its end.
+    `unknown_fields` are those of the article and of the paragraph.
+    """
 
     pool: DocumentPool
     paragraph: Document
     record: Any
+    path: str = ""
+    unknown_fields: frozenset[str] = frozenset()
 
 
 def read_article_questions(articles: Iterable[PlacedRecord]) -> Iterator[PlacedRecord]:
@@ -59,31 +69,43 @@ def parse_question(article_question: Any) -> Question:
         {"id": "q1", "question": "who?", "answers": [{"text": "the fox"}, {"text": "a fox"}]}
         -> answers ("the fox", "a fox"), documents (the paragraph,), pool (all paragraphs)
 
-    The answer that most annotators gave becomes the response.
+    The answer that most annotators gave becomes the response. The place of an answer (`answer_start`) is not
+    used. If the paragraph contains none of the answers, it does not support the question.
 
     Raises:
         RecordDropped: the question has no answer (SQuAD 2).
         RecordError: a field is missing or has the wrong type.
     """
     assert isinstance(article_question, ArticleQuestion)
-    record = article_question.record
-    check_field(isinstance(record, Mapping), "the question", record, "be a JSON object")
+    record, path = article_question.record, article_question.path
+    check_field(
+        isinstance(record, Mapping), path.removesuffix(".") or "the record", record, "be a JSON object"
+    )
+    check_answerable(record, path=path)
     answers = get_field(record, "answers", [])
+    place = f"{path}answers"
     if isinstance(answers, Mapping):
-        answers = [{"text": text} for text in get_field(answers, "text")]
-    check_field(isinstance(answers, list), "field 'answers'", answers, "be a list")
-    for i, answer in enumerate(answers):
-        check_field(isinstance(answer, Mapping), f"field 'answers[{i}]'", answer, "be a JSON object")
-    if not answers or get_field(record, "is_impossible", False):
+        texts = get_field(answers, "text", path=f"{place}.")
+        check_field(isinstance(texts, list), f"field '{place}.text'", texts, "be a list")
+        placed = [(f"{place}.text[{i}]", text) for i, text in enumerate(texts)]
+    else:
+        check_field(isinstance(answers, list), f"field {place!r}", answers, "be a list")
+        for i, answer in enumerate(answers):
+            check_field(isinstance(answer, Mapping), f"field '{place}[{i}]'", answer, "be a JSON object")
+        placed = [(f"{place}[{i}].text", answer.get("text")) for i, answer in enumerate(answers)]
+    if not placed:
         raise RecordDropped(NO_ANSWER)
-    texts = Counter(parse_text(a.get("text"), f"field 'answers[{i}].text'") for i, a in enumerate(answers))
+    counts = Counter(parse_text(text, f"field {place!r}") for place, text in placed)
+    most_common = accepted_answers((place, text) for text, _ in counts.most_common())
+    paragraph, pool = article_question.paragraph, article_question.pool
     return Question(
-        id=parse_text(get_field(record, "id"), "field 'id'"),
+        id=parse_id(get_field(record, "id", path=path), f"field '{path}id'"),
         source="squad",
-        question=parse_text(get_field(record, "question"), "field 'question'"),
-        answers=accepted_answers([text for text, _ in texts.most_common()], "field 'answers'"),
-        documents=(article_question.paragraph,),
-        pool=article_question.pool,
+        question=parse_text(get_field(record, "question", path=path), f"field '{path}question'"),
+        answers=most_common,
+        documents=(paragraph,),
+        pool=pool,
+        missing_evidence="" if pool.contains_answer(paragraph, most_common) else NO_SPAN,
     )
 
 
@@ -219,24 +241,31 @@ def _questions_from_paragraphs(place: str, article: Any) -> Iterator[PlacedRecor
         title = parse_text(get_field(article, "title", ""), "field 'title'", may_be_blank=True)
         paragraphs = get_field(article, "paragraphs")
         check_field(isinstance(paragraphs, list), "field 'paragraphs'", paragraphs, "be a list")
+        unknown_in_article = SQUAD_ARTICLE.unknown_fields(article)
     except RecordError as error:
         yield place, error
         return
-    place = f"{place}, article {title!r}"
+    place = f"{place}, article {title!r}" if title else place
     documents: dict[int, Document] = {}
+    unknown: dict[int, frozenset[str]] = {}
     for i, paragraph in enumerate(paragraphs):
+        path = f"paragraphs[{i}]"
         try:
-            check_field(isinstance(paragraph, Mapping), "the paragraph", paragraph, "be a JSON object")
-            questions = get_field(paragraph, "qas")
-            check_field(isinstance(questions, list), "field 'qas'", questions, "be a list")
-            context = parse_text(get_field(paragraph, "context"), "field 'context'")
+            check_field(isinstance(paragraph, Mapping), f"field {path!r}", paragraph, "be a JSON object")
+            questions = get_field(paragraph, "qas", path=f"{path}.")
+            check_field(isinstance(questions, list), f"field '{path}.qas'", questions, "be a list")
+            context = parse_text(get_field(paragraph, "context", path=f"{path}."), f"field '{path}.context'")
             documents[i] = _paragraph(title, context)
+            in_paragraph = SQUAD_PARAGRAPH.unknown_fields(paragraph, path=f"{path}.")
+            unknown[i] = frozenset(unknown_in_article | in_paragraph)
         except RecordError as error:
-            yield f"{place}, paragraphs[{i}]", error
+            documents.pop(i, None)
+            yield place, error
     pool = DocumentPool(documents.values())
     for i, document in documents.items():
         for j, record in enumerate(paragraphs[i]["qas"]):
-            yield f"{place}, paragraphs[{i}].qas[{j}]", ArticleQuestion(pool, document, record)
+            path = f"paragraphs[{i}].qas[{j}]."
+            yield place, ArticleQuestion(pool, document, record, path, unknown[i])
 
 
 def _paragraph(title: str, context: str) -> Document:

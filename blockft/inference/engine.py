@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from blockft.data.encoder import Encoder
 from blockft.data.fit import fit_prompt
 from blockft.data.rag_prompt import Document, RagPrompt, rag_prompt_of_export
-from blockft.data.request import parse_request
+from blockft.data.request import OWN_WORDING, parse_request
 from blockft.data.sample import RecordError, Sample
 from blockft.data.tokenizer import tokenizer_fingerprint
 from blockft.errors import UserError, check_type
@@ -46,7 +46,9 @@ class Engine:
         tokenizer: its tokenizer, with a chat template.
         name: the name of the model in the cache folder.
         prompt: wording of questions over documents, and the order of the documents. The default is the
-            wording of the export's training, and otherwise `RagPrompt()`; documents keep the given order.
+            wording of the export's training, and for a model that is no export `RagPrompt()`; documents keep
+            the given order. An export that was trained on other prompts only has no wording: it takes chats
+            and blocks, but no documents.
         cache: folder and sizes of the block cache.
         rotate: attention path: "keys" (any device), "queries" (made for GPUs) or "auto".
         compile: compile the model's layers: half a minute once, less time per token. Only for rotated queries
@@ -101,8 +103,9 @@ class Engine:
             rotate=rotate,
             compile=compile,
         )
-        trained_prompt = rag_prompt_of_export(block_attention_config(model.config))
-        self.prompt = prompt or trained_prompt or RagPrompt(order="given")
+        trained = block_attention_config(model.config)
+        default_prompt = rag_prompt_of_export(trained) if trained else RagPrompt(order="given")
+        self.prompt = prompt or default_prompt
         self._num_positions = model.config.max_position_embeddings
         self._encoder = Encoder(tokenizer)
         configured = model.generation_config.eos_token_id
@@ -360,8 +363,11 @@ class Engine:
         """Return the keys of the local blocks of a prompt over these documents: the instruction's and theirs.
 
         Raises:
-            UserError: a document has as many tokens as the model has positions, or more.
+            UserError: a document has as many tokens as the model has positions, or more; or the model has no
+                wording for documents.
         """
+        if self.prompt is None:
+            raise UserError(OWN_WORDING)
         messages, meta = self.prompt.build("?", documents, "documents")
         prompt = Sample(id="documents", source="documents", messages=messages, response="", meta=meta)
         with self._open():

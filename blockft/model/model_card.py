@@ -25,10 +25,10 @@ With blockft, in both modes. In block mode the second prompt with a document reu
 ```python
 from blockft import Engine
 
-documents = ["Oslo is the capital of Norway.", "Bergen is a city on the west coast of Norway."]
+{request}
 with Engine.load({name}) as engine:
     for mode in ("block", "full"):
-        answer = engine.generate(documents=documents, question="What is the capital of Norway?", mode=mode)
+        answer = engine.generate({arguments}, mode=mode)
         print(mode, answer.text)
 ```
 With {library}, in full mode:
@@ -42,6 +42,16 @@ With {library}, in full mode:
 ## Data
 {manifest}
 """
+
+_DOCUMENTS = (
+    'documents = ["Oslo is the capital of Norway.", "Bergen is a city on the west coast of Norway."]',
+    'documents=documents, question="What is the capital of Norway?"',
+)
+_BLOCKS = (
+    'blocks = ["Oslo is the capital of Norway.\\n\\n", "What is the capital of Norway?"]',
+    'messages=[{"role": "user", "content": blocks}]',
+)
+"""The prompt of the usage example and the arguments of `generate`, with or without a wording of documents."""
 
 _LOAD_MODEL = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -66,6 +76,7 @@ def build_model_card(
     manifest: dict[str, Any],
     metrics: list[dict[str, Any]],
     is_adapter: bool = False,
+    has_wording: bool = True,
     scores: str = "",
 ) -> str:
     """Return the Markdown of a model card: metadata, loading code, scores, recipe and data manifest.
@@ -79,6 +90,7 @@ def build_model_card(
         manifest: of the prepared data.
         metrics: lines of the run's metrics; the last loss up to `step` is named.
         is_adapter: the folder holds an adapter without its base model.
+        has_wording: the export records the wording of prompts over documents.
         scores: Markdown with the scores of an evaluation.
     """
     metadata: dict[str, Any] = {"base_model": base.hub_id} if base.hub_id else {}
@@ -86,7 +98,10 @@ def build_model_card(
     metadata |= {"pipeline_tag": "text-generation", "tags": ["block-attention"]}
     losses = [line["loss"] for line in metrics if "loss" in line and line["step"] <= step]
     loading_code = _LOAD_ADAPTER if is_adapter else _LOAD_MODEL
+    request, arguments = _DOCUMENTS if has_wording else _BLOCKS
     return _CARD.format(
+        request=request,
+        arguments=arguments,
         metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
         title=f"{escape_markdown(base.name)} for Block-Attention" + (" (adapter)" if is_adapter else ""),
         base=escape_markdown(base.name),

@@ -47,7 +47,7 @@ from blockft.outputs import OwnedFolder, atomic_folder, check_absent, resumable_
 from blockft.printable import print_text
 from blockft.progress import track
 from blockft.stages.output_folder import own_output
-from blockft.stages.source_settings import read_source
+from blockft.stages.source_settings import read_source, unknown_fields_warning
 from blockft.version import __version__
 
 REPORT = "report.json"
@@ -134,7 +134,8 @@ def evaluation_recipe(
 ) -> Recipe:
     """Return the settings of an evaluation: those of a recipe, or those for the questions of a file.
 
-    Questions are asked with the wording that an export was trained with, otherwise with the default wording.
+    Questions are asked with the wording that an export was trained with. A model that is no export gets the
+    default wording.
     Their report goes to out/eval/MODEL-DATA unless `eval.output_dir` says otherwise.
 
     Raises:
@@ -182,15 +183,27 @@ def _recipe_for_data(model: str, data: str, overrides: Sequence[str], format: st
     recipe = build_recipe(given, overrides, name := f"the evaluation of {data}")
     if not has_wording:
         return recipe
-    given["data"] |= _trained_wording(model, model_revision(model, recipe))
+    is_worded = any(override.startswith("data.prompt.") for override in overrides)
+    given["data"] |= _trained_wording(model, model_revision(model, recipe), is_worded)
     return build_recipe(given, overrides, name)
 
 
-def _trained_wording(model: str, revision: str | None) -> dict[str, Any]:
-    """Return the settings of `data` that an export records; empty for a model that records none."""
+def _trained_wording(model: str, revision: str | None, is_worded: bool) -> dict[str, Any]:
+    """Return the settings of `data` that an export records; empty for a model that records none.
+
+    is_worded: the user gives a wording.
+
+    Raises:
+        UserError: the export was trained on prompts of another wording only, and the user gives none.
+    """
     recorded = block_attention_config(load_config(model, revision))
     if "prompt" not in recorded:
-        return {}
+        if is_worded or not recorded:
+            return {}
+        raise UserError(
+            f"{model} was trained on prompts with a wording of their own, and there is no wording for "
+            "questions over documents: evaluate a file in the format samples, or set data.prompt.instruction"
+        )
     return {
         "order": recorded["order"],
         "prompt": {**recorded["prompt"], "documents_in": recorded["documents_in"]},
@@ -226,7 +239,7 @@ def read_questions(recipe: Recipe) -> tuple[list[Sample], dict[str, int]]:
     """Read the samples of `eval.sources`, and count the records that gave none, by reason.
 
     With `eval.max_samples` the sources contribute equally, as far as they reach. The samples are in the order
-    of the sources.
+    of the sources. A question is asked also if its documents do not support its answer.
 
     Raises:
         UserError: there is no question, or one has no answers and `data.on_bad_record` is error; see
@@ -236,7 +249,7 @@ def read_questions(recipe: Recipe) -> tuple[list[Sample], dict[str, int]]:
     counts = [RecordCounts() for _ in recipe.eval.sources]
     skip_bad = recipe.data.on_bad_record is BadRecordPolicy.skip
     sources = [
-        _with_answers(read_source(source, recipe.data, count), source, count, skip_bad)
+        _with_answers(read_source(source, recipe.data, count, needs_evidence=False), source, count, skip_bad)
         for source, count in zip(recipe.eval.sources, counts, strict=True)
     ]
     rounds = zip_longest(*(zip(repeat(i), source) for i, source in enumerate(sources)))
@@ -249,6 +262,8 @@ def read_questions(recipe: Recipe) -> tuple[list[Sample], dict[str, int]]:
     with_questions = {index for index, _ in chosen}
     is_limit_reached = len(chosen) == recipe.eval.max_samples
     for index, (source, count) in enumerate(zip(recipe.eval.sources, counts, strict=True)):
+        if count.unknown_fields:
+            warn(unknown_fields_warning(source, count))
         if index not in with_questions and not is_limit_reached:  # otherwise it may not have been read
             reasons = ", ".join(f"{reason}: {number}" for reason, number in count.dropped.items())
             warn(f"no question of {source.path} is asked ({reasons or 'it holds no samples'})")

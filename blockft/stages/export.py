@@ -14,6 +14,7 @@ from blockft.config.settings import Recipe
 from blockft.console import PlainConsole
 from blockft.data.encoder import Encoder
 from blockft.data.prepared import FILES
+from blockft.data.sources import SOURCE_FORMATS
 from blockft.errors import UserError, check_type, warn
 from blockft.evaluation.report import ALL
 from blockft.evaluation.report_render import TITLES, format_score
@@ -187,7 +188,7 @@ def _save_adapter(folder: Path, checkpoint: Path, recipe: Recipe, dtype: torch.d
     base = _build_empty_model(checkpoint, recipe, dtype)
     adapter = load_adapter(base, checkpoint, consolidate_weights(checkpoint, dtype))
     adapter.save_pretrained(str(folder))
-    entry = json.dumps(_block_attention_entry(recipe), indent=2)
+    entry = json.dumps(_block_attention_entry(checkpoint, recipe), indent=2)
     (folder / BLOCK_ATTENTION).write_text(entry + "\n", encoding="utf-8")
 
 
@@ -203,7 +204,7 @@ def _save_model(
     """Write the model of a run, its adapter merged."""
     load_weights = _merge_adapter if has_adapter else _load_all_weights
     model = load_weights(checkpoint, recipe, dtype)
-    model.config.block_attention = _block_attention_entry(recipe)
+    model.config.block_attention = _block_attention_entry(checkpoint, recipe)
     if (checkpoint / "generation_config.json").is_file():
         model.generation_config = load_generation_config(checkpoint, model.config)
     add_end_tokens(model.generation_config, end_token_ids)
@@ -218,18 +219,27 @@ def add_end_tokens(config: GenerationConfig, end_token_ids: Collection[int]) -> 
         config.eos_token_id = [*ids, *missing]
 
 
-def _block_attention_entry(recipe: Recipe) -> dict[str, Any]:
-    """Return the entry `block_attention` of config.json, which says how prompts are split into blocks."""
-    return {
+def _block_attention_entry(checkpoint: Path, recipe: Recipe) -> dict[str, Any]:
+    """Return the entry `block_attention` of config.json, which says how prompts are split into blocks.
+
+    It has the wording of prompts over documents only if the prepared data held prompts of that wording. Chats
+    and data with marked blocks have a wording of their own.
+    """
+    entry = {
         "version": 1,
         "position_scheme": recipe.data.positions.value,
         "sink_tokens": 0,
         "local_sees_first": False,
-        "documents_in": recipe.data.prompt.documents_in.value,
-        "order": recipe.data.order.value,
-        "prompt": {
-            name: getattr(recipe.data.prompt, name) for name in ("instruction", "document", "question")
-        },
+    }
+    manifest = read_data(checkpoint.parent)
+    formats = [source["format"] for source in manifest["sources"] if source["kept"]]
+    if not any(SOURCE_FORMATS[format].parse_question for format in formats):
+        return entry
+    options = manifest["options"]
+    return entry | {
+        "documents_in": options["prompt"]["documents_in"],
+        "order": options["order"],
+        "prompt": {name: options["prompt"][name] for name in ("instruction", "document", "question")},
     }
 
 
@@ -275,6 +285,7 @@ def _build_card(checkpoint: Path, recipe: Recipe, *, name: str, is_adapter: bool
         name=name,
         base=describe_base_model(recipe.model.path, recipe.model.revision),
         is_adapter=is_adapter,
+        has_wording="prompt" in _block_attention_entry(checkpoint, recipe),
         scores=scores,
         version=__version__,
         step=read_marker(checkpoint)["step"],

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TypedDict
 
 from blockft.config.choices import Mode
+from blockft.data.fields import format_fields
+from blockft.data.request import unknown_document_fields
 from blockft.data.sample import Sample
-from blockft.errors import UserError
+from blockft.errors import UserError, warn
 from blockft.inference.answer import Answer
 from blockft.inference.block_cache import Tier
 from blockft.inference.engine import AttentionMode, Engine
@@ -96,7 +98,12 @@ def generate(
     options = (cache or CacheArguments()).options()
     answers: list[Answer] = []
     with Engine.load(model, cache=options, compile=compile) as engine:
-        samples = [_parse_request(line, engine, f"{source}, line {number}") for number, line in lines]
+        unknown = Counter[str]()
+        samples = [
+            _parse_request(line, engine, f"{source}, line {number}", unknown) for number, line in lines
+        ]
+        if unknown:
+            warn(f"{source} has fields without an effect: {format_fields(unknown)}")
         prompts = [engine.encode(sample, max_new_tokens, trim=trim) for sample in samples]
         with progress("answers", len(prompts), beside_results=True) as advance:
             for start in range(0, len(prompts), batch_size):
@@ -142,9 +149,12 @@ def _read_lines(source: str) -> list[tuple[int, str]]:
     return lines
 
 
-def _parse_request(line: str, engine: Engine, location: str) -> Sample:
+def _parse_request(line: str, engine: Engine, location: str, unknown: Counter[str]) -> Sample:
+    """Parse a line, and count the fields of its documents that are not known in `unknown`."""
     record = parse_json(line, location)
-    return engine.parse_request(record, location)
+    sample = engine.parse_request(record, location)
+    unknown.update(unknown_document_fields(record))
+    return sample
 
 
 def _to_json(sample: Sample, answer: Answer) -> str:

@@ -37,6 +37,7 @@ from blockft.stages.source_settings import (
     check_wording,
     read_source,
     settings_without_effect,
+    unknown_fields_warning,
 )
 from blockft.units import format_count
 
@@ -95,6 +96,8 @@ def _prepare(recipe: Recipe, out: OwnedFolder, overwrite: bool) -> Path:
         writer.finish(_manifest(recipe, tokenizer_fingerprint(tokenizer), counts, statistics))
         _check_output(out.name, overwrite)  # files may have appeared in a folder that was empty
     for source, count in zip(data.sources, counts, strict=True):
+        if count.unknown_fields:
+            warn(unknown_fields_warning(source, count))
         if not count.kept:
             warn(_nothing_kept_message(data, [source], [count]))
     _append_to_log(out.name, time.monotonic() - start, data.num_workers)
@@ -275,6 +278,8 @@ def _describe_source(source: Source, count: SourceStatistics) -> dict[str, Any]:
         "templated": count.templated,
         "tokens": count.tokens,
         "dropped": dict(sorted(count.dropped.items())),
+        # fields that the format does not know, with the number of records that have them
+        "unknown_fields": dict(sorted(count.unknown_fields.items())),
         "bad_records": [*dict.fromkeys(count.bad_records + count.mismatched_samples)],
     }
 

@@ -34,6 +34,28 @@ blockft prepare hotpotqa data.row_len=4096            # override a setting on th
   `# yaml-language-server: $schema=recipe.schema.json` (the path of [recipe.schema.json](recipe.schema.json)).
 """
 
+_FIELDS = """\
+### Fields
+
+* A field that is null counts as absent. Ids may be whole numbers. A key that occurs twice in an object makes
+  the record bad.
+* A field that changes what a record means is honoured or refused by name, in every format: preference labels
+  (`chosen`, `rejected`, `kto_tag`, `label: false`), images, sound and video, tools and their calls, thoughts
+  (`reasoning_content`, `thinking`), weights of records, and masks. An empty one means nothing.
+* A field that its format does not know has no effect. The manifest counts its records (`unknown_fields`), and
+  `blockft prepare` and `blockft eval` warn of it once.
+* Chats: an answer with `weight: 0` (or `train`, `training`, `trainable`, `loss` false) stays in the later
+  prompts and is not learned. Other weights are refused. A content may be a list of text parts. Roles are
+  `system`, `developer` (a system message), `user`, `human`, `assistant`, `gpt` and names of models. The
+  system message may also stand in `system`, `system_prompt`, `system_message` or `system_instruction` beside
+  the chat, also in `alpaca`.
+* Questions: `answerable: false` and `is_impossible: true` drop a question. `blockft prepare` drops and counts
+  a question whose documents are known not to support its answer: no supporting fact, paragraph or passage is
+  among them (`hotpotqa` and `2wikimultihopqa` need all of them), or no answer is in the paragraph (`squad`).
+  Passages of `fid` without any mark count as support. `blockft eval` asks these questions as well.
+* `data.on_bad_record=skip` passes over bad records and lists them in the manifest.
+"""
+
 _EXAMPLES = """\
 A chat in the format `messages`:
 
@@ -93,7 +115,8 @@ trained.
 
 def recipes_readme() -> str:
     """Return the Markdown text of `recipes/README.md`."""
-    return "\n".join((_INTRODUCTION, *_recipes(), *_formats(), _EXAMPLES, _CHAT_TEMPLATES, *_settings()))
+    parts = (_INTRODUCTION, *_recipes(), *_formats(), _FIELDS, _EXAMPLES, _CHAT_TEMPLATES, *_settings())
+    return "\n".join(parts)
 
 
 def _recipes() -> Iterator[str]:

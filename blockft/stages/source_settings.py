@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from blockft.config.choices import BadRecordPolicy, Order, Retriever
 from blockft.config.settings import DataSettings, PromptSettings, Source, SplittingSettings
+from blockft.data.fields import format_fields
 from blockft.data.rag_prompt import RagPrompt
 from blockft.data.sample import Sample
 from blockft.data.sources import SOURCE_FORMATS, RecordCounts, read_samples
@@ -116,10 +117,20 @@ def rag_prompt(data: DataSettings) -> RagPrompt:
     )
 
 
-def read_source(source: Source, data: DataSettings, counts: RecordCounts) -> Iterator[Sample]:
+def unknown_fields_warning(source: Source, counts: RecordCounts) -> str:
+    """Return the warning of the fields of a source that its format does not know."""
+    return (
+        f"{source.path} has fields that the format {source.format} does not know; they have no effect "
+        f"(records): {format_fields(counts.unknown_fields)}"
+    )
+
+
+def read_source(
+    source: Source, data: DataSettings, counts: RecordCounts, *, needs_evidence: bool = True
+) -> Iterator[Sample]:
     """Yield the samples of a source in the wording of `data.prompt`; see `blockft.data.sources.read_samples`.
 
-    counts: records read, dropped and bad are added here.
+    counts: records read, dropped and bad are added here, and unknown fields.
 
     Raises:
         UserError: the source does not exist, or settings contradict each other; during iteration: a record is
@@ -136,6 +147,7 @@ def read_source(source: Source, data: DataSettings, counts: RecordCounts) -> Ite
         max_samples=source.max_samples,
         max_questions_per_context=data.max_questions_per_context,
         skip_bad=data.on_bad_record is BadRecordPolicy.skip,
+        needs_evidence=needs_evidence,
         retriever=source.retriever,
         dense_model=data.dense_model,
     )

@@ -7,7 +7,7 @@ import pytest
 
 from blockft.data.chat_formats import parse_alpaca, parse_blocks, parse_messages_record
 from blockft.data.fit import trim_document
-from blockft.data.sample import RecordError, parse_sample, sample_to_record
+from blockft.data.sample import RecordDropped, RecordError, parse_sample, sample_to_record
 
 AT = "file.jsonl, line 7"
 TURNS = (
@@ -53,9 +53,75 @@ def test_a_chat_is_one_sample_per_answer() -> None:
 
 
 def test_a_sample_without_id_gets_the_default_id() -> None:
-    (sample,) = parse_messages_record(tulu(*TURNS[1:3], id=5), AT)
+    (sample,) = parse_messages_record(tulu(*TURNS[1:3], id=" "), AT)
     assert (sample.id, sample.source) == (AT, "messages")
+    assert next(parse_messages_record(tulu(*TURNS[1:3], id=5), AT)).id == "5"
+    for id in (5.0, True, ["x"]):
+        with pytest.raises(RecordError, match="field 'id' is .* a text or a whole number"):
+            parse_messages_record(tulu(*TURNS[1:3], id=id), AT)
     assert [sample.id for sample in parse_messages_record(tulu(*TURNS), AT)] == [f"{AT}#1", f"{AT}#2"]
+
+
+def weighted(*weights: Any, name: str = "weight") -> dict[str, Any]:
+    """Return a chat of one question and answer for each weight."""
+    messages: list[dict[str, Any]] = []
+    for number, weight in enumerate(weights):
+        messages.append({"role": "user", "content": f"Q{number}"})
+        messages.append({"role": "assistant", "content": f"A{number}", name: weight})
+    return {"messages": messages}
+
+
+@pytest.mark.parametrize("name", ["weight", "train", "training", "trainable", "loss"])
+def test_an_answer_of_weight_0_stays_in_the_prompt_and_is_not_learned(name: str) -> None:
+    for no, yes in ((0, 1), (False, True), (0.0, 1.0), (0, None)):
+        (sample,) = parse_messages_record(weighted(no, yes, no, name=name), AT)
+        assert (sample.id, sample.response) == (f"{AT}#2", "A1")
+        assert [message.text for message in sample.messages] == ["Q0", "A0", "Q1"]
+    with pytest.raises(RecordDropped, match="no answer to learn"):
+        parse_messages_record(weighted(0, 0, name=name), AT)
+    assert len([*parse_messages_record(weighted(1, None, name=name), AT)]) == 2
+
+
+@pytest.mark.parametrize("weight", [0.5, 2, -1, "0", "1", [], float("nan")])
+def test_any_other_weight_of_an_answer_is_refused_by_its_place(weight: Any) -> None:
+    with pytest.raises(RecordError, match=r"field 'messages\[3\].weight' is .* 0 or 1"):
+        parse_messages_record(weighted(1, weight), AT)
+
+
+def test_flags_of_a_message_may_not_contradict_each_other_or_its_role() -> None:
+    chat = weighted(1)
+    chat["messages"][1]["train"] = False
+    with pytest.raises(RecordError, match=r"'messages\[1\]' .* contradict"):
+        parse_messages_record(chat, AT)
+    chat = weighted(1)
+    chat["messages"][0]["weight"] = 0
+    assert [*parse_messages_record(chat, AT)] == [*parse_messages_record(weighted(1), AT)]
+    chat["messages"][0]["weight"] = 1
+    with pytest.raises(RecordError, match=r"'messages\[0\].weight' is 1.* only the answers"):
+        parse_messages_record(chat, AT)
+
+
+def test_text_parts_are_read_as_one_text() -> None:
+    parts = [{"type": "text", "text": "Two plus "}, {"type": "text", "text": "two?"}]
+    answer = [{"type": "text", "text": "Four."}]
+    (sample,) = parse_messages_record(tulu(("user", parts), ("assistant", answer)), AT)
+    assert (sample.blocks, sample.response) == (("Two plus two?",), "Four.")
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt", "system_message", "system_instruction"])
+def test_every_spelling_of_a_system_prompt_is_honoured(name: str) -> None:
+    expected = [*parse_messages_record(tulu(*TURNS), AT)]
+    assert [*parse_messages_record(tulu(*TURNS[1:], **{name: "Be brief."}), AT)] == expected
+    (sample,) = parse_alpaca({"instruction": "Add.", "output": "3", name: "Be brief."}, AT)
+    assert sample.blocks == ("Be brief.", "Add.")
+    developer = [("developer", "Be brief."), *TURNS[1:]]
+    assert [*parse_messages_record(tulu(*developer), AT)] == expected
+
+
+def test_a_prompt_that_is_not_learned_in_blocks_is_one_block() -> None:
+    (whole,) = parse_blocks(TRAINING | {"train_block": False}, AT)
+    assert whole.blocks == (TRAINING["prompt"],)
+    assert [*parse_blocks(TRAINING | {"train_block": True}, AT)] == [*parse_blocks(TRAINING, AT)]
 
 
 def test_sharegpt_chats_are_read() -> None:
@@ -94,7 +160,16 @@ def test_a_question_without_answer_and_a_blank_system_message_are_ignored() -> N
         ((*TURNS[1:3], ("system", "Hi"), ("assistant", "Hi")), r"'messages\[2\]' is 'system'"),
         ((*TURNS[1:3], ("user", " \n"), ("assistant", "Hi")), r"'messages\[2\].content'"),
         ((("user", "Hi"), ("assistant", None)), r"'messages\[1\].content' is None"),
-        ((("user", [{"type": "text", "text": "Hi"}]), ("assistant", "Hi")), r"'messages\[0\].content'"),
+        ((("user", ["Hi"]), ("assistant", "Hi")), r"'messages\[0\].content\[0\]' is 'Hi'"),
+        (
+            (("user", "Hi"), ("assistant", [{"type": "text", "text": "Hi"}, {"type": "image_url"}])),
+            r"'messages\[1\].content\[1\]'",
+        ),
+        (
+            (("user", "Hi"), ("assistant", [{"type": "text", "text": 3}])),
+            r"'messages\[1\].content\[0\].text' is 3",
+        ),
+        ((("user", []), ("assistant", "Hi")), r"'messages\[0\].content' .* blank"),
         ((("user", "\ud800"), ("assistant", "Hi")), "valid Unicode"),
         ((("user", "Hi"), ("tool", "Hi")), r"'messages\[1\].role' is 'tool'"),
     ],
@@ -111,14 +186,13 @@ def test_a_bad_chat_names_the_field(turns: tuple[tuple[str, Any], ...], field: s
         ({}, "'messages' is missing"),
         ({"messages": {}}, "'messages'"),
         ({"messages": ["Hi"]}, r"'messages\[0\]'"),
-        ({"messages": [{"content": "Hi"}]}, "have the key 'role'"),
-        ({"conversations": [{"from": "human"}]}, r"'conversations\[0\]'.*have the key 'value'"),
+        ({"messages": [{"content": "Hi"}]}, r"'messages\[0\].role' is missing"),
+        ({"conversations": [{"from": "human"}]}, r"'conversations\[0\].value' is missing"),
         (tulu(("user", "Hi"), ("assistant", "Yo"), system=3), "'system'"),
         (tulu(*TURNS, system="Be kind."), "absent if the first message is a system message"),
-        (
-            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}]},
-            r"'messages\[0\].tool_calls'",
-        ),
+        ({"messages": [{"role": "user", "content": "Hi", "from": "gpt"}]}, r"'messages\[0\]'"),
+        (tulu(*TURNS) | {"conversations": [{"from": "human", "value": "Hi"}]}, "either 'messages' or"),
+        (tulu(*TURNS[1:], system="Be kind.", system_prompt="Be brief."), "one field"),
     ],
 )
 def test_a_record_that_is_not_a_chat_names_the_field(record: Any, field: str) -> None:
@@ -143,6 +217,9 @@ def test_alpaca_records_become_samples() -> None:
     [
         ({"instruction": ""}, "'instruction'"),
         ({"input": 3}, "'input'"),
+        ({"input": 0}, "'input' is 0"),
+        ({"input": False}, "'input' is False"),
+        ({"system": ["x"]}, "'system'"),
         ({"output": " "}, "'output'"),
         ({"history": "Hi"}, "'history'"),
         ({"history": [["Hi"]]}, r"'history\[0\]'"),

@@ -4,13 +4,13 @@ from typing import Any
 import pytest
 
 from blockft.data.qa_formats import (
-    RecordDropped,
+    Question,
     parse_2wikimultihopqa,
     parse_fid,
     parse_hotpotqa,
     parse_musique,
 )
-from blockft.data.sample import RecordError
+from blockft.data.sample import RecordDropped, RecordError
 
 HOTPOTQA: dict[str, Any] = {
     "_id": "h1",
@@ -36,6 +36,8 @@ FID: dict[str, Any] = {
     "answers": ["the fox", "a fox"],
     "ctxs": [{"title": "B", "text": "One."}, {"title": None, "text": "Two."}],
 }
+
+DPR: dict[str, Any] = {"question": "who?", "answers": ["the fox"], "positive_ctxs": [{"text": "One."}]}
 
 
 def ctxs(*changes: dict[str, Any]) -> dict[str, Any]:
@@ -117,8 +119,55 @@ def test_dpr_training_records_mark_the_first_positive_passage_as_gold() -> None:
         ("P", 0, False),
         ("N", 0, False),
     ]
-    with pytest.raises(RecordDropped, match="no positive document"):
-        parse_fid(record | {"positive_ctxs": [], "hard_negative_ctxs": [negative]})
+    assert not parse_fid(record).missing_evidence
+    unsupported = parse_fid(record | {"positive_ctxs": [], "hard_negative_ctxs": [negative]})
+    assert unsupported.missing_evidence == "no positive document"
+    assert [document.supports for document in unsupported.documents] == [False]
+
+
+@pytest.mark.parametrize(
+    ("question", "reason"),
+    [
+        (parse_hotpotqa(HOTPOTQA), ""),
+        (parse_hotpotqa(HOTPOTQA | {"context": []}), "no supporting document"),
+        (parse_hotpotqa(HOTPOTQA | {"context": [["C", ["Three."]]]}), "no supporting document"),
+        (parse_hotpotqa(HOTPOTQA | {"supporting_facts": []}), "no supporting document"),
+        (parse_hotpotqa(HOTPOTQA | {"context": [["B", [" ", ""]]]}), "no supporting document"),
+        (
+            parse_2wikimultihopqa(HOTPOTQA | {"supporting_facts": [["B", 0], ["D", 1]]}),
+            "a supporting document is missing",
+        ),
+        (parse_2wikimultihopqa(HOTPOTQA | {"context": [[" b", ["One."]]]}), ""),
+        (parse_musique(MUSIQUE), ""),
+        (parse_musique(MUSIQUE | {"paragraphs": MUSIQUE["paragraphs"][:1]}), "no supporting document"),
+        (parse_musique(MUSIQUE | {"paragraphs": []}), "no supporting document"),
+        (parse_fid(FID), ""),
+        (parse_fid(FID | {"ctxs": []}), "no supporting document"),
+        (parse_fid(ctxs({"text": " "})), "no supporting document"),
+        (parse_fid(ctxs({"hasanswer": False}, {})), "no supporting document"),
+        (parse_fid(ctxs({"isgold": False, "has_answer": 0})), "no supporting document"),
+        (parse_fid(ctxs({"isgold": False, "hasanswer": True})), ""),
+        (parse_fid(ctxs({"isgold": None, "hasanswer": None})), ""),
+    ],
+)
+def test_a_question_knows_why_its_documents_do_not_support_it(question: Question, reason: str) -> None:
+    assert question.missing_evidence == reason
+
+
+@pytest.mark.parametrize("change", [{"answerable": False}, {"is_impossible": True}, {"answerable": 0}])
+@pytest.mark.parametrize("parse", [parse_hotpotqa, parse_2wikimultihopqa, parse_musique, parse_fid])
+def test_a_question_that_is_marked_as_not_answerable_is_dropped(parse: Any, change: dict[str, Any]) -> None:
+    record = {parse_musique: MUSIQUE, parse_fid: FID}.get(parse, HOTPOTQA)
+    with pytest.raises(RecordDropped, match="no answer"):
+        parse(record | change)
+
+
+@pytest.mark.parametrize(
+    ("parse", "record", "name"),
+    [(parse_hotpotqa, HOTPOTQA, "_id"), (parse_musique, MUSIQUE, "id"), (parse_fid, FID, "_id")],
+)
+def test_a_whole_number_is_an_id(parse: Any, record: dict[str, Any], name: str) -> None:
+    assert parse(record | {name: 262}).id == "262"
 
 
 @pytest.mark.parametrize(
@@ -135,15 +184,22 @@ def test_dpr_training_records_mark_the_first_positive_passage_as_gold() -> None:
         (parse_musique, MUSIQUE | {"answer_aliases": "x"}, "'answer_aliases'"),
         (parse_fid, {"question": "who?", "ctxs": []}, "'answers' is missing"),
         (parse_fid, FID | {"ctxs": None}, "'ctxs'"),
-        (parse_fid, FID | {"answers": [1]}, "'answers'"),
+        (parse_fid, FID | {"answers": ["x", 1]}, r"'answers\[1\]'"),
+        (parse_fid, FID | DPR, "either 'ctxs' or 'positive_ctxs'"),
+        (parse_fid, ctxs({"hasanswer": "false"}), r"'ctxs\[0\].hasanswer' is 'false'"),
+        (parse_fid, ctxs({"score": 10**400}), r"'ctxs\[0\].score'"),
+        (parse_musique, MUSIQUE | {"answerable": "false"}, "'answerable' is 'false'"),
+        (parse_hotpotqa, HOTPOTQA | {"_id": 1.5}, "'_id' is 1.5"),
+        (parse_hotpotqa, HOTPOTQA | {"_id": True}, "'_id' is True"),
+        (parse_hotpotqa, HOTPOTQA | {"level": "\ud800"}, "'level'"),
         (parse_fid, FID | {"id": 1.5}, "'id'"),
         (parse_fid, ctxs({"score": "high"}), r"'ctxs\[0\].score'"),
         (parse_fid, ctxs({}, {"text": None}), r"'ctxs\[1\].text'"),
-        (parse_fid, FID | {"positive_ctxs": ["x"]}, r"'positive_ctxs\[0\]'"),
-        (parse_fid, FID | {"positive_ctxs": [{"text": "x"}, {"text": 1}]}, r"'positive_ctxs\[1\].text'"),
+        (parse_fid, DPR | {"positive_ctxs": ["x"]}, r"'positive_ctxs\[0\]'"),
+        (parse_fid, DPR | {"positive_ctxs": [{"text": "x"}, {"text": 1}]}, r"'positive_ctxs\[1\].text'"),
         (
             parse_fid,
-            FID | {"positive_ctxs": [{"text": "x"}], "negative_ctxs": [{}]},
+            DPR | {"negative_ctxs": [{}]},
             r"'negative_ctxs\[0\].text'",
         ),
         (

@@ -1,10 +1,11 @@
 import bz2
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -62,6 +63,32 @@ def test_the_content_of_a_file_decides_how_it_is_read(tmp_path: Path) -> None:
     assert list(read_file(tmp_path / "empty.json")) == []
     with pytest.raises(UserError, match=r"none\.json cannot be read: No such file"):
         list(read_file(tmp_path / "none.json"))
+
+
+def test_a_key_that_occurs_twice_makes_a_record_bad(tmp_path: Path) -> None:
+    for text, read in (
+        ('{"a": 1}\n{"b": [{"a": 1, "a": 2}]}\n{"a": 3}', read_lines),
+        ('[{"a": 1}, {"b": [{"a": 1, "a": 2}]}, {"a": 3}]', read_array),
+    ):
+        path = tmp_path / "a.json"
+        path.write_text(text)
+        first, (_, bad), last = read(path)
+        assert (first[1], last[1]) == ({"a": 1}, {"a": 3})
+        assert isinstance(bad, RecordError) and "the key 'a' occurs twice" in str(bad)
+    path.write_text('{"data": [{"a": 1}], "data": [{"a": 2}]}')
+    with pytest.raises(UserError, match="the key 'data' occurs twice"):
+        list(read_file(path, array_key="data"))
+
+
+def test_a_row_that_is_not_utf_8_is_bad_and_the_others_are_read(tmp_path: Path) -> None:
+    texts = [b"a", b"\xff", b"c"]
+    offsets = pa.py_buffer(b"".join(n.to_bytes(4, "little") for n in range(4)))
+    column = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"".join(texts))])
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"a": column}), path)
+    (_, first), (place, bad), (_, last) = read_file(path)
+    assert (first, last) == ({"a": "a"}, {"a": "c"})
+    assert isinstance(bad, RecordError) and place.endswith("row 2")
 
 
 def test_parquet_is_read_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,6 +223,24 @@ def test_a_dataset_on_the_hub_is_streamed(monkeypatch: pytest.MonkeyPatch) -> No
     assert calls == [(("owner/name", "hard"), {"split": "train", "streaming": True})]
 
 
+def test_a_dataset_that_breaks_off_is_an_error_that_names_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    def records(*_: Any, **__: Any) -> Iterator[Any]:
+        yield {"a": 1}
+        raise datasets.exceptions.DatasetGenerationError("lost\nconnection")
+
+    monkeypatch.setattr("datasets.load_dataset", records)
+    found = read_hub("owner/name", "train")
+    assert next(found)[1] == {"a": 1}
+    with pytest.raises(UserError, match=r"owner/name \(train\), after record 1: .*\(lost\)"):
+        next(found)
+
+
+def test_tables_of_texts_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("q,a\n1,2\n")
+    with pytest.raises(UserError, match=r"a\.csv is a table of texts: save it as"):
+        list(read_file(tmp_path / "a.csv"))
+
+
 def test_a_dataset_that_cannot_be_reached_is_an_error_of_one_line() -> None:
     with pytest.raises(UserError, match="owner/name") as raised:
         list(read_hub("owner/name", "train"))
@@ -226,9 +271,12 @@ def test_damaged_gzip_is_a_user_error(tmp_path: Path, spoil: Callable[[bytes], b
         (gzip.compress('[{"a": 1}]'.encode("utf-16")), "is UTF-16"),
         (bz2.compress(b'{"a": 1}\n'), "is compressed: unpack it first"),
         (b"PAR1...", "is parquet: let its name end in .parquet"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer"),
+        (b"<!DOCTYPE html><html>", "is a web page"),
+        (b"ARROW1\0\0", "is an Arrow file"),
     ],
     # fixed ids: gzip writes the time into its header
-    ids=["utf-16", "gzipped utf-16", "bzip2", "parquet"],
+    ids=["utf-16", "gzipped utf-16", "bzip2", "parquet", "lfs", "html", "arrow"],
 )
 def test_the_error_names_the_kind_of_an_unsupported_file(tmp_path: Path, data: bytes, problem: str) -> None:
     path = tmp_path / "a.jsonl"

@@ -40,12 +40,15 @@ def test_a_response_may_be_empty_only_beside_answers() -> None:
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"id": 3}, "'id'"),
+        ({"id": 3.5}, "'id'"),
+        ({"id": True}, "'id'"),
         ({"id": " "}, "'id'"),
         ({"response": "\ud800"}, "'response'"),
         ({"answers": "a"}, "'answers'"),
         ({"answers": [1]}, r"'answers\[0\]'"),
-        ({"typo": 1}, "'typo'"),
+        ({"meta": {"a": {"b": [float("nan")]}}}, r"'meta.a.b\[0\]'"),
+        ({"meta": {"a": "\ud800"}}, "'meta.a'"),
+        ({"meta": {"\ud800": 1}}, "a key of field 'meta'"),
         ({"blocks": ["a"]}, "'blocks'"),
         ({"messages": []}, "'messages'"),
         ({"messages": ["a"]}, r"'messages\[0\]'"),

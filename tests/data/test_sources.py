@@ -142,6 +142,48 @@ def test_contradicting_options_are_refused_before_reading(
         read_samples(format, str(path), RecordCounts(), **{"prompt": PROMPT} | options)
 
 
+def test_questions_without_evidence_are_dropped_unless_it_is_not_needed(tmp_path: Path) -> None:
+    without = HOTPOTQA | {"context": [["C", ["Three."]]]}
+    path = write(tmp_path / "h.json", [HOTPOTQA, without, HOTPOTQA | {"context": []}])
+    samples, counts = read_all(path, "hotpotqa")
+    assert (len(samples), counts.dropped) == (1, {"no supporting document": 2})
+    asked, counts = read_all(path, "hotpotqa", needs_evidence=False)
+    assert [len(sample.documents) for sample in asked] == [2, 1, 0] and not counts.dropped
+
+
+def test_a_bad_record_of_another_format_in_a_glob_is_recognised(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", HOTPOTQA)
+    write(tmp_path / "b.jsonl", {"messages": [{"role": "user", "content": "Hi"}]})
+    match = "b.jsonl, line 1: .*; it looks like the format messages .*on_bad_record=skip passes over it"
+    with pytest.raises(UserError, match=match):
+        read_all(tmp_path, "hotpotqa")
+
+
+def test_parquet_columns_of_any_type_are_read_or_refused_by_name(tmp_path: Path) -> None:
+    rows = {
+        "question": pa.array(["who?"], pa.large_string()),
+        "answers": pa.array([["fox"]], pa.large_list(pa.large_string())),
+        "id": pa.array([262], pa.int16()),
+        "target": pa.nulls(1),
+        "dataset": pa.array(["x"]).dictionary_encode(),
+        "weight": pa.nulls(1, pa.float64()),
+        "ctxs": pa.array([[{"title": None, "text": "A fox.", "score": None, "isgold": None}]]),
+    }
+    path = tmp_path / "f.parquet"
+    pq.write_table(pa.table(rows), path)
+    (sample,), counts = read_all(path, "fid")
+    assert (sample.id, sample.response, len(sample.documents)) == ("262", "fox", 1)
+    assert not counts.unknown_fields
+    for name, column in (
+        ("question", pa.array([b"\xff"], pa.binary())),
+        ("id", pa.array([262.0])),
+        ("answers", pa.array([[b"fox"]])),
+    ):
+        pq.write_table(pa.table(rows | {name: column}), path)
+        with pytest.raises(UserError, match=f"row 1: field '{name}.* passes over it"):
+            read_all(path, "fid")
+
+
 def test_every_record_gives_a_sample_or_is_dropped_for_a_reason(tmp_path: Path) -> None:
     records = [MUSIQUE, MUSIQUE | {"answerable": False}, MUSIQUE | {"answer": 1}]
     samples, counts = read_all(write(tmp_path / "m.json", records), "musique", skip_bad=True)
@@ -167,10 +209,13 @@ def test_a_bad_record_names_file_line_and_field(tmp_path: Path, change: dict[str
 
 @pytest.mark.parametrize("format", ["samples", "squad", "alpaca"])
 def test_the_error_of_a_bad_first_record_asks_for_the_format(tmp_path: Path, format: str) -> None:
+    where, remedy = r"\(--format, sources\[\].format\)", r" \(data.on_bad_record=skip passes over it\)$"
     path = write(tmp_path / "h.json", [HOTPOTQA])
-    with pytest.raises(UserError, match=rf"line 1: .*; is it in the format {format} \(--format, ") as raised:
+    with pytest.raises(UserError, match=f"line 1: .*; it looks like the format hotpotqa {where}{remedy}"):
         read_all(path, format)
-    assert "skip" not in str(raised.value)
+    write(path, [{"a": 1}])
+    with pytest.raises(UserError, match=rf"line 1: .*; is it in the format {format} {where}\?{remedy}"):
+        read_all(path, format)
 
 
 def test_a_gzipped_source_gives_the_same_samples(tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from blockft.data import squad
-from blockft.data.qa_formats import Question, RecordDropped
+from blockft.data.qa_formats import Question
 from blockft.data.rag_prompt import RagPrompt
 from blockft.data.records import PlacedRecord
 from blockft.data.retrieval import bm25_indexer
-from blockft.data.sample import RecordError
+from blockft.data.sample import RecordDropped, RecordError
 
 ANSWERS = ["red", "blue", "green", "gold", "Red"]
 
@@ -97,18 +97,34 @@ def test_a_question_without_answer_is_dropped(change: dict[str, Any]) -> None:
     assert squad.parse_question(records[1]).id == "red1"
 
 
+def test_a_paragraph_without_any_answer_does_not_support_its_question() -> None:
+    one = article()
+    one["paragraphs"][0]["qas"] = [
+        qa("red", 0) | {"answers": [{"text": "Red", "answer_start": 99}, {"text": "pink"}]},
+        qa("red", 1) | {"answers": [{"text": "pink", "answer_start": 6}], "id": 262},
+    ]
+    first, second = list(ask([one]))[:2]
+    assert (first.missing_evidence, second.missing_evidence) == ("", "answer not in its paragraph")
+    assert second.id == "262"
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda a: a.pop("paragraphs"), "line 1: field 'paragraphs' is missing"),
         (
             lambda a: a["paragraphs"][1].pop("context"),
-            r"line 1, article 'A', paragraphs[1]: field 'context' is missing",
+            r"line 1, article 'A': field 'paragraphs[1].context' is missing",
         ),
         (lambda a: (a.pop("title"), a.update(context="x")), "line 1: field 'title' is missing"),
-        (lambda a: a["paragraphs"][1].update(qas={}), r"article 'A', paragraphs[1]: field 'qas'"),
-        (lambda a: a["paragraphs"][1]["qas"][1].pop("id"), r"paragraphs[1].qas[1]: field 'id' is missing"),
-        (lambda a: a["paragraphs"][0]["qas"][0].update(answers=[{}]), "'answers[0].text'"),
+        (lambda a: a["paragraphs"][1].update(qas={}), r"article 'A': field 'paragraphs[1].qas'"),
+        (lambda a: a["paragraphs"][1]["qas"][1].pop("id"), r"field 'paragraphs[1].qas[1].id' is missing"),
+        (
+            lambda a: a["paragraphs"][0]["qas"][0].update(answers=[{}]),
+            "paragraphs[0].qas[0].answers[0].text'",
+        ),
+        (lambda a: a["paragraphs"][0]["qas"][0].update(id=1.5), "'paragraphs[0].qas[0].id' is 1.5"),
+        (lambda a: a["paragraphs"][0]["qas"].__setitem__(0, "x"), "'paragraphs[0].qas[0]' is 'x'"),
     ],
 )
 def test_a_bad_article_or_question_names_its_place(damage: Any, message: str) -> None:

@@ -265,6 +265,19 @@ def test_bad_records_are_counted_and_listed(make_recipe: Make) -> None:
     assert "line 201: not JSON" in source["bad_records"][0]
 
 
+def test_unknown_fields_are_counted_and_warned_of_once(
+    make_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = {"messages": [{"role": "user", "content": "Hi", "mood": "\ud800"}], "color [b]": 1}
+    chat["messages"].append({"role": "assistant", "content": "Hello"})  # type: ignore[attr-defined]
+    path = tmp_path / "chats.jsonl"
+    path.write_text((json.dumps(chat) + "\n") * 3)
+    found = load_prepared(prepare(make_recipe(sources=[Source(format=Format.messages, path=str(path))])))
+    assert found.manifest["sources"][0]["unknown_fields"] == {"color [b]": 3, "messages[].mood": 3}
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "color [b] (3), messages[].mood (3)" in warning and str(path) in warning
+
+
 def test_a_prepared_folder_is_replaced_only_with_overwrite(make_recipe: Make) -> None:
     out = prepare(make_recipe())
     before = files(out)

@@ -6,7 +6,6 @@ import re
 import resource
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import blockft as blockft_api
 from blockft.config.recipe import load_recipe
+from blockft.data.rag_prompt import Document, RagPrompt
 from blockft.errors import UserError
+from blockft.inference.engine import Engine
 from blockft.model.checkpoint import (
     MARKER,
     complete_checkpoints,
@@ -106,9 +107,35 @@ def test_an_export_answers_through_plain_transformers(exported: Path) -> None:
 
 def test_an_export_holds_its_model_card_and_how_prompts_were_split(exported: Path) -> None:
     entry = json.loads((exported / "config.json").read_text())["block_attention"]
-    assert entry["version"] == 1 and entry["position_scheme"] == "reencoded"
+    # the run saw samples only, whose wording is their own
+    assert entry == {
+        "version": 1,
+        "position_scheme": "reencoded",
+        "sink_tokens": 0,
+        "local_sees_first": False,
+    }
     assert "batch_rows: 4" in (exported / "README.md").read_text()
     assert "content_hash" in (exported / "README.md").read_text()
+
+
+def test_an_export_of_mixed_data_records_the_wording_of_its_questions(toy: Path) -> None:
+    record = {"question": "a?", "answers": ["7"], "ctxs": [{"title": "A", "text": "a is 7."}]}
+    (toy / "questions.jsonl").write_text(json.dumps(record) + "\n")
+    sources = [
+        {"format": "samples", "path": str(toy / "train.jsonl")},
+        {"format": "fid", "path": str(toy / "questions.jsonl")},
+    ]
+    options = [f"data.sources={json.dumps(sources)}", f"data.output_dir={toy / 'mixed-data'}"]
+    options += ["data.row_len=256", "data.order=descending", "data.prompt.instruction=Read."]
+    prepare(toy_recipe(toy, *options))
+    train(toy / "recipe.yaml", toy / "mixed", *options, "train.max_steps=1")
+    out = export(toy / "mixed", toy / "mixed-export")
+    entry = json.loads((out / "config.json").read_text())["block_attention"]
+    assert (entry["documents_in"], entry["order"]) == ("user", "descending")
+    assert entry["prompt"]["instruction"] == "Read."
+    with Engine.load(out) as engine:
+        sample = engine.parse_request({"documents": ["a is 7."], "question": "a?"})
+    assert sample.blocks[0] == "Read."
 
 
 def test_a_run_with_local_positions_says_so_in_its_export(toy: Path) -> None:
@@ -373,19 +400,26 @@ def test_a_pushed_export_shows_the_scores_of_a_report(
     assert not (toy / "new").exists()
 
 
-def test_generate_answers_documents_and_chats(toy: Path, exported: Path) -> None:
-    prompts: list[dict[str, Any]] = [
-        {"documents": [{"title": "A", "text": "a is 7."}], "question": "What is a?"},
-        {"messages": [{"role": "user", "content": ["a=7\n", "a?"]}]},
-    ]
+def test_generate_answers_chats_and_has_no_wording_for_documents(toy: Path, exported: Path) -> None:
     source = toy / "prompts.jsonl"
-    source.write_text("\n".join(map(json.dumps, prompts)))
+    source.write_text(json.dumps({"messages": [{"role": "user", "content": ["a=7\n", "a?"]}]}))
     arguments = ("generate", exported, "--input", source, "--max-new-tokens", "3")
     done = blockft(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()]
-    # four blocks: the template's opening, the instruction, the document, the question
-    assert [answer["blocks"] for answer in answers] == [4, 3]
+    # three blocks: the template's opening, the document, the question
+    assert [answer["blocks"] for answer in answers] == [3]
+    documents = [{"title": "A", "text": "a is 7."}]
+    source.write_text(json.dumps({"documents": documents, "question": "What is a?"}))
+    done = blockft(*arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "line 1: the model was trained on prompts with a wording of their own" in done.stderr
+    with pytest.raises(UserError, match="no wording for questions over documents"):
+        evaluate(str(exported), source, format="fid")
+    with Engine.load(exported) as engine, pytest.raises(UserError, match="a wording of their own"):
+        engine.document_keys([Document(title="A", text="a is 7.")])
+    with Engine.load(exported, prompt=RagPrompt()) as engine:
+        assert engine.generate(documents=["a is 7."], question="a?", max_new_tokens=1).ids
     source.write_text('{"question": "no documents"}\n')
     done = blockft(*arguments)
     assert done.returncode == 2 and "line 1" in done.stderr and "documents" in done.stderr

@@ -1,0 +1,352 @@
+"""Fields of records: those that a format reads, those without an effect, and those that are refused.
+
+Every format has one `FieldTable`. A field that is known to change what a record means is read, or it is
+refused by name. A field that no table knows is counted and changes nothing.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from blockft.data.sample import check_field, is_list
+
+MAX_UNKNOWN_FIELDS = 100
+"""Number of unknown fields of a source that are counted by name. All others are counted together."""
+
+MAX_SHOWN_FIELDS = 8
+"""Number of unknown fields that a warning names."""
+
+OTHER_FIELDS = "(other fields)"
+"""The name under which further unknown fields are counted."""
+
+MAX_NAME_LEN = 80
+"""Number of characters of an unknown field's name that are kept."""
+
+EMPTY_TEXTS = ("", "[]", "{}", "null")
+"""Texts that say, as JSON texts do, that a field holds nothing."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a field is refused. A value that is null or empty, or one of `neutral`, means nothing."""
+
+    rule: str
+    neutral: tuple[Any, ...] = ()
+
+    def is_neutral(self, value: Any) -> bool:
+        """Return whether the value says the same as a field that is absent."""
+        if value is None or isinstance(value, str) and value.strip() in EMPTY_TEXTS:
+            return True
+        if isinstance(value, Mapping) or is_list(value):
+            return not value
+        return type(value) in (bool, int, float, str) and value in self.neutral
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldTable:
+    """What is known about the fields of a JSON object.
+
+    Attributes:
+        read: fields that the parser reads.
+        harmless: fields that are known and change no sample, such as addresses, licences and scores.
+        refused: fields that change what the record means and that the format does not honour.
+        objects: the tables of the JSON objects that a field holds, alone or in a list.
+    """
+
+    read: frozenset[str]
+    harmless: frozenset[str] = frozenset()
+    refused: Mapping[str, Refusal] = field(default_factory=dict)
+    objects: Mapping[str, "FieldTable"] = field(default_factory=dict)
+
+    @cached_property
+    def passed(self) -> frozenset[str]:
+        """The fields whose values are not looked at here."""
+        return self.read | self.harmless
+
+    def unknown_fields(self, record: Any, *, path: str = "") -> set[str]:
+        """Return the fields of a record that the table does not know, as paths (`messages[].color`).
+
+        A record that is no JSON object has none: its parser refuses the record. `path` is the place of the
+        object in its record, with the dot at its end.
+
+        Raises:
+            RecordError: a refused field has a value that is not neutral.
+        """
+        unknown: set[str] = set()
+        if isinstance(record, Mapping):
+            self._collect(record, path, unknown)
+        return unknown
+
+    def _collect(self, value: Mapping[str, Any], path: str, unknown: set[str]) -> None:
+        if not value.keys() <= self.passed:
+            for name in value:
+                if name in self.passed:
+                    continue
+                if refusal := self.refused.get(name):
+                    is_neutral = refusal.is_neutral(value[name])
+                    check_field(is_neutral, f"field '{path}{name}'", value[name], refusal.rule)
+                else:
+                    unknown.add(re.sub(r"\[\d+\]", "[]", path) + _printable(name))
+        for name, table in self.objects.items():
+            held: Any = value.get(name)
+            if isinstance(held, Mapping):
+                table._collect(held, f"{path}{name}.", unknown)
+            elif is_list(held):
+                for i, element in enumerate(held):
+                    if isinstance(element, Mapping):
+                        table._collect(element, f"{path}{name}[{i}].", unknown)
+
+
+def format_fields(counts: Mapping[str, int]) -> str:
+    """Return the most frequent unknown fields with their number of records, for a warning."""
+    ranked = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
+    shown = ", ".join(f"{name} ({number:,})" for name, number in ranked[:MAX_SHOWN_FIELDS])
+    num_more = len(ranked) - MAX_SHOWN_FIELDS
+    return f"{shown} and {num_more:,} more" if num_more > 0 else shown
+
+
+def _printable(name: Any) -> str:
+    """Return the name of a field in a form that can be printed and encoded, at most `MAX_NAME_LEN` long."""
+    text = str(name)
+    shown = text if text.isprintable() else repr(text)[1:-1]
+    return shown if len(shown) <= MAX_NAME_LEN else f"{shown[:MAX_NAME_LEN]}..."
+
+
+def _names(*groups: str | Iterable[str]) -> frozenset[str]:
+    """Return the names of several groups, each a text with names between spaces, or a set of names."""
+    return frozenset(
+        name for group in groups for name in (group.split() if isinstance(group, str) else group)
+    )
+
+
+def _refused(rule: str, names: str, *neutral: Any) -> dict[str, Refusal]:
+    return {name: Refusal(rule, neutral) for name in names.split()}
+
+
+# fields of any record
+
+_PREFERENCE = "be absent: the labels of preference data cannot be learned"
+_MEDIA = "be absent: images, sound and video cannot be read"
+_TOOLS = "be absent: tools cannot be learned"
+_THOUGHT = "be absent: a thought is not learned apart from its answer; write it into the answer, or remove it"
+_REFUSAL = "be absent: write a refusal into the text of the answer, or remove the record"
+_MASK = "be absent: which tokens are learned cannot be chosen by a mask"
+
+_MEDIA_NAMES = "image images image_url image_urls audio audios input_audio video videos video_url"
+_TOOL_NAMES = "tools functions tool_calls function_call function_calls"
+_THOUGHT_NAMES = "reasoning reasoning_content reasoning_details thinking thought thoughts"
+_MASK_NAMES = "mask masks loss_mask train_mask assistant_mask assistant_masks completion_mask"
+
+SYSTEM_FIELDS = ("system", "system_prompt", "system_message", "system_instruction")
+"""The fields of a chat's record that may hold its system message."""
+
+LEARN_FLAGS = ("weight", "train", "training", "trainable", "loss")
+"""The fields of a message that say whether its text is learned: 1 or true, 0 or false."""
+
+_HARMLESS = _names(
+    "_id id idx index uid uuid guid record_id sample_id source_id dataset dataset_name dataset_id subset",
+    "split version source url urls link license licence copyright language lang locale category categories",
+    "subcategory topic topics tag tags domain difficulty task task_name task_type type level",
+    "score scores rating ratings reward rewards quality model model_name model_id generator engine",
+    "created_at created timestamp time date author annotator annotators metadata meta hash md5 sha256",
+    "num_turns num_tokens token_count length embedding",
+)
+"""Fields that describe a record and do not change what it means, in every format."""
+
+_ANYWHERE = {
+    **_refused(_PREFERENCE, "chosen rejected preferred_output non_preferred_output preference preferences"),
+    **_refused(_PREFERENCE, "kto_tag", True, 1),
+    **_refused(_MEDIA, _MEDIA_NAMES),
+    **_refused(_TOOLS, _TOOL_NAMES),
+    **_refused(_THOUGHT, _THOUGHT_NAMES),
+    **_refused(_MASK, _MASK_NAMES),
+    **_refused("be 1 or absent: records cannot be weighted", "weight sample_weight loss_weight", 1),
+    **_refused("be true or absent: remove a record that is not learned", "train training trainable loss", 1),
+    **_refused("be absent: every prompt is rendered with the same arguments", "chat_template_kwargs"),
+}
+"""Fields that change what a record means in every format, with the reason why they are refused."""
+
+
+# questions
+
+_QUESTION_REFUSED = {
+    **_ANYWHERE,
+    **_refused(
+        "be absent: questions are asked in the wording of data.prompt",
+        f"{' '.join(SYSTEM_FIELDS)} instruction history messages conversations",
+    ),
+}
+
+_PASSAGE_HARMLESS = _names(
+    _HARMLESS,
+    "passage_id psg_id doc_id docid document_id page_id wikipedia_id wikipedia_title section section_title",
+    "rank title_score bm25_score dense_score similarity original_retrieval_index sentences start end",
+)
+
+
+def _passages(*read: str, harmless: str = "") -> FieldTable:
+    """Return the table of the documents of a question."""
+    return FieldTable(
+        read=_names("title", read),
+        harmless=_names(_PASSAGE_HARMLESS, harmless) - _names(read),
+        refused=_refused(_MEDIA, _MEDIA_NAMES),
+    )
+
+
+def _questions(
+    read: str, *, harmless: str = "", objects: Mapping[str, FieldTable] | None = None
+) -> FieldTable:
+    """Return the table of a format of questions. Every such format reads whether there is an answer."""
+    fields = _names(read, "question answerable is_impossible")
+    return FieldTable(
+        read=fields,
+        harmless=_names(_HARMLESS, harmless) - fields,
+        refused={name: refusal for name, refusal in _QUESTION_REFUSED.items() if name not in fields},
+        objects=objects or {},
+    )
+
+
+MULTI_HOP = _questions(
+    "_id id answer answer_aliases supporting_facts context type level",
+    harmless="evidences evidences_id answer_id entity_ids qa_pairs explanation question_decomposition",
+)
+
+MUSIQUE = _questions(
+    "id answer answer_aliases paragraphs",
+    harmless="question_decomposition",
+    objects={"paragraphs": _passages("paragraph_text", "is_supporting")},
+)
+
+SQUAD_ANSWERS = FieldTable(
+    read=_names("text"), harmless=_names(_HARMLESS, "answer_start answer_end answer_id answer_category")
+)
+
+SQUAD_QUESTION = _questions(
+    "id answers title context",
+    harmless="plausible_answers detected_answers question_id document_id",
+    objects={"answers": SQUAD_ANSWERS},
+)
+"""A question of an article, or the row of the dataset on the Hub, which repeats title and paragraph."""
+
+SQUAD_PARAGRAPH = FieldTable(
+    read=_names("context qas"), harmless=_names(_HARMLESS, "document_id"), refused=_ANYWHERE
+)
+SQUAD_ARTICLE = FieldTable(read=_names("title paragraphs"), harmless=_HARMLESS, refused=_ANYWHERE)
+
+_FID_PASSAGES = _passages("text", "score", "isgold", "hasanswer", "has_answer")
+
+FID = _questions(
+    "id _id answers answer target ctxs positive_ctxs hard_negative_ctxs negative_ctxs",
+    harmless="nq_annotated_gold question_id q_id",
+    objects=dict.fromkeys(("ctxs", "positive_ctxs", "hard_negative_ctxs", "negative_ctxs"), _FID_PASSAGES),
+)
+
+
+# chats and instructions
+
+_LABEL = _refused(_PREFERENCE, "label", True, 1)
+
+_CHAT_HARMLESS = _names(
+    _HARMLESS,
+    "prompt prompt_id conversation_id conversation_hash thread_id message_id score_chosen score_rejected",
+    "tool_choice parallel_tool_calls turn toxic redacted moderation openai_moderation detoxify_moderation",
+    "country state header hashed_ip",
+)
+
+CONTENT_PART = FieldTable(
+    read=_names("type text"),
+    harmless=_names("index id cache_control annotations"),
+    refused={
+        **_refused(_MEDIA, f"{_MEDIA_NAMES} file"),
+        **_refused(_TOOLS, _TOOL_NAMES),
+        **_refused(_THOUGHT, _THOUGHT_NAMES),
+        **_refused(_REFUSAL, "refusal"),
+    },
+)
+
+_MESSAGE_REFUSED = {
+    **{name: refusal for name, refusal in _ANYWHERE.items() if name not in LEARN_FLAGS},
+    **_LABEL,
+    **_refused(_TOOLS, "tool_call_id tool_name tool_responses"),
+    **_refused(_REFUSAL, "refusal"),
+    **_refused("be absent: the prompt names no speaker other than the role", "name"),
+    **_refused("be absent: an answer is learned as a whole", "train_detail training_detail"),
+    **_refused("be false or absent: an answer is learned as a whole", "prefix partial", False),
+}
+
+_MESSAGE_HARMLESS = _names(
+    _CHAT_HARMLESS, "parent_id parent_message_id turn_identifier cache_control status end_turn recipient"
+) - _names("prompt")
+
+
+_CHAT_MESSAGE = FieldTable(
+    read=_names("role content from value", LEARN_FLAGS),
+    harmless=_MESSAGE_HARMLESS,
+    refused=_MESSAGE_REFUSED,
+    objects=dict.fromkeys(("content", "value"), CONTENT_PART),
+)
+
+CHAT = FieldTable(
+    read=_names("id source messages conversations", SYSTEM_FIELDS),
+    harmless=_CHAT_HARMLESS - _names("id source"),
+    refused={
+        **_ANYWHERE,
+        **_LABEL,
+        **_refused("be absent: the answers stand in the messages", "completion completions response output"),
+    },
+    objects={"messages": _CHAT_MESSAGE, "conversations": _CHAT_MESSAGE},
+)
+
+ALPACA = FieldTable(
+    read=_names("id source instruction input output history", SYSTEM_FIELDS),
+    harmless=(_CHAT_HARMLESS | _names("text")) - _names("id source"),
+    refused={
+        **_ANYWHERE,
+        **_LABEL,
+        **_refused("be absent: the turns stand in instruction and history", "messages conversations"),
+    },
+)
+
+
+# prompts with marked blocks
+
+_BLOCKS_PASSAGES = _passages("text", "score", harmless="isgold hasanswer has_answer")
+
+BLOCKS = FieldTable(
+    read=_names("id source prompt blocks chunks documents response generated answers train_block"),
+    harmless=(_HARMLESS | _names("question inputs input_ids labels attention_mask position_ids block_tokens"))
+    - _names("id source"),
+    refused={
+        **_ANYWHERE,
+        **_refused(
+            "be absent: the prompt already holds every message", f"{' '.join(SYSTEM_FIELDS)} messages"
+        ),
+    },
+    objects={"documents": _BLOCKS_PASSAGES},
+)
+
+_SAMPLE_MESSAGE = FieldTable(
+    read=_names("role content"),
+    harmless=_MESSAGE_HARMLESS,
+    refused={
+        **_MESSAGE_REFUSED,
+        **_refused("be 0 or absent: only the response is learned", " ".join(LEARN_FLAGS), False),
+    },
+)
+
+SAMPLES = FieldTable(
+    read=_names("id source messages blocks response answers meta"),
+    harmless=_HARMLESS - _names("id source meta"),
+    refused={
+        **_ANYWHERE,
+        **_LABEL,
+        **_refused("be absent: write a system message into the messages", " ".join(SYSTEM_FIELDS)),
+    },
+    objects={"messages": _SAMPLE_MESSAGE},
+)
+"""The format of blockft itself."""
+
+REQUEST_DOCUMENT = _passages("text", "score")
+"""A document of a request to `generate`."""
