@@ -3,9 +3,12 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import yaml
+
+from blockft.config.settings import PromptSettings
 
 ROOT = Path(__file__).parents[1]
 MAIN = ROOT / "README.md"
@@ -63,6 +66,20 @@ def links(path: Path) -> list[str]:
 def inline_code(path: Path) -> list[str]:
     """Return the texts in single backquotes, outside of code blocks."""
     return re.findall(r"`([^`\n]+)`", "\n".join(line for _, line in prose_lines(path)))
+
+
+def save_export(folder: Path) -> Path:
+    """Copy the demo's model, which saw no question over documents, as an export that records their wording."""
+    shutil.copytree(DEMO_MODEL, folder)
+    config = json.loads((folder / "config.json").read_text())
+    wording = PromptSettings()
+    config["block_attention"] |= {
+        "documents_in": wording.documents_in,
+        "order": "ascending",
+        "prompt": {name: getattr(wording, name) for name in ("instruction", "document", "question")},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def write_own_data(folder: Path) -> None:

@@ -68,7 +68,7 @@ def parse_messages_record(record: Any, default_id: str) -> Iterator[Sample]:
             no answer.
     """
     check_field(isinstance(record, Mapping), "the record", record, "be a JSON object")
-    names = [name for name in ("messages", "conversations") if get_field(record, name, None) is not None]
+    names = [name for name in ("messages", "conversations") if record.get(name) not in (None, [])]
     check_field(len(names) < 2, "the record", list(record), "have either 'messages' or 'conversations'")
     name = names[0] if names else "messages"
     messages = get_field(record, name)
@@ -142,7 +142,7 @@ def parse_blocks(record: Any, default_id: str) -> Iterator[Sample]:
     prompt = parse_text(get_field(record, "prompt"), "field 'prompt'")
     id = _id_or_default(record, default_id)
     kinds = ("blocks", "chunks", "documents")
-    names = [name for name in kinds if get_field(record, name, None) is not None]
+    names = [name for name in kinds if record.get(name) not in (None, [])]
     check_field(len(names) < 2, "the record", list(record), "have one of 'blocks', 'chunks' and 'documents'")
     name = names[0] if names else "blocks"
     if name == "documents":

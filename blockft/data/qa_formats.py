@@ -160,13 +160,9 @@ def parse_fid(record: Any) -> Question:
     answers = _fid_answers(record)
     if not answers:
         raise RecordDropped(NO_ANSWER)
-    is_dpr = get_field(record, "positive_ctxs", None) is not None
-    check_field(
-        not is_dpr or get_field(record, "ctxs", None) is None,
-        "the record",
-        list(record),
-        "have either 'ctxs' or 'positive_ctxs'",
-    )
+    is_dpr = record.get("positive_ctxs") is not None and not record.get("ctxs")
+    is_one = is_dpr or not record.get("positive_ctxs")
+    check_field(is_one, "the record", list(record), "have either 'ctxs' or 'positive_ctxs'")
     passages = _dpr_passages(record) if is_dpr else _passages(record, "ctxs", ...)
     gold = _marked(passages, "isgold")
     has_answer = sorted({*_marked(passages, "hasanswer"), *_marked(passages, "has_answer")})
@@ -282,8 +278,15 @@ def _parse_multi_hop(record: Any, source: str, *, separator: str) -> Question:
         answers=answers,
         documents=tuple(documents),
         missing_evidence=_missing_evidence(documents) or (PART_OF_EVIDENCE if num_missing else ""),
-        meta={name: parse_text(record[name], f"field {name!r}", may_be_blank=True) for name in names},
+        meta={name: _parse_kind(record[name], name) for name in names},
     )
+
+
+def _parse_kind(value: Any, name: str) -> str | int:
+    """Return the kind or the level of a question, which is a text or a whole number."""
+    if type(value) is int:
+        return value
+    return parse_text(value, f"field {name!r}", may_be_blank=True)
 
 
 def _titles_in_context(cited: set[str], titles: list[str]) -> tuple[set[str], int]:

@@ -17,7 +17,12 @@ MAX_META_DEPTH = 32
 
 
 class RecordError(ValueError):
-    """A record is not valid. The message names the field; the reader adds file and line."""
+    """A record is not valid. The message names the field; the reader adds file and line.
+
+    `record` is the record, if the error takes its place.
+    """
+
+    record: Any = None
 
 
 class RecordDropped(Exception):
@@ -106,7 +111,7 @@ def parse_sample(record: Any) -> Sample:
         RecordError: a field is missing or of the wrong type, or the sample has neither response nor answers.
     """
     check_field(isinstance(record, Mapping), "the record", record, "be a JSON object")
-    has_messages, has_blocks = (get_field(record, name, None) is not None for name in ("messages", "blocks"))
+    has_messages, has_blocks = (record.get(name) is not None for name in ("messages", "blocks"))
     check_field(
         not (has_messages and has_blocks), "the record", list(record), "have either 'messages' or 'blocks'"
     )
@@ -165,7 +170,10 @@ def check_field(is_valid: bool, name: str, value: Any, rule: str) -> None:
         RecordError: `is_valid` is False. The message reads "NAME is VALUE, it should RULE".
     """
     if not is_valid:
-        shown = repr(value)
+        try:
+            shown = repr(value)
+        except (RecursionError, ValueError):  # nested too deeply, or a number of thousands of digits
+            shown = f"a {type(value).__name__}"
         raise RecordError(f"{name} is {shown[:60]}{'...' if len(shown) > 60 else ''}, it should {rule}")
 
 

@@ -374,7 +374,10 @@ class _SourceReader:
 def _format_hint(record: Any, format: str, *, is_first: bool) -> str:
     """Return the part of an error message that says which format a bad record may have; "" if unknown."""
     where = "--format, sources[].format"
-    if isinstance(record, Mapping) and not _has_fields(record, format):
+    record = record.record if isinstance(record, RecordError | squad.ArticleQuestion) else record
+    if isinstance(record, Mapping):
+        if _has_fields(record, format):
+            return ""
         scores = {name: _has_fields(record, name) for name in SOURCE_FORMATS}
         best = max(scores, key=scores.__getitem__)
         if scores[best]:

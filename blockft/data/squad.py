@@ -78,9 +78,8 @@ def parse_question(article_question: Any) -> Question:
     """
     assert isinstance(article_question, ArticleQuestion)
     record, path = article_question.record, article_question.path
-    check_field(
-        isinstance(record, Mapping), path.removesuffix(".") or "the record", record, "be a JSON object"
-    )
+    name = f"field {path.removesuffix('.')!r}" if path else "the record"
+    check_field(isinstance(record, Mapping), name, record, "be a JSON object")
     check_answerable(record, path=path)
     answers = get_field(record, "answers", [])
     place = f"{path}answers"
@@ -222,6 +221,7 @@ def _questions_from_rows(placed: list[PlacedRecord]) -> Iterator[PlacedRecord]:
             context = parse_text(row["context"], "field 'context'")
             paragraph_of.setdefault(context, _paragraph(title, context))
         except RecordError as error:
+            error.record = row
             errors[place] = error
     pool = DocumentPool(paragraph_of.values())
     for place, row in placed:
@@ -243,6 +243,7 @@ def _questions_from_paragraphs(place: str, article: Any) -> Iterator[PlacedRecor
         check_field(isinstance(paragraphs, list), "field 'paragraphs'", paragraphs, "be a list")
         unknown_in_article = SQUAD_ARTICLE.unknown_fields(article)
     except RecordError as error:
+        error.record = article
         yield place, error
         return
     place = f"{place}, article {title!r}" if title else place

@@ -287,7 +287,7 @@ def test_a_long_rag_record_loses_its_least_relevant_document() -> None:
         ({"prompt": "Hi", "response": "Yo"}, "'blocks' is missing"),
         ({"response": "Yo"}, "'prompt' is missing"),
         (RAG | {"documents": NOTES[::-1]}, r"'documents\[1\]'.*be in the prompt"),
-        (RAG | {"documents": [{"title": "A"}]}, "'text' is missing"),
+        (RAG | {"documents": [{"title": "A"}]}, "documents\\[0\\].text' is missing"),
         (RAG | {"documents": ["A"]}, r"'documents\[0\]'"),
         (RAG | {"answers": "Fox"}, "'answers'"),
         (RAG | {"prompt": OPEN + "".join(WRITTEN)}, "'prompt'.*after the last document"),

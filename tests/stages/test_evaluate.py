@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from blockft.stages.evaluate import (
     read_questions,
 )
 from tests.commands import Ranks, start_ranks
+from tests.readmes import save_export
 from tests.run import save_model, save_samples
 
 ROOT = Path(__file__).parents[2]
@@ -54,17 +54,19 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_model_without_a_recorded_wording_gets_the_default_wording(toy: Path, tmp_path: Path) -> None:
+def test_only_a_model_that_is_no_export_gets_the_default_wording(toy: Path, tmp_path: Path) -> None:
     config = json.loads((toy / "model" / "config.json").read_text())
     config["block_attention"] = {"version": 1, "position_scheme": "local"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     questions = tmp_path / "questions.json"
     questions.write_text("[]")
-    plain, export = (
-        evaluation_recipe(str(model), str(questions), format="hotpotqa")
-        for model in (toy / "model", tmp_path)
-    )
-    assert export.data.prompt == plain.data.prompt
+    plain = evaluation_recipe(str(toy / "model"), str(questions), format="hotpotqa")
+    assert plain.data.prompt == PromptSettings()
+    with pytest.raises(UserError, match=r"no wording for questions .* set data\.prompt\.instruction"):
+        evaluation_recipe(str(tmp_path), str(questions), format="hotpotqa")
+    override = "data.prompt.instruction=Read."
+    given = evaluation_recipe(str(tmp_path), str(questions), format="hotpotqa", overrides=[override])
+    assert given.data.prompt.instruction == "Read."
 
 
 def test_questions_without_a_recipe_are_scored_in_both_modes(toy: Path) -> None:
@@ -283,7 +285,7 @@ HOTPOT = [
 @pytest.mark.parametrize("wording", ["default", "separators behind documents"])
 def test_the_demo_model_answers_questions_of_a_file(tmp_path: Path, wording: str) -> None:
     model = tmp_path / "model"
-    shutil.copytree(ROOT / MODEL, model)
+    save_export(model)
     if wording != "default":
         config = json.loads((model / "config.json").read_text())
         config["block_attention"]["prompt"]["document"] = "{title}\n{text}\n\n"
@@ -296,7 +298,7 @@ def test_the_demo_model_answers_questions_of_a_file(tmp_path: Path, wording: str
     report = evaluate(str(model), recipe)
     options = report["options"]
     if wording == "default":
-        assert recipe.data.prompt == PromptSettings(), "as an export of the recipe demo-base"
+        assert recipe.data.prompt == PromptSettings()
     assert set(report["modes"]) == {"block"}
     assert options["questions"] == 2 and options["message of the documents"] == "user"
     assert options["wording of a document"] == recipe.data.prompt.document

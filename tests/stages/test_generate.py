@@ -287,11 +287,23 @@ def test_wrong_arguments_are_refused_before_the_first_answer(
     assert not Path("no/such").exists()
 
 
+def test_unknown_fields_of_documents_are_a_warning(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    documents = [{"text": "a", "id": 1, "color": 2}, {"text": "b", "color": 3}]
+    source = write(tmp_path / "fields.jsonl", [{"documents": documents, "question": "c"}] * 2)
+    generate(str(model), str(source), max_new_tokens=1, cache=SMALL)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(warnings) == 1 and warnings[0].endswith("documents[].color (2)")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 3 is not JSON"),
-        ('{"question": "b", "n": ' + "1" * 5000 + "}", "line 3 is not JSON"),
+        ("{", "line 3: not JSON"),
+        ('{"question": "b", "n": ' + "1" * 5000 + "}", "line 3: a whole number has too many digits"),
+        ('{"blocks": ["a"], "id": 1, "id": 2}', "line 3: the key 'id' occurs twice"),
+        ('{"blocks": ["a"], "tools": [1]}', "line 3: unknown field 'tools'"),
         ("[1]", "line 3: the request"),
         ('{"documents": ["a"]}', "line 3: "),
         ('{"documents": ["a", ""], "question": "b"}', "line 3: "),
