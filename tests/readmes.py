@@ -69,7 +69,7 @@ def inline_code(path: Path) -> list[str]:
 
 
 def save_export(folder: Path) -> Path:
-    """Copy the demo's model, which saw no question over documents, as an export that records their wording."""
+    """Copy the demo's model, which saw no question over documents, as an export with the default wording."""
     shutil.copytree(DEMO_MODEL, folder)
     config = json.loads((folder / "config.json").read_text())
     wording = PromptSettings()
