@@ -24,7 +24,7 @@ from blockft.data.sample import (
     parse_text,
 )
 
-ROLES = {
+CHAT_ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "claude", "model"), "assistant"),
@@ -212,9 +212,9 @@ def _parse_turn(message: Any, path: str) -> _Turn:
     check_field(len(given) == 1, f"field {path!r}", list(message), 'have the keys "role" and "content"')
     role_key, text_key = given[0]
     given_role = get_field(message, role_key, path=f"{path}.")
-    is_role = isinstance(given_role, str) and given_role in ROLES
-    check_field(is_role, f"field '{path}.{role_key}'", given_role, f"be one of {', '.join(ROLES)}")
-    role = ROLES[given_role]
+    is_role = isinstance(given_role, str) and given_role in CHAT_ROLES
+    check_field(is_role, f"field '{path}.{role_key}'", given_role, f"be one of {', '.join(CHAT_ROLES)}")
+    role = CHAT_ROLES[given_role]
     content = get_field(message, text_key, path=f"{path}.")
     if isinstance(content, list):
         content = join_text_parts(content, f"{path}.{text_key}")
