@@ -10,6 +10,8 @@ from typing import Any
 
 from blockft.data.fields import LEARN_FLAGS, SYSTEM_FIELDS
 from blockft.data.sample import (
+    EVIDENCE_MARKS,
+    NO_EVIDENCE,
     Message,
     RecordDropped,
     RecordError,
@@ -172,7 +174,9 @@ def _parse_rag_record(record: Mapping[str, Any], prompt: str, id: str) -> Sample
     if starts:
         meta["documents"] = list(range(num_before, num_before + len(starts)))
     scores = [document.get("score") for document in documents]
-    for i, score in enumerate(scores):
+    for i, (document, score) in enumerate(zip(documents, scores, strict=True)):
+        for mark in EVIDENCE_MARKS:
+            parse_flag(document, mark, False, path=f"documents[{i}].")  # raises if it is no flag
         is_score = score is None or is_number(score)
         check_field(is_score, f"field 'documents[{i}].score'", score, "be a number")
     if scores and None not in scores:
@@ -185,6 +189,16 @@ def _parse_rag_record(record: Mapping[str, Any], prompt: str, id: str) -> Sample
         answers=tuple(parse_text(answer, f"field 'answers[{i}]'") for i, answer in enumerate(answers)),
         meta=meta,
     )
+
+
+def unsupported_blocks(record: Mapping[str, Any]) -> str:
+    """Return why the documents of a `blocks` record are known not to support the answer; "" if they may.
+
+    Documents may be marked as gold or as having the answer. Without any mark all of them may support it.
+    """
+    documents = get_field(record, "documents", [])
+    marks = [bool(d[mark]) for d in documents for mark in EVIDENCE_MARKS if d.get(mark) is not None]
+    return NO_EVIDENCE if marks and not any(marks) else ""
 
 
 def _document_offsets(prompt: str, documents: Sequence[Any]) -> tuple[list[int], int]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from blockft.data.sample import check_field, is_list
+from blockft.data.sample import EVIDENCE_MARKS, check_field, is_list
 
 MAX_UNKNOWN_FIELDS = 100
 """Number of unknown fields of a source that are counted by name. All others are counted together."""
@@ -186,11 +186,11 @@ _PASSAGE_HARMLESS = _names(
 )
 
 
-def _passages(*read: str, harmless: str = "") -> FieldTable:
+def _passages(*read: str) -> FieldTable:
     """Return the table of the documents of a question."""
     return FieldTable(
         read=_names("title", read),
-        harmless=_names(_PASSAGE_HARMLESS, harmless) - _names(read),
+        harmless=_PASSAGE_HARMLESS - _names(read),
         refused=_refused(_MEDIA, _MEDIA_NAMES),
     )
 
@@ -235,7 +235,7 @@ SQUAD_PARAGRAPH = FieldTable(
 )
 SQUAD_ARTICLE = FieldTable(read=_names("title paragraphs"), harmless=_HARMLESS, refused=_ANYWHERE)
 
-_FID_PASSAGES = _passages("text", "score", "isgold", "hasanswer", "has_answer")
+_FID_PASSAGES = _passages("text", "score", *EVIDENCE_MARKS)
 
 FID = _questions(
     "id _id answers answer target ctxs positive_ctxs hard_negative_ctxs negative_ctxs",
@@ -312,7 +312,7 @@ ALPACA = FieldTable(
 
 # prompts with marked blocks
 
-_BLOCKS_PASSAGES = _passages("text", "score", harmless="isgold hasanswer has_answer")
+_BLOCKS_PASSAGES = _passages("text", "score", *EVIDENCE_MARKS)
 
 BLOCKS = FieldTable(
     read=_names("id source prompt blocks chunks documents response generated answers train_block"),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from blockft.data.chat_template import TemplateMismatch
 from blockft.data.encoder import Encoder, Example
-from blockft.data.sample import Sample
+from blockft.data.sample import SKIP_REMEDY, Sample
 from blockft.errors import UserError
 
 
@@ -140,7 +140,8 @@ def _fit_sample(
         return EncodedSample(sample, example)
     if not skip_bad:
         prefix = f"sample {sample.id} of {sample.source}: "
-        raise TemplateMismatch(prefix + str(example).removeprefix(prefix), example.reason) from example
+        message = f"{prefix}{str(example).removeprefix(prefix)} {SKIP_REMEDY}"
+        raise TemplateMismatch(message, example.reason) from example
     return EncodedSample(sample, None, example.reason, is_mismatch=True)
 
 

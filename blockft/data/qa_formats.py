@@ -10,19 +10,22 @@ from typing import Any
 from blockft.data.document_pool import DocumentPool, normalize_text
 from blockft.data.json_stream import decode_json
 from blockft.data.rag_prompt import Document
-from blockft.data.sample import RecordDropped, check_field, get_field, parse_flag, parse_id, parse_text
+from blockft.data.sample import (
+    EVIDENCE_MARKS,
+    NO_EVIDENCE,
+    RecordDropped,
+    check_field,
+    get_field,
+    parse_flag,
+    parse_id,
+    parse_text,
+)
 
 NO_ANSWER = "no answer"
 """The reason for dropping a question that is marked as not answerable, or has no answer."""
 
-NO_EVIDENCE = "no supporting document"
-"""The reason for not training on a question none of whose documents supports the answer."""
-
 PART_OF_EVIDENCE = "a supporting document is missing"
 """The reason for not training on a question that needs several documents and lacks one of them."""
-
-EVIDENCE_MARKS = ("isgold", "hasanswer", "has_answer")
-"""The fields of a passage that say whether it supports the answer."""
 
 NO_POSITIVE = "no positive document"
 """The reason for not training on a question of DPR's training files that has negative documents only."""

@@ -15,6 +15,15 @@ SAMPLE_FIELDS = ("id", "source", "messages", "blocks", "response", "answers", "m
 MAX_META_DEPTH = 32
 """Number of lists and objects of `meta` that may be inside each other."""
 
+EVIDENCE_MARKS = ("isgold", "hasanswer", "has_answer")
+"""The fields of a document that say whether it supports the answer."""
+
+NO_EVIDENCE = "no supporting document"
+"""The reason for not training on a question none of whose documents supports the answer."""
+
+SKIP_REMEDY = "(data.on_bad_record=skip passes over it)"
+"""The remedy at the end of every error about a single record."""
+
 
 class RecordError(ValueError):
     """A record is not valid. The message names the field; the reader adds file and line.

@@ -15,7 +15,7 @@ from blockft.data.qa_formats import Question
 from blockft.data.rag_prompt import RagPrompt
 from blockft.data.records import PlacedRecord, read_file, read_hub
 from blockft.data.retrieval import Indexer, bm25_indexer, dense_indexer, retrieve
-from blockft.data.sample import RecordDropped, RecordError, Sample, parse_sample
+from blockft.data.sample import SKIP_REMEDY, RecordDropped, RecordError, Sample, parse_sample
 from blockft.errors import UserError
 
 T = TypeVar("T")
@@ -74,6 +74,8 @@ class SourceFormat:
         parse_question: parses a record into a question, which a `RagPrompt` turns into a prompt.
         parse_samples: parses a record into samples; the second argument is the id of a sample without one.
             A format has either `parse_question` or `parse_samples`.
+        unsupported: returns why the documents of a valid record of samples are known not to support its
+            answer, or "". A question says so itself.
         distractors_from: where the distractors of a question come from: its own record, its article, or the
             whole source.
     """
@@ -88,6 +90,7 @@ class SourceFormat:
     expand: Callable[[Iterator[PlacedRecord]], Iterator[PlacedRecord]] = iter
     parse_question: Callable[[Any], Question] | None = None
     parse_samples: Callable[[Any, str], Iterable[Sample]] | None = None
+    unsupported: Callable[[Any], str] | None = None
     distractors_from: Literal["record", "article", "source"] = "record"
 
 
@@ -198,6 +201,7 @@ SOURCE_FORMATS = {
         fields=fields.BLOCKS,
         recognized_by=("prompt blocks", "prompt chunks", "prompt documents generated"),
         parse_samples=chat_formats.parse_blocks,
+        unsupported=chat_formats.unsupported_blocks,
     ),
 }
 
@@ -315,11 +319,15 @@ class _SourceReader:
 
     def samples(self, counts: RecordCounts) -> Iterator[Sample]:
         """Parse the selected records of a chat or sample format into samples."""
-        parse_samples = SOURCE_FORMATS[self.format].parse_samples
+        source_format = SOURCE_FORMATS[self.format]
+        parse_samples, unsupported = source_format.parse_samples, source_format.unsupported
         assert parse_samples
 
         def parse(record: Any) -> tuple[Sample, ...]:
-            return tuple(parse_samples(record, self._default_id(counts)))
+            samples = tuple(parse_samples(record, self._default_id(counts)))
+            if unsupported and self.needs_evidence and (reason := unsupported(record)):
+                raise RecordDropped(reason)
+            return samples
 
         for samples in self._parse_records(self.selected_records(), parse, counts):
             counts.samples += len(samples)
@@ -350,8 +358,7 @@ class _SourceReader:
             except RecordError as error:
                 if not self.skip_bad:
                     hint = _format_hint(record, self.format, is_first=counts.read == 1)
-                    remedy = "data.on_bad_record=skip passes over it"
-                    raise UserError(f"{place}: {error}{hint} ({remedy})") from error
+                    raise UserError(f"{place}: {error}{hint} {SKIP_REMEDY}") from error
                 counts.drop("bad record")
                 counts.bad_records.append(f"{place}: {error}")
             else:

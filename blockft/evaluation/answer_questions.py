@@ -14,7 +14,7 @@ from pathlib import Path
 
 from blockft.data.chat_template import TemplateMismatch
 from blockft.data.fit import PromptTooLong
-from blockft.data.sample import Sample
+from blockft.data.sample import SKIP_REMEDY, Sample
 from blockft.digest import DIGEST, digest_json
 from blockft.evaluation.metrics import is_yes_no
 from blockft.evaluation.report import ALL, Prediction
@@ -90,7 +90,7 @@ def encode_questions(
             first_too_long = first_too_long or str(error)
         except TemplateMismatch as error:
             if not skip_bad:
-                raise
+                raise TemplateMismatch(f"{error} {SKIP_REMEDY}", error.reason) from error
             dropped[error.reason] += 1
         else:
             fitting.append(fitted)

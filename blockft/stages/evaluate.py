@@ -19,7 +19,7 @@ from blockft.config.choices import BadRecordPolicy, Format, Mode, Positions, Ret
 from blockft.config.recipe import build_recipe, find_recipe, is_recipe, load_recipe
 from blockft.config.settings import Recipe, Source
 from blockft.console import PlainConsole
-from blockft.data.sample import Sample, sample_to_record
+from blockft.data.sample import SKIP_REMEDY, Sample, sample_to_record
 from blockft.data.sources import SOURCE_FORMATS, RecordCounts, find_source_files
 from blockft.data.split import SPLIT_FORMATS
 from blockft.data.statistics import histogram
@@ -285,8 +285,7 @@ def _with_answers(
             )
         else:
             raise UserError(
-                f"question {sample.id} of {sample.source} has no answers to score against "
-                "(data.on_bad_record=skip leaves it out)"
+                f"question {sample.id} of {sample.source} has no answers to score against {SKIP_REMEDY}"
             )
 
 

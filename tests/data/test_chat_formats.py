@@ -5,7 +5,12 @@ from typing import Any
 
 import pytest
 
-from blockft.data.chat_formats import parse_alpaca, parse_blocks, parse_messages_record
+from blockft.data.chat_formats import (
+    parse_alpaca,
+    parse_blocks,
+    parse_messages_record,
+    unsupported_blocks,
+)
 from blockft.data.fit import trim_document
 from blockft.data.sample import RecordDropped, RecordError, parse_sample, sample_to_record
 
@@ -122,6 +127,25 @@ def test_a_prompt_that_is_not_learned_in_blocks_is_one_block() -> None:
     (whole,) = parse_blocks(TRAINING | {"train_block": False}, AT)
     assert whole.blocks == (TRAINING["prompt"],)
     assert [*parse_blocks(TRAINING | {"train_block": True}, AT)] == [*parse_blocks(TRAINING, AT)]
+
+
+@pytest.mark.parametrize(
+    ("marks", "reason"),
+    [
+        ((None, None, None), ""),
+        ((False, None, None), "no supporting document"),
+        ((0, False, False), "no supporting document"),
+        ((False, True, False), ""),
+    ],
+)
+def test_marked_documents_of_a_templated_prompt_say_whether_they_support_it(
+    marks: tuple[Any, ...], reason: str
+) -> None:
+    documents = [note | {"hasanswer": mark} for note, mark in zip(NOTES, marks, strict=True)]
+    assert [*parse_blocks(RAG | {"documents": documents}, AT)] == [*parse_blocks(RAG, AT)]
+    assert unsupported_blocks(RAG | {"documents": documents}) == reason
+    with pytest.raises(RecordError, match=r"'documents\[0\].isgold' is 'no'"):
+        parse_blocks(RAG | {"documents": [NOTES[0] | {"isgold": "no"}, *NOTES[1:]]}, AT)
 
 
 def test_sharegpt_chats_are_read() -> None:

@@ -147,6 +147,11 @@ def test_questions_without_evidence_are_dropped_unless_it_is_not_needed(tmp_path
     path = write(tmp_path / "h.json", [HOTPOTQA, without, HOTPOTQA | {"context": []}])
     samples, counts = read_all(path, "hotpotqa")
     assert (len(samples), counts.dropped) == (1, {"no supporting document": 2})
+    templated = {"prompt": "- Title: A\nOne.\nWho?", "generated": "x"}
+    documents = [{"title": "A", "text": "One.", "hasanswer": False}]
+    other = write(tmp_path / "b.jsonl", templated | {"documents": documents})
+    assert read_all(other, "blocks")[1].dropped == {"no supporting document": 1}
+    assert len(read_all(other, "blocks", needs_evidence=False)[0]) == 1
     asked, counts = read_all(path, "hotpotqa", needs_evidence=False)
     assert [len(sample.documents) for sample in asked] == [2, 1, 0] and not counts.dropped
 
