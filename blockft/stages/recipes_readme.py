@@ -52,7 +52,7 @@ _FIELDS = """\
 * Questions: `answerable: false` and `is_impossible: true` drop a question. `blockft prepare` drops and counts
   a question whose documents are known not to support its answer: no supporting fact, paragraph or passage is
   among them (`hotpotqa` and `2wikimultihopqa` need all of them), or no answer is in the paragraph (`squad`).
-  Passages of `fid` and `blocks` without any mark count as support. `blockft eval` asks these questions as well.
+  Passages of `fid` and `blocks` without any mark count as support. `blockft eval` asks them as well.
 * `data.on_bad_record=skip` passes over bad records and lists them in the manifest.
 """
 
