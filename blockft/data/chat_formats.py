@@ -144,7 +144,8 @@ def parse_blocks(record: Any, default_id: str) -> Iterator[Sample]:
     prompt = parse_text(get_field(record, "prompt"), "field 'prompt'")
     id = _id_or_default(record, default_id)
     kinds = ("blocks", "chunks", "documents")
-    names = [name for name in kinds if record.get(name) not in (None, [])]
+    given = [name for name in kinds if record.get(name) is not None]
+    names = [name for name in given if record[name] != []] or given[:1]
     check_field(len(names) < 2, "the record", list(record), "have one of 'blocks', 'chunks' and 'documents'")
     name = names[0] if names else "blocks"
     if name == "documents":
