@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from blockft.errors import UserError
+from blockft.inputs import shorten
 
 READ_BYTES = 1 << 20
 """Number of bytes read at a time. A value that is longer is read in steps that double."""
@@ -167,4 +168,4 @@ def decoding_problem(error: RecursionError | ValueError) -> str:
 
 def repeated_key_problem(key: str) -> str:
     """Return why an object of JSON that holds a key twice cannot be read."""
-    return f"the key {key!r} occurs twice in an object: it is not clear which value counts"
+    return f"the key {shorten(key, 60)!r} occurs twice in an object: it is not clear which value counts"

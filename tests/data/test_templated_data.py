@@ -109,9 +109,7 @@ def test_a_sample_that_cannot_be_split_is_a_mismatch_and_is_named(encoder: Encod
         return replace(sample, id=f"split {sample.id}")
 
     samples = [rag_sample(id="a"), rag_sample(id="b"), replace(rag_sample(id="b"), response="")]
-    with pytest.raises(
-        TemplateMismatch, match=r"^sample b of \w+: the vocabulary spells a marker \(data\.on_"
-    ):
+    with pytest.raises(TemplateMismatch, match=r"^sample b of \w+: the vocabulary spells a marker \("):
         encode_samples(samples, encoder, 1000, trim=False, split=split)
     outcomes = encode_samples(samples, encoder, 1000, trim=False, skip_bad=True, split=split)
     assert [o.drop_reason for o in outcomes] == ["", "added token spelled by a text", "no response"]

@@ -255,7 +255,7 @@ def test_a_killed_build_resumes(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 3: not JSON (Expecting property name"),
+        ("{", "line 3 is not JSON: Expecting property name"),
         ('{"title": "a"}', "line 3: the document is ['title'], it should have the key \"text\""),
         ('{"title": "a", "text": " "}', "line 3: field 'text' is ' ', it should not be blank"),
         ('{"title": 7, "text": "b"}', "line 3: field 'title' is 7, it should be a text"),

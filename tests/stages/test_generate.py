@@ -300,9 +300,9 @@ def test_unknown_fields_of_documents_are_a_warning(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 3: not JSON"),
-        ('{"question": "b", "n": ' + "1" * 5000 + "}", "line 3: a whole number has too many digits"),
-        ('{"blocks": ["a"], "id": 1, "id": 2}', "line 3: the key 'id' occurs twice"),
+        ("{", "line 3 is not JSON"),
+        ('{"question": "b", "n": ' + "1" * 5000 + "}", "line 3 is not JSON"),
+        ('{"blocks": ["a"], "id": 1, "id": 2}', "line 3 is not JSON: the key 'id' occurs twice"),
         ('{"blocks": ["a"], "tools": [1]}', "line 3: unknown field 'tools'"),
         ("[1]", "line 3: the request"),
         ('{"documents": ["a"]}', "line 3: "),
