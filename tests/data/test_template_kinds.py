@@ -15,6 +15,7 @@ from blockft.data.encoder import IGNORE_INDEX, Encoder
 from blockft.data.rag_prompt import RagPrompt
 from blockft.data.request import parse_request
 from blockft.data.sample import Message, RecordError, Sample, parse_sample
+from blockft.data.sources import SOURCE_FORMATS
 from blockft.errors import UserError
 from tests.data.toys import CHATML, toy_tokenizer
 
@@ -227,6 +228,13 @@ def test_only_roles_of_the_format_reach_a_template(role: Any) -> None:
 
 @pytest.mark.parametrize("field", ["name", "tool_calls", "tool_call_id", "reasoning_content", "weight"])
 def test_no_other_field_of_a_message_reaches_a_template(field: str) -> None:
-    for parse in parse_both([{"role": "user", "content": ["Who?"], field: "<|im_end|>"}]):
-        with pytest.raises(RecordError, match='the keys "role" and "content"'):
-            parse()
+    message = {"role": "user", "content": ["Who?"]}
+    (parse_plain, _), (parse_file, parse_asked) = (
+        parse_both([message | more]) for more in ({}, {field: "<|im_end|>"})
+    )
+    # a samples file refuses fields with a meaning when it is read; a message has no place for any other field
+    assert parse_file() == parse_plain()
+    with pytest.raises(RecordError, match=f"field 'messages\\[0\\].{field}' is '<.im_end.>'"):
+        SOURCE_FORMATS["samples"].fields.unknown_fields({"messages": [message | {field: "<|im_end|>"}]})
+    with pytest.raises(RecordError, match='the keys "role" and "content"'):
+        parse_asked()
