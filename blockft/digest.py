@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,32 +54,45 @@ class FileDigest:
     digest: str
 
 
-# --- memory
+# --- contents
 
 
-def digest_chunks(num_bytes: int, read_chunk: Callable[[int, int], Any]) -> str:
-    """Return the digest of a content whose bytes from `start` to `end` are `read_chunk(start, end)`.
+def digest_buffers(contents: Mapping[str, tuple[int, Callable[[int, int], Any]]]) -> dict[str, str]:
+    """Return the digests of contents by name.
 
-    `read_chunk` is called in several threads and returns an object with a buffer.
+    A content is its number of bytes and a function of `start` and `end` that returns a buffer with the bytes
+    between them. The function is called in several threads.
     """
-    with ThreadPoolExecutor(_num_threads()) as pool:
-        bounds = _chunk_bounds(num_bytes)
-        chunks = pool.map(lambda bound: hashlib.sha256(read_chunk(*bound)).digest(), bounds)
-        return _combine(num_bytes, chunks)
+
+    def digest_chunk(read: Callable[[int, int], Any], start: int, end: int) -> bytes:
+        return hashlib.sha256(read(start, end)).digest()
+
+    return _digest(
+        {name: (num_bytes, partial(digest_chunk, read)) for name, (num_bytes, read) in contents.items()}
+    )
 
 
-def _num_threads() -> int:
-    return min(32, len(os.sched_getaffinity(0)))
+def _digest(contents: Mapping[str, tuple[int, Callable[[int, int], bytes]]]) -> dict[str, str]:
+    """Return the digests of contents by name; the functions return the SHA-256 of a chunk."""
+    with ThreadPoolExecutor(min(32, len(os.sched_getaffinity(0)))) as pool:
+        chunks: dict[str, list[Future[bytes]]] = {
+            name: [
+                pool.submit(digest_chunk, start, min(start + CHUNK_BYTES, num_bytes))
+                for start in range(0, num_bytes, CHUNK_BYTES)
+            ]
+            for name, (num_bytes, digest_chunk) in contents.items()
+        }
+        try:
+            return {name: _combine(num_bytes, chunks[name]) for name, (num_bytes, _) in contents.items()}
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
-def _chunk_bounds(num_bytes: int) -> list[tuple[int, int]]:
-    return [(start, min(start + CHUNK_BYTES, num_bytes)) for start in range(0, num_bytes, CHUNK_BYTES)]
-
-
-def _combine(num_bytes: int, chunks: Iterable[bytes]) -> str:
+def _combine(num_bytes: int, chunks: Iterable[Future[bytes]]) -> str:
     root = hashlib.sha256(f"blockft tree {num_bytes} {CHUNK_BYTES} ".encode())
     for chunk in chunks:
-        root.update(chunk)
+        root.update(chunk.result())
     return root.hexdigest()
 
 
@@ -92,19 +106,8 @@ def digest_files(folder: Path, names: Iterable[str]) -> dict[str, FileDigest]:
         DamagedFile: a file is missing, is no regular file, or cannot be read.
     """
     sizes = {name: _status(folder, name).st_size for name in names}
-    with ThreadPoolExecutor(_num_threads()) as pool:
-        chunks: dict[str, list[Future[bytes]]] = {
-            name: [pool.submit(_digest_part, folder, name, *bound) for bound in _chunk_bounds(size)]
-            for name, size in sizes.items()
-        }
-        try:
-            return {
-                name: FileDigest(size, _combine(size, (chunk.result() for chunk in chunks[name])))
-                for name, size in sizes.items()
-            }
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    digests = _digest({name: (size, partial(_digest_part, folder, name)) for name, size in sizes.items()})
+    return {name: FileDigest(size, digests[name]) for name, size in sizes.items()}
 
 
 def verify_files(folder: Path, expected: Mapping[str, FileDigest]) -> None:

@@ -14,7 +14,7 @@ from blockft.digest import (
     DamagedFile,
     FileDigest,
     check_no_other_files,
-    digest_chunks,
+    digest_buffers,
     digest_files,
     dump_with_digest,
     files_to_record,
@@ -26,7 +26,7 @@ from blockft.digest import (
 
 
 def digest_of(content: bytes) -> str:
-    return digest_chunks(len(content), lambda start, end: content[start:end])
+    return digest_buffers({"content": (len(content), lambda start, end: content[start:end])})["content"]
 
 
 def test_files_and_memory_of_the_same_content_have_the_same_digest(

@@ -1,11 +1,13 @@
 """Fingerprints of models, which depend on configuration and weights and not on names or paths."""
 
 import json
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from blockft.digest import digest_chunks, digest_json
+from blockft.digest import digest_buffers, digest_json
 
 _IGNORED_CONFIG_KEYS = ("_name_or_path", "transformers_version", "architectures", "block_attention", "dtype")
 """Entries of a configuration that do not change what the model computes."""
@@ -23,14 +25,15 @@ def model_fingerprint(model: PreTrainedModel, tokenizer: str = "") -> str:
         name: value for name, value in model.config.to_dict().items() if name not in _IGNORED_CONFIG_KEYS
     }
     description = json.dumps(config, sort_keys=True, default=str)
+    parameters = {name: weight.detach() for name, weight in model.named_parameters()}
+    digests = digest_buffers({name: _content(weight) for name, weight in parameters.items()})
     weights = [
-        [name, list(weight.shape), str(weight.dtype), _digest_tensor(weight.detach())]
-        for name, weight in model.named_parameters()
+        [name, list(weight.shape), str(weight.dtype), digests[name]] for name, weight in parameters.items()
     ]
     return digest_json([description, tokenizer, weights])
 
 
-def _digest_tensor(weight: torch.Tensor) -> str:
-    """Return the digest of the bytes of a tensor, row by row whatever its strides."""
+def _content(weight: torch.Tensor) -> tuple[int, Callable[[int, int], Any]]:
+    """Return the number of bytes of a tensor, and a function that copies a part of them to the host."""
     content = weight.contiguous().reshape(-1).view(torch.uint8)
-    return digest_chunks(len(content), lambda start, end: content[start:end].cpu().numpy())
+    return len(content), lambda start, end: content[start:end].cpu().numpy()

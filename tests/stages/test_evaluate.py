@@ -230,6 +230,26 @@ def test_an_interrupted_evaluation_resumes_with_the_same_options_only(
         assert resumed[name] == complete[name]
 
 
+def test_a_damaged_answer_of_an_interrupted_evaluation_is_asked_again(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    complete = contents(run(toy, "undamaged"))
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("blockft.stages.evaluate.build_report", fail)
+        run(toy, "damaged")
+    answers = toy / ".damaged.partial" / "answers-full.jsonl"
+    lines = answers.read_text().splitlines(keepends=True)
+    lines[9] = lines[9].replace('"answer": "', '"answer": "x')
+    answers.write_text("".join(lines))
+    capsys.readouterr()
+    assert contents(run(toy, "damaged")) == complete
+    assert "answers-full.jsonl, line 10 is damaged: the questions from there on" in capsys.readouterr().err
+
+
 def test_a_killed_evaluation_resumes_and_gives_the_report_of_an_uninterrupted_one(tmp_path: Path) -> None:
     world = [sys.executable, "data/demo/world.py", str(tmp_path / "world"), "--scenes", "1"]
     subprocess.run(world, cwd=ROOT, check=True)
