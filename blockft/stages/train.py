@@ -3,7 +3,8 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -23,7 +24,7 @@ from blockft.config.settings import Recipe
 from blockft.console import PlainConsole
 from blockft.data.prepared import PreparedData, load_prepared
 from blockft.data.tokenizer import tokenizer_fingerprint
-from blockft.errors import UserError, check_type, notify, warn
+from blockft.errors import UserError, check_type, is_first_of_host, notify, warn
 from blockft.folder_lock import FolderLock, reading_folder
 from blockft.model.checkpoint import (
     check_incomplete,
@@ -194,8 +195,7 @@ def _reported_write_errors(run: Path, num_processes: int) -> Iterator[None]:
 def _train(recipe: Recipe, lock: FolderLock | None, *, resume: bool, name: str | None) -> Path:
     rank, num_processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # every rank checks, and no rank writes before all ranks are connected
-    is_alone = num_processes == 1
-    plan, checkpoint = check_run(recipe, resume=resume, num_processes=num_processes, verify=is_alone)
+    plan, checkpoint = check_run(recipe, resume=resume, num_processes=num_processes, verify=False)
     if rank == 0:
         _warn_if_epochs_end_first(recipe, plan)
     run = Path(recipe.train.output_dir)
@@ -209,10 +209,10 @@ def _train(recipe: Recipe, lock: FolderLock | None, *, resume: bool, name: str |
     with ExitStack() as stack:
         stack.enter_context(_restored_process_state())
         stack.enter_context(_reported_write_errors(run, num_processes))
+        wait_until_verified = stack.enter_context(_in_thread(partial(_verify_inputs, recipe, checkpoint)))
         init_distributed()
         stack.enter_context(_shared_by_ranks(lock, run))
-        if not is_alone:  # once on every host, and no rank waits for one that has failed
-            run_on_each_host(partial(_verify_inputs, recipe, checkpoint))
+        run_on_each_host(wait_until_verified)
         # DeepSpeed, which this module imports, needs the worker's environment
         from blockft.training.universal_checkpoint import UNIVERSAL, convert_to_universal, remove_universal
 
@@ -262,6 +262,16 @@ def _restored_process_state() -> Iterator[None]:
         unset_hf_deepspeed_config()
         for number, handler in handlers.items() if may_set else ():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+@contextmanager
+def _in_thread(check: Callable[[], None]) -> Iterator[Callable[[], None]]:
+    """Start `check` in a thread of the first rank of a host; yield a function that waits for its result."""
+    if not is_first_of_host():
+        yield lambda: None
+        return
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(check).result
 
 
 # --- the plan of a run

@@ -188,17 +188,17 @@ def test_every_reader_of_an_export_finds_damage(toy: Path) -> None:
     path.write_bytes(content)
     heldout, documents, out = toy / "heldout.jsonl", toy / "documents.jsonl", toy / "none"
     documents.write_text('{"text": "a=1"}\n')
-    for arguments in (
-        ["generate", toy / "export", "--input", heldout],
-        ["eval", toy / "export", toy / "recipe.yaml", f"eval.output_dir={out}"],
-        ["cache", "build", toy / "export", documents, "--cache", out],
-        ["train", toy / "recipe.yaml", f"model.path={toy / 'export'}", f"train.output_dir={out}"],
-        [
-            *("train", toy / "recipe.yaml", "train.objective=distill", f"train.teacher={toy / 'export'}"),
-            f"train.output_dir={out}",
-        ],
+    teacher = ["train.objective=distill", f"train.teacher={toy / 'export'}"]
+    training = ["train", toy / "recipe.yaml", f"train.output_dir={out}"]
+    for run, arguments in (
+        (blockft, ["generate", toy / "export", "--input", heldout]),
+        (blockft, ["eval", toy / "export", toy / "recipe.yaml", f"eval.output_dir={out}"]),
+        (blockft, ["cache", "build", toy / "export", documents, "--cache", out]),
+        (blockft, [*training, f"model.path={toy / 'export'}", "--dry-run"]),
+        (run_ranks, [*training, f"model.path={toy / 'export'}"]),
+        (run_ranks, [*training, *teacher]),
     ):
-        done = blockft(*arguments)
+        done = run(*arguments)
         last = done.stderr.splitlines()[-1]
         assert done.returncode == 2 and "model.safetensors has changed" in last, done.stderr
         assert "Traceback" not in done.stderr and not out.exists()
