@@ -55,8 +55,10 @@ def check_path(path: str | Path, name: str) -> None:
         raise UserError(f"{name} {shorten(str(path))!r} {problem}")
 
 
-def check_readable(path: Path, name: str) -> None:
+def check_readable(path: Path, name: str, *, allow_named_pipe: bool = False) -> None:
     """Check that a path is a file, or a pipe or terminal that this process has open.
+
+    `allow_named_pipe` is for large inputs that another program writes; reading waits for that program.
 
     Raises:
         UserError: the path is a folder, a device or a named pipe, or nothing is there.
@@ -70,7 +72,7 @@ def check_readable(path: Path, name: str) -> None:
         raise UserError(f"{name} {path} cannot be read: {error.strerror}") from error
     if stat.S_ISDIR(mode):
         raise UserError(f"{name} {path} cannot be read: it is a folder, not a file")
-    if is_named_pipe:
+    if is_named_pipe and not allow_named_pipe:
         raise UserError(f"{name} {path} cannot be read: it is a named pipe; give its content as a file")
     is_terminal = stat.S_ISCHR(mode) and "/pts/" in target or "/tty" in target
     if stat.S_ISBLK(mode) or (stat.S_ISCHR(mode) and not is_terminal):

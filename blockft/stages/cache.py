@@ -169,7 +169,7 @@ def _open_corpus(path: Path) -> Iterator[Corpus]:
         if path == STDIN and sys.stdin is None:
             raise UserError("- cannot be read: standard input is closed")
         if path != STDIN:
-            check_readable(path, "the corpus")
+            check_readable(path, "the corpus", allow_named_pipe=True)
         try:
             file = sys.stdin.buffer if path == STDIN else stack.enter_context(path.open("rb"))
         except OSError as error:

@@ -294,7 +294,7 @@ def test_a_corpus_is_read_from_a_pipe_and_from_standard_input(
     text = corpus_of(tmp_path, 9).read_bytes()
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    writer = threading.Thread(target=pipe.write_bytes, args=(text,))
+    writer = threading.Thread(target=pipe.write_bytes, args=(text,), daemon=True)
     writer.start()
     build_cache(str(model), pipe, on_disk(cache))
     writer.join()
