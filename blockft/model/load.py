@@ -99,6 +99,8 @@ def load_config(path: str, revision: str | None = None) -> PreTrainedConfig:
     if file := _find_config(model_path, model_revision):
         check_settings(_read_json(file), model_path)
     config = _open(AutoConfig, model_path, model_revision)
+    # the file may name an attention function on the Hub, which is code
+    config._attn_implementation = None
     if base and (entry := Path(path) / BLOCK_ATTENTION).is_file():
         config.block_attention = _read_json(entry)
         # errors about the entry should name the adapter, not the base

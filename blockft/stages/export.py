@@ -48,7 +48,7 @@ from blockft.outputs import OwnedFolder, atomic_folder, check_absent
 from blockft.run_folder import RECIPE, read_data, read_metrics, read_recipe, verify_metrics
 from blockft.stages.compare import read_report
 from blockft.stages.output_folder import own_output
-from blockft.training.library_internals import consolidate_weights
+from blockft.training.library_internals import check_pickles, consolidate_weights
 from blockft.training.library_warnings import silence_known_warnings
 from blockft.training.plan import WEIGHT_DTYPE
 from blockft.units import format_count, parse_bytes
@@ -139,6 +139,7 @@ def _export(
     """Write a checkpoint as a model folder after comparing its logits with those of the run."""
     # check before the weights are gathered what the model card needs
     verify_checkpoint(checkpoint)
+    check_pickles(checkpoint)
     marker = read_marker(checkpoint)
     verify_metrics(checkpoint.parent, marker["metrics"])
     read_recipe(checkpoint.parent)

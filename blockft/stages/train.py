@@ -69,7 +69,12 @@ from blockft.training.distributed import (
     shutdown_distributed,
     use_cpu,
 )
-from blockft.training.library_internals import LOAD_UNIVERSAL
+from blockft.training.library_internals import (
+    LOAD_UNIVERSAL,
+    check_pickles,
+    only_weights_loaded,
+    read_tag,
+)
 from blockft.training.library_warnings import silence_known_warnings
 from blockft.training.loss_plot import save_loss_plot
 from blockft.training.lr_schedule import check_schedule
@@ -232,7 +237,8 @@ def _train(recipe: Recipe, lock: FolderLock | None, *, resume: bool, name: str |
             if checkpoint and is_resharded:
                 convert_to_universal(checkpoint)
         torch.distributed.barrier()
-        trainer.train(resume_from_checkpoint=str(source) if source else None)
+        with only_weights_loaded():
+            trainer.train(resume_from_checkpoint=str(source) if source else None)
         if rank == 0:
             remove_universal(run)
             loss_plot = save_loss_plot(run, title)
@@ -311,10 +317,12 @@ def _verify_inputs(recipe: Recipe, checkpoint: Path | None) -> None:
     """Check the large files that a run is about to read: its checkpoint, the model and the teacher.
 
     Raises:
-        UserError: one of them is damaged.
+        UserError: one of them is damaged, or the checkpoint could run code.
     """
     if checkpoint:
         verify_checkpoint(checkpoint)
+        check_pickles(checkpoint)
+        read_tag(checkpoint)  # checks it
         verify_metrics(checkpoint.parent, read_marker(checkpoint)["metrics"])
     if recipe.model.init is not WeightInit.random:
         verify_model(recipe.model.path, recipe.model.revision)

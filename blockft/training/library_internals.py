@@ -7,15 +7,18 @@ the new version. Heavy imports are local, because the command line imports this 
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blockft.errors import UserError, first_line
 from blockft.training.library_warnings import library_output_on_stderr
 
 if TYPE_CHECKING:
@@ -73,6 +76,81 @@ def set_base_learning_rate(schedule: LambdaLR, optimizer: Any, learning_rate: fl
         group["lr"] = rate
 
 
+# --- DeepSpeed checkpoints: no code from pickles
+
+_DEEPSPEED_CLASSES = (
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
+"""Classes of DeepSpeed in its checkpoints. They hold numbers and run no code when they are loaded."""
+
+_NUMPY_NAMES = (
+    "numpy._core.multiarray._reconstruct",
+    "numpy.core.multiarray._reconstruct",
+    "numpy.dtype",
+    "numpy.ndarray",
+)
+"""Names of numpy in the states of random generators, which the Trainer itself allows while it loads them."""
+
+_NEVER_LOADED = ("training_args.bin",)
+"""Pickles that the Trainer writes into a checkpoint and that nothing reads."""
+
+
+@contextmanager
+def only_weights_loaded() -> Iterator[None]:
+    """Make every `torch.load` inside refuse pickles that could run code.
+
+    DeepSpeed itself asks for unrestricted pickles. Call `check_pickles` first, whose error is a sentence.
+    """
+    import torch
+
+    classes: list[Any] = [_import_name(name) for name in _DEEPSPEED_CLASSES]
+    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        with torch.serialization.safe_globals(classes):
+            yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def check_pickles(checkpoint: Path) -> None:
+    """Refuse a checkpoint with a file that `only_weights_loaded` would refuse, without loading any file.
+
+    Raises:
+        UserError: a pickle could run code, or is damaged.
+    """
+    import torch
+
+    allowed = {*_DEEPSPEED_CLASSES, *_NUMPY_NAMES}
+    for path in sorted(checkpoint.rglob("*")):
+        if path.suffix not in (".pt", ".pth", ".bin") or path.name in _NEVER_LOADED:
+            continue
+        try:
+            unsafe = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - allowed
+        # whatever its bytes mean: another format, a damaged archive, or instructions that torch never writes
+        except Exception as error:
+            raise UserError(
+                f"{path} is damaged, or is no file of torch.save, so it is not loaded: {first_line(error)}"
+            ) from error
+        if unsafe:
+            raise UserError(
+                f"{path} could run code when it is loaded ({', '.join(sorted(unsafe))[:200]}), so it is not "
+                "loaded: use a checkpoint that blockft wrote"
+            )
+
+
+def _import_name(name: str) -> Any:
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
 # --- DeepSpeed checkpoints: names of files, and another number of processes
 
 
@@ -88,17 +166,28 @@ def consolidate_weights(checkpoint: Path, dtype: torch.dtype) -> dict[str, torch
 
     zero_to_fp32.tqdm = partial(tqdm, disable=True)  # its bars have no option and appear in log files, too
     shards = checkpoint / read_tag(checkpoint)
-    if any(shards.glob("*_optim_states.pt")):
-        with library_output_on_stderr():
+    with only_weights_loaded(), library_output_on_stderr():
+        if any(shards.glob("*_optim_states.pt")):
             weights = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), lazy_mode=True)
-    else:  # ZeRO-0 writes no shards
-        weights = torch.load(shards / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+        else:  # ZeRO-0 writes no shards
+            weights = torch.load(shards / "mp_rank_00_model_states.pt", weights_only=True)["module"]
     return {name: weight.contiguous().to(dtype) for name, weight in weights.items()}
 
 
 def read_tag(checkpoint: Path) -> str:
-    """Return the name of the folder inside a checkpoint that holds DeepSpeed's shards."""
-    return (checkpoint / "latest").read_text(encoding="utf-8").strip()
+    """Return the name of the folder inside a checkpoint that holds DeepSpeed's shards.
+
+    Raises:
+        UserError: there is no such folder in the checkpoint.
+    """
+    try:
+        tag = (checkpoint / "latest").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{checkpoint / 'latest'} cannot be read: {first_line(error)}") from error
+    # a path would lead out of the checkpoint
+    if not re.fullmatch(r"[\w-]+", tag) or not (checkpoint / tag).is_dir():
+        raise UserError(f"{checkpoint / 'latest'} should name a folder of the checkpoint, not {tag[:60]!r}")
+    return tag
 
 
 def convert_shards_to_universal(checkpoint: Path, out: Path) -> None:
@@ -106,7 +195,7 @@ def convert_shards_to_universal(checkpoint: Path, out: Path) -> None:
     from deepspeed.checkpoint import ds_to_universal
 
     tag = read_tag(checkpoint)
-    with library_output_on_stderr():
+    with only_weights_loaded(), library_output_on_stderr():
         ds_to_universal.main(
             Namespace(
                 input_folder=str(checkpoint / tag),
@@ -158,8 +247,6 @@ def forget_process_groups() -> None:
 
     Otherwise a second run of the same process would use the groups of the first one.
     """
-    import importlib
-
     from deepspeed.utils import groups
 
     importlib.reload(groups)  # it caches the groups in its module variables
