@@ -14,7 +14,9 @@ from transformers import DynamicCache, PreTrainedModel
 from blockft.attention.backends import AttentionMasks
 from blockft.attention.layout import PADDING, AttentionMetadata, Layout, build_metadata
 from blockft.attention.rope import RotaryEmbedding
+from blockft.errors import UserError
 from blockft.inference.block_key import BlockKey, num_tokens, token_ids
+from blockft.units import format_count
 
 
 @torch.inference_mode()
@@ -25,24 +27,65 @@ def prefill_blocks(
 
     A longer block gets its own pass. Yields each block's keys (at positions 0..n-1) and values:
     (L, n, 2, K, D), in memory that is not overwritten later.
+
+    The tokens of other blocks in the pass do not change a bit of a block. Their number may change its
+    rounding, because matrix products of another size add in another order.
+
+    Raises:
+        UserError: a block has values that are not finite. The finite blocks of its pass were yielded before.
     """
     for group in _groups(dict.fromkeys(keys), max_tokens):
-        # as an example of its own, a block has positions 0..n-1 and attends to nothing else
-        metadata = build_metadata([Layout((num_tokens(key),)) for key in group]).to(model.device)
-        ids = torch.tensor([[token for key in group for token in token_ids(key)]], device=model.device)
-        cache = DynamicCache()
-        model.base_model(
-            input_ids=ids,
-            position_ids=metadata.position_ids,
-            block_masks=AttentionMasks(metadata),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        layers = [torch.stack((keys[0], values[0])) for keys, values, *_ in cache]
-        start = 0
+        layers = _prefill_group(model, group)
+        # A masked value has weight 0, but 0 times infinity is not 0: such a block would change the others of
+        # its pass, and those that lie beside it in memory, which may belong to other users.
+        if _are_finite(layers):
+            yield from _split_group(group, layers)
+            continue
+        overflowing = []
         for key in group:
-            tokens = slice(start, start := start + num_tokens(key))
-            yield key, torch.stack([layer[:, :, tokens].permute(2, 0, 1, 3) for layer in layers])
+            layers = _prefill_group(model, [key])
+            if _are_finite(layers):
+                yield from _split_group([key], layers)
+            else:
+                overflowing.append(key)
+        if overflowing:
+            dtype = str(model.dtype).removeprefix("torch.")
+            raise UserError(
+                f"in {dtype} the model computes values that are not finite for "
+                f"{format_count(len(overflowing), 'block')} of the prompts (the first has "
+                f"{num_tokens(overflowing[0])} tokens): leave the document out, or load the model with "
+                "another dtype"
+            )
+
+
+def _are_finite(layers: Sequence[torch.Tensor]) -> bool:
+    return bool(torch.stack([layer.isfinite().all() for layer in layers]).all())
+
+
+def _prefill_group(model: PreTrainedModel, group: Sequence[BlockKey]) -> list[torch.Tensor]:
+    """Return the keys and values (2, K, T, D) of each layer for blocks that share a forward pass."""
+    # as an example of its own, a block has positions 0..n-1 and attends to nothing else
+    metadata = build_metadata([Layout((num_tokens(key),)) for key in group]).to(model.device)
+    ids = torch.tensor([[token for key in group for token in token_ids(key)]], device=model.device)
+    cache = DynamicCache()
+    model.base_model(
+        input_ids=ids,
+        position_ids=metadata.position_ids,
+        block_masks=AttentionMasks(metadata),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return [torch.stack((keys[0], values[0])) for keys, values, *_ in cache]
+
+
+def _split_group(
+    group: Sequence[BlockKey], layers: Sequence[torch.Tensor]
+) -> Iterator[tuple[BlockKey, torch.Tensor]]:
+    """Yield the keys and values (L, n, 2, K, D) of each block of a group."""
+    start = 0
+    for key in group:
+        tokens = slice(start, start := start + num_tokens(key))
+        yield key, torch.stack([layer[:, :, tokens].permute(2, 0, 1, 3) for layer in layers])
 
 
 class RotatedKeysBatch:
