@@ -123,9 +123,7 @@ def test_a_block_that_overflows_is_refused_and_changes_no_other_block(position: 
     group = list(good)
     group.insert(position, block_key([5, 6, 7]))
     found = {}
-    with pytest.raises(
-        UserError, match=r"not finite for 1 block of the prompts \(the first has 3 tokens\) in"
-    ):
+    with pytest.raises(UserError, match=r"not finite for 1 block of the prompts \(the first has 3 tokens\)"):
         for key, kv in prefill_blocks(model, group):
             found[key] = kv
     assert found.keys() == expected.keys()
