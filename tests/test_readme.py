@@ -187,13 +187,25 @@ def test_every_invariant_has_tests_that_exist() -> None:
     numbers = re.findall(r"^\*\*(\d+)\.\*\*", text, flags=re.MULTILINE)
     assert numbers == [str(number) for number in range(1, 16)]
     for invariant in re.split(r"^\*\*\d+\.\*\*", text, flags=re.MULTILINE)[1:]:
-        tests = re.findall(r"`([\w/]+\.py)::(test_\w+)`", invariant)
-        assert tests, invariant
-        for file, function in tests:
-            tree = ast.parse(read(ROOT / "tests" / file))
-            assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, (
-                function
-            )
+        check_named_tests(invariant)
+
+
+def check_named_tests(text: str) -> None:
+    """Check that a text names tests, and that they exist."""
+    tests = re.findall(r"`([\w/]+\.py)::(test_\w+)`", text)
+    assert tests, text
+    for file, function in tests:
+        tree = ast.parse(read(ROOT / "tests" / file))
+        assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, function
+
+
+def test_every_promise_about_security_has_tests_that_exist() -> None:
+    """Each promise is a bold sentence; the points below it name the tests."""
+    (section,) = re.findall(r"^## Security\n(.*?)^## ", read(PACKAGE), flags=re.MULTILINE | re.DOTALL)
+    promises = re.split(r"^\*\*.*\.\*\*$", section, flags=re.MULTILINE)[1:]
+    assert len(promises) == 4
+    for promise in promises:
+        check_named_tests(promise)
 
 
 def test_files_named_in_the_package_readme_exist() -> None:

@@ -9,6 +9,7 @@ from blockft.data.files import open_json, without_gzip_suffix
 from blockft.data.json_stream import JsonError, JsonStream, RecordDecoder, repeated_key_problem
 from blockft.data.sample import RecordError
 from blockft.errors import UserError
+from blockft.file_content import check_content
 
 PARQUET_ROWS = 1000
 """Number of parquet rows that are converted to records at a time."""
@@ -152,6 +153,7 @@ def _read_parquet(path: Path) -> Iterator[PlacedRecord]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    check_content(path)
     number = 0
     try:
         with pq.ParquetFile(path) as file:

@@ -14,6 +14,7 @@ from blockft.data import json_stream, records
 from blockft.data.records import read_array, read_file, read_hub, read_lines
 from blockft.data.sample import RecordError
 from blockft.errors import UserError
+from tests.pointers import LFS_POINTER, WEB_PAGE
 
 RECORDS = [
     {"text": 'é "quoted" \\ ] , } \U0001f98a', "n": [1, {"a": None}]},
@@ -89,6 +90,17 @@ def test_a_row_that_is_not_utf_8_is_bad_and_the_others_are_read(tmp_path: Path) 
     (_, first), (place, bad), (_, last) = read_file(path)
     assert (first, last) == ({"a": "a"}, {"a": "c"})
     assert isinstance(bad, RecordError) and place.endswith("row 2")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(LFS_POINTER, "is a Git LFS pointer: fetch"), (WEB_PAGE, "is a web page"), (b"", "is empty: fetch")],
+)
+def test_a_file_in_place_of_parquet_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"^{path} {message}"):
+        list(read_file(path))
 
 
 def test_parquet_is_read_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

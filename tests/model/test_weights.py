@@ -264,3 +264,40 @@ def test_an_adapter_of_an_adapter_is_refused(folder: Path) -> None:
     )
     with pytest.raises(UserError, match=r"its base model .* is itself an adapter"):
         load_model(str(folder), backend="sdpa", dtype=torch.float32)
+
+
+# --- the cache of the Hub
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def cache_on_hub(cache: Path, folder: Path) -> tuple[str, Path]:
+    """Lay a folder out as a download from the Hub; return its Hub id and the folder of the download."""
+    repository = cache / "models--owner--tiny"
+    snapshot = repository / "snapshots" / COMMIT
+    shutil.copytree(folder, snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    return "owner/tiny", snapshot
+
+
+def test_a_download_of_the_hub_is_opened_and_checked(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    hub_id, snapshot = cache_on_hub(tmp_path, shards)
+    opened = load_model(hub_id, backend="sdpa", dtype=torch.float32)
+    assert torch.equal(opened.lm_head.weight, build_model("llama").lm_head.weight)
+    path = sorted(snapshot.glob("*.safetensors"))[1]
+    weights = load_file(path)
+    name = next(iter(weights))
+    save_file({key: tensor for key, tensor in weights.items() if key != name}, path)
+    with pytest.raises(UserError, match=rf"^model 'owner/tiny' cannot be opened.* missing \({name}\)$"):
+        load_model(hub_id, backend="sdpa", dtype=torch.float32)
+    path.unlink()
+    with pytest.raises(UserError, match="^model 'owner/tiny' cannot be opened") as error:
+        load_model(hub_id, backend="sdpa", dtype=torch.float32)
+    assert "\n" not in str(error.value)
+    (snapshot / "config.json").write_text('{"model_type": "phi3", "rope_scaling": {"type": "su"}}')
+    with pytest.raises(UserError, match="^owner/tiny: RoPE type 'longrope' is not supported"):
+        load_model(hub_id, backend="sdpa", dtype=torch.float32)
