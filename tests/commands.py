@@ -118,6 +118,15 @@ class Ranks:
                 assert process.pid
                 os.kill(process.pid, number)
 
+    def wait_or_kill(self, patience_s: float) -> None:
+        """Kill the ranks that are alive after some time, and wait for all of them."""
+        deadline = time.monotonic() + patience_s
+        for process in self.processes:
+            process.join(timeout=max(0, deadline - time.monotonic()))
+        self.send_signal(signal.SIGKILL)
+        for process in self.processes:
+            process.join()
+
     def wait(self) -> CompletedProcess[str]:
         """Wait for all ranks; when one fails the others are killed, as a launcher does.
 

@@ -296,7 +296,7 @@ def check_run(
     """
     run = Path(recipe.train.output_dir)
     # a run that was killed before its first checkpoint starts again
-    starts_again = (run / RECIPE).is_file() and not complete_checkpoints(run)
+    starts_again = _is_run(run) and not complete_checkpoints(run)
     if not resume:
         action = (
             "start it again (it has no complete checkpoint)" if starts_again else "resume its last checkpoint"
@@ -311,6 +311,13 @@ def check_run(
         return plan, None
     check_run_signature(checkpoint, plan.run_signature, ignore=(NUM_PROCESSES, TEACHER_FINGERPRINT))
     return plan, checkpoint
+
+
+def _is_run(folder: Path) -> bool:
+    """Return whether a folder is that of a run, also of one that was killed before it wrote its recipe."""
+    if (folder / RECIPE).is_file():
+        return True
+    return folder.is_dir() and all(path.name.startswith(f".{RECIPE}") for path in folder.iterdir())
 
 
 def _verify_inputs(recipe: Recipe, checkpoint: Path | None) -> None:

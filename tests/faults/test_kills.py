@@ -1,0 +1,184 @@
+"""Commands that are killed at any moment: the same command then ends well, as if it had never been killed.
+
+Each trial kills a command by SIGKILL at a random moment and runs it again. The moments are seeded.
+"""
+
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from blockft.model.checkpoint import REFERENCE_LOGITS, complete_checkpoints, find_checkpoint
+from blockft.stages.cache import verify_cache
+from blockft.stages.export import export
+from blockft.stages.prepare import prepare
+from tests.commands import all_logged, run_ranks, start_ranks
+from tests.run import save_samples, toy_recipe
+
+TRAINING = ("train.save_steps=2", "train.max_steps=6", "train.num_eval_examples=4", "train.eval_steps=3")
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def read_report(folder: Path) -> dict[str, bytes]:
+    """Return the files of a report except its picture, whose metadata may differ."""
+    return {name: content for name, content in read_files(folder).items() if not name.endswith(".png")}
+
+
+def read_run(run: Path) -> Any:
+    """Return what a run has logged, its checkpoints, and the logits of the last one."""
+    logits = load_file(find_checkpoint(run) / REFERENCE_LOGITS)["logits"].tolist()
+    return all_logged(run), [path.name for path in complete_checkpoints(run)], logits
+
+
+def read_cache(folder: Path) -> list[str]:
+    """Verify every entry of a cache, and return the names of its entries."""
+    verify_cache(folder)
+    return sorted(path.name for path in folder.rglob("*.safetensors"))
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A command that writes a folder.
+
+    command: its arguments, given the toy folder and the folder to write.
+    outcome: what must not depend on a kill: the content of the folder, or what the command printed.
+    """
+
+    command: Callable[[Path, Path], Sequence[str | Path]]
+    outcome: Callable[[Path], Any]
+    num_ranks: int = 1
+    resumes: bool = False
+    answers: bool = False
+
+    def arguments(self, toy: Path, out: Path) -> list[str | Path]:
+        return [*self.command(toy, out), *(["--resume"] if self.resumes and out.exists() else [])]
+
+    def read(self, out: Path, done: CompletedProcess[str]) -> Any:
+        if not self.answers:
+            return self.outcome(out)
+        fields = ("id", "answer", "answer_ids", "prompt_tokens")
+        return [{name: json.loads(line)[name] for name in fields} for line in done.stdout.splitlines()]
+
+
+def train_command(toy: Path, out: Path) -> list[str | Path]:
+    return ["train", toy / "recipe.yaml", f"train.output_dir={out}", *TRAINING]
+
+
+def cache_command(toy: Path, out: Path) -> list[str | Path]:
+    return ["cache", "build", toy / "export", toy / "documents.jsonl", "--cache", out]
+
+
+def generate_command(toy: Path, out: Path) -> list[str | Path]:
+    options = ["--max-new-tokens", "3", "--json", "--cache", out]
+    return ["generate", toy / "export", "--input", toy / "requests.jsonl", *options]
+
+
+VERBS = {
+    "prepare": Verb(
+        lambda toy, out: ["prepare", toy / "recipe.yaml", f"data.output_dir={out}", "data.num_workers=2"],
+        read_files,
+    ),
+    "train": Verb(train_command, read_run, resumes=True),
+    "train-2-ranks": Verb(train_command, read_run, num_ranks=2, resumes=True),
+    "export": Verb(lambda toy, out: ["export", toy / "run", out], read_files),
+    "eval": Verb(
+        lambda toy, out: [
+            "eval",
+            toy / "export",
+            toy / "recipe.yaml",
+            f"eval.output_dir={out}",
+            "eval.batch_size=2",
+        ],
+        read_report,
+    ),
+    "cache-build": Verb(cache_command, read_cache),
+    "generate": Verb(generate_command, read_cache, answers=True),
+}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what every command reads: data, a run, its export, requests and documents."""
+    folder = tmp_path_factory.mktemp("kills")
+    prepare(toy_recipe(folder))
+    done = run_ranks(*train_command(folder, folder / "run"))
+    assert done.returncode == 0, done.stderr
+    export(folder / "run", folder / "export")
+    rng = random.Random(0)
+    documents = [{"title": "", "text": f"{rng.random()} is a number."} for _ in range(100)]
+    (folder / "documents.jsonl").write_text("".join(json.dumps(line) + "\n" for line in documents))
+    requests = [{"documents": documents[i : i + 3], "question": "Which?"} for i in range(0, 12, 2)]
+    (folder / "requests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in requests))
+    save_samples(folder / "train.jsonl", 40)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(toy: Path) -> dict[str, tuple[Any, float]]:
+    """The outcome and the duration in seconds of each command; filled as the tests need them."""
+    return {}
+
+
+def run_undisturbed(name: str, toy: Path, known: dict[str, tuple[Any, float]]) -> tuple[Any, float]:
+    if name not in known:
+        verb = VERBS[name]
+        for attempt in range(2):  # the first call also starts the warm process
+            start = time.monotonic()
+            out = toy / "undisturbed" / f"{name}-{attempt}" / "out"
+            done = run_ranks(*verb.arguments(toy, out), num_ranks=verb.num_ranks)
+            assert done.returncode == 0, done.stderr
+            known[name] = verb.read(out, done), time.monotonic() - start
+    return known[name]
+
+
+def kill_and_repeat(name: str, toy: Path, out: Path, delay_s: float, rng: random.Random) -> Any:
+    """Kill a command after a delay, run it again until its end, and return its outcome."""
+    verb = VERBS[name]
+    ranks = start_ranks(*verb.arguments(toy, out), num_ranks=verb.num_ranks)
+    time.sleep(delay_s)
+    rng.choice(ranks.processes).kill()  # the other ranks end by themselves, or are killed
+    ranks.wait_or_kill(rng.random())
+    if verb.outcome in (read_files, read_report) and out.exists():
+        return verb.read(out, CompletedProcess([], 0, "", ""))  # it was killed after its work was done
+    done = run_ranks(*verb.arguments(toy, out), num_ranks=verb.num_ranks)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return verb.read(out, done)
+
+
+def check_kills(name: str, toy: Path, known: dict[str, tuple[Any, float]], seeds: range) -> None:
+    expected, duration_s = run_undisturbed(name, toy, known)
+    for seed in seeds:
+        rng = random.Random(f"{name} {seed}")
+        out = toy / "trials" / f"{name}-{seed}" / "out"
+        delay_s = rng.uniform(0, 1.05) * duration_s
+        assert kill_and_repeat(name, toy, out, delay_s, rng) == expected, (seed, delay_s)
+        if not VERBS[name].answers and name != "cache-build":
+            left = [path.name for path in out.parent.iterdir() if path.name.startswith(".")]
+            # a command that was killed at its very end is not repeated
+            assert not left or left == [".out.lock"] and out.exists(), left
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_a_killed_command_that_is_repeated_ends_as_if_it_was_never_killed(
+    name: str, toy: Path, undisturbed: dict[str, tuple[Any, float]]
+) -> None:
+    check_kills(name, toy, undisturbed, range(2))
+
+
+@pytest.mark.slow  # 140 commands are killed and repeated: three minutes
+@pytest.mark.parametrize("name", VERBS)
+def test_a_command_that_is_killed_at_any_of_20_moments_ends_as_if_it_was_never_killed(
+    name: str, toy: Path, undisturbed: dict[str, tuple[Any, float]]
+) -> None:
+    check_kills(name, toy, undisturbed, range(20))
