@@ -111,9 +111,8 @@ def check_report(report: Any) -> None:
             f"its version is {report.get('version')}, this blockft reads version {VERSION}: "
             "run the evaluation again"
         )
-    for name, kind in (("model", str), ("options", dict)):
-        if not isinstance(report.get(name), kind):
-            raise ValueError(f"it has no {name!r}")
+    if not isinstance(report.get("options"), dict):
+        raise ValueError("it has no 'options'")
     for mode, groups in modes.items():
         if not isinstance(groups, dict) or ALL not in groups:
             raise ValueError(f"mode {mode!r} has no scores")
@@ -123,6 +122,8 @@ def check_report(report: Any) -> None:
         repeated = report.get(REPEATED, {})
         if not isinstance(repeated, dict) or not groups.keys() >= set(map(str, repeated.values())):
             raise ValueError(f"{REPEATED!r} names groups that mode {mode!r} does not have")
+    if not isinstance(report.get("model"), str):
+        raise ValueError("it has no 'model'")
 
 
 def _is_summary(scores: Any) -> bool:

@@ -102,7 +102,7 @@ def test_a_report_given_twice_is_refused(tmp_path: Path, again: str) -> None:
         (b'{"version": 2, "options": {}, "modes": {"a": 1}}', "mode 'a' has no scores"),
         (b'{"version": 2, "options": {}, "modes": {"a": {"all": {}}}}', "no scores of 'all'"),
         (b"[]", "is not a report"),
-        (b"\xff\xfe", "is not JSON"),
+        (b"\xff\xfe", "is UTF-16"),
         (b"{", "is not JSON"),
         (b"[" * 100_000, "is not JSON"),
         (None, "holds no report.json"),
