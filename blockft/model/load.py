@@ -44,7 +44,15 @@ BLOCK_ATTENTION = "block_attention.json"
 ADAPTER_CONFIG = "adapter_config.json"
 """The file that makes a folder the folder of an adapter."""
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 """Files of a tokenizer that are never empty."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -249,6 +257,9 @@ def _load_weights(
     """
     verify_model_files(path, revision, weights=True)
     _call(path, check_weights, path, revision, build_meta_model(config))
+    # transformers would pass over a generation config that it cannot read
+    if file := _call(path, find_file, path, "generation_config.json", revision):
+        _read_json(file)
     model: PreTrainedModel
     model, report = _open(
         AutoModelForCausalLM,

@@ -71,7 +71,7 @@ def add_adapter(
         _check_options(arguments)
         with _errors_of_peft():
             config = LoraConfig(**{**defaults, **arguments})
-            adapted = get_peft_model(model, config)
+            adapted = _adapt(model, config)
         _check_named_modules(adapted, config, arguments)
         _check_tied_modules(adapted)
     return adapted
@@ -86,7 +86,7 @@ def load_adapter(base: PreTrainedModel, checkpoint: Path, weights: Mapping[str, 
     config = _read_config(checkpoint)
     config.inference_mode = False
     with error_prefix(f"{checkpoint} cannot be used: "), _errors_of_peft():
-        model = get_peft_model(base, config)
+        model = _adapt(base, config)
     trained = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     with error_prefix(f"{checkpoint} cannot be used: "):
         _check_tied_modules(model)
@@ -142,6 +142,19 @@ def _read_config(folder: Path) -> LoraConfig:
         options = {name: settings[name] for name in (*OPTIONS, *_DESCRIPTIVE[1:3]) if name in settings}
         with _errors_of_peft():
             return LoraConfig(task_type="CAUSAL_LM", inference_mode=True, **options)
+
+
+def _adapt(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """Return the model with a new adapter. On the meta device it gets no initial values."""
+    initialization = config.init_lora_weights
+    if next(model.parameters()).is_meta:
+        config = copy.copy(config)
+        config.init_lora_weights = True  # some initializations decompose the base model's weights
+    adapted = get_peft_model(model, config)
+    # a reader of the adapter initializes its base model in the same way
+    adapted_config: Any = adapted.peft_config["default"]
+    adapted_config.init_lora_weights = initialization
+    return adapted
 
 
 @contextmanager
@@ -239,10 +252,7 @@ def _check_weights(base: PreTrainedModel, folder: Path, config: LoraConfig) -> N
         raise UserError(f"it holds no weights ({' or '.join(file.name for file in files)})")
     stored = read_tensors(found[:1])
     with torch.device("meta"), _errors_of_peft():
-        empty = type(base)(copy.deepcopy(base.config))
-        # the weights decide which tensors exist, and their initial values do not matter here
-        plain = LoraConfig(**{**config.to_dict(), "init_lora_weights": True})
-        adapted = get_peft_model(empty, plain)
+        adapted = _adapt(type(base)(copy.deepcopy(base.config)), config)
     needed = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     shapes = {name: tuple(tensor.shape) for name, tensor in needed.items()}
     # peft also saves embeddings that were resized or adapted

@@ -452,10 +452,12 @@ def _check_prepared(
             raise UserError(
                 f"train.teacher {settings.teacher} and {recipe.model.path} have different tokenizers"
             )
+    longest = 0
     for example in prepared.examples:
+        longest = max(longest, len(example))
         bounds = (int(example.input_ids.min()), int(example.input_ids.max()))
         check_token_ids(bounds, vocab_size, f"an example of {data.output_dir}")
-    if (longest := max(map(len, prepared.examples))) > data.row_len:
+    if longest > data.row_len:
         raise UserError(
             f"data.row_len is {data.row_len}, but {data.output_dir} holds an example of {longest} tokens: "
             "raise data.row_len, or prepare again"

@@ -309,6 +309,21 @@ def test_prepared_ids_without_an_embedding_are_refused(tmp_path: Path) -> None:
     assert done.returncode == 2 and f"an example of {tmp_path}/data has token id" in done.stderr
 
 
+@pytest.mark.parametrize("content", [LFS_POINTER, WEB_PAGE, b"", b"{", b"\xff"])
+def test_a_damaged_generation_config_is_refused(folder: Path, content: bytes) -> None:
+    """transformers would go on without it, and stop at other tokens."""
+    (folder / "generation_config.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"generation_config\.json is (a Git|a web|empty|not JSON)"):
+        load_model(str(folder), backend="sdpa", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("content", [LFS_POINTER, WEB_PAGE, b""])
+def test_a_file_in_place_of_a_chat_template_is_refused(folder: Path, content: bytes) -> None:
+    (folder / "chat_template.jinja").write_bytes(content)
+    with pytest.raises(UserError, match=r"chat_template\.jinja is (a Git|a web|empty)"):
+        load_tokenizer(str(folder))
+
+
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize(
     ("content", "message"),

@@ -14,7 +14,7 @@ from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 
 from blockft.errors import UserError
-from blockft.model.load import load_full_attention_model, load_model
+from blockft.model.load import build_meta_model, load_config, load_full_attention_model, load_model
 from blockft.model.lora import OPTIONS, add_adapter, load_adapter, merge_adapter
 from tests.pointers import LFS_POINTER, WEB_PAGE
 from tests.tiny import SIZE
@@ -158,6 +158,7 @@ def test_an_adapter_is_read_back_exactly_or_refused_before_training(
         with pytest.raises(UserError, match=r"^train\.lora cannot be used: it adapts (lm_head|model\.embed)"):
             add_adapter(open_base(base), options, seed=0)
         return
+    add_adapter(build_meta_model(load_config(base)), options, seed=0)  # as before a run
     model = add_adapter(open_base(base), options, seed=0)
     train(model)
     expected = logits(model)
@@ -167,6 +168,9 @@ def test_an_adapter_is_read_back_exactly_or_refused_before_training(
     loaded = load_adapter(open_base(base), folder, weights)
     assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-5)
     assert_close(logits(merge_adapter(open_base(base), folder)), expected, rtol=1e-4, atol=1e-5)
+    without_base = load_adapter(build_meta_model(load_config(base)), folder, weights)
+    alone = save(without_base, tmp_path / "alone", base)
+    assert_close(logits(merge_adapter(open_base(base), alone)), expected, rtol=1e-4, atol=1e-5)
     loaded.merge_and_unload().save_pretrained(tmp_path / "export")
     assert_close(logits(open_base(str(tmp_path / "export"))), expected, rtol=1e-4, atol=1e-5)
 
