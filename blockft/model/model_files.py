@@ -5,7 +5,8 @@
     digests.json    {"version": 1, "files": {name: {"bytes": ..., "digest": ...}}, "digest": ...}
 
 It lists the files that determine the model: weights, configuration, tokenizer, template, adapter.
-transformers and vLLM ignore it. A folder without it, such as any other model, is not checked.
+transformers and vLLM ignore it. A checkpoint of a run that is opened as a model is checked by its marker. A
+folder with neither, such as any other model, is not checked.
 """
 
 from pathlib import Path
@@ -25,6 +26,7 @@ from blockft.digest import (
     verify_files,
 )
 from blockft.errors import UserError, is_first_of_host
+from blockft.model.checkpoint import MARKER
 
 DIGESTS = "digests.json"
 
@@ -64,31 +66,38 @@ def verify_model_files(path: str, revision: str | None = None, *, weights: bool)
         files = _read_digests(digests)
         check_no_other_files(_list_model_files(folder), files)
         with_weights = weights and is_first_of_host()
-        checked = {name: file for name, file in files.items() if with_weights or not name.endswith(_WEIGHTS)}
+        checked = {
+            name: file
+            for name, file in files.items()
+            if _is_model_file(name) and (with_weights or not name.endswith(_WEIGHTS))
+        }
         if not Path(path).is_dir():
             for name in checked:
                 _download(path, name, folder.name)
         verify_files(folder, checked)
     except DamagedFile as error:
-        raise UserError(
-            f"model {folder} is damaged ({error}): restore the file, or remove {DIGESTS} from the folder "
-            "if it was changed on purpose"
-        ) from error
+        remedy = "restore the file"
+        if digests.name == DIGESTS:
+            remedy += f", or remove {DIGESTS} from the folder if it was changed on purpose"
+        raise UserError(f"model {folder} is damaged ({error}): {remedy}") from error
 
 
 def _list_model_files(folder: Path) -> list[str]:
     """Return the names of the files that determine what transformers reads from a folder."""
-    return [
-        name
-        for name in list_files(folder)
-        if name != DIGESTS and Path(name).suffix not in _NOT_READ and str(Path(name).parent) in _READ_FOLDERS
-    ]
+    return [name for name in list_files(folder) if _is_model_file(name)]
+
+
+def _is_model_file(name: str) -> bool:
+    path = Path(name)
+    return (
+        name not in (DIGESTS, MARKER) and path.suffix not in _NOT_READ and str(path.parent) in _READ_FOLDERS
+    )
 
 
 def _find_digests(path: str, revision: str | None) -> Path | None:
     if Path(path).is_dir():
-        digests = Path(path) / DIGESTS
-        return digests if digests.exists() or digests.is_symlink() else None
+        found_here = [Path(path) / name for name in (DIGESTS, MARKER)]
+        return next((file for file in found_here if file.exists() or file.is_symlink()), None)
     found = _download(path, DIGESTS, revision)
     return Path(found) if found else None
 
@@ -110,6 +119,6 @@ def _download(hub_id: str, name: str, revision: str | None) -> str | None:
 
 def _read_digests(path: Path) -> dict[str, FileDigest]:
     record = read_with_digest(path)
-    if record.get("version") != VERSION:
+    if path.name == DIGESTS and record.get("version") != VERSION:
         raise DamagedFile(f"{path.name} has version {record.get('version')}, this blockft reads {VERSION}")
     return parse_files(record.get("files"))

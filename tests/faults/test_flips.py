@@ -231,6 +231,15 @@ def test_damage_of_a_report_is_no_traceback(
     capsys.readouterr()
 
 
+def test_a_checkpoint_that_is_opened_as_a_model_is_verified(toy: Path) -> None:
+    newest = complete_checkpoints(toy / "run")[-1]
+    names = [name for name in list_files(newest) if Path(name).parent == Path() and name != "latest"]
+    assert "model.safetensors" in names and load_tokenizer(str(newest))
+    for damage in damages(newest, 10, 40, names):
+        if (newest / MARKER).exists() or (newest / MARKER).is_symlink():
+            check_found(lambda: load_model(str(newest), backend="sdpa", dtype=torch.float32), damage)
+
+
 @pytest.mark.slow  # more of the same
 def test_no_damage_of_two_thousand_is_used(toy: Path, two_ranks: Path, adapter: Path) -> None:
     check_prepared(toy_recipe(toy), seed=21, number=500)

@@ -167,6 +167,7 @@ def test_only_the_first_rank_of_a_host_reads_the_weights(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flip_last_bit(folder / "model.safetensors")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     verify_model(str(folder))
     monkeypatch.setenv("LOCAL_RANK", "0")
