@@ -55,6 +55,23 @@ def check_path(path: str | Path, name: str) -> None:
         raise UserError(f"{name} {shorten(str(path))!r} {problem}")
 
 
+def check_folder(path: Path, name: str) -> None:
+    """Check that a path is a folder, or that one can be made there.
+
+    Raises:
+        UserError: the path is a file, a symbolic link that leads nowhere, or no path at all.
+    """
+    check_path(path, name)
+    try:
+        is_folder = stat.S_ISDIR(path.stat().st_mode)
+    except FileNotFoundError:
+        is_folder = not path.is_symlink()
+    except OSError as error:
+        raise UserError(f"{name} {path} cannot be used: {error.strerror}") from error
+    if not is_folder:
+        raise UserError(f"{name} {path} cannot be used: it is not a folder")
+
+
 def check_readable(path: Path, name: str, *, allow_named_pipe: bool = False) -> None:
     """Check that a path is a file, or a pipe or terminal that this process has open.
 

@@ -3,6 +3,7 @@
 Each prompt has a given number of tokens: blocks of context, then a question.
 """
 
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from blockft.console import PlainConsole
 from blockft.errors import UserError
 from blockft.inference.block_key import BlockKey, block_key
 from blockft.inference.runner import BlockRunner, CacheOptions, kv_shape
+from blockft.inputs import shorten
 from blockft.model.masked_forward import masked_logits
 from blockft.outputs import check_writable, plain_label, save_figure
 from blockft.printable import print_text
@@ -156,8 +158,8 @@ def parse_lengths(text: str) -> list[int] | None:
         UserError: an entry is not a number.
     """
     entries = [entry.strip() for entry in text.split(",")] if text else []
-    if wrong := [entry for entry in entries if not entry.isdecimal()]:
-        raise UserError(f"--lengths has {wrong[0]!r}: write whole numbers separated by commas")
+    if wrong := [entry for entry in entries if not re.fullmatch("[1-9][0-9]{0,7}", entry)]:
+        raise UserError(f"--lengths has {shorten(wrong[0])!r}: write whole numbers separated by commas")
     return [int(entry) for entry in entries] or None
 
 

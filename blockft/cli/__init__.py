@@ -63,6 +63,10 @@ def main() -> None:
         # an interruption may surface as another error: of a worker process, or of an import
         if not interrupts.received:
             raise
+    finally:
+        # Python would print an error of this flush as it shuts down
+        with suppress(OutputClosed, UserError):
+            sys.stdout.flush()
     sys.exit(INTERRUPTED if interrupts.received else code)
 
 
@@ -102,11 +106,14 @@ def _check_arguments(arguments: list[str]) -> None:
     """Check that the arguments are texts: paths and names are written to files in UTF-8.
 
     Raises:
-        UserError: an argument is not UTF-8.
+        UserError: an argument is not text in the encoding of the locale.
     """
     for argument in arguments:
-        if problem := text_problem(argument):
-            raise UserError(f"the argument {shorten(ascii(argument))} {problem}")
+        if text_problem(argument):
+            raise UserError(
+                f"the argument {shorten(ascii(argument))} is not text in the encoding "
+                f"{sys.getfilesystemencoding()} of this locale: correct it, or use a locale with UTF-8"
+            )
 
 
 def _fail(message: str) -> int:

@@ -21,7 +21,7 @@ MAX_COPIES = 10_000
 MAX_COUNT = 10**9
 """Steps, samples, examples or checkpoints."""
 
-MAX_PROCESSES = 1 << 12
+MAX_PROCESSES = 1 << 10
 """Processes of one machine."""
 
 MAX_RUNS = 1_000_000

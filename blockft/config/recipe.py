@@ -39,6 +39,10 @@ _BOUNDS = {
 """What pydantic calls a value that is out of bounds: the bound in words, and where the error holds it."""
 
 
+_OVERRIDE_KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w][\w-]*|\[\d{1,9}\])*", re.ASCII)
+"""The key of an override, as in `data.sources.0.path` or `data.sources[0].path`."""
+
+
 def list_recipes() -> dict[str, Path]:
     """Return the shipped recipes: name -> file, sorted by name."""
     return {path.stem: path for path in sorted(RECIPES_FOLDER.glob("*.yaml"))}
@@ -89,7 +93,7 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         problem = yaml_problem(text)
         settings = OmegaConf.create() if problem else OmegaConf.load(io.StringIO(text))
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
         problem = _reason(error)
     if problem:
         raise UserError(f"{path} cannot be read as a recipe: {problem}")
@@ -108,29 +112,16 @@ def build_recipe(settings: Any, overrides: Sequence[str], origin: str) -> Recipe
     Raises:
         UserError: see `load_recipe`.
     """
-    import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     settings = OmegaConf.create(settings)
     for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise UserError(
-                f"{override!r} is not an override: write key=value, for example train.learning_rate=1e-4"
-            )
-        try:
-            problem = text_problem(override) or yaml_problem(value)
-            if not problem:
-                OmegaConf.update(settings, key, yaml.safe_load(value))
-        except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
-            is_split = override.rstrip().endswith(("{", "[", ":", ","))
-            advice = "; put quotes around a setting that contains spaces" if is_split else ""
-            problem = f"{_reason(error)}{advice}"
-        if problem:
-            raise UserError(f"{shorten(override)} cannot be set: {problem}")
+        _apply_override(settings, override)
     try:
         plain = OmegaConf.to_container(settings, resolve=True)
+    except RecursionError as error:
+        raise UserError(f"{origin}: an interpolation is nested too deeply: write the value out") from error
     except OmegaConfBaseException as error:
         key = error.full_key or ""
         where = f" (at {key})" if key else ""
@@ -153,6 +144,39 @@ def build_recipe(settings: Any, overrides: Sequence[str], origin: str) -> Recipe
         by_origin.setdefault(_origin(key, overrides, origin), []).append(sentence)
     message = "; ".join(f"{source}: {'; '.join(found)}" for source, found in by_origin.items())
     raise UserError(message) from cause
+
+
+def _apply_override(settings: Any, override: str) -> None:
+    """Set one setting as a `key=value` text says.
+
+    Raises:
+        UserError: the text is no override, or its value cannot be set.
+    """
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    check_type(override, str, "an override", "write key=value")
+    key, equals, value = override.partition("=")
+    if not equals or not _OVERRIDE_KEY.fullmatch(key):
+        raise UserError(
+            f"{shorten(override)!r} is not an override: write key=value, for example train.learning_rate=1e-4"
+        )
+    refused = (yaml.YAMLError, OmegaConfBaseException, LookupError, TypeError, ValueError, RecursionError)
+    try:
+        problem = text_problem(override) or yaml_problem(value)
+        if not problem:
+            loaded = yaml.safe_load(value)
+            if isinstance(loaded, dict | list):
+                # as in a recipe: unlike PyYAML, OmegaConf reads 1e-3 as a number
+                loaded = OmegaConf.load(io.StringIO(value))
+            OmegaConf.update(settings, key, loaded)
+    except refused as error:
+        is_split = override.rstrip().endswith(("{", "[", ":", ","))
+        advice = "; put quotes around a setting that contains spaces" if is_split else ""
+        problem = f"{_reason(error)}{advice}"
+    if problem:
+        raise UserError(f"{shorten(override)} cannot be set: {problem}")
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -16,6 +16,9 @@ MAX_NODES = 10_000
 MAX_RECIPE_BYTES = 1 << 20
 """Largest file of a recipe."""
 
+_TAGS = {None, "!", *(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null"))}
+"""The explicit types that a value may have."""
+
 _ODD = {
     "an octal number": re.compile(r"[-+]?0[0-7_]+"),
     "a binary number": re.compile(r"[-+]?0b[01_]+"),
@@ -76,6 +79,8 @@ def _problems(events: Any) -> Iterator[str]:
             parent.num_children += 1
             if is_key:
                 yield from _key_problems(event, parent, line)
+            if (tag := getattr(event, "tag", None)) not in _TAGS:
+                yield f"{line}: {shorten(str(tag))} is a tag that a recipe cannot have: write plain values"
             if isinstance(event, yaml.CollectionStartEvent):
                 is_mapping = isinstance(event, yaml.MappingStartEvent)
                 stack.append(_Collection(is_mapping=is_mapping, anchor=event.anchor))

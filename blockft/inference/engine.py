@@ -139,6 +139,7 @@ class Engine:
         """
         check_type(path, (str, Path), "path")
         check_path(path, "model")
+        check_type(revision, (str, NoneType), "revision")
         check_type(device, (str, NoneType), "device")
         check_type(dtype, (torch.dtype, NoneType), "dtype", "write a type such as torch.bfloat16")
         path = str(path)

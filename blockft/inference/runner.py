@@ -23,7 +23,7 @@ from blockft.inference.disk_tier import CacheModel, DiskTier
 from blockft.inference.host_tier import HostTier
 from blockft.inference.rotate_keys import RotatedKeysBatch, prefill_blocks
 from blockft.inference.rotate_queries import QueryRotationRunner, RotatedQueriesBatch
-from blockft.inputs import check_path, shorten
+from blockft.inputs import check_folder, check_path, shorten
 from blockft.model.decoder_layers import compile_layers, rotary_embeddings
 from blockft.model.fingerprint import model_fingerprint
 from blockft.model.fused_linear import fuse_projections
@@ -75,6 +75,7 @@ class CacheOptions:
         check_type(self.folder, (str, Path, NoneType), "folder")
         if self.folder is not None:
             check_path(self.folder, "the cache folder")
+            check_folder(Path(self.folder), "the cache folder")
         for name in ("disk_bytes", "host_bytes", "device_bytes"):
             size = getattr(self, name)
             check_type(size, (int, NoneType), name)

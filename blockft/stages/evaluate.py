@@ -40,6 +40,7 @@ from blockft.evaluation.report import DIFFERENCE, Prediction, build_report
 from blockft.evaluation.report_render import draw_scores, format_score, report_markdown
 from blockft.inference.engine import AttentionMode, Engine
 from blockft.inference.runner import CacheOptions
+from blockft.inputs import check_path
 from blockft.model.fingerprint import model_fingerprint
 from blockft.model.load import load_config, parse_dtype
 from blockft.model.supported import block_attention_config, uses_reencoded_positions
@@ -88,7 +89,10 @@ def evaluate(
             `model_revision` and `Engine.load`.
     """
     check_type(model, (str, Path), "model")
+    check_path(model, "model")
     check_type(recipe_or_data, (Recipe, str, Path), "recipe_or_data")
+    if not isinstance(recipe_or_data, Recipe):
+        check_path(recipe_or_data, "recipe_or_data")
     check_type(overrides, (list, tuple), "overrides", "write a list of key=value")
     check_type(modes, (list, tuple, NoneType), "modes", "write a list of block and full")
     model = str(model)

@@ -69,6 +69,15 @@ ADAM_EPSILON = 1e-8
 
 MAX_STAGE = 3
 
+_FROM_RECIPE = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "train_batch_size": "auto",
+    "gradient_clipping": "auto",
+    "zero_optimization": {"stage": 0},
+}
+"""Values of a config that the recipe decides."""
+
 
 def load_deepspeed_config(name: str, shipped: Path) -> dict[str, Any]:
     """Return the DeepSpeed config of a JSON file, or of a name in the folder of `shipped` configs.
@@ -87,7 +96,8 @@ def load_deepspeed_config(name: str, shipped: Path) -> dict[str, Any]:
         raise UserError(f"train.deepspeed {path} should hold a JSON object")
     if problem := next(_problems(config), None):
         raise UserError(f"train.deepspeed {path}: {problem}")
-    return config
+    # what a config leaves out would otherwise have DeepSpeed's default, not the value of the recipe
+    return {**_FROM_RECIPE, **config, "bf16": {"enabled": "auto", **config.get("bf16", {})}}
 
 
 def is_shipped(name: str, shipped: Path) -> bool:
@@ -139,7 +149,7 @@ def check_deepspeed_config(
         "scheduler.params.total_num_steps": ("the number of steps", num_steps),
         "scheduler.params.warmup_num_steps": ("train.warmup_steps, or 1", max(1, warmup_steps)),
     }
-    filled = {"train_batch_size": "auto", **copy.deepcopy(dict(deepspeed))}
+    filled = copy.deepcopy(dict(deepspeed))
     for key, (setting, value) in expected.items():
         *sections, last = key.split(".")
         section: Any = filled
@@ -165,8 +175,7 @@ def _check_by_deepspeed(config: dict[str, Any], name: str) -> None:
         from deepspeed.runtime.config import DeepSpeedConfig
 
         try:
-            # without a batch size accelerate writes that of a micro-batch later
-            DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, **config})
+            DeepSpeedConfig(config)
         # DeepSpeed's own check raises errors of many classes, from pydantic's to AssertionError
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__

@@ -76,6 +76,16 @@ def set_base_learning_rate(schedule: LambdaLR, optimizer: Any, learning_rate: fl
         group["lr"] = rate
 
 
+def show_optimizer_defaults(optimizer: Any) -> None:
+    """Give the optimizer of ZeRO the attribute `defaults` of the optimizer that it wraps.
+
+    ZeRO hides it, although schedules of transformers read it.
+    """
+    zero = getattr(optimizer, "optimizer", None)
+    if zero is not None and not hasattr(zero, "defaults") and hasattr(zero, "optimizer"):
+        zero.defaults = zero.optimizer.defaults
+
+
 # --- DeepSpeed checkpoints: no code from pickles
 
 _DEEPSPEED_CLASSES = (

@@ -9,6 +9,7 @@ from torch.utils.data import Subset
 from transformers import PreTrainedModel, PrinterCallback, Trainer
 
 from blockft.data.encoder import IGNORE_INDEX
+from blockft.training.library_internals import show_optimizer_defaults
 from blockft.training.model_inputs import build_model_inputs
 from blockft.training.objectives import (
     EVAL_LOSS_PREFIX,
@@ -49,6 +50,13 @@ class BlockTrainer(Trainer):
         if distillation and distillation.teacher:
             # PreTrainedModel.to hides the type of Module.to
             torch.nn.Module.to(distillation.teacher, self.args.device)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        """Create the schedule. A polynomial one reads the rate that the optimizer was made with."""
+        show_optimizer_defaults(optimizer or self.optimizer)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add `tokens_per_s` to the logs of training steps, for all trackers."""
