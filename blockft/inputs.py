@@ -27,9 +27,13 @@ def path_problem(path: str) -> str | None:
         return problem
     if path == "~" or path.startswith("~/"):
         return "starts with ~, which only a shell replaces: write the whole path"
-    if len(os.fsencode(path)) > MAX_PATH_BYTES:
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:
+        return f"is not text in the encoding {sys.getfilesystemencoding()} of this locale: use one with UTF-8"
+    if len(encoded) > MAX_PATH_BYTES:
         return f"is longer than {MAX_PATH_BYTES} bytes: choose a shorter path"
-    if max(len(os.fsencode(name)) for name in path.split("/")) > MAX_NAME_BYTES:
+    if max(map(len, encoded.split(b"/"))) > MAX_NAME_BYTES:
         return f"has a name of more than {MAX_NAME_BYTES} bytes: choose a shorter name"
     return None
 

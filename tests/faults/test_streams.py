@@ -42,7 +42,6 @@ def shell(command: str, **environment: str) -> subprocess.CompletedProcess[bytes
         ("$BLOCKFT config nonsense <&- >&- 2>&-", 2, 0),
         ("$BLOCKFT generate data/demo/model --input - <&-", 2, 1),
         ("$BLOCKFT generate data/demo/model --input - </dev/null", 2, 1),
-        ("$BLOCKFT generate data/demo/model --input - <.", 2, 1),
     ],
 )
 def test_an_output_that_cannot_be_written_ends_without_a_traceback(
@@ -83,11 +82,12 @@ def test_a_terminal_without_utf_8_gets_escapes_that_json_can_read(
     text = "Z\u00fcr \u4e2d \U0001f600"
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"model: {{path: '{text}'}}\ndata: {{output_dir: o, sources: [{{format: samples, path: p}}]}}\n"
-        "train: {output_dir: r}\n",
+        f"model: {{path: m}}\ntrain: {{output_dir: r}}\ndata:\n  output_dir: o\n"
+        f"  sources: [{{format: samples, path: p}}]\n  prompt: {{instruction: '{text}'}}\n",
         encoding="utf-8",
     )
-    code = f"import json, sys; assert json.load(sys.stdin)['model']['path'] == {ascii(text)}"
+    read_text = "json.load(sys.stdin)['data']['prompt']['instruction']"
+    code = f"import json, sys; assert {read_text} == {ascii(text)}"
     read = shlex.join([sys.executable, "-X", "utf8", "-c", code])
     done = shell(f"$BLOCKFT config {recipe} --json | {read}", **environment)
     assert done.returncode == 0, done.stderr
