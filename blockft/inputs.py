@@ -125,7 +125,7 @@ def read_stdin(name: str, *, max_bytes: int = MAX_TEXT_BYTES) -> str:
     if sys.stdin is None or sys.stdin.closed:
         raise UserError(f"{name} - cannot be read: standard input is closed")
     if not hasattr(sys.stdin, "buffer"):  # a stream of text that a caller put in its place
-        return sys.stdin.read()
+        return sys.stdin.read().removeprefix("\ufeff")
     try:
         data = sys.stdin.buffer.read(max_bytes + 1)
     except OSError as error:
@@ -142,13 +142,15 @@ def decode_text(data: bytes, name: str, *, max_bytes: int) -> str:
     if len(data) > max_bytes:
         raise UserError(f"{name} is larger than {max_bytes:,} bytes: name another file, or divide it")
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{name} is UTF-16: save it as UTF-8")
+        raise UserError(f"{name} cannot be read: it is UTF-16; save it as UTF-8")
     try:
         text = data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not UTF-8 text (byte {error.start + 1}): save it as UTF-8") from error
+        raise UserError(
+            f"{name} cannot be read: byte {error.start + 1} is not UTF-8; save it as UTF-8"
+        ) from error
     if "\0" in text:
-        raise UserError(f"{name} is not text: it contains a NUL character")
+        raise UserError(f"{name} cannot be read: it contains a NUL character")
     return text
 
 

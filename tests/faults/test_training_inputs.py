@@ -56,7 +56,7 @@ def test_every_output_has_the_permissions_of_the_umask(toy: Path, mask: int, tmp
             ("prepare", recipe, f"data.output_dir={tmp_path}/data"),
             ("export", tmp_path / "run", tmp_path / "model"),
             ("eval", tmp_path / "model", recipe, f"eval.output_dir={tmp_path}/eval", "eval.max_samples=1"),
-            ("cache", "build", tmp_path / "model", tmp_path / "text.jsonl", "--cache", tmp_path / "cache"),
+            ("cache", "build", toy / "model", tmp_path / "text.jsonl", "--cache", tmp_path / "cache"),
             ("inspect", tmp_path / "data", "--png", tmp_path / "mask.png"),
         ):
             (tmp_path / "text.jsonl").write_text('"a"\n')
