@@ -39,9 +39,11 @@ OPTIONS = (
     "bias",
     "init_lora_weights",
     "modules_to_save",
-    "trainable_token_indices",
 )
 """Options of `peft.LoraConfig` for which tests show that a merged adapter equals the trained one."""
+
+READ_OPTIONS = (*OPTIONS, "trainable_token_indices")
+"""Options of adapters that are read exactly. Single tokens cannot be trained under ZeRO-3."""
 
 INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
 """Values of `init_lora_weights` that need no data and give the same base model each time."""
@@ -68,7 +70,7 @@ def add_adapter(
     set_seed(seed)
     defaults = {"task_type": "CAUSAL_LM", "target_modules": "all-linear", "revision": revision}
     with error_prefix("train.lora cannot be used: "):
-        _check_options(arguments)
+        _check_options(arguments, OPTIONS)
         with _errors_of_peft():
             config = LoraConfig(**{**defaults, **arguments})
             adapted = _adapt(model, config)
@@ -138,8 +140,8 @@ def _read_config(folder: Path) -> LoraConfig:
             found = settings.get("peft_type") if isinstance(settings, dict) else settings
             raise UserError(f"peft_type is {found!r}, only LORA is supported")
         ignored = (*_DESCRIPTIVE, *_WITHOUT_EFFECT)
-        _check_options({name: value for name, value in settings.items() if name not in ignored})
-        options = {name: settings[name] for name in (*OPTIONS, *_DESCRIPTIVE[1:3]) if name in settings}
+        _check_options({n: value for n, value in settings.items() if n not in ignored}, READ_OPTIONS)
+        options = {n: settings[n] for n in (*READ_OPTIONS, *_DESCRIPTIVE[1:3]) if n in settings}
         with _errors_of_peft():
             return LoraConfig(task_type="CAUSAL_LM", inference_mode=True, **options)
 
@@ -169,16 +171,16 @@ def _errors_of_peft() -> Iterator[None]:
         raise UserError(first_line(error)) from error
 
 
-def _check_options(arguments: Mapping[str, Any]) -> None:
+def _check_options(arguments: Mapping[str, Any], supported: Collection[str]) -> None:
     """Refuse options whose adapters cannot be merged exactly, and values that peft does not check."""
     defaults = {field.name: field.default for field in dataclasses.fields(LoraConfig)}
     defaults["task_type"] = "CAUSAL_LM"
     for name, value in arguments.items():
         is_unset = not value or value == defaults.get(name)
-        if name not in OPTIONS and not (is_unset and name in defaults):
+        if name not in supported and not (is_unset and name in defaults):
             raise UserError(
                 f"{name} is not supported, because such an adapter cannot be exported and read back exactly; "
-                f"supported: {', '.join(OPTIONS)}"
+                f"supported: {', '.join(supported)}"
             )
         if name == "init_lora_weights" and not any(value is v or value == v for v in INITIALIZATIONS):
             raise UserError(f"{name} is {value!r}, allowed are {', '.join(map(str, INITIALIZATIONS))}")

@@ -188,7 +188,8 @@ def _save_adapter(folder: Path, checkpoint: Path, recipe: Recipe, dtype: torch.d
     """Write the adapter of a run, and its `block_attention` entry as a file of its own."""
     base = _build_empty_model(checkpoint, recipe, dtype)
     adapter = load_adapter(base, checkpoint, consolidate_weights(checkpoint, dtype))
-    adapter.save_pretrained(str(folder))
+    # peft would also save adapted embeddings of the base model, which has no weights here
+    adapter.save_pretrained(str(folder), save_embedding_layers=False)
     entry = json.dumps(_block_attention_entry(checkpoint, recipe), indent=2)
     (folder / BLOCK_ATTENTION).write_text(entry + "\n", encoding="utf-8")
 
