@@ -4,8 +4,8 @@
 
 MODEL is a folder of SmolLM2-135M-Instruct. The data is that of data/paper-mini/recipe.yaml, read from the
 folder that BLOCKFT_REAL_DATA names. A start lasts from the command to the first step, which is not computed.
-Each start is a process of its own. Starts with and without verification alternate. In those with it the
-seconds are timed in which the main thread verifies, or waits for the thread that verifies weights.
+Each start is a process of its own, in which the seconds are timed that the main thread verifies, or waits for
+the thread that verifies weights and checkpoints.
 """
 
 import json
@@ -17,10 +17,9 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import Future
 from pathlib import Path
 
-RUNS = 9
+RUNS = 7
 RECIPE = "data/paper-mini/recipe.yaml"
 TIMED = ("verify_files", "digest_files", "read_with_digest", "dump_with_digest", "list_files", "digest_names")
 
@@ -46,11 +45,11 @@ def time_calls() -> dict[str, float]:
 
         return call
 
-    if os.environ["VERIFY"] == "0":
-        digest.verify_files = lambda *_: None
     for name in TIMED:
         setattr(digest, name, timed(getattr(digest, name)))
-    Future.result = timed(Future.result)  # the main thread waits for the thread that verifies weights
+    from blockft.training import distributed
+
+    distributed.run_on_each_host = timed(distributed.run_on_each_host)
     return spent
 
 
@@ -75,23 +74,21 @@ def child(stop_at_first_step: bool, out: str, *arguments: str) -> None:
     write()
 
 
-def run(work: Path, *arguments: str, stop: bool = True, verify: bool = True) -> dict[str, float]:
+def run(work: Path, *arguments: str, stop: bool = True) -> dict[str, float]:
     out = work / "times.json"
     out.unlink(missing_ok=True)
     command = [sys.executable, __file__, "child", str(int(stop)), str(out), *arguments]
-    subprocess.run(command, check=True, env=os.environ | {"BEGUN": str(time.time()), "VERIFY": str(int(verify))}, stderr=subprocess.DEVNULL)
+    subprocess.run(command, check=True, env=os.environ | {"BEGUN": str(time.time())}, stderr=subprocess.DEVNULL)
     return json.loads(out.read_text())
 
 
-def summary(verified: list[dict[str, float]], unverified: list[dict[str, float]]) -> dict[str, object]:
-    """Return medians; the percentage is that of the seconds in which a start verifies or waits for it."""
+def summary(runs: list[dict[str, float]]) -> dict[str, object]:
+    """Return medians over the runs."""
     return {
-        "total_s": round(statistics.median(m["total_s"] for m in verified), 3),
-        "total_without_verification_s": round(statistics.median(m["total_s"] for m in unverified), 3),
-        "digests_s": round(statistics.median(m["digests_s"] for m in verified), 4),
-        "digests_percent": round(statistics.median(100 * m["digests_s"] / m["total_s"] for m in verified), 2),
-        "runs": verified,
-        "runs_without_verification": unverified,
+        "total_s": round(statistics.median(run["total_s"] for run in runs), 3),
+        "digests_s": round(statistics.median(run["digests_s"] for run in runs), 4),
+        "digests_percent": round(statistics.median(100 * run["digests_s"] / run["total_s"] for run in runs), 2),
+        "runs": runs,
     }
 
 
@@ -128,14 +125,13 @@ def main(model: str, out: str) -> None:
         "start from an export": ["train", RECIPE, f"model.path={export}", f"data.output_dir={data}"],
     }
     starts["resume"] = [*start, "train.max_steps=2", "train.warmup_steps=1", "--resume"]
-    measured: dict[tuple[str, bool], list[dict[str, float]]] = {}
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in starts}
     for _ in range(RUNS):
-        for verify in (True, False):
-            for name, arguments in starts.items():
-                fresh = [f"train.output_dir={work / 'fresh'}", "train.num_eval_examples=0"]
-                arguments = arguments if name == "resume" else [*arguments, *common, *fresh]
-                measured.setdefault((name, verify), []).append(run(work, *arguments, verify=verify))
-                shutil.rmtree(work / "fresh", ignore_errors=True)
+        for name, arguments in starts.items():
+            fresh = [f"train.output_dir={work / 'fresh'}", "train.num_eval_examples=0"]
+            arguments = arguments if name == "resume" else [*arguments, *common, *fresh]
+            measured[name].append(run(work, *arguments))
+            shutil.rmtree(work / "fresh", ignore_errors=True)
 
     def seconds(function) -> float:
         times = []
@@ -164,7 +160,7 @@ def main(model: str, out: str) -> None:
         },
         "prepare": prepared,
         "train one step and save": save,
-        **{name: summary(measured[name, True], measured[name, False]) for name in starts},
+        **{name: summary(runs) for name, runs in measured.items()},
         "files_gb_per_s": round(folder_bytes(checkpoint) / files_s / 1e9, 2),
         "fingerprint_s_per_gb": round(fingerprint_s / weight_bytes * 1e9, 3),
     }
