@@ -14,6 +14,10 @@ class UserError(Exception):
     """
 
 
+class RankError(UserError):
+    """A mistake that one rank of a run may find alone, so that every rank prints it."""
+
+
 def warn(message: str) -> None:
     """Print a warning on stderr as one line. Of several ranks of a host only the first prints."""
     notify(f"warning: {message}")

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from safetensors import SafetensorError
 
 from blockft.digest import DamagedFile, dump_with_digest, read_with_digest
-from blockft.errors import UserError
+from blockft.errors import RankError, UserError
 from blockft.folder_lock import FolderLock, lock_folder
 from blockft.printable import printable
 
@@ -185,17 +185,17 @@ def write_errors(folder: Path, *, name: Path, remedy: Callable[[], str]) -> Iter
     """Turn errors of writing below `folder` into a message about `name`, with a remedy for a full disk.
 
     Raises:
-        UserError: the disk is full, or a file below `folder` cannot be written.
+        RankError: the disk is full, or a file below `folder` cannot be written.
     """
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         if is_disk_full(error):
-            raise UserError(
+            raise RankError(
                 f"the disk is full, or a quota or a limit of the size of files is reached: {remedy()}"
             ) from error
         if isinstance(error, OSError) and _is_below(error.filename, folder):
-            raise UserError(f"{name} cannot be written: {error.strerror} ({error.filename})") from error
+            raise RankError(f"{name} cannot be written: {error.strerror} ({error.filename})") from error
         raise
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from blockft.cli.interrupt import CODE as INTERRUPTED
 from blockft.cli.interrupt import Interrupts
 from blockft.cli.streams import BROKEN_PIPE, OutputClosed, prepare_streams
-from blockft.errors import UserError, is_first_of_host
+from blockft.errors import RankError, UserError, is_first_of_host
 from blockft.inputs import shorten, text_problem
 from blockft.printable import print_text
 
@@ -89,7 +89,7 @@ def _run() -> int:
     except usage_error as error:
         return _fail(f"{error.format_message()} (see blockft --help)")
     except UserError as error:
-        return _fail(str(error))
+        return _fail(str(error), on_every_rank=isinstance(error, RankError))
     except OutputClosed:
         return BROKEN_PIPE
     except typer.Abort:
@@ -116,9 +116,9 @@ def _check_arguments(arguments: list[str]) -> None:
             )
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, *, on_every_rank: bool = False) -> int:
     """Print an error as one line, once on every host, because each host may have its own mistake."""
-    if is_first_of_host():
+    if on_every_rank or is_first_of_host():
         # without a reader of the message the exit code alone tells of the error
         with suppress(OutputClosed, UserError):
             text = shorten(" ".join(message.split()), MAX_MESSAGE_LEN)

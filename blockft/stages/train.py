@@ -64,6 +64,7 @@ from blockft.training.deepspeed_config import (
 from blockft.training.distributed import (
     check_ranks,
     init_distributed,
+    reported_connection_errors,
     run_on_each_host,
     set_worker_environment,
     shutdown_distributed,
@@ -188,7 +189,10 @@ def _reported_write_errors(run: Path, num_processes: int) -> Iterator[None]:
 
     def remedy() -> str:
         if num_processes == 1:  # other ranks may still be writing: the resumed run removes it then
+            from blockft.training.universal_checkpoint import remove_universal
+
             remove_incomplete(run)
+            remove_universal(run)
         last = last_checkpoint(run)
         found = f"its last complete checkpoint is {last.name}" if last else "it has no complete checkpoint"
         return f"free some space, then resume {run} with --resume ({found})"
@@ -216,6 +220,7 @@ def _train(recipe: Recipe, lock: FolderLock | None, *, resume: bool, name: str |
         stack.enter_context(_reported_write_errors(run, num_processes))
         wait_until_verified = stack.enter_context(_in_thread(partial(_verify_inputs, recipe, checkpoint)))
         init_distributed()
+        stack.enter_context(reported_connection_errors())
         stack.enter_context(_shared_by_ranks(lock, run))
         run_on_each_host(wait_until_verified)
         # DeepSpeed, which this module imports, needs the worker's environment

@@ -6,7 +6,8 @@ import re
 import secrets
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ MAX_WORLD_SIZE = 1 << 20
 
 MAX_TIMEOUT_MINUTES = 1_000_000
 """Largest time that DeepSpeed waits for processes."""
+
+
+_CONNECTION_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+"""Texts of the errors of Gloo when a rank has ended."""
 
 
 def is_worker() -> bool:
@@ -150,6 +155,25 @@ def run_on_each_host(check: Callable[[], None]) -> None:
     for message in errors:
         if message:
             raise UserError(message)
+
+
+@contextmanager
+def reported_connection_errors() -> Iterator[None]:
+    """Turn a lost connection to another rank into a message; that rank says itself why it has ended.
+
+    Raises:
+        UserError: another rank has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not isinstance(error, dist.DistError) and not any(reason in text for reason in _CONNECTION_LOST):
+            raise
+        raise UserError(
+            "another process of the run has ended before this one: its own message says why; without one it "
+            "was killed, most likely because memory ran out"
+        ) from error
 
 
 def check_ranks(run: Path, run_signature: dict[str, Any]) -> None:
