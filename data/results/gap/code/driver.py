@@ -60,6 +60,7 @@ class Runner:
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         packed = lzma.decompress((arguments.data / "prepared.pt.xz").read_bytes())
         self.data: dict[str, Any] = torch.load(BytesIO(packed), weights_only=False)
+        add_more_data(self.data, arguments.data / "more.pt.xz")
         self.tokenizer = Tokenizer.from_file(str(arguments.tokenizer))
         is_toy = self.rehearses and self.device.type == "cpu"
         self.shape, self.row_len = (TOY, 4096) if is_toy else (SMOLLM2, ROW_LEN)
@@ -69,12 +70,35 @@ class Runner:
         else:
             start = model_file.load_flat(arguments.model, self.device)
         self.weights = {"pretrained": start}
+        self.weights_folder: Path | None = arguments.weights
         self.questions = [i for i, q in enumerate(self.data["questions"]) if q["part"] == "validation"]
         if self.rehearses:
             self.questions = self.questions[::160]
 
     def detokenize(self, ids: list[list[int]]) -> list[str]:
         return self.tokenizer.decode_batch(ids)
+
+    def weights_of(self, name: str) -> torch.Tensor:
+        """The weights of an earlier experiment, or the mean of several (`a + b`); waits for another card's."""
+        if " + " in name:
+            several = [self.weights_of(part).to(self.device, torch.float32) for part in name.split(" + ")]
+            return torch.stack(several).mean(dim=0)
+        if name not in self.weights and self.weights_folder is not None:
+            file = self.weights_folder / f"{name}.pt"
+            end = time.monotonic() + self.wait_s
+            while not file.exists() and time.monotonic() < end:
+                time.sleep(0.5)
+            self.weights[name] = torch.load(file, map_location=self.device)
+        return self.weights[name]
+
+    def keep(self, name: str, flat: torch.Tensor) -> None:
+        self.weights[name] = flat
+        if self.weights_folder is not None:
+            self.weights_folder.mkdir(parents=True, exist_ok=True)
+            torch.save(flat.to(torch.bfloat16), self.weights_folder / f".{name}.pt")
+            (self.weights_folder / f".{name}.pt").rename(self.weights_folder / f"{name}.pt")
+
+    wait_s = 60.0
 
     def check_kernels(self) -> float:
         """The largest relative distance between a packed row by the backend and its prompts alone by sdpa."""
@@ -124,7 +148,7 @@ class Runner:
         times = {}
         start = time.monotonic()
         if training is None:
-            flat = self.weights[experiment.weights]
+            flat = self.weights_of(experiment.weights)
         else:
             if self.rehearses:
                 objective = replace(training.objective, ranking_layers=(1, 2), hidden_layers=(1, 2))
@@ -133,16 +157,16 @@ class Runner:
                 self.llama,
                 self.data,
                 training,
-                self.weights[training.init],
+                self.weights_of(training.init),
                 device=self.device,
                 dtype=self.dtype,
                 row_len=self.row_len,
-                teacher=self.weights[experiment.teacher] if experiment.teacher else None,
+                teacher=self.weights_of(experiment.teacher) if experiment.teacher else None,
                 on_step=lambda step: log_line("  step", step) if step % 100 == 0 or self.rehearses else None,
             )
         times["train"] = round(time.monotonic() - start, 1)
         if experiment.keep_weights:
-            self.weights[experiment.name] = flat
+            self.keep(experiment.name, flat)
         flat = flat.to(self.device, self.dtype)
         prompt_options = training.prompt_options if training else None
         results = {}
@@ -182,11 +206,26 @@ class Runner:
         return {"results": results, "training": log, "seconds": times, "settings": asdict(experiment)}
 
 
+def add_more_data(data: dict[str, Any], file: Path) -> None:
+    """Add the questions, documents and sentences with gaps of `more_data.py`; no number of a question changes."""
+    data["clozes"] = {}
+    if not file.exists():
+        return
+    more = torch.load(BytesIO(lzma.decompress(file.read_bytes())), weights_only=False)
+    first = len(data["documents"])
+    data["documents"] = [*data["documents"], *more["documents"]]
+    for question in more["questions"]:
+        data["questions"].append({**question, "documents": [first + n for n in question["documents"]]})
+    data["clozes"] = {(n if n >= 0 else first - n - 1): some for n, some in more["clozes"].items()}
+
+
 def expected_seconds(experiment: Experiment) -> float:
     """What an experiment takes on an H200."""
-    seconds = 15.0 * len(experiment.evaluations) + 2
+    seconds = 14.0 * len(experiment.evaluations) + 2
     if training := experiment.training:
-        step = 0.145 if training.extra_len else 0.103
+        step = 0.151 if training.extra_len else 0.117 if training.modes == "full" else 0.103
+        if training.modes == "dual":
+            step += 0.117
         seconds += training.steps * (step + 0.035 * training.objective.needs_teacher)
     return seconds
 
@@ -197,11 +236,16 @@ def main() -> None:
     for name in ("data", "model", "tokenizer", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--only", help="names of the queue's experiments to run, in this order, with commas")
+    parser.add_argument("--weights", type=Path, help="folder of kept weights, shared by the cards")
     parser.add_argument("--rehearse", action="store_true")
     arguments = parser.parse_args()
     torch._dynamo.config.recompile_limit = 64
     torch.backends.cuda.matmul.allow_tf32 = True
     queue: list[Experiment] = importlib.import_module(arguments.queue).QUEUE
+    if arguments.only:
+        by_name = {experiment.name: experiment for experiment in queue}
+        queue = [by_name[name] for name in arguments.only.split(",")]
     arguments.out.mkdir(parents=True, exist_ok=True)
     runner = Runner(arguments)
     provenance = {

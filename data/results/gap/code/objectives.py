@@ -66,8 +66,11 @@ def row_loss(
     *,
     taught: tuple[torch.Tensor, dict[int, torch.Tensor]] | None = None,
     raised_N: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss of a row, and its parts for the log. Every part is a mean over its own tokens."""
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    """The loss of a row, its parts for the log, and the logits (N, V).
+
+    Every part is a mean over its own tokens.
+    """
     ranking = objective.ranking_layers if objective.ranking_weight else ()
     matched = objective.hidden_layers if objective.hidden_weight else ()
     hidden, inputs = llama.hidden(weights, row.model_inputs, kept_layers=(*ranking, *matched))
@@ -87,7 +90,8 @@ def row_loss(
         weights_N = 1 + objective.raised_weight * raised_N.clamp(0, 2)
         weights_N = weights_N / mean_of(weights_N, is_answer)
         answers_N = answers_N * weights_N
-    loss = mean_of(answers_N, is_answer)
+    # several questions of a prompt weigh as much as one
+    loss = mean_of(answers_N, is_answer * row.label_weights)
     if objective.distill_question:
         loss = loss + objective.distill_question * parts["distill_question"]
     for kind, weight, name in (
@@ -106,11 +110,11 @@ def row_loss(
             [ranking_loss(llama, weights, row, layer, inputs[layer]) for layer in ranking]
         ).mean()
         loss = loss + objective.ranking_weight * parts["ranking"]
-    return loss, {name: part.detach() for name, part in parts.items()}
+    return loss, {name: part.detach() for name, part in parts.items()}, logits_NV
 
 
 def mean_of(values_N: torch.Tensor, chosen_N: torch.Tensor) -> torch.Tensor:
-    """The mean of the chosen values, 0 if there is none."""
+    """The mean of the chosen values, or their weighted mean, 0 if there is none."""
     return (values_N * chosen_N).sum() / chosen_N.sum().clamp(min=1)
 
 

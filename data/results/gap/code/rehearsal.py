@@ -2,7 +2,7 @@
 
 from experiments import Evaluation, Experiment, block, full
 from objectives import Objective
-from prompts import PromptOptions
+from prompts import PromptOptions, Sharing
 
 QUEUE = [
     full("full", "", keep_weights=True),
@@ -34,4 +34,22 @@ QUEUE = [
     block("raised", "", teacher="full", objective=Objective(raised_weight=1.0)),
     block("curriculum", "", modes="full-then-both", join=0.8),
     block("go-on", "", init="full", modes="block"),
+    block("shared", "", sharing=Sharing(num_questions=4, num_clozes=2, by_lot=0.5), more_data=True),
+    full("full-shared", "", sharing=Sharing(num_questions=4, num_clozes=2), more_data=True, keep_weights=True),
+    block(
+        "dual",
+        "",
+        modes="dual",
+        sharing=Sharing(num_questions=4),
+        prompt_options=PromptOptions(private_prefix=-1),
+        extra_len=2048,
+        objective=Objective(distill=0.3, teacher="self"),
+    ),
+    Experiment(
+        name="averaged",
+        description="",
+        training=None,
+        weights="full + full-shared",
+        evaluations={"block": Evaluation(mode="block", prompt_options=PromptOptions())},
+    ),
 ]

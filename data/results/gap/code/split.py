@@ -12,6 +12,7 @@ import hashlib
 import json
 import lzma
 import os
+import re
 import sys
 import tempfile
 from collections import Counter, defaultdict
@@ -63,6 +64,19 @@ NUM_DOCUMENTS = 20
 """Ranked documents stored for a question, from which prompts take theirs."""
 
 ROW_LEN = 32_768
+READING_TASKS = "reading_tasks.jsonl"
+"""Extractive questions of the instruction file, each with its paragraph, for `more_data.py`."""
+
+SHARED_WORDS = 10
+"""Documents that share so many words in a row belong together."""
+
+TASKS = {
+    "answer_the_following_q": r'following passage\s+"(?P<c>.*)",\s+answer the following question\..*?Question: (?P<q>.*)$',
+    "question_context_answer": r'^Question: "(?P<q>.*?)"\s+Context: "(?P<c>.*)"\s+Answer:$',
+    "based_on": r"\nQuestion: (?P<q>.*?)\nContext: (?P<c>.*)$",
+    "tell_what_it_is": r'answer to the question "(?P<q>.*?)" is in "(?P<c>.*)"\. Can you tell me what it is',
+}
+
 QUESTION_TWICE = "\n\nQuestion: {question}\n\nQuestion: {question}\nAnswer in a few words."
 
 
@@ -83,6 +97,12 @@ def main(model: Path, data: Path, out: Path) -> None:
     kept = {id(record) for record in two_wiki[NUM_TWO_WIKI:]}
     records = [record for record in records if id(record) not in kept]
     parts, num_left_out = split_records(records, sealed, NUM_IN_GROUPS)
+    tasks = list(reading_tasks(data / CHATS))
+    closed = {run for r in (*sealed, *parts["validation"]) for text in texts(r.content) for run in word_runs(text)}
+    apart = [task for task in tasks if not word_runs(task["ctxs"][0]["text"]) & closed]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / READING_TASKS).write_text("".join(json.dumps(task) + "\n" for task in apart), encoding="utf-8")
+    print(f"reading tasks: {len(apart)} of {len(tasks)} share no document with validation or a sealed question")
     encoder = Encoder(load_tokenizer(str(model)))
     store = Store()
     summary: dict[str, Any] = {"left out, in a group with a sealed question": num_left_out}
@@ -114,7 +134,6 @@ def main(model: Path, data: Path, out: Path) -> None:
     summary["chats"] = len(store.chats)
     summary["documents"] = len(store.documents)
     summary["digest of question ids"] = {part: store.digest(part) for part in parts}
-    out.mkdir(parents=True, exist_ok=True)
     content = BytesIO()
     torch.save(store.content(encoder.end_of_turn_id), content)
     (out / "prepared.pt.xz").write_bytes(lzma.compress(content.getvalue()))
@@ -141,6 +160,41 @@ def read_records(source: str, path: Path) -> Iterator[Record]:
         for record in json.loads(path.read_text(encoding="utf-8")):
             titles = [title for title, _ in record["supporting_facts"]]
             yield Record(source, record, (*map(title_group, titles), question_group(record["question"])))
+
+
+def reading_tasks(path: Path) -> Iterator[dict[str, Any]]:
+    """Extractive questions as records of FiD's layout, once each."""
+    seen = set()
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        kind = next((k for k in TASKS if "adversarial_qa" in record["source"] and k in record["source"]), None)
+        if kind is None:
+            continue
+        prompt, answer = (message["content"].strip() for message in record["messages"])
+        found = re.search(TASKS[kind], prompt, re.DOTALL)
+        if not found:
+            continue
+        question, context = found["q"].strip(), " ".join(found["c"].split()).strip('"')
+        if answer.lower() not in context.lower() or question in seen:
+            continue
+        seen.add(question)
+        ctxs = [{"title": "", "text": context, "hasanswer": True}]
+        yield {"question": question, "answers": [answer], "ctxs": ctxs}
+
+
+def word_runs(text: str) -> set[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[i : i + SHARED_WORDS]) for i in range(len(words) - SHARED_WORDS + 1)}
+
+
+def texts(content: Any) -> Iterator[str]:
+    """The documents of a record."""
+    if "paragraphs" in content:
+        yield from (p["context"] if "context" in p else p["paragraph_text"] for p in content["paragraphs"])
+    elif "ctxs" in content:
+        yield from (c["text"] for c in content["ctxs"])
+    else:
+        yield from (" ".join(sentences) for _, sentences in content["context"])
 
 
 def title_group(title: str) -> str:

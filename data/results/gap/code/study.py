@@ -22,9 +22,11 @@ from prompts import (
     Prompt,
     PromptOptions,
     Row,
+    Sharing,
     build_chat,
     build_prompt,
     collate,
+    index_questions,
     pack,
     recompute,
 )
@@ -37,7 +39,10 @@ class Training:
 
     modes      `full`, `block`, `both` (of a question's two next draws one in each mode), `full-then-block`
                (the first `share` of the steps in full mode, then block mode alone), `full-then-both`,
-               `some-block` (a draw is in block mode with the probability `share`)
+               `some-block` (a draw is in block mode with the probability `share`), `dual` (every draw in both
+               modes: a step has two rows, and own full mode may teach the other without a pass of its own)
+    sharing    other questions in a question's prompt; None for none
+    more_data  whether the reading tasks of `more_data.py` are among the questions
     extra_len  tokens by which a row is longer than what is packed into it, for tokens that the prompt options
                add: a row then holds the same questions as without them
     join       probability that neighbouring documents form one block, falling linearly to 0 at the end
@@ -50,6 +55,8 @@ class Training:
     join: float = 0.0
     extra_len: int = 0
     order: str = "mixed"
+    sharing: Sharing | None = None
+    more_data: bool = False
     prompt_options: PromptOptions = field(default_factory=PromptOptions)
     objective: Objective = field(default_factory=Objective)
     steps: int = 400
@@ -64,7 +71,11 @@ ROW_LEN = 32_768
 BETAS, EPS, MAX_GRAD_NORM = (0.9, 0.95), 1e-8, 1.0
 
 
-def part_of_data(data: dict[str, Any], share: float) -> tuple[list[int], list[int]]:
+MORE_DATA = "t0"
+"""The source of the questions that `more_data.py` adds."""
+
+
+def part_of_data(data: dict[str, Any], share: float, more_data: bool = False) -> tuple[list[int], list[int]]:
     """The training questions and chats of a share of the data; a larger share holds a smaller one."""
 
     def takes(name: str) -> bool:
@@ -73,7 +84,9 @@ def part_of_data(data: dict[str, Any], share: float) -> tuple[list[int], list[in
     questions = [
         i
         for i, q in enumerate(data["questions"])
-        if q["part"] == "train" and takes(f"{q['source']} {q['id']}")
+        if q["part"] == "train"
+        and takes(f"{q['source']} {q['id']}")
+        and (more_data or q["source"] != MORE_DATA)
     ]
     return questions, [i for i in range(len(data["chats"])) if takes(f"chat {i}")]
 
@@ -86,7 +99,8 @@ def training_rows(
     An epoch holds one draw of every item. Which items share a row depends on the seed and the prompt options
     alone: experiments that differ in modes or objective see the same rows.
     """
-    questions, chats = part_of_data(data, training.data_share)
+    questions, chats = part_of_data(data, training.data_share, training.more_data)
+    data["asked_about"] = index_questions(data, questions)
     step = 0
     for epoch in range(1_000):
         items = [("question", i, epoch) for i in questions] + [("chat", i, epoch) for i in chats]
@@ -110,6 +124,8 @@ def mode_of(item: tuple[str, int, int], step: int, training: Training) -> str:
     match training.modes:
         case "full" | "block":
             return training.modes
+        case "dual":
+            return "block"
         case "both":
             return alternates
         case "full-then-block":
@@ -137,6 +153,7 @@ def make_prompt(
         rng=rng,
         prompt_options=training.prompt_options,
         join_probability=join if mode == "block" else 0.0,
+        sharing=training.sharing,
     )
 
 
@@ -219,12 +236,11 @@ def train(
 
             def row(mode: str | None, items: Any = items, choose: Any = choose) -> Row:
                 prompts = [make_prompt(data, i, mode or m, training, j) for i, m, j in items]
-                made = collate(
-                    prompts, row_len + training.extra_len, data["end_of_turn"], is_predicted=choose
-                )
+                length = row_len if mode and training.modes == "dual" else row_len + training.extra_len
+                made = collate(prompts, length, data["end_of_turn"], is_predicted=choose)
                 return made.pinned() if device.type == "cuda" else made
 
-            in_full = row("full") if objective.needs_teacher else None
+            in_full = row("full") if objective.needs_teacher or training.modes == "dual" else None
             in_block = row("block") if objective.raised_weight else None
             yield row(None), in_full, in_block
 
@@ -235,7 +251,14 @@ def train(
     for step, made in enumerate(ahead(rows())):
         row, in_full, in_block = (one and one.to(device) for one in made)
         taught, raised = None, None
-        if in_full is not None:
+        if training.modes == "dual":
+            assert in_full is not None
+            assert not (objective.distill_question or objective.hidden_weight or objective.raised_weight)
+            full_loss, full_parts, full_NV = row_loss(llama, weights, in_full, replace(objective, distill=0.0))
+            (0.5 * full_loss).backward()
+            if objective.distill:
+                taught = full_NV.detach(), {}
+        elif in_full is not None:
             # without gradients, or compiled code would meet another kind of weights
             teaches = Weights(llama.shape, weights.flat) if objective.teacher == "self" else taught_by
             assert teaches is not None
@@ -243,7 +266,9 @@ def train(
             taught = teacher_outputs(llama, teaches, in_full, matched)
             if in_block is not None:
                 raised = raised_losses(llama, teaches, in_block, row, taught[0])
-        loss, parts = row_loss(llama, weights, row, objective, taught=taught, raised_N=raised)
+        loss, parts, _ = row_loss(llama, weights, row, objective, taught=taught, raised_N=raised)
+        if training.modes == "dual":
+            loss, parts = 0.5 * loss, {**parts, "answer_in_full_mode": full_parts["answer"]}
         loss.backward()
         gradient = weights.flat_grad.float()
         norm = gradient.norm()

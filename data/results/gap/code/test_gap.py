@@ -17,7 +17,18 @@ from driver import TOY
 from llama import Llama, Shape, Weights
 from model_file import random_flat
 from objectives import Objective, ranking_loss, row_loss
-from prompts import ANSWER, DOCUMENT, Builder, Prompt, PromptOptions, build_prompt, collate, recompute
+from prompts import (
+    ANSWER,
+    DOCUMENT,
+    Builder,
+    Prompt,
+    PromptOptions,
+    Sharing,
+    build_prompt,
+    collate,
+    index_questions,
+    recompute,
+)
 from scores import interval, prior_answers, question_type, resampled_mean, word_match
 from split import Record, split_records
 from study import (
@@ -28,6 +39,7 @@ from study import (
     make_prompt,
     mode_of,
     most_changed,
+    train,
     training_rows,
 )
 
@@ -123,6 +135,8 @@ ALL_PROMPT_OPTIONS = [
     PromptOptions(is_bidirectional=True),
     PromptOptions(hidden_first=2),
     PromptOptions(question_twice=True),
+    PromptOptions(document_stride=3),
+    PromptOptions(document_stride=0, private_prefix=-1),
 ]
 
 
@@ -154,6 +168,7 @@ def greedy(llama: Llama, weights: Weights, prompt: Prompt, num_tokens: int) -> l
         "is_bidirectional",
         "kinds",
         "support",
+        "weights",
     )
     arrays = {name: getattr(prompt, name)[prompt.kinds != ANSWER] for name in names}
     found: list[int] = []
@@ -219,6 +234,101 @@ def test_recomputing_everything_is_full_mode_and_nothing_is_block_mode() -> None
         assert not chosen[prompt.blocks == 0].any()
 
 
+@pytest.mark.parametrize("mode", ["block", "full"])
+@pytest.mark.parametrize("prompt_options", [PromptOptions(), PromptOptions(private_prefix=-1)])
+def test_questions_that_share_a_prompt_are_answered_as_alone(prompt_options: PromptOptions, mode: str) -> None:
+    data, weights, llama = toy_data(), Weights(SMALL, random_flat(SMALL) * 3), Llama(SMALL, "sdpa")
+    data["asked_about"] = index_questions(data, range(12))
+    data["clozes"] = {n: [(np.arange(20 + n, 26 + n), np.array([30, 2]))] for n in range(24)}
+    options = {"mode": mode, "order": "shuffled", "prompt_options": prompt_options}
+    sharing = Sharing(num_questions=4, num_clozes=2)
+    shared = build_prompt(data, 3, rng=random.Random(3), sharing=sharing, **options)
+    numbers = sorted(set(shared.blocks[shared.kinds == ANSWER]))
+    assert len(numbers) == 6
+    total = 0.0
+    for block in numbers:
+        own = shared.blocks == block
+        answer = shared.ids[own & (shared.kinds == ANSWER)]
+        total += float(shared.weights[own][-1])
+        # the same documents in the same order, with this question alone
+        alone = build_prompt(data, 3, rng=random.Random(3), **options)
+        single = Builder(mode)
+        context = alone.kinds <= DOCUMENT
+        kept = {
+            name: getattr(alone, name)[context]
+            for name in ("ids", "positions", "blocks", "is_link", "is_private", "is_bidirectional", "is_final")
+        }
+        single.add(shared.ids[own], 2, is_final=True)
+        last = single.finish(0)
+        start = int(kept["positions"].max()) + 1
+        whole = replace(
+            last,
+            ids=np.concatenate([kept["ids"], last.ids]),
+            positions=np.concatenate([kept["positions"], last.positions + start]),
+            blocks=np.concatenate(
+                [kept["blocks"], last.blocks + (0 if mode == "full" else int(kept["blocks"].max()) + 1)]
+            ),
+            **{
+                name: np.concatenate([kept[name], getattr(last, name)])
+                for name in ("is_link", "is_private", "is_bidirectional", "is_final")
+            },
+            kinds=np.concatenate([np.zeros(int(context.sum()), np.int8), shared.kinds[own]]),
+            support=np.full(int(context.sum() + own.sum()), -1, np.int8),
+            weights=np.ones(int(context.sum() + own.sum()), np.float32),
+        )
+        logits = []
+        for prompt, is_own in ((shared, own), (whole, whole.kinds > DOCUMENT)):
+            row = collate([prompt], len(prompt), 2)
+            hidden, _ = llama.hidden(weights, row.model_inputs)
+            logits.append(llama.logits(weights, hidden[torch.from_numpy(np.flatnonzero(is_own))]))
+        torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+        assert len(answer) >= 2
+    assert total == pytest.approx(1.5)
+
+
+def test_shared_questions_in_ascending_order_have_the_same_support() -> None:
+    data = toy_data()
+    data["asked_about"] = index_questions(data, range(12))
+    for number in range(12):
+        prompt = build_prompt(
+            data,
+            number,
+            mode="block",
+            order="ascending",
+            rng=random.Random(0),
+            prompt_options=PLAIN,
+            sharing=Sharing(),
+        )
+        # no other question of this data has the same supporting document
+        assert len(set(prompt.blocks[prompt.kinds == ANSWER])) == 1
+
+
+def test_a_dual_step_is_the_mean_of_both_modes() -> None:
+    data, llama = toy_data(), Llama(SMALL, "sdpa")
+    losses = {}
+    for modes in ("dual", "block", "full"):
+        training = Training(modes=modes, steps=1, data_share=1.0, warmup_steps=0, learning_rate=0.0)
+        _, log = train(
+            llama, data, training, random_flat(SMALL), device=CPU, dtype=torch.float32, row_len=640
+        )
+        losses[modes] = log["mean_losses_of_last_tenth"]
+    assert losses["dual"]["answer"] == losses["block"]["answer"]
+    assert losses["dual"]["answer_in_full_mode"] == losses["full"]["answer"]
+
+
+def test_documents_overlap_in_position_and_the_last_one_ends_before_the_question() -> None:
+    data = toy_data()
+    prompt = prompt_of(data, 2, "block", PromptOptions(document_stride=3, private_prefix=-1))
+    is_own = (prompt.kinds == DOCUMENT) & ~prompt.is_private
+    ends = [int(prompt.positions[is_own & (prompt.blocks == b)].max()) for b in np.unique(prompt.blocks[is_own])]
+    question = int(prompt.positions[prompt.is_final].min())
+    assert ends == [question - 1 - 3 * (9 - place) for place in range(10)]
+    assert int(prompt.positions[is_own].min()) == int((prompt.kinds == 0).sum())
+    assert (np.diff(prompt.positions[prompt.is_final]) == 1).all()
+    in_full = prompt_of(data, 2, "full", PromptOptions(document_stride=3))
+    assert (np.diff(in_full.positions) == 1).all()
+
+
 def test_tiles_hold_what_the_mask_allows() -> None:
     data = toy_data()
     prompts = [
@@ -253,7 +363,7 @@ def test_gradients_reach_all_weights_and_ranking_looks_at_supporting_documents()
     weights = Weights(SMALL, random_flat(SMALL), trainable=True)
     prompts = [prompt_of(data, i, "block") for i in range(3)]
     row = collate(prompts, 640, 2)
-    loss, parts = row_loss(llama, weights, row, Objective(ranking_weight=0.5, ranking_layers=(1,)))
+    loss, parts, _ = row_loss(llama, weights, row, Objective(ranking_weight=0.5, ranking_layers=(1,)))
     loss.backward()
     assert weights.flat_grad is not None and torch.isfinite(weights.flat_grad).all()
     assert all((layer[i].grad != 0).any() for layer in weights.layers for i in range(6))  # type: ignore[union-attr]
