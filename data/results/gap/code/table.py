@@ -1,7 +1,7 @@
 """From the drivers' lines to one JSON file per experiment, and from those to the study's tables and picture.
 
 python table.py collect DATA LINES.jsonl ... OUT     writes OUT/NAME.json and OUT/questions.json
-python table.py show OUT                             writes OUT/tables.md and OUT/recomputation.png
+python table.py show DATA OUT                             writes OUT/tables.md and OUT/recomputation.png
 """
 
 import json
@@ -123,7 +123,7 @@ class Results:
         self.lines = {
             path.stem: json.loads(path.read_text(encoding="utf-8"))
             for path in sorted(out.glob("*.json"))
-            if path.stem not in ("questions", "split")
+            if path.stem not in ("questions", "split", "more")
         }
 
     def reading(self, hits: str) -> Scores:
@@ -165,6 +165,15 @@ def verdict(difference: Scores) -> str:
     return "better" if low > 0 else "worse" if high < 0 else "no difference shown"
 
 
+def is_second_round(line: dict[str, Any]) -> bool:
+    """Whether an experiment differs from the first round in what all of its experiments have in common."""
+    training = line["settings"]["training"]
+    steps = 1000 if training["data_share"] == 1.0 else 400
+    return bool(
+        training.get("sharing") or training["learning_rate"] != 2.5e-4 or training["steps"] != steps
+    )
+
+
 def scale_of(line: dict[str, Any]) -> str:
     training = line["settings"]["training"]
     return list(SCALES)[bool(training and training["data_share"] == 1.0)]
@@ -181,7 +190,7 @@ def main_table(results: Results, scale: str) -> str:
     rows = [head, "|---" * 11 + "|"]
     for name, line in results.lines.items():
         training = line["settings"]["training"]
-        if not training or scale_of(line) != scale or training["modes"] == "full":
+        if not training or scale_of(line) != scale or training["modes"] == "full" or is_second_round(line):
             continue
         block = [results.of(name, f"block {order}") for order in ORDERS]
         full = [averaged([results.of(b, f"full {order}") for b in baselines]) for order in ORDERS]
@@ -342,7 +351,162 @@ def pairs(results: Results) -> str:
     return "\n".join(rows)
 
 
-def show(out: Path) -> None:
+SECOND_ROUND = {
+    "full-all": ("full-rate-5e-4", "full-rate-1e-4", "full-shared", "full-more", "full-more-1e-4"),
+    "full-rate-1e-4": ("full-cloze-1e-4", "full-cloze-1e-4-seed1", "full-cloze-1e-4-average-01"),
+}
+"""Full fine-tuned models of the second round, by the one that each is compared with."""
+
+OF_BASELINE = {
+    "both-all": "full-all",
+    "both-2000": "full-all",
+    "both-rate-5e-4": "full-rate-5e-4",
+    "both-shared": "full-shared",
+    "both-more": "full-more",
+    "both-rate-1e-4": "full-rate-1e-4",
+    "both-more-1e-4": "full-more-1e-4",
+    "both-cloze-1e-4": "full-cloze-1e-4",
+    "first-block-all": "full-all",
+    "first-block-1e-4": "full-rate-1e-4",
+    "first-block-cloze-1e-4": "full-cloze-1e-4",
+    "stride-1e-4": "full-rate-1e-4",
+    "first-block-stride-1e-4": "full-rate-1e-4",
+}
+"""Block fine-tuned models of all data, each with the full fine-tuned one of the same data, rate and seed."""
+
+
+def baselines_of_second_round(results: Results) -> str:
+    rows = [
+        "| experiment | what | learning rate | seed | ascending | shuffled | both orders, minus | loss of gold answers |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+
+    def add(name: str, reference: str = "") -> None:
+        settings = results.lines[name]["settings"]
+        training = settings["training"] or {"learning_rate": "", "seed": ""}
+        scores = [results.of(name, f"full {order}") for order in ORDERS]
+        cells = [name, settings["description"], str(training["learning_rate"]), str(training["seed"])]
+        cells += [with_interval(s) for s in scores]
+        difference = ""
+        if reference:
+            others = averaged([results.of(reference, f"full {order}") for order in ORDERS])
+            difference = f"`{reference}`: " + with_interval(minus(averaged(scores), others), True)
+        cells += [difference, "; ".join(f"{results.loss(name, f'full {order}'):.3f}" for order in ORDERS)]
+        rows.append("| " + " | ".join(cells) + " |")
+
+    add("full-all")
+    for reference, names in SECOND_ROUND.items():
+        for name in names:
+            add(name, reference)
+    return "\n".join(rows)
+
+
+def second_round(results: Results) -> str:
+    """Block fine-tuned models against the full fine-tuned model of the same data, steps, rate and seed."""
+    rows = [
+        "| experiment | what | learning rate | baseline | block, ascending | minus | block, shuffled | minus "
+        "| both orders, minus | full mode, ascending; shuffled | both orders, minus | loss of gold answers, block mode |",
+        "|---" * 12 + "|",
+    ]
+    for name, baseline in OF_BASELINE.items():
+        settings = results.lines[name]["settings"]
+        cells = [name, settings["description"], str(settings["training"]["learning_rate"]), baseline]
+        full = [results.of(baseline, f"full {order}") for order in ORDERS]
+        block, own = ([results.of(name, f"{mode} {order}") for order in ORDERS] for mode in ("block", "full"))
+        for scores, reference in zip(block, full, strict=True):
+            cells += [f"{mean(scores):.1f}", with_interval(minus(scores, reference), True)]
+        cells.append(with_interval(minus(averaged(block), averaged(full)), True))
+        cells.append("; ".join(f"{mean(scores):.1f}" for scores in own))
+        cells.append(with_interval(minus(averaged(own), averaged(full)), True))
+        cells.append("; ".join(f"{results.loss(name, f'block {order}'):.3f}" for order in ORDERS))
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def pairs_of_second_round(results: Results) -> str:
+    """Comparisons that the text cites."""
+    rows = ["| comparison | ascending | shuffled | both orders |", "|---|---|---|---|"]
+
+    def add(label: str, one: list[str], other: list[str], mode: str = "block") -> None:
+        """Each of `one` minus its partner of `other`, the mean over the pairs."""
+        differences = []
+        for order in ORDERS:
+            some = [(results.of(a, f"{mode} {order}"), results.of(b, f"{mode} {order}")) for a, b in zip(one, other, strict=True)]
+            differences.append(averaged([minus(a, b) for a, b in some]))
+        cells = [with_interval(d, True) for d in (*differences, averaged(differences))]
+        rows.append(f"| {label} | " + " | ".join(cells) + " |")
+
+    firsts = ["first-block-all", "first-block-1e-4", "first-block-cloze-1e-4"]
+    boths = ["both-all", "both-rate-1e-4", "both-cloze-1e-4"]
+    add("rate 1e-4 minus 2.5e-4, `both`, block mode", ["both-rate-1e-4"], ["both-all"])
+    add("rate 1e-4 minus 2.5e-4, `first-block`, block mode", ["first-block-1e-4"], ["first-block-all"])
+    add("rate 1e-4 minus 2.5e-4, `both` and `first-block`, block mode", [boths[1], firsts[1]], [boths[0], firsts[0]])
+    add("rate 1e-4 minus 2.5e-4, the same, full mode", [boths[1], firsts[1]], [boths[0], firsts[0]], "full")
+    add("rate 1e-4 minus 2.5e-4, `full`, full mode", ["full-rate-1e-4"], ["full-all"], "full")
+    add("rate 5e-4 minus 2.5e-4, `both`, block mode", ["both-rate-5e-4"], ["both-all"])
+    add("`first-block` minus `both`, three pairs, block mode", firsts, boths)
+    add("`first-block` minus `both`, three pairs, full mode", firsts, boths, "full")
+    add("`first-block` minus `both` at 1e-4, block mode", firsts[1:2], boths[1:2])
+    add("clozes minus none, `both` and `first-block`, block mode", [boths[2], firsts[2]], [boths[1], firsts[1]])
+    add("clozes minus none, `both` and `first-block`, full mode", [boths[2], firsts[2]], [boths[1], firsts[1]], "full")
+    add("clozes minus none, `full`, 2 seeds against 1", ["full-cloze-1e-4", "full-cloze-1e-4-seed1"], ["full-rate-1e-4"] * 2, "full")
+    add(
+        "mean weights of two seeds minus the mean of their scores, `full-cloze`",
+        ["full-cloze-1e-4-average-01"] * 2,
+        ["full-cloze-1e-4", "full-cloze-1e-4-seed1"],
+        "full",
+    )
+    add("8 questions a prompt minus 1, `both`, block mode", ["both-shared"], ["both-all"])
+    add("8 questions a prompt minus 1, `full`, full mode", ["full-shared"], ["full-all"], "full")
+    add("2,000 steps minus 1,000, `both`, block mode", ["both-2000"], ["both-all"])
+    add("overlapping positions minus not, `both` and `first-block`, block mode", ["stride-1e-4", "first-block-stride-1e-4"], [boths[1], firsts[1]])
+    return "\n".join(rows)
+
+
+PLACES = {
+    "full fine-tuned, full attention": ("full", ("full-all", "full-rate-1e-4", "full-cloze-1e-4", "full-cloze-1e-4-seed1")),
+    "`both`, full mode": ("full", ("both-all", "both-rate-1e-4", "both-cloze-1e-4")),
+    "`both`, block mode": ("block", ("both-all", "both-rate-1e-4", "both-cloze-1e-4")),
+    "`first-block`, full mode": ("full", ("first-block-all", "first-block-1e-4", "first-block-cloze-1e-4")),
+    "`first-block`, block mode": ("block", ("first-block-all", "first-block-1e-4", "first-block-cloze-1e-4")),
+}
+
+
+def place_table(results: Results, data: dict[str, Any]) -> str:
+    """Substring match in shuffled order by the place of the supporting document, where there is one."""
+    import random
+
+    from prompts import choose_documents
+
+    places = []
+    for number, question in enumerate(data["questions"]):
+        if question["part"] == "validation":
+            chosen, _ = choose_documents(question, "shuffled", random.Random(f"evaluation:{number}"), 10)
+            support = [place for place, index in enumerate(chosen) if question["supports"][index]]
+            yes_no = is_yes_no(question["answers"])
+            places.append(support[0] if len(support) == 1 and not yes_no else -1)
+    groups = {"1": (0,), "2 to 4": (1, 2, 3), "5 to 7": (4, 5, 6), "8 to 10": (7, 8, 9)}
+    which = {name: np.isin(np.array(places), some) for name, some in groups.items()}
+    head = " | ".join(f"{name} ({chosen.sum()})" for name, chosen in which.items())
+    rows = [f"| place of the supporting document | models | {head} |", "|---|---" + "|---" * len(groups) + "|"]
+    for label, (mode, names) in PLACES.items():
+        hits = np.mean(
+            [
+                [100.0 * (c == "1") for c in results.lines[n]["results"][f"{mode} shuffled"]["scores"][METRIC]]
+                for n in names
+            ],
+            axis=0,
+        )
+        cells = []
+        for chosen in which.values():
+            values = {"all": hits[chosen]}
+            low, high = interval(resampled_mean(values))
+            cells.append(f"{hits[chosen].mean():.1f} [{low:.1f}, {high:.1f}]")
+        rows.append(f"| {label} | {len(names)} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def show(out: Path, data: dict[str, Any]) -> None:
     results = Results(out)
     by_set = [("full-all", "full"), ("full-all", "block"), ("both-all", "block"), ("both-all", "full")]
     by_set += [("first-block-all", "block"), ("first-block-all", "full"), ("full", "full"), ("both", "block")]
@@ -353,6 +517,10 @@ def show(out: Path) -> None:
         "Comparisons": pairs(results),
         "By set": set_table(results, by_set),
         "Recomputation": recomputation(results, out),
+        "Second round, baselines": baselines_of_second_round(results),
+        "Second round": second_round(results),
+        "Second round, comparisons": pairs_of_second_round(results),
+        "By place": place_table(results, data),
     }
     text = "\n\n".join(f"### {title}\n\n{table}" for title, table in parts.items())
     (out / "tables.md").write_text(text + "\n", encoding="utf-8")
@@ -363,7 +531,7 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["collect", data, *lines, out]:
             collect(Path(data), [Path(line) for line in lines], Path(out))
-        case ["show", out]:
-            show(Path(out))
+        case ["show", data, out]:
+            show(Path(out), load_data(Path(data)))
         case _:
             sys.exit(__doc__)
