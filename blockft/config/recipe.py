@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from blockft.config.recipe_yaml import MAX_RECIPE_BYTES, yaml_problem
+from blockft.config.recipe_yaml import MAX_RECIPE_BYTES, is_mapping, yaml_problem
 from blockft.config.reference import format_bound, list_keys
 from blockft.config.settings import Recipe
 from blockft.errors import UserError, check_type
@@ -92,7 +92,8 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     text = read_text(path, "recipe", max_bytes=MAX_RECIPE_BYTES)
     try:
         problem = yaml_problem(text)
-        settings = OmegaConf.create() if problem else OmegaConf.load(io.StringIO(text))
+        # OmegaConf reads a text at the top level as YAML again
+        settings = OmegaConf.load(io.StringIO(text)) if not problem and is_mapping(text) else None
     except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
         problem = _reason(error)
     if problem:

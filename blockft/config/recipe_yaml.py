@@ -55,6 +55,16 @@ def yaml_problem(text: str) -> str | None:
     return next(_problems(yaml.parse(text, Loader=loader)), None)
 
 
+def is_mapping(text: str) -> bool:
+    """Return whether a YAML text holds a mapping, or nothing."""
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    nodes = (event for event in yaml.parse(text, Loader=loader) if isinstance(event, yaml.NodeEvent))
+    first = next(nodes, None)
+    return first is None or isinstance(first, yaml.MappingStartEvent)
+
+
 def _problems(events: Any) -> Iterator[str]:
     """Yield the problems of a stream of YAML events."""
     import yaml

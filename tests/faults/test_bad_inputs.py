@@ -238,9 +238,10 @@ UNREADABLE = ("loop", "dangling", "pipe", "socket", "endless device", "root", "m
 RECIPES: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "is missing"),
     "a list": (b"- model\n", "mapping"),
-    "a text": (b"recipe\n", "unknown key recipe"),
-    "a number": (b"1\n", "cannot be read as a recipe"),
-    "null": (b"null\n", "is missing"),
+    "a text": (b"recipe\n", "mapping"),
+    "a text that is a number": (b"'0'\n", "mapping"),
+    "a number": (b"1\n", "mapping"),
+    "null": (b"null\n", "mapping"),
     "tabs": (b"model:\n\tpath: m\n", "cannot be read as a recipe"),
     "binary": (bytes(range(256)), "not UTF-8"),
     "NUL": (b"model: {path: a\0b}\n", "NUL"),
@@ -314,6 +315,9 @@ def test_a_nonsense_override_is_refused(toy: Toy, override: str) -> None:
     assert_refused(toy, "config", toy.folder / "recipe.yaml", override)
 
 
+MANY_EXAMPLES = pytest.param(1500, marks=pytest.mark.slow)  # a minute
+
+
 def mutate(draw: Any, value: Any) -> Any:
     """Return a document with one part replaced, removed or doubled at random."""
     if isinstance(value, dict) and value and draw(st.booleans()):
@@ -333,28 +337,38 @@ def mutated(draw: Any, document: Any) -> Any:
     return mutate(draw, draw(document) if isinstance(document, st.SearchStrategy) else document)
 
 
-@settings(derandomize=True, deadline=None, max_examples=150, database=None)
-@given(data=st.data())
-def test_a_recipe_with_one_wrong_part_is_read_or_refused(toy: Toy, data: st.DataObject) -> None:
-    valid = yaml.safe_load((toy.folder / "recipe.yaml").read_text())
-    document = data.draw(mutated(valid))
-    recipe = toy.folder.parent / "mutated.yaml"
-    recipe.write_text(yaml.safe_dump(document, allow_unicode=True), encoding="utf-8", errors="surrogatepass")
-    done = blockft("config", recipe, cwd=toy.cwd)
-    if done.returncode == 0:
-        again = toy.folder.parent / "again.yaml"
-        again.write_text(done.stdout, encoding="utf-8")
-        assert load_recipe(again) == load_recipe(recipe)
-    else:
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, (document, done.stderr)
+@pytest.mark.parametrize("num_examples", [50, MANY_EXAMPLES])
+def test_a_recipe_with_one_wrong_part_is_read_or_refused(toy: Toy, num_examples: int) -> None:
+    @settings(derandomize=True, deadline=None, max_examples=num_examples, database=None)
+    @given(data=st.data())
+    def check(data: st.DataObject) -> None:
+        valid = yaml.safe_load((toy.folder / "recipe.yaml").read_text())
+        document = data.draw(mutated(valid))
+        recipe = toy.folder.parent / "mutated.yaml"
+        recipe.write_text(
+            yaml.safe_dump(document, allow_unicode=True), encoding="utf-8", errors="surrogatepass"
+        )
+        done = blockft("config", recipe, cwd=toy.cwd)
+        if done.returncode == 0:
+            again = toy.folder.parent / "again.yaml"
+            again.write_text(done.stdout, encoding="utf-8")
+            assert load_recipe(again) == load_recipe(recipe)
+        else:
+            assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, (document, done.stderr)
+
+    check()
 
 
-@settings(derandomize=True, deadline=None, max_examples=150, database=None)
-@given(text=st.text(st.characters(codec="utf-8")) | st.text(":-[]{}&*!?|>'\"%@` \n\tab1"))
-def test_any_text_as_a_recipe_is_read_or_refused(toy: Toy, text: str) -> None:
-    recipe = toy.folder.parent / "text.yaml"
-    recipe.write_text(text, encoding="utf-8")
-    assert_refused(toy, "config", recipe)
+@pytest.mark.parametrize("num_examples", [50, MANY_EXAMPLES])
+def test_any_text_as_a_recipe_is_read_or_refused(toy: Toy, num_examples: int) -> None:
+    @settings(derandomize=True, deadline=None, max_examples=num_examples, database=None)
+    @given(text=st.text(st.characters(codec="utf-8")) | st.text(":-[]{}&*!?|>'\"%@` \n\tab1"))
+    def check(text: str) -> None:
+        recipe = toy.folder.parent / "text.yaml"
+        recipe.write_text(text, encoding="utf-8")
+        assert_refused(toy, "config", recipe)
+
+    check()
 
 
 # --- requests and corpora
@@ -444,13 +458,17 @@ def engine(toy: Toy) -> Iterator[Engine]:
         yield opened
 
 
-@settings(derandomize=True, deadline=None, max_examples=200, database=None)
-@given(record=mutated(st.sampled_from(REQUEST_FORMS)))
-def test_a_request_with_one_wrong_part_is_answered_or_refused(engine: Engine, record: Any) -> None:
-    try:
-        engine.encode(engine.parse_request(record, "line 1"), 1)
-    except UserError as error:
-        assert str(error).strip() and len(str(error)) < 5000
+@pytest.mark.parametrize("num_examples", [100, MANY_EXAMPLES])
+def test_a_request_with_one_wrong_part_is_answered_or_refused(engine: Engine, num_examples: int) -> None:
+    @settings(derandomize=True, deadline=None, max_examples=num_examples, database=None)
+    @given(record=mutated(st.sampled_from(REQUEST_FORMS)))
+    def check(record: Any) -> None:
+        try:
+            engine.encode(engine.parse_request(record, "line 1"), 1)
+        except UserError as error:
+            assert str(error).strip() and len(str(error)) < 5000
+
+    check()
 
 
 # --- hostfiles and reports
