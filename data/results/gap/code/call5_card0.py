@@ -8,5 +8,7 @@ from experiments import block, full
 
 QUEUE = [
     block("both-rate-1e-4", "both modes, learning rate 1e-4", learning_rate=1e-4, **ALL),
-    replace(full("full-rate-1e-4", "full, learning rate 1e-4", learning_rate=1e-4, **ALL), evaluations=FULL_MODE),
+    replace(
+        full("full-rate-1e-4", "full, learning rate 1e-4", learning_rate=1e-4, **ALL), evaluations=FULL_MODE
+    ),
 ]

@@ -8,5 +8,8 @@ from experiments import block, full
 
 QUEUE = [
     block("both-more-1e-4", "as both-more, learning rate 1e-4", learning_rate=1e-4, **MORE),
-    replace(full("full-more-1e-4", "as full-more, learning rate 1e-4", learning_rate=1e-4, **MORE), evaluations=FULL_MODE),
+    replace(
+        full("full-more-1e-4", "as full-more, learning rate 1e-4", learning_rate=1e-4, **MORE),
+        evaluations=FULL_MODE,
+    ),
 ]

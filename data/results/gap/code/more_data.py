@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from blockft.data.encode import Encoder
 from blockft.model.load import load_tokenizer
+
 from prompts import support_of
 from split import READING_TASKS, Store, encode_questions
 from study import MORE_DATA
@@ -40,6 +40,8 @@ SPANS = re.compile(
 )
 GAP = "____"
 PER_DOCUMENT = 12
+
+
 def main(model: Path, out: Path) -> None:
     tokenizer = load_tokenizer(str(model))
     encoder = Encoder(tokenizer)

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-
 from blockft.attention.backends import BlockMasks
 from blockft.attention.layout import PADDING, Vectors
 from blockft.data.packing import plan_rows
+from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
 
@@ -254,7 +253,9 @@ class Sharing:
 def support_of(question: dict[str, Any]) -> set[int]:
     """The numbers of a question's supporting documents."""
     return {
-        number for number, is_support in zip(question["documents"], question["supports"], strict=True) if is_support
+        number
+        for number, is_support in zip(question["documents"], question["supports"], strict=True)
+        if is_support
     }
 
 

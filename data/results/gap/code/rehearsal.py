@@ -35,7 +35,9 @@ QUEUE = [
     block("curriculum", "", modes="full-then-both", join=0.8),
     block("go-on", "", init="full", modes="block"),
     block("shared", "", sharing=Sharing(num_questions=4, num_clozes=2, by_lot=0.5), more_data=True),
-    full("full-shared", "", sharing=Sharing(num_questions=4, num_clozes=2), more_data=True, keep_weights=True),
+    full(
+        "full-shared", "", sharing=Sharing(num_questions=4, num_clozes=2), more_data=True, keep_weights=True
+    ),
     block(
         "dual",
         "",

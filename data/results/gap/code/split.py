@@ -98,11 +98,15 @@ def main(model: Path, data: Path, out: Path) -> None:
     records = [record for record in records if id(record) not in kept]
     parts, num_left_out = split_records(records, sealed, NUM_IN_GROUPS)
     tasks = list(reading_tasks(data / CHATS))
-    closed = {run for r in (*sealed, *parts["validation"]) for text in texts(r.content) for run in word_runs(text)}
+    closed = {
+        run for r in (*sealed, *parts["validation"]) for text in texts(r.content) for run in word_runs(text)
+    }
     apart = [task for task in tasks if not word_runs(task["ctxs"][0]["text"]) & closed]
     out.mkdir(parents=True, exist_ok=True)
     (out / READING_TASKS).write_text("".join(json.dumps(task) + "\n" for task in apart), encoding="utf-8")
-    print(f"reading tasks: {len(apart)} of {len(tasks)} share no document with validation or a sealed question")
+    print(
+        f"reading tasks: {len(apart)} of {len(tasks)} share no document with validation or a sealed question"
+    )
     encoder = Encoder(load_tokenizer(str(model)))
     store = Store()
     summary: dict[str, Any] = {"left out, in a group with a sealed question": num_left_out}
@@ -167,7 +171,9 @@ def reading_tasks(path: Path) -> Iterator[dict[str, Any]]:
     seen = set()
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
-        kind = next((k for k in TASKS if "adversarial_qa" in record["source"] and k in record["source"]), None)
+        kind = next(
+            (k for k in TASKS if "adversarial_qa" in record["source"] and k in record["source"]), None
+        )
         if kind is None:
             continue
         prompt, answer = (message["content"].strip() for message in record["messages"])

@@ -254,7 +254,9 @@ def train(
         if training.modes == "dual":
             assert in_full is not None
             assert not (objective.distill_question or objective.hidden_weight or objective.raised_weight)
-            full_loss, full_parts, full_NV = row_loss(llama, weights, in_full, replace(objective, distill=0.0))
+            full_loss, full_parts, full_NV = row_loss(
+                llama, weights, in_full, replace(objective, distill=0.0)
+            )
             (0.5 * full_loss).backward()
             if objective.distill:
                 taught = full_NV.detach(), {}

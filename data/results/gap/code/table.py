@@ -169,9 +169,7 @@ def is_second_round(line: dict[str, Any]) -> bool:
     """Whether an experiment differs from the first round in what all of its experiments have in common."""
     training = line["settings"]["training"]
     steps = 1000 if training["data_share"] == 1.0 else 400
-    return bool(
-        training.get("sharing") or training["learning_rate"] != 2.5e-4 or training["steps"] != steps
-    )
+    return bool(training.get("sharing") or training["learning_rate"] != 2.5e-4 or training["steps"] != steps)
 
 
 def scale_of(line: dict[str, Any]) -> str:
@@ -431,7 +429,10 @@ def pairs_of_second_round(results: Results) -> str:
         """Each of `one` minus its partner of `other`, the mean over the pairs."""
         differences = []
         for order in ORDERS:
-            some = [(results.of(a, f"{mode} {order}"), results.of(b, f"{mode} {order}")) for a, b in zip(one, other, strict=True)]
+            some = [
+                (results.of(a, f"{mode} {order}"), results.of(b, f"{mode} {order}"))
+                for a, b in zip(one, other, strict=True)
+            ]
             differences.append(averaged([minus(a, b) for a, b in some]))
         cells = [with_interval(d, True) for d in (*differences, averaged(differences))]
         rows.append(f"| {label} | " + " | ".join(cells) + " |")
@@ -440,16 +441,34 @@ def pairs_of_second_round(results: Results) -> str:
     boths = ["both-all", "both-rate-1e-4", "both-cloze-1e-4"]
     add("rate 1e-4 minus 2.5e-4, `both`, block mode", ["both-rate-1e-4"], ["both-all"])
     add("rate 1e-4 minus 2.5e-4, `first-block`, block mode", ["first-block-1e-4"], ["first-block-all"])
-    add("rate 1e-4 minus 2.5e-4, `both` and `first-block`, block mode", [boths[1], firsts[1]], [boths[0], firsts[0]])
+    add(
+        "rate 1e-4 minus 2.5e-4, `both` and `first-block`, block mode",
+        [boths[1], firsts[1]],
+        [boths[0], firsts[0]],
+    )
     add("rate 1e-4 minus 2.5e-4, the same, full mode", [boths[1], firsts[1]], [boths[0], firsts[0]], "full")
     add("rate 1e-4 minus 2.5e-4, `full`, full mode", ["full-rate-1e-4"], ["full-all"], "full")
     add("rate 5e-4 minus 2.5e-4, `both`, block mode", ["both-rate-5e-4"], ["both-all"])
     add("`first-block` minus `both`, three pairs, block mode", firsts, boths)
     add("`first-block` minus `both`, three pairs, full mode", firsts, boths, "full")
     add("`first-block` minus `both` at 1e-4, block mode", firsts[1:2], boths[1:2])
-    add("clozes minus none, `both` and `first-block`, block mode", [boths[2], firsts[2]], [boths[1], firsts[1]])
-    add("clozes minus none, `both` and `first-block`, full mode", [boths[2], firsts[2]], [boths[1], firsts[1]], "full")
-    add("clozes minus none, `full`, 2 seeds against 1", ["full-cloze-1e-4", "full-cloze-1e-4-seed1"], ["full-rate-1e-4"] * 2, "full")
+    add(
+        "clozes minus none, `both` and `first-block`, block mode",
+        [boths[2], firsts[2]],
+        [boths[1], firsts[1]],
+    )
+    add(
+        "clozes minus none, `both` and `first-block`, full mode",
+        [boths[2], firsts[2]],
+        [boths[1], firsts[1]],
+        "full",
+    )
+    add(
+        "clozes minus none, `full`, 2 seeds against 1",
+        ["full-cloze-1e-4", "full-cloze-1e-4-seed1"],
+        ["full-rate-1e-4"] * 2,
+        "full",
+    )
     add(
         "mean weights of two seeds minus the mean of their scores, `full-cloze`",
         ["full-cloze-1e-4-average-01"] * 2,
@@ -459,12 +478,19 @@ def pairs_of_second_round(results: Results) -> str:
     add("8 questions a prompt minus 1, `both`, block mode", ["both-shared"], ["both-all"])
     add("8 questions a prompt minus 1, `full`, full mode", ["full-shared"], ["full-all"], "full")
     add("2,000 steps minus 1,000, `both`, block mode", ["both-2000"], ["both-all"])
-    add("overlapping positions minus not, `both` and `first-block`, block mode", ["stride-1e-4", "first-block-stride-1e-4"], [boths[1], firsts[1]])
+    add(
+        "overlapping positions minus not, `both` and `first-block`, block mode",
+        ["stride-1e-4", "first-block-stride-1e-4"],
+        [boths[1], firsts[1]],
+    )
     return "\n".join(rows)
 
 
 PLACES = {
-    "full fine-tuned, full attention": ("full", ("full-all", "full-rate-1e-4", "full-cloze-1e-4", "full-cloze-1e-4-seed1")),
+    "full fine-tuned, full attention": (
+        "full",
+        ("full-all", "full-rate-1e-4", "full-cloze-1e-4", "full-cloze-1e-4-seed1"),
+    ),
     "`both`, full mode": ("full", ("both-all", "both-rate-1e-4", "both-cloze-1e-4")),
     "`both`, block mode": ("block", ("both-all", "both-rate-1e-4", "both-cloze-1e-4")),
     "`first-block`, full mode": ("full", ("first-block-all", "first-block-1e-4", "first-block-cloze-1e-4")),
@@ -488,11 +514,17 @@ def place_table(results: Results, data: dict[str, Any]) -> str:
     groups = {"1": (0,), "2 to 4": (1, 2, 3), "5 to 7": (4, 5, 6), "8 to 10": (7, 8, 9)}
     which = {name: np.isin(np.array(places), some) for name, some in groups.items()}
     head = " | ".join(f"{name} ({chosen.sum()})" for name, chosen in which.items())
-    rows = [f"| place of the supporting document | models | {head} |", "|---|---" + "|---" * len(groups) + "|"]
+    rows = [
+        f"| place of the supporting document | models | {head} |",
+        "|---|---" + "|---" * len(groups) + "|",
+    ]
     for label, (mode, names) in PLACES.items():
         hits = np.mean(
             [
-                [100.0 * (c == "1") for c in results.lines[n]["results"][f"{mode} shuffled"]["scores"][METRIC]]
+                [
+                    100.0 * (c == "1")
+                    for c in results.lines[n]["results"][f"{mode} shuffled"]["scores"][METRIC]
+                ]
                 for n in names
             ],
             axis=0,

@@ -4,15 +4,15 @@ import random
 from dataclasses import replace
 from typing import Any
 
+import blockft.model.load  # noqa: F401 - registers the backends
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
-import blockft.model.load  # noqa: F401 - registers the backends
 from blockft.attention.layout import Layout
 from blockft.attention.mask import dense_batch_mask, tile_mask
 from blockft.model.masked import masked_logits
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from driver import TOY
 from llama import Llama, Shape, Weights
 from model_file import random_flat
@@ -236,7 +236,9 @@ def test_recomputing_everything_is_full_mode_and_nothing_is_block_mode() -> None
 
 @pytest.mark.parametrize("mode", ["block", "full"])
 @pytest.mark.parametrize("prompt_options", [PromptOptions(), PromptOptions(private_prefix=-1)])
-def test_questions_that_share_a_prompt_are_answered_as_alone(prompt_options: PromptOptions, mode: str) -> None:
+def test_questions_that_share_a_prompt_are_answered_as_alone(
+    prompt_options: PromptOptions, mode: str
+) -> None:
     data, weights, llama = toy_data(), Weights(SMALL, random_flat(SMALL) * 3), Llama(SMALL, "sdpa")
     data["asked_about"] = index_questions(data, range(12))
     data["clozes"] = {n: [(np.arange(20 + n, 26 + n), np.array([30, 2]))] for n in range(24)}
@@ -256,7 +258,15 @@ def test_questions_that_share_a_prompt_are_answered_as_alone(prompt_options: Pro
         context = alone.kinds <= DOCUMENT
         kept = {
             name: getattr(alone, name)[context]
-            for name in ("ids", "positions", "blocks", "is_link", "is_private", "is_bidirectional", "is_final")
+            for name in (
+                "ids",
+                "positions",
+                "blocks",
+                "is_link",
+                "is_private",
+                "is_bidirectional",
+                "is_final",
+            )
         }
         single.add(shared.ids[own], 2, is_final=True)
         last = single.finish(0)
@@ -320,7 +330,9 @@ def test_documents_overlap_in_position_and_the_last_one_ends_before_the_question
     data = toy_data()
     prompt = prompt_of(data, 2, "block", PromptOptions(document_stride=3, private_prefix=-1))
     is_own = (prompt.kinds == DOCUMENT) & ~prompt.is_private
-    ends = [int(prompt.positions[is_own & (prompt.blocks == b)].max()) for b in np.unique(prompt.blocks[is_own])]
+    ends = [
+        int(prompt.positions[is_own & (prompt.blocks == b)].max()) for b in np.unique(prompt.blocks[is_own])
+    ]
     question = int(prompt.positions[prompt.is_final].min())
     assert ends == [question - 1 - 3 * (9 - place) for place in range(10)]
     assert int(prompt.positions[is_own].min()) == int((prompt.kinds == 0).sum())
