@@ -24,7 +24,10 @@ from blockft.folder_lock import FolderLock, lock_folder
 from blockft.printable import printable
 
 TEMPORARY = ".draft"
-"""Suffix of the hidden folder in which an atomic folder is written."""
+"""Suffix of the hidden folder or file in which an output is written; see `temporary_path`."""
+
+_TOKEN_BYTES = 8
+"""Number of random bytes in the name of a temporary path."""
 
 OLD = ".old"
 """Further suffix of the hidden folder to which a replaced folder is moved."""
@@ -111,7 +114,7 @@ def atomic_folder(out: OwnedFolder) -> Iterator[Path]:
         UserError: the disk is full, the folder cannot be written, or `out` was created or replaced in the
             meantime.
     """
-    temporary = out.path.with_name(f".{out.path.name}.{secrets.token_hex(8)}{TEMPORARY}")
+    temporary = temporary_path(out.path)
     try:
         with write_errors(temporary, name=out.name, remedy=lambda: f"nothing was written to {out.name}"):
             temporary.mkdir()
@@ -149,6 +152,18 @@ def _move_into_place(temporary: Path, out: OwnedFolder) -> None:
     )
 
 
+def temporary_path(path: Path) -> Path:
+    """Return a new path beside `path`, for what is written before it is renamed to `path`."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(_TOKEN_BYTES)}{TEMPORARY}")
+
+
+def _find_temporary(path: Path, suffix: str = TEMPORARY) -> list[Path]:
+    """Return the paths beside `path` that `temporary_path` gave for it."""
+    # any other text would also match the temporary files of `model.v2`, when `model` is written
+    token = "[0-9a-f]" * (2 * _TOKEN_BYTES)
+    return sorted(path.parent.glob(f".{glob.escape(path.name)}.{token}{suffix}"))
+
+
 def _renameat2(source: Path, target: Path, flags: int) -> bool:
     """Rename with flags of Linux; return False if the file system or the system does not know them."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -168,12 +183,11 @@ def _remove_remains(path: Path) -> None:
 
     A writer that was killed while it replaced `path` has moved the old folder away: it is moved back.
     """
-    remains = f".{glob.escape(path.name)}.*{TEMPORARY}"
-    for old in path.parent.glob(remains + OLD):
+    for old in _find_temporary(path, TEMPORARY + OLD):
         if not os.path.lexists(path):
             old.rename(path)
         shutil.rmtree(old, ignore_errors=True)
-    for temporary in path.parent.glob(remains):
+    for temporary in _find_temporary(path):
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
@@ -323,7 +337,7 @@ def _create_temporary_file(path: Path) -> tuple[Path, BinaryIO]:
     The lock says that the writer is alive.
     """
     while True:
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{TEMPORARY}")
+        temporary = temporary_path(path)
         file = temporary.open("xb")
         fcntl.flock(file, fcntl.LOCK_SH)
         _remove_abandoned_files(path)
@@ -334,7 +348,7 @@ def _create_temporary_file(path: Path) -> tuple[Path, BinaryIO]:
 
 
 def _remove_abandoned_files(path: Path) -> None:
-    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY}"):
+    for temporary in _find_temporary(path):
         # OSError: its writer is alive or has just ended, or it belongs to another user
         with suppress(OSError), temporary.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -133,13 +133,26 @@ def test_only_the_folder_that_was_there_at_the_start_is_replaced(
 
 
 def test_a_folder_that_a_killed_writer_moved_away_comes_back(tmp_path: Path) -> None:
-    out, old = tmp_path / "out", tmp_path / f".out.0123{outputs.TEMPORARY}{outputs.OLD}"
+    out, old = tmp_path / "out", tmp_path / f".out.0123456789abcdef{outputs.TEMPORARY}{outputs.OLD}"
     old.mkdir()
     (old / "precious").touch()
-    (tmp_path / f".out.0123{outputs.TEMPORARY}").mkdir()
+    (tmp_path / f".out.0123456789abcdef{outputs.TEMPORARY}").mkdir()
     with pytest.raises(ZeroDivisionError), own_folder(out, "blockft test"):
         _ = 1 / 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and (out / "precious").exists()
+
+
+@pytest.mark.parametrize("name", ["out", "out.v2"])
+def test_writers_of_similar_names_do_not_remove_each_others_folders(tmp_path: Path, name: str) -> None:
+    (other,) = {"out", "out.v2"} - {name}
+    with writing(tmp_path / name) as draft:
+        (draft / "half").touch()
+        with writing(tmp_path / other) as other_draft:
+            (other_draft / "file").touch()
+        write_atomic(tmp_path / f"{name}.json", "{}")
+        with writing(tmp_path / f"{other}.json"):
+            pass
+    assert [path.name for path in (tmp_path / name).iterdir()] == ["half"]
 
 
 def test_a_folder_that_cannot_be_written_is_refused_in_one_sentence(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import atexit
 import os
 import re
-import secrets
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ import torch.distributed as dist
 
 from blockft.errors import UserError, is_first_of_host
 from blockft.inputs import shorten
-from blockft.outputs import TEMPORARY
+from blockft.outputs import temporary_path
 from blockft.training.compiler_lock import watch_compiler_locks
 from blockft.training.library_internals import forget_process_groups, unlink_shared_memory
 from blockft.training.library_warnings import library_output_on_stderr
@@ -191,9 +190,9 @@ def check_ranks(run: Path, run_signature: dict[str, Any]) -> None:
                 f"rank {different[0]} and rank 0 differ in {name}: every host must start the same command "
                 "in a directory with the same files"
             )
-    token = [secrets.token_hex(8)]
-    dist.broadcast_object_list(token)
-    shared_file = run.parent / f".{run.name}.{token[0]}{TEMPORARY}"
+    chosen = [temporary_path(run)]
+    dist.broadcast_object_list(chosen)
+    shared_file = chosen[0]
     write_error = [""]
     if rank == 0:
         try:
