@@ -23,10 +23,11 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from blockft.attention.backends import BACKENDS
+from blockft.digest import digest_files, digest_json, digest_names
 from blockft.errors import UserError, first_line
 from blockft.file_content import check_content
 from blockft.model.lora import merge_adapter
-from blockft.model.model_files import verify_model_files
+from blockft.model.model_files import verify_base_weights, verify_model_files
 from blockft.model.supported import (
     block_attention_config,
     check_settings,
@@ -34,7 +35,7 @@ from blockft.model.supported import (
     check_supported,
     check_vocabulary,
 )
-from blockft.model.weights import check_weights, error_prefix, find_file
+from blockft.model.weights import check_weights, digest_weights, error_prefix, find_file
 from blockft.progress import is_enabled
 from blockft.run_folder import RECIPE
 
@@ -159,6 +160,19 @@ def verify_model(path: str, revision: str | None = None) -> None:
     verify_model_files(*(adapter_base_model(path) or (path, revision)), weights=True)
 
 
+def digest_base_weights(path: str, revision: str | None = None) -> str:
+    """Return a digest of the files with a model's weights; for an adapter, of its base model's and its own.
+
+    Raises:
+        UserError: there are no weights.
+    """
+    if not (base := adapter_base_model(path)):
+        return digest_weights(path, revision)
+    adapter = Path(path)
+    files = digest_files(adapter, [file.name for file in adapter.glob("adapter_model.*")])
+    return digest_json([digest_weights(*base), digest_names(files, sorted(files))])
+
+
 def load_tokenizer(
     path: str, revision: str | None = None, chat_template: str | None = None
 ) -> PreTrainedTokenizerBase:
@@ -221,7 +235,8 @@ def load_model(
         set_seed(random_seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         return model.eval()
-    base = adapter_base_model(path)
+    if base := adapter_base_model(path):
+        verify_base_weights(Path(path), *base)
     model = _load_weights(*(base or (path, revision)), config, dtype, attention)
     return (merge_adapter(model, Path(path)) if base else model).eval()
 

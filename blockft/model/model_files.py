@@ -4,7 +4,8 @@
 
     digests.json    {"version": 1, "files": {name: {"bytes": ..., "digest": ...}}, "digest": ...}
 
-It lists the files that determine the model: weights, configuration, tokenizer, template, adapter.
+It lists the files that determine the model: weights, configuration, tokenizer, template, adapter. That of an
+adapter also holds the digest of the weights of its base model, `base_weights`.
 transformers and vLLM ignore it. A checkpoint of a run that is opened as a model is checked by its marker. A
 folder with neither, such as any other model, is not checked.
 """
@@ -27,6 +28,7 @@ from blockft.digest import (
 )
 from blockft.errors import UserError, is_first_of_host
 from blockft.model.checkpoint import MARKER
+from blockft.model.weights import digest_weights
 
 DIGESTS = "digests.json"
 
@@ -43,10 +45,12 @@ _READ_FOLDERS = (".", "additional_chat_templates")
 """Folders of a model in which transformers looks for files."""
 
 
-def write_digests(folder: Path) -> None:
-    """Write the digests of a model's files into its folder."""
+def write_digests(folder: Path, *, base_weights: str | None = None) -> None:
+    """Write the digests of a model's files into its folder; `base_weights` is that of an adapter's base."""
     files = digest_files(folder, _list_model_files(folder))
     record = {"version": VERSION, "files": files_to_record(files)}
+    if base_weights:
+        record["base_weights"] = base_weights
     (folder / DIGESTS).write_text(dump_with_digest(record), encoding="utf-8")
 
 
@@ -80,6 +84,22 @@ def verify_model_files(path: str, revision: str | None = None, *, weights: bool)
         if digests.name == DIGESTS:
             remedy += f", or remove {DIGESTS} from the folder if it was changed on purpose"
         raise UserError(f"model {folder} is damaged ({error}): {remedy}") from error
+
+
+def verify_base_weights(adapter: Path, base: str, revision: str | None) -> None:
+    """Check that an adapter with digests was trained on the weights that its base model has now.
+
+    Raises:
+        UserError: the base model has other weights, or none.
+    """
+    digests = adapter / DIGESTS
+    if not digests.is_file() or not (expected := read_with_digest(digests).get("base_weights")):
+        return
+    if digest_weights(base, revision) != expected:
+        raise UserError(
+            f"adapter {adapter} was trained on other weights than {base} holds now: restore them, or remove "
+            f"{DIGESTS} from the adapter's folder if the base model was changed on purpose"
+        )
 
 
 def _list_model_files(folder: Path) -> list[str]:

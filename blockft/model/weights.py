@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from blockft.digest import DamagedFile, digest_files, digest_names
 from blockft.errors import UserError, first_line
 from blockft.file_content import check_content
 
@@ -160,6 +161,21 @@ def find_weight_files(path: str, revision: str | None) -> list[Path]:
                 return _find_shards(path, file, revision)
             return [file]
     raise UserError(f"it holds no weights ({' or '.join(WEIGHT_FILES)})")
+
+
+def digest_weights(path: str, revision: str | None) -> str:
+    """Return one digest of the files that hold the weights of a model folder or Hub id.
+
+    Raises:
+        UserError: see `find_weight_files`; a file cannot be read.
+    """
+    with error_prefix(f"model {path!r} cannot be opened: "):
+        files = find_weight_files(path, revision)
+        try:
+            digests = digest_files(files[0].parent, [file.name for file in files])
+        except DamagedFile as error:
+            raise UserError(str(error)) from error
+    return digest_names(digests, sorted(digests))
 
 
 def read_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:

@@ -34,6 +34,7 @@ from blockft.model.load import (
     BLOCK_ATTENTION,
     DTYPES,
     adapter_base_model,
+    digest_base_weights,
     load_config,
     load_full_attention_model,
     load_generation_config,
@@ -50,7 +51,7 @@ from blockft.stages.compare import read_report
 from blockft.stages.output_folder import own_output
 from blockft.training.library_internals import check_pickles, consolidate_weights
 from blockft.training.library_warnings import silence_known_warnings
-from blockft.training.plan import WEIGHT_DTYPE
+from blockft.training.plan import BASE_WEIGHTS, WEIGHT_DTYPE
 from blockft.units import format_count, parse_bytes
 from blockft.version import __version__
 
@@ -151,6 +152,12 @@ def _export(
     run_dtype = DTYPES[run_signature[WEIGHT_DTYPE]]
     export_dtype = _parse_dtype(dtype, run_dtype)
     recipe = load_recipe(str(checkpoint.parent / RECIPE))
+    base_weights = run_signature.get(BASE_WEIGHTS)
+    if base_weights and digest_base_weights(recipe.model.path, recipe.model.revision) != base_weights:
+        raise UserError(
+            f"{checkpoint} was trained on other weights than {recipe.model.path} holds now: restore the "
+            "weights of the base model to export its adapter"
+        )
     console = PlainConsole(stderr=True)
     console.print(f"gathering the weights of {checkpoint}")
     with atomic_folder(out) as folder:
@@ -165,7 +172,7 @@ def _export(
             checkpoint, recipe, name=repository or out.name.name, is_adapter=adapter_only, scores=scores
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
-        write_digests(folder)
+        write_digests(folder, base_weights=base_weights if adapter_only else None)
         is_exact = export_dtype is run_dtype and (export_dtype is torch.float32 or not has_adapter)
         tolerance = EXACT_TOLERANCE if is_exact else ROUNDED_TOLERANCE
         difference = _compare_logits(folder, checkpoint)

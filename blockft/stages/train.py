@@ -38,6 +38,7 @@ from blockft.model.decoder_layers import compile_layers
 from blockft.model.fingerprint import model_fingerprint
 from blockft.model.load import (
     build_meta_model,
+    digest_base_weights,
     load_config,
     load_model,
     load_tokenizer,
@@ -81,6 +82,7 @@ from blockft.training.loss_plot import save_loss_plot
 from blockft.training.lr_schedule import check_schedule
 from blockft.training.objectives import Distillation
 from blockft.training.plan import (
+    BASE_WEIGHTS,
     NUM_PROCESSES,
     TEACHER_FINGERPRINT,
     WEIGHT_DTYPE,
@@ -314,7 +316,8 @@ def check_run(
         _verify_inputs(recipe, checkpoint)
     if checkpoint is None:
         return plan, None
-    check_run_signature(checkpoint, plan.run_signature, ignore=(NUM_PROCESSES, TEACHER_FINGERPRINT))
+    known_later = (TEACHER_FINGERPRINT, BASE_WEIGHTS)
+    check_run_signature(checkpoint, plan.run_signature, ignore=(NUM_PROCESSES, *known_later))
     return plan, checkpoint
 
 
@@ -556,7 +559,7 @@ def _build_trainer(
     marker = read_marker(checkpoint) if checkpoint else None
     # TrainingArguments enable ZeRO-3, which would shard the weights of a teacher loaded after them
     distillation, teacher_signature = _load_distillation(recipe, plan)
-    run_signature = plan.run_signature | teacher_signature
+    run_signature = plan.run_signature | teacher_signature | _digest_base_weights(recipe)
     arguments = _build_arguments(recipe, plan, marker, title)
     check_ranks(run, {"recipe": dump_recipe(recipe), "checkpoint": str(checkpoint), **run_signature})
     if checkpoint:
@@ -631,6 +634,13 @@ def _load_distillation(recipe: Recipe, plan: RunPlan) -> tuple[Distillation | No
     if settings.torch_compile:
         compile_layers(teacher)
     return Distillation(teacher, settings.teacher_weight), signature
+
+
+def _digest_base_weights(recipe: Recipe) -> dict[str, str]:
+    """Return the entry of the run signature for the base model of a LoRA run."""
+    if recipe.train.lora is None or recipe.model.init is WeightInit.random:
+        return {}
+    return {BASE_WEIGHTS: digest_base_weights(recipe.model.path, recipe.model.revision)}
 
 
 def _build_arguments(

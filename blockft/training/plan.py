@@ -30,6 +30,9 @@ WEIGHT_DTYPE = "dtype of the weights"
 TEACHER_FINGERPRINT = "fingerprint of train.teacher"
 """Entry of a run signature that is known only after the teacher was loaded."""
 
+BASE_WEIGHTS = "digest of the weights of model.path"
+"""Entry of the run signature of an adapter, whose checkpoints do not hold the weights of its base model."""
+
 
 @dataclass(frozen=True)
 class RunPlan:

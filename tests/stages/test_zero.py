@@ -5,7 +5,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,7 +26,7 @@ from blockft.model.checkpoint import (
     load_reference_logits,
     read_marker,
 )
-from blockft.model.load import load_config
+from blockft.model.load import load_config, load_model
 from blockft.run_folder import METRICS, read_metrics
 from blockft.stages.export import export
 from blockft.stages.prepare import prepare
@@ -161,6 +162,35 @@ def test_an_adapter_on_its_base_model_gives_the_logits_of_its_run(
     for model in (AutoModelForCausalLM.from_pretrained(out), PeftModel.from_pretrained(base, out)):
         assert_close(logits_of(model, ids), expected, rtol=1e-5, atol=1e-5)
     assert load_config(str(out)).block_attention["version"] == 1
+
+
+@pytest.fixture
+def other_base_weights(folder: Path) -> Iterator[None]:
+    """Change one weight of the base model while a test runs."""
+    file = folder / "model" / "model.safetensors"
+    original = file.read_bytes()
+    weights = load_file(file)
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, file, metadata={"format": "pt"})
+    yield
+    file.write_bytes(original)
+
+
+def test_an_adapter_is_refused_on_other_base_weights(
+    train_once: TrainOnce, folder: Path, request: pytest.FixtureRequest
+) -> None:
+    run = train_once(2, True)
+    out = export(run, folder / "adapter-of-other-base", adapter_only=True)
+    load_model(str(out), backend="sdpa", dtype=torch.float32)
+    request.getfixturevalue("other_base_weights")
+    with pytest.raises(UserError, match="was trained on other weights than .*model holds now"):
+        load_model(str(out), backend="sdpa", dtype=torch.float32)
+    with pytest.raises(UserError, match="was trained on other weights than .*model holds now"):
+        export(run, folder / "none")
+    assert not (folder / "none").exists()
+    settings = (f"train.output_dir={run}", *SETTINGS, LORA, "train.num_train_epochs=4")
+    resumed = run_ranks("train", folder / "recipe.yaml", *settings, "--resume", num_ranks=2)
+    assert resumed.returncode == 2 and "digest of the weights of model.path = " in resumed.stderr
 
 
 def test_a_run_of_all_weights_has_no_adapter_to_export(train_once: TrainOnce, folder: Path) -> None:
