@@ -75,12 +75,12 @@ def train_command(toy: Path, out: Path) -> list[str | Path]:
 
 
 def cache_command(toy: Path, out: Path) -> list[str | Path]:
-    return ["cache", "build", toy / "export", toy / "documents.jsonl", "--cache", out]
+    return ["cache", "build", toy / "model", toy / "documents.jsonl", "--cache", out]
 
 
 def generate_command(toy: Path, out: Path) -> list[str | Path]:
     options = ["--max-new-tokens", "3", "--json", "--cache", out]
-    return ["generate", toy / "export", "--input", toy / "requests.jsonl", *options]
+    return ["generate", toy / "model", "--input", toy / "requests.jsonl", *options]
 
 
 VERBS = {
