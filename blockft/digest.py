@@ -201,7 +201,7 @@ def parse_files(record: Any) -> dict[str, FileDigest]:
     """
     try:
         files = {name: FileDigest(int(entry["bytes"]), str(entry[DIGEST])) for name, entry in record.items()}
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):  # OverflowError: Infinity
         raise DamagedFile("its list of files has another form") from None
     for name in files:
         if not name or os.path.isabs(name) or ".." in Path(name).parts or "\0" in name:
@@ -234,13 +234,14 @@ def read_with_digest(path: Path) -> dict[str, Any]:
     try:
         text = content.decode("utf-8")
         record = json.loads(text)
-    except (ValueError, RecursionError):
+        if not isinstance(record, dict):
+            raise DamagedFile(f"{path.name} is not a JSON object")
+        if record.pop(DIGEST, None) is None:
+            raise DamagedFile(f"{path.name} has no digest; an earlier version of blockft wrote none")
+        is_unchanged = text == dump_with_digest(record)
+    except (ValueError, RecursionError):  # the encoder cannot recurse as deeply as the decoder
         raise DamagedFile(f"{path.name} is not JSON") from None
-    if not isinstance(record, dict):
-        raise DamagedFile(f"{path.name} is not a JSON object")
-    if record.pop(DIGEST, None) is None:
-        raise DamagedFile(f"{path.name} has no digest; an earlier version of blockft wrote none")
-    if text != dump_with_digest(record):
+    if not is_unchanged:
         raise DamagedFile(f"{path.name} has changed since it was written")
     return record
 

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import math
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -155,8 +157,24 @@ def test_every_byte_of_json_with_a_digest_counts(tmp_path: Path) -> None:
             read_with_digest(path)
 
 
+def test_json_that_is_nested_deeply_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    for depth in range(sys.getrecursionlimit() - 150, sys.getrecursionlimit() + 50):
+        path.write_text(f'{{"digest": "", "value": {"[" * depth}{"]" * depth}}}')
+        with pytest.raises(DamagedFile, match="record.json"):
+            read_with_digest(path)
+
+
 @pytest.mark.parametrize(
-    "record", [None, [], {"a": 1}, {"a": {"bytes": "x", "digest": ""}}, {"a": {"bytes": 1}}]
+    "record",
+    [
+        None,
+        [],
+        {"a": 1},
+        {"a": {"bytes": "x", "digest": ""}},
+        {"a": {"bytes": 1}},
+        {"a": {"bytes": math.inf, "digest": ""}},
+    ],
 )
 def test_a_list_of_files_of_another_form_is_refused(record: object) -> None:
     with pytest.raises(DamagedFile, match="another form"):

@@ -167,9 +167,10 @@ class AnswerFile:
             fields = json.loads(line)
             del fields[DIGEST]
             record = AnswerRecord(**fields)
+            is_valid = record.index == index and self._to_line(record) == line + b"\n"
         except (ValueError, TypeError, KeyError, RecursionError):
             return None
-        return record if record.index == index and self._to_line(record) == line + b"\n" else None
+        return record if is_valid else None
 
     def _to_line(self, record: AnswerRecord) -> bytes:
         fields = asdict(record)

@@ -38,17 +38,6 @@ _LARGEST_SIZES = {
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "sliding_window")
 """Sizes that may be null."""
 
-_PLACEHOLDERS = (
-    "image_token",
-    "video_token",
-    "audio_token",
-    "boi_token",
-    "eoi_token",
-    "boa_token",
-    "eoa_token",
-)
-"""Names under which a tokenizer lists tokens that stand for media. A model for text alone may lack them."""
-
 _MEDIA_TOKENS = ("image_token", "video_token", "audio_token", "boi_token", "eoi_token")
 """Names under which a tokenizer lists tokens that stand for media. A model for text alone may lack them."""
 
