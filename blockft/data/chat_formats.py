@@ -5,10 +5,10 @@ of a record with several answers are numbered (`id#1`, `id#2`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from blockft.data.fields import LEARN_FLAGS, SYSTEM_FIELDS
+from blockft.data.fields import CHAT_COPIES, LEARN_FLAGS, SYSTEM_FIELDS
 from blockft.data.sample import (
     EVIDENCE_MARKS,
     NO_EVIDENCE,
@@ -39,7 +39,7 @@ NOT_LEARNED = "no answer to learn"
 
 @dataclass(frozen=True, kw_only=True)
 class _Turn:
-    """A turn of a chat; `path` is its field, for error messages. An answer may be context only."""
+    """A turn of a chat; `path` is the field of its role. An answer may be context only."""
 
     role: str
     text: str
@@ -58,7 +58,7 @@ def parse_messages_record(record: Any, default_id: str) -> Iterator[Sample]:
 
     Tulu 3 and OpenAI write `messages` with `role` and `content`, ShareGPT writes `conversations` with `from`
     and `value`. A field `system` (or `system_prompt`, `system_message`, `system_instruction`) may hold the
-    system message. A content may be a list of text parts.
+    system message. A content may be a list of text parts. A field such as `response` may repeat a message.
 
     User and assistant alternate, after at most one system message. A blank system message is ignored. A blank
     answer ends the chat, because nothing can be learned from it or from its continuation. An answer with the
@@ -78,9 +78,11 @@ def parse_messages_record(record: Any, default_id: str) -> Iterator[Sample]:
     check_field(is_nonempty_list, f"field {name!r}", messages, "be a list of messages")
     turns = [_parse_turn(message, f"{name}[{i}]") for i, message in enumerate(messages)]
     system = _system_text(record)
+    _check_copies(record, turns)
     if turns[0].role == "system":
-        rule = "be absent if the first message is a system message"
-        check_field(not system, "the system message of the record", system, rule)
+        rule = "be absent, or equal the first message, which is a system message"
+        is_same = not system or system.strip() == turns[0].text.strip()
+        check_field(is_same, "the system message of the record", system, rule)
         system, turns = turns[0].text, turns[1:]
     return _samples_of_chat(record, default_id, "messages", system, turns)
 
@@ -152,17 +154,19 @@ def parse_blocks(record: Any, default_id: str) -> Iterator[Sample]:
         return iter([_parse_rag_record(record, prompt, id)])
     templated = parse_templated_blocks(get_field(record, name), name)
     check_field("".join(templated) == prompt, f"field {name!r}", list(templated), "join to the prompt")
-    response = parse_text(get_field(record, "response"), "field 'response'")
-    source = _text_or_default(record, "source", "blocks")
-    if not parse_flag(record, "train_block", True):
-        templated = (prompt,)
-    return iter([Sample(id=id, source=source, templated=templated, response=response)])
+    answers = _accepted_answers(record)
+    sample = Sample(
+        id=id,
+        source=_text_or_default(record, "source", "blocks"),
+        templated=templated,
+        response=_response(record, "response", "generated", answers),
+        answers=answers,
+    )
+    return iter([_in_one_block(sample, record)])
 
 
 def _parse_rag_record(record: Mapping[str, Any], prompt: str, id: str) -> Sample:
-    answers = get_field(record, "answers", [])
-    check_field(isinstance(answers, list), "field 'answers'", answers, "be a list of texts")
-    response = get_field(record, "generated", "")
+    answers = _accepted_answers(record)
     documents = get_field(record, "documents")
     check_field(isinstance(documents, list), "field 'documents'", documents, "be a list of documents")
     starts, end = _document_offsets(prompt, documents)
@@ -182,14 +186,37 @@ def _parse_rag_record(record: Mapping[str, Any], prompt: str, id: str) -> Sample
         check_field(is_score, f"field 'documents[{i}].score'", score, "be a number")
     if scores and None not in scores:
         meta["relevance"] = scores
-    return Sample(
+    sample = Sample(
         id=id,
         source=_text_or_default(record, "source", "blocks"),
         templated=tuple(texts if num_before else texts[1:]),
-        response=parse_text(response, "field 'generated'", may_be_blank=bool(answers)),
-        answers=tuple(parse_text(answer, f"field 'answers[{i}]'") for i, answer in enumerate(answers)),
+        response=_response(record, "generated", "response", answers),
+        answers=answers,
         meta=meta,
     )
+    return _in_one_block(sample, record)
+
+
+def _accepted_answers(record: Mapping[str, Any]) -> tuple[str, ...]:
+    answers = get_field(record, "answers", [])
+    check_field(isinstance(answers, list), "field 'answers'", answers, "be a list of texts")
+    return tuple(parse_text(answer, f"field 'answers[{i}]'") for i, answer in enumerate(answers))
+
+
+def _response(record: Mapping[str, Any], name: str, other: str, answers: Sequence[str]) -> str:
+    """Return the response, which may be blank if there are answers; the field `other` may only repeat it."""
+    value = get_field(record, name, "") if answers else get_field(record, name)
+    response = parse_text(value, f"field {name!r}", may_be_blank=bool(answers))
+    repeats = record.get(other) in (None, "", response)
+    check_field(repeats, f"field {other!r}", record.get(other), f"be absent: the response is {name!r}")
+    return response
+
+
+def _in_one_block(sample: Sample, record: Mapping[str, Any]) -> Sample:
+    """Return the sample; its prompt becomes one block if `train_block` is false."""
+    if parse_flag(record, "train_block", True):
+        return sample
+    return replace(sample, templated=("".join(sample.templated),), meta={})
 
 
 def unsupported_blocks(record: Mapping[str, Any]) -> str:
@@ -235,7 +262,20 @@ def _parse_turn(message: Any, path: str) -> _Turn:
         content = join_text_parts(content, f"{path}.{text_key}")
     # a blank question is an error; a blank answer ends the chat and a blank system message is ignored
     text = parse_text(content, f"field '{path}.{text_key}'", may_be_blank=role != "user")
-    return _Turn(role=role, text=text, path=path, is_learned=_is_learned(message, role, path))
+    return _Turn(role=role, text=text, path=f"{path}.{role_key}", is_learned=_is_learned(message, role, path))
+
+
+def _check_copies(record: Mapping[str, Any], turns: Sequence[_Turn]) -> None:
+    """Check that fields such as `response` only repeat a message.
+
+    Raises:
+        RecordError: a field holds something else, which may be a system message or another answer.
+    """
+    for name in CHAT_COPIES:
+        value = record.get(name)
+        repeats = value in (None, "", [], {}) or any(value == turn.text for turn in turns)
+        rule = "be absent, or repeat a message: the chat stands in the messages"
+        check_field(repeats, f"field {name!r}", value, rule)
 
 
 def _is_learned(message: Mapping[str, Any], role: str, path: str) -> bool:
@@ -263,7 +303,7 @@ def _samples_of_chat(
     """Return one sample per learned answer of a chat, up to the first blank answer."""
     for i, turn in enumerate(turns):
         role = ("user", "assistant")[i % 2]
-        rule = f"be of the {role}: turns alternate"
+        rule = f"be {role}: turns alternate, after at most one system message"
         check_field(turn.role == role, f"field {turn.path!r}", turn.role, rule)
     num_answers = len(turns) // 2
     answers = [turn.text for turn in turns[1::2]]
@@ -298,9 +338,12 @@ def _text_or_default(record: Mapping[str, Any], name: str, default: str) -> str:
     return parse_text(value, f"field {name!r}") if isinstance(value, str) and value.strip() else default
 
 
-def _optional_text(record: Mapping[str, Any], name: str) -> str:
-    """Return a text of the record; "" if the field is missing, null or blank."""
-    text = parse_text(get_field(record, name, ""), f"field {name!r}", may_be_blank=True)
+def _optional_text(record: Mapping[str, Any], name: str, *, may_be_parts: bool = False) -> str:
+    """Return a text of the record, or its text parts joined; "" if the field is missing, null or blank."""
+    value = get_field(record, name, "")
+    if may_be_parts and isinstance(value, list):
+        value = join_text_parts(value, name)
+    text = parse_text(value, f"field {name!r}", may_be_blank=True)
     return text if text.strip() else ""
 
 
@@ -310,7 +353,9 @@ def _system_text(record: Mapping[str, Any]) -> str:
     Raises:
         RecordError: two fields hold different system messages.
     """
-    texts = {name: text for name in SYSTEM_FIELDS if (text := _optional_text(record, name))}
+    texts = {
+        name: text for name in SYSTEM_FIELDS if (text := _optional_text(record, name, may_be_parts=True))
+    }
     is_one = len(set(texts.values())) < 2
     check_field(is_one, "the record", list(texts), "hold its system message in one field")
     return next(iter(texts.values()), "")

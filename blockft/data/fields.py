@@ -7,10 +7,10 @@ refused by name. A field that no table knows is counted and changes nothing.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
-from blockft.data.sample import EVIDENCE_MARKS, check_field, is_list
+from blockft.data.sample import ANSWERABLE_FLAGS, EVIDENCE_MARKS, UNANSWERABLE_FLAGS, check_field, is_list
 
 MAX_UNKNOWN_FIELDS = 100
 """Number of unknown fields of a source that are counted by name. All others are counted together."""
@@ -30,17 +30,20 @@ EMPTY_TEXTS = ("", "[]", "{}", "null")
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a field is refused. A value that is null or empty, or one of `neutral`, means nothing."""
+    """Why a field is refused. A value that is null or empty, or one of `neutral`, means nothing.
+
+    An object means nothing if all that it holds is empty or false, as objects of parquet files are.
+    """
 
     rule: str
     neutral: tuple[Any, ...] = ()
 
     def is_neutral(self, value: Any) -> bool:
         """Return whether the value says the same as a field that is absent."""
-        if value is None or isinstance(value, str) and value.strip() in EMPTY_TEXTS:
+        if _is_empty(value):
             return True
-        if isinstance(value, Mapping) or is_list(value):
-            return not value
+        if isinstance(value, Mapping):
+            return all(_is_empty(element) or element is False for element in value.values())
         return type(value) in (bool, int, float, str) and value in self.neutral
 
 
@@ -84,9 +87,12 @@ class FieldTable:
             for name in value:
                 if name in self.passed:
                     continue
-                if refusal := self.refused.get(name):
-                    is_neutral = refusal.is_neutral(value[name])
-                    check_field(is_neutral, f"field '{path}{name}'", value[name], refusal.rule)
+                standard = standard_name(str(name))
+                place = f"field '{path}{_printable(name)}'"
+                if refusal := self.refused.get(name) or self.refused.get(standard):
+                    check_field(refusal.is_neutral(value[name]), place, value[name], refusal.rule)
+                elif standard in self.read - _HARMLESS:
+                    check_field(_is_empty(value[name]), place, value[name], f"be named {standard!r}")
                 else:
                     unknown.add(re.sub(r"\[\d+\]", "[]", path) + _printable(name))
         for name, table in self.objects.items():
@@ -105,6 +111,18 @@ def format_fields(counts: Mapping[str, int]) -> str:
     shown = ", ".join(f"{name} ({number:,})" for name, number in ranked[:MAX_SHOWN_FIELDS])
     num_more = len(ranked) - MAX_SHOWN_FIELDS
     return f"{shown} and {num_more:,} more" if num_more > 0 else shown
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.strip() in EMPTY_TEXTS
+    return value is None or (isinstance(value, Mapping) or is_list(value)) and not value
+
+
+@cache
+def standard_name(name: str) -> str:
+    """Return a name in lower case with underscores, such as `system_prompt` for `systemPrompt`."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[\s-]+", "_", name).lower()
 
 
 def _printable(name: Any) -> str:
@@ -134,10 +152,25 @@ _THOUGHT = "be absent: a thought is not learned apart from its answer; write it 
 _REFUSAL = "be absent: write a refusal into the text of the answer, or remove the record"
 _MASK = "be absent: which tokens are learned cannot be chosen by a mask"
 
-_MEDIA_NAMES = "image images image_url image_urls audio audios input_audio video videos video_url"
-_TOOL_NAMES = "tools functions tool_calls function_call function_calls"
-_THOUGHT_NAMES = "reasoning reasoning_content reasoning_details thinking thought thoughts"
-_MASK_NAMES = "mask masks loss_mask train_mask assistant_mask assistant_masks completion_mask"
+_CONTEXT = "be absent: write the documents into the messages, or use a format of questions"
+
+_MEDIA_NAMES = (
+    "image images image_url image_urls image_path image_paths audio audios audio_path input_audio "
+    "video videos video_url video_path attachment attachments"
+)
+_TOOL_NAMES = "tools available_tools functions tool_calls tool_results function_call function_calls"
+_THOUGHT_NAMES = "reasoning_content reasoning_details thought thoughts"
+_CONTEXT_NAMES = "document documents docs context contexts ctxs passages retrieved_documents"
+_PREFERENCE_NAMES = (
+    "chosen rejected preferred_output non_preferred_output preference preferences chosen_response "
+    "chosen_messages chosen_conversations rejected_response rejected_responses rejected_messages "
+    "rejected_conversations rejected_output rejected_answer is_chosen is_rejected is_preferred"
+)
+_LEARN_NAMES = (
+    "learn learnable trained is_trained is_train is_trainable train_on train_on_turn compute_loss "
+    "calculate_loss include_in_loss supervise supervised"
+)
+_MASK_NAMES = "mask masks loss_mask step_loss_mask train_mask assistant_mask assistant_masks completion_mask"
 
 SYSTEM_FIELDS = ("system", "system_prompt", "system_message", "system_instruction")
 """The fields of a chat's record that may hold its system message."""
@@ -156,15 +189,26 @@ _HARMLESS = _names(
 """Fields that describe a record and do not change what it means, in every format."""
 
 _ANYWHERE = {
-    **_refused(_PREFERENCE, "chosen rejected preferred_output non_preferred_output preference preferences"),
+    **_refused(_PREFERENCE, _PREFERENCE_NAMES),
     **_refused(_PREFERENCE, "kto_tag", True, 1),
     **_refused(_MEDIA, _MEDIA_NAMES),
     **_refused(_TOOLS, _TOOL_NAMES),
     **_refused(_THOUGHT, _THOUGHT_NAMES),
+    # these may say whether the answer holds a thought
+    **_refused(_THOUGHT, "reasoning thinking", True, False, "on", "off"),
     **_refused(_MASK, _MASK_NAMES),
+    **_refused(_MASK, "masked is_masked mask_history", False),
     **_refused("be 1 or absent: records cannot be weighted", "weight sample_weight loss_weight", 1),
-    **_refused("be true or absent: remove a record that is not learned", "train training trainable loss", 1),
-    **_refused("be absent: every prompt is rendered with the same arguments", "chat_template_kwargs"),
+    **_refused(
+        "be true or absent: remove a record that is not learned",
+        f"train training trainable loss {_LEARN_NAMES}",
+        1,
+    ),
+    **_refused(
+        "be absent: every prompt is rendered with the same arguments",
+        "chat_template_kwargs enable_thinking",
+        False,
+    ),
 }
 """Fields that change what a record means in every format, with the reason why they are refused."""
 
@@ -199,7 +243,7 @@ def _questions(
     read: str, *, harmless: str = "", objects: Mapping[str, FieldTable] | None = None
 ) -> FieldTable:
     """Return the table of a format of questions. Every such format reads whether there is an answer."""
-    fields = _names(read, "question answerable is_impossible")
+    fields = _names(read, "question", ANSWERABLE_FLAGS, UNANSWERABLE_FLAGS)
     return FieldTable(
         read=fields,
         harmless=_names(_HARMLESS, harmless) - fields,
@@ -220,7 +264,9 @@ MUSIQUE = _questions(
 )
 
 SQUAD_ANSWERS = FieldTable(
-    read=_names("text"), harmless=_names(_HARMLESS, "answer_start answer_end answer_id answer_category")
+    read=_names("text"),
+    harmless=_names(_HARMLESS, "answer_start answer_end answer_id answer_category"),
+    refused=_ANYWHERE,
 )
 
 SQUAD_QUESTION = _questions(
@@ -234,6 +280,7 @@ SQUAD_PARAGRAPH = FieldTable(
     read=_names("context qas"), harmless=_names(_HARMLESS, "document_id"), refused=_ANYWHERE
 )
 SQUAD_ARTICLE = FieldTable(read=_names("title paragraphs"), harmless=_HARMLESS, refused=_ANYWHERE)
+SQUAD_FILE = FieldTable(read=_names("data"), harmless=_HARMLESS, refused=_ANYWHERE)
 
 _FID_PASSAGES = _passages("text", "score", *EVIDENCE_MARKS)
 
@@ -248,6 +295,13 @@ FID = _questions(
 
 _LABEL = _refused(_PREFERENCE, "label", True, 1)
 
+CHAT_COPIES = ("instruction", "instructions", "completion", "completions", "response", "output")
+"""The fields of a chat's record that may repeat the text of a message, and hold nothing else."""
+
+_OTHER_SYSTEM_FIELDS = _refused(
+    "be named 'system'", "sys sys_prompt system_text system_msg preamble developer_message"
+)
+
 _CHAT_HARMLESS = _names(
     _HARMLESS,
     "prompt prompt_id conversation_id conversation_hash thread_id message_id score_chosen score_rejected",
@@ -261,7 +315,7 @@ CONTENT_PART = FieldTable(
     refused={
         **_refused(_MEDIA, f"{_MEDIA_NAMES} file"),
         **_refused(_TOOLS, _TOOL_NAMES),
-        **_refused(_THOUGHT, _THOUGHT_NAMES),
+        **_refused(_THOUGHT, f"{_THOUGHT_NAMES} reasoning thinking"),
         **_refused(_REFUSAL, "refusal"),
     },
 )
@@ -269,6 +323,11 @@ CONTENT_PART = FieldTable(
 _MESSAGE_REFUSED = {
     **{name: refusal for name, refusal in _ANYWHERE.items() if name not in LEARN_FLAGS},
     **_LABEL,
+    **_refused("be true or absent: an answer with the weight 0 is not learned", _LEARN_NAMES, 1),
+    **_refused(
+        "be false or absent: an answer with the weight 0 is not learned", "ignore no_loss skip", False
+    ),
+    **_refused(_CONTEXT, _CONTEXT_NAMES),
     **_refused(_TOOLS, "tool_call_id tool_name tool_responses"),
     **_refused(_REFUSAL, "refusal"),
     **_refused("be absent: the prompt names no speaker other than the role", "name"),
@@ -289,14 +348,18 @@ _CHAT_MESSAGE = FieldTable(
 )
 
 CHAT = FieldTable(
-    read=_names("id source messages conversations", SYSTEM_FIELDS),
+    read=_names("id source messages conversations", SYSTEM_FIELDS, CHAT_COPIES),
     harmless=_CHAT_HARMLESS - _names("id source"),
     refused={
         **_ANYWHERE,
         **_LABEL,
-        **_refused("be absent: the answers stand in the messages", "completion completions response output"),
+        **_OTHER_SYSTEM_FIELDS,
+        **_refused(_CONTEXT, _CONTEXT_NAMES),
     },
-    objects={"messages": _CHAT_MESSAGE, "conversations": _CHAT_MESSAGE},
+    objects={
+        **dict.fromkeys(("messages", "conversations"), _CHAT_MESSAGE),
+        **dict.fromkeys(SYSTEM_FIELDS, CONTENT_PART),
+    },
 )
 
 ALPACA = FieldTable(
@@ -305,8 +368,12 @@ ALPACA = FieldTable(
     refused={
         **_ANYWHERE,
         **_LABEL,
+        **_OTHER_SYSTEM_FIELDS,
         **_refused("be absent: the turns stand in instruction and history", "messages conversations"),
+        **_refused("be absent: write it into 'input'", _CONTEXT_NAMES),
+        **_refused("be absent: the answer stands in 'output'", "completion response"),
     },
+    objects=dict.fromkeys(SYSTEM_FIELDS, CONTENT_PART),
 )
 
 
@@ -320,6 +387,7 @@ BLOCKS = FieldTable(
     - _names("id source"),
     refused={
         **_ANYWHERE,
+        **_LABEL,
         **_refused(
             "be absent: the prompt already holds every message", f"{' '.join(SYSTEM_FIELDS)} messages"
         ),

@@ -47,11 +47,11 @@ def encode_samples(
     Raises:
         TemplateMismatch: the template or the tokenizer changes a text; the message names the sample.
     """
-    trainable = [sample for sample in samples if sample.response]
+    trainable = [sample for sample in samples if sample.response.strip()]
     encoded = iter(_encode_each(trainable, encoder, split))
     return [
         _fit_sample(*next(encoded), encoder, row_len, trim, skip_bad)
-        if sample.response
+        if sample.response.strip()
         else EncodedSample(sample, None, "no response")
         for sample in samples
     ]

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -11,8 +11,12 @@ from blockft.data.document_pool import DocumentPool, normalize_text
 from blockft.data.json_stream import decode_json
 from blockft.data.rag_prompt import Document
 from blockft.data.sample import (
+    ANSWER_MARKS,
+    ANSWERABLE_FLAGS,
     EVIDENCE_MARKS,
+    GOLD_MARKS,
     NO_EVIDENCE,
+    UNANSWERABLE_FLAGS,
     RecordDropped,
     check_field,
     get_field,
@@ -116,7 +120,9 @@ def parse_musique(record: Any) -> Question:
             Document(
                 title=parse_text(title, f"{field_name}.title'", may_be_blank=True),
                 text=parse_text(
-                    paragraph.get("paragraph_text"), f"{field_name}.paragraph_text'", may_be_blank=True
+                    get_field(paragraph, "paragraph_text", path=f"paragraphs[{i}]."),
+                    f"{field_name}.paragraph_text'",
+                    may_be_blank=True,
                 ),
                 relevance=int(supports),
                 supports=supports,
@@ -145,10 +151,10 @@ def parse_fid(record: Any) -> Question:
         -> answers ("the fox", "a fox"), one document per passage, relevance 2.5
 
     `target`, if present, is the response. The relevance of a passage is its `score`. If a passage has no
-    score, the passages marked `isgold` have relevance 1 and all others 0; without such a mark the relevance
-    falls in the order of the file. Passages marked `isgold` support the answer; without such a mark the first
-    passage marked `hasanswer` does. If passages are marked, but none as gold or as having the answer, or if
-    there are none, no document supports the answer.
+    score, the passages marked as gold (`isgold` or others of `GOLD_MARKS`) have relevance 1 and all others 0;
+    without such a mark the relevance falls in the order of the file. Passages marked as gold support the
+    answer; without such a mark the first passage marked `hasanswer` does. If passages are marked, but none as
+    gold or as having the answer, or if there are none, no document supports the answer.
 
     DPR's training files have `positive_ctxs`, `hard_negative_ctxs` and `negative_ctxs` in place of `ctxs`.
     The first positive passage counts as gold, and scores are ignored, as they are not comparable.
@@ -167,8 +173,8 @@ def parse_fid(record: Any) -> Question:
     is_one = is_dpr or not record.get("positive_ctxs")
     check_field(is_one, "the record", list(record), "have either 'ctxs' or 'positive_ctxs'")
     passages = _dpr_passages(record) if is_dpr else _passages(record, "ctxs", ...)
-    gold = _marked(passages, "isgold")
-    has_answer = sorted({*_marked(passages, "hasanswer"), *_marked(passages, "has_answer")})
+    gold = _marked(passages, GOLD_MARKS)
+    has_answer = sorted(_marked(passages, ANSWER_MARKS))
     supporting = gold or {*has_answer[:1]}
     scores = [_score(passage, f"field '{path}.score'") for path, passage in passages]
     documents = []
@@ -177,7 +183,9 @@ def parse_fid(record: Any) -> Question:
         documents.append(
             Document(
                 title=parse_text(get_field(passage, "title", ""), f"field '{path}.title'", may_be_blank=True),
-                text=parse_text(passage.get("text"), f"field '{path}.text'", may_be_blank=True),
+                text=parse_text(
+                    get_field(passage, "text", path=f"{path}."), f"field '{path}.text'", may_be_blank=True
+                ),
                 relevance=score or 0,
                 supports=i in supporting,
             )
@@ -204,13 +212,14 @@ def accepted_answers(answers: Iterable[tuple[str, Any]]) -> tuple[str, ...]:
 
 
 def check_answerable(record: Mapping[str, Any], *, path: str = "") -> None:
-    """Check that no field says that the question has no answer (`answerable`, `is_impossible`).
+    """Check that no field says that the question has no answer (`answerable`, `is_impossible`, ...).
 
     Raises:
         RecordDropped: a field says so.
     """
-    is_answerable = parse_flag(record, "answerable", True, path=path)
-    if not is_answerable or parse_flag(record, "is_impossible", False, path=path):
+    flags = [parse_flag(record, name, True, path=path) for name in ANSWERABLE_FLAGS]
+    flags += [not parse_flag(record, name, False, path=path) for name in UNANSWERABLE_FLAGS]
+    if not all(flags):
         raise RecordDropped(NO_ANSWER)
 
 
@@ -244,9 +253,14 @@ def _fid_answers(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return answers
 
 
-def _marked(passages: list[tuple[str, Mapping[str, Any]]], mark: str) -> set[int]:
-    """Return the indices of the passages whose field `mark` is true."""
-    return {i for i, (path, p) in enumerate(passages) if parse_flag(p, mark, False, path=f"{path}.")}
+def _marked(passages: list[tuple[str, Mapping[str, Any]]], marks: Sequence[str]) -> set[int]:
+    """Return the indices of the passages that have a true field of `marks`."""
+    return {
+        i
+        for i, (path, passage) in enumerate(passages)
+        for mark in marks
+        if parse_flag(passage, mark, False, path=f"{path}.")
+    }
 
 
 def _parse_multi_hop(record: Any, source: str, *, separator: str) -> Question:

@@ -1,7 +1,7 @@
 """Records of a source: read JSON, JSON lines, parquet and Hub datasets one by one, with their places."""
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,16 @@ PlacedRecord = tuple[str, Any]
 """The place of a record (file and line), and the record, or a RecordError if the record cannot be read."""
 
 
-def read_file(path: Path, array_key: str | None = None) -> Iterator[PlacedRecord]:
+def read_file(
+    path: Path, array_key: str | None = None, on_field: Callable[[str, Any], None] | None = None
+) -> Iterator[PlacedRecord]:
     """Read the records of a file lazily.
 
     A file whose name ends in `.parquet` is read as parquet. For any other file the first characters decide
     between a JSON array and JSON lines; the file may be compressed with gzip. If `array_key` is given, a JSON
     object that has this key is read as well: its value is the array of records. `array_key` is ignored for a
-    file whose name ends in `.jsonl` (or `.jsonl.gz`).
+    file whose name ends in `.jsonl` (or `.jsonl.gz`). `on_field` is called with each other key of the object,
+    and its value.
 
     Raises:
         UserError: the file cannot be read, or is neither parquet, a JSON array nor JSON lines.
@@ -43,7 +46,7 @@ def read_file(path: Path, array_key: str | None = None) -> Iterator[PlacedRecord
         if first == b"[":
             yield from read_array(path)
         elif first == b"{" and array_key and not is_lines and _may_contain_key(path, array_key):
-            yield from read_array(path, array_key)
+            yield from read_array(path, array_key, on_field)
         elif first == b"{" and _is_multiline_object(path):
             raise UserError(
                 f"source {path} is an object over several lines, neither JSON lines nor a list of records"
@@ -64,8 +67,12 @@ def read_lines(path: Path) -> Iterator[PlacedRecord]:
                 yield f"{path}, line {number}", _parse_line(line, decoder)
 
 
-def read_array(path: Path, array_key: str | None = None) -> Iterator[PlacedRecord]:
+def read_array(
+    path: Path, array_key: str | None = None, on_field: Callable[[str, Any], None] | None = None
+) -> Iterator[PlacedRecord]:
     """Read the elements of a JSON array one by one. With `array_key`, the array is the value of that key.
+
+    `on_field` is called with each other key and its value.
 
     Raises:
         UserError: the file holds no such array, or its JSON is broken. The rest of the file is lost then.
@@ -75,7 +82,7 @@ def read_array(path: Path, array_key: str | None = None) -> Iterator[PlacedRecor
         if array_key is None:
             yield from _array_elements(path, stream)
         else:
-            yield from _elements_under_key(path, stream, array_key)
+            yield from _elements_under_key(path, stream, array_key, on_field)
         stream.expect_end()
 
 
@@ -191,7 +198,9 @@ def _array_elements(path: Path, stream: JsonStream) -> Iterator[PlacedRecord]:
     stream.expect("]")
 
 
-def _elements_under_key(path: Path, stream: JsonStream, array_key: str) -> Iterator[PlacedRecord]:
+def _elements_under_key(
+    path: Path, stream: JsonStream, array_key: str, on_field: Callable[[str, Any], None] | None
+) -> Iterator[PlacedRecord]:
     has_key = False
     for key in _object_keys(stream):
         if key == array_key:
@@ -200,7 +209,9 @@ def _elements_under_key(path: Path, stream: JsonStream, array_key: str) -> Itera
             has_key = True
             yield from _array_elements(path, stream)
         else:
-            stream.read_value()
+            value = stream.read_value()
+            if on_field:
+                on_field(key, value)
     if not has_key:
         stream.fail(f"the JSON object has no list {array_key!r}")
 

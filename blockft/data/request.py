@@ -92,6 +92,11 @@ def unknown_document_fields(record: Any) -> set[str]:
     return {name for name in unknown if name.startswith("documents[].")}
 
 
+def unknown_corpus_fields(document: Any) -> set[str]:
+    """Return the fields of a document that have no effect and are not known."""
+    return REQUEST_DOCUMENT.unknown_fields(document)
+
+
 def parse_document(value: Any, field: str = "") -> Document:
     """Parse a document from `{"title"?, "text", "score"?}`, or from a text. The score is its relevance.
 

@@ -15,8 +15,17 @@ SAMPLE_FIELDS = ("id", "source", "messages", "blocks", "response", "answers", "m
 MAX_META_DEPTH = 32
 """Number of lists and objects of `meta` that may be inside each other."""
 
-EVIDENCE_MARKS = ("isgold", "hasanswer", "has_answer")
-"""The fields of a document that say whether it supports the answer."""
+GOLD_MARKS = ("isgold", "is_gold", "gold", "is_supporting", "is_positive", "is_relevant", "is_selected")
+ANSWER_MARKS = ("hasanswer", "has_answer")
+EVIDENCE_MARKS = GOLD_MARKS + ANSWER_MARKS
+"""The fields of a document that say whether it supports the answer, or whether it contains the answer."""
+
+ANSWERABLE_FLAGS = ("answerable", "is_answerable")
+UNANSWERABLE_FLAGS = ("is_impossible", "unanswerable", "is_unanswerable", "no_answer")
+"""The fields of a question that say whether it has an answer."""
+
+TEXT_PARTS = ("text", "input_text", "output_text")
+"""The types of content parts that hold text."""
 
 NO_EVIDENCE = "no supporting document"
 """The reason for not training on a question none of whose documents supports the answer."""
@@ -252,7 +261,7 @@ def join_text_parts(parts: Sequence[Any], path: str) -> str:
     """
     texts = []
     for i, part in enumerate(parts):
-        is_text = isinstance(part, Mapping) and part.get("type") == "text"
+        is_text = isinstance(part, Mapping) and part.get("type") in TEXT_PARTS
         check_field(is_text, f"field '{path}[{i}]'", part, 'be a text part: {"type": "text", "text"}')
         text = get_field(part, "text", path=f"{path}[{i}].")
         texts.append(parse_text(text, f"field '{path}[{i}].text'", may_be_blank=True))
@@ -314,10 +323,12 @@ def parse_meta(value: Any, num_blocks: int) -> dict[str, Any]:
     documents, relevance = value.get("documents", []), value.get("relevance")
     local_blocks = range(num_blocks - 1)
     check_field(
-        isinstance(documents, list) and all(type(d) is int and d in local_blocks for d in documents),
+        isinstance(documents, list)
+        and all(type(d) is int and d in local_blocks for d in documents)
+        and len({*documents}) == len(documents),
         "field 'meta.documents'",
         documents,
-        f"list numbers of local blocks, 0 to {num_blocks - 2}"
+        f"list different numbers of local blocks, 0 to {num_blocks - 2}"
         if local_blocks
         else "be empty: there are no local blocks",
     )

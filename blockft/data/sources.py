@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -70,6 +71,7 @@ class SourceFormat:
         recognized_by: groups of fields; a record that has all fields of a group may be of this format.
         suffixes: the files of a folder that belong to a source.
         array_key: the key under which a JSON file may hold its records.
+        file_fields: the fields of the object that holds `array_key`.
         expand: converts what the files hold into one record per question.
         parse_question: parses a record into a question, which a `RagPrompt` turns into a prompt.
         parse_samples: parses a record into samples; the second argument is the id of a sample without one.
@@ -87,6 +89,7 @@ class SourceFormat:
     recognized_by: tuple[str, ...]
     suffixes: tuple[str, ...] = (".json", ".jsonl", ".parquet")
     array_key: str | None = None
+    file_fields: FieldTable | None = None
     expand: Callable[[Iterator[PlacedRecord]], Iterator[PlacedRecord]] = iter
     parse_question: Callable[[Any], Question] | None = None
     parse_samples: Callable[[Any, str], Iterable[Sample]] | None = None
@@ -152,6 +155,7 @@ SOURCE_FORMATS = {
         fields=fields.SQUAD_QUESTION,
         recognized_by=("paragraphs title", "context question answers", "data version"),
         array_key="data",
+        file_fields=fields.SQUAD_FILE,
         expand=squad.read_article_questions,
         parse_question=squad.parse_question,
         distractors_from="article",
@@ -288,20 +292,36 @@ class _SourceReader:
     skip_bad: bool
     needs_evidence: bool
 
-    def all_records(self) -> Iterator[PlacedRecord]:
-        """Yield every record of the source."""
+    def all_records(self, counts: RecordCounts) -> Iterator[PlacedRecord]:
+        """Yield every record of the source; count the unknown fields of its files."""
         source_format = SOURCE_FORMATS[self.format]
         records: Iterable[Iterator[PlacedRecord]]
         if self.files:
-            records = (read_file(file, source_format.array_key) for file in self.files)
+            records = (
+                read_file(file, source_format.array_key, partial(self._check_file_field, file, counts))
+                for file in self.files
+            )
         else:
             records = [read_hub(self.path, self.split, self.name)]
         return source_format.expand(chain.from_iterable(records))
 
-    def selected_records(self) -> Iterator[PlacedRecord]:
+    def _check_file_field(self, file: Path, counts: RecordCounts, name: str, value: Any) -> None:
+        """Count a field beside the records of a file if it is unknown.
+
+        Raises:
+            UserError: the field is refused.
+        """
+        table = SOURCE_FORMATS[self.format].file_fields
+        assert table
+        try:
+            counts.count_unknown(table.unknown_fields({name: value}))
+        except RecordError as error:
+            raise UserError(f"source {file}: {error}") from error
+
+    def selected_records(self, counts: RecordCounts) -> Iterator[PlacedRecord]:
         """Yield the records from `skip_samples` on, at most `max_samples` of them."""
         stop = None if self.max_samples is None else self.skip_samples + self.max_samples
-        return islice(self.all_records(), self.skip_samples, stop)
+        return islice(self.all_records(counts), self.skip_samples, stop)
 
     def questions(self, records: Iterator[PlacedRecord], counts: RecordCounts) -> Iterator[Question]:
         """Parse records into questions. A question without an id gets the default id."""
@@ -329,7 +349,7 @@ class _SourceReader:
                 raise RecordDropped(reason)
             return samples
 
-        for samples in self._parse_records(self.selected_records(), parse, counts):
+        for samples in self._parse_records(self.selected_records(counts), parse, counts):
             counts.samples += len(samples)
             yield from samples
 
@@ -355,6 +375,7 @@ class _SourceReader:
                 result = parse(record)
             except RecordDropped as reason:
                 counts.drop(str(reason))
+                counts.count_unknown(unknown)
             except RecordError as error:
                 if not self.skip_bad:
                     hint = _format_hint(record, self.format, is_first=counts.read == 1)
@@ -362,8 +383,7 @@ class _SourceReader:
                 counts.drop("bad record")
                 counts.bad_records.append(f"{place}: {error}")
             else:
-                if unknown:
-                    counts.count_unknown(unknown)
+                counts.count_unknown(unknown)
                 yield result
 
     def _unknown_fields(self, record: Any) -> set[str]:
@@ -381,6 +401,8 @@ class _SourceReader:
 def _format_hint(record: Any, format: str, *, is_first: bool) -> str:
     """Return the part of an error message that says which format a bad record may have; "" if unknown."""
     where = "--format, sources[].format"
+    if isinstance(record, squad.ArticleQuestion) and record.path:
+        return ""  # a question inside an article of SQuAD
     record = record.record if isinstance(record, RecordError | squad.ArticleQuestion) else record
     if isinstance(record, Mapping):
         if _has_fields(record, format):
@@ -408,7 +430,7 @@ def _add_documents(
 ) -> Iterator[Question]:
     """Yield the questions of a source with their documents, distractors included."""
     distractors_from = SOURCE_FORMATS[reader.format].distractors_from
-    questions = reader.questions(reader.selected_records(), counts)
+    questions = reader.questions(reader.selected_records(counts), counts)
     indexer = _build_indexer(retriever, dense_model)
     if prompt.shared_context and distractors_from == "article":
         yield from squad.group_by_context(questions, prompt, counts.drop, indexer, max_questions_per_context)
@@ -425,7 +447,8 @@ def _add_documents(
 
 def _read_pool(reader: _SourceReader) -> DocumentPool:
     """Return the documents of all questions of a source. The records are counted elsewhere."""
-    questions = reader.questions(reader.all_records(), RecordCounts())
+    counts = RecordCounts()
+    questions = reader.questions(reader.all_records(counts), counts)
     return DocumentPool(document for question in questions for document in question.documents)
 
 

@@ -81,7 +81,9 @@ def parse_question(article_question: Any) -> Question:
     name = f"field {path.removesuffix('.')!r}" if path else "the record"
     check_field(isinstance(record, Mapping), name, record, "be a JSON object")
     check_answerable(record, path=path)
-    answers = get_field(record, "answers", [])
+    answers = get_field(record, "answers", path=path)
+    if answers is None:
+        raise RecordDropped(NO_ANSWER)
     place = f"{path}answers"
     if isinstance(answers, Mapping):
         texts = get_field(answers, "text", path=f"{place}.")
@@ -261,6 +263,7 @@ def _questions_from_paragraphs(place: str, article: Any) -> Iterator[PlacedRecor
             unknown[i] = frozenset(unknown_in_article | in_paragraph)
         except RecordError as error:
             documents.pop(i, None)
+            error.record = article
             yield place, error
     pool = DocumentPool(documents.values())
     for i, document in documents.items():

@@ -5,6 +5,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ from typing import Any, BinaryIO
 from rich.table import Column, Table
 
 from blockft.console import PlainConsole
+from blockft.data.fields import format_fields
 from blockft.data.rag_prompt import Document
-from blockft.data.request import parse_document
+from blockft.data.request import parse_document, unknown_corpus_fields
 from blockft.data.sample import RecordError
-from blockft.errors import UserError
+from blockft.errors import UserError, warn
 from blockft.inference.block_key import BlockKey, key_digest
 from blockft.inference.cache_entry import CacheModel, DamagedEntry, EntryReader
 from blockft.inference.cache_folder import CacheFolder, EntryInfo
@@ -47,6 +49,7 @@ class CorpusLine:
     location: str
     num_bytes: int
     document: Document
+    unknown_fields: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Corpus:
             location = f"{self.name}, line {number}"
             try:
                 record = parse_json(decode_text(line, location, max_bytes=MAX_TEXT_BYTES), location)
-                yield CorpusLine(location, len(line), parse_document(record))
+                document = parse_document(record)
+                yield CorpusLine(location, len(line), document, frozenset(unknown_corpus_fields(record)))
             except RecordError as error:
                 raise UserError(f"{location}: {error}") from error
 
@@ -87,9 +91,14 @@ def build_cache(model: str, corpus: Path, cache: CacheArguments) -> None:
     """
     with _open_corpus(corpus) as opened:
         # read all lines first: an error in the last one must not appear after hours
-        num_bytes = sum(line.num_bytes for line in opened.lines())
+        num_bytes, unknown = 0, Counter[str]()
+        for line in opened.lines():
+            num_bytes += line.num_bytes
+            unknown.update(line.unknown_fields)
         if not num_bytes:
             raise UserError(f"{corpus} holds no document")
+        if unknown:
+            warn(f"{corpus} has fields without an effect (documents): {format_fields(unknown)}")
         options = cache.options()
         digests: set[str] = set()
         num_encoded = 0

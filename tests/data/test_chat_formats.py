@@ -179,9 +179,9 @@ def test_a_question_without_answer_and_a_blank_system_message_are_ignored() -> N
         ((("user", "Hi"),), "no answer"),
         ((("user", "Hi"), ("assistant", "")), "no answer"),
         ((("system", "Hi"),), "no answer"),
-        ((("assistant", "Hi"), ("user", "Hi")), r"'messages\[0\]' is 'assistant'"),
-        ((("user", "Hi"), ("user", "Hi")), r"'messages\[1\]' is 'user'"),
-        ((*TURNS[1:3], ("system", "Hi"), ("assistant", "Hi")), r"'messages\[2\]' is 'system'"),
+        ((("assistant", "Hi"), ("user", "Hi")), r"'messages\[0\].role' is 'assistant'"),
+        ((("user", "Hi"), ("user", "Hi")), r"'messages\[1\].role' is 'user'"),
+        ((*TURNS[1:3], ("system", "Hi"), ("assistant", "Hi")), r"'messages\[2\].role' is 'system'"),
         ((*TURNS[1:3], ("user", " \n"), ("assistant", "Hi")), r"'messages\[2\].content'"),
         ((("user", "Hi"), ("assistant", None)), r"'messages\[1\].content' is None"),
         ((("user", ["Hi"]), ("assistant", "Hi")), r"'messages\[0\].content\[0\]' is 'Hi'"),
@@ -213,7 +213,7 @@ def test_a_bad_chat_names_the_field(turns: tuple[tuple[str, Any], ...], field: s
         ({"messages": [{"content": "Hi"}]}, r"'messages\[0\].role' is missing"),
         ({"conversations": [{"from": "human"}]}, r"'conversations\[0\].value' is missing"),
         (tulu(("user", "Hi"), ("assistant", "Yo"), system=3), "'system'"),
-        (tulu(*TURNS, system="Be kind."), "absent if the first message is a system message"),
+        (tulu(*TURNS, system="Be kind."), "or equal the first message, which is a system message"),
         ({"messages": [{"role": "user", "content": "Hi", "from": "gpt"}]}, r"'messages\[0\]'"),
         (tulu(*TURNS) | {"conversations": [{"from": "human", "value": "Hi"}]}, "either 'messages' or"),
         (tulu(*TURNS[1:], system="Be kind.", system_prompt="Be brief."), "one field"),
@@ -243,7 +243,7 @@ def test_alpaca_records_become_samples() -> None:
         ({"input": 3}, "'input'"),
         ({"input": 0}, "'input' is 0"),
         ({"input": False}, "'input' is False"),
-        ({"system": ["x"]}, "'system'"),
+        ({"system": ["x"]}, r"'system\[0\]'"),
         ({"output": " "}, "'output'"),
         ({"history": "Hi"}, "'history'"),
         ({"history": [["Hi"]]}, r"'history\[0\]'"),
@@ -344,3 +344,29 @@ def test_alpaca_as_published() -> None:
     samples = [sample for i, r in enumerate(records) for sample in parse_alpaca(r, f"record {i}")]
     assert [s.response for s in samples] == [r["output"] for r in records]
     assert sum("\n\n" in s.blocks[0] for s in samples) >= sum(bool(r["input"]) for r in records) == 412
+
+
+def test_both_formats_of_blocks_read_answers_and_full_mode() -> None:
+    blocks = {"prompt": "One. Who?", "blocks": ["One. ", "Who?"], "response": "The fox", "answers": ["fox"]}
+    (sample,) = parse_blocks(blocks, "x")
+    assert sample.answers == ("fox",)
+    rag = {
+        "prompt": "- Title: A\nOne.\nWho?",
+        "documents": [{"title": "A", "text": "One.", "score": 1}],
+        "generated": "The fox",
+        "train_block": False,
+    }
+    (sample,) = parse_blocks(rag, "x")
+    assert sample.templated == (rag["prompt"],) and not sample.meta
+    for record in (blocks | {"generated": "A dog"}, rag | {"response": "A dog"}):
+        with pytest.raises(RecordError, match="be absent: the response is"):
+            parse_blocks(record, "x")
+
+
+def test_parts_of_the_responses_api_are_text() -> None:
+    turns = [
+        {"role": "user", "content": [{"type": "input_text", "text": "Who?"}]},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "The fox", "annotations": []}]},
+    ]
+    (sample,) = parse_messages_record({"messages": turns}, "x")
+    assert (sample.blocks, sample.response) == (("Who?",), "The fox")

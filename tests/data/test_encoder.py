@@ -103,7 +103,7 @@ def test_a_template_without_end_of_turn_is_refused() -> None:
 
 def test_a_sample_longer_than_a_row_is_dropped_or_trimmed(encoder: Encoder) -> None:
     sample = rag_sample(documents=("long " * 50, "gold"))
-    unlabelled = replace(sample, response="")
+    unlabelled = replace(sample, response=" ")
     gold_len = len(encoder.encode([rag_sample(documents=("gold",))])[0])
     dropped = encode_samples([sample, unlabelled], encoder, gold_len, trim=False)
     assert [outcome.drop_reason for outcome in dropped] == ["too long", "no response"]

@@ -13,7 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockft.config.choices import Format
-from blockft.data.fields import MAX_UNKNOWN_FIELDS, OTHER_FIELDS, FieldTable, Refusal, format_fields
+from blockft.data.fields import (
+    MAX_UNKNOWN_FIELDS,
+    OTHER_FIELDS,
+    FieldTable,
+    Refusal,
+    format_fields,
+    standard_name,
+)
 from blockft.data.rag_prompt import RagPrompt
 from blockft.data.request import parse_document, parse_request, unknown_document_fields
 from blockft.data.sample import RecordError, Sample
@@ -145,7 +152,7 @@ def test_an_unknown_field_is_counted_and_changes_no_sample(
     changed: tuple[str, tuple[Any, ...], str, Any],
 ) -> None:
     format, path, name, value = changed
-    if name in known_names(SOURCE_FORMATS[format].fields):
+    if standard_name(name) in known_names(SOURCE_FORMATS[format].fields):
         return
     samples, counts = read(format, with_field(RECORDS[format], path, name, value))
     assert samples == read(format, RECORDS[format])[0]
@@ -277,8 +284,94 @@ def test_a_field_is_counted_once_for_each_record_and_by_name_up_to_a_limit() -> 
 
 def test_a_refused_field_may_have_neutral_values() -> None:
     refusal = Refusal("be 1", (1,))
-    assert all(map(refusal.is_neutral, (None, "", "  ", "[]", "null", [], {}, 1, 1.0, True)))
-    assert not any(map(refusal.is_neutral, (0, False, "1", [1], {"a": 1}, float("nan"), "x")))
+    empty_struct = {"enable_thinking": False, "tools": [], "id": None}
+    assert all(map(refusal.is_neutral, (None, "", "  ", "[]", "null", [], {}, 1, 1.0, True, empty_struct)))
+    assert not any(map(refusal.is_neutral, (0, False, "1", [1], {"a": 1}, float("nan"), "x", {"a": [1]})))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("systemPrompt", "Be kind.", "'systemPrompt' is 'Be kind.', it should be named 'system_prompt'"),
+        ("System", "Be kind.", "be named 'system'"),
+        ("system-message", "Be kind.", "be named 'system_message'"),
+        ("sys_prompt", "Be kind.", "be named 'system'"),
+        ("toolCalls", [1], "tools cannot be learned"),
+        ("rejected_messages", [1], "preference data"),
+        ("isTrained", False, "remove a record that is not learned"),
+        ("masked", True, "by a mask"),
+        ("enable_thinking", True, "same arguments"),
+        ("documents", ["One."], "write the documents into the messages"),
+        ("instruction", "Be kind.", "or repeat a message"),
+        ("response", "Bye", "or repeat a message"),
+    ],
+)
+def test_other_spellings_of_a_field_of_a_chat_are_refused(name: str, value: Any, problem: str) -> None:
+    assert problem in message_of("messages", CHAT | {name: value})
+    assert read("messages", CHAT | {name: None})[0] == read("messages", CHAT)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("reasoning", "off"),
+        ("thinking", False),
+        ("chat_template_kwargs", {"enable_thinking": False, "python_tools": []}),
+        ("function_call", {"name": None, "arguments": None}),
+        ("instruction", "Hi"),
+        ("response", "Hello"),
+        ("system_prompt", " Be brief."),
+        ("system", [{"type": "text", "text": "Be brief."}]),
+    ],
+)
+def test_a_field_that_only_repeats_the_chat_is_read(name: str, value: Any) -> None:
+    samples, counts = read("messages", CHAT | {name: value})
+    assert samples == read("messages", CHAT)[0] and not counts.unknown_fields
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("is_trained", False),
+        ("train_on_turn", 0),
+        ("masked", True),
+        ("ignore", True),
+        ("documents", ["One."]),
+    ],
+)
+def test_a_message_that_is_not_learned_is_marked_by_a_known_flag(name: str, value: Any) -> None:
+    place = f"field 'messages[2].{name}'"
+    assert place in message_of("messages", with_field(CHAT, ("messages", 2), name, value))
+
+
+def test_other_names_of_evidence_and_of_missing_answers_are_honoured() -> None:
+    for mark in ("is_gold", "gold", "is_supporting", "is_positive", "is_relevant", "is_selected"):
+        fid = RECORDS["fid"] | {"ctxs": [{"title": "B", "text": "A fox.", mark: False}]}
+        assert read("fid", fid)[1].dropped == {"no supporting document": 1}
+        documents = [{"title": "A", "text": "One.", mark: 0}]
+        blocks = {"prompt": "- Title: A\nOne.\nWho?", "documents": documents, "generated": "Fox"}
+        assert read("blocks", blocks)[1].dropped == {"no supporting document": 1}
+    assert "be named 'has_answer'" in message_of(
+        "fid", RECORDS["fid"] | {"ctxs": [{"title": "B", "text": "A fox.", "hasAnswer": False}]}
+    )
+    for format in ("hotpotqa", "2wikimultihopqa", "musique", "squad", "fid"):
+        for name, value in (("unanswerable", True), ("is_answerable", False), ("no_answer", 1)):
+            counts = read(format, RECORDS[format] | {name: value, "color": 1})[1]
+            assert counts.dropped == {"no answer": 1} and counts.unknown_fields == {"color": 1}
+
+
+def test_fields_beside_the_articles_of_a_file_are_counted_or_refused(tmp_path: Path) -> None:
+    def read_article(**fields: Any) -> RecordCounts:
+        counts = RecordCounts()
+        content = {"version": "1.1", "data": [SQUAD_ARTICLE], **fields}
+        (tmp_path / "x.json").write_text(json.dumps(content))
+        assert len([*read_samples("squad", str(tmp_path / "x.json"), counts, prompt=RagPrompt())]) == 1
+        return counts
+
+    assert not read_article(license="MIT").unknown_fields
+    assert read_article(color="red").unknown_fields == {"color": 1}
+    with pytest.raises(UserError, match="x.json: field 'weight' is 0"):
+        read_article(weight=0)
 
 
 def test_requests_honour_or_refuse_every_field() -> None:

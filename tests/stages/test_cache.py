@@ -218,6 +218,15 @@ def test_a_second_build_computes_no_block(
     assert ", 1 of them new" in capsys.readouterr().out and num_entries(cache) == before + 1
 
 
+def test_a_build_warns_of_fields_of_documents_once(
+    model: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = write_lines(tmp_path / "corpus.jsonl", [{**document(n), "colour": n, "id": n} for n in range(2)])
+    build_cache(str(model), corpus, on_disk(cache))
+    warning = "corpus.jsonl has fields without an effect (documents): colour (2)"
+    assert capsys.readouterr().err.count(warning) == 1
+
+
 def test_generate_finds_every_block_of_the_documents(
     model: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
