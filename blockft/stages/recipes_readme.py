@@ -44,14 +44,15 @@ _FIELDS = """\
   (`reasoning_content`, `thinking`), weights of records, and masks. An empty one means nothing.
 * A field that its format does not know has no effect. The manifest counts its records (`unknown_fields`), and
   `prepare`, `eval`, `generate` and `cache build` warn of it once. A name such as `systemPrompt`, in place of
-  `system_prompt`, is refused. `instruction`, `response`, `output` and `completion` of a chat may repeat a message.
+  `system_prompt`, is refused. `instruction`, `response`, `output` and `completion` of a chat may repeat a
+  message.
 * Chats: an answer with `weight: 0` (or `train`, `training`, `trainable`, `loss` false) stays in the later
   prompts and is not learned. Other weights are refused. A content may be a list of text parts. Roles are
   `system`, `developer` (a system message), `user`, `human`, `assistant`, `gpt` and names of models. The
   system message may also stand in `system`, `system_prompt`, `system_message` or `system_instruction` beside
   the chat, also in `alpaca`.
-* Questions: `answerable: false`, `is_impossible: true` and the like drop a question. `blockft prepare` drops and counts
-  a question whose documents are known not to support its answer: no supporting fact, paragraph or passage is
+* Questions: `answerable: false`, `is_impossible: true` and the like drop a question. `blockft prepare` drops
+  and counts a question whose documents are known not to support its answer: no supporting fact, paragraph or passage is
   among them (`hotpotqa` and `2wikimultihopqa` need all of them), or no answer is in the paragraph (`squad`).
   Passages of `fid` and `blocks` without any mark (`isgold`, `hasanswer`, `is_supporting`, `is_selected` and
   the like) count as support. `blockft eval` asks them as well.
