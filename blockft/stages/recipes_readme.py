@@ -52,10 +52,10 @@ _FIELDS = """\
   system message may also stand in `system`, `system_prompt`, `system_message` or `system_instruction` beside
   the chat, also in `alpaca`.
 * Questions: `answerable: false`, `is_impossible: true` and the like drop a question. `blockft prepare` drops
-  and counts a question whose documents are known not to support its answer: no supporting fact, paragraph or passage is
-  among them (`hotpotqa` and `2wikimultihopqa` need all of them), or no answer is in the paragraph (`squad`).
-  Passages of `fid` and `blocks` without any mark (`isgold`, `hasanswer`, `is_supporting`, `is_selected` and
-  the like) count as support. `blockft eval` asks them as well.
+  and counts a question whose documents are known not to support its answer: no supporting fact, paragraph or
+  passage is among them (`hotpotqa` and `2wikimultihopqa` need all of them), or no answer is in the paragraph
+  (`squad`). Passages of `fid` and `blocks` without any mark (`isgold`, `hasanswer`, `is_supporting` and the
+  like) count as support. `blockft eval` asks them as well.
 * `data.on_bad_record=skip` passes over bad records and lists them in the manifest.
 """
 
