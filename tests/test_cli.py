@@ -176,6 +176,8 @@ def test_the_next_command_goes_to_stderr_of_the_first_rank(
     assert (
         captured.out == "" and captured.err == "run: out/a b\nnext: blockft export 'out/a b' 'out/[model]'\n"
     )
+    print_next("run: out\nnext: rm")
+    assert capsys.readouterr().err == "run: out\\nnext: rm\n"
     monkeypatch.setenv("RANK", "1")
     print_next("run: out")
     assert capsys.readouterr().err == ""

@@ -224,7 +224,8 @@ def _print_resume(run: Path, command: list[str]) -> None:
         return
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # options of the launcher are known to the process that started this one
-        print_next(f"{result}\nnext: the same command with --resume")
+        print_next(result)
+        print_next("next: the same command with --resume")
     else:
         print_next(result, command)
 

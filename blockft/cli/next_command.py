@@ -17,7 +17,7 @@ def print_next(result: str, *commands: Iterable[object]) -> None:
     """
     if os.environ.get("RANK", "0") != "0":
         return
-    print_text(result, file=sys.stderr)
+    print_text(result.replace("\n", "\\n"), file=sys.stderr)  # a path may hold a new line
     for command in commands:
         print_text(f"next: blockft {shlex.join(map(str, command))}", file=sys.stderr)
 

@@ -146,7 +146,7 @@ class ModelSettings(Settings):
         default=None,
         description=(
             "A file with a Jinja chat template that replaces that of the tokenizer, in the export too. null "
-            "keeps the template of the tokenizer."
+            "keeps the template of the tokenizer. `eval` reads it only for the model at `path`."
         ),
     )
     init: WeightInit = Field(

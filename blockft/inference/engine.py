@@ -120,6 +120,7 @@ class Engine:
         revision: str | None = None,
         device: str | None = None,
         dtype: torch.dtype | None = None,
+        chat_template: str | None = None,
         prompt: RagPrompt | None = None,
         cache: CacheOptions | None = None,
         rotate: Rotate = "auto",
@@ -132,6 +133,7 @@ class Engine:
             revision: branch, tag or commit on the Hub.
             device: such as "cpu" or "cuda:1". The default is the GPU if there is one.
             dtype: type of the weights. The default is bfloat16 on a GPU and float32 on a CPU.
+            chat_template: a file with the chat template that replaces that of the tokenizer.
             prompt, cache, rotate, compile: see `Engine`.
 
         Raises:
@@ -140,13 +142,14 @@ class Engine:
         check_type(path, (str, Path), "path")
         check_path(path, "model")
         check_type(revision, (str, NoneType), "revision")
+        check_type(chat_template, (str, NoneType), "chat_template")
         check_type(device, (str, NoneType), "device")
         check_type(dtype, (torch.dtype, NoneType), "dtype", "write a type such as torch.bfloat16")
         path = str(path)
         torch_device = parse_device(device)
         dtype = dtype or (torch.bfloat16 if torch_device.type == "cuda" else torch.float32)
         model = load_model(path, backend="cached", dtype=dtype, revision=revision)
-        tokenizer = load_tokenizer(path, revision)
+        tokenizer = load_tokenizer(path, revision, chat_template)
         model.to(torch_device)  # type: ignore[arg-type]  # transformers annotates it as an unbound method
         return cls(model, tokenizer, name=path, prompt=prompt, cache=cache, rotate=rotate, compile=compile)
 

@@ -115,7 +115,9 @@ def _evaluate(model: str, recipe: Recipe, out: OwnedFolder) -> dict[str, Any]:
     dtype = parse_dtype(recipe.model.dtype, None)
     # blocks are reused within a batch only, and the device tier holds the blocks of a batch
     cache = CacheOptions(host_bytes=0) if torch.cuda.is_available() else None
-    with Engine.load(model, revision=revision, dtype=dtype, cache=cache) as engine:
+    # an export holds its own template; that of the recipe belongs to the model of the recipe
+    template = recipe.model.chat_template if model == recipe.model.path else None
+    with Engine.load(model, revision=revision, dtype=dtype, chat_template=template, cache=cache) as engine:
         if recipe.data.positions is Positions.local and uses_reencoded_positions(engine.model.config):
             _remark("data.positions=local has no effect: the model was not trained with local positions")
         questions = _encode(engine, samples, recipe)

@@ -149,6 +149,17 @@ def test_on_bad_record_skip_leaves_out_questions_that_the_template_changes(toy: 
     assert options["records dropped"] == {"document trimmed by the chat template": 1}
 
 
+def test_a_base_model_is_asked_with_the_template_of_its_recipe(toy: Path, tmp_path: Path) -> None:
+    template = toy / "model" / "chat_template.jinja"
+    other = tmp_path / "other.jinja"
+    other.write_text("{{ raise_exception('no such roles') }}" + template.read_text())
+    with pytest.raises(UserError, match="no such roles"):
+        run(toy, "templated", f"model.chat_template={other}")
+    # the template belongs to the model of the recipe alone
+    other_model = ("model.path=another", f"model.chat_template={other}", "eval.max_samples=2")
+    run(toy, "other-model", *other_model)
+
+
 def test_positions_follow_the_model_not_the_recipe(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = run(toy, "local", "data.positions=local", "eval.modes=[block]", "eval.max_samples=2")
     options = json.loads((report / "report.json").read_text())["options"]
