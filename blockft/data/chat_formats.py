@@ -273,7 +273,8 @@ def _check_copies(record: Mapping[str, Any], turns: Sequence[_Turn]) -> None:
     """
     for name in CHAT_COPIES:
         value = record.get(name)
-        repeats = value in (None, "", [], {}) or any(value == turn.text for turn in turns)
+        text = value.strip() if isinstance(value, str) else value
+        repeats = text in (None, "", [], {}) or any(text == turn.text.strip() for turn in turns)
         rule = "be absent, or repeat a message: the chat stands in the messages"
         check_field(repeats, f"field {name!r}", value, rule)
 
