@@ -50,11 +50,13 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "tokenizer.model",
     "chat_template.jinja",
     "chat_template.json",
 )
-"""Files of a tokenizer that are never empty."""
+"""Files of a tokenizer that are read and never empty."""
+
+OLD_VOCABULARIES = ("tokenizer.model", "vocab.json", "merges.txt")
+"""Files that are read only if there is no tokenizer.json."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Types in which weights can be loaded, by name."""
@@ -180,6 +182,8 @@ def load_tokenizer(
 
     chat_template: a file with the chat template that replaces that of the tokenizer.
 
+    For the folder of an adapter without a tokenizer it is that of the base model.
+
     Raises:
         UserError: there is no tokenizer, or the file cannot be read; the tokenizer does not belong to the
             model beside it: it has ids that the model's embedding lacks.
@@ -188,16 +192,27 @@ def load_tokenizer(
     # a folder may hold a tokenizer alone
     has_model = base is not None or _find_config(path, revision) is not None
     config = load_config(path, revision) if has_model else None
+    if base is not None and not _list_tokenizer_files(path):
+        path, revision = base  # peft alone saves no tokenizer with an adapter
     if Path(path).is_dir():
-        for name in TOKENIZER_FILES:
-            if (file := Path(path) / name).is_file():
-                check_content(file)
+        files = _list_tokenizer_files(path)
+        if not any(file.name in ("tokenizer.json", *OLD_VOCABULARIES) for file in files):
+            raise UserError(f"{path} holds no tokenizer (tokenizer.json): copy that of the model into it")
+        for file in files:
+            check_content(file)
     tokenizer: PreTrainedTokenizerBase = _open(AutoTokenizer, path, revision)
     if config is not None:
         check_vocabulary(tokenizer, config, path)
     if chat_template is not None:
         tokenizer.chat_template = _read_chat_template(Path(chat_template))
     return tokenizer
+
+
+def _list_tokenizer_files(folder: str) -> list[Path]:
+    """Return the files of a tokenizer that are read from a folder."""
+    has_vocabulary = (Path(folder) / "tokenizer.json").exists()
+    names = TOKENIZER_FILES if has_vocabulary else (*TOKENIZER_FILES, *OLD_VOCABULARIES)
+    return [file for name in names if (file := Path(folder) / name).is_file()]
 
 
 def _read_chat_template(path: Path) -> str:

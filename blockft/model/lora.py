@@ -139,7 +139,9 @@ def _read_config(folder: Path) -> LoraConfig:
         if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
             found = settings.get("peft_type") if isinstance(settings, dict) else settings
             raise UserError(f"peft_type is {found!r}, only LORA is supported")
-        ignored = (*_DESCRIPTIVE, *_WITHOUT_EFFECT)
+        # options of other versions of peft, which older and newer files hold, have no effect if they are off
+        known = {field.name for field in dataclasses.fields(LoraConfig)}
+        ignored = (*_DESCRIPTIVE, *_WITHOUT_EFFECT, *(n for n in settings.keys() - known if not settings[n]))
         _check_options({n: value for n, value in settings.items() if n not in ignored}, READ_OPTIONS)
         options = {n: settings[n] for n in (*READ_OPTIONS, *_DESCRIPTIVE[1:3]) if n in settings}
         with _errors_of_peft():
@@ -184,15 +186,33 @@ def _check_options(arguments: Mapping[str, Any], supported: Collection[str]) -> 
             )
         if name == "init_lora_weights" and not any(value is v or value == v for v in INITIALIZATIONS):
             raise UserError(f"{name} is {value!r}, allowed are {', '.join(map(str, INITIALIZATIONS))}")
+        # peft takes every text for true
+        if name in ("use_rslora", "use_dora") and not isinstance(value, bool | None):
+            raise UserError(f"{name} is {value!r}, it should be true or false")
+        if name == "bias" and value not in ("none", "all", "lora_only"):
+            raise UserError(f"{name} is {value!r}, allowed are none, all, lora_only")
+        if name == "lora_dropout" and not (_is_number(value) and 0 <= value < 1):
+            raise UserError(f"{name} is {value!r}, it should be a number of at least 0 and below 1")
+        if name == "layers_to_transform" and not all(
+            map(_is_index, value if isinstance(value, list) else [value or 0])
+        ):
+            raise UserError(f"{name} is {value!r}, it should be the number of a layer, or a list of numbers")
     ranks = {"r": arguments.get("r", 1), **_entries(arguments, "rank_pattern")}
     for name, rank in ranks.items():
         if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank < 2**31:
             raise UserError(f"{name} is {rank!r}, it should be a whole number of at least 1")
     scales = {"lora_alpha": arguments.get("lora_alpha", 1), **_entries(arguments, "alpha_pattern")}
     for name, alpha in scales.items():
-        is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-        if not is_number or not 0 < alpha < math.inf:
+        if not _is_number(alpha) or not 0 < alpha < math.inf:
             raise UserError(f"{name} is {alpha!r}, it should be a number greater than 0")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _entries(arguments: Mapping[str, Any], name: str) -> dict[str, Any]:

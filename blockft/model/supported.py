@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from blockft.errors import UserError
@@ -37,6 +38,21 @@ _LARGEST_SIZES = {
 
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "sliding_window")
 """Sizes that may be null."""
+
+_ROPE_NUMBERS = (
+    "rope_theta",
+    "factor",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "partial_rotary_factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+)
+"""RoPE parameters that are numbers. Files hold further ones, such as `finetuned`, that no model reads."""
 
 _MEDIA_TOKENS = ("image_token", "video_token", "audio_token", "boi_token", "eoi_token")
 """Names under which a tokenizer lists tokens that stand for media. A model for text alone may lack them."""
@@ -82,6 +98,13 @@ def check_settings(settings: Any, name: str) -> None:
     for field in ("rope_theta", "rms_norm_eps"):
         if field in settings:
             _check_number(settings[field], field, place)
+    for field in ("dtype", "torch_dtype"):
+        value = settings.get(field)
+        is_type = isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)
+        if not is_type and value is not None:
+            raise UserError(
+                f"{place} has {field} {_shorten(value)}, it should be the name of a type such as bfloat16"
+            )
     for field in ("rope_scaling", "rope_parameters"):
         _check_rope(settings.get(field), field, name)
 
@@ -98,8 +121,9 @@ def _check_rope(rope: Any, field: str, name: str) -> None:
             _check_rope(parameters, f"{field}.{layer_type}", name)
         return
     _check_rope_type(rope.get("rope_type", rope.get("type", "default")), name)
-    for key, value in rope.items():
-        if key not in ("rope_type", "type", "truncate") and value is not None:
+    for key in _ROPE_NUMBERS:
+        # a zero mscale means that there is none
+        if (value := rope.get(key)) is not None and not (key.startswith("mscale") and value == 0):
             _check_number(value, f"{field}.{key}", place)
     for smaller, larger in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
         low, high = rope.get(smaller), rope.get(larger)
@@ -172,7 +196,7 @@ def check_special_ids(settings: PreTrainedConfig | GenerationConfig, vocab_size:
             if not isinstance(id, int) or isinstance(id, bool) or not 0 <= id < vocab_size:
                 raise UserError(
                     f"{place} has {setting} {_shorten(value)}, but the model's vocab_size is {vocab_size}: "
-                    f"ids are 0 to {vocab_size - 1}"
+                    f"ids are 0 to {vocab_size - 1}, or null"
                 )
 
 

@@ -42,7 +42,7 @@ _TYPE_NAMES = {
     torch.bfloat16: "BF16",
 }
 
-_OLD_ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_OLD_ROTARY_BUFFER = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 """Names of a buffer that old checkpoints hold; the model computes it from its configuration."""
 
 _NUM_NAMED = 3
@@ -208,9 +208,13 @@ def find_file(path: str, name: str, revision: str | None) -> Path | None:
 def _find_shards(path: str, index: Path, revision: str | None) -> list[Path]:
     """Return the files that an index of weights lists."""
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        content = json.loads(index.read_text(encoding="utf-8"))
+        names = content["weight_map"].values()
+        dict(content["metadata"])  # which transformers needs as well
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{index} is no list of weights (weight_map): fetch the file again") from error
+        raise UserError(
+            f"{index} is no list of weights (metadata and weight_map): fetch the file again"
+        ) from error
     # a name with folders could lead out of the model's folder
     if not all(isinstance(name, str) and name == PurePath(name).name for name in names):
         raise UserError(f"{index} lists a file that is not in its own folder")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
@@ -107,6 +107,7 @@ def test_the_tokens_of_other_blocks_do_not_change_a_bit(name: str, seed: int, le
     results = []
     for _ in range(2):
         group = [block(length) for length in lengths]
+        assume(shared not in group)  # equal blocks are computed once, which changes the number of tokens
         group.insert(place, shared)
         results.append(dict(prefill_blocks(model, group))[shared])
     assert torch.equal(results[0], results[1])

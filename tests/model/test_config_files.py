@@ -138,6 +138,9 @@ def test_rope_parameters_that_cannot_be_used_are_refused(folder: Path, rope: Any
         ({"bos_token_id": 1.5}, ""),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "describes quantised weights"),
         ({"quantization_config": {}}, "describes quantised weights"),
+        ({"torch_dtype": "auto"}, "has torch_dtype 'auto', it should be the name of a type such as bfloat16"),
+        ({"dtype": 16}, "has dtype 16"),
+        ({"dtype": "load"}, "has dtype 'load'"),
         ({"transformers_weights": "other.safetensors"}, "names other weights (transformers_weights)"),
     ],
 )
@@ -168,6 +171,22 @@ def test_settings_that_contradict_themselves_are_refused(
 def test_a_config_that_is_no_object_is_refused(folder: Path, content: bytes, message: str) -> None:
     (folder / "config.json").write_bytes(content)
     assert message in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 256, "finetuned": True},
+        YARN | {"type": "yarn", "mscale": 1.0, "mscale_all_dim": 0, "attention_factor": None},
+        {"type": "default", "mrope_section": [1, 1, 2]},
+        {},
+    ],
+)
+def test_rope_parameters_of_published_models_are_read(folder: Path, rope: dict[str, Any]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_parameters"]
+    (folder / "config.json").write_text(json.dumps(config | {"rope_scaling": rope, "rope_theta": 10000.0}))
+    load_model(str(folder), backend="sdpa", dtype=torch.float32)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -307,6 +326,28 @@ def test_prepared_ids_without_an_embedding_are_refused(tmp_path: Path) -> None:
     change(small, markup, "tokenizer_config.json")
     done = commands.blockft("train", recipe, f"model.path={small}", "--dry-run")
     assert done.returncode == 2 and f"an example of {tmp_path}/data has token id" in done.stderr
+
+
+def test_a_vocabulary_that_is_not_read_may_be_a_pointer(folder: Path) -> None:
+    for name in ("tokenizer.model", "vocab.json", "merges.txt"):
+        (folder / name).write_bytes(LFS_POINTER)
+    load_tokenizer(str(folder))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"tokenizer\.model is a Git LFS pointer"):
+        load_tokenizer(str(folder))
+
+
+def test_a_folder_without_a_tokenizer_is_refused(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"holds no tokenizer \(tokenizer\.json\)"):
+        load_tokenizer(str(folder))
+
+
+def test_an_adapter_without_a_tokenizer_has_that_of_its_base_model(original: Path, tmp_path: Path) -> None:
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": str(original)}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    found, expected = load_tokenizer(str(tmp_path)), load_tokenizer(str(original))
+    assert found.get_vocab() == expected.get_vocab() and found.chat_template == expected.chat_template
 
 
 @pytest.mark.parametrize("content", [LFS_POINTER, WEB_PAGE, b"", b"{", b"\xff"])

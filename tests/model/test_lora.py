@@ -281,6 +281,13 @@ def test_tensors_that_an_adapter_lacks_or_does_not_need_are_refused(
         ({"init_lora_weights": "loftq"}, "init_lora_weights is 'loftq'"),
         ({"option_of_the_future": True}, "option_of_the_future is not supported"),
         ({"r": -1}, "r is -1"),
+        ({"use_rslora": "false"}, "use_rslora is 'false', it should be true or false"),
+        ({"use_dora": 1}, "use_dora is 1, it should be true or false"),
+        ({"bias": "some"}, "bias is 'some', allowed are none, all, lora_only"),
+        ({"lora_dropout": "0.1"}, "lora_dropout is '0.1', it should be a number of at least 0"),
+        ({"lora_dropout": 2}, "lora_dropout is 2"),
+        ({"layers_to_transform": "1"}, "layers_to_transform is '1', it should be the number of a layer"),
+        ({"layers_to_transform": [0, -1]}, "layers_to_transform is [0, -1]"),
         ({"target_modules": 3}, ""),
         ({"base_model_name_or_path": 3}, "it should name its base model"),
         ({"base_model_name_or_path": ""}, "it should name its base model"),
@@ -292,6 +299,13 @@ def test_a_configuration_that_does_not_fit_the_adapter_is_refused(
 ) -> None:
     change_config(adapter, entries)
     assert message in refusal(adapter)
+
+
+def test_adapters_of_other_versions_of_peft_are_opened(base: str, adapter: Path) -> None:
+    """Their files hold options that this version does not know, which are off."""
+    expected = logits(merge_adapter(open_base(base), adapter))
+    change_config(adapter, {"enable_lora": None, "merge_weights": False, "option_of_the_future": {}})
+    assert torch.equal(logits(merge_adapter(open_base(base), adapter)), expected)
 
 
 def test_an_adapter_of_another_base_model_is_refused(adapter: Path, tmp_path: Path) -> None:

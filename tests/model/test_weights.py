@@ -193,6 +193,7 @@ def test_a_missing_shard_is_named(shards: Path) -> None:
         "{}",
         '{"weight_map": []}',
         '{"weight_map": null}',
+        '{"weight_map": {"a": "model-00001-of-00004.safetensors"}}',
         '{"metadata": {}, "weight_map": {"a": 1}}',
         '{"metadata": {}, "weight_map": {"a": "../other/model.safetensors"}}',
         '{"metadata": {}, "weight_map": {"a": "/dev/zero"}}',
@@ -251,9 +252,11 @@ def test_weights_without_the_prefix_of_the_language_model_are_opened(tied: Path)
 
 
 def test_rotary_buffers_of_old_checkpoints_are_passed_over(folder: Path) -> None:
-    buffer = torch.ones(4)
-    change(folder, replaced("model.layers.0.self_attn.rotary_emb.inv_freq", buffer))
-    open_both(folder)
+    buffer, original = torch.ones(4), load_file(folder / "model.safetensors")
+    # the last one is that of a model that was saved without its head
+    for name in ("model.layers.0.self_attn.", "model.", "layers.0.self_attn."):
+        change(folder, lambda _, name=name: original | {f"{name}rotary_emb.inv_freq": buffer})
+        open_both(folder)
     change(folder, replaced("model.layers.0.self_attn.rotary_emb.inv_freq.x", buffer))
     assert says("unexpected", refusal(folder))
 
