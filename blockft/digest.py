@@ -46,6 +46,10 @@ class DamagedFile(Exception):
     """A file is not what was written. The message is the file's name and what is wrong with it."""
 
 
+class AddedFile(DamagedFile):
+    """A folder holds a file that was not written with the others, which may all be whole."""
+
+
 @dataclass(frozen=True)
 class FileDigest:
     """Size and digest of a file."""
@@ -142,10 +146,10 @@ def check_no_other_files(names: Iterable[str], expected: Iterable[str]) -> None:
     """Check that a folder whose files are `names` holds no file that was not written with the others.
 
     Raises:
-        DamagedFile: a file is not expected. The first one is named.
+        AddedFile: a file is not expected. The first one is named.
     """
     if others := sorted(set(names) - set(expected)):
-        raise DamagedFile(f"{others[0]} was added after the folder was written")
+        raise AddedFile(f"{others[0]} was added after the folder was written")
 
 
 def list_files(folder: Path) -> list[str]:

@@ -89,8 +89,10 @@ class FolderLock:
                 if attempt == _MAX_ATTEMPTS:
                     raise
                 continue
-            except PermissionError:  # the file of another user can be locked, too
-                descriptor = os.open(self._file, os.O_RDONLY)
+            except PermissionError:
+                if not self._file.exists():
+                    raise
+                descriptor = os.open(self._file, os.O_RDONLY)  # the file of another user can be locked, too
             try:
                 fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
                 with suppress(FileNotFoundError):
@@ -172,7 +174,7 @@ class FolderLock:
 def _describe_error(error: OSError | ValueError) -> str:
     if isinstance(error, OSError):
         if error.errno in _NOT_SUPPORTED:
-            return f"its file system has no locks ({error.strerror})"
+            return f"its file system has no locks ({error.strerror}): choose a folder on another one"
         return error.strerror or str(error)
     return str(error)
 

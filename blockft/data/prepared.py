@@ -11,6 +11,7 @@ The same samples and examples give the same bytes.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch.utils.data import Dataset
 from blockft.data.encoder import Example
 from blockft.data.sample import Sample, sample_to_record
 from blockft.digest import (
+    AddedFile,
     DamagedFile,
     check_no_other_files,
     digest_files,
@@ -48,6 +50,9 @@ FILES = "files"
 
 SHARD_SAMPLES = 50_000
 """Number of samples in a file."""
+
+_SHARD = re.compile(r"samples-\d{5,}\.jsonl")
+"""Names of the files of samples."""
 
 BATCH_EXAMPLES = 1_000
 """Number of examples in an Arrow record batch."""
@@ -114,7 +119,9 @@ def load_prepared(folder: Path) -> PreparedData:
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder of prepared examples: write it with blockft prepare RECIPE")
     if not (folder / MANIFEST).exists():
-        raise UserError(f"{folder} is incomplete (it has no {MANIFEST}): run blockft prepare again")
+        raise UserError(
+            f"{folder} is incomplete (it has no {MANIFEST}): run blockft prepare again with --overwrite"
+        )
     try:
         manifest = read_with_digest(folder / MANIFEST)
         if manifest.get("version") != VERSION:
@@ -125,6 +132,10 @@ def load_prepared(folder: Path) -> PreparedData:
         files = parse_files(manifest[FILES])
         check_no_other_files(list_files(folder), [MANIFEST, *files])
         verify_files(folder, files)
+    except AddedFile as error:
+        raise UserError(
+            f"prepared data {folder} cannot be used ({error}): move that file elsewhere"
+        ) from error
     except DamagedFile as error:
         raise UserError(
             f"prepared data {folder} is damaged ({error}): run blockft prepare again with --overwrite"
@@ -132,10 +143,18 @@ def load_prepared(folder: Path) -> PreparedData:
     return PreparedData(folder, manifest, Examples(folder / EXAMPLES))
 
 
-def is_incomplete(folder: Path) -> bool:
-    """Return whether a folder holds only files of an interrupted `prepare`, so that it may be replaced."""
-    names = {path.name for path in folder.iterdir()}
-    return all(name == "examples" or name.startswith("samples-") for name in names)
+def find_foreign_file(folder: Path) -> str | None:
+    """Return the name of a file in a folder that `prepare` does not write, or None.
+
+    Hidden files, which systems leave in every folder, do not count. The files of a hidden folder such as .git
+    do.
+    """
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        is_own = name in (MANIFEST, EXAMPLES) or _SHARD.fullmatch(name)
+        if not (is_own or path.name.startswith(".")) and (path.is_symlink() or not path.is_dir()):
+            return name
+    return None
 
 
 class PreparedWriter:

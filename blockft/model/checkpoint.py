@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from blockft.attention.layout import Layout
 from blockft.digest import (
+    AddedFile,
     DamagedFile,
     FileDigest,
     check_no_other_files,
@@ -137,6 +138,8 @@ def _verify(checkpoint: Path) -> None:
 
 def _damaged(checkpoint: Path, error: DamagedFile) -> UserError:
     """Return the error about a damaged checkpoint, which offers the newest other one that is whole."""
+    if isinstance(error, AddedFile):
+        return UserError(f"checkpoint {checkpoint} cannot be used ({error}): move that file elsewhere")
     others = [other for other in complete_checkpoints(checkpoint.parent) if other.name != checkpoint.name]
     if whole := next(filter(_is_whole, reversed(others)), None):
         remedy = f"{whole} is whole: remove {checkpoint.name} to resume from it, or export it by its name"
@@ -154,8 +157,9 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def _list_checkpoints(run: Path) -> list[Path]:
-    """Return all checkpoints of a run, complete and incomplete, oldest first."""
-    numbered = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in run.glob("checkpoint-*"))
+    """Return all checkpoints of a run, complete and incomplete, oldest first. Files are passed over."""
+    folders = (path for path in run.glob("checkpoint-*") if path.is_dir())
+    numbered = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folders)
     return [path for _, path in sorted((int(match[1]), path) for match, path in numbered if match)]
 
 
@@ -192,13 +196,21 @@ def remove_incomplete(run: Path) -> list[str]:
     for checkpoint in incomplete:
         _remove(checkpoint)
     for removed in run.glob(f".checkpoint-*{_REMOVED}"):
-        shutil.rmtree(removed)
+        _delete(removed)
     return [checkpoint.name for checkpoint in incomplete]
 
 
 def _remove(checkpoint: Path) -> None:
     """Delete a checkpoint under a hidden name; `remove_incomplete` deletes what an interruption leaves."""
-    shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}{_REMOVED}")))
+    _delete(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}{_REMOVED}")))
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder; of a link to a folder that a user has moved elsewhere only the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 def best_checkpoint(run: Path) -> Path | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from transformers.utils.hub import cached_file
 
 from blockft.digest import (
+    AddedFile,
     DamagedFile,
     FileDigest,
     check_no_other_files,
@@ -80,7 +81,7 @@ def verify_model_files(path: str, revision: str | None = None, *, weights: bool)
                 _download(path, name, folder.name)
         verify_files(folder, checked)
     except DamagedFile as error:
-        remedy = "restore the file"
+        remedy = "move that file elsewhere" if isinstance(error, AddedFile) else "restore the file"
         if digests.name == DIGESTS:
             remedy += f", or remove {DIGESTS} from the folder if it was changed on purpose"
         raise UserError(f"model {folder} is damaged ({error}): {remedy}") from error

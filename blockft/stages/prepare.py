@@ -20,13 +20,14 @@ from blockft.data.encoder import Encoder, Example
 from blockft.data.fit import EncodedSample, encode_samples
 from blockft.data.packing import complete_last_batch, fill_ratio, list_example_modes, plan_rows
 from blockft.data.parallel import map_in_order
-from blockft.data.prepared import MANIFEST, PreparedWriter, is_incomplete, load_prepared
+from blockft.data.prepared import PreparedWriter, find_foreign_file, load_prepared
 from blockft.data.sample import Sample
 from blockft.data.shared_context import merge_shared_contexts
 from blockft.data.sources import SOURCE_FORMATS, RecordCounts
 from blockft.data.split import SPLIT_FORMATS, split_sample
 from blockft.data.statistics import ExampleStatistics, SourceStatistics, histogram
 from blockft.data.tokenizer import tokenizer_fingerprint
+from blockft.digest import list_files
 from blockft.errors import UserError, check_type, warn
 from blockft.model.load import load_tokenizer
 from blockft.outputs import OwnedFolder, atomic_folder, check_absent
@@ -149,11 +150,21 @@ def print_summary(recipe: Recipe) -> None:
 
 
 def _check_output(out: Path, overwrite: bool) -> None:
-    if (out / MANIFEST).is_file():
-        if not overwrite:
-            check_absent(out, "set data.output_dir to another folder, or add --overwrite")
-    elif os.path.lexists(out) and not (out.is_dir() and is_incomplete(out)):
-        raise UserError(f"{out} exists and is not a prepared folder: set data.output_dir to another folder")
+    """Check that a prepared folder may be written to `out`, which loses no file that others wrote.
+
+    Raises:
+        UserError: `out` holds a file that `prepare` does not write, or any file if not `overwrite`.
+    """
+    if not os.path.lexists(out):
+        return
+    foreign = find_foreign_file(out) if out.is_dir() else None
+    if foreign or not out.is_dir():
+        found = f" (it holds {foreign})" if foreign else ""
+        raise UserError(
+            f"{out} exists and is not a prepared folder{found}: set data.output_dir to another folder"
+        )
+    if list_files(out) and not overwrite:
+        check_absent(out, "set data.output_dir to another folder, or add --overwrite")
 
 
 def _read_copies(source: Source, data: DataSettings, count: SourceStatistics) -> Iterator[Sample]:

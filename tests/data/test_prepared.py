@@ -59,8 +59,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no examples": (lambda folder: (folder / EXAMPLES).unlink(), "examples.arrow is missing"),
     "a sample": (lambda folder: flip_bit(folder / SAMPLES, 30), "samples-00000.jsonl has changed"),
     "no samples": (lambda folder: (folder / SAMPLES).unlink(), "samples-00000.jsonl is missing"),
-    "more samples": (lambda folder: (folder / "samples-00001.jsonl").touch(), "00001.jsonl was added"),
-    "more examples": (lambda folder: (folder / "examples" / "b.arrow").touch(), "b.arrow was added"),
     "an option": (lambda folder: damage_manifest(folder, "user", "system"), "manifest.json has changed"),
     "a list": (lambda folder: (folder / MANIFEST).write_text("[]"), "manifest.json is not a JSON object"),
     "no JSON": (lambda folder: (folder / MANIFEST).write_text("{"), "manifest.json is not JSON"),
@@ -88,6 +86,15 @@ def test_a_damaged_folder_is_never_read(damage: str, tmp_path: Path, encoder: En
 def test_a_folder_of_another_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text(dump_with_digest({"version": 1}))
     with pytest.raises(UserError, match="has version 1 of the format, this blockft reads version 2"):
+        load_prepared(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["samples-00001.jsonl", "examples/b.arrow", "notes.md"])
+def test_a_file_that_was_added_is_named(name: str, tmp_path: Path) -> None:
+    with PreparedWriter(tmp_path) as writer:
+        writer.finish({})
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"{name} was added .*: move that file elsewhere$"):
         load_prepared(tmp_path)
 
 

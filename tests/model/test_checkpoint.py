@@ -107,7 +107,6 @@ def test_a_checkpoint_whose_removal_is_interrupted_does_not_count_as_one(
         (lambda c: (c / "latest").unlink(), "latest is missing"),
         (lambda c: ((c / "latest").unlink(), (c / "latest").mkdir()), "latest is not a regular file"),
         (lambda c: ((c / "latest").unlink(), os.mkfifo(c / "latest")), "latest is not a regular file"),
-        (lambda c: (c / "model.safetensors").touch(), "model.safetensors was added"),
         (
             lambda c: (c / MARKER).write_text((c / MARKER).read_text().replace('"step": 4', '"step": 5')),
             "complete.json has changed",
@@ -151,3 +150,29 @@ def test_hidden_files_of_a_checkpoint_are_passed_over(tmp_path: Path) -> None:
     checkpoint = save_checkpoint(tmp_path, 2)
     (checkpoint / ".nfs0001").touch()
     verify_checkpoint(checkpoint)
+
+
+def test_a_file_that_was_added_to_a_checkpoint_is_named_and_the_checkpoint_is_not_given_up(
+    tmp_path: Path,
+) -> None:
+    save_checkpoint(tmp_path, 2)
+    newest = save_checkpoint(tmp_path, 4)
+    (newest / "model.safetensors").touch()
+    with pytest.raises(UserError, match=r"model.safetensors was added .*: move that file elsewhere$"):
+        verify_checkpoint(newest)
+
+
+def test_checkpoints_that_were_moved_elsewhere_may_be_links(tmp_path: Path) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    for step in (2, 4, 6):
+        moved = save_checkpoint(run, step).rename(elsewhere.with_name(f"moved-{step}"))
+        (run / f"checkpoint-{step}").symlink_to(moved)
+    (tmp_path / "moved-6" / MARKER).unlink()
+    (run / "checkpoint-8").touch()
+    (run / "checkpoint-9").symlink_to("nowhere")
+    check_incomplete(run)
+    verify_checkpoint(run / "checkpoint-4")
+    assert remove_incomplete(run) == ["checkpoint-6"]
+    remove_old_checkpoints(run, 1, keep_best=False)
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint-4", "checkpoint-8", "checkpoint-9"]
+    assert (tmp_path / "moved-2" / MARKER).is_file() and (tmp_path / "moved-6").is_dir()

@@ -288,16 +288,31 @@ def test_a_prepared_folder_is_replaced_only_with_overwrite(make_recipe: Make) ->
     assert load_prepared(out).manifest["options"]["seed"] == 1
 
 
-def test_an_incomplete_folder_is_replaced_and_a_foreign_one_left_unchanged(make_recipe: Make) -> None:
+def test_an_incomplete_folder_is_replaced_only_with_overwrite(make_recipe: Make) -> None:
     out = prepare(make_recipe())
     (out / "manifest.json").unlink()
-    assert load_prepared(prepare(make_recipe())).manifest
-    (out / "manifest.json").unlink()
-    (out / "thesis.tex").touch()
+    (out / ".DS_Store").touch()
+    with pytest.raises(UserError, match="add --overwrite"):
+        prepare(make_recipe())
+    assert load_prepared(prepare(make_recipe(), overwrite=True)).manifest
+
+
+@pytest.mark.parametrize(
+    "name", ["thesis.tex", "samples-2024.jsonl", "examples/mine.arrow", "run/manifest.json", ".git/config"]
+)
+@pytest.mark.parametrize("is_prepared", [False, True])
+def test_a_folder_with_files_of_others_is_left_unchanged(
+    make_recipe: Make, name: str, is_prepared: bool
+) -> None:
+    recipe = make_recipe()
+    out = prepare(recipe) if is_prepared else Path(recipe.data.output_dir)
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    (out / name).write_text("precious")
+    before = files(out)
     for overwrite in (False, True):
-        with pytest.raises(UserError, match="not a prepared folder"):
-            prepare(make_recipe(), overwrite=overwrite)
-    assert (out / "thesis.tex").exists()
+        with pytest.raises(UserError, match=f"not a prepared folder .it holds {name}.: set data.output_dir"):
+            prepare(recipe, overwrite=overwrite)
+    assert files(out) == before
 
 
 def broken_line(recipe: Recipe) -> Recipe:
