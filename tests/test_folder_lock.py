@@ -18,7 +18,7 @@ import os, sys, time
 from pathlib import Path
 from blockft.folder_lock import lock_folder
 with lock_folder(Path(sys.argv[1]), "blockft test"):
-    if os.fork():
+    if not os.fork():  # the child closes the lock before it runs on
         print("forked", flush=True)
     time.sleep(60)
 """

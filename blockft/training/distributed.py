@@ -190,9 +190,9 @@ def check_ranks(run: Path, run_signature: dict[str, Any]) -> None:
                 f"rank {different[0]} and rank 0 differ in {name}: every host must start the same command "
                 "in a directory with the same files"
             )
-    chosen = [temporary_path(run)]
+    chosen = [temporary_path(run).name]
     dist.broadcast_object_list(chosen)
-    shared_file = chosen[0]
+    shared_file = run.with_name(chosen[0])
     write_error = [""]
     if rank == 0:
         try:
