@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from blockft.errors import UserError
+from blockft.file_content import HEAD_BYTES, content_problem
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 """The id of a dataset on the Hub: owner/name."""
@@ -24,10 +25,6 @@ UNSUPPORTED_MAGIC = {
     b"\xfd7zXZ": "is compressed: unpack it first",
     b"\x28\xb5\x2f\xfd": "is compressed: unpack it first",
     b"ARROW1": "is an Arrow file: save it as parquet or JSON lines",
-    b"version https://git-lfs": "is a Git LFS pointer: fetch the file itself with git lfs pull",
-    b"<!DOCTYPE": "is a web page: download the file itself",
-    b"<!doctype": "is a web page: download the file itself",
-    b"<html": "is a web page: download the file itself",
 }
 """First bytes of files that are not JSON in UTF-8, with the rest of the error message."""
 
@@ -76,10 +73,10 @@ def open_json(path: Path) -> BinaryIO:
     with path.open("rb") as raw:
         is_gzip = raw.read(len(GZIP_MAGIC)) == GZIP_MAGIC
     file = cast(BinaryIO, gzip.GzipFile(path)) if is_gzip else path.open("rb")
-    first_bytes = file.read(max(map(len, UNSUPPORTED_MAGIC)))
-    for magic, problem in UNSUPPORTED_MAGIC.items():
-        if first_bytes.startswith(magic):
-            file.close()
-            raise UserError(f"source {path} {problem}")
-    file.seek(len(codecs.BOM_UTF8) if first_bytes.startswith(codecs.BOM_UTF8) else 0)
+    head = file.read(HEAD_BYTES)
+    by_magic = (problem for magic, problem in UNSUPPORTED_MAGIC.items() if head.startswith(magic))
+    if problem := next(by_magic, None) or content_problem(head):
+        file.close()
+        raise UserError(f"source {path} {problem}")
+    file.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
     return file

@@ -8,7 +8,7 @@ from typing import Any
 from blockft.data.files import open_json, without_gzip_suffix
 from blockft.data.json_stream import JsonError, JsonStream, RecordDecoder, repeated_key_problem
 from blockft.data.sample import RecordError
-from blockft.errors import UserError
+from blockft.errors import UserError, first_line
 from blockft.file_content import check_content
 
 PARQUET_ROWS = 1000
@@ -104,7 +104,7 @@ def read_hub(path: str, split: str | None, name: str | None = None) -> Iterator[
         record = next(records, ...)
     except hub_errors as error:
         raise UserError(
-            f"source {path} is no local file, and the Hub gives no such dataset: {_first_line(error)}"
+            f"source {path} is no local file, and the Hub gives no such dataset: {first_line(error)}"
         ) from error
     place = f"{path} ({name}, {split})" if name else f"{path} ({split})"
     number = 1
@@ -114,13 +114,9 @@ def read_hub(path: str, split: str | None, name: str | None = None) -> Iterator[
             record, number = next(records, ...), number + 1
         except hub_errors as error:
             raise UserError(
-                f"{place}, after record {number}: the rest cannot be read ({_first_line(error)}): run the "
+                f"{place}, after record {number}: the rest cannot be read ({first_line(error)}): run the "
                 "command again, or download the dataset and name its files"
             ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _first_character(path: Path) -> bytes:
@@ -170,7 +166,7 @@ def _read_parquet(path: Path) -> Iterator[PlacedRecord]:
                         number += 1
                         yield f"{path}, row {number}", row
     except pa.ArrowException as error:
-        raise UserError(f"{path}, after row {number}: not parquet ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path}, after row {number}: not parquet ({first_line(error)})") from error
 
 
 def _batch_rows(batch: Any) -> list[Any]:

@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import HfApi, get_token, hf_hub_download
 from huggingface_hub.repocard import metadata_load
 
-from blockft.errors import UserError
+from blockft.errors import UserError, first_line
 
 _CARD_ENTRIES = ("license", "license_name", "license_link", "language")
 """Entries of a model card's metadata that also hold for a fine-tuned model."""
@@ -80,7 +80,7 @@ def push_folder(folder: Path, repo_id: str, *, private: bool = True) -> str:
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a blockft export")
     # huggingface_hub raises errors of httpx or httpx2, depending on its version
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         visibility = " --private" if private else ""
         raise UserError(
             f"{folder} is written, but it was not pushed to {repo_id}: {reason}; "

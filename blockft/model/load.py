@@ -1,7 +1,6 @@
 """Load models, configurations and tokenizers from folders and from the Hub."""
 
 import copy
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,8 @@ from transformers.utils.logging import disable_progress_bar
 from blockft.attention.backends import BACKENDS
 from blockft.digest import digest_files, digest_json, digest_names
 from blockft.errors import UserError, first_line
-from blockft.file_content import check_content
+from blockft.file_content import check_content, load_json
+from blockft.inputs import read_text
 from blockft.model.lora import merge_adapter
 from blockft.model.model_files import verify_base_weights, verify_model_files
 from blockft.model.supported import (
@@ -91,7 +91,7 @@ def parse_device(name: str | None) -> torch.device:
         return torch.empty(0, device=name).device
     # RuntimeError: an unknown name or index; AssertionError: a build of PyTorch without GPUs
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"there is no device {name!r}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"there is no device {name!r}: {first_line(error)}") from error
 
 
 def load_config(path: str, revision: str | None = None) -> PreTrainedConfig:
@@ -108,12 +108,12 @@ def load_config(path: str, revision: str | None = None) -> PreTrainedConfig:
     _check_path(model_path)
     verify_model_files(model_path, model_revision, weights=False)
     if file := _find_config(model_path, model_revision):
-        check_settings(_read_json(file), model_path)
+        check_settings(load_json(file), model_path)
     config = _open(AutoConfig, model_path, model_revision)
     # the file may name an attention function on the Hub, which is code
     config._attn_implementation = None
     if base and (entry := Path(path) / BLOCK_ATTENTION).is_file():
-        config.block_attention = _read_json(entry)
+        config.block_attention = load_json(entry)
         # errors about the entry should name the adapter, not the base
         config.name_or_path = path
     check_supported(config)
@@ -143,7 +143,7 @@ def adapter_base_model(path: str) -> tuple[str, str | None] | None:
         return None
     verify_model_files(path, weights=True)
     with error_prefix(f"{adapter} is not the configuration of an adapter: "):
-        settings = _read_json(adapter)
+        settings = load_json(adapter)
         base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
         revision = settings.get("revision") if base else None
         if not (isinstance(base, str) and base) or not isinstance(revision, str | None):
@@ -216,10 +216,7 @@ def _list_tokenizer_files(folder: str) -> list[Path]:
 
 
 def _read_chat_template(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
-        raise UserError(f"model.chat_template {path} cannot be read: {error}") from error
+    text = read_text(path, "model.chat_template")
     if not text.strip():
         raise UserError(f"model.chat_template {path} is empty: it should hold a Jinja template")
     return text
@@ -289,7 +286,7 @@ def _load_weights(
     _call(path, check_weights, path, revision, build_meta_model(config))
     # transformers would pass over a generation config that it cannot read
     if file := _call(path, find_file, path, "generation_config.json", revision):
-        _read_json(file)
+        load_json(file)
     model: PreTrainedModel
     model, report = _open(
         AutoModelForCausalLM,
@@ -313,14 +310,6 @@ def _find_config(path: str, revision: str | None) -> Path | None:
     _check_path(path)
     found = _call(path, find_file, path, "config.json", revision)
     return found if found is None or isinstance(found, Path) else None
-
-
-def _read_json(path: Path) -> Any:
-    check_content(path)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {first_line(error)}") from error
 
 
 def _check_path(path: str) -> None:

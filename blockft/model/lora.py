@@ -5,7 +5,6 @@ Only adapters that can be exported and read back exactly are trained or read.
 
 import copy
 import dataclasses
-import json
 import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -18,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from transformers import PreTrainedModel, set_seed
 
 from blockft.errors import UserError, first_line
-from blockft.file_content import check_content
+from blockft.file_content import load_json
 from blockft.model.weights import StoredTensor, check_tensors, error_prefix, read_tensors
 
 # peft uses a name that transformers deprecates
@@ -130,12 +129,8 @@ def _read_config(folder: Path) -> LoraConfig:
         UserError: it is malformed, or describes an adapter that cannot be merged exactly.
     """
     path = folder / "adapter_config.json"
+    settings = load_json(path)
     with error_prefix(f"{path} cannot be used: "):
-        check_content(path)
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"it is not JSON: {first_line(error)}") from error
         if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
             found = settings.get("peft_type") if isinstance(settings, dict) else settings
             raise UserError(f"peft_type is {found!r}, only LORA is supported")

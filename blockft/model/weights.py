@@ -4,7 +4,6 @@ transformers fills weights that a checkpoint lacks with random numbers, and pass
 does not have. Here every difference is an error.
 """
 
-import json
 import os
 import re
 import zipfile
@@ -22,7 +21,7 @@ from transformers.utils.hub import cached_file
 
 from blockft.digest import DamagedFile, digest_files, digest_names
 from blockft.errors import UserError, first_line
-from blockft.file_content import check_content
+from blockft.file_content import check_content, load_json
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -156,7 +155,6 @@ def find_weight_files(path: str, revision: str | None) -> list[Path]:
     """
     for name in WEIGHT_FILES:
         if file := find_file(path, name, revision):
-            check_content(file)
             if name.endswith(".index.json"):
                 return _find_shards(path, file, revision)
             return [file]
@@ -208,10 +206,10 @@ def find_file(path: str, name: str, revision: str | None) -> Path | None:
 def _find_shards(path: str, index: Path, revision: str | None) -> list[Path]:
     """Return the files that an index of weights lists."""
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
+        content = load_json(index)
         names = content["weight_map"].values()
         dict(content["metadata"])  # which transformers needs as well
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{index} is no list of weights (metadata and weight_map): fetch the file again"
         ) from error

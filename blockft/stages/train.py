@@ -24,7 +24,7 @@ from blockft.config.settings import Recipe
 from blockft.console import PlainConsole
 from blockft.data.prepared import PreparedData, load_prepared
 from blockft.data.tokenizer import tokenizer_fingerprint
-from blockft.errors import UserError, check_type, is_first_of_host, notify, warn
+from blockft.errors import UserError, check_type, first_line, is_first_of_host, notify, warn
 from blockft.folder_lock import FolderLock, reading_folder
 from blockft.model.checkpoint import (
     check_incomplete,
@@ -601,7 +601,7 @@ def _build_trainer(
     except (ValueError, RuntimeError) as error:
         if not any(tracker in str(error) for tracker in recipe.train.report_to):
             raise
-        raise UserError(f"train.report_to cannot be used: {str(error).splitlines()[0]}") from error
+        raise UserError(f"train.report_to cannot be used: {first_line(error)}") from error
     run_callback.trainer = trainer
     return trainer, run_callback
 
@@ -689,7 +689,7 @@ def _build_arguments(
             dataloader_pin_memory=not use_cpu(),
         )
     except (ValueError, ImportError) as error:
-        raise UserError(f"the settings of train cannot be used: {str(error).splitlines()[0]}") from error
+        raise UserError(f"the settings of train cannot be used: {first_line(error)}") from error
 
 
 def _start_run_folder(run: Path, recipe: Recipe, plan: RunPlan, checkpoint: Path | None) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from blockft.errors import UserError, is_first_of_host
+from blockft.errors import UserError, first_line, is_first_of_host
 from blockft.inputs import shorten
 from blockft.outputs import temporary_path
 from blockft.training.compiler_lock import watch_compiler_locks
@@ -127,7 +127,7 @@ def init_distributed() -> None:
             raise
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
-            f"the processes of the run could not connect at {address} ({str(error).splitlines()[0]}): check "
+            f"the processes of the run could not connect at {address} ({first_line(error)}): check "
             "that every host has started and can reach this address, and name the network interface between "
             "the hosts (GLOO_SOCKET_IFNAME on CPU, NCCL_SOCKET_IFNAME on GPU)"
         ) from error
