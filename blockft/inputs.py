@@ -4,6 +4,7 @@ import json
 import os
 import stat
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,11 +180,19 @@ def parse_json(text: str, name: str) -> Any:
 
 
 def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        repeated = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+    if (repeated := find_repeated_key(pairs)) is not None:
         raise ValueError(f"the key {shorten(repeated)!r} occurs twice in one object")
-    return found
+    return dict(pairs)
+
+
+def find_repeated_key(pairs: Sequence[tuple[str, Any]]) -> str | None:
+    """Return the first key that occurs again among the keys and values of a JSON object, or None."""
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            return key
+        seen.add(key)
+    return None
 
 
 def shorten(text: str, max_len: int = 200) -> str:

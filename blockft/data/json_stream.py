@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from blockft.errors import UserError
-from blockft.inputs import shorten
+from blockft.inputs import find_repeated_key, shorten
 
 READ_BYTES = 1 << 20
 """Number of bytes read at a time. A value that is longer is read in steps that double."""
@@ -58,8 +58,7 @@ class RecordDecoder(json.JSONDecoder):
     def _build_object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         built = dict(pairs)
         if len(built) != len(pairs):
-            names = [name for name, _ in pairs]
-            self.repeated_key = next(name for name in names if names.count(name) > 1)
+            self.repeated_key = find_repeated_key(pairs)
         return built
 
 

@@ -1,0 +1,19 @@
+"""Files and texts that users name are checked before they are used."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from blockft.data.json_stream import JsonError, decode_json
+from blockft.errors import UserError
+from blockft.inputs import parse_json
+
+
+@pytest.mark.parametrize("read", [lambda text: parse_json(text, "x"), decode_json])
+def test_a_key_that_occurs_twice_is_named_also_in_a_very_large_object(read: Callable[[str], Any]) -> None:
+    # a search that compares every key with every other one takes minutes here
+    keys = json.dumps(dict.fromkeys(f"k{i}" for i in range(50_000)))
+    with pytest.raises((UserError, JsonError), match="the key 'k49999' occurs twice"):
+        read(f'{keys[:-1]}, "k49999": null}}')
