@@ -139,7 +139,9 @@ def check_pickles(checkpoint: Path) -> None:
     import torch
 
     allowed = {*_DEEPSPEED_CLASSES, *_NUMPY_NAMES}
-    for path in sorted(checkpoint.rglob("*")):
+    # a search does not follow links to folders, in which DeepSpeed would find shards
+    linked = [path for path in checkpoint.iterdir() if path.is_symlink() and path.is_dir()]
+    for path in sorted(file for folder in (checkpoint, *linked) for file in folder.rglob("*")):
         if path.suffix not in (".pt", ".pth", ".bin") or path.name in _NEVER_LOADED:
             continue
         try:

@@ -95,6 +95,22 @@ def test_shards_outside_of_the_checkpoint_are_refused(toy: Path, tmp_path: Path)
     assert done.returncode == 2 and "should name a folder of the checkpoint" in done.stderr
 
 
+def test_a_pickle_behind_a_link_is_refused(toy: Path, tmp_path: Path) -> None:
+    """Shards in a linked folder are in no list of files, but DeepSpeed finds them."""
+    run, evil = tmp_path / "run", tmp_path / "evil"
+    shutil.copytree(toy / "run", run)
+    checkpoint = find_checkpoint(run)
+    torch.save(Payload(evil), path := optimizer_states(checkpoint))
+    shutil.move(path.parent, tmp_path / "elsewhere")
+    path.parent.symlink_to(tmp_path / "elsewhere")
+    sign(checkpoint)
+    with pytest.raises(UserError, match=rf"{path.name} could run code when it is loaded"):
+        export(run, tmp_path / "export")
+    done = blockft("train", toy / "recipe.yaml", f"train.output_dir={run}", "--resume")
+    assert done.returncode == 2 and f"{path.name} could run code when it is loaded" in done.stderr
+    assert not evil.exists()
+
+
 def test_a_signed_checkpoint_without_such_a_pickle_is_exported(toy: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(toy / "run", run)
