@@ -8,7 +8,8 @@ locks nothing.
 On one host, also between containers that share the folder, a lock is exact. On NFS Linux turns it into a lock
 of the server, which ends when the server learns that the holder's host is gone; this needs NFSv4, or NFSv3
 with its lock daemon. With the mount options `nolock` and `local_lock` a lock holds within one host only. A
-file system without locks, such as Lustre mounted without `flock`, is refused.
+file system without locks, such as Lustre mounted without `flock`, is refused for writing.
+The folder above must be shared, too: containers that mount nothing but NAME do not see each other's locks.
 """
 
 import errno
@@ -199,17 +200,22 @@ def lock_folder(folder: Path, action: str) -> Iterator[FolderLock]:
 def reading_folder(folder: Path, action: str) -> Iterator[None]:
     """Keep writers away from a folder that is being read.
 
-    A folder that does not exist, or whose parent cannot be written, is read without a lock: its owner then
-    has to know who reads it.
+    A folder that does not exist is read without a lock. So is one whose lock cannot be taken: on a full or
+    read-only disk, or on a file system without locks. Its owner then has to know who reads it.
 
     Raises:
         FolderInUse: another process writes the folder.
     """
-    path = Path(os.path.realpath(folder))
-    if not os.access(path.parent, os.W_OK):
+    if not Path(os.path.realpath(folder)).parent.is_dir():
         yield
         return
-    lock = FolderLock(folder, action, shared=True)
+    try:
+        lock = FolderLock(folder, action, shared=True)
+    except FolderInUse:
+        raise
+    except UserError:
+        yield
+        return
     try:
         lock.write_holder("read")
         yield

@@ -1,5 +1,7 @@
 """Locks of folders: one writer or many readers, released by the death of their holder."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -115,3 +117,35 @@ def test_a_lock_without_a_readable_holder_is_refused_without_details(tmp_path: P
             (tmp_path / ".folder.lock").write_text(content)
             with pytest.raises(UserError, match="is in use by another process: wait for it"):
                 try_to_lock(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOSPC, errno.EROFS])
+def test_a_folder_is_read_where_no_lock_can_be_made_and_is_not_written(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with reading_folder(tmp_path / "folder", "blockft train"):
+        pass
+    with pytest.raises(UserError, match=f"folder cannot be written: .*{os.strerror(number)}"):
+        try_to_lock(tmp_path / "folder")
+
+
+def test_a_folder_without_permission_to_write_is_refused_with_that_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_file = os.open
+
+    def open_for_reading(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_CREAT:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return open_file(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", open_for_reading)
+    with pytest.raises(UserError, match="folder cannot be written: Permission denied"):
+        try_to_lock(tmp_path / "folder")
+    # the lock file of another user
+    (tmp_path / ".folder.lock").write_text("")
+    try_to_lock(tmp_path / "folder")
