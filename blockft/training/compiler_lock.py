@@ -86,15 +86,12 @@ def _is_abandoned(path: Path) -> bool:
     except PermissionError:  # of another user
         return False
     try:
-        fcntl.fcntl(
-            descriptor, fcntl.F_SETSIG, signal.SIGURG
-        )  # the default would end a process whose lease is broken
+        # the default signal would end this process if the lease is broken
+        fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
         return True
-    except BlockingIOError:
-        return False
-    except PermissionError:
+    except (BlockingIOError, PermissionError):  # a process has it open, or it belongs to another user
         return False
     except OSError:  # a file system without leases, such as NFS
         age_s = time.time() - os.fstat(descriptor).st_mtime

@@ -1,5 +1,6 @@
 """Batches of similar length, groups of questions, and an answer file that survives an interruption."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def test_an_answer_file_is_read_again_and_gives_predictions_in_the_order_of_the_
         ("incomplete batch", None),
         ("zeros", None),
         ("not a record", 3),
+        ("nested deeply", 3),
         ("another order", 3),
         ("another answer", 3),
         ("another blank", 3),
@@ -76,12 +78,15 @@ def test_only_complete_batches_without_damage_are_kept(
     other = AnswerFile(tmp_path / "b.jsonl", batches, "one full")
     other.add(records_of(1))
     lines = complete.splitlines(keepends=True)
+    nested = re.sub(rb'"answer": "[^"]*"', b'"answer": ' + b"[" * 700 + b"]" * 700, lines[2])
+    assert nested != lines[2]
     path.write_bytes(
         {
             "incomplete line": complete[: len(lines[0] + lines[1]) + 5],
             "incomplete batch": b"".join(lines[:3]),
             "zeros": b"".join(lines[:2]) + b"\0" * 20,
             "not a record": b"".join([*lines[:2], b"7\n"]),
+            "nested deeply": b"".join([*lines[:2], nested, *lines[3:]]),
             "another order": b"".join([*lines[:2], lines[4]]),
             "another answer": b"".join([*lines[:2], lines[2].replace(b"u2028", b"u2029"), *lines[3:]]),
             "another blank": b"".join([*lines[:2], lines[2].replace(b", ", b",  ", 1), *lines[3:]]),
