@@ -1,4 +1,4 @@
-"""Recognise files that do not hold what their names say: Git LFS pointers, web pages and empty files."""
+"""Files that were fetched: refuse Git LFS pointers, web pages and empty files, and read JSON of models."""
 
 import json
 import re

@@ -105,7 +105,7 @@ if TYPE_CHECKING:
     from blockft.training.trainer import BlockTrainer
 
 ACTION = "blockft train"
-"""What a process that is refused is told about a run."""
+"""Name of this command in the message for another process that wants to use the folder."""
 
 REFERENCE_LEN = 256
 """Number of tokens of the reference text, on which exports are compared: the start of the run's first row."""
