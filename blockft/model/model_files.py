@@ -39,8 +39,11 @@ VERSION = 1
 _WEIGHTS = (".safetensors", ".bin")
 """Suffixes of files with weights."""
 
-_NOT_READ = ("", ".md", ".png", ".jsonl", ".gguf")
+_NOT_READ = ("", ".md", ".png", ".jsonl", ".gguf", ".csv", ".db", ".ini", ".log", ".pdf", ".yaml", ".yml")
 """Suffixes of files that transformers reads from no model folder; they may be added and changed."""
+
+_READ_TEXTS = ("merges.txt", "vocab.txt")
+"""Texts that transformers reads from a model folder; other `.txt` files may be added and changed."""
 
 _READ_FOLDERS = (".", "additional_chat_templates")
 """Folders of a model in which transformers looks for files."""
@@ -110,9 +113,9 @@ def _list_model_files(folder: Path) -> list[str]:
 
 def _is_model_file(name: str) -> bool:
     path = Path(name)
-    return (
-        name not in (DIGESTS, MARKER) and path.suffix not in _NOT_READ and str(path.parent) in _READ_FOLDERS
-    )
+    if name in (DIGESTS, MARKER) or str(path.parent) not in _READ_FOLDERS:
+        return False
+    return path.name in _READ_TEXTS if path.suffix == ".txt" else path.suffix not in _NOT_READ
 
 
 def _find_digests(path: str, revision: str | None) -> Path | None:

@@ -75,7 +75,7 @@ def test_a_changed_or_missing_small_file_is_refused_by_every_reader(
 @pytest.mark.parametrize(
     "name",
     ["pytorch_model.bin", "adapter_config.json", "model.safetensors.index.json", "tokenizer.model"]
-    + ["additional_chat_templates/tools.jinja"],
+    + ["additional_chat_templates/tools.jinja", "vocab.txt", "merges.txt"],
 )
 def test_a_file_that_transformers_would_read_may_not_be_added(folder: Path, name: str) -> None:
     (folder / name).parent.mkdir(exist_ok=True)
@@ -86,7 +86,16 @@ def test_a_file_that_transformers_would_read_may_not_be_added(folder: Path, name
 
 
 def test_files_that_transformers_does_not_read_may_be_added(folder: Path) -> None:
-    for name in ("README.md", "LICENSE", ".gitattributes", "loss.png", "eval/report.json", "q4.gguf"):
+    for name in (
+        "README.md",
+        "LICENSE",
+        ".gitattributes",
+        "loss.png",
+        "eval/report.json",
+        "q4.gguf",
+        "notes.txt",
+        "Thumbs.db",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
     for read in READERS.values():
