@@ -187,19 +187,23 @@ def train(
     from blockft.training.launch import check_num_gpus, start_workers
 
     if dry_run:
-        stage.print_dry_run(settings, num_processes, resume=resume)
+        from blockft.stages.dry_run import print_dry_run
+
+        print_dry_run(settings, num_processes, resume=resume)
         if hosts:
             print_next("next: the same command without --dry-run")
         else:
             options = [*(["--num-gpus", num_gpus] if num_gpus else []), *(["--resume"] if resume else [])]
             print_next("dry run: the recipe can be trained", ["train", recipe, *(overrides or ()), *options])
     elif hosts or (num_processes > 1 and not is_worker()):
+        from blockft.stages.run_plan import check_run
+
         if not hosts:
             check_num_gpus(num_processes)
         # on another host than the first, the lock may be held by the first rank of this very run
         is_first_host = hosts is None or not hosts.node_rank
         with stage.own_run(settings) if is_first_host else nullcontext():
-            stage.check_run(settings, resume=resume, num_processes=num_processes)
+            check_run(settings, resume=resume, num_processes=num_processes)
         arguments = ["train", recipe, *(overrides or ()), *(["--resume"] if resume else [])]
         # the first rank prints the next command
         raise typer.Exit(start_workers(arguments, num_gpus=num_processes, hosts=hosts))

@@ -14,54 +14,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 from peft import PeftModel
-from rich.table import Table
 from torch.utils.data import Subset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from blockft.config.choices import Mode, Objective, Positions, WeightInit
-from blockft.config.recipe import RECIPES_FOLDER, dump_recipe
+from blockft.config.choices import Objective, WeightInit
+from blockft.config.recipe import dump_recipe
 from blockft.config.settings import Recipe
 from blockft.console import PlainConsole
-from blockft.data.prepared import PreparedData, load_prepared
-from blockft.data.tokenizer import tokenizer_fingerprint
-from blockft.errors import UserError, check_type, first_line, is_first_of_host, notify, warn
+from blockft.errors import UserError, check_type, first_line, is_first_of_host, notify
 from blockft.folder_lock import FolderLock, reading_folder
-from blockft.model.checkpoint import (
-    check_incomplete,
-    complete_checkpoints,
-    find_checkpoint,
-    read_marker,
-    remove_incomplete,
-    verify_checkpoint,
-)
+from blockft.model.checkpoint import complete_checkpoints, read_marker, remove_incomplete
 from blockft.model.decoder_layers import compile_layers
 from blockft.model.fingerprint import model_fingerprint
-from blockft.model.load import (
-    build_meta_model,
-    digest_base_weights,
-    load_config,
-    load_model,
-    load_tokenizer,
-    parse_dtype,
-    verify_model,
-)
+from blockft.model.load import digest_base_weights, load_model, load_tokenizer
 from blockft.model.lora import add_adapter
-from blockft.model.supported import check_token_ids
-from blockft.outputs import check_absent, write_errors
-from blockft.run_folder import (
-    RECIPE,
-    truncate_metrics,
-    verify_metrics,
-    write_data,
-    write_recipe,
-)
+from blockft.outputs import write_errors
+from blockft.run_folder import truncate_metrics, write_data, write_recipe
 from blockft.stages.output_folder import own_output
-from blockft.training.deepspeed_config import (
-    check_deepspeed_config,
-    is_shipped,
-    load_deepspeed_config,
-    zero_stage,
-)
+from blockft.stages.run_plan import check_run, verify_inputs, warn_if_epochs_end_first
 from blockft.training.distributed import (
     check_ranks,
     init_distributed,
@@ -71,32 +41,17 @@ from blockft.training.distributed import (
     shutdown_distributed,
     use_cpu,
 )
-from blockft.training.library_internals import (
-    LOAD_UNIVERSAL,
-    check_pickles,
-    only_weights_loaded,
-    read_tag,
-)
+from blockft.training.library_internals import LOAD_UNIVERSAL, only_weights_loaded
 from blockft.training.library_warnings import silence_known_warnings
 from blockft.training.loss_plot import save_loss_plot
-from blockft.training.lr_schedule import check_schedule
 from blockft.training.objectives import Distillation
 from blockft.training.plan import (
     BASE_WEIGHTS,
     NUM_PROCESSES,
     TEACHER_FINGERPRINT,
-    WEIGHT_DTYPE,
-    ZERO_STAGE,
     RunPlan,
     check_run_signature,
-    choose_backend,
-    default_dtype,
-    describe_architecture,
-    hold_out_examples,
 )
-from blockft.training.row_dataset import RowDataset
-from blockft.training.trackers import check_trackers
-from blockft.units import format_count
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -208,7 +163,7 @@ def _train(recipe: Recipe, lock: FolderLock | None, *, resume: bool, name: str |
     # every rank checks, and no rank writes before all ranks are connected
     plan, checkpoint = check_run(recipe, resume=resume, num_processes=num_processes, verify=False)
     if rank == 0:
-        _warn_if_epochs_end_first(recipe, plan)
+        warn_if_epochs_end_first(recipe, plan)
     run = Path(recipe.train.output_dir)
     marker = read_marker(checkpoint) if checkpoint else None
     if marker and marker["step"] >= plan.num_steps and not marker["eval_due"]:
@@ -220,7 +175,7 @@ def _train(recipe: Recipe, lock: FolderLock | None, *, resume: bool, name: str |
     with ExitStack() as stack:
         stack.enter_context(_restored_process_state())
         stack.enter_context(_reported_write_errors(run, num_processes))
-        wait_until_verified = stack.enter_context(_in_thread(partial(_verify_inputs, recipe, checkpoint)))
+        wait_until_verified = stack.enter_context(_in_thread(partial(verify_inputs, recipe, checkpoint)))
         init_distributed()
         stack.enter_context(reported_connection_errors())
         stack.enter_context(_shared_by_ranks(lock, run))
@@ -285,250 +240,6 @@ def _in_thread(check: Callable[[], None]) -> Iterator[Callable[[], None]]:
         return
     with ThreadPoolExecutor(1) as pool:
         yield pool.submit(check).result
-
-
-# --- the plan of a run
-
-
-def check_run(
-    recipe: Recipe, *, resume: bool, num_processes: int, verify: bool = True
-) -> tuple[RunPlan, Path | None]:
-    """Return the plan of a run and the checkpoint that it resumes from, or None if it starts at step 0.
-
-    Without `verify` weights and checkpoint are not verified.
-
-    Raises:
-        UserError: see `build_plan`; the run exists and `resume` is not set, or it cannot be resumed, for
-            example because its last checkpoint is damaged.
-    """
-    run = Path(recipe.train.output_dir)
-    # a run that was killed before its first checkpoint starts again
-    starts_again = _is_run(run) and not complete_checkpoints(run)
-    if not resume:
-        action = (
-            "start it again (it has no complete checkpoint)" if starts_again else "resume its last checkpoint"
-        )
-        check_absent(run, f"{action} with --resume, or choose another train.output_dir")
-    checkpoint = None if not resume or starts_again else find_checkpoint(run)
-    check_incomplete(run)
-    plan = build_plan(recipe, num_processes)
-    if verify:
-        _verify_inputs(recipe, checkpoint)
-    if checkpoint is None:
-        return plan, None
-    known_later = (TEACHER_FINGERPRINT, BASE_WEIGHTS)
-    check_run_signature(checkpoint, plan.run_signature, ignore=(NUM_PROCESSES, *known_later))
-    return plan, checkpoint
-
-
-def _is_run(folder: Path) -> bool:
-    """Return whether a folder is that of a run, also of one that was killed before it wrote its recipe."""
-    if (folder / RECIPE).is_file():
-        return True
-    return folder.is_dir() and all(path.name.startswith(f".{RECIPE}") for path in folder.iterdir())
-
-
-def _verify_inputs(recipe: Recipe, checkpoint: Path | None) -> None:
-    """Check the large files that a run is about to read: its checkpoint, the model and the teacher.
-
-    Raises:
-        UserError: one of them is damaged, or the checkpoint could run code.
-    """
-    if checkpoint:
-        verify_checkpoint(checkpoint)
-        check_pickles(checkpoint)
-        read_tag(checkpoint)  # checks it
-        verify_metrics(checkpoint.parent, read_marker(checkpoint)["metrics"])
-    if recipe.model.init is not WeightInit.random:
-        verify_model(recipe.model.path, recipe.model.revision)
-    if recipe.train.teacher is not None:
-        verify_model(recipe.train.teacher)
-
-
-def build_plan(recipe: Recipe, num_processes: int) -> RunPlan:
-    """Return the plan of a run with `num_processes` processes, without loading weights.
-
-    Raises:
-        UserError: recipe, prepared data, model and number of processes do not fit together, or a setting
-            cannot be used.
-    """
-    data, settings = recipe.data, recipe.train
-    if settings.batch_rows % num_processes:
-        raise UserError(
-            f"train.batch_rows is {settings.batch_rows}, which {num_processes} processes cannot share: "
-            f"make it a multiple of {num_processes}"
-        )
-    _check_objective(recipe)
-    check_trackers(settings.report_to)
-    config = load_config(recipe.model.path, recipe.model.revision)
-    if settings.lora is not None:
-        # refuse an adapter that cannot be exported before any weight is loaded
-        add_adapter(build_meta_model(config), settings.lora, seed=settings.seed)
-    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision, recipe.model.chat_template)
-    prepared = load_prepared(Path(data.output_dir))
-    _check_prepared(recipe, prepared, tokenizer, config.vocab_size)
-    rows, eval_rows = _build_rows(recipe, prepared, tokenizer, num_processes)
-    num_steps = len(rows) // settings.batch_rows
-    num_steps = min(num_steps, settings.max_steps or num_steps)
-    check_schedule(
-        settings.lr_scheduler_type,
-        settings.lr_scheduler_kwargs,
-        learning_rate=settings.learning_rate,
-        warmup_steps=settings.warmup_steps,
-        num_steps=num_steps,
-    )
-    dtype = parse_dtype(recipe.model.dtype, default_dtype())
-    backend = choose_backend(recipe.model.attention.value)
-    deepspeed = load_deepspeed_config(settings.deepspeed, RECIPES_FOLDER / "deepspeed")
-    if not is_shipped(settings.deepspeed, RECIPES_FOLDER / "deepspeed"):
-        check_deepspeed_config(
-            deepspeed,
-            settings.deepspeed,
-            num_processes=num_processes,
-            batch_rows=settings.batch_rows,
-            dtype=dtype,
-            max_grad_norm=settings.max_grad_norm,
-            learning_rate=settings.learning_rate,
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            weight_decay=settings.weight_decay,
-            num_steps=num_steps,
-            warmup_steps=settings.warmup_steps,
-        )
-    return RunPlan(
-        rows=rows,
-        eval_rows=eval_rows,
-        num_steps=num_steps,
-        manifest=prepared.manifest,
-        backend=backend,
-        dtype=dtype,
-        deepspeed=deepspeed,
-        run_signature={
-            "model": {
-                "path": recipe.model.path,
-                "revision": recipe.model.revision,
-                **describe_architecture(config),
-            },
-            "data": prepared.manifest["content_hash"],
-            **_list_signature_settings(recipe),
-            ZERO_STAGE: zero_stage(deepspeed),
-            WEIGHT_DTYPE: str(dtype).removeprefix("torch."),
-            NUM_PROCESSES: num_processes,
-        },
-    )
-
-
-def _warn_if_epochs_end_first(recipe: Recipe, plan: RunPlan) -> None:
-    """Warn that a run has fewer steps than `train.max_steps`."""
-    max_steps, num_epochs = recipe.train.max_steps, recipe.train.num_train_epochs
-    if max_steps is not None and max_steps > plan.num_steps:
-        warn(
-            f"train.max_steps is {max_steps:,}, but {format_count(num_epochs, 'epoch')} of the data "
-            f"{'has' if num_epochs == 1 else 'have'} only {format_count(plan.num_steps, 'step')}: raise "
-            "train.num_train_epochs to train longer"
-        )
-
-
-def _check_objective(recipe: Recipe) -> None:
-    settings, modes = recipe.train, recipe.data.modes
-    if settings.objective is Objective.sft:
-        if settings.teacher is not None or settings.teacher_weight != 1:
-            raise UserError(
-                "train.teacher and train.teacher_weight have no effect with train.objective=sft: set distill"
-            )
-    elif settings.teacher is None and set(modes) != set(Mode):
-        raise UserError(
-            f"train.objective=distill teaches the block mode by the full mode, but data.modes is "
-            f"[{', '.join(modes)}]: train on both modes, or name a train.teacher"
-        )
-
-
-def _check_prepared(
-    recipe: Recipe, prepared: PreparedData, tokenizer: PreTrainedTokenizerBase, vocab_size: int
-) -> None:
-    """Check that the prepared data fits tokenizers, model, row length and held-out examples."""
-    data, settings = recipe.data, recipe.train
-    if prepared.manifest["tokenizer"] != tokenizer_fingerprint(tokenizer):
-        raise UserError(
-            f"{data.output_dir} was prepared with the tokenizer of {prepared.manifest['model']['path']}, "
-            f"not with that of {recipe.model.path}, or with another model.chat_template: run blockft prepare "
-            "for this model, with another data.output_dir"
-        )
-    if settings.teacher is not None:
-        load_config(settings.teacher)
-        teacher_tokenizer = load_tokenizer(settings.teacher, chat_template=recipe.model.chat_template)
-        if prepared.manifest["tokenizer"] != tokenizer_fingerprint(teacher_tokenizer):
-            raise UserError(
-                f"train.teacher {settings.teacher} and {recipe.model.path} have different tokenizers"
-            )
-    longest = 0
-    for example in prepared.examples:
-        longest = max(longest, len(example))
-        bounds = (int(example.input_ids.min()), int(example.input_ids.max()))
-        check_token_ids(bounds, vocab_size, f"an example of {data.output_dir}")
-    if longest > data.row_len:
-        raise UserError(
-            f"data.row_len is {data.row_len}, but {data.output_dir} holds an example of {longest} tokens: "
-            "raise data.row_len, or prepare again"
-        )
-    if (copies := prepared.manifest["options"].get("num_copies", 1)) > 1 and settings.num_eval_examples:
-        raise UserError(
-            f"{data.output_dir} asks every question {copies} times (data.num_copies), so the model would "
-            "learn the examples that train.num_eval_examples holds out from another copy: "
-            "set train.num_eval_examples=0, or prepare one copy"
-        )
-
-
-def _build_rows(
-    recipe: Recipe, prepared: PreparedData, tokenizer: PreTrainedTokenizerBase, num_processes: int
-) -> tuple[RowDataset, dict[str, RowDataset]]:
-    """Return the rows to train on, and the held-out rows by mode."""
-    data, settings = recipe.data, recipe.train
-    training, held_out = hold_out_examples(prepared.examples, settings.num_eval_examples, settings.seed)
-    build_rows = partial(
-        RowDataset,
-        row_len=data.row_len,
-        seed=settings.seed,
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
-        reencoded=data.positions is Positions.reencoded,
-    )
-    modes = [mode.value for mode in data.modes]
-    is_distillation = settings.objective is Objective.distill
-    rows = build_rows(
-        training,
-        modes,
-        batch_rows=settings.batch_rows,
-        epochs=settings.num_train_epochs,
-        with_full=is_distillation,
-    )
-    if is_distillation and settings.teacher is None and all(mode == Mode.full for _, mode in rows.items):
-        raise UserError(
-            f"no example of {data.output_dir} splits into blocks: the full mode has nothing to teach"
-        )
-    eval_modes = modes if held_out else []
-    return rows, {
-        mode: build_rows(held_out, [mode], batch_rows=num_processes, epochs=1) for mode in eval_modes
-    }
-
-
-def _list_signature_settings(recipe: Recipe) -> dict[str, Any]:
-    """Return the settings that a resumed run must not change."""
-    data, settings = recipe.data, recipe.train
-    signature: dict[str, Any] = {
-        "data.row_len": data.row_len,
-        "data.modes": [mode.value for mode in data.modes],
-        "data.positions": data.positions.value,
-        "train.batch_rows": settings.batch_rows,
-        "train.seed": settings.seed,
-        "train.objective": settings.objective.value,
-        "train.num_eval_examples": settings.num_eval_examples,
-        "train.lora": settings.lora,
-        "train.weight_decay": settings.weight_decay,
-        "train.adam_beta1": settings.adam_beta1,
-        "train.adam_beta2": settings.adam_beta2,
-    }
-    if settings.objective is Objective.distill:
-        signature |= {"train.teacher": settings.teacher, "train.teacher_weight": settings.teacher_weight}
-    return signature
 
 
 # --- the trainer of a run
@@ -707,91 +418,3 @@ def _start_run_folder(run: Path, recipe: Recipe, plan: RunPlan, checkpoint: Path
 def last_checkpoint(run: Path) -> Path | None:
     """Return the last complete checkpoint of a run, or None if it has none."""
     return next(reversed(complete_checkpoints(run)), None)
-
-
-# --- the dry run
-
-
-def print_dry_run(recipe: Recipe, num_processes: int, *, resume: bool = False) -> None:
-    """Print the rows, steps, share of labels, fill and memory of a run to stdout, without starting it.
-
-    Raises:
-        UserError: see `check_run`.
-    """
-    plan, _ = check_run(recipe, resume=resume, num_processes=num_processes)
-    _warn_if_epochs_end_first(recipe, plan)
-    num_parameters, num_trained, num_teacher = _count_parameters(recipe)
-    state_bytes = estimate_state_bytes(
-        num_parameters=num_parameters,
-        num_trained=num_trained,
-        num_teacher=num_teacher,
-        has_adapter=recipe.train.lora is not None,
-        bytes_per_weight=plan.dtype.itemsize,
-        zero_stage=plan.zero_stage,
-        num_processes=num_processes,
-    )
-    rows = plan.rows
-    parameters = (
-        f"{num_parameters:,} in {str(plan.dtype).removeprefix('torch.')}, {num_trained:,} of them trained"
-    )
-    if num_teacher:
-        parameters += f"; {num_teacher:,} of the teacher"
-    batch_rows, num_rows = recipe.train.batch_rows, len(rows.epochs[0])
-    padding = "" if all(rows.epochs[0]) else f", padded to a multiple of train.batch_rows {batch_rows}"
-    table = Table("quantity", "value", title="dry run: nothing is written")
-    for quantity, value in {
-        "examples to train on, counted per mode, per epoch": f"{len(rows.items):,}",
-        "tokens per epoch": f"{rows.num_tokens:,}",
-        "label tokens per epoch": f"{rows.num_labels:,} ({rows.num_labels / rows.num_tokens:.1%})",
-        f"rows of {recipe.data.row_len:,} tokens": f"{num_rows:,} per epoch{padding}, {rows.fill:.1%} filled",
-        "optimizer steps": f"{plan.num_steps:,} of {format_count(batch_rows, 'row')}",
-        "parameters": parameters,
-        "attention backend": plan.backend,
-        f"memory for model states, ZeRO-{plan.zero_stage}, per process of {num_processes}": (
-            f"{state_bytes / 2**30:.2f} GiB without activations"
-        ),
-    }.items():
-        table.add_row(quantity, value)
-    PlainConsole().print(table)
-
-
-def _count_parameters(recipe: Recipe) -> tuple[int, int, int]:
-    """Return the number of parameters of the model, of those that are trained, and of the teacher."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_config(recipe.model.path, recipe.model.revision))
-        num_teacher = 0
-        if recipe.train.teacher is not None:
-            teacher = AutoModelForCausalLM.from_config(load_config(recipe.train.teacher))
-            num_teacher = sum(p.numel() for p in teacher.parameters())
-    num_parameters = sum(p.numel() for p in model.parameters())
-    if recipe.train.lora is not None:
-        model = add_adapter(model, recipe.train.lora, seed=recipe.train.seed)
-    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return num_parameters, num_trained, num_teacher
-
-
-def estimate_state_bytes(
-    *,
-    num_parameters: int,
-    num_trained: int,
-    num_teacher: int,
-    has_adapter: bool,
-    bytes_per_weight: int,
-    zero_stage: int,
-    num_processes: int,
-) -> float:
-    """Return the bytes per process of weights, gradients and optimizer states under ZeRO (stage 0 to 3).
-
-    Adam keeps two float32 moments and, for 16-bit weights, a float32 copy of them. ZeRO-1 shards the
-    optimizer states, ZeRO-2 also the gradients, ZeRO-3 also the weights. With an adapter `num_trained` counts
-    its parameters and `num_parameters` those of the base model. Activations are not counted.
-    """
-    states = (
-        num_trained * (8 if bytes_per_weight == 4 else 12),
-        num_trained * bytes_per_weight,
-        (num_parameters + (num_trained if has_adapter else 0)) * bytes_per_weight,
-    )
-    num_bytes = sum(size / (num_processes if zero_stage > index else 1) for index, size in enumerate(states))
-    return num_bytes + num_teacher * bytes_per_weight

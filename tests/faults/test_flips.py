@@ -25,7 +25,7 @@ from blockft.stages.evaluate import evaluate
 from blockft.stages.export import export
 from blockft.stages.inspect import inspect
 from blockft.stages.prepare import prepare, print_summary
-from blockft.stages.train import check_run
+from blockft.stages.run_plan import check_run
 from tests.commands import blockft, run_ranks, train
 from tests.faults.damage import Damage, damage_file, restore
 from tests.run import toy_recipe

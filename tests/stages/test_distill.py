@@ -15,7 +15,7 @@ from blockft.errors import UserError
 from blockft.model.checkpoint import MARKER
 from blockft.run_folder import METRICS
 from blockft.stages.prepare import prepare
-from blockft.stages.train import build_plan, check_run
+from blockft.stages.run_plan import build_plan, check_run
 from blockft.training.model_inputs import build_model_inputs
 from blockft.training.objectives import Distillation
 from blockft.training.trainer import BlockTrainer

@@ -25,10 +25,11 @@ from blockft.model.checkpoint import (
 )
 from blockft.run_folder import LOSS_PLOT, METRICS, RECIPE, read_metrics
 from blockft.stages import export as export_stage
+from blockft.stages.dry_run import print_dry_run
 from blockft.stages.evaluate import evaluate
 from blockft.stages.export import export
 from blockft.stages.prepare import prepare
-from blockft.stages.train import build_plan, print_dry_run
+from blockft.stages.run_plan import build_plan
 from blockft.training.library_internals import consolidate_weights
 from tests.commands import blockft, finish, logged, run_ranks, start, train
 from tests.data.test_squad import article

@@ -1,0 +1,297 @@
+"""Plan a run: check that its recipe, prepared data, model and earlier checkpoints fit together."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from blockft.config.choices import Mode, Objective, Positions, WeightInit
+from blockft.config.recipe import RECIPES_FOLDER
+from blockft.config.settings import Recipe
+from blockft.data.prepared import PreparedData, load_prepared
+from blockft.data.tokenizer import tokenizer_fingerprint
+from blockft.errors import UserError, warn
+from blockft.model.checkpoint import (
+    check_incomplete,
+    complete_checkpoints,
+    find_checkpoint,
+    read_marker,
+    verify_checkpoint,
+)
+from blockft.model.load import (
+    build_meta_model,
+    load_config,
+    load_tokenizer,
+    parse_dtype,
+    verify_model,
+)
+from blockft.model.lora import add_adapter
+from blockft.model.supported import check_token_ids
+from blockft.outputs import check_absent
+from blockft.run_folder import RECIPE, verify_metrics
+from blockft.training.deepspeed_config import (
+    check_deepspeed_config,
+    is_shipped,
+    load_deepspeed_config,
+    zero_stage,
+)
+from blockft.training.library_internals import check_pickles, read_tag
+from blockft.training.lr_schedule import check_schedule
+from blockft.training.plan import (
+    BASE_WEIGHTS,
+    NUM_PROCESSES,
+    TEACHER_FINGERPRINT,
+    WEIGHT_DTYPE,
+    ZERO_STAGE,
+    RunPlan,
+    check_run_signature,
+    choose_backend,
+    default_dtype,
+    describe_architecture,
+    hold_out_examples,
+)
+from blockft.training.row_dataset import RowDataset
+from blockft.training.trackers import check_trackers
+from blockft.units import format_count
+
+
+def check_run(
+    recipe: Recipe, *, resume: bool, num_processes: int, verify: bool = True
+) -> tuple[RunPlan, Path | None]:
+    """Return the plan of a run and the checkpoint that it resumes from, or None if it starts at step 0.
+
+    Without `verify` weights and checkpoint are not verified.
+
+    Raises:
+        UserError: see `build_plan`; the run exists and `resume` is not set, or it cannot be resumed, for
+            example because its last checkpoint is damaged.
+    """
+    run = Path(recipe.train.output_dir)
+    # a run that was killed before its first checkpoint starts again
+    starts_again = _is_run(run) and not complete_checkpoints(run)
+    if not resume:
+        action = (
+            "start it again (it has no complete checkpoint)" if starts_again else "resume its last checkpoint"
+        )
+        check_absent(run, f"{action} with --resume, or choose another train.output_dir")
+    checkpoint = None if not resume or starts_again else find_checkpoint(run)
+    check_incomplete(run)
+    plan = build_plan(recipe, num_processes)
+    if verify:
+        verify_inputs(recipe, checkpoint)
+    if checkpoint is None:
+        return plan, None
+    known_later = (TEACHER_FINGERPRINT, BASE_WEIGHTS)
+    check_run_signature(checkpoint, plan.run_signature, ignore=(NUM_PROCESSES, *known_later))
+    return plan, checkpoint
+
+
+def _is_run(folder: Path) -> bool:
+    """Return whether a folder is that of a run, also of one that was killed before it wrote its recipe."""
+    if (folder / RECIPE).is_file():
+        return True
+    return folder.is_dir() and all(path.name.startswith(f".{RECIPE}") for path in folder.iterdir())
+
+
+def verify_inputs(recipe: Recipe, checkpoint: Path | None) -> None:
+    """Check the large files that a run is about to read: its checkpoint, the model and the teacher.
+
+    Raises:
+        UserError: one of them is damaged, or the checkpoint could run code.
+    """
+    if checkpoint:
+        verify_checkpoint(checkpoint)
+        check_pickles(checkpoint)
+        read_tag(checkpoint)  # checks it
+        verify_metrics(checkpoint.parent, read_marker(checkpoint)["metrics"])
+    if recipe.model.init is not WeightInit.random:
+        verify_model(recipe.model.path, recipe.model.revision)
+    if recipe.train.teacher is not None:
+        verify_model(recipe.train.teacher)
+
+
+def build_plan(recipe: Recipe, num_processes: int) -> RunPlan:
+    """Return the plan of a run with `num_processes` processes, without loading weights.
+
+    Raises:
+        UserError: recipe, prepared data, model and number of processes do not fit together, or a setting
+            cannot be used.
+    """
+    data, settings = recipe.data, recipe.train
+    if settings.batch_rows % num_processes:
+        raise UserError(
+            f"train.batch_rows is {settings.batch_rows}, which {num_processes} processes cannot share: "
+            f"make it a multiple of {num_processes}"
+        )
+    _check_objective(recipe)
+    check_trackers(settings.report_to)
+    config = load_config(recipe.model.path, recipe.model.revision)
+    if settings.lora is not None:
+        # refuse an adapter that cannot be exported before any weight is loaded
+        add_adapter(build_meta_model(config), settings.lora, seed=settings.seed)
+    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision, recipe.model.chat_template)
+    prepared = load_prepared(Path(data.output_dir))
+    _check_prepared(recipe, prepared, tokenizer, config.vocab_size)
+    rows, eval_rows = _build_rows(recipe, prepared, tokenizer, num_processes)
+    num_steps = len(rows) // settings.batch_rows
+    num_steps = min(num_steps, settings.max_steps or num_steps)
+    check_schedule(
+        settings.lr_scheduler_type,
+        settings.lr_scheduler_kwargs,
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        num_steps=num_steps,
+    )
+    dtype = parse_dtype(recipe.model.dtype, default_dtype())
+    backend = choose_backend(recipe.model.attention.value)
+    deepspeed = load_deepspeed_config(settings.deepspeed, RECIPES_FOLDER / "deepspeed")
+    if not is_shipped(settings.deepspeed, RECIPES_FOLDER / "deepspeed"):
+        check_deepspeed_config(
+            deepspeed,
+            settings.deepspeed,
+            num_processes=num_processes,
+            batch_rows=settings.batch_rows,
+            dtype=dtype,
+            max_grad_norm=settings.max_grad_norm,
+            learning_rate=settings.learning_rate,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            weight_decay=settings.weight_decay,
+            num_steps=num_steps,
+            warmup_steps=settings.warmup_steps,
+        )
+    return RunPlan(
+        rows=rows,
+        eval_rows=eval_rows,
+        num_steps=num_steps,
+        manifest=prepared.manifest,
+        backend=backend,
+        dtype=dtype,
+        deepspeed=deepspeed,
+        run_signature={
+            "model": {
+                "path": recipe.model.path,
+                "revision": recipe.model.revision,
+                **describe_architecture(config),
+            },
+            "data": prepared.manifest["content_hash"],
+            **_list_signature_settings(recipe),
+            ZERO_STAGE: zero_stage(deepspeed),
+            WEIGHT_DTYPE: str(dtype).removeprefix("torch."),
+            NUM_PROCESSES: num_processes,
+        },
+    )
+
+
+def warn_if_epochs_end_first(recipe: Recipe, plan: RunPlan) -> None:
+    """Warn that a run has fewer steps than `train.max_steps`."""
+    max_steps, num_epochs = recipe.train.max_steps, recipe.train.num_train_epochs
+    if max_steps is not None and max_steps > plan.num_steps:
+        warn(
+            f"train.max_steps is {max_steps:,}, but {format_count(num_epochs, 'epoch')} of the data "
+            f"{'has' if num_epochs == 1 else 'have'} only {format_count(plan.num_steps, 'step')}: raise "
+            "train.num_train_epochs to train longer"
+        )
+
+
+def _check_objective(recipe: Recipe) -> None:
+    settings, modes = recipe.train, recipe.data.modes
+    if settings.objective is Objective.sft:
+        if settings.teacher is not None or settings.teacher_weight != 1:
+            raise UserError(
+                "train.teacher and train.teacher_weight have no effect with train.objective=sft: set distill"
+            )
+    elif settings.teacher is None and set(modes) != set(Mode):
+        raise UserError(
+            f"train.objective=distill teaches the block mode by the full mode, but data.modes is "
+            f"[{', '.join(modes)}]: train on both modes, or name a train.teacher"
+        )
+
+
+def _check_prepared(
+    recipe: Recipe, prepared: PreparedData, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> None:
+    """Check that the prepared data fits tokenizers, model, row length and held-out examples."""
+    data, settings = recipe.data, recipe.train
+    if prepared.manifest["tokenizer"] != tokenizer_fingerprint(tokenizer):
+        raise UserError(
+            f"{data.output_dir} was prepared with the tokenizer of {prepared.manifest['model']['path']}, "
+            f"not with that of {recipe.model.path}, or with another model.chat_template: run blockft prepare "
+            "for this model, with another data.output_dir"
+        )
+    if settings.teacher is not None:
+        load_config(settings.teacher)
+        teacher_tokenizer = load_tokenizer(settings.teacher, chat_template=recipe.model.chat_template)
+        if prepared.manifest["tokenizer"] != tokenizer_fingerprint(teacher_tokenizer):
+            raise UserError(
+                f"train.teacher {settings.teacher} and {recipe.model.path} have different tokenizers"
+            )
+    longest = 0
+    for example in prepared.examples:
+        longest = max(longest, len(example))
+        bounds = (int(example.input_ids.min()), int(example.input_ids.max()))
+        check_token_ids(bounds, vocab_size, f"an example of {data.output_dir}")
+    if longest > data.row_len:
+        raise UserError(
+            f"data.row_len is {data.row_len}, but {data.output_dir} holds an example of {longest} tokens: "
+            "raise data.row_len, or prepare again"
+        )
+    if (copies := prepared.manifest["options"].get("num_copies", 1)) > 1 and settings.num_eval_examples:
+        raise UserError(
+            f"{data.output_dir} asks every question {copies} times (data.num_copies), so the model would "
+            "learn the examples that train.num_eval_examples holds out from another copy: "
+            "set train.num_eval_examples=0, or prepare one copy"
+        )
+
+
+def _build_rows(
+    recipe: Recipe, prepared: PreparedData, tokenizer: PreTrainedTokenizerBase, num_processes: int
+) -> tuple[RowDataset, dict[str, RowDataset]]:
+    """Return the rows to train on, and the held-out rows by mode."""
+    data, settings = recipe.data, recipe.train
+    training, held_out = hold_out_examples(prepared.examples, settings.num_eval_examples, settings.seed)
+    build_rows = partial(
+        RowDataset,
+        row_len=data.row_len,
+        seed=settings.seed,
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        reencoded=data.positions is Positions.reencoded,
+    )
+    modes = [mode.value for mode in data.modes]
+    is_distillation = settings.objective is Objective.distill
+    rows = build_rows(
+        training,
+        modes,
+        batch_rows=settings.batch_rows,
+        epochs=settings.num_train_epochs,
+        with_full=is_distillation,
+    )
+    if is_distillation and settings.teacher is None and all(mode == Mode.full for _, mode in rows.items):
+        raise UserError(
+            f"no example of {data.output_dir} splits into blocks: the full mode has nothing to teach"
+        )
+    eval_modes = modes if held_out else []
+    return rows, {
+        mode: build_rows(held_out, [mode], batch_rows=num_processes, epochs=1) for mode in eval_modes
+    }
+
+
+def _list_signature_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings that a resumed run must not change."""
+    data, settings = recipe.data, recipe.train
+    signature: dict[str, Any] = {
+        "data.row_len": data.row_len,
+        "data.modes": [mode.value for mode in data.modes],
+        "data.positions": data.positions.value,
+        "train.batch_rows": settings.batch_rows,
+        "train.seed": settings.seed,
+        "train.objective": settings.objective.value,
+        "train.num_eval_examples": settings.num_eval_examples,
+        "train.lora": settings.lora,
+        "train.weight_decay": settings.weight_decay,
+        "train.adam_beta1": settings.adam_beta1,
+        "train.adam_beta2": settings.adam_beta2,
+    }
+    if settings.objective is Objective.distill:
+        signature |= {"train.teacher": settings.teacher, "train.teacher_weight": settings.teacher_weight}
+    return signature
