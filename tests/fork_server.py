@@ -33,5 +33,6 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 if not torch.cuda.is_available():
     watch_compiler_locks()  # a build that was killed has left its lock
     build_shm_op()
+    sys.stdout.flush()  # otherwise every rank would print what DeepSpeed says of the build
 # collections of garbage in the ranks pass over all that is imported here
 gc.freeze()
