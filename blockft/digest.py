@@ -206,7 +206,7 @@ def parse_files(record: Any) -> dict[str, FileDigest]:
     try:
         files = {name: FileDigest(int(entry["bytes"]), str(entry[DIGEST])) for name, entry in record.items()}
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError):  # OverflowError: Infinity
-        raise DamagedFile("its list of files has another form") from None
+        raise DamagedFile("its list of files is malformed") from None
     for name in files:
         if not name or os.path.isabs(name) or ".." in Path(name).parts or "\0" in name:
             raise DamagedFile(f"its list of files names {name!r}, which is outside of the folder")

@@ -177,7 +177,7 @@ def test_json_that_is_nested_deeply_is_damage(tmp_path: Path) -> None:
     ],
 )
 def test_a_list_of_files_of_another_form_is_refused(record: object) -> None:
-    with pytest.raises(DamagedFile, match="another form"):
+    with pytest.raises(DamagedFile, match="malformed"):
         parse_files(record)
 
 

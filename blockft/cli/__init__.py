@@ -95,7 +95,7 @@ def _run() -> int:
     except typer.Abort:
         return INTERRUPTED
     except MemoryError:
-        return _fail("the memory of this machine does not suffice: choose smaller sizes")
+        return _fail("this machine has too little memory: choose smaller sizes")
     except OSError as error:
         if error.filename is None or error.errno not in _STATES_OF_THE_SYSTEM:
             raise

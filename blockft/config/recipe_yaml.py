@@ -77,7 +77,7 @@ def _problems(events: Any) -> Iterator[str]:
         if isinstance(event, yaml.DocumentStartEvent):
             num_documents += 1
             if num_documents > 1:
-                yield f"{line}: a second document starts: a recipe is one document"
+                yield f"{line}: a second document starts: remove it, because a recipe is one document"
         elif isinstance(event, yaml.CollectionEndEvent):
             ended = stack.pop()
             stack[-1].num_nodes += ended.num_nodes
@@ -90,16 +90,16 @@ def _problems(events: Any) -> Iterator[str]:
             if is_key:
                 yield from _key_problems(event, parent, line)
             if (tag := getattr(event, "tag", None)) not in _TAGS:
-                yield f"{line}: {shorten(str(tag))} is a tag that a recipe cannot have: write plain values"
+                yield f"{line}: the tag {shorten(str(tag))} is not allowed: write a plain value"
             if isinstance(event, yaml.CollectionStartEvent):
                 is_mapping = isinstance(event, yaml.MappingStartEvent)
                 stack.append(_Collection(is_mapping=is_mapping, anchor=event.anchor))
                 if len(stack) > MAX_DEPTH:
-                    yield f"{line}: the nesting is deeper than {MAX_DEPTH}: write it flatter"
+                    yield f"{line}: the nesting has more than {MAX_DEPTH} levels: use fewer levels"
                 continue
             if isinstance(event, yaml.AliasEvent):
                 if event.anchor in (collection.anchor for collection in stack):
-                    yield f"{line}: *{event.anchor} stands for what contains it: write the value out"
+                    yield f"{line}: *{event.anchor} stands inside of &{event.anchor}: write a plain value"
                 parent.num_nodes += num_anchored.get(event.anchor, 1)
             else:
                 parent.num_nodes += 1
@@ -113,7 +113,7 @@ def _key_problems(event: Any, parent: _Collection, line: str) -> Iterator[str]:
     import yaml
 
     if not isinstance(event, yaml.ScalarEvent):
-        yield f"{line}: a key is no text: write key: value"
+        yield f"{line}: a key is not a text: write key: value"
     elif event.value in parent.keys and event.value != "<<":
         yield f"{line}: the key {shorten(event.value)!r} occurs twice: leave one of them out"
     else:

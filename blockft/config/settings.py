@@ -145,8 +145,8 @@ class ModelSettings(Settings):
     chat_template: PathText | None = Field(
         default=None,
         description=(
-            "A file with a Jinja chat template that replaces that of the tokenizer, in the export too. null "
-            "keeps the template of the tokenizer. `eval` reads it only for the model at `path`."
+            "A file with a Jinja chat template. It replaces the tokenizer's template, also in the export. "
+            "null keeps the tokenizer's template. `eval` reads the file only for the model at `path`."
         ),
     )
     init: WeightInit = Field(

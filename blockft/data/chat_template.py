@@ -290,7 +290,9 @@ class ChatTemplate:
         `asked` and `written` are the markup before a response: in the generation prompt, and in the chat.
         """
         if not asked:
-            self._fail("writes a response otherwise than its generation prompt leads to", "response changed")
+            self._fail(
+                "writes a response differently in a chat than after its generation prompt", "response changed"
+            )
         texts = (
             f"the chat template of {self._name} ends its generation prompt with {asked[-60:]!r}, "
             f"but writes {written[-60:]!r} before a response"

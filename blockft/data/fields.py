@@ -150,7 +150,7 @@ _MEDIA = "be absent: images, sound and video cannot be read"
 _TOOLS = "be absent: tools cannot be learned"
 _THOUGHT = "be absent: a thought is not learned apart from its answer; write it into the answer, or remove it"
 _REFUSAL = "be absent: write a refusal into the text of the answer, or remove the record"
-_MASK = "be absent: which tokens are learned cannot be chosen by a mask"
+_MASK = "be absent: a mask cannot choose the tokens that are learned"
 
 _CONTEXT = "be absent: write the documents into the messages, or use a format of questions"
 

@@ -53,7 +53,7 @@ def map_in_order(work: Callable[[A], B], tasks: Iterable[A], num_workers: int) -
         except BrokenProcessPool as error:
             raise UserError(
                 "a worker process was killed, most likely because memory ran out: set data.num_workers lower "
-                f"(it had {num_workers} processes)"
+                f"(prepare had {num_workers} processes)"
             ) from error
         finally:
             for future in pending:

@@ -104,7 +104,7 @@ def read_hub(path: str, split: str | None, name: str | None = None) -> Iterator[
         record = next(records, ...)
     except hub_errors as error:
         raise UserError(
-            f"source {path} is no local file, and the Hub gives no such dataset: {first_line(error)}"
+            f"source {path} is not a local file, and cannot be read from the Hub: {first_line(error)}"
         ) from error
     place = f"{path} ({name}, {split})" if name else f"{path} ({split})"
     number = 1

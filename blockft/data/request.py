@@ -34,9 +34,8 @@ REQUEST_FIELDS = FieldTable(
 )
 
 OWN_WORDING = (
-    "the model was trained on prompts with a wording of their own, and there is no wording for documents: "
-    "ask with 'messages', whose content is the list of its blocks, or give a wording in Python: "
-    "Engine.load(..., prompt=RagPrompt(...))"
+    "the model was trained without a wording for documents (data.prompt): ask with 'messages', whose content "
+    "is a list of blocks, or give a wording in Python: Engine.load(..., prompt=RagPrompt(...))"
 )
 """Why documents cannot be put into a prompt of a model that saw no prompt worded by `data.prompt`."""
 

@@ -142,9 +142,9 @@ def _damaged(checkpoint: Path, error: DamagedFile) -> UserError:
         return UserError(f"checkpoint {checkpoint} cannot be used ({error}): move that file elsewhere")
     others = [other for other in complete_checkpoints(checkpoint.parent) if other.name != checkpoint.name]
     if whole := next(filter(_is_whole, reversed(others)), None):
-        remedy = f"{whole} is whole: remove {checkpoint.name} to resume from it, or export it by its name"
+        remedy = f"{whole} is undamaged: remove {checkpoint.name} to resume from it, or export it by its name"
     else:
-        remedy = "no other checkpoint of the run is whole: restore this one from a copy, or start a new run"
+        remedy = "the run has no undamaged checkpoint: restore this one from a copy, or start a new run"
     return UserError(f"checkpoint {checkpoint} is damaged ({error}); {remedy}")
 
 

@@ -86,7 +86,7 @@ def verify_model_files(path: str, revision: str | None = None, *, weights: bool)
     except DamagedFile as error:
         remedy = "move that file elsewhere" if isinstance(error, AddedFile) else "restore the file"
         if digests.name == DIGESTS:
-            remedy += f", or remove {DIGESTS} from the folder if it was changed on purpose"
+            remedy += f", or remove {DIGESTS} if the folder was changed on purpose"
         raise UserError(f"model {folder} is damaged ({error}): {remedy}") from error
 
 

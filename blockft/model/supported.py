@@ -179,8 +179,8 @@ def check_supported(config: PreTrainedConfig) -> None:
     num_heads, num_key_heads = config.num_attention_heads, config.num_key_value_heads or 1
     if num_heads % num_key_heads:
         raise UserError(
-            f"{name}: its config.json has {num_heads} num_attention_heads, which {num_key_heads} "
-            "num_key_value_heads cannot serve: it should be a multiple"
+            f"{name}: its config.json has num_attention_heads {num_heads}, it should be a multiple of "
+            f"num_key_value_heads {num_key_heads}"
         )
 
 

@@ -142,7 +142,7 @@ def check_tensors(stored: Mapping[str, StoredTensor], expected: Mapping[str, tup
         )
     if mistyped := sorted(key for key in expected if stored[key].dtype not in FLOAT_TYPES):
         raise UserError(
-            f"{len(mistyped)} of {len(expected)} weights are no floating point numbers of 16, 32 or "
+            f"{len(mistyped)} of {len(expected)} weights are not floating point numbers of 16, 32 or "
             f"64 bits ({_printable(mistyped[0])} has type {stored[mistyped[0]].dtype})"
         )
 
@@ -211,7 +211,7 @@ def _find_shards(path: str, index: Path, revision: str | None) -> list[Path]:
         dict(content["metadata"])  # which transformers needs as well
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{index} is no list of weights (metadata and weight_map): fetch the file again"
+            f"{index} is not a list of weights (metadata and weight_map): fetch the file again"
         ) from error
     # a name with folders could lead out of the model's folder
     if not all(isinstance(name, str) and name == PurePath(name).name for name in names):
@@ -259,11 +259,11 @@ def _read_pytorch(path: Path) -> dict[str, StoredTensor]:
     except Exception as error:
         raise UserError(f"{path} is damaged or truncated: {first_line(error)}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no weights by name, but a {type(content).__name__}")
+        raise UserError(f"{path} should hold weights by name, not a {type(content).__name__}")
 
     def describe(key: str, value: Any) -> StoredTensor:
         if not isinstance(value, torch.Tensor):
-            raise UserError(f"{path}: {key!r} is no tensor, but a {type(value).__name__}")
+            raise UserError(f"{path}: {key!r} is not a tensor, but a {type(value).__name__}")
         return StoredTensor.of(value)
 
     return {str(key): describe(str(key), value) for key, value in content.items()}

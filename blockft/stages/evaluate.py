@@ -207,8 +207,8 @@ def _trained_wording(model: str, revision: str | None, is_worded: bool) -> dict[
         if is_worded or not recorded:
             return {}
         raise UserError(
-            f"{model} was trained on prompts with a wording of their own, and there is no wording for "
-            "questions over documents: evaluate a file in the format samples, or set data.prompt.instruction"
+            f"{model} was trained without a wording for documents (data.prompt): "
+            "evaluate a file in the format samples, or set data.prompt.instruction"
         )
     return {
         "order": recorded["order"],
@@ -409,7 +409,9 @@ def _answer(
     path, batches = folder / f"answers-{mode}.jsonl", plan_batches(samples, recipe.eval.batch_size)
     answers = AnswerFile(path, batches, f"{evaluation} {mode}")
     if answers.damaged_line:
-        warn(f"{path}, line {answers.damaged_line} is damaged: the questions from there on are asked again")
+        warn(
+            f"{path}, line {answers.damaged_line} is damaged: its question and all later ones are asked again"
+        )
     if answers.records:
         _remark(f"{mode} mode: resuming after {len(answers.records)} of {len(samples)} answers")
     for batch in track(answers.remaining_batches, f"{mode} mode"):

@@ -109,7 +109,7 @@ def export(
             check_push(push)
         checkpoint = find_checkpoint(run, best=best)
         for incomplete in incomplete_checkpoints(run):
-            warn(f"{incomplete} is incomplete (it has no {MARKER}) and is passed over")
+            warn(f"{incomplete} is incomplete (it has no {MARKER}) and is skipped")
         # a run that goes on keeps the checkpoint meanwhile
         with reading_folder(checkpoint, "blockft export"):
             _export(

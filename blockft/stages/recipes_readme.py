@@ -39,24 +39,26 @@ _FIELDS = """\
 
 * A field that is null counts as absent. Ids may be whole numbers. A key that occurs twice in an object makes
   the record bad.
-* A field that changes what a record means is honoured or refused by name, in every format: preference labels
-  (`chosen`, `rejected`, `kto_tag`, `label: false`), images, sound and video, tools and their calls, thoughts
-  (`reasoning_content`, `thinking`), weights of records, and masks. An empty one means nothing.
-* A field that its format does not know has no effect. The manifest counts its records (`unknown_fields`), and
-  `prepare`, `eval`, `generate` and `cache build` warn of it once. A name such as `systemPrompt`, in place of
-  `system_prompt`, is refused. `instruction`, `response`, `output` and `completion` of a chat may repeat a
-  message.
+* A field that changes the meaning of a record is applied, or refused by name. This holds in every format for
+  preference labels (`chosen`, `rejected`, `kto_tag`, `label: false`), images, sound and video, tools and
+  their calls, thoughts (`reasoning_content`, `thinking`), weights of records, and masks. An empty field of
+  this kind has no effect.
+* A field that its format does not know has no effect. The manifest counts the records with the field
+  (`unknown_fields`), and `prepare`, `eval`, `generate` and `cache build` warn of the field once. Another
+  spelling of a known name, such as `systemPrompt` for `system_prompt`, is refused. The fields
+  `instruction`, `response`, `output` and `completion` of a chat may repeat a message.
 * Chats: an answer with `weight: 0` (or `train`, `training`, `trainable`, `loss` false) stays in the later
-  prompts and is not learned. Other weights are refused. A content may be a list of text parts. Roles are
+  prompts and is not learned. Other weights are refused. `content` may be a list of text parts. Roles are
   `system`, `developer` (a system message), `user`, `human`, `assistant`, `gpt` and names of models. The
   system message may also stand in `system`, `system_prompt`, `system_message` or `system_instruction` beside
   the chat, also in `alpaca`.
-* Questions: `answerable: false`, `is_impossible: true` and the like drop a question. `blockft prepare` drops
-  and counts a question whose documents are known not to support its answer: no supporting fact, paragraph or
-  passage is among them (`hotpotqa` and `2wikimultihopqa` need all of them), or no answer is in the paragraph
-  (`squad`). Passages of `fid` and `blocks` without any mark (`isgold`, `hasanswer`, `is_supporting` and the
-  like) count as support. `blockft eval` asks them as well.
-* `data.on_bad_record=skip` passes over bad records and lists them in the manifest.
+* Questions: a question that is marked as not answerable (`answerable: false`, `is_impossible: true` and the
+  like) is dropped. `blockft prepare` also drops and counts a question if its documents are known not to
+  support its answer. This is the case if no supporting fact, paragraph or passage is among them (`hotpotqa`
+  and `2wikimultihopqa` need all supporting facts), or if the paragraph contains no answer (`squad`). Passages
+  of `fid` and `blocks` without any mark (`isgold`, `hasanswer`, `is_supporting` and the like) count as
+  support. `blockft eval` asks questions without support, too.
+* `data.on_bad_record=skip` skips bad records and lists them in the manifest.
 """
 
 _EXAMPLES = """\
@@ -96,14 +98,15 @@ _CHAT_TEMPLATES = """\
 ## Chat templates
 
 A prompt is what the chat template renders with its generation prompt, and the labels are the answer with all
-tokens that end its turn. `generate` asks with the same prompt. Where a template writes more than its
-generation prompt before an answer, such as the empty thought of Qwen3, that text belongs to the prompt too.
+tokens that end its turn. `generate` asks with the same prompt. If a template writes further text between
+its generation prompt and an answer, such as the empty thought of Qwen3, the prompt includes that text.
 The date of a template is always 26 Jul 2024, and thinking is off (`enable_thinking=False`).
 
-A template that fails, refuses the roles of a chat, or changes a text other than by trimming it, is an error
-that names the template. So is a generation prompt that opens a thought (`<think>`), as the templates of
-DeepSeek-R1-Distill and QwQ do: the answers of the data have no thoughts, and a model that learned an answer
-inside a thought would write malformed answers. To train such a model without thoughts, close the thought:
+Three faults of a template are errors that name the template: it fails, it refuses the roles of a chat, or it
+changes a text (it may trim the text). A generation prompt that opens a thought (`<think>`) is also an error.
+The templates of DeepSeek-R1-Distill and QwQ open one. The answers of the data have no thoughts, and a model
+that learned an answer inside a thought would write malformed answers. To train such a model without thoughts,
+close the thought:
 
 1. Copy the template of the model (`chat_template.jinja`, or `chat_template` in `tokenizer_config.json`) to a
    file.

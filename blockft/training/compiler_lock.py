@@ -44,7 +44,7 @@ def _acquire(self: FileBaton) -> bool:
     while not _create_lock(self):
         if _remove_abandoned(path):
             print_text(
-                f"blockft: removed {path}, which a process that was killed while it compiled had left",
+                f"blockft: removed {path}, left by a process that was killed while it compiled",
                 file=sys.stderr,
             )
         elif not is_reported and time.monotonic() - start > REPORT_AFTER_S:

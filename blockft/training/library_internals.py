@@ -149,7 +149,7 @@ def check_pickles(checkpoint: Path) -> None:
         # whatever its bytes mean: another format, a damaged archive, or instructions that torch never writes
         except Exception as error:
             raise UserError(
-                f"{path} is damaged, or is no file of torch.save, so it is not loaded: {first_line(error)}"
+                f"{path} is damaged, or torch.save did not write it, so it is not loaded: {first_line(error)}"
             ) from error
         if unsafe:
             raise UserError(

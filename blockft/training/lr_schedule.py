@@ -53,7 +53,9 @@ def check_schedule(
         for step in {0, 1, warmup_steps, num_steps // 2, num_steps - 1, num_steps}:
             rate = [base * factor(step) for base, factor in _rates(schedule)]
             if not all(0 <= value <= learning_rate * (1 + 1e-6) for value in rate):
-                raise ValueError(f"the learning rate of step {step} would be {rate[0]}, not 0 to its peak")
+                raise ValueError(
+                    f"the learning rate of step {step} would be {rate[0]}, it should be 0 to {learning_rate}"
+                )
     # the arguments go to functions of transformers, which do not check them
     except (TypeError, ValueError, ArithmeticError, AttributeError, KeyError, AssertionError) as error:
         raise UserError(f"{given}: {' '.join(str(error).split()) or type(error).__name__}") from error

@@ -46,7 +46,10 @@ def check_trackers(names: Sequence[str]) -> None:
         if name not in known:
             raise UserError(f"train.report_to has {name!r} (allowed: {', '.join(known)})")
     if "none" in names:
-        raise UserError(f"train.report_to is [{', '.join(names)}]: none stands alone; leave it out")
+        raise UserError(
+            f"train.report_to is [{', '.join(names)}]: none excludes the other trackers; leave out none"
+            " or the others"
+        )
     if len(set(names)) < len(names):
         raise UserError(f"train.report_to is [{', '.join(names)}]: name each tracker once")
     installed = get_available_reporting_integrations()

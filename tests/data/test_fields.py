@@ -299,7 +299,7 @@ def test_a_refused_field_may_have_neutral_values() -> None:
         ("toolCalls", [1], "tools cannot be learned"),
         ("rejected_messages", [1], "preference data"),
         ("isTrained", False, "remove a record that is not learned"),
-        ("masked", True, "by a mask"),
+        ("masked", True, "a mask cannot choose"),
         ("enable_thinking", True, "same arguments"),
         ("documents", ["One."], "write the documents into the messages"),
         ("instruction", "Be kind.", "or repeat a message"),
@@ -406,7 +406,7 @@ def without_wording(record: dict[str, Any]) -> Callable[[], Sample]:
 
 
 def test_documents_need_a_wording() -> None:
-    with pytest.raises(RecordError, match="trained on prompts with a wording of their own"):
+    with pytest.raises(RecordError, match="trained without a wording for documents"):
         without_wording({"documents": ["One."], "question": "Who?"})()
     assert without_wording({"messages": [{"role": "user", "content": ["One.", "Who?"]}]})().blocks
 

@@ -99,7 +99,7 @@ REFUSED = {
     "content twice": (CHATML.replace("m['content']", "m['content'] * 2"), "does not write each text"),
     "no content": (CHATML.replace("m['content']", "''"), "does not write each text"),
     "upper": (CHATML.replace("m['content']", "m['content'] | upper"), "does not write each text"),
-    "reversed": (CHATML.replace("in messages", "in messages | reverse"), "writes a response otherwise"),
+    "reversed": (CHATML.replace("in messages", "in messages | reverse"), "writes a response differently"),
     "escaped": (CHATML.replace("m['content']", "m['content'] | e"), "changes the text"),
     "truncated": (CHATML.replace("m['content']", "m['content'][:20]"), "changes|does not write"),
     "words joined": (

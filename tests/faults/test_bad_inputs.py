@@ -262,7 +262,7 @@ RECIPES: dict[str, tuple[bytes, str]] = {
     "a repeated key": (b"model: {path: a}\nmodel: {path: b}\n", "occurs twice"),
     "two documents": (b"model: {path: a}\n---\ntrain: {}\n", "second document"),
     "a number as key": (b"1: 2\n", "a text"),
-    "a list as key": (b"? [a]\n: 1\n", "a key is no text"),
+    "a list as key": (b"? [a]\n: 1\n", "a key is not a text"),
     "null as key": (b"~: 1\n", ""),
     "an object of Python": (b"model: !!python/object/apply:os.system ['touch pwned']\n", "cannot be read"),
     "an unknown tag": (b"model: !m {path: a}\n", "cannot be read"),
@@ -641,7 +641,7 @@ def test_a_rank_without_a_variable_of_its_launcher_is_refused(
     [
         ("[wandb]", "WANDB_MODE=offline"),
         ("[nonsense]", "allowed: none"),
-        ("[none, wandb]", "none stands alone"),
+        ("[none, wandb]", "none excludes the other trackers"),
         ("[wandb, wandb]", "once"),
         ("['']", "allowed: none"),
         ("[dvclive]", "not installed"),

@@ -130,10 +130,10 @@ def test_damage_of_a_checkpoint_is_one_sentence_that_offers_a_whole_one(
         verify_checkpoint(damaged)
     assert reason in str(error.value)
     assert str(error.value).endswith(
-        f"{whole} is whole: remove checkpoint-4 to resume from it, or export it by its name"
+        f"{whole} is undamaged: remove checkpoint-4 to resume from it, or export it by its name"
     )
     (whole / "latest").write_text("")
-    with pytest.raises(UserError, match="no other checkpoint of the run is whole"):
+    with pytest.raises(UserError, match="the run has no undamaged checkpoint"):
         verify_checkpoint(damaged)
 
 

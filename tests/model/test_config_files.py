@@ -113,7 +113,7 @@ def test_rope_parameters_that_cannot_be_used_are_refused(folder: Path, rope: Any
         ({"hidden_size": 33}, ""),
         ({"num_attention_heads": 3}, ""),
         ({"num_attention_heads": 2**60}, "has num_attention_heads 1152921504606846976"),
-        ({"num_key_value_heads": 3}, "num_attention_heads, which 3 num_key_value_heads cannot serve"),
+        ({"num_key_value_heads": 3}, "it should be a multiple of num_key_value_heads 3"),
         ({"num_key_value_heads": 0}, "has num_key_value_heads 0"),
         ({"num_hidden_layers": 10**9}, "has num_hidden_layers 1000000000"),
         ({"num_hidden_layers": True}, "has num_hidden_layers True"),

@@ -117,7 +117,7 @@ def test_damaged_digests_are_refused_by_name(folder: Path, content: str) -> None
 def test_a_folder_whose_digests_were_removed_is_opened_with_its_changes(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
-    with pytest.raises(UserError, match="if it was changed on purpose"):
+    with pytest.raises(UserError, match="if the folder was changed on purpose"):
         load_config(str(folder))
     (folder / DIGESTS).unlink()
     assert load_config(str(folder)).rms_norm_eps == 0.5

@@ -153,9 +153,9 @@ def test_a_pickle_in_a_file_of_weights_is_never_run(folder: Path, legacy: bool) 
     file.write_bytes(pickle.dumps(Payload(evil)))
     refusal(folder)
     torch.save(weights | {"step": 3}, file)
-    assert says("'step' is no tensor", refusal(folder))
+    assert says("'step' is not a tensor", refusal(folder))
     torch.save(list(weights.values()), file)
-    assert says("no weights by name", refusal(folder))
+    assert says("should hold weights by name", refusal(folder))
     assert not evil.exists()
 
 

@@ -258,7 +258,9 @@ def test_a_damaged_answer_of_an_interrupted_evaluation_is_asked_again(
     answers.write_text("".join(lines))
     capsys.readouterr()
     assert contents(run(toy, "damaged")) == complete
-    assert "answers-full.jsonl, line 10 is damaged: the questions from there on" in capsys.readouterr().err
+    assert (
+        "answers-full.jsonl, line 10 is damaged: its question and all later ones" in capsys.readouterr().err
+    )
 
 
 def test_a_killed_evaluation_resumes_and_gives_the_report_of_an_uninterrupted_one(tmp_path: Path) -> None:

@@ -414,10 +414,10 @@ def test_generate_answers_chats_and_has_no_wording_for_documents(toy: Path, expo
     source.write_text(json.dumps({"documents": documents, "question": "What is a?"}))
     done = blockft(*arguments)
     assert done.returncode == 2 and done.stdout == ""
-    assert "line 1: the model was trained on prompts with a wording of their own" in done.stderr
+    assert "line 1: the model was trained without a wording for documents" in done.stderr
     with pytest.raises(UserError, match="no wording for questions over documents"):
         evaluate(str(exported), source, format="fid")
-    with Engine.load(exported) as engine, pytest.raises(UserError, match="a wording of their own"):
+    with Engine.load(exported) as engine, pytest.raises(UserError, match="without a wording for documents"):
         engine.document_keys([Document(title="A", text="a is 7.")])
     with Engine.load(exported, prompt=RagPrompt()) as engine:
         assert engine.generate(documents=["a is 7."], question="a?", max_new_tokens=1).ids

@@ -45,7 +45,7 @@ def test_the_lock_of_a_killed_process_is_removed(lock: Path, capsys: pytest.Capt
     owner.wait()
     baton = FileBaton(str(lock))
     assert baton.try_acquire() and lock.exists()
-    assert f"blockft: removed {lock}, which a process that was killed" in capsys.readouterr().err
+    assert f"blockft: removed {lock}, left by a process that was killed" in capsys.readouterr().err
     baton.release()
     assert not lock.exists()
 

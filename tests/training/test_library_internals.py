@@ -71,7 +71,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_never_run(
     evil = tmp_path / "evil"
     path = save({"a": [Payload(evil)]}, checkpoint / name, _use_new_zipfile_serialization=not legacy)
     with pytest.raises(
-        UserError, match=f"^{path} (could run code when|is damaged, or is no file of)"
+        UserError, match=f"^{path} (could run code when|is damaged, or torch.save did not write it)"
     ) as error:
         check_pickles(checkpoint)
     assert "\n" not in str(error.value)
@@ -98,7 +98,7 @@ def test_other_classes_are_refused(checkpoint: Path, content: Any, message: str)
 @pytest.mark.parametrize("content", [b"", b"\x80\x02}q\x00.", b"PK\x03\x04", LFS_POINTER, WEB_PAGE])
 def test_a_file_that_is_no_checkpoint_is_refused(checkpoint: Path, content: bytes) -> None:
     (checkpoint / "scheduler.pt").write_bytes(content)
-    with pytest.raises(UserError, match=r"scheduler\.pt is damaged, or is no file of torch\.save"):
+    with pytest.raises(UserError, match=r"scheduler\.pt is damaged, or torch\.save did not write it"):
         check_pickles(checkpoint)
 
 
