@@ -415,7 +415,7 @@ def test_generate_answers_chats_and_has_no_wording_for_documents(toy: Path, expo
     done = blockft(*arguments)
     assert done.returncode == 2 and done.stdout == ""
     assert "line 1: the model was trained without a wording for documents" in done.stderr
-    with pytest.raises(UserError, match="no wording for questions over documents"):
+    with pytest.raises(UserError, match="without a wording for documents"):
         evaluate(str(exported), source, format="fid")
     with Engine.load(exported) as engine, pytest.raises(UserError, match="without a wording for documents"):
         engine.document_keys([Document(title="A", text="a is 7.")])
