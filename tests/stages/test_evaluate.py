@@ -62,7 +62,7 @@ def test_only_a_model_that_is_no_export_gets_the_default_wording(toy: Path, tmp_
     questions.write_text("[]")
     plain = evaluation_recipe(str(toy / "model"), str(questions), format="hotpotqa")
     assert plain.data.prompt == PromptSettings()
-    with pytest.raises(UserError, match=r"no wording for questions .* set data\.prompt\.instruction"):
+    with pytest.raises(UserError, match=r"without a wording for documents .* set data\.prompt\.instruction"):
         evaluation_recipe(str(tmp_path), str(questions), format="hotpotqa")
     override = "data.prompt.instruction=Read."
     given = evaluation_recipe(str(tmp_path), str(questions), format="hotpotqa", overrides=[override])
