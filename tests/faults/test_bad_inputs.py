@@ -257,7 +257,7 @@ RECIPES: dict[str, tuple[bytes, str]] = {
         "more than 10,000",
     ),
     "many keys": (b"".join(b"k%d: 1\n" % i for i in range(20_000)), "more than 10,000"),
-    "an alias of itself": (b"model: &m {path: *m}\n", "what contains it"),
+    "an alias of itself": (b"model: &m {path: *m}\n", "stands inside of"),
     "an alias of nothing": (b"model: *none\n", "cannot be read as a recipe"),
     "a repeated key": (b"model: {path: a}\nmodel: {path: b}\n", "occurs twice"),
     "two documents": (b"model: {path: a}\n---\ntrain: {}\n", "second document"),
