@@ -4,6 +4,7 @@ import logging
 import os
 import resource
 from collections.abc import Iterator
+from itertools import count, islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -236,9 +237,10 @@ def test_more_blocks_than_open_files_are_found_and_loaded(
     insert_all(open_cache(folder), *keys)
     cache = open_cache(folder, device=device)
     monkeypatch.setattr(cache_module, "MAX_OPEN_FILES", 4)
-    with open(os.devnull) as lowest:
-        # the kept files, one per reader thread, and a few for Python itself
-        limit = lowest.fileno() + 4 + cache_module.NUM_READERS + 8
+    open_files = {int(descriptor) for descriptor in os.listdir("/proc/self/fd")}
+    # the kept files, one per reader thread, and a few for Python itself
+    free = (number for number in count() if number not in open_files)
+    limit = next(islice(free, 4 + cache_module.NUM_READERS + 8, None))
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
     try:
