@@ -17,21 +17,17 @@ from safetensors.numpy import load_file
 
 from blockft.model.checkpoint import REFERENCE_LOGITS, complete_checkpoints, find_checkpoint
 from blockft.stages.cache import verify_cache
-from blockft.stages.export import export
-from blockft.stages.prepare import prepare
 from tests.commands import all_logged, run_ranks, start_ranks
-from tests.run import save_samples, toy_recipe
+from tests.faults.toy import (
+    build_toy,
+    cache_command,
+    generate_command,
+    read_files,
+    read_report,
+    train_command,
+)
 
 TRAINING = ("train.save_steps=2", "train.max_steps=6", "train.num_eval_examples=4", "train.eval_steps=3")
-
-
-def read_files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def read_report(folder: Path) -> dict[str, bytes]:
-    """Return the files of a report except its picture, whose metadata may differ."""
-    return {name: content for name, content in read_files(folder).items() if not name.endswith(".png")}
 
 
 def read_run(run: Path) -> Any:
@@ -70,17 +66,8 @@ class Verb:
         return [{name: json.loads(line)[name] for name in fields} for line in done.stdout.splitlines()]
 
 
-def train_command(toy: Path, out: Path) -> list[str | Path]:
-    return ["train", toy / "recipe.yaml", f"train.output_dir={out}", *TRAINING]
-
-
-def cache_command(toy: Path, out: Path) -> list[str | Path]:
-    return ["cache", "build", toy / "model", toy / "documents.jsonl", "--cache", out]
-
-
-def generate_command(toy: Path, out: Path) -> list[str | Path]:
-    options = ["--max-new-tokens", "3", "--json", "--cache", out]
-    return ["generate", toy / "model", "--input", toy / "requests.jsonl", *options]
+def long_training(toy: Path, run: Path) -> list[str | Path]:
+    return train_command(toy, run, *TRAINING)
 
 
 VERBS = {
@@ -88,8 +75,8 @@ VERBS = {
         lambda toy, out: ["prepare", toy / "recipe.yaml", f"data.output_dir={out}", "data.num_workers=2"],
         read_files,
     ),
-    "train": Verb(train_command, read_run, resumes=True),
-    "train-2-ranks": Verb(train_command, read_run, num_ranks=2, resumes=True),
+    "train": Verb(long_training, read_run, resumes=True),
+    "train-2-ranks": Verb(long_training, read_run, num_ranks=2, resumes=True),
     "export": Verb(lambda toy, out: ["export", toy / "run", out], read_files),
     "eval": Verb(
         lambda toy, out: [
@@ -109,18 +96,9 @@ VERBS = {
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what every command reads: data, a run, its export, requests and documents."""
-    folder = tmp_path_factory.mktemp("kills")
-    prepare(toy_recipe(folder))
-    done = run_ranks(*train_command(folder, folder / "run"))
-    assert done.returncode == 0, done.stderr
-    export(folder / "run", folder / "export")
     rng = random.Random(0)
-    documents = [{"title": "", "text": f"{rng.random()} is a number."} for _ in range(100)]
-    (folder / "documents.jsonl").write_text("".join(json.dumps(line) + "\n" for line in documents))
-    requests = [{"documents": documents[i : i + 3], "question": "Which?"} for i in range(0, 12, 2)]
-    (folder / "requests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in requests))
-    save_samples(folder / "train.jsonl", 40)
-    return folder
+    texts = [f"{rng.random()} is a number." for _ in range(100)]
+    return build_toy(tmp_path_factory.mktemp("kills"), TRAINING, texts, num_requests=6)
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,19 @@ import pytest
 
 from blockft.model.checkpoint import complete_checkpoints
 from blockft.stages.cache import verify_cache
-from blockft.stages.export import export
-from blockft.stages.prepare import prepare
 from tests.commands import all_logged, run_ranks, start_ranks
-from tests.faults.test_kills import cache_command, generate_command, read_files, read_report
-from tests.run import save_samples, toy_recipe
+from tests.faults.toy import (
+    build_toy,
+    cache_command,
+    generate_command,
+    read_files,
+    read_report,
+    train_command,
+)
 
 PAUSE_S = 1.0
+
+TRAINING = ("train.save_steps=2", "train.max_steps=4", "train.deepspeed=zero0")
 
 Arguments = Sequence[str | Path]
 
@@ -49,23 +55,13 @@ PAUSES = {
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what every command reads, and a run that stopped after 2 of 4 steps."""
-    folder = tmp_path_factory.mktemp("races")
-    prepare(toy_recipe(folder))
-    done = run_ranks(*train_command(folder, folder / "run"))
-    assert done.returncode == 0, done.stderr
-    export(folder / "run", folder / "export")
-    documents = [{"title": "", "text": f"{i} is a number."} for i in range(60)]
-    (folder / "documents.jsonl").write_text("".join(json.dumps(line) + "\n" for line in documents))
-    requests = [{"documents": documents[i : i + 3], "question": "Which?"} for i in range(0, 30, 2)]
-    (folder / "requests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in requests))
-    save_samples(folder / "train.jsonl", 40)
-    return folder
+    """A folder with what every command reads; its run has 4 steps."""
+    texts = [f"{i} is a number." for i in range(60)]
+    return build_toy(tmp_path_factory.mktemp("races"), TRAINING, texts, num_requests=15)
 
 
-def train_command(toy: Path, run: Path, *more: str) -> list[str | Path]:
-    settings = ["train.save_steps=2", "train.max_steps=4", "train.deepspeed=zero0"]
-    return ["train", toy / "recipe.yaml", f"train.output_dir={run}", *settings, *more]
+def short_training(toy: Path, run: Path, *more: str) -> list[str | Path]:
+    return train_command(toy, run, *TRAINING, *more)
 
 
 def prepare_command(toy: Path, out: Path, *more: str) -> list[str | Path]:
@@ -98,7 +94,7 @@ def test_two_trainings_in_one_folder(toy: Path, tmp_path: Path) -> None:
     """The second one names the folder by another path."""
     (tmp_path / "link").symlink_to(tmp_path)
     paths = tmp_path / "run", tmp_path / "link" / ".." / tmp_path.name / "run"
-    _, refused = race(*(train_command(toy, path) for path in paths))
+    _, refused = race(*(short_training(toy, path) for path in paths))
     check_refused(refused, "train")
     assert all_logged(tmp_path / "run") == all_logged(toy / "run") and not hidden(tmp_path)
 
@@ -107,7 +103,7 @@ def test_two_resumes_of_one_run(toy: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(toy / "run", run)
     shutil.rmtree(run / "checkpoint-4")
-    _, refused = race(*[train_command(toy, run, "--resume")] * 2)
+    _, refused = race(*[short_training(toy, run, "--resume")] * 2)
     check_refused(refused, "train")
     assert all_logged(run) == all_logged(toy / "run") and not hidden(tmp_path)
 
@@ -115,10 +111,10 @@ def test_two_resumes_of_one_run(toy: Path, tmp_path: Path) -> None:
 @pytest.mark.slow  # other races of the same lock
 def test_a_training_on_two_ranks_beside_one_on_one_rank(toy: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    two = start_ranks(*train_command(toy, run), num_ranks=2, before=PAUSES["train"])
+    two = start_ranks(*short_training(toy, run), num_ranks=2, before=PAUSES["train"])
     while not (tmp_path / ".run.lock").exists():
         time.sleep(0.01)
-    refused = run_ranks(*train_command(toy, run))
+    refused = run_ranks(*short_training(toy, run))
     check_refused(refused, "train")
     assert refused.returncode == 2 and two.wait().returncode == 0
     assert len(all_logged(run)) == len(all_logged(toy / "run")) and not hidden(tmp_path)
@@ -128,7 +124,7 @@ def test_a_run_is_owned_until_its_last_rank_has_ended(toy: Path, tmp_path: Path)
     """A rank outlives the first one for a moment, in which it may still write."""
     run = tmp_path / "run"
     ranks = start_ranks(
-        *train_command(
+        *short_training(
             toy, run, "train.max_steps=1000", "train.num_train_epochs=1000", "train.save_steps=1000"
         ),
         num_ranks=2,
@@ -140,12 +136,12 @@ def test_a_run_is_owned_until_its_last_rank_has_ended(toy: Path, tmp_path: Path)
     psutil.Process(second.pid).suspend()
     first.kill()
     first.join()
-    refused = run_ranks(*train_command(toy, run, "--resume"))
+    refused = run_ranks(*short_training(toy, run, "--resume"))
     check_refused(refused, "train")
     assert refused.returncode == 2
     second.kill()
     second.join()
-    assert run_ranks(*train_command(toy, run, "--resume")).returncode == 0
+    assert run_ranks(*short_training(toy, run, "--resume")).returncode == 0
     assert all_logged(run) == all_logged(toy / "run")
 
 
@@ -158,7 +154,7 @@ def test_an_export_beside_the_training_of_its_run(toy: Path, tmp_path: Path) -> 
     exporting = start_ranks("export", run, out, before=PAUSES["export"])
     while not (run / ".checkpoint-2.lock").exists():
         time.sleep(0.01)
-    resumed = run_ranks(*train_command(toy, run, "train.save_total_limit=1", "--resume"))
+    resumed = run_ranks(*short_training(toy, run, "train.save_total_limit=1", "--resume"))
     assert resumed.returncode == 0, resumed.stderr
     assert [path.name for path in complete_checkpoints(run)] == ["checkpoint-2", "checkpoint-4"]
     assert exporting.wait().returncode == 0
@@ -196,7 +192,7 @@ def test_prepare_beside_a_training_on_its_data(toy: Path, tmp_path: Path) -> Non
     data, run = tmp_path / "data", tmp_path / "run"
     shutil.copytree(toy / "data", data)
     on_data = f"data.output_dir={data}"
-    training = start_ranks(*train_command(toy, run, on_data), before=PAUSES["train"])
+    training = start_ranks(*short_training(toy, run, on_data), before=PAUSES["train"])
     while not (tmp_path / ".data.lock").exists():
         time.sleep(0.01)
     refused = run_ranks(*prepare_command(toy, data, "--overwrite"))
@@ -205,7 +201,7 @@ def test_prepare_beside_a_training_on_its_data(toy: Path, tmp_path: Path) -> Non
     preparing = start_ranks(*prepare_command(toy, data, "--overwrite"), before=PAUSES["prepare"])
     while not (tmp_path / ".data.lock").exists():
         time.sleep(0.01)
-    refused = run_ranks(*train_command(toy, tmp_path / "run2", on_data))
+    refused = run_ranks(*short_training(toy, tmp_path / "run2", on_data))
     check_refused(refused, "prepare")
     assert preparing.wait().returncode == 0
     assert read_files(data) == read_files(toy / "data") and not hidden(tmp_path)
