@@ -25,7 +25,7 @@ $(READY): pyproject.toml .ci/constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: setup                ## train a tiny model for block mode and compare (77 s on 2 cores, 208 s the first time)
+demo: setup                ## train a tiny model for block mode and compare (77 s on 2 cores; longer the first time)
 	bash data/demo/demo.sh
 
 demo-base: setup           ## train the demo's base model again from random weights (9 minutes)

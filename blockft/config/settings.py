@@ -314,7 +314,10 @@ class TrainSettings(Settings):
     )
     lora: Arguments | None = Field(
         default=None,
-        description="Arguments of peft.LoraConfig; {} takes its defaults. null trains all weights.",
+        description=(
+            "Arguments of peft.LoraConfig; {} takes its defaults. null trains all weights. Arguments are "
+            "refused if their adapters cannot be exported exactly."
+        ),
     )
     objective: Objective = Field(
         default=Objective.sft,
