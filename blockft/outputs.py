@@ -48,7 +48,7 @@ _NO_REPLACE, _EXCHANGE = 1, 2
 
 
 @dataclass(frozen=True)
-class OwnedFolder:
+class LockedFolder:
     """An output folder that no other process writes.
 
     name: the path as the user gave it, for messages.
@@ -69,7 +69,7 @@ class OwnedFolder:
 
 
 @contextmanager
-def own_folder(out: Path, action: str) -> Iterator[OwnedFolder]:
+def lock_output_folder(out: Path, action: str) -> Iterator[LockedFolder]:
     """Lock an output folder as its only writer, and remove what killed writers left beside it.
 
     `action` names this process for those that are refused, for example "blockft prepare".
@@ -87,7 +87,7 @@ def own_folder(out: Path, action: str) -> Iterator[OwnedFolder]:
         except OSError as error:
             raise UserError(f"{out} cannot be written: {error.strerror}") from error
         try:
-            yield OwnedFolder(out, path, lock, initial)
+            yield LockedFolder(out, path, lock, initial)
         finally:
             if initial is not None:
                 os.close(initial)
@@ -104,7 +104,7 @@ def check_absent(path: Path, remedy: str) -> None:
 
 
 @contextmanager
-def atomic_folder(out: OwnedFolder) -> Iterator[Path]:
+def atomic_folder(out: LockedFolder) -> Iterator[Path]:
     """Yield a temporary folder and rename it to `out` at the end; on an error nothing is left.
 
     The temporary folder is hidden and lies beside `out`, so that the rename is atomic. It replaces what was
@@ -125,7 +125,7 @@ def atomic_folder(out: OwnedFolder) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _move_into_place(temporary: Path, out: OwnedFolder) -> None:
+def _move_into_place(temporary: Path, out: LockedFolder) -> None:
     """Rename a folder to `out`, where only the initial folder may be, which is removed."""
     try:
         if not os.path.lexists(out.path):
@@ -245,7 +245,7 @@ def apply_umask(folder: Path) -> None:
 
 
 @contextmanager
-def resumable_folder(out: OwnedFolder, signature: Mapping[str, Any]) -> Iterator[Path]:
+def resumable_folder(out: LockedFolder, signature: Mapping[str, Any]) -> Iterator[Path]:
     """Yield a hidden folder beside `out` that survives an interruption; the same call finds it again.
 
     `signature` holds every setting that decides what is written there. The folder is removed at the end, when

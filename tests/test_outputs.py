@@ -22,7 +22,7 @@ from blockft.outputs import (
     SIGNATURE,
     atomic_folder,
     check_writable,
-    own_folder,
+    lock_output_folder,
     resumable_folder,
     save_figure,
     write_atomic,
@@ -32,22 +32,22 @@ from blockft.outputs import (
 @contextmanager
 def writing(out: Path) -> Iterator[Path]:
     """Own a folder and write it atomically, as a command does."""
-    with own_folder(out, "blockft test") as owned, atomic_folder(owned) as draft:
+    with lock_output_folder(out, "blockft test") as locked, atomic_folder(locked) as draft:
         yield draft
 
 
 @contextmanager
 def resuming(out: Path, signature: dict[str, Any]) -> Iterator[Path]:
     """Own a folder and write it so that an interruption can be resumed."""
-    with own_folder(out, "blockft test") as owned, resumable_folder(owned, signature) as partial:
+    with lock_output_folder(out, "blockft test") as locked, resumable_folder(locked, signature) as partial:
         yield partial
 
 
 WRITER = """
 import sys, time
 from pathlib import Path
-from blockft.outputs import atomic_folder, own_folder
-with own_folder(Path(sys.argv[1]), "blockft prepare") as out, atomic_folder(out) as draft:
+from blockft.outputs import atomic_folder, lock_output_folder
+with lock_output_folder(Path(sys.argv[1]), "blockft prepare") as out, atomic_folder(out) as draft:
     (draft / "half").touch()
     print("writing", flush=True)
     time.sleep(60)
@@ -137,7 +137,7 @@ def test_a_folder_that_a_killed_writer_moved_away_comes_back(tmp_path: Path) -> 
     old.mkdir()
     (old / "precious").touch()
     (tmp_path / f".out.0123456789abcdef{outputs.TEMPORARY}").mkdir()
-    with pytest.raises(ZeroDivisionError), own_folder(out, "blockft test"):
+    with pytest.raises(ZeroDivisionError), lock_output_folder(out, "blockft test"):
         _ = 1 / 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and (out / "precious").exists()
 

@@ -202,7 +202,7 @@ def train(
             check_num_gpus(num_processes)
         # on another host than the first, the lock may be held by the first rank of this very run
         is_first_host = hosts is None or not hosts.node_rank
-        with stage.own_run(settings) if is_first_host else nullcontext():
+        with stage.lock_run(settings) if is_first_host else nullcontext():
             check_run(settings, resume=resume, num_processes=num_processes)
         arguments = ["train", recipe, *(overrides or ()), *(["--resume"] if resume else [])]
         # the first rank prints the next command

@@ -44,10 +44,10 @@ from blockft.inputs import check_path
 from blockft.model.fingerprint import model_fingerprint
 from blockft.model.load import load_config, parse_dtype
 from blockft.model.supported import block_attention_config, uses_reencoded_positions
-from blockft.outputs import OwnedFolder, atomic_folder, check_absent, resumable_folder, save_figure
+from blockft.outputs import LockedFolder, atomic_folder, check_absent, resumable_folder, save_figure
 from blockft.printable import print_text
 from blockft.progress import track
-from blockft.stages.output_folder import own_output
+from blockft.stages.output_folder import lock_output
 from blockft.stages.source_settings import read_source, unknown_fields_warning
 from blockft.version import __version__
 
@@ -104,12 +104,12 @@ def evaluate(
         raise UserError("the recipe has no eval: add eval.output_dir and eval.sources")
     inputs = {"the model": model}
     inputs |= {f"eval.sources.{index}.path": source.path for index, source in enumerate(settings.sources)}
-    with own_output(Path(settings.output_dir), "blockft eval", inputs) as out:
+    with lock_output(Path(settings.output_dir), "blockft eval", inputs) as out:
         check_absent(out.name, "choose another eval.output_dir")
         return _evaluate(model, recipe, out)
 
 
-def _evaluate(model: str, recipe: Recipe, out: OwnedFolder) -> dict[str, Any]:
+def _evaluate(model: str, recipe: Recipe, out: LockedFolder) -> dict[str, Any]:
     revision = model_revision(model, recipe)
     samples, dropped = read_questions(recipe)
     dtype = parse_dtype(recipe.model.dtype, None)
@@ -370,7 +370,7 @@ def _answer_and_report(
     questions: EncodedQuestions,
     recipe: Recipe,
     options: dict[str, Any],
-    out: OwnedFolder,
+    out: LockedFolder,
 ) -> dict[str, Any]:
     """Answer the questions in every mode, resuming if possible, write the report and return it."""
     assert recipe.eval
@@ -419,7 +419,7 @@ def _answer(
     return build_predictions(samples, answers.records, max_new_tokens)
 
 
-def _write(out: OwnedFolder, report: dict[str, Any], predictions: Mapping[str, list[Prediction]]) -> None:
+def _write(out: LockedFolder, report: dict[str, Any], predictions: Mapping[str, list[Prediction]]) -> None:
     modes = report["modes"]
     figure = draw_scores(
         {report["model"]: modes},

@@ -45,10 +45,10 @@ from blockft.model.lora import load_adapter, open_adapter
 from blockft.model.model_card import build_model_card
 from blockft.model.model_files import write_digests
 from blockft.model.weights import error_prefix, load_weights
-from blockft.outputs import OwnedFolder, atomic_folder, check_absent
+from blockft.outputs import LockedFolder, atomic_folder, check_absent
 from blockft.run_folder import RECIPE, read_data, read_metrics, read_recipe, verify_metrics
 from blockft.stages.compare import read_report
-from blockft.stages.output_folder import own_output
+from blockft.stages.output_folder import lock_output
 from blockft.training.library_internals import check_pickles, consolidate_weights
 from blockft.training.library_warnings import silence_known_warnings
 from blockft.training.plan import BASE_WEIGHTS, WEIGHT_DTYPE
@@ -103,7 +103,7 @@ def export(
     check_type(max_shard_size, str, "max_shard_size", "write a size such as 5GB")
     silence_known_warnings()
     run, output_dir = Path(run), Path(output_dir)
-    with own_output(output_dir, "blockft export", {"the run": run}) as out:
+    with lock_output(output_dir, "blockft export", {"the run": run}) as out:
         check_absent(output_dir, "choose another folder")
         if push is not None:
             check_push(push)
@@ -128,7 +128,7 @@ def export(
 
 
 def _export(
-    out: OwnedFolder,
+    out: LockedFolder,
     checkpoint: Path,
     *,
     dtype: str,

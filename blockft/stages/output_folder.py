@@ -10,7 +10,7 @@ from blockft.data.prepared import EXAMPLES, MANIFEST
 from blockft.errors import UserError
 from blockft.inference.cache_folder import FORMAT, LOCK
 from blockft.model.checkpoint import MARKER
-from blockft.outputs import OwnedFolder, own_folder
+from blockft.outputs import LockedFolder, lock_output_folder
 from blockft.run_folder import METRICS, RECIPE
 
 _KINDS = {
@@ -23,13 +23,13 @@ _KINDS = {
 
 
 @contextmanager
-def own_output(
+def lock_output(
     out: Path,
     action: str,
     inputs: Mapping[str, str | Path] | None = None,
     *,
     other_outputs: Mapping[str, str | Path] | None = None,
-) -> Iterator[OwnedFolder]:
+) -> Iterator[LockedFolder]:
     """Check the place of an output folder and hold its lock as the only writer.
 
     inputs: files, folders and globs that are read, by the setting that names them. The output must neither be
@@ -41,8 +41,8 @@ def own_output(
             written.
     """
     check_output_place(out, inputs or {}, other_outputs or {})
-    with own_folder(out, action) as owned:
-        yield owned
+    with lock_output_folder(out, action) as locked:
+        yield locked
 
 
 def check_output_place(

@@ -30,9 +30,9 @@ from blockft.data.tokenizer import tokenizer_fingerprint
 from blockft.digest import list_files
 from blockft.errors import UserError, check_type, warn
 from blockft.model.load import load_tokenizer
-from blockft.outputs import OwnedFolder, atomic_folder, check_absent
+from blockft.outputs import LockedFolder, atomic_folder, check_absent
 from blockft.progress import counter
-from blockft.stages.output_folder import own_output
+from blockft.stages.output_folder import lock_output
 from blockft.stages.source_settings import (
     check_copies,
     check_wording,
@@ -68,11 +68,11 @@ def prepare(recipe: Recipe, *, overwrite: bool = False) -> Path:
     inputs = {"model.path": recipe.model.path}
     inputs |= {f"data.sources.{index}.path": source.path for index, source in enumerate(recipe.data.sources)}
     run = {"train.output_dir": recipe.train.output_dir}
-    with own_output(Path(recipe.data.output_dir), "blockft prepare", inputs, other_outputs=run) as out:
+    with lock_output(Path(recipe.data.output_dir), "blockft prepare", inputs, other_outputs=run) as out:
         return _prepare(recipe, out, overwrite)
 
 
-def _prepare(recipe: Recipe, out: OwnedFolder, overwrite: bool) -> Path:
+def _prepare(recipe: Recipe, out: LockedFolder, overwrite: bool) -> Path:
     start, data = time.monotonic(), recipe.data
     _check_output(out.name, overwrite)
     check_wording(data.prompt)

@@ -30,7 +30,7 @@ from blockft.model.load import digest_base_weights, load_model, load_tokenizer
 from blockft.model.lora import add_adapter
 from blockft.outputs import write_errors
 from blockft.run_folder import truncate_metrics, write_data, write_recipe
-from blockft.stages.output_folder import own_output
+from blockft.stages.output_folder import lock_output
 from blockft.stages.run_plan import check_run, verify_inputs, warn_if_epochs_end_first
 from blockft.training.distributed import (
     check_ranks,
@@ -101,12 +101,12 @@ def train(recipe: Recipe, *, resume: bool = False, name: str | None = None) -> P
     set_worker_environment()
     silence_known_warnings()
     # the other ranks share the lock of the first one as soon as all are connected
-    with own_run(recipe) if os.environ["RANK"] == "0" else nullcontext() as lock:
+    with lock_run(recipe) if os.environ["RANK"] == "0" else nullcontext() as lock:
         return _train(recipe, lock, resume=resume, name=name)
 
 
 @contextmanager
-def own_run(recipe: Recipe) -> Iterator[FolderLock]:
+def lock_run(recipe: Recipe) -> Iterator[FolderLock]:
     """Hold the lock of a run's folder as its only writer, and keep writers away from its prepared data.
 
     Raises:
@@ -116,10 +116,10 @@ def own_run(recipe: Recipe) -> Iterator[FolderLock]:
     run, data = Path(recipe.train.output_dir), Path(recipe.data.output_dir)
     models = {"model.path": recipe.model.path, "train.teacher": recipe.train.teacher or recipe.model.path}
     with (
-        own_output(run, ACTION, models, other_outputs={"data.output_dir": data}) as owned,
+        lock_output(run, ACTION, models, other_outputs={"data.output_dir": data}) as locked,
         reading_folder(data, ACTION),
     ):
-        yield owned.lock
+        yield locked.lock
 
 
 @contextmanager
