@@ -16,7 +16,7 @@ from blockft.bench.benchmark_model import load_benchmark_config, load_benchmark_
 from blockft.bench.measurement import measure_ms, write_measurement
 from blockft.console import PlainConsole
 from blockft.data.collate import collate_row
-from blockft.data.encoder import IGNORE_INDEX, Example
+from blockft.data.encoder import Example
 from blockft.errors import UserError
 from blockft.model.decoder_layers import compile_layers
 from blockft.outputs import check_writable
@@ -162,9 +162,9 @@ def _random_samples(num_samples: int, sample_len: int, num_documents: int, vocab
     samples = []
     for _ in range(num_samples):
         ids = rng.integers(vocab_size, size=sample_len, dtype=np.int32)
-        is_label = np.arange(sample_len) >= sample_len - ANSWER_LEN
-        labels = np.where(is_label, ids, np.int32(IGNORE_INDEX))
-        samples.append(Example(input_ids=ids, labels=labels, block_lengths=(*documents, 2 * ANSWER_LEN)))
+        spans = ((sample_len - ANSWER_LEN, sample_len),)
+        lengths = (*documents, 2 * ANSWER_LEN)
+        samples.append(Example(input_ids=ids, label_spans=spans, block_lengths=lengths))
     return samples
 
 

@@ -30,20 +30,33 @@ class Example:
 
     Attributes:
         input_ids: token ids (T,).
-        labels: (T,); the label of a token is its own id, or `IGNORE_INDEX` if the token is not predicted.
+        label_spans: (start, end) of each run of tokens that are predicted; `end` is exclusive.
         block_lengths: the number of tokens of each block, in order; local blocks come first.
         num_final: the number of final blocks: one per sample.
         sample_ids: the ids of the samples.
     """
 
     input_ids: NDArray[np.int32]
-    labels: NDArray[np.int32]
+    label_spans: tuple[tuple[int, int], ...]
     block_lengths: tuple[int, ...]
     num_final: int = 1
     sample_ids: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def labels(self) -> NDArray[np.int32]:
+        """(T,); the label of a token is its own id, or `IGNORE_INDEX` if the token is not predicted."""
+        labels = np.full_like(self.input_ids, IGNORE_INDEX)
+        for start, end in self.label_spans:
+            labels[start:end] = self.input_ids[start:end]
+        return labels
+
+    @property
+    def num_labels(self) -> int:
+        """The number of label tokens."""
+        return sum(end - start for start, end in self.label_spans)
 
     @cached_property
     def layout(self) -> Layout:
@@ -247,7 +260,7 @@ def _build_example(sample: Sample, blocks: list[TokenIds], answer: TokenIds) -> 
     lengths[-1] += len(answer)
     return Example(
         input_ids=np.fromiter(chain(*blocks, answer), np.int32),
-        labels=np.array([IGNORE_INDEX] * prompt_len + answer, np.int32),
+        label_spans=((prompt_len, prompt_len + len(answer)),),
         block_lengths=tuple(lengths),
         sample_ids=(sample.id,),
     )

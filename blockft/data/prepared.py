@@ -2,24 +2,26 @@
 
 ::
 
-    samples-00000.jsonl ...    50,000 samples each
-    examples/examples.arrow    one row per example
-    manifest.json              content, options and the digests of all files; written last, so a folder
-                               without it is incomplete
+    samples-00000.jsonl ...      the samples of a shard
+    examples/00000.arrow ...     the examples of the same shard, and the columns that a plan reads
+    manifest.json                content, options and the digests of all files; written last, so a folder
+                                 without it is incomplete
 
-The same samples and examples give the same bytes.
+A shard holds at most `SHARD_SAMPLES` samples of one source. The shards of a source follow each other, and
+`sources[i]["shards"]` in the manifest says how many shards source i has: a shard does not depend on the other
+sources. The same samples and examples give the same bytes.
 """
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TextIO, overload
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from blockft.data.encoder import Example
@@ -40,27 +42,32 @@ from blockft.digest import (
 from blockft.errors import UserError
 
 MANIFEST = "manifest.json"
-EXAMPLES = "examples/examples.arrow"
+EXAMPLES = "examples"
+"""Folder of the files of examples."""
 
-VERSION = 2
+VERSION = 3
 """Version of the format of the folder. Other versions are never read."""
 
 FILES = "files"
 """Key of the manifest: size and digest of every other file of the folder."""
 
-SHARD_SAMPLES = 50_000
-"""Number of samples in a file."""
+SHARD_SAMPLES = 4_096
+"""Largest number of samples in a shard."""
 
-_SHARD = re.compile(r"samples-\d{5,}\.jsonl")
-"""Names of the files of samples."""
-
-BATCH_EXAMPLES = 1_000
-"""Number of examples in an Arrow record batch."""
+_OWN_FILE = re.compile(rf"{MANIFEST}|samples-\d{{5,}}\.jsonl|{EXAMPLES}/(\d{{5,}}|examples)\.arrow")
+"""Names of the files of a prepared folder. Version 2 had one file `examples/examples.arrow`."""
 
 _SCHEMA = pa.schema(
     {
+        # the columns of `ExampleColumns`, which are read without the token ids
+        "length": pa.int32(),
+        "num_labels": pa.int32(),
+        "num_blocks": pa.int32(),
+        "has_local_blocks": pa.bool_(),
+        "max_token_id": pa.int32(),
+        # the example
         "input_ids": pa.list_(pa.int32()),
-        "labels": pa.list_(pa.int32()),
+        "label_spans": pa.list_(pa.int32()),  # start, end, start, end, ...
         "block_lengths": pa.list_(pa.int32()),
         "num_final": pa.int32(),
         "sample_ids": pa.list_(pa.string()),
@@ -68,16 +75,73 @@ _SCHEMA = pa.schema(
 )
 
 
-class Examples(Sequence[Example], Dataset[Example]):
-    """The examples of a prepared folder, in a memory-mapped file."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ExampleColumns:
+    """What a plan needs to know of examples, an entry per example in each array.
 
-    def __init__(self, path: Path) -> None:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        self._len: int = sum(batch.num_rows for batch in self._batches)
+    lengths           number of tokens
+    num_labels        number of label tokens
+    num_blocks        number of blocks
+    has_local_blocks  whether block mode differs from full mode
+    max_token_ids     largest token id
+    sources           index of the source
+    """
+
+    lengths: NDArray[np.int64]
+    num_labels: NDArray[np.int64]
+    num_blocks: NDArray[np.int64]
+    has_local_blocks: NDArray[np.bool_]
+    max_token_ids: NDArray[np.int64]
+    sources: NDArray[np.int64]
+
+    @classmethod
+    def of_examples(cls, examples: Sequence[Example], source: int = 0) -> "ExampleColumns":
+        """Return the columns of examples of one source."""
+        return cls._of_batches([examples_to_batch(examples)], np.full(len(examples), source))
+
+    @classmethod
+    def _of_batches(cls, batches: Sequence[pa.RecordBatch], sources: NDArray[np.int64]) -> "ExampleColumns":
+        def column(name: str) -> NDArray[Any]:
+            parts = [batch.column(name).to_numpy(zero_copy_only=False) for batch in batches]
+            dtype = np.bool_ if pa.types.is_boolean(_SCHEMA.field(name).type) else np.int64
+            return np.concatenate(parts or [[]]).astype(dtype)
+
+        return cls(
+            lengths=column("length"),
+            num_labels=column("num_labels"),
+            num_blocks=column("num_blocks"),
+            has_local_blocks=column("has_local_blocks"),
+            max_token_ids=column("max_token_id"),
+            sources=sources,
+        )
+
+
+class Examples(Sequence[Example], Dataset[Example]):
+    """The examples of a prepared folder, in memory-mapped files.
+
+    Opening them reads the columns and no token ids.
+
+    files: the files of examples; `sources` holds the index of the source of each file.
+    """
+
+    def __init__(self, files: Sequence[Path], sources: Sequence[int]) -> None:
+        self._batches: list[pa.RecordBatch] = []
+        batch_sources = []
+        for path, source in zip(files, sources, strict=True):
+            # the batches keep the memory map; the file itself is closed, so that their number has no limit
+            with pa.memory_map(str(path)) as file:
+                reader = pa.ipc.open_file(file)
+                batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            self._batches += batches
+            batch_sources += [source] * len(batches)
+        num_rows = [batch.num_rows for batch in self._batches]
+        self._ends = np.cumsum(num_rows, dtype=np.int64)
+        self.columns = ExampleColumns._of_batches(
+            self._batches, np.repeat(np.array(batch_sources, np.int64), num_rows)
+        )
 
     def __len__(self) -> int:
-        return self._len
+        return len(self.columns.lengths)
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -85,17 +149,20 @@ class Examples(Sequence[Example], Dataset[Example]):
     def __getitem__(self, index: slice) -> list[Example]: ...
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self._len))]
-        if not -self._len <= index < self._len:
-            raise IndexError(f"example {index} of {self._len}")
-        batch, row = divmod(index % self._len, BATCH_EXAMPLES)
-        columns = {name: self._batches[batch].column(name)[row] for name in _SCHEMA.names}
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        index %= len(self)
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        batch = self._batches[number]
+        row = int(index - self._ends[number] + batch.num_rows)
+        spans = batch.column("label_spans")[row].as_py()
         return Example(
-            input_ids=columns["input_ids"].values.to_numpy(),
-            labels=columns["labels"].values.to_numpy(),
-            block_lengths=tuple(columns["block_lengths"].as_py()),
-            num_final=columns["num_final"].as_py(),
-            sample_ids=tuple(columns["sample_ids"].as_py()),
+            input_ids=batch.column("input_ids")[row].values.to_numpy(),
+            label_spans=tuple(zip(spans[::2], spans[1::2], strict=True)),
+            block_lengths=tuple(batch.column("block_lengths")[row].as_py()),
+            num_final=batch.column("num_final")[row].as_py(),
+            sample_ids=tuple(batch.column("sample_ids")[row].as_py()),
         )
 
 
@@ -140,7 +207,10 @@ def load_prepared(folder: Path) -> PreparedData:
         raise UserError(
             f"prepared data {folder} is damaged ({error}): run blockft prepare again with --overwrite"
         ) from error
-    return PreparedData(folder, manifest, Examples(folder / EXAMPLES))
+    num_shards = [source["shards"] for source in manifest["sources"]]
+    sources = np.repeat(np.arange(len(num_shards)), num_shards)
+    paths = [folder / _examples_name(number) for number in range(len(sources))]
+    return PreparedData(folder, manifest, Examples(paths, sources.tolist()))
 
 
 def find_foreign_file(folder: Path) -> str | None:
@@ -151,76 +221,89 @@ def find_foreign_file(folder: Path) -> str | None:
     """
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        is_own = name in (MANIFEST, EXAMPLES) or _SHARD.fullmatch(name)
+        is_own = _OWN_FILE.fullmatch(name)
         if not (is_own or path.name.startswith(".")) and (path.is_symlink() or not path.is_dir()):
             return name
     return None
 
 
-class PreparedWriter:
-    """Writes the samples and examples of a folder in order. `finish` completes the folder."""
+@dataclass(frozen=True)
+class ShardBatch:
+    """A part of a shard: consecutive samples as JSON lines, and their examples as an Arrow record batch."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._num_samples = 0
-        self._shard: TextIO | None = None
-        self._batch: list[Example] = []
-        (folder / EXAMPLES).parent.mkdir()
-        self._examples_file = pa.OSFile(str(folder / EXAMPLES), "wb")
-        self._examples = pa.ipc.new_file(self._examples_file, _SCHEMA)
-
-    def __enter__(self) -> "PreparedWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not self._examples_file.closed:
-            self._examples.close()
-            self._examples_file.close()  # Arrow's writer leaves the last bytes in a buffer of the file
-        if self._shard:
-            self._shard.close()
-
-    def add_sample(self, sample: Sample) -> None:
-        """Append a sample to the current file."""
-        if self._num_samples % SHARD_SAMPLES == 0:
-            if self._shard:
-                self._shard.close()
-            name = f"samples-{self._num_samples // SHARD_SAMPLES:05}.jsonl"
-            self._shard = (self._folder / name).open("w", encoding="utf-8")
-        assert self._shard
-        self._shard.write(json.dumps(sample_to_record(sample), ensure_ascii=False) + "\n")
-        self._num_samples += 1
-
-    def add_example(self, example: Example) -> None:
-        """Append an example. Examples are written in batches."""
-        self._batch.append(example)
-        if len(self._batch) == BATCH_EXAMPLES:
-            self._flush()
-
-    def finish(self, manifest: dict[str, Any]) -> None:
-        """Close the files, and write the manifest with their digests and one hash of the whole content."""
-        self._flush()
-        self.__exit__(None, None, None)
-        files = digest_files(self._folder, list_files(self._folder))
-        content_hash = digest_names(files, sorted(files))
-        complete = {"version": VERSION, **manifest, "content_hash": content_hash}
-        complete[FILES] = files_to_record(files)
-        (self._folder / MANIFEST).write_text(dump_with_digest(complete), encoding="utf-8")
-
-    def _flush(self) -> None:
-        if self._batch:
-            columns = [
-                _list_array([example.input_ids for example in self._batch]),
-                _list_array([example.labels for example in self._batch]),
-                _list_array([np.array(example.block_lengths, np.int32) for example in self._batch]),
-                pa.array([example.num_final for example in self._batch], pa.int32()),
-                pa.array([example.sample_ids for example in self._batch], pa.list_(pa.string())),
-            ]
-            self._examples.write_batch(pa.record_batch(columns, schema=_SCHEMA))
-            self._batch = []
+    lines: bytes
+    examples: pa.RecordBatch
 
 
-def _list_array(arrays: Sequence[np.ndarray[Any, np.dtype[np.int32]]]) -> pa.ListArray:
+def build_shard_batch(samples: Iterable[Sample], examples: Sequence[Example]) -> ShardBatch:
+    """Return samples and their examples as a part of a shard, which can be sent between processes."""
+    lines = (json.dumps(sample_to_record(sample), ensure_ascii=False) + "\n" for sample in samples)
+    return ShardBatch("".join(lines).encode(), examples_to_batch(examples))
+
+
+def write_shard(folder: Path, number: int, batches: Iterable[ShardBatch]) -> None:
+    """Write the two files of shard `number`: the samples and the examples of `batches`, in order.
+
+    The bytes depend on how the examples are divided into batches.
+    """
+    (folder / EXAMPLES).mkdir(exist_ok=True)
+    with (
+        (folder / _samples_name(number)).open("wb") as samples,
+        pa.OSFile(str(folder / _examples_name(number)), "wb") as file,
+        pa.ipc.new_file(file, _SCHEMA) as examples,
+    ):
+        for batch in batches:
+            samples.write(batch.lines)
+            examples.write_batch(batch.examples)
+
+
+def shard_files(number: int) -> tuple[str, str]:
+    """Return the names of the files of a shard: its samples and its examples."""
+    return _samples_name(number), _examples_name(number)
+
+
+def finish_folder(folder: Path, manifest: dict[str, Any]) -> None:
+    """Complete a folder of shards 0, 1, ...: write the manifest with the digests of all files.
+
+    `manifest["sources"][i]["shards"]` is the number of shards of source i. The manifest gets one hash of the
+    whole content.
+    """
+    (folder / EXAMPLES).mkdir(exist_ok=True)
+    files = digest_files(folder, list_files(folder))
+    num_shards = sum(source["shards"] for source in manifest["sources"])
+    assert set(files) == {name for number in range(num_shards) for name in shard_files(number)}
+    content_hash = digest_names(files, sorted(files))
+    complete = {"version": VERSION, **manifest, "content_hash": content_hash}
+    complete[FILES] = files_to_record(files)
+    (folder / MANIFEST).write_text(dump_with_digest(complete), encoding="utf-8")
+
+
+def examples_to_batch(examples: Sequence[Example]) -> pa.RecordBatch:
+    """Return examples as an Arrow record batch."""
+    spans = [np.array(example.label_spans, np.int32).reshape(-1) for example in examples]
+    columns = [
+        pa.array([len(example) for example in examples], pa.int32()),
+        pa.array([example.num_labels for example in examples], pa.int32()),
+        pa.array([len(example.block_lengths) for example in examples], pa.int32()),
+        pa.array([example.has_local_blocks for example in examples], pa.bool_()),
+        pa.array([int(example.input_ids.max()) for example in examples], pa.int32()),
+        _list_array([example.input_ids for example in examples]),
+        _list_array(spans),
+        _list_array([np.array(example.block_lengths, np.int32) for example in examples]),
+        pa.array([example.num_final for example in examples], pa.int32()),
+        pa.array([example.sample_ids for example in examples], pa.list_(pa.string())),
+    ]
+    return pa.record_batch(columns, schema=_SCHEMA)
+
+
+def _samples_name(number: int) -> str:
+    return f"samples-{number:05}.jsonl"
+
+
+def _examples_name(number: int) -> str:
+    return f"{EXAMPLES}/{number:05}.arrow"
+
+
+def _list_array(arrays: Sequence[NDArray[np.int32]]) -> pa.ListArray:
     offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
-    return pa.ListArray.from_arrays(offsets, np.concatenate(arrays))
+    return pa.ListArray.from_arrays(offsets, np.concatenate([*arrays, np.zeros(0, np.int32)]))

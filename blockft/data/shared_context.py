@@ -49,9 +49,16 @@ def _merge_examples(group: Sequence[Example]) -> Example:
         return group[0]
     context_len = group[0].layout.context_len
     later = group[1:]
+    # each final block moves from the end of its own context to the end of the final block before it
+    ends = np.cumsum([len(group[0]), *(len(e) - context_len for e in later)])
+    moves = [0, *(int(end) - context_len for end in ends[:-1])]
     return Example(
         input_ids=np.concatenate([group[0].input_ids, *(e.input_ids[context_len:] for e in later)]),
-        labels=np.concatenate([group[0].labels, *(e.labels[context_len:] for e in later)]),
+        label_spans=tuple(
+            (start + move, end + move)
+            for e, move in zip(group, moves, strict=True)
+            for start, end in e.label_spans
+        ),
         block_lengths=group[0].block_lengths + tuple(e.block_lengths[-1] for e in later),
         num_final=len(group),
         sample_ids=tuple(id for e in group for id in e.sample_ids),

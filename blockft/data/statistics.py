@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from blockft.data.encoder import IGNORE_INDEX, Example
+from blockft.data.encoder import Example
 from blockft.data.fit import EncodedSample
 from blockft.data.sources import RecordCounts
 
@@ -27,7 +27,7 @@ class ExampleStatistics:
         self.lengths.append(len(example))
         self.has_local_blocks.append(example.has_local_blocks)
         self.num_blocks.append(len(example.block_lengths))
-        self.num_labels += int((example.labels != IGNORE_INDEX).sum())
+        self.num_labels += example.num_labels
 
 
 @dataclass

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from blockft.data.prepared import EXAMPLES, MANIFEST
+from blockft.data.prepared import MANIFEST, shard_files
 from blockft.errors import UserError
 from blockft.inference.cache_folder import FORMAT, LOCK
 from blockft.model.checkpoint import MARKER
@@ -16,7 +16,7 @@ from blockft.run_folder import METRICS, RECIPE
 _KINDS = {
     "the checkpoint": (MARKER,),
     "the run": (RECIPE, METRICS),
-    "the prepared folder": (MANIFEST, EXAMPLES),
+    "the prepared folder": (MANIFEST, *shard_files(0)),
     "the block cache": (FORMAT, LOCK),
 }
 """Folders that blockft writes, and the files by which they are known."""

@@ -3,13 +3,14 @@
 import json
 import os
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.table import Column, Table
 
@@ -20,7 +21,15 @@ from blockft.data.encoder import Encoder, Example
 from blockft.data.fit import EncodedSample, encode_samples
 from blockft.data.packing import complete_last_batch, fill_ratio, list_example_modes, plan_rows
 from blockft.data.parallel import map_in_order
-from blockft.data.prepared import PreparedWriter, find_foreign_file, load_prepared
+from blockft.data.prepared import (
+    SHARD_SAMPLES,
+    ShardBatch,
+    build_shard_batch,
+    find_foreign_file,
+    finish_folder,
+    load_prepared,
+    write_shard,
+)
 from blockft.data.sample import Sample
 from blockft.data.shared_context import merge_shared_contexts
 from blockft.data.sources import SOURCE_FORMATS, RecordCounts
@@ -41,6 +50,11 @@ from blockft.stages.source_settings import (
     unknown_fields_warning,
 )
 from blockft.units import format_count
+
+T = TypeVar("T")
+
+BATCH_EXAMPLES = 1_024
+"""Examples in an Arrow record batch."""
 
 TASK_SAMPLES = 64
 """Samples that a worker encodes at a time."""
@@ -85,16 +99,20 @@ def _prepare(recipe: Recipe, out: LockedFolder, overwrite: bool) -> Path:
     sources = [_read_copies(source, data, count) for source, count in zip(data.sources, counts, strict=True)]
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision, recipe.model.chat_template)
     statistics = ExampleStatistics()
-    with atomic_folder(out) as folder, PreparedWriter(folder) as writer:
-        examples = _write_samples(_encode(Encoder(tokenizer), data, sources), counts, writer)
-        if data.shared_context:
-            examples = merge_shared_contexts(examples, data.row_len, data.max_questions_per_context)
-        for example in examples:
-            writer.add_example(example)
-            statistics.add(example)
+    with atomic_folder(out) as folder:
+        encoded_samples = _encode(Encoder(tokenizer), data, sources)
+        num_shards = [0] * len(sources)
+        for source, encoded in groupby(encoded_samples, itemgetter(0)):
+            batches = _build_batches((sample for _, sample in encoded), counts[source], data, statistics)
+            for shard in _chunks(batches, SHARD_SAMPLES // BATCH_EXAMPLES):
+                write_shard(folder, sum(num_shards), shard)
+                num_shards[source] += 1
         if not statistics.lengths:
             raise UserError(f"no example to train on: {_nothing_kept_message(data, data.sources, counts)}")
-        writer.finish(_manifest(recipe, tokenizer_fingerprint(tokenizer), counts, statistics))
+        manifest = _manifest(recipe, tokenizer_fingerprint(tokenizer), counts, statistics)
+        for entry, number in zip(manifest["sources"], num_shards, strict=True):
+            entry["shards"] = number
+        finish_folder(folder, manifest)
         _check_output(out.name, overwrite)  # files may have appeared in a folder that was empty
     for source, count in zip(data.sources, counts, strict=True):
         if count.unknown_fields:
@@ -196,7 +214,7 @@ def _encode(
 
 def _tasks(sources: Sequence[Iterator[Sample]]) -> Iterator[tuple[int, list[Sample]]]:
     for index, samples in enumerate(sources):
-        while task := list(islice(samples, TASK_SAMPLES)):
+        for task in _chunks(samples, TASK_SAMPLES):
             yield index, task
 
 
@@ -220,18 +238,36 @@ def _encode_task(
     )
 
 
-def _write_samples(
-    encoded_samples: Iterator[tuple[int, EncodedSample]],
-    counts: Sequence[SourceStatistics],
-    writer: PreparedWriter,
-) -> Iterator[Example]:
-    """Count all samples, write those that are kept, and yield their examples."""
-    for source, encoded in encoded_samples:
-        counts[source].add_encoded(encoded)
-        if not encoded.drop_reason:
-            assert encoded.example
-            writer.add_sample(encoded.sample)
-            yield encoded.example
+def _build_batches(
+    encoded_samples: Iterator[EncodedSample],
+    count: SourceStatistics,
+    data: DataSettings,
+    statistics: ExampleStatistics,
+) -> Iterator[ShardBatch]:
+    """Count the samples of a source, and yield those that are kept with their examples."""
+    kept: deque[Sample] = deque()
+
+    def keep() -> Iterator[Example]:
+        for encoded in encoded_samples:
+            count.add_encoded(encoded)
+            if not encoded.drop_reason:
+                assert encoded.example
+                kept.append(encoded.sample)
+                yield encoded.example
+
+    examples = keep()
+    if data.shared_context:
+        examples = merge_shared_contexts(examples, data.row_len, data.max_questions_per_context)
+    for batch in _chunks(examples, BATCH_EXAMPLES):
+        for example in batch:
+            statistics.add(example)
+        num_samples = sum(len(example.sample_ids) for example in batch)
+        yield build_shard_batch([kept.popleft() for _ in range(num_samples)], batch)
+
+
+def _chunks(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    while chunk := list(islice(items, size)):
+        yield chunk
 
 
 def _nothing_kept_message(

@@ -63,8 +63,7 @@ def test_logits_to_keep_are_the_positions_before_the_labels(encoder: Encoder) ->
 def test_the_number_of_logits_to_keep_is_a_multiple() -> None:
     for num_labels in (1, LABEL_MULTIPLE, LABEL_MULTIPLE + 1):
         ids = np.arange(num_labels + 1, dtype=np.int32)
-        labels = np.where(ids > 0, ids, IGNORE_INDEX)
-        example = Example(input_ids=ids, labels=labels, block_lengths=(len(ids),))
+        example = Example(input_ids=ids, label_spans=((1, len(ids)),), block_lengths=(len(ids),))
         row = collate_row([(example, "full")], 1024, pad_id=0)
         assert (
             row["logits_to_keep"].shape
@@ -82,9 +81,7 @@ def test_an_empty_row_is_padding_without_labels() -> None:
 
 def test_the_first_token_of_a_block_is_never_a_label() -> None:
     ids = np.array([1, 2, 3], np.int32)
-    example = Example(
-        input_ids=ids, labels=np.array([IGNORE_INDEX, 2, IGNORE_INDEX], np.int32), block_lengths=(1, 2)
-    )
+    example = Example(input_ids=ids, label_spans=((1, 2),), block_lengths=(1, 2))
     with pytest.raises(AssertionError, match="the first token of a block is a label"):
         collate_row([(example, "block")], 8, pad_id=0)
 

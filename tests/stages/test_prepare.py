@@ -37,7 +37,7 @@ def samples_of(folder: Path) -> list[Any]:
 def test_a_prepared_folder(make_recipe: Make, capsys: pytest.CaptureFixture[str]) -> None:
     out = prepare(make_recipe())
     found = load_prepared(out)
-    assert sorted(files(out)) == ["examples/examples.arrow", "manifest.json", "samples-00000.jsonl"]
+    assert sorted(files(out)) == ["examples/00000.arrow", "manifest.json", "samples-00000.jsonl"]
     assert [s.id for s in samples_of(out)] == [id for e in found.examples for id in e.sample_ids]
     assert found.manifest["num_samples"] == found.manifest["num_examples"] == len(found.examples) == 200
     assert found.manifest["num_tokens"] == sum(map(len, found.examples))

@@ -21,10 +21,9 @@ def make_examples(num_examples: int) -> list[Example]:
     for _ in range(num_examples):
         layout = random_layout(rng, rng.randint(12, 30), rng.randint(1, 4))
         ids = random_ids(rng, layout.num_tokens).numpy().astype(np.int32)
-        labels = np.full_like(ids, IGNORE_INDEX)
         num_labels = rng.randint(1, layout.block_lengths[-1]) - 1
-        labels[len(ids) - num_labels :] = ids[len(ids) - num_labels :]
-        examples.append(Example(input_ids=ids, labels=labels, block_lengths=layout.block_lengths))
+        spans = ((len(ids) - num_labels, len(ids)),)
+        examples.append(Example(input_ids=ids, label_spans=spans, block_lengths=layout.block_lengths))
     return examples
 
 
