@@ -13,8 +13,9 @@ import json
 import os
 import stat
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,9 @@ _SETTLED_NS = 2_000_000_000
 
 _REPORTED_S = 1.0
 """A verification that takes longer is reported on stderr."""
+
+_SHOWN_BYTES = 2**30
+"""Smaller contents are read in about a second, without a bar."""
 
 _verified: dict[tuple[str, int, int, int], str] = {}
 """Digests of this process's files by path, inode, size and time of the last change."""
@@ -87,16 +91,33 @@ def _digest(contents: Mapping[str, tuple[int, Callable[[int, int], bytes]]]) -> 
             for name, (num_bytes, digest_chunk) in contents.items()
         }
         try:
-            return {name: _combine(num_bytes, chunks[name]) for name, (num_bytes, _) in contents.items()}
+            with _progress(sum(num_bytes for num_bytes, _ in contents.values())) as advance:
+                return {
+                    name: _combine(num_bytes, chunks[name], advance)
+                    for name, (num_bytes, _) in contents.items()
+                }
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _combine(num_bytes: int, chunks: Iterable[Future[bytes]]) -> str:
+@contextmanager
+def _progress(num_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Show the progress if there is much to read. The import is slow, and most contents are small."""
+    if num_bytes < _SHOWN_BYTES:
+        yield lambda amount: None
+        return
+    from blockft.progress import BYTE, progress
+
+    with progress("digests", num_bytes, unit=BYTE, transient=True) as advance:
+        yield advance
+
+
+def _combine(num_bytes: int, chunks: Iterable[Future[bytes]], advance: Callable[[int], None]) -> str:
     root = hashlib.sha256(f"blockft tree {num_bytes} {CHUNK_BYTES} ".encode())
-    for chunk in chunks:
+    for start, chunk in zip(range(0, num_bytes, CHUNK_BYTES), chunks, strict=True):
         root.update(chunk.result())
+        advance(min(CHUNK_BYTES, num_bytes - start))
     return root.hexdigest()
 
 

@@ -24,11 +24,11 @@ MAY_IMPORT = {
     "inputs": {"errors"},
     "config": {"inputs", "errors"},
     "units": {"errors"},
-    "digest": {"units", "errors"},
+    "digest": {"progress", "units", "errors"},
     "folder_lock": {"errors"},
     "outputs": {"folder_lock", "printable", "digest", "errors"},
     "run_folder": {"outputs", "digest", "errors"},
-    "progress": {"console", "printable"},
+    "progress": {"console", "printable", "units", "errors"},
     "attention": {"errors"},
     "data": {"attention", "file_content", "digest", "inputs", "errors"},
     "model": FOLDERS

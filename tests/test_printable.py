@@ -17,7 +17,7 @@ from blockft.errors import warn
 from blockft.markdown import code_block, code_span, escape_markdown, markdown_table
 from blockft.outputs import plain_label, save_figure
 from blockft.printable import print_answer, print_text, printable
-from blockft.progress import counter, progress
+from blockft.progress import progress
 
 MARKUP = "out/q[/b] [red]x[/red] :smile: [link=a]"
 CONTROLS = "\x1b[2J\r\x07\x9b31m\u202e\u2066\u2028\x7f\udc80\0"
@@ -55,9 +55,9 @@ def test_lines_tables_titles_and_bars_show_markup_as_it_is(monkeypatch: pytest.M
     table = Table(f"column {MARKUP}", title=f"title {MARKUP}", caption=f"caption {MARKUP}")
     table.add_row(f"cell {MARKUP}{CONTROLS}")
     console.print(table)
-    with progress(f"bar {MARKUP}{CONTROLS}", 2) as advance:
+    with progress(f"bar {MARKUP}{CONTROLS}", 2, unit="item") as advance:
         advance(1)
-    with counter(f"counter {MARKUP}") as add:
+    with progress(f"counter {MARKUP}", unit="item") as add:
         add(3)
     warn(f"warning {MARKUP}{CONTROLS}")
     print_text(f"printed {MARKUP}{CONTROLS}")

@@ -44,7 +44,7 @@ def bench_attention(*, row_len: int, num_layouts: int, out: Path | None) -> None
     rng = random.Random(0)
     measured = []
     cases = [(dtype, index) for dtype in MAX_RELATIVE_ERROR for index in range(num_layouts)]
-    for dtype, index in track(cases, "layouts"):
+    for dtype, index in track(cases, "layouts", unit="layout"):
         sliding_window = 1024 if index == num_layouts - 1 else None
         measured.append(_compare(rng, row_len, dtype, sliding_window))
     _print_table(measured)

@@ -88,7 +88,7 @@ def bench_train(
     variants = GPU_VARIANTS if model.device.type == "cuda" else CPU_VARIANTS
     measured = [
         {**asdict(variant), **_measure(model, optimizer, samples, variant, row_len, warmups, runs)}
-        for variant in track(variants, "variants")
+        for variant in track(variants, "variants", unit="variant")
     ]
     for figures in measured:
         figures["ratio"] = figures["tokens_per_s"] / measured[0]["tokens_per_s"]

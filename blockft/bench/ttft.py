@@ -107,7 +107,7 @@ def bench_ttft(
     measured = [{"length": prompt.length, **derived_figures(prompt, model, bandwidth)} for prompt in prompts]
     with (
         tempfile.TemporaryDirectory(dir=folder, prefix="blockft-ttft-") as disk,
-        progress("measure", (1 + len(tiers)) * sum(lengths)) as advance,
+        progress("measure", (1 + len(tiers)) * sum(lengths), unit="token") as advance,
     ):
         # full prefill first, while no layer is compiled and no cache is filled
         for figures, prompt in zip(measured, prompts, strict=True):

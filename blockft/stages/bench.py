@@ -68,7 +68,7 @@ def bench_agreement(
         )
         agreement_benchmark.bench_agreement(
             engine,
-            track(questions.samples, "answers"),
+            track(questions.samples, "answers", unit="answer"),
             questions.prompts,
             max_new_tokens=max_new_tokens,
             record={"model": model, "dropped_records": dict(questions.dropped)},

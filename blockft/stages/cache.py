@@ -29,7 +29,7 @@ from blockft.inference.disk_tier import DiskTier
 from blockft.inference.engine import Engine
 from blockft.inputs import MAX_TEXT_BYTES, check_readable, decode_text, parse_json
 from blockft.printable import print_text
-from blockft.progress import progress, track
+from blockft.progress import BYTE, progress
 from blockft.stages.generate import CacheArguments
 from blockft.units import format_bytes, format_count, parse_bytes, parse_duration
 
@@ -107,7 +107,7 @@ def build_cache(model: str, corpus: Path, cache: CacheArguments) -> None:
             assert disk
             if options.disk_bytes is not None:
                 _check_budget(engine, disk, opened, num_bytes, options.disk_bytes)
-            with progress("encode", num_bytes) as advance:
+            with progress("encode", num_bytes, unit=BYTE) as advance:
                 for keys, num_line_bytes in _new_blocks(engine, opened, digests):
                     num_encoded += engine.runner.prefill_blocks(keys)
                     engine.flush()
@@ -132,7 +132,7 @@ def _check_budget(engine: Engine, disk: DiskTier, corpus: Corpus, num_bytes: int
     """Refuse a budget in which the blocks of the corpus would evict each other."""
     digests: set[str] = set()
     needed_bytes = 0
-    with progress("measure", num_bytes) as advance:
+    with progress("measure", num_bytes, unit=BYTE) as advance:
         for keys, num_line_bytes in _new_blocks(engine, corpus, digests):
             needed_bytes += sum(map(disk.num_bytes, keys))
             advance(num_line_bytes)
@@ -253,12 +253,14 @@ def verify_cache(folder: Path, *, remove: bool = False, as_json: bool = False) -
     with _open_cache(folder) as cache:
         models = cache.models()
         entries = [entry for name in models for entry in cache.entries(name)]
-        for entry in track(entries, "verify"):
-            damage = _find_damage(entry, models[entry.fingerprint])
-            if damage:
-                damaged.append({"path": str(entry.path), "reason": str(damage)})
-                if remove:
-                    cache.remove(entry.path, damage.status)
+        with progress("verify", sum(entry.num_bytes for entry in entries), unit=BYTE) as advance:
+            for entry in entries:
+                damage = _find_damage(entry, models[entry.fingerprint])
+                if damage:
+                    damaged.append({"path": str(entry.path), "reason": str(damage)})
+                    if remove:
+                        cache.remove(entry.path, damage.status)
+                advance(entry.num_bytes)
     if as_json:
         print_text(json.dumps({"entries": len(entries), "damaged": damaged, "removed": remove}))
     else:

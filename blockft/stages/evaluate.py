@@ -46,7 +46,7 @@ from blockft.model.load import load_config, parse_dtype
 from blockft.model.supported import block_attention_config, uses_reencoded_positions
 from blockft.outputs import LockedFolder, atomic_folder, check_absent, resumable_folder, save_figure
 from blockft.printable import print_text
-from blockft.progress import track
+from blockft.progress import progress, track
 from blockft.stages.output_folder import lock_output
 from blockft.stages.source_settings import read_source, unknown_fields_warning
 from blockft.version import __version__
@@ -304,7 +304,7 @@ def _encode(engine: Engine, samples: list[Sample], recipe: Recipe) -> EncodedQue
     assert recipe.eval
     questions = encode_questions(
         engine,
-        track(samples, "prompts"),
+        track(samples, "prompts", unit="prompt"),
         recipe.eval.max_new_tokens,
         trim=recipe.data.too_long is TooLongPolicy.trim,
         skip_bad=recipe.data.on_bad_record is BadRecordPolicy.skip,
@@ -414,8 +414,13 @@ def _answer(
         )
     if answers.records:
         _remark(f"{mode} mode: resuming after {len(answers.records)} of {len(samples)} answers")
-    for batch in track(answers.remaining_batches, f"{mode} mode"):
-        answers.add(answer_batch(engine, questions.prompts, batch, mode=mode, max_new_tokens=max_new_tokens))
+    remaining = answers.remaining_batches
+    with progress(f"{mode} mode", sum(map(len, remaining)), unit="answer") as advance:
+        for batch in remaining:
+            answers.add(
+                answer_batch(engine, questions.prompts, batch, mode=mode, max_new_tokens=max_new_tokens)
+            )
+            advance(len(batch))
     return build_predictions(samples, answers.records, max_new_tokens)
 
 

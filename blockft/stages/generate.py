@@ -105,7 +105,7 @@ def generate(
         if unknown:
             warn(f"{source} has fields without an effect: {format_fields(unknown)}")
         prompts = [engine.encode(sample, max_new_tokens, trim=trim) for sample in samples]
-        with progress("answers", len(prompts), beside_results=True) as advance:
+        with progress("answers", len(prompts), unit="answer", beside_results=True) as advance:
             for start in range(0, len(prompts), batch_size):
                 batch = prompts[start : start + batch_size]
                 arguments = _GenerateArguments(

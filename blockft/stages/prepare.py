@@ -40,7 +40,7 @@ from blockft.digest import list_files
 from blockft.errors import UserError, check_type, warn
 from blockft.model.load import load_tokenizer
 from blockft.outputs import LockedFolder, atomic_folder, check_absent
-from blockft.progress import counter
+from blockft.progress import progress
 from blockft.stages.output_folder import lock_output
 from blockft.stages.source_settings import (
     check_copies,
@@ -206,7 +206,7 @@ def _encode(
 ) -> Iterator[tuple[int, EncodedSample]]:
     """Encode the samples of all sources in order; yields (index of the source, encoded sample)."""
     encode = partial(_encode_task, encoder=encoder, data=data)
-    with counter("samples") as advance:
+    with progress("encode", unit="sample") as advance:
         for source, encoded in map_in_order(encode, _tasks(sources), data.num_workers):
             yield from ((source, sample) for sample in encoded)
             advance(len(encoded))
