@@ -18,8 +18,15 @@ from blockft.data.records import PlacedRecord, read_file, read_hub
 from blockft.data.retrieval import Indexer, bm25_indexer, dense_indexer, retrieve
 from blockft.data.sample import SKIP_REMEDY, RecordDropped, RecordError, Sample, parse_sample
 from blockft.errors import UserError
+from blockft.inputs import shorten
 
 T = TypeVar("T")
+
+MAX_DROP_EXAMPLES = 3
+"""Number of dropped records or samples that are listed for each reason."""
+
+MAX_EXAMPLE_LEN = 200
+"""Number of characters that describe a dropped record or sample."""
 
 
 @dataclass(kw_only=True)
@@ -29,6 +36,7 @@ class RecordCounts:
     Each record either is dropped for a reason or gives one or more samples. Each sample either is kept or is
     dropped for a reason. If every record gives one sample, `read` equals `kept` plus the sum of `dropped`.
 
+    `drop_examples` describes the first dropped records and samples of each reason.
     `unknown_fields` is the number of records that have a field which the format does not know, by field.
     """
 
@@ -36,6 +44,7 @@ class RecordCounts:
     samples: int = 0
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    drop_examples: dict[str, list[str]] = field(default_factory=dict)
     bad_records: list[str] = field(default_factory=list)
     unknown_fields: Counter[str] = field(default_factory=Counter)
 
@@ -46,15 +55,20 @@ class RecordCounts:
             name = OTHER_FIELDS if is_new and len(self.unknown_fields) >= MAX_UNKNOWN_FIELDS else name
             self.unknown_fields[name] += 1
 
-    def drop(self, reason: str) -> None:
-        """Count one dropped record or sample."""
+    def drop(self, reason: str, describe: Callable[[], str] = str) -> None:
+        """Count one dropped record or sample; `describe` is called if it becomes an example of the reason."""
         self.dropped[reason] += 1
+        if self.dropped[reason] <= MAX_DROP_EXAMPLES and (text := " ".join(describe().split())):
+            self.drop_examples.setdefault(reason, []).append(shorten(text, MAX_EXAMPLE_LEN))
 
     def merge(self, other: "RecordCounts") -> None:
         """Add the counts of another pass over the same records. A bad record is listed once."""
         self.read += other.read
         self.samples += other.samples
         self.dropped += other.dropped
+        for reason, examples in other.drop_examples.items():
+            known = self.drop_examples.get(reason, [])
+            self.drop_examples[reason] = [*dict.fromkeys(known + examples)][:MAX_DROP_EXAMPLES]
         self.unknown_fields += other.unknown_fields
         self.bad_records = [*dict.fromkeys(self.bad_records + other.bad_records)]
 
@@ -374,14 +388,15 @@ class _SourceReader:
                 unknown = self._unknown_fields(record)
                 result = parse(record)
             except RecordDropped as reason:
-                counts.drop(str(reason))
+                counts.drop(str(reason), partial(_describe_record, place, record))
                 counts.count_unknown(unknown)
             except RecordError as error:
                 if not self.skip_bad:
                     hint = _format_hint(record, self.format, is_first=counts.read == 1)
                     raise UserError(f"{place}: {error}{hint} {SKIP_REMEDY}") from error
-                counts.drop("bad record")
-                counts.bad_records.append(f"{place}: {error}")
+                message = f"{place}: {error}"
+                counts.bad_records.append(message)
+                counts.drop("bad record", partial(str, message))
             else:
                 counts.count_unknown(unknown)
                 yield result
@@ -396,6 +411,14 @@ class _SourceReader:
         if isinstance(record, squad.ArticleQuestion):
             return table.unknown_fields(record.record, path=record.path) | record.unknown_fields
         return table.unknown_fields(record)
+
+
+def _describe_record(place: str, record: Any) -> str:
+    """Return the place of a record and the start of its texts and numbers."""
+    record = record.record if isinstance(record, squad.ArticleQuestion) else record
+    values = record.items() if isinstance(record, Mapping) else ()
+    fields = [f"{name}: {str(value)[:80]}" for name, value in values if isinstance(value, str | int | float)]
+    return f"{place}: {', '.join(fields)}" if fields else place
 
 
 def _format_hint(record: Any, format: str, *, is_first: bool) -> str:

@@ -5,6 +5,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from operator import attrgetter, itemgetter
 from typing import Any
@@ -121,7 +122,7 @@ def add_distractors(question: Question) -> Question:
 def group_by_context(
     questions: Iterator[Question],
     prompt: RagPrompt,
-    drop: Callable[[str], None],
+    drop: Callable[[str, Callable[[], str]], None],
     indexer: Indexer | None = None,
     max_questions: int | None = None,
 ) -> Iterator[Question]:
@@ -129,7 +130,7 @@ def group_by_context(
 
     The paragraphs of an article are divided into random sets of `prompt.num_documents`. A question sees the
     set that contains its own paragraph. With an `indexer`, similar paragraphs are in the same set. `drop` is
-    called with a reason for each question whose answer is in another paragraph of its set.
+    called with a reason and a description of each question whose answer is in another paragraph of its set.
 
     Without `max_questions`, each paragraph is in one set, and the last set of an article may be smaller. With
     `max_questions`, at most that many questions share a set, about as many different paragraphs as possible.
@@ -148,9 +149,13 @@ def group_by_context(
                 for question in _next_batch(queues, max_questions or sys.maxsize):
                     distractors = list(pool.distractors(question.documents, question.answers, paragraphs))
                     if len(distractors) < len(paragraphs) - 1:
-                        drop("answer in another document of its set")
+                        drop("answer in another document of its set", partial(_describe, question))
                     else:
                         yield _with_paragraphs(question, distractors)
+
+
+def _describe(question: Question) -> str:
+    return f"{question.id}: {question.question}"
 
 
 def _next_batch(queues: Sequence[WaitingQuestions], max_questions: int) -> list[Question]:

@@ -3,10 +3,12 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 from blockft.data.encoder import Example
 from blockft.data.fit import EncodedSample
 from blockft.data.sources import RecordCounts
+from blockft.units import format_count
 
 
 def histogram(numbers: Iterable[int]) -> dict[str, int]:
@@ -47,9 +49,21 @@ class SourceStatistics(RecordCounts):
             self.templated += bool(encoded.sample.templated)
             self.tokens += len(encoded.example or ())
             return
-        self.drop(encoded.drop_reason)
+        self.drop(encoded.drop_reason, partial(_describe, encoded))
         if encoded.is_mismatch:
             self.mismatched_samples.append(f"sample {encoded.sample.id}: {encoded.drop_reason}")
         if encoded.example:
             length = len(encoded.example)
             self.shortest_dropped = min(length, self.shortest_dropped or length)
+
+
+def _describe(encoded: EncodedSample) -> str:
+    """Return the id, the size and the question of a dropped sample."""
+    sample, example = encoded.sample, encoded.example
+    if example:
+        size = (
+            f"{format_count(len(example), 'token')} in {format_count(len(example.block_lengths), 'block')}, "
+        )
+    else:
+        size = ""
+    return f"{sample.id}: {size}{sample.blocks[-1]}"

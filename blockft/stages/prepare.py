@@ -325,6 +325,8 @@ def _describe_source(source: Source, count: SourceStatistics) -> dict[str, Any]:
         "templated": count.templated,
         "tokens": count.tokens,
         "dropped": dict(sorted(count.dropped.items())),
+        # the first records and samples that were dropped for each reason
+        "drop_examples": dict(sorted(count.drop_examples.items())),
         # fields that the format does not know, with the number of records that have them
         "unknown_fields": dict(sorted(count.unknown_fields.items())),
         "bad_records": [*dict.fromkeys(count.bad_records + count.mismatched_samples)],

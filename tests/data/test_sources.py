@@ -11,7 +11,7 @@ import pytest
 
 from blockft.config.choices import Format
 from blockft.data.rag_prompt import RagPrompt
-from blockft.data.sample import Sample, sample_to_record
+from blockft.data.sample import NO_EVIDENCE, Sample, sample_to_record
 from blockft.data.sources import SOURCE_FORMATS, RecordCounts, read_samples
 from blockft.errors import UserError
 from tests.data.test_qa_formats import MUSIQUE
@@ -242,6 +242,26 @@ def test_bad_records_can_be_skipped_and_are_listed(tmp_path: Path) -> None:
     assert samples == [rag_sample(), rag_sample()]
     assert (counts.read, counts.dropped) == (4, {"bad record": 2})
     assert [bad.partition(": ")[0] for bad in counts.bad_records] == [f"{path}, line 2", f"{path}, line 4"]
+
+
+def test_the_first_records_that_are_dropped_for_a_reason_are_listed(tmp_path: Path) -> None:
+    records = [
+        fid_record(n, "red") | {"id": f"id{n}", "question": f"what?\n{'very ' * 99}"} for n in range(6)
+    ]
+    for record in records[1:]:
+        record["ctxs"][0]["isgold"] = False
+    path = tmp_path / "f.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    samples, counts = read_all(path, "fid")
+    examples = counts.drop_examples[NO_EVIDENCE]
+    assert len(samples) == 1 and counts.dropped == {NO_EVIDENCE: 5} and len(examples) == 3
+    for number, example in enumerate(examples, start=2):
+        assert example.startswith(f"{path}, line {number}: ") and f"id{number - 1}" in example
+        assert "what? very" in example and len(example) < 240 and "\n" not in example
+    again = RecordCounts()
+    again.merge(counts)
+    again.merge(counts)
+    assert again.drop_examples == counts.drop_examples and again.dropped == {NO_EVIDENCE: 10}
 
 
 def test_at_most_max_samples_records_are_read(tmp_path: Path) -> None:

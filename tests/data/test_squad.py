@@ -11,6 +11,7 @@ from blockft.data.rag_prompt import RagPrompt
 from blockft.data.records import PlacedRecord
 from blockft.data.retrieval import bm25_indexer
 from blockft.data.sample import RecordDropped, RecordError
+from blockft.data.sources import RecordCounts
 
 ANSWERS = ["red", "blue", "green", "gold", "Red"]
 
@@ -149,8 +150,8 @@ def test_a_bad_row_is_one_bad_record() -> None:
 
 
 def test_questions_of_a_set_share_its_paragraphs() -> None:
-    dropped: list[str] = []
-    shared = list(squad.group_by_context(ask([article()]), sets_of(2, 1), dropped.append))
+    dropped = RecordCounts()
+    shared = list(squad.group_by_context(ask([article()]), sets_of(2, 1), dropped.drop))
     assert {frozenset(texts(q)) for q in shared} == {
         frozenset(texts(q)) for q in shared if q.documents[0].supports
     }
@@ -159,7 +160,7 @@ def test_questions_of_a_set_share_its_paragraphs() -> None:
     assert sets == sorted(sets, key=sets.index)
     distinct = {tuple(s) for s in sets}
     assert sum(map(len, distinct)) == len({text for s in distinct for text in s})
-    assert len(shared) + len(dropped) == 10
+    assert len(shared) + dropped.dropped.total() == 10
     drawn = (squad.group_by_context(ask([article()]), sets_of(2, seed), print) for seed in range(9))
     orders = {tuple(map(tuple, map(texts, questions))) for questions in drawn}
     assert len(orders) > 3
@@ -196,9 +197,8 @@ def test_similar_paragraphs_are_in_the_same_set() -> None:
 
 
 def test_a_question_whose_answer_is_in_another_paragraph_of_its_set_is_dropped() -> None:
-    dropped: list[str] = []
-    kept = [
-        question.id for question in squad.group_by_context(ask([article()]), sets_of(None), dropped.append)
-    ]
+    dropped = RecordCounts()
+    kept = [question.id for question in squad.group_by_context(ask([article()]), sets_of(None), dropped.drop)]
     assert kept == ["blue0", "blue1", "green0", "green1", "gold0", "gold1"]
-    assert dropped == ["answer in another document of its set"] * 4
+    reason = "answer in another document of its set"
+    assert dropped.dropped == {reason: 4} and len(dropped.drop_examples[reason]) == 3

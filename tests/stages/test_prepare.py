@@ -265,6 +265,15 @@ def test_bad_records_are_counted_and_listed(make_recipe: Make) -> None:
     assert "line 201: not JSON" in source["bad_records"][0]
 
 
+def test_the_first_samples_that_are_too_long_are_listed(make_recipe: Make) -> None:
+    recipe = make_recipe(row_len=60)
+    (source,) = load_prepared(prepare(recipe)).manifest["sources"]
+    number, examples = source["dropped"]["too long"], source["drop_examples"]["too long"]
+    assert number == 200 - source["kept"] > 3 == len(examples)
+    first = source["kept"]  # the samples become longer
+    assert examples[0].startswith(f"{first}: 61 tokens in 5 blocks, Question {first}?"), examples
+
+
 def test_unknown_fields_are_counted_and_warned_of_once(
     make_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
