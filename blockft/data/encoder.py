@@ -6,7 +6,7 @@ Shapes: T tokens of an example.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,11 +123,11 @@ class Encoder:
             return self._templated_ids(sample.templated)
         prompt = self._render(sample, None)
         ids_of = self._ids_of_parts([prompt])
-        return [self._block_ids(block, ids_of) for block in prompt.blocks]
+        return [self._block_ids(block, ids_of).tolist() for block in prompt.blocks]
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each text, encoded as text from data."""
-        return [len(ids) for ids in self._plain.encode(list(texts))]
+        return [len(ids) for ids in self._plain.encode_arrays(texts)]
 
     @property
     def eos_token_id(self) -> int:
@@ -178,7 +178,7 @@ class Encoder:
         examples = []
         for sample, prompt in zip(samples, prompts, strict=True):
             blocks = [self._block_ids(block, ids_of) for block in prompt.blocks]
-            answer = ids_of[prompt.answer] + self._end_of_turn(prompt.ending)
+            answer = np.append(ids_of[prompt.answer], _token_array(self._end_of_turn(prompt.ending)))
             examples.append(_build_example(sample, blocks, answer))
         return examples
 
@@ -186,7 +186,8 @@ class Encoder:
         (answer,) = self._templated.encode([sample.response])
         if not answer or answer[-1] not in self._end_ids:
             answer += self._ending
-        return _build_example(sample, self._templated_ids(sample.templated), answer)
+        blocks = [*map(_token_array, self._templated_ids(sample.templated))]
+        return _build_example(sample, blocks, _token_array(answer))
 
     def _render(self, sample: Sample, response: str | None) -> RenderedPrompt:
         try:
@@ -194,7 +195,7 @@ class Encoder:
         except TemplateMismatch as error:
             raise TemplateMismatch(f"sample {sample.id} of {sample.source}: {error}", error.reason) from error
 
-    def _ids_of_parts(self, prompts: Sequence[RenderedPrompt]) -> dict[TextPart, TokenIds]:
+    def _ids_of_parts(self, prompts: Sequence[RenderedPrompt]) -> dict[TextPart, NDArray[np.int32]]:
         """Return the ids of every distinct part of the prompts and their answers.
 
         Text from data is encoded without added tokens, markup with them.
@@ -202,8 +203,11 @@ class Encoder:
         parts = {part for prompt in prompts for block in prompt.blocks for part in block}
         parts |= {prompt.answer for prompt in prompts}
         texts = [part.text for part in parts if not part.is_markup]
-        plain = dict(zip(texts, self._plain.encode(texts), strict=True))
-        return {p: self._encode_markup(p.text) if p.is_markup else plain[p.text] for p in parts}
+        plain = dict(zip(texts, self._plain.encode_arrays(texts), strict=True))
+        return {
+            part: _token_array(self._encode_markup(part.text)) if part.is_markup else plain[part.text]
+            for part in parts
+        }
 
     def _encode_markup(self, text: str) -> TokenIds:
         if text not in self._markup_ids:
@@ -235,31 +239,36 @@ class Encoder:
             self._ending_ids[ending] = ids[:end]
         return self._ending_ids[ending]
 
-    def _block_ids(self, block: Block, ids_of: dict[TextPart, TokenIds]) -> TokenIds:
-        ids = [id for part in block for id in ids_of[part]]
-        self._check_tokens(ids, "".join(part.text for part in block))
+    def _block_ids(self, block: Block, ids_of: dict[TextPart, NDArray[np.int32]]) -> NDArray[np.int32]:
+        ids = ids_of[block[0]] if len(block) == 1 else np.concatenate([ids_of[part] for part in block])
+        if not len(ids):
+            self._fail_without_tokens("".join(part.text for part in block))
         return ids
 
     def _templated_ids(self, blocks: Sequence[str]) -> list[TokenIds]:
         all_ids = self._templated.encode(list(blocks))
         for ids, text in zip(all_ids, blocks, strict=True):
-            self._check_tokens(ids, text)
+            if not ids:
+                self._fail_without_tokens(text)
         return all_ids
 
-    def _check_tokens(self, ids: TokenIds, text: str) -> None:
-        if not ids:
-            raise TemplateMismatch(
-                f"tokenizer {self._name} makes no token of the block {text!r}", "block without tokens"
-            )
+    def _fail_without_tokens(self, text: str) -> NoReturn:
+        raise TemplateMismatch(
+            f"tokenizer {self._name} makes no token of the block {text!r}", "block without tokens"
+        )
 
 
-def _build_example(sample: Sample, blocks: list[TokenIds], answer: TokenIds) -> Example:
+def _token_array(ids: TokenIds) -> NDArray[np.int32]:
+    return np.array(ids, np.int32)
+
+
+def _build_example(sample: Sample, blocks: Sequence[NDArray[np.int32]], answer: NDArray[np.int32]) -> Example:
     """Return the example of a prompt and its answer. The answer belongs to the final block."""
     prompt_len = sum(map(len, blocks))
     lengths = [*map(len, blocks)]
     lengths[-1] += len(answer)
     return Example(
-        input_ids=np.fromiter(chain(*blocks, answer), np.int32),
+        input_ids=np.concatenate([*blocks, answer]),
         label_spans=((prompt_len, prompt_len + len(answer)),),
         block_lengths=tuple(lengths),
         sample_ids=(sample.id,),

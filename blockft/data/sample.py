@@ -1,5 +1,6 @@
 """Samples: prompts with marked blocks and their responses, independent of any model; stored as JSON lines."""
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,8 @@ ROLES = ("system", "user", "assistant")
 SAMPLE_FIELDS = ("id", "source", "messages", "blocks", "response", "answers", "meta")
 """The fields of a sample's JSON object."""
 
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 MAX_META_DEPTH = 32
 """Number of lists and objects of `meta` that may be inside each other."""
@@ -216,7 +219,7 @@ def parse_text(value: Any, name: str, *, may_be_blank: bool = False) -> str:
     """
     check_field(isinstance(value, str), name, value, "be a text")
     check_field(may_be_blank or bool(value.strip()), name, value, "not be blank")
-    check_field(not any("\ud800" <= c <= "\udfff" for c in value), name, value, "be valid Unicode")
+    check_field(value.isascii() or not _SURROGATE.search(value), name, value, "be valid Unicode")
     return str(value)
 
 

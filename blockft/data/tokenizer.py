@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
@@ -52,19 +55,26 @@ class PlainTokenizer:
         markers.pop(model.get("unk_token"), None)
         self._markers = {id: content for content, id in markers.items() if id != model.get("unk_id")}
         self._backend = Tokenizer.from_str(json.dumps(state))
+        # one entry more than the largest id: larger ids are no markers
+        self._is_marker = np.zeros(max(self._markers, default=-1) + 2, np.bool_)
+        self._is_marker[[*self._markers]] = True
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text.
 
         Raises:
             TemplateMismatch: the vocabulary itself turns a text into an added token.
         """
-        all_ids = [
-            encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        ]
+        return [ids.tolist() for ids in self.encode_arrays(texts)]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """Return the token ids of each text as an array; see `encode`."""
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        all_ids = [np.array(encoding.ids, np.int32) for encoding in encodings]
         for ids in all_ids:
-            if not self._markers.keys().isdisjoint(ids):
-                marker = next(self._markers[id] for id in ids if id in self._markers)
+            is_marker = self._is_marker.take(ids, mode="clip")
+            if is_marker.any():
+                marker = self._markers[int(ids[is_marker.argmax()])]
                 raise TemplateMismatch(
                     f"the tokenizer's own vocabulary makes its added token {marker!r} of text from data: "
                     "remove it from the vocabulary, or from the data",
