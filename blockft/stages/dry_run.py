@@ -35,11 +35,12 @@ def print_dry_run(recipe: Recipe, num_processes: int, *, resume: bool = False) -
     )
     if num_teacher:
         parameters += f"; {num_teacher:,} of the teacher"
-    batch_rows, num_rows = recipe.train.batch_rows, len(rows.epochs[0])
-    padding = "" if all(rows.epochs[0]) else f", padded to a multiple of train.batch_rows {batch_rows}"
+    batch_rows, num_rows = recipe.train.batch_rows, len(rows.epochs[0].rows)
+    is_padded = len(rows.epochs[0].rows[-1]) == 0
+    padding = "" if not is_padded else f", padded to a multiple of train.batch_rows {batch_rows}"
     table = Table("quantity", "value", title="dry run: nothing is written")
     for quantity, value in {
-        "examples to train on, counted per mode, per epoch": f"{len(rows.items):,}",
+        "examples to train on, counted per mode, per epoch": f"{rows.num_items:,}",
         "tokens per epoch": f"{rows.num_tokens:,}",
         "label tokens per epoch": f"{rows.num_labels:,} ({rows.num_labels / rows.num_tokens:.1%})",
         f"rows of {recipe.data.row_len:,} tokens": f"{num_rows:,} per epoch{padding}, {rows.fill:.1%} filled",

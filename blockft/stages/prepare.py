@@ -19,7 +19,7 @@ from blockft.config.settings import DataSettings, Recipe, Source
 from blockft.console import PlainConsole
 from blockft.data.encoder import Encoder, Example
 from blockft.data.fit import EncodedSample, encode_samples
-from blockft.data.packing import complete_last_batch, fill_ratio, list_example_modes, plan_rows
+from blockft.data.packing import fill_ratio, list_example_modes, plan_rows
 from blockft.data.parallel import map_in_order
 from blockft.data.prepared import (
     SHARD_SAMPLES,
@@ -145,22 +145,20 @@ def print_summary(recipe: Recipe) -> None:
             _format_dropped(source["dropped"]) or "0",
             f"{source['tokens']:,}",
         )
-    lengths, has_local_blocks = [], []
-    for example in prepared.examples:
-        lengths.append(len(example))
-        has_local_blocks.append(example.has_local_blocks)
-    items = list_example_modes(has_local_blocks, data.modes)
-    item_lengths = [lengths[index] for index, _ in items]
+    columns = prepared.examples.columns
+    examples, _ = list_example_modes(columns.has_local_blocks, data.modes)
+    item_lengths = columns.lengths[examples]
     rows = plan_rows(item_lengths, data.row_len, recipe.train.seed, epoch=0)
     batch_rows = recipe.train.batch_rows
-    num_padded = len(complete_last_batch(rows, batch_rows))
+    num_padded = len(rows.complete_last_batch(batch_rows))
     padding = (
         f", padded to {num_padded:,} (train.batch_rows is {batch_rows})" if num_padded > len(rows) else ""
     )
+    num_examples, num_split = len(columns.lengths), int(columns.has_local_blocks.sum())
     console = PlainConsole()
     console.print(table)
     console.print(
-        f"{data.output_dir}: {format_count(len(lengths), 'example')}, {sum(has_local_blocks):,} of them "
+        f"{data.output_dir}: {format_count(num_examples, 'example')}, {num_split:,} of them "
         f"split into blocks; an epoch has {format_count(len(rows), 'row')} of {data.row_len:,} tokens, "
         f"{fill_ratio(rows, item_lengths, data.row_len):.1%} filled{padding}",
         soft_wrap=True,

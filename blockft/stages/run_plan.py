@@ -226,11 +226,9 @@ def _check_prepared(
             raise UserError(
                 f"train.teacher {settings.teacher} and {recipe.model.path} have different tokenizers"
             )
-    longest = 0
-    for example in prepared.examples:
-        longest = max(longest, len(example))
-        bounds = (int(example.input_ids.min()), int(example.input_ids.max()))
-        check_token_ids(bounds, vocab_size, f"an example of {data.output_dir}")
+    columns = prepared.examples.columns
+    check_token_ids([int(columns.max_token_ids.max())], vocab_size, f"an example of {data.output_dir}")
+    longest = int(columns.lengths.max())
     if longest > data.row_len:
         raise UserError(
             f"data.row_len is {data.row_len}, but {data.output_dir} holds an example of {longest} tokens: "
@@ -249,9 +247,12 @@ def _build_rows(
 ) -> tuple[RowDataset, dict[str, RowDataset]]:
     """Return the rows to train on, and the held-out rows by mode."""
     data, settings = recipe.data, recipe.train
-    training, held_out = hold_out_examples(prepared.examples, settings.num_eval_examples, settings.seed)
+    columns = prepared.examples.columns
+    training, held_out = hold_out_examples(columns, settings.num_eval_examples, settings.seed)
     build_rows = partial(
         RowDataset,
+        prepared.examples,
+        columns,
         row_len=data.row_len,
         seed=settings.seed,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
@@ -266,11 +267,11 @@ def _build_rows(
         epochs=settings.num_train_epochs,
         with_full=is_distillation,
     )
-    if is_distillation and settings.teacher is None and all(mode == Mode.full for _, mode in rows.items):
+    if is_distillation and settings.teacher is None and not rows.epochs[0].is_block.any():
         raise UserError(
             f"no example of {data.output_dir} splits into blocks: the full mode has nothing to teach"
         )
-    eval_modes = modes if held_out else []
+    eval_modes = modes if len(held_out) else []
     return rows, {
         mode: build_rows(held_out, [mode], batch_rows=num_processes, epochs=1) for mode in eval_modes
     }

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import Subset
+from numpy.typing import NDArray
 
-from blockft.data.encoder import Example
-from blockft.data.prepared import Examples
+from blockft.data.prepared import ExampleColumns
 from blockft.errors import UserError
 from blockft.model.checkpoint import read_marker
 from blockft.training.deepspeed_config import zero_stage
@@ -81,28 +81,24 @@ def default_dtype() -> torch.dtype:
 
 
 def hold_out_examples(
-    examples: Examples, num_held_out: int, seed: int
-) -> tuple[Examples | Subset[Example], Sequence[Example] | Subset[Example]]:
-    """Return the examples to train on and the held-out ones.
+    columns: ExampleColumns, num_held_out: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the indices of the examples to train on and of the held-out ones, both in order.
 
     Only examples that split into blocks are held out, because the modes of others do not differ.
 
     Raises:
         UserError: fewer than `num_held_out` + 1 examples split into blocks.
     """
-    if not num_held_out:
-        return examples, []
-    candidates = [index for index, example in enumerate(examples) if example.has_local_blocks]
-    if num_held_out >= len(candidates):
+    is_held_out = np.zeros(len(columns.lengths), bool)
+    candidates = np.flatnonzero(columns.has_local_blocks).tolist() if num_held_out else []
+    if num_held_out and num_held_out >= len(candidates):
         raise UserError(
             f"train.num_eval_examples is {num_held_out}, but the data holds only "
             f"{format_count(len(candidates), 'example')} split into blocks: hold out fewer"
         )
-    held_out = set(random.Random(f"{seed}:held out").sample(candidates, num_held_out))
-    return (
-        Subset(examples, [index for index in range(len(examples)) if index not in held_out]),
-        Subset(examples, sorted(held_out)),
-    )
+    is_held_out[random.Random(f"{seed}:held out").sample(candidates, num_held_out)] = True
+    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
 
 def describe_architecture(config: Any) -> dict[str, Any]:

@@ -1,14 +1,34 @@
 """The dataset of a run: all rows of all epochs in training order."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
-from torch.utils.data import Dataset, Subset
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
 
 from blockft.data.collate import collate_row
-from blockft.data.encoder import IGNORE_INDEX, Example
-from blockft.data.packing import complete_last_batch, fill_ratio, list_example_modes, plan_rows
+from blockft.data.encoder import Example
+from blockft.data.packing import PackedRows, fill_ratio, list_example_modes, plan_rows
+from blockft.data.prepared import ExampleColumns
+
+
+@dataclass(frozen=True, eq=False)
+class Epoch:
+    """The items of an epoch and the rows that they are packed into. An item is an example in one mode.
+
+    examples  the index of the example of each item
+    is_block  whether each item is in block mode
+    lengths   the number of tokens of each item
+    rows      the rows of item indices, a multiple of the rows of a batch
+    """
+
+    examples: NDArray[np.int64]
+    is_block: NDArray[np.bool_]
+    lengths: NDArray[np.int64]
+    rows: PackedRows
 
 
 class RowDataset(Dataset[dict[str, torch.Tensor]]):
@@ -17,12 +37,15 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
     Every process derives the rows from (seed, epoch) alone, so that their order does not depend on the number
     of processes or on interruptions. An example of a single block is trained in full mode only.
 
-    `items` lists (example index, mode) of an epoch; `epochs` lists each epoch's rows of item indices.
+    examples: where the examples of the rows are read; `columns` describes all of them.
+    chosen: the indices of the examples that the rows hold.
     """
 
     def __init__(
         self,
-        examples: Sequence[Example] | Subset[Example],
+        examples: Sequence[Example],
+        columns: ExampleColumns,
+        chosen: NDArray[np.int64],
         modes: Sequence[str],
         *,
         row_len: int,
@@ -33,39 +56,60 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
         reencoded: bool = True,
         with_full: bool = False,
     ) -> None:
-        self._examples, self._row_len, self._batch_rows = examples, row_len, batch_rows
+        self._examples, self._columns = examples, columns
+        self._row_len, self._batch_rows = row_len, batch_rows
         self._collate = partial(
             collate_row, row_len=row_len, pad_id=pad_id, reencoded=reencoded, with_full=with_full
         )
-        has_local_blocks = [examples[index].has_local_blocks for index in range(len(examples))]
-        self.items = list_example_modes(has_local_blocks, modes)
-        self._lengths = [len(examples[index]) for index, _ in self.items]
-        self.epochs = [
-            complete_last_batch(plan_rows(self._lengths, row_len, seed, epoch), batch_rows)
-            for epoch in range(epochs)
-        ]
-        self._rows = [row for epoch in self.epochs for row in epoch]
-        self.num_tokens = sum(self._lengths)
+        self.epochs = [self._plan_epoch(chosen, modes, seed, epoch) for epoch in range(epochs)]
+        self._ends = np.cumsum([len(epoch.rows) for epoch in self.epochs])
+
+    def _plan_epoch(self, chosen: NDArray[np.int64], modes: Sequence[str], seed: int, epoch: int) -> Epoch:
+        places, is_block = list_example_modes(self._columns.has_local_blocks[chosen], modes)
+        examples = chosen[places]
+        lengths = self._columns.lengths[examples]
+        rows = plan_rows(lengths, self._row_len, seed, epoch).complete_last_batch(self._batch_rows)
+        return Epoch(examples, is_block, lengths, rows)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        chosen = [self.items[item] for item in self._rows[index]]
-        return self._collate([(self._examples[i], mode) for i, mode in chosen])
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        epoch = self.epochs[number]
+        row = epoch.rows[int(index - self._ends[number]) + len(epoch.rows)]
+        return self._collate(
+            [
+                (self._examples[int(epoch.examples[item])], "block" if epoch.is_block[item] else "full")
+                for item in row
+            ]
+        )
+
+    @property
+    def num_items(self) -> int:
+        """Number of examples of the first epoch, counted per mode."""
+        return len(self.epochs[0].examples)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of the first epoch, padding excluded."""
+        return int(self.epochs[0].lengths.sum())
+
+    @property
+    def num_labels(self) -> int:
+        """Number of label tokens of the first epoch."""
+        return int(self._columns.num_labels[self.epochs[0].examples].sum())
 
     @property
     def fill(self) -> float:
         """Share of the tokens of the first epoch's rows that are not padding."""
-        return fill_ratio(self.epochs[0], self._lengths, self._row_len)
-
-    @property
-    def num_labels(self) -> int:
-        """Number of label tokens in an epoch."""
-        return sum(int((self._examples[index].labels != IGNORE_INDEX).sum()) for index, _ in self.items)
+        epoch = self.epochs[0]
+        return fill_ratio(epoch.rows, epoch.lengths, self._row_len)
 
     def list_batch_tokens(self) -> list[int]:
         """Return the number of tokens of each batch, padding excluded, in training order."""
-        row_tokens = [sum(self._lengths[item] for item in row) for row in self._rows]
-        size = self._batch_rows
-        return [sum(row_tokens[start : start + size]) for start in range(0, len(row_tokens), size)]
+        row_tokens = np.concatenate([epoch.rows.count_tokens(epoch.lengths) for epoch in self.epochs])
+        batch_tokens: list[int] = row_tokens.reshape(-1, self._batch_rows).sum(axis=1).tolist()
+        return batch_tokens

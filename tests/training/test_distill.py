@@ -11,9 +11,8 @@ from transformers import PreTrainedModel
 from blockft.data.encoder import IGNORE_INDEX
 from blockft.training.model_inputs import build_model_inputs
 from blockft.training.objectives import DistillationTargets, distill_loss, label_loss
-from blockft.training.row_dataset import RowDataset
 from tests.tiny import build_model
-from tests.training.test_objectives import make_examples
+from tests.training.test_objectives import build_rows, make_examples
 
 LABELS = torch.tensor([[5, 6, 7, IGNORE_INDEX]])
 IS_TAUGHT = torch.tensor([[True, True, False, True]])
@@ -75,16 +74,7 @@ def test_the_loss_does_not_depend_on_packing() -> None:
     """The model in full mode teaches itself in block mode; all examples in both modes are one batch."""
     model, examples, losses = build_model("llama"), make_examples(12), []
     for row_len in (32, 64, 300):
-        rows = RowDataset(
-            examples,
-            ["block", "full"],
-            row_len=row_len,
-            batch_rows=1,
-            epochs=1,
-            seed=0,
-            pad_id=0,
-            with_full=True,
-        )
+        rows = build_rows(examples, row_len=row_len, with_full=True)
         num_labels = sum(int((row["labels"] != IGNORE_INDEX).sum()) for row in rows)
         total = torch.zeros(())
         for row in rows:

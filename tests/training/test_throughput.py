@@ -4,16 +4,13 @@ import time
 
 import pytest
 
-from blockft.training.row_dataset import RowDataset
 from blockft.training.throughput import Throughput
-from tests.training.test_objectives import make_examples
+from tests.training.test_objectives import build_rows, make_examples
 
 
 def test_the_tokens_of_batches_are_those_of_their_examples() -> None:
     examples = make_examples(12)
-    rows = RowDataset(
-        examples, ["block", "full"], row_len=64, batch_rows=4, epochs=2, seed=0, pad_id=0, reencoded=True
-    )
+    rows = build_rows(examples, row_len=64, batch_rows=4, epochs=2)
     batch_tokens = rows.list_batch_tokens()
     assert len(batch_tokens) == len(rows) // 4 and sum(batch_tokens) == 2 * rows.num_tokens
     in_first_batch = sum(int((rows[index]["example_ids"] >= 0).sum()) for index in range(4))
