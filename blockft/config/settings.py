@@ -409,7 +409,12 @@ class EvalSettings(Settings):
     """Which questions `blockft eval` asks."""
 
     output_dir: PathText = Field(description="Folder of the report, the predictions and the plot.")
-    sources: list[Source] = Field(description="Held-out samples with accepted answers.")
+    sources: list[Source] = Field(
+        description=(
+            "Held-out samples with accepted answers. `prepare` reads them too, and warns of questions and "
+            "sets of documents that are also in `data.sources`."
+        )
+    )
     modes: list[Mode] = Field(
         default=[Mode.block, Mode.full],
         min_length=1,

@@ -8,7 +8,10 @@ and 100,000 evaluation samples give 1e12 pairs, of which 5e-8 match by chance.
 """
 
 import unicodedata
-from collections.abc import Iterator, Sequence
+from array import array
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from string import Formatter
 
@@ -17,6 +20,15 @@ import xxhash
 
 from blockft.data.rag_prompt import RagPrompt
 from blockft.data.sample import Message, Sample
+
+Hashes = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
+"""Hashes of samples in order: one column for questions, one for documents. Or one of these columns."""
+
+QUESTIONS, DOCUMENTS = 0, 1
+"""The columns of `Hashes`."""
+
+MAX_EXAMPLES = 2
+"""Number of examples that a leak lists."""
 
 NO_DOCUMENTS = 0
 """The documents hash of a sample without documents. It equals no other."""
@@ -41,6 +53,120 @@ class _SeparatorTable(dict[int, str | None]):
 
 
 _SEPARATORS = _SeparatorTable()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leak:
+    """What a training source and an evaluation source have in common.
+
+    num_questions, num_documents: the number of evaluation samples whose question, or whose set of documents,
+        the training source has as well.
+    examples: ids of such an evaluation sample and of the training sample.
+    """
+
+    training_source: int
+    evaluation_source: int
+    num_questions: int
+    num_documents: int
+    examples: tuple[tuple[str, str], ...]
+
+
+class LeakFinder:
+    """Finds the questions and sets of documents that occur in training and in evaluation.
+
+    The evaluation samples are given first. The hashes of the training samples are then added in any portions,
+    so that they can come from shards. All hashes stay in memory: 16 bytes a training sample.
+
+    evaluation: for each evaluation source the ids of its samples and their hashes.
+    """
+
+    def __init__(self, evaluation: Sequence[tuple[Sequence[str], Hashes]], num_training_sources: int) -> None:
+        self._ids = [ids for ids, _ in evaluation]
+        self._columns = [
+            [_EvaluationColumn(hashes[:, column], num_training_sources) for column in (QUESTIONS, DOCUMENTS)]
+            for _, hashes in evaluation
+        ]
+        # by evaluation source, training source and column: pairs of ids
+        self._examples: dict[tuple[int, int, int], list[tuple[str, str]]] = defaultdict(list)
+        self._training: list[Hashes] = []
+
+    def add(
+        self, training_source: int, hashes: Hashes, get_id: Callable[[int], str], *, is_copy: bool = False
+    ) -> None:
+        """Add hashes of training samples.
+
+        get_id: returns the id of the sample at an index of `hashes`; called for a few examples only.
+        is_copy: the samples repeat others of their source (`num_copies`) and are no duplicates.
+        """
+        if not is_copy:
+            self._training.append(hashes)
+        for source, columns in enumerate(self._columns):
+            for column, evaluation in enumerate(columns):
+                examples = self._examples[source, training_source, column]
+                for index, sample in evaluation.add(training_source, hashes[:, column]):
+                    if len(examples) < MAX_EXAMPLES:
+                        examples.append((self._ids[source][sample], get_id(index)))
+
+    def leaks(self) -> list[Leak]:
+        """Return the leaks so far, by evaluation source and then by training source."""
+        found = []
+        for source, training_source in sorted({key[:2] for key in self._examples}):
+            examples = [
+                pair
+                for column in (QUESTIONS, DOCUMENTS)
+                for pair in self._examples[source, training_source, column]
+            ]
+            num_questions, num_documents = (
+                column.num_hit(training_source) for column in self._columns[source]
+            )
+            if examples:
+                leak = Leak(
+                    training_source=training_source,
+                    evaluation_source=source,
+                    num_questions=num_questions,
+                    num_documents=num_documents,
+                    examples=tuple(dict.fromkeys(examples))[:MAX_EXAMPLES],
+                )
+                found.append(leak)
+        return found
+
+    def count_duplicates(self) -> tuple[int, int]:
+        """Return how many training samples repeat a question, and a question with its documents."""
+        hashes = np.concatenate([to_hashes([]), *self._training])
+        distinct = (np.unique(hashes[:, QUESTIONS]), np.unique(hashes, axis=0))
+        return len(hashes) - len(distinct[0]), len(hashes) - len(distinct[1])
+
+
+class _EvaluationColumn:
+    """One column of the hashes of an evaluation source, and which of them each training source has."""
+
+    def __init__(self, hashes: Hashes, num_training_sources: int) -> None:
+        self._keys, self._first, self._num_samples = np.unique(hashes, return_index=True, return_counts=True)
+        self._is_hit = np.zeros((num_training_sources, len(self._keys)), bool)
+
+    def add(self, training_source: int, hashes: Hashes) -> Iterator[tuple[int, int]]:
+        """Mark the hashes; yield (index into `hashes`, evaluation sample) for each hash not marked before."""
+        if not len(self._keys):
+            return
+        is_hit = self._is_hit[training_source]
+        found = np.minimum(np.searchsorted(self._keys, hashes), len(self._keys) - 1)
+        is_new = (self._keys[found] == hashes) & (hashes != NO_DOCUMENTS) & ~is_hit[found]
+        indices = np.flatnonzero(is_new)
+        keys, first = np.unique(found[indices], return_index=True)
+        is_hit[keys] = True
+        # in the order of the training samples, so that their portions do not decide which are examples
+        for index, key in sorted(zip(indices[first], keys, strict=True)):
+            yield int(index), int(self._first[key])
+
+    def num_hit(self, training_source: int) -> int:
+        """Return the number of evaluation samples whose hash the training source has."""
+        return int(self._num_samples[self._is_hit[training_source]].sum())
+
+
+def to_hashes(pairs: Iterable[tuple[int, int]]) -> Hashes:
+    """Return the hashes of samples as an array of two columns."""
+    flat = array("Q", (value for pair in pairs for value in pair))
+    return np.frombuffer(flat, np.uint64).reshape(-1, 2) if flat else np.empty((0, 2), np.uint64)
 
 
 def hash_sample(sample: Sample, question_template: str = "{question}") -> tuple[int, int]:

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from importlib.metadata import version
-from itertools import chain, islice, repeat, zip_longest
 from operator import itemgetter
 from pathlib import Path
 from types import NoneType
@@ -48,7 +47,7 @@ from blockft.outputs import LockedFolder, atomic_folder, check_absent, resumable
 from blockft.printable import print_text
 from blockft.progress import progress, track
 from blockft.stages.output_folder import lock_output
-from blockft.stages.source_settings import read_source, unknown_fields_warning
+from blockft.stages.source_settings import read_source, take_in_turn, unknown_fields_warning
 from blockft.version import __version__
 
 REPORT = "report.json"
@@ -258,9 +257,7 @@ def read_questions(recipe: Recipe) -> tuple[list[Sample], dict[str, int]]:
         _with_answers(read_source(source, recipe.data, count, needs_evidence=False), source, count, skip_bad)
         for source, count in zip(recipe.eval.sources, counts, strict=True)
     ]
-    rounds = zip_longest(*(zip(repeat(i), source) for i, source in enumerate(sources)))
-    interleaved = (entry for entry in chain.from_iterable(rounds) if entry)
-    chosen = sorted(islice(interleaved, recipe.eval.max_samples), key=itemgetter(0))
+    chosen = sorted(take_in_turn(sources, recipe.eval.max_samples), key=itemgetter(0))
     dropped = sum((count.dropped for count in counts), Counter[str]())
     if not chosen:
         reasons = ", ".join(f"{reason}: {number}" for reason, number in dropped.items())

@@ -41,6 +41,7 @@ from blockft.errors import UserError, check_type, warn
 from blockft.model.load import load_tokenizer
 from blockft.outputs import LockedFolder, atomic_folder, check_absent
 from blockft.progress import progress
+from blockft.stages.leak_check import LeakCheck
 from blockft.stages.output_folder import lock_output
 from blockft.stages.source_settings import (
     check_copies,
@@ -96,7 +97,8 @@ def _prepare(recipe: Recipe, out: LockedFolder, overwrite: bool) -> Path:
     # workers are forked, which the threads of the tokenizer would not survive
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     counts = [SourceStatistics() for _ in data.sources]
-    sources = [_read_copies(source, data, count) for source, count in zip(data.sources, counts, strict=True)]
+    leak_check = LeakCheck(recipe)
+    sources = [_read_copies(index, data, count, leak_check) for index, count in enumerate(counts)]
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision, recipe.model.chat_template)
     statistics = ExampleStatistics()
     with atomic_folder(out) as folder:
@@ -110,6 +112,7 @@ def _prepare(recipe: Recipe, out: LockedFolder, overwrite: bool) -> Path:
         if not statistics.lengths:
             raise UserError(f"no example to train on: {_nothing_kept_message(data, data.sources, counts)}")
         manifest = _manifest(recipe, tokenizer_fingerprint(tokenizer), counts, statistics)
+        manifest |= leak_check.to_record()
         for entry, number in zip(manifest["sources"], num_shards, strict=True):
             entry["shards"] = number
         finish_folder(folder, manifest)
@@ -119,6 +122,7 @@ def _prepare(recipe: Recipe, out: LockedFolder, overwrite: bool) -> Path:
             warn(unknown_fields_warning(source, count))
         if not count.kept:
             warn(_nothing_kept_message(data, [source], [count]))
+    leak_check.warn()
     _append_to_log(out.name, time.monotonic() - start, data.num_workers)
     return out.name
 
@@ -183,17 +187,19 @@ def _check_output(out: Path, overwrite: bool) -> None:
         check_absent(out, "set data.output_dir to another folder, or add --overwrite")
 
 
-def _read_copies(source: Source, data: DataSettings, count: SourceStatistics) -> Iterator[Sample]:
+def _read_copies(
+    index: int, data: DataSettings, count: SourceStatistics, leak_check: LeakCheck
+) -> Iterator[Sample]:
     """Read the samples of a source `data.num_copies` times, each time with another seed."""
     counts = [RecordCounts() for _ in range(data.num_copies)]
     copies = [
-        read_source(source, data.model_copy(update={"seed": data.seed + number}), copy_count)
+        read_source(data.sources[index], data.model_copy(update={"seed": data.seed + number}), copy_count)
         for number, copy_count in enumerate(counts)
     ]
 
     def samples() -> Iterator[Sample]:
-        for copy, copy_count in zip(copies, counts, strict=True):
-            yield from copy
+        for number, (copy, copy_count) in enumerate(zip(copies, counts, strict=True)):
+            yield from leak_check.watch(index, copy, is_copy=number > 0)
             count.merge(copy_count)
 
     return samples()

@@ -1,6 +1,7 @@
 """Settings of sources and prompts: check them, and read the samples of a source by them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice, repeat, zip_longest
 
 from blockft.config.choices import BadRecordPolicy, Order, Retriever
 from blockft.config.settings import DataSettings, PromptSettings, Source, SplittingSettings
@@ -151,3 +152,11 @@ def read_source(
         retriever=source.retriever,
         dense_model=data.dense_model,
     )
+
+
+def take_in_turn(
+    sources: Sequence[Iterable[Sample]], max_samples: int | None
+) -> Iterator[tuple[int, Sample]]:
+    """Yield (index of the source, sample) from the sources in turn, at most `max_samples`; None takes all."""
+    rounds = zip_longest(*(zip(repeat(i), source) for i, source in enumerate(sources)))
+    return islice((entry for entry in chain.from_iterable(rounds) if entry), max_samples)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockft.data.leaks import NO_DOCUMENTS, hash_sample, normalize_words
+from blockft.data.leaks import NO_DOCUMENTS, LeakFinder, hash_sample, normalize_words, to_hashes
 from blockft.data.rag_prompt import Document, RagPrompt
 from blockft.data.sample import Message, Sample
 from tests.data.toys import rag_sample
@@ -109,3 +109,67 @@ def test_normalizing_twice_changes_nothing_and_ascii_has_no_rule_of_its_own(text
 def test_hashes_are_64_bit_and_never_zero(question: str, document: str) -> None:
     hashes = hash_sample(rag_sample(question, (document,)))
     assert all(0 < value < 1 << 64 for value in hashes)
+
+
+def find(
+    evaluation: list[list[tuple[int, int]]], training: list[list[tuple[int, int]]], portion: int = 1000
+) -> LeakFinder:
+    finder = LeakFinder(
+        [([f"e{i}" for i in range(len(pairs))], to_hashes(pairs)) for pairs in evaluation], len(training)
+    )
+    for source, pairs in enumerate(training):
+        for start in range(0, len(pairs), portion):
+            finder.add(
+                source, to_hashes(pairs[start : start + portion]), lambda i, start=start: f"t{start + i}"
+            )
+    return finder
+
+
+def test_questions_and_documents_of_each_pair_of_sources_are_counted() -> None:
+    evaluation = [[(1, 10), (2, 0), (1, 11), (3, 12)], [(9, 90)], [(1, 99)]]
+    training = [[(5, 50), (1, 12), (1, 0), (6, 0)], [(7, 0)], [(8, 90), (9, 90), (2, 0)]]
+    found = [
+        (leak.evaluation_source, leak.training_source, leak.num_questions, leak.num_documents, leak.examples)
+        for leak in find(evaluation, training).leaks()
+    ]
+    assert found == [
+        (0, 0, 2, 1, (("e0", "t1"), ("e3", "t1"))),
+        (0, 2, 1, 0, (("e1", "t2"),)),
+        (1, 2, 1, 1, (("e0", "t1"), ("e0", "t0"))),
+        (2, 0, 1, 0, (("e0", "t1"),)),
+    ]
+
+
+def test_samples_without_documents_have_no_documents_in_common() -> None:
+    assert find([[(1, NO_DOCUMENTS)]], [[(2, NO_DOCUMENTS)]]).leaks() == []
+    assert find([], [[(2, NO_DOCUMENTS)]]).leaks() == []
+    assert find([[]], [[]]).leaks() == []
+
+
+def test_duplicates_are_counted_over_all_training_sources_but_not_between_copies() -> None:
+    finder = find([], [[(1, 2), (1, 2), (1, 3), (4, 0)], [(4, 0), (5, 2)]])
+    assert finder.count_duplicates() == (3, 2)
+    finder.add(0, to_hashes([(1, 2), (9, 9)]), str, is_copy=True)
+    assert finder.count_duplicates() == (3, 2)
+
+
+HASHES = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), max_size=30)
+
+
+@given(st.lists(HASHES, max_size=3), st.lists(HASHES, max_size=3), st.integers(1, 40))
+def test_leaks_equal_those_of_a_plain_search_for_any_portions(
+    evaluation: list[list[tuple[int, int]]], training: list[list[tuple[int, int]]], portion: int
+) -> None:
+    finder = find(evaluation, training, portion)
+    assert finder.leaks() == find(evaluation, training).leaks()
+    counts = {
+        (leak.evaluation_source, leak.training_source): (leak.num_questions, leak.num_documents)
+        for leak in finder.leaks()
+    }
+    for e, samples in enumerate(evaluation):
+        for t, learned in enumerate(training):
+            questions = sum(q in {learned_q for learned_q, _ in learned} for q, _ in samples)
+            documents = sum(d in {learned_d for _, learned_d in learned} for _, d in samples if d)
+            assert counts.get((e, t), (0, 0)) == (questions, documents)
+    pairs = [pair for source in training for pair in source]
+    assert finder.count_duplicates() == (len(pairs) - len({q for q, _ in pairs}), len(pairs) - len({*pairs}))
