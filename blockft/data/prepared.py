@@ -183,6 +183,15 @@ def load_prepared(folder: Path) -> PreparedData:
     Raises:
         UserError: the folder does not exist, is incomplete or damaged, or has another version.
     """
+    return open_verified(folder, verify_prepared(folder))
+
+
+def verify_prepared(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a prepared folder after checking all files of the folder.
+
+    Raises:
+        UserError: the folder does not exist, is incomplete or damaged, or has another version.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder of prepared examples: write it with blockft prepare RECIPE")
     if not (folder / MANIFEST).exists():
@@ -207,6 +216,11 @@ def load_prepared(folder: Path) -> PreparedData:
         raise UserError(
             f"prepared data {folder} is damaged ({error}): run blockft prepare again with --overwrite"
         ) from error
+    return manifest
+
+
+def open_verified(folder: Path, manifest: dict[str, Any]) -> PreparedData:
+    """Open a prepared folder whose files were checked."""
     num_shards = [source["shards"] for source in manifest["sources"]]
     sources = np.repeat(np.arange(len(num_shards)), num_shards)
     paths = [folder / _examples_name(number) for number in range(len(sources))]
