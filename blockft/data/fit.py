@@ -8,6 +8,10 @@ from blockft.data.encoder import Encoder, Example
 from blockft.data.sample import SKIP_REMEDY, Sample
 from blockft.errors import UserError
 
+TOO_LONG = "too long"
+UNRANKED = "too long, documents without relevance"
+"""Reasons for dropping a sample that is longer than a row. Documents without a relevance are not trimmed."""
+
 
 class PromptTooLong(UserError):
     """A prompt and its answer do not fit into the model's positions; other prompts may fit."""
@@ -133,8 +137,7 @@ def _fit_sample(
         trimmed = trim_document(sample, keep_evidence=True) if trim else None
         if trimmed is None:
             is_unranked = trim and sample.documents and not sample.meta.get("relevance")
-            reason = "too long, documents without relevance" if is_unranked else "too long"
-            return EncodedSample(sample, example, reason)
+            return EncodedSample(sample, example, UNRANKED if is_unranked else TOO_LONG)
         ((sample, example),) = _encode_each([trimmed], encoder)
     if isinstance(example, Example):
         return EncodedSample(sample, example)

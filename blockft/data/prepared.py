@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from blockft.data.encoder import Example
-from blockft.data.sample import Sample, sample_to_record
+from blockft.data.sample import Sample, parse_sample, sample_to_record
 from blockft.digest import (
     AddedFile,
     DamagedFile,
@@ -126,13 +127,15 @@ class Examples(Sequence[Example], Dataset[Example]):
 
     def __init__(self, files: Sequence[Path], sources: Sequence[int]) -> None:
         self._batches: list[pa.RecordBatch] = []
+        self._batch_files: list[int] = []
         batch_sources = []
-        for path, source in zip(files, sources, strict=True):
+        for number, (path, source) in enumerate(zip(files, sources, strict=True)):
             # the batches keep the memory map; the file itself is closed, so that their number has no limit
             with pa.memory_map(str(path)) as file:
                 reader = pa.ipc.open_file(file)
                 batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
             self._batches += batches
+            self._batch_files += [number] * len(batches)
             batch_sources += [source] * len(batches)
         num_rows = [batch.num_rows for batch in self._batches]
         self._ends = np.cumsum(num_rows, dtype=np.int64)
@@ -165,6 +168,27 @@ class Examples(Sequence[Example], Dataset[Example]):
             sample_ids=tuple(batch.column("sample_ids")[row].as_py()),
         )
 
+    def block_lengths(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the lengths of all local blocks, and those of all final blocks, without the token ids."""
+        columns = [batch.column("block_lengths") for batch in self._batches]
+        lengths = np.concatenate([[], *(column.flatten().to_numpy() for column in columns)]).astype(np.int64)
+        num_final = np.concatenate([[], *(batch.column("num_final").to_numpy() for batch in self._batches)])
+        # the final blocks are the last ones of an example
+        ends = np.repeat(np.cumsum(self.columns.num_blocks), self.columns.num_blocks)
+        is_final = ends - np.arange(len(lengths)) <= np.repeat(num_final, self.columns.num_blocks)
+        return lengths[~is_final], lengths[is_final]
+
+    def locate_samples(self, index: int) -> tuple[int, int, int]:
+        """Return where the samples of an example are: the shard, its first line, the number of lines."""
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        shard = self._batch_files[number]
+        first = self._batch_files.index(shard)
+        counts = [
+            len(ids) for batch in self._batches[first : number + 1] for ids in batch.column("sample_ids")
+        ]
+        start = int(self._ends[first]) - self._batches[first].num_rows
+        return shard, sum(counts[: index - start]), counts[index - start]
+
 
 @dataclass(frozen=True)
 class PreparedData:
@@ -173,6 +197,12 @@ class PreparedData:
     folder: Path
     manifest: dict[str, Any]
     examples: Examples
+
+    def read_samples(self, index: int) -> list[Sample]:
+        """Return the samples of which example `index` is the encoding."""
+        shard, start, number = self.examples.locate_samples(index)
+        with (self.folder / _samples_name(shard)).open(encoding="utf-8") as lines:
+            return [parse_sample(json.loads(line)) for line in islice(lines, start, start + number)]
 
 
 def load_prepared(folder: Path) -> PreparedData:

@@ -21,6 +21,7 @@ from blockft.data.records import PlacedRecord
 from blockft.data.retrieval import Indexer, document_similarity
 from blockft.data.sample import RecordDropped, RecordError, check_field, get_field, parse_id, parse_text
 
+OTHER_DOCUMENT = "answer in another document of its set"
 NO_SPAN = "answer not in its paragraph"
 """The reason for not training on a question whose paragraph contains none of its answers."""
 
@@ -149,7 +150,7 @@ def group_by_context(
                 for question in _next_batch(queues, max_questions or sys.maxsize):
                     distractors = list(pool.distractors(question.documents, question.answers, paragraphs))
                     if len(distractors) < len(paragraphs) - 1:
-                        drop("answer in another document of its set", partial(_describe, question))
+                        drop(OTHER_DOCUMENT, partial(_describe, question))
                     else:
                         yield _with_paragraphs(question, distractors)
 

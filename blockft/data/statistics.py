@@ -39,6 +39,7 @@ class SourceStatistics(RecordCounts):
     templated: int = 0
     tokens: int = 0
     shortest_dropped: int | None = None
+    too_long_lengths: Counter[int] = field(default_factory=Counter)
     # kept apart from `bad_records`: how far reading is ahead of encoding depends on the number of workers
     mismatched_samples: list[str] = field(default_factory=list)
 
@@ -55,6 +56,13 @@ class SourceStatistics(RecordCounts):
         if encoded.example:
             length = len(encoded.example)
             self.shortest_dropped = min(length, self.shortest_dropped or length)
+            self.too_long_lengths[_round_length(length)] += 1
+
+
+def _round_length(length: int) -> int:
+    """Return a length rounded up by at most an eighth, so that few different lengths are counted."""
+    step = 1 << max(0, length.bit_length() - 4)
+    return -(-length // step) * step
 
 
 def _describe(encoded: EncodedSample) -> str:

@@ -5,6 +5,8 @@ from rich.table import Table
 
 from blockft.config.settings import Recipe
 from blockft.console import PlainConsole
+from blockft.data.advice import RowFill, list_warnings
+from blockft.errors import warn
 from blockft.model.load import load_config
 from blockft.model.lora import add_adapter
 from blockft.stages.run_plan import check_run, warn_if_epochs_end_first
@@ -53,6 +55,10 @@ def print_dry_run(recipe: Recipe, num_processes: int, *, resume: bool = False) -
     }.items():
         table.add_row(quantity, value)
     PlainConsole().print(table)
+    epoch = rows.epochs[0]
+    fill = RowFill.of_rows(epoch.rows, epoch.lengths, recipe.data.row_len)
+    for warning in list_warnings(plan.manifest, epoch.lengths, fill):
+        warn(warning)
 
 
 def _count_parameters(recipe: Recipe) -> tuple[int, int, int]:

@@ -17,9 +17,10 @@ from rich.table import Column, Table
 from blockft.config.choices import BadRecordPolicy, TooLongPolicy
 from blockft.config.settings import DataSettings, Recipe, Source
 from blockft.console import PlainConsole
+from blockft.data.advice import RowFill, list_warnings
 from blockft.data.encoder import Encoder, Example
 from blockft.data.fit import EncodedSample, encode_samples
-from blockft.data.packing import fill_ratio, list_example_modes, plan_rows
+from blockft.data.packing import list_example_modes, plan_rows
 from blockft.data.parallel import map_in_order
 from blockft.data.prepared import (
     SHARD_SAMPLES,
@@ -158,15 +159,18 @@ def print_summary(recipe: Recipe) -> None:
     padding = (
         f", padded to {num_padded:,} (train.batch_rows is {batch_rows})" if num_padded > len(rows) else ""
     )
+    fill = RowFill.of_rows(rows, item_lengths, data.row_len)
     num_examples, num_split = len(columns.lengths), int(columns.has_local_blocks.sum())
     console = PlainConsole()
     console.print(table)
     console.print(
         f"{data.output_dir}: {format_count(num_examples, 'example')}, {num_split:,} of them "
         f"split into blocks; an epoch has {format_count(len(rows), 'row')} of {data.row_len:,} tokens, "
-        f"{fill_ratio(rows, item_lengths, data.row_len):.1%} filled{padding}",
+        f"{fill.fill:.1%} filled{padding}",
         soft_wrap=True,
     )
+    for warning in list_warnings(prepared.manifest, item_lengths, fill):
+        warn(warning)
 
 
 def _check_output(out: Path, overwrite: bool) -> None:
@@ -331,6 +335,8 @@ def _describe_source(source: Source, count: SourceStatistics) -> dict[str, Any]:
         "dropped": dict(sorted(count.dropped.items())),
         # the first records and samples that were dropped for each reason
         "drop_examples": dict(sorted(count.drop_examples.items())),
+        # tokens of the samples that are longer than a row, rounded up, with their number
+        "too_long_lengths": {str(length): n for length, n in sorted(count.too_long_lengths.items())},
         # fields that the format does not know, with the number of records that have them
         "unknown_fields": dict(sorted(count.unknown_fields.items())),
         "bad_records": [*dict.fromkeys(count.bad_records + count.mismatched_samples)],
