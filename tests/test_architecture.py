@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "run_folder": {"outputs", "digest", "errors"},
     "progress": {"console", "printable", "units", "errors"},
     "attention": {"errors"},
-    "data": {"attention", "file_content", "digest", "inputs", "units", "errors"},
+    "data": {"attention", "file_content", "outputs", "digest", "inputs", "units", "errors"},
     "model": FOLDERS
     | {"file_content", "inputs", "markdown", "attention", "progress", "digest", "units", "errors"},
     "inference": {"data", "model", "attention", "digest", "inputs", "units", "errors"},

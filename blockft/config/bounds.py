@@ -24,6 +24,9 @@ MAX_COUNT = 10**9
 MAX_PROCESSES = 1 << 10
 """Processes of one machine."""
 
+MAX_CONCURRENCY = 512
+"""Questions that an endpoint answers at the same time."""
+
 MAX_RUNS = 1_000_000
 """Runs of a benchmark."""
 

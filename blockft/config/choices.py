@@ -28,6 +28,14 @@ class Retriever(StrEnum):
     dense = "dense"
 
 
+class Response(StrEnum):
+    """Where the responses of a source come from: the source, or the teacher."""
+
+    gold = "gold"
+    teacher = "teacher"
+    teacher_with_gold = "teacher_with_gold"
+
+
 class Mode(StrEnum):
     """Attention of a prompt: independent blocks, or one block."""
 

@@ -43,6 +43,10 @@ _OVERRIDE_KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w][\w-]*|\[\d{1,9}\])*", re.ASC
 """The key of an override, as in `data.sources.0.path` or `data.sources[0].path`."""
 
 
+_SECRET_KEY = re.compile(r"(key|key_env|token|secret|password|base_url)$", re.IGNORECASE)
+"""Overrides whose values no message repeats: a user may put a key there by mistake."""
+
+
 def list_recipes() -> dict[str, Path]:
     """Return the shipped recipes: name -> file, sorted by name."""
     return {path.stem: path for path in sorted(RECIPES_FOLDER.glob("*.yaml"))}
@@ -161,7 +165,8 @@ def _apply_override(settings: Any, override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not _OVERRIDE_KEY.fullmatch(key):
         raise UserError(
-            f"{shorten(override)!r} is not an override: write key=value, for example train.learning_rate=1e-4"
+            f"{_show_override(override)!r} is not an override: write key=value, for example "
+            "train.learning_rate=1e-4"
         )
     refused = (yaml.YAMLError, OmegaConfBaseException, LookupError, TypeError, ValueError, RecursionError)
     try:
@@ -177,7 +182,7 @@ def _apply_override(settings: Any, override: str) -> None:
         advice = "; put quotes around a setting that contains spaces" if is_split else ""
         problem = f"{_reason(error)}{advice}"
     if problem:
-        raise UserError(f"{shorten(override)} cannot be set: {problem}")
+        raise UserError(f"{_show_override(override)} cannot be set: {problem}")
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -265,6 +270,8 @@ def _describe(key: str, fault: Mapping[str, Any]) -> str:
     if kind in _BOUNDS:
         word, name = _BOUNDS[kind]
         return f"{key} is {value}, it should be {word} {format_bound(context[name])}"
+    if kind == "secret":  # the value may be a key or hold a password
+        return f"{key} {fault['msg']}"
     if kind == "path":
         return f"{key} {quoted} {context['problem']}"
     if kind == "string_type" and isinstance(found, bool | int | float):
@@ -311,8 +318,14 @@ def _origin(key: str, overrides: Sequence[str], origin: str) -> str:
     for override in reversed(overrides):
         pairs = zip(_parts(key), _parts(override.partition("=")[0]), strict=False)
         if key and all(part == set_part for part, set_part in pairs):
-            return shorten(override)
+            return _show_override(override)
     return origin
+
+
+def _show_override(override: str) -> str:
+    """Return an override for a message, without a value that may be a key or hold a password."""
+    key, equals, _ = override.partition("=")
+    return f"{shorten(key)}=***" if equals and _SECRET_KEY.search(key) else shorten(override)
 
 
 def _parts(key: str) -> list[str]:

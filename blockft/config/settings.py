@@ -5,7 +5,9 @@ and `stages` read settings; all other code takes plain arguments.
 """
 
 import math
+import re
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -13,6 +15,7 @@ from pydantic_core import PydanticCustomError
 from blockft.config.bounds import (
     MAX_BATCH,
     MAX_BLOCKS,
+    MAX_CONCURRENCY,
     MAX_COPIES,
     MAX_COUNT,
     MAX_EPOCHS,
@@ -31,6 +34,7 @@ from blockft.config.choices import (
     Objective,
     Order,
     Positions,
+    Response,
     Retriever,
     Role,
     TooLongPolicy,
@@ -80,6 +84,33 @@ def _check_path(value: str) -> str:
     return value
 
 
+def _check_variable(value: str) -> str:
+    """Refuse a text that cannot name an environment variable. It may be a key, which no message repeats."""
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
+        raise PydanticCustomError(
+            "secret", "is not the name of an environment variable: letters, digits and _, such as TEACHER_KEY"
+        )
+    return value
+
+
+def _check_url(value: str) -> str:
+    """Refuse a text that is not the address of a server. It may hold a password, which no message repeats."""
+    try:
+        url = urlsplit(value)
+        port = url.port
+    except ValueError as error:
+        raise PydanticCustomError("secret", "is not an address such as http://localhost:8000/v1") from error
+    if url.scheme not in ("http", "https") or not url.hostname or port == 0 or re.search(r"\s", value):
+        raise PydanticCustomError("secret", "is not an address such as http://localhost:8000/v1")
+    if url.username is not None or url.password is not None or url.query or url.fragment:
+        raise PydanticCustomError(
+            "secret",
+            "holds a password or parameters: write http://HOST:PORT/PATH, and name the environment variable "
+            "with the key in data.teacher.api_key_env",
+        )
+    return value
+
+
 # a bound stands before the validator: in the other order pydantic leaves it out of the JSON Schema
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT), BeforeValidator(_parse_int)]
 PositiveCount = Annotated[int, Field(ge=1, le=MAX_COUNT), BeforeValidator(_parse_int)]
@@ -91,11 +122,15 @@ NumEpochs = Annotated[int, Field(ge=1, le=MAX_EPOCHS), BeforeValidator(_parse_in
 NumCopies = Annotated[int, Field(ge=1, le=MAX_COPIES), BeforeValidator(_parse_int)]
 NumProcesses = Annotated[int, Field(ge=0, le=MAX_PROCESSES), BeforeValidator(_parse_int)]
 Seed = Annotated[int, Field(ge=-MAX_SEED - 1, le=MAX_SEED), BeforeValidator(_parse_int)]
+Concurrency = Annotated[int, Field(ge=1, le=MAX_CONCURRENCY), BeforeValidator(_parse_int)]
 RunSeed = Annotated[int, Field(ge=0, le=MAX_RUN_SEED), BeforeValidator(_parse_int)]
 Arguments = Annotated[dict[str, Any], AfterValidator(_check_finite)]
 Float = Annotated[float, BeforeValidator(_refuse_bool)]
 Text = Annotated[str, BeforeValidator(_parse_text)]
 PathText = Annotated[str, BeforeValidator(_parse_text), AfterValidator(_check_path)]
+RequestRate = Annotated[float, Field(gt=0, le=MAX_FLOAT), BeforeValidator(_refuse_bool)]
+VariableName = Annotated[str, AfterValidator(_check_variable)]
+Url = Annotated[str, AfterValidator(_check_url)]
 
 
 class Settings(BaseModel):
@@ -133,6 +168,16 @@ class Source(Settings):
             "of the article). `bm25` and `dense` search for documents without the answer until the prompt "
             "has `data.num_documents`: `fid` searches the documents of the whole source, `squad` those of "
             "the article. The relevance of every document is then its score in the search."
+        ),
+    )
+    response: Response = Field(
+        default=Response.gold,
+        description=(
+            "The text to learn. `gold`: the answer of the source. `teacher`: the answer of `data.teacher` to "
+            "the same prompt, and in a chat to its last turn. `teacher_with_gold`: the same, but a sample is "
+            "dropped if its teacher answer contains none of its gold answers (substring match, as in the "
+            "paper). Gold answers stay in the field `answers`. Answers that are empty, cut off or refused "
+            "are dropped and counted. `eval` asks for gold answers only."
         ),
     )
 
@@ -198,6 +243,103 @@ class PromptSettings(Settings):
         ),
     )
     documents_in: Role = Field(default=Role.user, description="The message that holds the documents.")
+
+
+class TeacherSettings(Settings):
+    """The model that answers the prompts of sources with `response: teacher` or `teacher_with_gold`.
+
+    It reads the documents of the prompt, in their order, with full attention. It is either a local model or
+    an endpoint that speaks the chat completions protocol of OpenAI (vLLM, llama.cpp, `transformers serve`, a
+    cloud). Every question is asked once: answers are kept in `answers_file`, and a later or interrupted
+    `prepare` asks only the questions that are not in it.
+    """
+
+    model: PathText = Field(
+        description=(
+            "A local model: a folder or an id on the Hub, of a supported family, held by one GPU or the CPU. "
+            "With `base_url`: the name of the model at the endpoint, which together with the question "
+            "identifies an answer. The address does not."
+        )
+    )
+    revision: Text | None = Field(
+        default=None, description="Branch, tag or commit of a local model on the Hub."
+    )
+    base_url: Url | None = Field(
+        default=None,
+        description=(
+            "Address of the endpoint, without a key, mostly ending in /v1: http://localhost:8000/v1. null "
+            "loads the model locally."
+        ),
+    )
+    api_key_env: VariableName | None = Field(
+        default=None,
+        description=(
+            "Name of the environment variable that holds the key of the endpoint. null sends no key. The key "
+            "itself is never written anywhere."
+        ),
+    )
+    prompt: PromptSettings | None = Field(
+        default=None,
+        description=(
+            "Wording of RAG prompts for the teacher. null asks in the wording of `data.prompt`. The "
+            "documents and their order are the same."
+        ),
+    )
+    no_answer: Text | None = Field(
+        default=None,
+        description=(
+            "The text that the teacher writes if the documents do not contain the answer, such as NOT FOUND. "
+            "A sample whose teacher answer contains it is dropped. The question then ends in an instruction "
+            "to write this text, unless the wording contains the text already. null gives no instruction."
+        ),
+    )
+    max_new_tokens: NumTokens = Field(
+        default=256,
+        description="Longest answer, in tokens. A sample whose answer is cut off here is dropped.",
+    )
+    temperature: Float = Field(
+        default=0.0, ge=0, le=2, description="Temperature of sampling. 0 takes the most likely token."
+    )
+    extra_body: Arguments = Field(
+        default={},
+        description=(
+            "Further fields of the requests to an endpoint, such as chat_template_kwargs: {enable_thinking: "
+            "false}. A field that is null is not sent: max_tokens: null and max_completion_tokens: 256 suit "
+            "servers that refuse max_tokens. Belongs to what identifies an answer."
+        ),
+    )
+    answers_file: PathText | None = Field(
+        default=None,
+        description=(
+            "File of the answers, in JSON lines. Several recipes may share it, one after the other. null is "
+            "OUTPUT_DIR.answers.jsonl beside `data.output_dir`."
+        ),
+    )
+    batch_size: BatchSize = Field(
+        default=16, description="Questions that a local model answers together. May change rounding."
+    )
+    concurrency: Concurrency = Field(
+        default=16, description="Questions that an endpoint answers at the same time."
+    )
+    requests_per_minute: RequestRate | None = Field(
+        default=None,
+        description="Largest number of requests to an endpoint per minute. null sets no limit.",
+    )
+    timeout_s: Float = Field(
+        default=300.0,
+        gt=0,
+        le=MAX_FLOAT,
+        description="Longest time of one request to an endpoint, in seconds.",
+    )
+    max_retries: Count = Field(
+        default=8,
+        description=(
+            "How often a request is repeated after an error of an endpoint that may pass: the status 408, "
+            "409, 425, 429 or 5xx, a timeout, a lost connection, an incomplete or malformed answer. The "
+            "waiting time doubles from half a second to 30 s, and is never shorter than the server asks for. "
+            "A question that fails nevertheless is a bad record: see `data.on_bad_record`."
+        ),
+    )
 
 
 class SplittingSettings(Settings):
@@ -294,6 +436,9 @@ class DataSettings(Settings):
     )
     seed: Seed = Field(default=0, description="Seed of all random choices of `prepare`.")
     prompt: PromptSettings = Field(default_factory=PromptSettings, description="Wording of RAG prompts.")
+    teacher: TeacherSettings | None = Field(
+        default=None, description="The teacher of sources whose `response` is not `gold`."
+    )
     splitting: SplittingSettings = Field(
         default_factory=SplittingSettings, description="How chats and instructions are split into blocks."
     )

@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from rich.table import Column, Table
 
-from blockft.config.choices import BadRecordPolicy, Format, Mode, Positions, Retriever, TooLongPolicy
+from blockft.config.choices import (
+    BadRecordPolicy,
+    Format,
+    Mode,
+    Positions,
+    Response,
+    Retriever,
+    TooLongPolicy,
+)
 from blockft.config.recipe import build_recipe, find_recipe, is_recipe, load_recipe
 from blockft.config.settings import Recipe, Source
 from blockft.console import PlainConsole
@@ -101,11 +109,26 @@ def evaluate(
     settings = recipe.eval
     if settings is None:
         raise UserError("the recipe has no eval: add eval.output_dir and eval.sources")
+    _check_responses(settings.sources)
     inputs = {"the model": model}
     inputs |= {f"eval.sources.{index}.path": source.path for index, source in enumerate(settings.sources)}
     with lock_output(Path(settings.output_dir), "blockft eval", inputs) as out:
         check_absent(out.name, "choose another eval.output_dir")
         return _evaluate(model, recipe, out)
+
+
+def _check_responses(sources: Sequence[Source]) -> None:
+    """Refuse sources with responses of a teacher: answers are compared with gold answers.
+
+    Raises:
+        UserError: there is one.
+    """
+    for index, source in enumerate(sources):
+        if source.response is not Response.gold:
+            raise UserError(
+                f"eval.sources[{index}].response is {source.response}, but an evaluation compares with gold "
+                "answers and asks no teacher: remove it"
+            )
 
 
 def _evaluate(model: str, recipe: Recipe, out: LockedFolder) -> dict[str, Any]:

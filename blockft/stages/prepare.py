@@ -51,6 +51,8 @@ from blockft.stages.source_settings import (
     settings_without_effect,
     unknown_fields_warning,
 )
+from blockft.stages.teacher_answers import ask_teacher
+from blockft.stages.teacher_settings import check_teacher, teacher_options
 from blockft.units import format_count
 
 T = TypeVar("T")
@@ -93,17 +95,23 @@ def _prepare(recipe: Recipe, out: LockedFolder, overwrite: bool) -> Path:
     _check_output(out.name, overwrite)
     check_wording(data.prompt)
     check_copies(data)
+    check_teacher(data)
     for warning in settings_without_effect(data):
         warn(warning)
     # workers are forked, which the threads of the tokenizer would not survive
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     counts = [SourceStatistics() for _ in data.sources]
     leak_check = LeakCheck(recipe)
-    sources = [_read_copies(index, data, count, leak_check) for index, count in enumerate(counts)]
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision, recipe.model.chat_template)
+    encoder = Encoder(tokenizer)
+    responses = ask_teacher(recipe, lambda index, wording: _read_copies(index, wording, SourceStatistics()))
+    sources = [
+        responses.respond_all(index, _read_copies(index, data, count, leak_check), count)
+        for index, count in enumerate(counts)
+    ]
     statistics = ExampleStatistics()
     with atomic_folder(out) as folder:
-        encoded_samples = _encode(Encoder(tokenizer), data, sources)
+        encoded_samples = _encode(encoder, data, sources)
         num_shards = [0] * len(sources)
         for source, encoded in groupby(encoded_samples, itemgetter(0)):
             batches = _build_batches((sample for _, sample in encoded), counts[source], data, statistics)
@@ -114,8 +122,9 @@ def _prepare(recipe: Recipe, out: LockedFolder, overwrite: bool) -> Path:
             raise UserError(f"no example to train on: {_nothing_kept_message(data, data.sources, counts)}")
         manifest = _manifest(recipe, tokenizer_fingerprint(tokenizer), counts, statistics)
         manifest |= leak_check.to_record()
-        for entry, number in zip(manifest["sources"], num_shards, strict=True):
+        for index, (entry, number) in enumerate(zip(manifest["sources"], num_shards, strict=True)):
             entry["shards"] = number
+            entry |= responses.describe(index)
         finish_folder(folder, manifest)
         _check_output(out.name, overwrite)  # files may have appeared in a folder that was empty
     for source, count in zip(data.sources, counts, strict=True):
@@ -124,7 +133,7 @@ def _prepare(recipe: Recipe, out: LockedFolder, overwrite: bool) -> Path:
         if not count.kept:
             warn(_nothing_kept_message(data, [source], [count]))
     leak_check.warn()
-    _append_to_log(out.name, time.monotonic() - start, data.num_workers)
+    _append_to_log(out.name, time.monotonic() - start, data.num_workers, responses.num_asked)
     return out.name
 
 
@@ -192,7 +201,7 @@ def _check_output(out: Path, overwrite: bool) -> None:
 
 
 def _read_copies(
-    index: int, data: DataSettings, count: SourceStatistics, leak_check: LeakCheck
+    index: int, data: DataSettings, count: SourceStatistics, leak_check: LeakCheck | None = None
 ) -> Iterator[Sample]:
     """Read the samples of a source `data.num_copies` times, each time with another seed."""
     counts = [RecordCounts() for _ in range(data.num_copies)]
@@ -203,7 +212,7 @@ def _read_copies(
 
     def samples() -> Iterator[Sample]:
         for number, (copy, copy_count) in enumerate(zip(copies, counts, strict=True)):
-            yield from leak_check.watch(index, copy, is_copy=number > 0)
+            yield from leak_check.watch(index, copy, is_copy=number > 0) if leak_check else copy
             count.merge(copy_count)
 
     return samples()
@@ -306,6 +315,8 @@ def _manifest(
     options = recipe.data.model_dump(mode="json")
     for name in NOT_IN_MANIFEST:
         del options[name]
+    if recipe.data.teacher:
+        options["teacher"] = teacher_options(recipe.data.teacher)
     sources = zip(recipe.data.sources, counts, strict=True)
     return {
         "model": {"path": recipe.model.path, "revision": recipe.model.revision},
@@ -347,13 +358,14 @@ def _format_dropped(dropped: dict[str, int]) -> str:
     return ", ".join(f"{number:,} {reason}" for reason, number in dropped.items())
 
 
-def _append_to_log(out: Path, seconds: float, num_workers: int) -> None:
+def _append_to_log(out: Path, seconds: float, num_workers: int, num_asked: int) -> None:
     """Append values that differ between equal runs to a log outside the folder, whose bytes are compared."""
     entry = {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "folder": str(out.absolute()),
         "seconds": round(seconds, 1),
         "num_workers": num_workers,
+        "teacher_questions_asked": num_asked,
     }
     file = out.with_name(f"{out.name}.log")
     try:

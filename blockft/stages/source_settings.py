@@ -11,6 +11,7 @@ from blockft.data.sample import Sample
 from blockft.data.sources import SOURCE_FORMATS, RecordCounts, read_samples
 from blockft.data.split import SPLIT_FORMATS
 from blockft.errors import UserError
+from blockft.stages.teacher_settings import teacher_settings_without_effect
 
 
 def check_wording(prompt: PromptSettings) -> None:
@@ -69,7 +70,7 @@ def settings_without_effect(data: DataSettings) -> list[str]:
             continue
         if not has_effect:
             found.append(f"{key} has no effect on data.sources: {reason}")
-    return found
+    return found + teacher_settings_without_effect(data)
 
 
 def _changed_settings(data: DataSettings) -> list[str]:
