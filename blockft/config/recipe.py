@@ -274,6 +274,8 @@ def _describe(key: str, fault: Mapping[str, Any]) -> str:
         return f"{key} {fault['msg']}"
     if kind == "path":
         return f"{key} {quoted} {context['problem']}"
+    if kind == "weight":
+        return f"{key}.weight is {context['weight']}, but {fault['msg']}"
     if kind == "string_type" and isinstance(found, bool | int | float):
         return f"{key} is {value}, it should be a string: put quotes around it"
     if expected:

@@ -161,6 +161,17 @@ class Source(Settings):
     max_samples: PositiveCount | None = Field(
         default=None, description="Largest number of samples to read after the skipped ones. null reads all."
     )
+    weight: Float = Field(
+        default=1.0,
+        gt=0,
+        le=MAX_EPOCHS,
+        description=(
+            "How often the examples of the source occur in an epoch of training. 2.5: each example twice and "
+            "half of the examples a third time; 0.3: 30 % of the examples. The fraction is another one in "
+            "each epoch, so that all examples occur equally often. `prepare` encodes nothing again if only "
+            "weights change. `eval.sources` have no weight."
+        ),
+    )
     retriever: Retriever = Field(
         default=Retriever.none,
         description=(
@@ -180,6 +191,17 @@ class Source(Settings):
             "are dropped and counted. `eval` asks for gold answers only."
         ),
     )
+
+
+def _check_no_weight(source: Source) -> Source:
+    """Refuse the weight of a source that is not trained on."""
+    if source.weight != 1:
+        raise PydanticCustomError(
+            "weight",
+            "only data.sources have weights; remove it, or ask fewer questions with max_samples",
+            {"weight": source.weight},
+        )
+    return source
 
 
 class ModelSettings(Settings):
@@ -353,6 +375,28 @@ class SplittingSettings(Settings):
     )
 
 
+class MixtureSettings(Settings):
+    """How large the sources count in an epoch of training, before their `weight` multiplies the size."""
+
+    temperature: Float = Field(
+        default=1.0,
+        ge=1,
+        le=MAX_FLOAT,
+        description=(
+            "Brings the sizes of the sources closer together: a source counts as sum(sizes) * "
+            "size^(1/temperature) / sum(sizes^(1/temperature)) examples, so that the sum of the sizes stays. "
+            "1 keeps the sizes, a large number makes them equal (T5, mT5)."
+        ),
+    )
+    max_examples: PositiveCount | None = Field(
+        default=None,
+        description=(
+            "Largest size of a source: a larger source counts as this many examples, before `temperature`. "
+            "All its examples are still used, other ones in each epoch. null sets no limit."
+        ),
+    )
+
+
 class DataSettings(Settings):
     """What to train on, and how prompts are built."""
 
@@ -435,6 +479,10 @@ class DataSettings(Settings):
         description="Worker processes of `prepare`. 0 starts one per core. Does not change the output.",
     )
     seed: Seed = Field(default=0, description="Seed of all random choices of `prepare`.")
+    mixture: MixtureSettings = Field(
+        default_factory=MixtureSettings,
+        description="How large the sources count in an epoch of training.",
+    )
     prompt: PromptSettings = Field(default_factory=PromptSettings, description="Wording of RAG prompts.")
     teacher: TeacherSettings | None = Field(
         default=None, description="The teacher of sources whose `response` is not `gold`."
@@ -554,7 +602,7 @@ class EvalSettings(Settings):
     """Which questions `blockft eval` asks."""
 
     output_dir: PathText = Field(description="Folder of the report, the predictions and the plot.")
-    sources: list[Source] = Field(
+    sources: list[Annotated[Source, AfterValidator(_check_no_weight)]] = Field(
         description=(
             "Held-out samples with accepted answers. `prepare` reads them too, and warns of questions and "
             "sets of documents that are also in `data.sources`."

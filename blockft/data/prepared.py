@@ -122,16 +122,16 @@ class Examples(Sequence[Example], Dataset[Example]):
 
     Opening them reads the columns and no token ids.
 
-    files: the files of examples; `sources` holds the index of the source of each file.
+    num_shards: the number of shards of each source.
     """
 
-    def __init__(self, files: Sequence[Path], sources: Sequence[int]) -> None:
+    def __init__(self, folder: Path, num_shards: Sequence[int]) -> None:
         self._batches: list[pa.RecordBatch] = []
         self._batch_files: list[int] = []
-        batch_sources = []
-        for number, (path, source) in enumerate(zip(files, sources, strict=True)):
+        batch_sources: list[int] = []
+        for number, source in enumerate(np.repeat(np.arange(len(num_shards)), num_shards).tolist()):
             # the batches keep the memory map; the file itself is closed, so that their number has no limit
-            with pa.memory_map(str(path)) as file:
+            with pa.memory_map(str(folder / _examples_name(number))) as file:
                 reader = pa.ipc.open_file(file)
                 batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
             self._batches += batches
@@ -251,10 +251,8 @@ def verify_prepared(folder: Path) -> dict[str, Any]:
 
 def open_verified(folder: Path, manifest: dict[str, Any]) -> PreparedData:
     """Open a prepared folder whose files were checked."""
-    num_shards = [source["shards"] for source in manifest["sources"]]
-    sources = np.repeat(np.arange(len(num_shards)), num_shards)
-    paths = [folder / _examples_name(number) for number in range(len(sources))]
-    return PreparedData(folder, manifest, Examples(paths, sources.tolist()))
+    examples = Examples(folder, [source["shards"] for source in manifest["sources"]])
+    return PreparedData(folder, manifest, examples)
 
 
 def find_foreign_file(folder: Path) -> str | None:

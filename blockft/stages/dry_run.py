@@ -10,6 +10,7 @@ from blockft.errors import warn
 from blockft.model.load import load_config
 from blockft.model.lora import add_adapter
 from blockft.stages.run_plan import check_run, warn_if_epochs_end_first
+from blockft.training.plan import RunPlan
 from blockft.units import format_count
 
 
@@ -44,6 +45,7 @@ def print_dry_run(recipe: Recipe, num_processes: int, *, resume: bool = False) -
     for quantity, value in {
         "examples to train on, counted per mode, per epoch": f"{rows.num_items:,}",
         "tokens per epoch": f"{rows.num_tokens:,}",
+        **_describe_sources(plan),
         "label tokens per epoch": f"{rows.num_labels:,} ({rows.num_labels / rows.num_tokens:.1%})",
         f"rows of {recipe.data.row_len:,} tokens": f"{num_rows:,} per epoch{padding}, {rows.fill:.1%} filled",
         "optimizer steps": f"{plan.num_steps:,} of {format_count(batch_rows, 'row')}",
@@ -59,6 +61,19 @@ def print_dry_run(recipe: Recipe, num_processes: int, *, resume: bool = False) -
     fill = RowFill.of_rows(epoch.rows, epoch.lengths, recipe.data.row_len)
     for warning in list_warnings(plan.manifest, epoch.lengths, fill):
         warn(warning)
+
+
+def _describe_sources(plan: RunPlan) -> dict[str, str]:
+    """Return the lines about the sources of an epoch, if there are several."""
+    sources = plan.manifest["sources"]
+    if len(sources) == 1:
+        return {}
+    counts = plan.rows.count_by_source(len(sources))
+    return {
+        f"of source {index}, {source['path']}": f"{format_count(items, 'example')}, "
+        f"{format_count(num_tokens, 'token')}"
+        for index, (source, (items, num_tokens)) in enumerate(zip(sources, counts, strict=True))
+    }
 
 
 def _count_parameters(recipe: Recipe) -> tuple[int, int, int]:

@@ -161,5 +161,7 @@ def _statistics_table(manifest: dict[str, Any]) -> Table:
             table.add_row(f"{label} {format_count(int(number), noun)}", f"{count:,}")
     for source in manifest["sources"]:
         dropped = ", ".join(f"{number:,} {reason}" for reason, number in source["dropped"].items()) or "none"
-        table.add_row(source["path"], f"{source['read']:,} read, {source['kept']:,} kept, dropped: {dropped}")
+        counts = f"{source['read']:,} read, {source['kept']:,} kept, dropped: {dropped}"
+        epoch = f"{source['epoch_examples']:,} of {format_count(source['examples'], 'example')} in an epoch"
+        table.add_row(source["path"], f"{counts}; {epoch}")
     return table

@@ -12,6 +12,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from rich.table import Column, Table
 
 from blockft.config.choices import BadRecordPolicy, TooLongPolicy
@@ -24,6 +25,7 @@ from blockft.data.packing import list_example_modes, plan_rows
 from blockft.data.parallel import map_in_order
 from blockft.data.prepared import (
     SHARD_SAMPLES,
+    Examples,
     ShardBatch,
     build_shard_batch,
     find_foreign_file,
@@ -43,6 +45,7 @@ from blockft.model.load import load_tokenizer
 from blockft.outputs import LockedFolder, atomic_folder, check_absent
 from blockft.progress import progress
 from blockft.stages.leak_check import LeakCheck
+from blockft.stages.mixture_settings import describe_mixture, mixture_of, read_mixture
 from blockft.stages.output_folder import lock_output
 from blockft.stages.source_settings import (
     check_copies,
@@ -122,9 +125,10 @@ def _prepare(recipe: Recipe, out: LockedFolder, overwrite: bool) -> Path:
             raise UserError(f"no example to train on: {_nothing_kept_message(data, data.sources, counts)}")
         manifest = _manifest(recipe, tokenizer_fingerprint(tokenizer), counts, statistics)
         manifest |= leak_check.to_record()
-        for index, (entry, number) in enumerate(zip(manifest["sources"], num_shards, strict=True)):
-            entry["shards"] = number
-            entry |= responses.describe(index)
+        examples = Examples(folder, num_shards)
+        counts_by_source = describe_mixture(mixture_of(data), examples.columns)
+        for index, entry in enumerate(manifest["sources"]):
+            entry |= {"shards": num_shards[index], **counts_by_source[index], **responses.describe(index)}
         finish_folder(folder, manifest)
         _check_output(out.name, overwrite)  # files may have appeared in a folder that was empty
     for source, count in zip(data.sources, counts, strict=True):
@@ -145,10 +149,11 @@ def print_summary(recipe: Recipe) -> None:
     """
     data = recipe.data
     prepared = load_prepared(Path(data.output_dir))
+    mixture = read_mixture(recipe, prepared.manifest)
+    epoch_names = () if mixture.is_default else ("examples per epoch", "tokens per epoch")
+    names = ("read", "samples", "kept", "dropped", "tokens", *epoch_names)
     table = Table(
-        Column("source", overflow="fold"),
-        *(Column(name, justify="right") for name in ("read", "samples", "kept", "dropped", "tokens")),
-        box=None,
+        Column("source", overflow="fold"), *(Column(name, justify="right") for name in names), box=None
     )
     for source in prepared.manifest["sources"]:
         table.add_row(
@@ -158,10 +163,12 @@ def print_summary(recipe: Recipe) -> None:
             f"{source['kept']:,}",
             _format_dropped(source["dropped"]) or "0",
             f"{source['tokens']:,}",
+            *(f"{source[name]:,}" for name in ("epoch_examples", "epoch_tokens") if epoch_names),
         )
     columns = prepared.examples.columns
-    examples, _ = list_example_modes(columns.has_local_blocks, data.modes)
-    item_lengths = columns.lengths[examples]
+    drawn = mixture.draw(np.arange(len(columns.lengths)), columns.sources, recipe.train.seed, epoch=0)
+    items, _ = list_example_modes(columns.has_local_blocks[drawn], data.modes)
+    item_lengths = columns.lengths[drawn[items]]
     rows = plan_rows(item_lengths, data.row_len, recipe.train.seed, epoch=0)
     batch_rows = recipe.train.batch_rows
     num_padded = len(rows.complete_last_batch(batch_rows))

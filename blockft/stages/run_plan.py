@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from blockft.config.choices import Mode, Objective, Positions, WeightInit
 from blockft.config.recipe import RECIPES_FOLDER
 from blockft.config.settings import Recipe
+from blockft.data.mixture import Mixture
 from blockft.data.prepared import PreparedData, load_prepared
 from blockft.data.tokenizer import tokenizer_fingerprint
 from blockft.errors import UserError, warn
@@ -30,6 +31,7 @@ from blockft.model.lora import add_adapter
 from blockft.model.supported import check_token_ids
 from blockft.outputs import check_absent
 from blockft.run_folder import RECIPE, verify_metrics
+from blockft.stages.mixture_settings import read_mixture
 from blockft.training.deepspeed_config import (
     check_deepspeed_config,
     is_shipped,
@@ -133,7 +135,8 @@ def build_plan(recipe: Recipe, num_processes: int) -> RunPlan:
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision, recipe.model.chat_template)
     prepared = load_prepared(Path(data.output_dir))
     _check_prepared(recipe, prepared, tokenizer, config.vocab_size)
-    rows, eval_rows = _build_rows(recipe, prepared, tokenizer, num_processes)
+    mixture = read_mixture(recipe, prepared.manifest)
+    rows, eval_rows = _build_rows(recipe, prepared, mixture, tokenizer, num_processes)
     num_steps = len(rows) // settings.batch_rows
     num_steps = min(num_steps, settings.max_steps or num_steps)
     check_schedule(
@@ -165,6 +168,7 @@ def build_plan(recipe: Recipe, num_processes: int) -> RunPlan:
         eval_rows=eval_rows,
         num_steps=num_steps,
         manifest=prepared.manifest,
+        mixture=mixture,
         backend=backend,
         dtype=dtype,
         deepspeed=deepspeed,
@@ -175,6 +179,11 @@ def build_plan(recipe: Recipe, num_processes: int) -> RunPlan:
                 **describe_architecture(config),
             },
             "data": prepared.manifest["content_hash"],
+            "weights of data.sources": [*mixture.weights],
+            "data.mixture": {
+                "temperature": mixture.temperature,
+                "max_examples": mixture.max_examples,
+            },
             **_list_signature_settings(recipe),
             ZERO_STAGE: zero_stage(deepspeed),
             WEIGHT_DTYPE: str(dtype).removeprefix("torch."),
@@ -243,7 +252,11 @@ def _check_prepared(
 
 
 def _build_rows(
-    recipe: Recipe, prepared: PreparedData, tokenizer: PreTrainedTokenizerBase, num_processes: int
+    recipe: Recipe,
+    prepared: PreparedData,
+    mixture: Mixture,
+    tokenizer: PreTrainedTokenizerBase,
+    num_processes: int,
 ) -> tuple[RowDataset, dict[str, RowDataset]]:
     """Return the rows to train on, and the held-out rows by mode."""
     data, settings = recipe.data, recipe.train
@@ -265,6 +278,7 @@ def _build_rows(
         modes,
         batch_rows=settings.batch_rows,
         epochs=settings.num_train_epochs,
+        mixture=mixture,
         with_full=is_distillation,
     )
     if is_distillation and settings.teacher is None and not rows.epochs[0].is_block.any():

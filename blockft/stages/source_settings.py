@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice, repeat, zip_longest
 
 from blockft.config.choices import BadRecordPolicy, Order, Retriever
-from blockft.config.settings import DataSettings, PromptSettings, Source, SplittingSettings
+from blockft.config.settings import DataSettings, MixtureSettings, PromptSettings, Source, SplittingSettings
 from blockft.data.fields import format_fields
 from blockft.data.rag_prompt import RagPrompt
 from blockft.data.sample import Sample
@@ -62,6 +62,8 @@ def settings_without_effect(data: DataSettings) -> list[str]:
             has_effect, reason = has_questions, "all of them already contain their documents"
         elif section == "data.splitting":
             has_effect, reason = splits, "none of them has chats or instructions to split"
+        elif key == "data.mixture.temperature":
+            has_effect, reason = len(data.sources) > 1, "there is only one source"
         elif name == "dense_model":
             has_effect, reason = searches, "none of them has retriever: dense"
         elif name == "max_questions_per_context":
@@ -74,11 +76,12 @@ def settings_without_effect(data: DataSettings) -> list[str]:
 
 
 def _changed_settings(data: DataSettings) -> list[str]:
-    """Return the settings of `data`, `data.prompt` and `data.splitting` that differ from their defaults."""
+    """Return the settings of `data` and its sections that differ from their defaults."""
     sections = {
         "data": (data, DataSettings.model_fields),
         "data.prompt": (data.prompt, PromptSettings.model_fields),
         "data.splitting": (data.splitting, SplittingSettings.model_fields),
+        "data.mixture": (data.mixture, MixtureSettings.model_fields),
     }
     return [
         f"{section}.{name}"

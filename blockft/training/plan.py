@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from blockft.data.mixture import Mixture
 from blockft.data.prepared import ExampleColumns
 from blockft.errors import UserError
 from blockft.model.checkpoint import read_marker
@@ -42,6 +43,7 @@ class RunPlan:
     eval_rows      the held-out rows by mode
     num_steps      optimizer steps
     manifest       of the prepared data
+    mixture        how often the examples of each source occur in an epoch
     backend        the attention backend: sdpa or flex
     dtype          of weights and activations
     deepspeed      the DeepSpeed config
@@ -52,6 +54,7 @@ class RunPlan:
     eval_rows: dict[str, RowDataset]
     num_steps: int
     manifest: dict[str, Any]
+    mixture: Mixture
     backend: str
     dtype: torch.dtype
     deepspeed: dict[str, Any]

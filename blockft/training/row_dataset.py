@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from blockft.data.collate import collate_row
 from blockft.data.encoder import Example
+from blockft.data.mixture import Mixture
 from blockft.data.packing import PackedRows, fill_ratio, list_example_modes, plan_rows
 from blockft.data.prepared import ExampleColumns
 
@@ -38,7 +39,8 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
     of processes or on interruptions. An example of a single block is trained in full mode only.
 
     examples: where the examples of the rows are read; `columns` describes all of them.
-    chosen: the indices of the examples that the rows hold.
+    chosen: the indices of the examples that the rows hold, in order.
+    mixture: how often they occur in an epoch; None is once.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
         epochs: int,
         seed: int,
         pad_id: int,
+        mixture: Mixture | None = None,
         reencoded: bool = True,
         with_full: bool = False,
     ) -> None:
@@ -61,10 +64,19 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
         self._collate = partial(
             collate_row, row_len=row_len, pad_id=pad_id, reencoded=reencoded, with_full=with_full
         )
-        self.epochs = [self._plan_epoch(chosen, modes, seed, epoch) for epoch in range(epochs)]
+        self.epochs = [self._plan_epoch(chosen, mixture, modes, seed, epoch) for epoch in range(epochs)]
         self._ends = np.cumsum([len(epoch.rows) for epoch in self.epochs])
 
-    def _plan_epoch(self, chosen: NDArray[np.int64], modes: Sequence[str], seed: int, epoch: int) -> Epoch:
+    def _plan_epoch(
+        self,
+        chosen: NDArray[np.int64],
+        mixture: Mixture | None,
+        modes: Sequence[str],
+        seed: int,
+        epoch: int,
+    ) -> Epoch:
+        if mixture is not None:
+            chosen = mixture.draw(chosen, self._columns.sources[chosen], seed, epoch)
         places, is_block = list_example_modes(self._columns.has_local_blocks[chosen], modes)
         examples = chosen[places]
         lengths = self._columns.lengths[examples]
@@ -101,6 +113,14 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
     def num_labels(self) -> int:
         """Number of label tokens of the first epoch."""
         return int(self._columns.num_labels[self.epochs[0].examples].sum())
+
+    def count_by_source(self, num_sources: int) -> list[tuple[int, int]]:
+        """Return the number of examples (per mode) and of tokens of each source in the first epoch."""
+        epoch = self.epochs[0]
+        sources = self._columns.sources[epoch.examples]
+        num_items = np.bincount(sources, minlength=num_sources)
+        num_tokens = np.bincount(sources, weights=epoch.lengths, minlength=num_sources)
+        return [(int(items), int(tokens)) for items, tokens in zip(num_items, num_tokens, strict=True)]
 
     @property
     def fill(self) -> float:

@@ -121,7 +121,7 @@ def test_the_settings_of_one_section_are_listed() -> None:
 
 def test_all_settings_are_listed_as_json() -> None:
     found = {setting["key"]: setting for setting in json.loads(blockft("config", "--json").stdout)}
-    sections = {"model", "data", "train", "eval", "data.prompt", "data.splitting"}
+    sections = {"model", "data", "train", "eval", "data.mixture", "data.prompt", "data.splitting"}
     assert set(found) == set(list_keys()) - sections
     assert found["eval.sources[].format"]["default"] == "required"
     assert found["data.order"]["allowed"] == "ascending, descending, shuffled, given"
