@@ -401,6 +401,15 @@ class DataSettings(Settings):
     """What to train on, and how prompts are built."""
 
     output_dir: PathText = Field(description="Folder that `prepare` writes and `train` reads.")
+    cache_dir: PathText | None = Field(
+        default=None,
+        description=(
+            "Folder in which `prepare` keeps what each source contributes, so that an interrupted run "
+            "continues and an unchanged source is neither read nor encoded again. null is the folder "
+            "`OUTPUT_DIR.cache`, of which only what the last run used is kept; `prepare` removes nothing "
+            "from a folder that is named here. Whoever deletes the folder loses time only."
+        ),
+    )
     sources: list[Source] = Field(min_length=1, description="Sources of the training data.")
     row_len: NumTokens = Field(
         default=4096,

@@ -14,7 +14,7 @@ sources. The same samples and examples give the same bytes.
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -30,6 +30,7 @@ from blockft.data.sample import Sample, parse_sample, sample_to_record
 from blockft.digest import (
     AddedFile,
     DamagedFile,
+    FileDigest,
     check_no_other_files,
     digest_files,
     digest_names,
@@ -279,8 +280,12 @@ class ShardBatch:
 
 def build_shard_batch(samples: Iterable[Sample], examples: Sequence[Example]) -> ShardBatch:
     """Return samples and their examples as a part of a shard, which can be sent between processes."""
-    lines = (json.dumps(sample_to_record(sample), ensure_ascii=False) + "\n" for sample in samples)
-    return ShardBatch("".join(lines).encode(), examples_to_batch(examples))
+    return ShardBatch(b"".join(map(sample_line, samples)), examples_to_batch(examples))
+
+
+def sample_line(sample: Sample) -> bytes:
+    """Return a sample as a line of JSON."""
+    return (json.dumps(sample_to_record(sample), ensure_ascii=False) + "\n").encode()
 
 
 def write_shard(folder: Path, number: int, batches: Iterable[ShardBatch]) -> None:
@@ -304,14 +309,16 @@ def shard_files(number: int) -> tuple[str, str]:
     return _samples_name(number), _examples_name(number)
 
 
-def finish_folder(folder: Path, manifest: dict[str, Any]) -> None:
+def finish_folder(
+    folder: Path, manifest: dict[str, Any], files: Mapping[str, FileDigest] | None = None
+) -> None:
     """Complete a folder of shards 0, 1, ...: write the manifest with the digests of all files.
 
     `manifest["sources"][i]["shards"]` is the number of shards of source i. The manifest gets one hash of the
-    whole content.
+    whole content. `files` are the digests of all files, if they are known.
     """
     (folder / EXAMPLES).mkdir(exist_ok=True)
-    files = digest_files(folder, list_files(folder))
+    files = digest_files(folder, list_files(folder)) if files is None else files
     num_shards = sum(source["shards"] for source in manifest["sources"])
     assert set(files) == {name for number in range(num_shards) for name in shard_files(number)}
     content_hash = digest_names(files, sorted(files))

@@ -86,8 +86,10 @@ def read_array(
         stream.expect_end()
 
 
-def read_hub(path: str, split: str | None, name: str | None = None) -> Iterator[PlacedRecord]:
-    """Stream the records of a dataset on the Hub; `name` is its configuration.
+def read_hub(
+    path: str, split: str | None, name: str | None = None, revision: str | None = None
+) -> Iterator[PlacedRecord]:
+    """Stream the records of a dataset on the Hub; `name` is its configuration, `revision` a commit.
 
     Raises:
         UserError: `split` is None, or the dataset cannot be reached.
@@ -99,8 +101,9 @@ def read_hub(path: str, split: str | None, name: str | None = None) -> Iterator[
         raise UserError(
             f"source {path} does not exist here; for a dataset on the Hub, name its split as well"
         )
+    options = {} if revision is None else {"revision": revision}
     try:
-        records = iter(datasets.load_dataset(path, name, split=split, streaming=True))
+        records = iter(datasets.load_dataset(path, name, split=split, streaming=True, **options))
         record = next(records, ...)
     except hub_errors as error:
         raise UserError(

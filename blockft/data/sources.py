@@ -25,6 +25,9 @@ T = TypeVar("T")
 MAX_DROP_EXAMPLES = 3
 """Number of dropped records or samples that are listed for each reason."""
 
+MAX_LISTED = 1_000
+"""Number of bad records, and of samples that a template changes, that are listed for a source."""
+
 MAX_EXAMPLE_LEN = 200
 """Number of characters that describe a dropped record or sample."""
 
@@ -70,7 +73,13 @@ class RecordCounts:
             known = self.drop_examples.get(reason, [])
             self.drop_examples[reason] = [*dict.fromkeys(known + examples)][:MAX_DROP_EXAMPLES]
         self.unknown_fields += other.unknown_fields
-        self.bad_records = [*dict.fromkeys(self.bad_records + other.bad_records)]
+        self.kept += other.kept
+        self.bad_records = [*dict.fromkeys(self.bad_records + other.bad_records)][:MAX_LISTED]
+
+    def list_bad(self, description: str) -> None:
+        """List a bad record, if the list is not too long yet. Every bad record is counted as dropped."""
+        if len(self.bad_records) < MAX_LISTED:
+            self.bad_records.append(description)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +241,7 @@ def read_samples(
     prompt: RagPrompt,
     split: str | None = None,
     name: str | None = None,
+    revision: str | None = None,
     skip_samples: int = 0,
     max_samples: int | None = None,
     max_questions_per_context: int | None = None,
@@ -250,7 +260,7 @@ def read_samples(
         path: a file, a folder, a glob or a dataset id on the Hub.
         counts: updated with the records that are read, dropped and bad.
         prompt: turns questions into prompts. Formats of chats and samples do not use it.
-        split, name: the split and the configuration of a dataset on the Hub.
+        split, name, revision: the split, the configuration and the commit of a dataset on the Hub.
         skip_samples: the number of records to skip at the start of the source.
         max_samples: the number of records to read; None reads all.
         max_questions_per_context: the number of `squad` questions that may share one set of documents.
@@ -270,6 +280,7 @@ def read_samples(
         files=find_source_files(format, path),
         split=split,
         name=name,
+        revision=revision,
         skip_samples=skip_samples,
         max_samples=max_samples,
         skip_bad=skip_bad,
@@ -301,6 +312,7 @@ class _SourceReader:
     files: list[Path]
     split: str | None
     name: str | None
+    revision: str | None
     skip_samples: int
     max_samples: int | None
     skip_bad: bool
@@ -316,7 +328,7 @@ class _SourceReader:
                 for file in self.files
             )
         else:
-            records = [read_hub(self.path, self.split, self.name)]
+            records = [read_hub(self.path, self.split, self.name, self.revision)]
         return source_format.expand(chain.from_iterable(records))
 
     def _check_file_field(self, file: Path, counts: RecordCounts, name: str, value: Any) -> None:
@@ -395,7 +407,7 @@ class _SourceReader:
                     hint = _format_hint(record, self.format, is_first=counts.read == 1)
                     raise UserError(f"{place}: {error}{hint} {SKIP_REMEDY}") from error
                 message = f"{place}: {error}"
-                counts.bad_records.append(message)
+                counts.list_bad(message)
                 counts.drop("bad record", partial(str, message))
             else:
                 counts.count_unknown(unknown)

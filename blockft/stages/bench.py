@@ -7,6 +7,7 @@ from blockft.bench import agreement as agreement_benchmark
 from blockft.bench import prepare as prepare_benchmark
 from blockft.config.choices import BadRecordPolicy, TooLongPolicy
 from blockft.config.settings import Recipe
+from blockft.data.sample_frames import FRAME_SAMPLES
 from blockft.errors import UserError
 from blockft.evaluation.answer_questions import encode_questions
 from blockft.inference.engine import Engine
@@ -14,7 +15,7 @@ from blockft.model.load import parse_dtype
 from blockft.outputs import check_writable
 from blockft.progress import track
 from blockft.stages.evaluate import model_revision, read_questions
-from blockft.stages.prepare import TASK_SAMPLES, prepare
+from blockft.stages.prepare import prepare
 from blockft.units import format_count
 
 
@@ -25,7 +26,7 @@ def bench_prepare(recipe: Recipe, *, out: Path | None) -> None:
         UserError: see `prepare`; `out` cannot be written.
         RuntimeError: the number of processes changed the prepared data.
     """
-    few = [source.model_copy(update={"max_samples": TASK_SAMPLES}) for source in recipe.data.sources]
+    few = [source.model_copy(update={"max_samples": FRAME_SAMPLES}) for source in recipe.data.sources]
     few_samples = _with_data(recipe, sources=few)
 
     def prepare_into(recipe: Recipe, folder: Path, num_workers: int) -> None:

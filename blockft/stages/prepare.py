@@ -3,54 +3,39 @@
 import json
 import os
 import time
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from functools import partial
-from itertools import groupby, islice
-from operator import itemgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from rich.table import Column, Table
 
-from blockft.config.choices import BadRecordPolicy, TooLongPolicy
 from blockft.config.settings import DataSettings, Recipe, Source
 from blockft.console import PlainConsole
 from blockft.data.advice import RowFill, list_warnings
-from blockft.data.encoder import Encoder, Example
-from blockft.data.fit import EncodedSample, encode_samples
+from blockft.data.encode_part import read_hashes, shards_with_examples
 from blockft.data.packing import list_example_modes, plan_rows
-from blockft.data.parallel import map_in_order
-from blockft.data.prepared import (
-    SHARD_SAMPLES,
-    Examples,
-    ShardBatch,
-    build_shard_batch,
-    find_foreign_file,
-    finish_folder,
-    load_prepared,
-    write_shard,
-)
-from blockft.data.sample import Sample
-from blockft.data.shared_context import merge_shared_contexts
-from blockft.data.sources import SOURCE_FORMATS, RecordCounts
-from blockft.data.split import SPLIT_FORMATS, split_sample
+from blockft.data.part_cache import link_or_copy, remove_empty_parts, remove_other_parts
+from blockft.data.prepared import Examples, find_foreign_file, finish_folder, load_prepared, shard_files
+from blockft.data.sources import SOURCE_FORMATS
 from blockft.data.statistics import ExampleStatistics, SourceStatistics, histogram
 from blockft.data.tokenizer import tokenizer_fingerprint
-from blockft.digest import list_files
+from blockft.digest import FileDigest, list_files
 from blockft.errors import UserError, check_type, warn
+from blockft.folder_lock import lock_folder
+from blockft.inputs import check_folder
 from blockft.model.load import load_tokenizer
-from blockft.outputs import LockedFolder, atomic_folder, check_absent
-from blockft.progress import progress
+from blockft.outputs import LockedFolder, atomic_folder, check_absent, write_errors
 from blockft.stages.leak_check import LeakCheck
 from blockft.stages.mixture_settings import describe_mixture, mixture_of, read_mixture
-from blockft.stages.output_folder import lock_output
+from blockft.stages.output_folder import check_output_place, lock_output
+from blockft.stages.source_parts import SourceParts
 from blockft.stages.source_settings import (
     check_copies,
     check_wording,
-    read_source,
     settings_without_effect,
     unknown_fields_warning,
 )
@@ -58,15 +43,7 @@ from blockft.stages.teacher_answers import ask_teacher
 from blockft.stages.teacher_settings import check_teacher, teacher_options
 from blockft.units import format_count
 
-T = TypeVar("T")
-
-BATCH_EXAMPLES = 1_024
-"""Examples in an Arrow record batch."""
-
-TASK_SAMPLES = 64
-"""Samples that a worker encodes at a time."""
-
-NOT_IN_MANIFEST = ("output_dir", "num_workers", "positions")
+NOT_IN_MANIFEST = ("output_dir", "cache_dir", "num_workers", "positions")
 """Settings of `data` that change nothing in the prepared folder, so that its bytes do not depend on them."""
 
 
@@ -86,10 +63,9 @@ def prepare(recipe: Recipe, *, overwrite: bool = False) -> Path:
             be read; a record is bad and `data.on_bad_record` is error; no example is left.
     """
     check_type(recipe, Recipe, "recipe", "load_recipe reads one from a YAML file")
-    inputs = {"model.path": recipe.model.path}
-    inputs |= {f"data.sources.{index}.path": source.path for index, source in enumerate(recipe.data.sources)}
     run = {"train.output_dir": recipe.train.output_dir}
-    with lock_output(Path(recipe.data.output_dir), "blockft prepare", inputs, other_outputs=run) as out:
+    output_dir = Path(recipe.data.output_dir)
+    with lock_output(output_dir, "blockft prepare", _inputs(recipe), other_outputs=run) as out:
         return _prepare(recipe, out, overwrite)
 
 
@@ -103,41 +79,43 @@ def _prepare(recipe: Recipe, out: LockedFolder, overwrite: bool) -> Path:
         warn(warning)
     # workers are forked, which the threads of the tokenizer would not survive
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    counts = [SourceStatistics() for _ in data.sources]
     leak_check = LeakCheck(recipe)
+    inputs = _inputs(recipe)
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision, recipe.model.chat_template)
-    encoder = Encoder(tokenizer)
-    responses = ask_teacher(recipe, lambda index, wording: _read_copies(index, wording, SourceStatistics()))
-    sources = [
-        responses.respond_all(index, _read_copies(index, data, count, leak_check), count)
-        for index, count in enumerate(counts)
-    ]
-    statistics = ExampleStatistics()
-    with atomic_folder(out) as folder:
-        encoded_samples = _encode(encoder, data, sources)
-        num_shards = [0] * len(sources)
-        for source, encoded in groupby(encoded_samples, itemgetter(0)):
-            batches = _build_batches((sample for _, sample in encoded), counts[source], data, statistics)
-            for shard in _chunks(batches, SHARD_SAMPLES // BATCH_EXAMPLES):
-                write_shard(folder, sum(num_shards), shard)
-                num_shards[source] += 1
-        if not statistics.lengths:
+    with _open_cache(recipe, out, inputs) as cache:
+        parts = SourceParts(data, cache, tokenizer)
+        responses = ask_teacher(recipe, parts.read)
+        parts.encode(responses)
+        _check_leaks(leak_check, parts)
+        counts, statistics = _merge_statistics(parts)
+        if not statistics.num_examples:
             raise UserError(f"no example to train on: {_nothing_kept_message(data, data.sources, counts)}")
-        manifest = _manifest(recipe, tokenizer_fingerprint(tokenizer), counts, statistics)
-        manifest |= leak_check.to_record()
-        examples = Examples(folder, num_shards)
-        counts_by_source = describe_mixture(mixture_of(data), examples.columns)
-        for index, entry in enumerate(manifest["sources"]):
-            entry |= {"shards": num_shards[index], **counts_by_source[index], **responses.describe(index)}
-        finish_folder(folder, manifest)
-        _check_output(out.name, overwrite)  # files may have appeared in a folder that was empty
+        with atomic_folder(out) as folder:
+            num_shards, files = _link_shards(folder, parts)
+            manifest = _manifest(recipe, tokenizer_fingerprint(tokenizer), counts, statistics)
+            manifest |= leak_check.to_record()
+            examples = Examples(folder, num_shards)
+            counts_by_source = describe_mixture(mixture_of(data), examples.columns)
+            for index, entry in enumerate(manifest["sources"]):
+                entry |= {"shards": num_shards[index], **counts_by_source[index], **responses.describe(index)}
+            finish_folder(folder, manifest, files)
+            _check_output(out.name, overwrite)  # files may have appeared in a folder that was empty
+        if data.cache_dir is None:
+            remove_other_parts(cache, parts.used)
     for source, count in zip(data.sources, counts, strict=True):
         if count.unknown_fields:
             warn(unknown_fields_warning(source, count))
         if not count.kept:
             warn(_nothing_kept_message(data, [source], [count]))
     leak_check.warn()
-    _append_to_log(out.name, time.monotonic() - start, data.num_workers, responses.num_asked)
+    counts_of_run = {
+        "num_workers": data.num_workers,
+        "teacher_questions_asked": responses.num_asked,
+        # what was not taken from the cache
+        "shards_read": parts.num_shards_read,
+        "shards_encoded": parts.num_shards_encoded,
+    }
+    _append_to_log(out.name, time.monotonic() - start, counts_of_run)
     return out.name
 
 
@@ -189,6 +167,12 @@ def print_summary(recipe: Recipe) -> None:
         warn(warning)
 
 
+def _inputs(recipe: Recipe) -> dict[str, str]:
+    """Return the paths that are read, by the setting that names them."""
+    sources = {f"data.sources.{index}.path": source.path for index, source in enumerate(recipe.data.sources)}
+    return {"model.path": recipe.model.path} | sources
+
+
 def _check_output(out: Path, overwrite: bool) -> None:
     """Check that a prepared folder may be written to `out`, which loses no file that others wrote.
 
@@ -207,91 +191,73 @@ def _check_output(out: Path, overwrite: bool) -> None:
         check_absent(out, "set data.output_dir to another folder, or add --overwrite")
 
 
-def _read_copies(
-    index: int, data: DataSettings, count: SourceStatistics, leak_check: LeakCheck | None = None
-) -> Iterator[Sample]:
-    """Read the samples of a source `data.num_copies` times, each time with another seed."""
-    counts = [RecordCounts() for _ in range(data.num_copies)]
-    copies = [
-        read_source(data.sources[index], data.model_copy(update={"seed": data.seed + number}), copy_count)
-        for number, copy_count in enumerate(counts)
-    ]
-
-    def samples() -> Iterator[Sample]:
-        for number, (copy, copy_count) in enumerate(zip(copies, counts, strict=True)):
-            yield from leak_check.watch(index, copy, is_copy=number > 0) if leak_check else copy
-            count.merge(copy_count)
-
-    return samples()
+def _check_leaks(leak_check: LeakCheck, parts: SourceParts) -> None:
+    """Compare all samples that were read with those of the evaluation."""
+    for index, number in parts.copies:
+        part = parts.encode_part((index, number))
+        for shard in range(len(part.shards)):
+            ids, hashes = read_hashes(part, shard)
+            leak_check.add(index, hashes, ids.__getitem__, is_copy=number > 0)
 
 
-def _encode(
-    encoder: Encoder, data: DataSettings, sources: Sequence[Iterator[Sample]]
-) -> Iterator[tuple[int, EncodedSample]]:
-    """Encode the samples of all sources in order; yields (index of the source, encoded sample)."""
-    encode = partial(_encode_task, encoder=encoder, data=data)
-    with progress("encode", unit="sample") as advance:
-        for source, encoded in map_in_order(encode, _tasks(sources), data.num_workers):
-            yield from ((source, sample) for sample in encoded)
-            advance(len(encoded))
+def _link_shards(folder: Path, parts: SourceParts) -> tuple[list[int], dict[str, FileDigest]]:
+    """Link the shards of all parts into a prepared folder.
+
+    Returns:
+        The number of shards of each source, and the digests of all files.
+    """
+    num_shards: Counter[int] = Counter()
+    files: dict[str, FileDigest] = {}
+    for index, number in parts.copies:
+        part = parts.encode_part((index, number))
+        for shard in shards_with_examples(part):
+            names = zip(shard_files(shard), shard_files(num_shards.total()), strict=True)
+            for source, target in names:
+                (folder / target).parent.mkdir(exist_ok=True)
+                link_or_copy(part.folder / source, folder / target)
+                files[target] = part.shards[shard].files[source]
+            num_shards[index] += 1
+    return [num_shards[index] for index in range(1 + max(index for index, _ in parts.copies))], files
 
 
-def _tasks(sources: Sequence[Iterator[Sample]]) -> Iterator[tuple[int, list[Sample]]]:
-    for index, samples in enumerate(sources):
-        for task in _chunks(samples, TASK_SAMPLES):
-            yield index, task
+@contextmanager
+def _open_cache(recipe: Recipe, out: LockedFolder, inputs: Mapping[str, str]) -> Iterator[Path]:
+    """Lock the part cache; at the end remove what is of no use any more.
+
+    Raises:
+        UserError: the cache is at a place that is not allowed, another process uses it, or it cannot be
+            written.
+    """
+    name = recipe.data.cache_dir
+    path = Path(name) if name else out.path.with_name(f"{out.path.name}.cache")
+    check_folder(path, "data.cache_dir")
+    outputs: dict[str, str | Path] = {
+        "data.output_dir": out.path,
+        "train.output_dir": recipe.train.output_dir,
+    }
+    check_output_place(path, inputs, outputs)
+    with lock_folder(path, "blockft prepare") as lock:
+        remedy = "free some space, then run the same command again, which continues"
+        try:
+            with write_errors(lock.folder, name=path, remedy=lambda: remedy):
+                yield lock.folder
+        except BaseException:
+            remove_empty_parts(lock.folder)
+            if not name:
+                with suppress(OSError):  # it holds parts
+                    lock.folder.rmdir()
+            raise
 
 
-def _encode_task(
-    task: tuple[int, list[Sample]], *, encoder: Encoder, data: DataSettings
-) -> tuple[int, list[EncodedSample]]:
-    source, samples = task
-    split = partial(
-        split_sample,
-        count_tokens=encoder.count_tokens,
-        max_blocks=data.splitting.max_blocks,
-        min_block_tokens=data.splitting.min_block_tokens,
-    )
-    return source, encode_samples(
-        samples,
-        encoder,
-        data.row_len,
-        trim=data.too_long is TooLongPolicy.trim,
-        skip_bad=data.on_bad_record is BadRecordPolicy.skip,
-        split=split if data.sources[source].format in SPLIT_FORMATS else None,
-    )
-
-
-def _build_batches(
-    encoded_samples: Iterator[EncodedSample],
-    count: SourceStatistics,
-    data: DataSettings,
-    statistics: ExampleStatistics,
-) -> Iterator[ShardBatch]:
-    """Count the samples of a source, and yield those that are kept with their examples."""
-    kept: deque[Sample] = deque()
-
-    def keep() -> Iterator[Example]:
-        for encoded in encoded_samples:
-            count.add_encoded(encoded)
-            if not encoded.drop_reason:
-                assert encoded.example
-                kept.append(encoded.sample)
-                yield encoded.example
-
-    examples = keep()
-    if data.shared_context:
-        examples = merge_shared_contexts(examples, data.row_len, data.max_questions_per_context)
-    for batch in _chunks(examples, BATCH_EXAMPLES):
-        for example in batch:
-            statistics.add(example)
-        num_samples = sum(len(example.sample_ids) for example in batch)
-        yield build_shard_batch([kept.popleft() for _ in range(num_samples)], batch)
-
-
-def _chunks(items: Iterator[T], size: int) -> Iterator[list[T]]:
-    while chunk := list(islice(items, size)):
-        yield chunk
+def _merge_statistics(parts: SourceParts) -> tuple[list[SourceStatistics], ExampleStatistics]:
+    """Return the counts of each source, and what the examples of all of them look like."""
+    counts: dict[int, SourceStatistics] = defaultdict(SourceStatistics)
+    statistics = ExampleStatistics()
+    for copy in parts.copies:
+        of_copy, examples = parts.statistics(copy)
+        counts[copy[0]].merge(of_copy)
+        statistics.merge(examples)
+    return [counts[index] for index in sorted(counts)], statistics
 
 
 def _nothing_kept_message(
@@ -331,12 +297,12 @@ def _manifest(
         "options": options,
         "sources": [_describe_source(source, count) for source, count in sources],
         "num_samples": sum(count.kept for count in counts),
-        "num_examples": len(statistics.lengths),
-        "num_tokens": sum(statistics.lengths),
+        "num_examples": statistics.num_examples,
+        "num_tokens": statistics.num_tokens,
         "num_labels": statistics.num_labels,
         "blocks_per_example": histogram(statistics.num_blocks),
         # each length is rounded up to a power of two
-        "tokens_per_example": histogram(1 << (length - 1).bit_length() for length in statistics.lengths),
+        "tokens_per_example": histogram(statistics.lengths),
     }
 
 
@@ -365,14 +331,13 @@ def _format_dropped(dropped: dict[str, int]) -> str:
     return ", ".join(f"{number:,} {reason}" for reason, number in dropped.items())
 
 
-def _append_to_log(out: Path, seconds: float, num_workers: int, num_asked: int) -> None:
+def _append_to_log(out: Path, seconds: float, counts: Mapping[str, int]) -> None:
     """Append values that differ between equal runs to a log outside the folder, whose bytes are compared."""
     entry = {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "folder": str(out.absolute()),
         "seconds": round(seconds, 1),
-        "num_workers": num_workers,
-        "teacher_questions_asked": num_asked,
+        **counts,
     }
     file = out.with_name(f"{out.name}.log")
     try:

@@ -131,11 +131,17 @@ def unknown_fields_warning(source: Source, counts: RecordCounts) -> str:
 
 
 def read_source(
-    source: Source, data: DataSettings, counts: RecordCounts, *, needs_evidence: bool = True
+    source: Source,
+    data: DataSettings,
+    counts: RecordCounts,
+    *,
+    needs_evidence: bool = True,
+    revision: str | None = None,
 ) -> Iterator[Sample]:
     """Yield the samples of a source in the wording of `data.prompt`; see `blockft.data.sources.read_samples`.
 
     counts: records read, dropped and bad are added here, and unknown fields.
+    revision: the commit of a dataset on the Hub; None is the newest one.
 
     Raises:
         UserError: the source does not exist, or settings contradict each other; during iteration: a record is
@@ -148,6 +154,7 @@ def read_source(
         prompt=rag_prompt(data),
         split=source.split,
         name=source.name,
+        revision=revision,
         skip_samples=source.skip_samples,
         max_samples=source.max_samples,
         max_questions_per_context=data.max_questions_per_context,

@@ -100,7 +100,7 @@ class TeacherResponses:
             example = f"sample {sample.id}{response.details and f': {response.details}'}"
             counts.drop(response.reason, partial(str, example))
             if response.reason in (FAILED, TEMPLATED):
-                counts.bad_records.append(example)
+                counts.list_bad(example)
 
     def digest(self, index: int) -> str:
         """Return a digest of all that decides what `respond` returns for source `index`; "" for gold."""

@@ -1,0 +1,193 @@
+"""What decides the content of the parts of `prepare`: options of sources, from which the keys are made."""
+
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from blockft.config.choices import BadRecordPolicy, Retriever, TooLongPolicy
+from blockft.config.settings import DataSettings, Source
+from blockft.data.encode_part import EncodeOptions
+from blockft.data.sources import SOURCE_FORMATS, find_source_files
+from blockft.data.split import SPLIT_FORMATS
+from blockft.data.tokenizer import tokenizer_fingerprint
+from blockft.digest import DamagedFile, digest_files, list_files
+from blockft.errors import UserError
+
+READ_VERSION = 1
+"""Version of the code that reads sources: a change of what it reads needs another number."""
+
+ENCODE_VERSION = 1
+"""Version of the code that encodes samples: a change of its results needs another number."""
+
+_NOT_READING = (
+    "output_dir cache_dir sources row_len modes positions num_copies too_long num_workers splitting teacher "
+    "mixture"
+)
+"""Settings of `data` that do not decide which samples are read. All others do, also those to come."""
+
+_OF_QUESTIONS = "prompt num_documents order max_questions_per_context dense_model"
+"""Settings of `data` that only formats of questions read."""
+
+_NOT_OF_SAMPLES = "weight response max_examples"
+"""Settings of a source that do not decide which samples are read."""
+
+
+class SourceContent:
+    """What a source holds: the digests of its files, or the revision of its dataset on the Hub.
+
+    `revision` is the commit of the dataset. If it is unknown, `nonce` takes its place, which is another one
+    every time, so that no earlier part is used.
+
+    Raises:
+        UserError: the source does not exist or cannot be read.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._name = source.path
+        self.nonce = secrets.token_hex(16)
+        self._files = find_source_files(source.format, source.path)
+        self._states = self._file_states()
+        self.revision: str | None = None
+        self.record: Any
+        if self._files:
+            self.record = _digest_paths(self._files, f"source {source.path}")
+            self.is_known = True
+            return
+        self.revision = _find_revision("dataset", source.path)
+        self.is_known = self.revision is not None
+        self.record = self.revision or self.nonce
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of the files."""
+        return sum(size for size, *_ in self._states)
+
+    def check_unchanged(self) -> None:
+        """Check that the files are those whose digests were computed.
+
+        Raises:
+            UserError: a file changed.
+        """
+        if self._file_states() != self._states:
+            raise UserError(f"source {self._name} changed while it was read: run the command again")
+
+    def _file_states(self) -> list[tuple[int, int, int]]:
+        try:
+            statuses = [file.stat() for file in self._files]
+        except OSError as error:
+            raise UserError(f"source {self._name} cannot be read: {error.strerror}") from error
+        return [(status.st_size, status.st_mtime_ns, status.st_ino) for status in statuses]
+
+
+def read_options(
+    source: Source, data: DataSettings, content: SourceContent, dense_model: Any, number: int
+) -> dict[str, Any]:
+    """Return everything that decides which samples a copy of a source gives.
+
+    dense_model: see `identify_model`.
+    number: the number of the copy.
+    """
+    options = data.model_dump(mode="json", exclude={*_NOT_READING.split()})
+    if not SOURCE_FORMATS[source.format].parse_question:
+        for name in _OF_QUESTIONS.split():
+            del options[name]
+    options["seed"] = data.seed + number
+    if source.retriever is Retriever.dense:
+        options["dense_model_content"] = dense_model
+    else:
+        options.pop("dense_model", None)
+    return {
+        "version": READ_VERSION,
+        "versions": _versions("blockft", "pyarrow", "bm25s"),
+        "source": source.model_dump(mode="json", exclude={*_NOT_OF_SAMPLES.split()}),
+        "content": content.record,
+        "options": options,
+    }
+
+
+def encode_options(source: Source, data: DataSettings) -> EncodeOptions:
+    """Return how the samples of a source are encoded."""
+    splitting = data.splitting
+    return EncodeOptions(
+        row_len=data.row_len,
+        trim=data.too_long is TooLongPolicy.trim,
+        skip_bad=data.on_bad_record is BadRecordPolicy.skip,
+        splitting=(splitting.max_blocks, splitting.min_block_tokens)
+        if source.format in SPLIT_FORMATS
+        else None,
+        shared_context=data.shared_context,
+        max_questions=data.max_questions_per_context,
+        question_template=data.prompt.question,
+    )
+
+
+def encode_part_options(
+    read_part: str, options: EncodeOptions, tokenizer: Mapping[str, Any], answers: str
+) -> dict[str, Any]:
+    """Return everything that decides the content of an encode part.
+
+    read_part: the name of the read part.
+    tokenizer: see `identify_tokenizer`.
+    answers: the digest of the teacher's answers.
+    """
+    return {
+        "version": ENCODE_VERSION,
+        "versions": _versions("blockft", "pyarrow", "tokenizers", "transformers", "jinja2"),
+        "read": read_part,
+        "options": vars(options),
+        "tokenizer": tokenizer,
+        "answers": answers,
+    }
+
+
+def identify_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return everything of a tokenizer that decides how samples are encoded."""
+    return {
+        "fingerprint": tokenizer_fingerprint(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "added_tokens": {str(id): repr(token) for id, token in tokenizer.added_tokens_decoder.items()},
+        "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+    }
+
+
+def identify_model(name: str) -> Any:
+    """Return what identifies the content of a model of the Hub or a folder; None if it is unknown."""
+    folder = Path(name)
+    if folder.is_dir():
+        return _digest_paths([folder / file for file in list_files(folder)], f"data.dense_model {name}")
+    return _find_revision("model", name)
+
+
+def _digest_paths(paths: Sequence[Path], name: str) -> list[list[str]]:
+    """Return the paths of files with the digests of their contents.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    try:
+        files = digest_files(Path(), [os.path.abspath(path) for path in paths])
+    except DamagedFile as error:
+        raise UserError(f"{name} cannot be read ({error})") from error
+    return [[str(path), file.digest] for path, file in zip(paths, files.values(), strict=True)]
+
+
+def _find_revision(kind: str, name: str) -> str | None:
+    """Return the commit of a dataset or model on the Hub, or None if the Hub does not say."""
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        found = HfApi().repo_info(name, repo_type=kind, timeout=10)
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, httpx.HTTPError, OSError):
+        return None  # reading the source reports what is wrong
+    return found.sha
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    return {name: version(name) for name in packages}
