@@ -167,8 +167,8 @@ class Source(Settings):
         le=MAX_EPOCHS,
         description=(
             "How often the examples of the source occur in an epoch of training. 2.5: each example twice and "
-            "half of the examples a third time; 0.3: 30 % of the examples. The fraction is another one in "
-            "each epoch, so that all examples occur equally often. `prepare` encodes nothing again if only "
+            "half of the examples a third time; 0.3: 30 % of the examples, but at least one. The fraction "
+            "is another one in each epoch, so that all examples occur equally often. `prepare` encodes nothing again if only "
             "weights change. `eval.sources` have no weight."
         ),
     )

@@ -15,6 +15,7 @@ from blockft.data.prepared import (
     ExampleColumns,
     Examples,
     build_shard_batch,
+    find_foreign_file,
     finish_folder,
     load_prepared,
     shard_files,
@@ -162,6 +163,10 @@ def test_a_folder_of_another_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text(dump_with_digest({"version": 2}))
     with pytest.raises(UserError, match="has version 2 of the format, this blockft reads version 3"):
         load_prepared(tmp_path)
+    # prepare may replace it
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "examples.arrow").touch()
+    assert find_foreign_file(tmp_path) is None
 
 
 @pytest.mark.parametrize(
