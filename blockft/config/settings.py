@@ -168,8 +168,8 @@ class Source(Settings):
         description=(
             "How often the examples of the source occur in an epoch of training. 2.5: each example twice and "
             "half of the examples a third time; 0.3: 30 % of the examples, but at least one. The fraction "
-            "is another one in each epoch, so that all examples occur equally often. `prepare` encodes nothing again if only "
-            "weights change. `eval.sources` have no weight."
+            "is another one in each epoch, so that all examples occur equally often. `prepare` encodes "
+            "nothing again if only weights change. `eval.sources` have no weight."
         ),
     )
     retriever: Retriever = Field(
