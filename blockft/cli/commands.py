@@ -26,7 +26,7 @@ from blockft.cli.options import (
     path_argument,
     path_option,
 )
-from blockft.config.bounds import MAX_PORT, MAX_PROCESSES
+from blockft.config.bounds import MAX_PAGE_SAMPLES, MAX_PORT, MAX_PROCESSES, MAX_SEED
 from blockft.config.choices import DType, Format, Metric, Mode
 from blockft.printable import print_text
 
@@ -95,9 +95,25 @@ def prepare(
 @app.command()
 def inspect(
     folder: Annotated[Path, path_argument(help="A folder that `blockft prepare` wrote.")],
-    index: Annotated[int, typer.Option(help="Number of the example, from 0.")] = 0,
+    index: Annotated[
+        int | None, typer.Option(help="Number of the example, from 0. Default: 0; of --html: none.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the example as JSON.")] = False,
     png: Png = None,
+    html: Annotated[
+        Path | None,
+        path_option(
+            "--html",
+            metavar="FILE",
+            help="Write statistics and samples as one page into this file, which is replaced.",
+        ),
+    ] = None,
+    num_samples: Annotated[
+        int, typer.Option(min=0, max=MAX_PAGE_SAMPLES, help="With --html: number of examples.")
+    ] = 8,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="With --html: seed of the choice of examples.")
+    ] = 0,
 ) -> None:
     """Show a prepared example, its mask, and statistics of the data.
 
@@ -105,12 +121,15 @@ def inspect(
     Examples:
       blockft inspect out/data
       blockft inspect out/data --index 7 --png mask.png
+      blockft inspect out/data --html data.html --num-samples 20
     """
     from blockft.stages.inspect import inspect
 
-    inspect(folder, index=index, as_json=as_json, png=png)
+    inspect(folder, index=index, as_json=as_json, png=png, html=html, num_samples=num_samples, seed=seed)
     if png:
         print_next(f"picture: {png}")
+    if html:
+        print_next(f"page: {html}")
 
 
 @app.command()

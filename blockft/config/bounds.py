@@ -41,3 +41,6 @@ MAX_PORT = 65535
 
 MAX_FLOAT = 1e9
 """Decays and norms. A learning rate has no bound: a run stops when its loss is not finite."""
+
+MAX_PAGE_SAMPLES = 1_000
+"""Samples of the page of `inspect`."""

@@ -183,8 +183,8 @@ def _remedy(reason: str, source: Mapping[str, Any], options: Mapping[str, Any]) 
             remedies.append("retriever: bm25 in the source ranks its documents, so that they can be trimmed")
         elif options["too_long"] == "drop":
             remedies.append("data.too_long=trim leaves out the least relevant documents")
-        remedies.append("or lower data.num_documents")
-    return ", ".join(remedies)
+        remedies.append("lower data.num_documents")
+    return "; or ".join(remedies)
 
 
 def _row_len_remedy(lengths: Mapping[int, int]) -> str:

@@ -1,11 +1,13 @@
 """`blockft inspect`: show an example of a prepared folder, its mask, and the folder's statistics."""
 
 import json
+import os
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.style import Style
 from rich.table import Column, Table
 from rich.text import Text
@@ -14,12 +16,15 @@ from transformers import PreTrainedTokenizerBase
 from blockft.attention.mask import example_mask
 from blockft.console import PlainConsole
 from blockft.data.encoder import IGNORE_INDEX, Example
-from blockft.data.prepared import load_prepared
+from blockft.data.prepared import PreparedData, load_prepared
 from blockft.errors import UserError
 from blockft.model.load import load_tokenizer
-from blockft.outputs import plain_label, save_figure
+from blockft.outputs import check_writable, plain_label, save_figure, write_atomic
 from blockft.printable import print_text, printable
 from blockft.units import format_count
+
+NUM_SAMPLES = 8
+"""Number of examples of the page."""
 
 BLOCK_COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "red")
 """Terminal colours of consecutive blocks."""
@@ -31,32 +36,125 @@ MAX_NAMED_BLOCKS = 40
 """With more blocks their names would overlap in the picture; only every n-th block is named."""
 
 
-def inspect(folder: Path, index: int = 0, as_json: bool = False, png: Path | None = None) -> None:
-    """Print an example in colour or as JSON, and draw its mask.
+def inspect(
+    folder: Path,
+    index: int | None = None,
+    as_json: bool = False,
+    png: Path | None = None,
+    html: Path | None = None,
+    num_samples: int = NUM_SAMPLES,
+    seed: int = 0,
+) -> None:
+    """Print an example in colour or as JSON, draw its mask, or write a page with statistics and samples.
 
     In colour each block has its own colour, final blocks are bold and labels are underlined; the statistics
     of the folder follow.
 
+    Args:
+        index: the example that is shown; None is the first one. The page shows it before the others.
+        html: write the page to this file, and print no example in colour.
+        num_samples: number of examples of the page, chosen at random by `seed` from all sources.
+
     Raises:
-        UserError: `folder` is not a prepared folder; it has no example `index`; `png` cannot be written.
+        UserError: `folder` is not a prepared folder; it has no example `index`; a file cannot be written.
     """
+    for path in (png, html):
+        if path is not None:
+            _check_outside(path, folder)
+    if html is not None:
+        _check_page_path(html)
     prepared = load_prepared(folder)
-    if not 0 <= index < len(prepared.examples):
+    if index is not None and not 0 <= index < len(prepared.examples):
         raise UserError(
             f"{folder} has no example {index}: its examples are 0 to {len(prepared.examples) - 1}"
         )
     model = prepared.manifest["model"]
     tokenizer = load_tokenizer(model["path"], model["revision"])
-    example = prepared.examples[index]
+    example = prepared.examples[index or 0]
     if png is not None:
         save_figure(draw_mask(example), png)
+    if html is not None:
+        _write_page(html, prepared, tokenizer, index, num_samples, seed)
     if as_json:
         print_text(json.dumps(_describe(example, tokenizer), ensure_ascii=False))
-    else:
+    elif html is None:
         console = PlainConsole()
         console.print(_coloured_text(example, tokenizer), soft_wrap=True)
         console.print()
         console.print(_statistics_table(prepared.manifest))
+
+
+def _check_outside(path: Path, folder: Path) -> None:
+    """Refuse to write into a prepared folder, which can hold no other files."""
+    if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise UserError(f"{path} lies inside {folder}, which can hold no other files: write it elsewhere")
+
+
+def _check_page_path(html: Path) -> None:
+    """Check that the page can be written, and that it replaces nothing but an earlier page.
+
+    Raises:
+        UserError: it does not, or the file cannot be written.
+    """
+    check_writable(html)
+    if html.is_file():
+        with html.open("rb") as file:
+            start = file.read(64)
+        if start.strip() and not start.lstrip().lower().startswith(b"<!doctype html"):
+            raise UserError(f"{html} exists and is not an HTML page: choose another name for the page")
+
+
+def _write_page(
+    html: Path,
+    prepared: PreparedData,
+    tokenizer: PreTrainedTokenizerBase,
+    index: int | None,
+    num_samples: int,
+    seed: int,
+) -> None:
+    """Write the page of a prepared folder, atomically."""
+    from blockft.page.example_view import view_example
+    from blockft.page.render import build_page, render_page
+
+    num_chosen = num_samples - (index is not None)
+    chosen = choose_examples(prepared.examples.columns.sources, num_chosen, seed, leave_out=index)
+    indices = [*([] if index is None else [index]), *chosen]
+    paths = [source["path"] for source in prepared.manifest["sources"]]
+    views = [
+        view_example(
+            prepared.examples[i],
+            prepared.read_samples(i),
+            tokenizer,
+            index=i,
+            source=paths[prepared.examples.columns.sources[i]],
+        )
+        for i in indices
+    ]
+    parts = [f"Example {index}"] if index is not None else []
+    if chosen:
+        parts.append(f"{format_count(len(chosen), 'example')} chosen at random from all sources, seed {seed}")
+    choice = f"{', and '.join(parts) or 'No example is shown'}."
+    write_atomic(html, render_page(build_page(prepared, views, name=str(prepared.folder), choice=choice)))
+
+
+def choose_examples(
+    sources: NDArray[np.int64], num_examples: int, seed: int, leave_out: int | None = None
+) -> list[int]:
+    """Return the indices of random examples, one of each source in turn, in the order of the folder.
+
+    sources: the index of the source of each example.
+    """
+    rng = np.random.default_rng(seed)
+    candidates = np.flatnonzero(np.arange(len(sources)) != leave_out)
+    order = rng.permutation(candidates)
+    # the place of each example among those of its source
+    turns = np.empty(len(order), np.int64)
+    by_source = np.argsort(sources[order], kind="stable")
+    starts = np.unique(sources[order][by_source], return_index=True)[1]
+    lengths = np.diff([*starts, len(order)])
+    turns[by_source] = np.arange(len(order)) - np.repeat(starts, lengths)
+    chosen = order[np.argsort(turns, kind="stable")][: max(0, num_examples)]
+    return sorted(int(i) for i in chosen)
 
 
 def draw_mask(example: Example) -> Any:
