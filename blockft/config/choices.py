@@ -18,6 +18,7 @@ class Format(StrEnum):
     messages = "messages"
     alpaca = "alpaca"
     blocks = "blocks"
+    constructed = "constructed"
 
 
 class Retriever(StrEnum):

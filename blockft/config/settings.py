@@ -9,7 +9,7 @@ import re
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from blockft.config.bounds import (
@@ -117,6 +117,10 @@ PositiveCount = Annotated[int, Field(ge=1, le=MAX_COUNT), BeforeValidator(_parse
 NumTokens = Annotated[int, Field(ge=1, le=MAX_TOKENS), BeforeValidator(_parse_int)]
 NumBlocks = Annotated[int, Field(ge=1, le=MAX_BLOCKS), BeforeValidator(_parse_int)]
 NumDocuments = Annotated[int, Field(ge=0, le=MAX_BLOCKS), BeforeValidator(_parse_int)]
+# a link of a chain needs two of the relations between people, and a label a value of an attribute
+NumHops = Annotated[int, Field(ge=1, le=5), BeforeValidator(_parse_int)]
+NumLabels = Annotated[int, Field(ge=2, le=12), BeforeValidator(_parse_int)]
+PositiveDocuments = Annotated[int, Field(ge=1, le=1_000), BeforeValidator(_parse_int)]
 BatchSize = Annotated[int, Field(ge=1, le=MAX_BATCH), BeforeValidator(_parse_int)]
 NumEpochs = Annotated[int, Field(ge=1, le=MAX_EPOCHS), BeforeValidator(_parse_int)]
 NumCopies = Annotated[int, Field(ge=1, le=MAX_COPIES), BeforeValidator(_parse_int)]
@@ -143,11 +147,39 @@ class Settings(BaseModel):
     )
 
 
+class ConstructedSettings(Settings):
+    """The size of the questions of a constructed set (`format: constructed`).
+
+    Sample i of a set is always the same. `max_samples` is required, and `skip_samples` keeps training and
+    evaluation apart. `data.num_documents` does not apply.
+    """
+
+    num_documents: PositiveDocuments | None = Field(
+        default=None,
+        description=(
+            "Documents of a question, each a block. null takes 24 (`related-passages`), 300 (`many-blocks`) "
+            "or 32 (`in-context`)."
+        ),
+    )
+    num_hops: NumHops | None = Field(
+        default=None,
+        description=(
+            "Documents that an answer of `related-passages` needs. null draws 2, 3 or 4 for each question."
+        ),
+    )
+    num_labels: NumLabels = Field(default=8, description="Different labels of the shots of `in-context`.")
+
+
 class Source(Settings):
-    """One file, glob, folder or Hub dataset to read."""
+    """One file, glob, folder or Hub dataset to read, or a constructed set."""
 
     format: Format = Field(description="Format of the records.")
-    path: PathText = Field(description="A file, a glob, a folder, or the id of a dataset on the Hub.")
+    path: PathText = Field(
+        description=(
+            "A file, a glob, a folder, or the id of a dataset on the Hub. `constructed`: the name of the set "
+            "(`related-passages`, `many-blocks` or `in-context`)."
+        )
+    )
     split: Text | None = Field(
         default=None, description="Split of a Hub dataset. Required for a Hub dataset."
     )
@@ -191,6 +223,23 @@ class Source(Settings):
             "are dropped and counted. `eval` asks for gold answers only."
         ),
     )
+    constructed: ConstructedSettings = Field(
+        default_factory=ConstructedSettings,
+        description="The size of the questions of a constructed set.",
+    )
+
+    @model_validator(mode="after")
+    def _check_constructed(self) -> "Source":
+        is_constructed = self.format is Format.constructed
+        if is_constructed and self.max_samples is None:
+            raise PydanticCustomError("constructed", "a constructed set has no end: set max_samples")
+        if not is_constructed and self.constructed != ConstructedSettings():
+            raise PydanticCustomError("constructed", "constructed belongs to format: constructed")
+        if is_constructed and (self.split or self.name or self.retriever is not Retriever.none):
+            raise PydanticCustomError(
+                "constructed", "a constructed set takes neither split, name nor retriever"
+            )
+        return self
 
 
 def _check_no_weight(source: Source) -> Source:

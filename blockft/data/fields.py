@@ -290,6 +290,9 @@ FID = _questions(
     objects=dict.fromkeys(("ctxs", "positive_ctxs", "hard_negative_ctxs", "negative_ctxs"), _FID_PASSAGES),
 )
 
+CONSTRUCTED = FieldTable(read=_names("id set question answer documents type level"))
+"""The records of constructed sets, which come from no file."""
+
 
 # chats and instructions
 

@@ -44,6 +44,8 @@ class Question:
 
     `missing_evidence` says why the documents are known not to support the answer. Such a question would teach
     a model to invent answers. It is empty if they do, or if the record does not say which documents do.
+
+    `has_position` asks for the place of the evidence in the prompt as `meta.level`.
     """
 
     id: str
@@ -53,6 +55,7 @@ class Question:
     documents: tuple[Document, ...]
     pool: DocumentPool | None = None
     missing_evidence: str = ""
+    has_position: bool = False
     meta: dict[str, Any] = field(default_factory=dict)
 
 

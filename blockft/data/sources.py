@@ -9,6 +9,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from blockft.data import chat_formats, fields, qa_formats, squad
+from blockft.data.constructed import (
+    CONSTRUCTED_SETS,
+    ConstructedSize,
+    parse_constructed,
+    read_constructed,
+)
 from blockft.data.document_pool import DocumentPool
 from blockft.data.fields import MAX_UNKNOWN_FIELDS, OTHER_FIELDS, FieldTable
 from blockft.data.files import find_files, without_gzip_suffix
@@ -21,6 +27,9 @@ from blockft.errors import UserError
 from blockft.inputs import shorten
 
 T = TypeVar("T")
+
+CONSTRUCTED = "constructed"
+"""The format whose `path` is not a file but the name of a constructed set."""
 
 MAX_DROP_EXAMPLES = 3
 """Number of dropped records or samples that are listed for each reason."""
@@ -230,6 +239,17 @@ SOURCE_FORMATS = {
         parse_samples=chat_formats.parse_blocks,
         unsupported=chat_formats.unsupported_blocks,
     ),
+    CONSTRUCTED: SourceFormat(
+        description="Questions over invented documents, which blockft makes itself: "
+        + "; ".join(f"`{name}` ({each.description})" for name, each in CONSTRUCTED_SETS.items())
+        + ".",
+        blocks="documents",
+        record_shapes=(),
+        fields=fields.CONSTRUCTED,
+        recognized_by=(),
+        suffixes=(),
+        parse_question=parse_constructed,
+    ),
 }
 
 
@@ -249,6 +269,7 @@ def read_samples(
     needs_evidence: bool = True,
     retriever: str = "none",
     dense_model: str = "",
+    constructed: ConstructedSize | None = None,
 ) -> Iterator[Sample]:
     """Read the samples of a source lazily, in the order of the source.
 
@@ -257,7 +278,7 @@ def read_samples(
 
     Args:
         format: a key of `SOURCE_FORMATS`.
-        path: a file, a folder, a glob or a dataset id on the Hub.
+        path: a file, a folder, a glob or a dataset id on the Hub; the name of a constructed set.
         counts: updated with the records that are read, dropped and bad.
         prompt: turns questions into prompts. Formats of chats and samples do not use it.
         split, name, revision: the split, the configuration and the commit of a dataset on the Hub.
@@ -269,6 +290,7 @@ def read_samples(
             learned them would learn to invent answers; an evaluation may ask them.
         retriever: `bm25` or `dense` searches distractors and ranks documents; `none` does not.
         dense_model: the sentence-transformers model of the `dense` retriever.
+        constructed: the size of the questions of a constructed set.
 
     Raises:
         UserError: nothing exists at `path`, or the arguments contradict each other. While reading, unless
@@ -285,7 +307,10 @@ def read_samples(
         max_samples=max_samples,
         skip_bad=skip_bad,
         needs_evidence=needs_evidence,
+        constructed=constructed or ConstructedSize(),
     )
+    if format == CONSTRUCTED:
+        reader.selected_records(counts)  # checks the name and the sizes
     if retriever != "none":
         _check_retrieval(format, path, prompt.num_documents)
     if SOURCE_FORMATS[format].parse_samples:
@@ -295,11 +320,13 @@ def read_samples(
 
 
 def find_source_files(format: str, path: str) -> list[Path]:
-    """Return the files of a source; the list is empty for a dataset on the Hub.
+    """Return the files of a source; the list is empty for a dataset on the Hub and for a constructed set.
 
     Raises:
         UserError: nothing exists at `path`.
     """
+    if format == CONSTRUCTED:
+        return []
     return find_files(path, SOURCE_FORMATS[format].suffixes)
 
 
@@ -317,6 +344,7 @@ class _SourceReader:
     max_samples: int | None
     skip_bad: bool
     needs_evidence: bool
+    constructed: ConstructedSize
 
     def all_records(self, counts: RecordCounts) -> Iterator[PlacedRecord]:
         """Yield every record of the source; count the unknown fields of its files."""
@@ -346,6 +374,8 @@ class _SourceReader:
 
     def selected_records(self, counts: RecordCounts) -> Iterator[PlacedRecord]:
         """Yield the records from `skip_samples` on, at most `max_samples` of them."""
+        if self.format == CONSTRUCTED:
+            return islice(read_constructed(self.path, self.constructed, self.skip_samples), self.max_samples)
         stop = None if self.max_samples is None else self.skip_samples + self.max_samples
         return islice(self.all_records(counts), self.skip_samples, stop)
 
@@ -521,6 +551,9 @@ def _build_samples(
 ) -> Iterator[Sample]:
     for question in questions:
         messages, meta = prompt.build(question.question, question.documents, question.id)
+        meta |= question.meta
+        if question.has_position:
+            meta["level"] = _describe_position(meta)
         counts.samples += 1
         yield Sample(
             id=question.id,
@@ -528,5 +561,12 @@ def _build_samples(
             messages=messages,
             response=question.answers[0],
             answers=question.answers,
-            meta=meta | question.meta,
+            meta=meta,
         )
+
+
+def _describe_position(meta: Mapping[str, Any]) -> str:
+    """Return in which third of the documents the supporting ones stand, by the mean of their places."""
+    places = [meta["documents"].index(block) for block in meta["supporting"]]
+    third = int(3 * sum(places) / (len(places) * len(meta["documents"])))
+    return f"evidence in the {('first', 'middle', 'last')[third]} third"

@@ -1,6 +1,6 @@
 """Check which questions and documents of `eval.sources` are also in `data.sources`."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from blockft.config.settings import Recipe, Source
@@ -10,9 +10,6 @@ from blockft.data.sources import RecordCounts
 from blockft.errors import UserError, first_line, warn
 from blockft.stages.source_settings import read_source, take_in_turn
 from blockft.units import format_count
-
-PORTION = 1_024
-"""Number of training samples whose ids wait in memory until their hashes are compared."""
 
 
 class LeakCheck:
@@ -32,20 +29,6 @@ class LeakCheck:
     ) -> None:
         """Add hashes of samples of `data.sources[source]`; see `LeakFinder.add`."""
         self._finder.add(source, hashes, get_id, is_copy=is_copy)
-
-    def watch(self, source: int, samples: Iterable[Sample], *, is_copy: bool = False) -> Iterator[Sample]:
-        """Yield the samples of `data.sources[source]` and compare them on their way."""
-        template = self._recipe.data.prompt.question
-        ids: list[str] = []
-        hashes: list[tuple[int, int]] = []
-        for sample in samples:
-            ids.append(sample.id)
-            hashes.append(hash_sample(sample, template))
-            if len(ids) == PORTION:
-                self.add(source, to_hashes(hashes), ids.__getitem__, is_copy=is_copy)
-                ids, hashes = [], []
-            yield sample
-        self.add(source, to_hashes(hashes), ids.__getitem__, is_copy=is_copy)
 
     def warn(self) -> None:
         """Print one warning for each pair of sources that have samples in common."""

@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from blockft.config.choices import BadRecordPolicy, Retriever, TooLongPolicy
+from blockft.config.choices import BadRecordPolicy, Format, Retriever, TooLongPolicy
 from blockft.config.settings import DataSettings, Source
+from blockft.data.constructed import VERSION as CONSTRUCTED_VERSION
 from blockft.data.encode_part import EncodeOptions
 from blockft.data.sources import SOURCE_FORMATS, find_source_files
 from blockft.data.split import SPLIT_FORMATS
@@ -54,6 +55,9 @@ class SourceContent:
         self._states = self._file_states()
         self.revision: str | None = None
         self.record: Any
+        if source.format is Format.constructed:
+            self.record, self.is_known = f"constructed, version {CONSTRUCTED_VERSION}", True
+            return
         if self._files:
             self.record = _digest_paths(self._files, f"source {source.path}")
             self.is_known = True

@@ -147,7 +147,7 @@ def _formats() -> Iterator[str]:
                 f"`{name}`",
                 form.description,
                 form.blocks,
-                " or ".join(f"`{shape}`" for shape in form.record_shapes),
+                " or ".join(f"`{shape}`" for shape in form.record_shapes) or "none: no file is read",
             )
             for name, form in SOURCE_FORMATS.items()
         ),

@@ -1,10 +1,12 @@
 """Settings of sources and prompts: check them, and read the samples of a source by them."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, islice, repeat, zip_longest
 
-from blockft.config.choices import BadRecordPolicy, Order, Retriever
+from blockft.config.choices import BadRecordPolicy, Format, Order, Retriever
 from blockft.config.settings import DataSettings, MixtureSettings, PromptSettings, Source, SplittingSettings
+from blockft.data.constructed import ConstructedSize
 from blockft.data.fields import format_fields
 from blockft.data.rag_prompt import RagPrompt
 from blockft.data.sample import Sample
@@ -52,13 +54,16 @@ def check_copies(data: DataSettings) -> None:
 
 def settings_without_effect(data: DataSettings) -> list[str]:
     """Return one sentence for every changed setting that has no effect on `data.sources`."""
-    has_questions = any(SOURCE_FORMATS[source.format].parse_question for source in data.sources)
+    has_questions = any(map(_has_question, data.sources))
     splits = any(source.format in SPLIT_FORMATS for source in data.sources)
     searches = any(source.retriever is Retriever.dense for source in data.sources)
     found = []
     for key in _changed_settings(data):
         section, _, name = key.rpartition(".")
-        if section == "data.prompt" or key in ("data.num_documents", "data.order"):
+        if key == "data.num_documents":
+            has_effect = any(_has_question(source) and not _is_constructed(source) for source in data.sources)
+            reason = "all of them bring their own number of documents"
+        elif section == "data.prompt" or key == "data.order":
             has_effect, reason = has_questions, "all of them already contain their documents"
         elif section == "data.splitting":
             has_effect, reason = splits, "none of them has chats or instructions to split"
@@ -91,14 +96,24 @@ def _changed_settings(data: DataSettings) -> list[str]:
     ]
 
 
+def _has_question(source: Source) -> bool:
+    return SOURCE_FORMATS[source.format].parse_question is not None
+
+
+def _is_constructed(source: Source) -> bool:
+    return source.format is Format.constructed
+
+
 def _is_random(source: Source, data: DataSettings) -> bool:
     """Return whether the seed influences which documents a prompt of the source has, or their order."""
     if not SOURCE_FORMATS[source.format].parse_question:
         return False
     has_random_order = data.order is Order.shuffled or data.shared_context and data.order is not Order.given
     # a search replaces the random choice of distractors; but sets of shared documents start at random
-    has_random_choice = data.num_documents is not None and (
-        source.retriever is Retriever.none or data.shared_context
+    has_random_choice = (
+        data.num_documents is not None
+        and not _is_constructed(source)
+        and (source.retriever is Retriever.none or data.shared_context)
     )
     return has_random_order or has_random_choice
 
@@ -147,11 +162,14 @@ def read_source(
         UserError: the source does not exist, or settings contradict each other; during iteration: a record is
             bad.
     """
+    prompt = rag_prompt(data)
+    if _is_constructed(source):
+        prompt = replace(prompt, num_documents=None)  # its own setting says how many it has
     return read_samples(
         source.format,
         source.path,
         counts,
-        prompt=rag_prompt(data),
+        prompt=prompt,
         split=source.split,
         name=source.name,
         revision=revision,
@@ -162,6 +180,7 @@ def read_source(
         needs_evidence=needs_evidence,
         retriever=source.retriever,
         dense_model=data.dense_model,
+        constructed=ConstructedSize(**source.constructed.model_dump()),
     )
 
 

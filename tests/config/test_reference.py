@@ -37,7 +37,7 @@ def settings_models(model: type[BaseModel] = Recipe) -> set[type[BaseModel]]:
 
 def test_every_setting_has_a_description() -> None:
     models = settings_models()
-    assert len(models) == 10
+    assert len(models) == 11
     for model in models:
         assert model.__doc__
         for name, field in model.model_fields.items():
@@ -122,6 +122,7 @@ def test_the_settings_of_one_section_are_listed() -> None:
 def test_all_settings_are_listed_as_json() -> None:
     found = {setting["key"]: setting for setting in json.loads(blockft("config", "--json").stdout)}
     sections = {"model", "data", "train", "eval", "data.mixture", "data.prompt", "data.splitting"}
+    sections |= {f"{name}.sources[].constructed" for name in ("data", "eval")}
     assert set(found) == set(list_keys()) - sections
     assert found["eval.sources[].format"]["default"] == "required"
     assert found["data.order"]["allowed"] == "ascending, descending, shuffled, given"

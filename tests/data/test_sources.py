@@ -12,7 +12,7 @@ import pytest
 from blockft.config.choices import Format
 from blockft.data.rag_prompt import RagPrompt
 from blockft.data.sample import NO_EVIDENCE, Sample, sample_to_record
-from blockft.data.sources import SOURCE_FORMATS, RecordCounts, read_samples
+from blockft.data.sources import CONSTRUCTED, SOURCE_FORMATS, RecordCounts, read_samples
 from blockft.errors import UserError
 from tests.data.test_qa_formats import MUSIQUE
 from tests.data.test_squad import article, rows
@@ -61,10 +61,10 @@ def test_questions_become_samples(tmp_path: Path) -> None:
 
 def test_every_format_is_described_and_parses_either_questions_or_samples() -> None:
     assert set(SOURCE_FORMATS) == set(Format)
-    for source_format in SOURCE_FORMATS.values():
+    for name, source_format in SOURCE_FORMATS.items():
         assert (source_format.parse_question is None) != (source_format.parse_samples is None)
         assert source_format.description.endswith(".") and ". " not in source_format.description
-        assert source_format.blocks and source_format.record_shapes
+        assert source_format.blocks and bool(source_format.record_shapes) == (name != CONSTRUCTED)
         assert all(shape.startswith("{") and shape.endswith("}") for shape in source_format.record_shapes)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import pytest
 
+from blockft.config.choices import Format
 from blockft.config.recipe import list_recipes, load_recipe
 from blockft.config.settings import Source
 from blockft.data.prepared import load_prepared
@@ -136,7 +137,9 @@ def test_a_shipped_recipe_prepares_and_reads_its_questions(
     recipe = load_recipe(name, [f"model.path={toy_model}", "data.num_workers=1"])
     assert recipe.eval
     for source in (*recipe.data.sources, *recipe.eval.sources):
-        if source.split is None:
+        if source.format is Format.constructed:
+            source.max_samples = NUM_RECORDS
+        elif source.split is None:
             write_local(source)
     manifest = load_prepared(prepare(recipe)).manifest
     assert [source["read"] for source in manifest["sources"]] == [NUM_RECORDS] * len(recipe.data.sources)
