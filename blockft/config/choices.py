@@ -88,6 +88,13 @@ class TooLongPolicy(StrEnum):
     trim = "trim"
 
 
+class UnsplitPolicy(StrEnum):
+    """Treatment of a chat or an instruction that does not split into blocks."""
+
+    keep = "keep"
+    drop = "drop"
+
+
 class AttentionBackend(StrEnum):
     """Attention backend; `auto` is `flex` on a GPU and `sdpa` elsewhere."""
 

@@ -38,6 +38,7 @@ from blockft.config.choices import (
     Retriever,
     Role,
     TooLongPolicy,
+    UnsplitPolicy,
     WeightInit,
 )
 from blockft.inputs import path_problem
@@ -421,6 +422,13 @@ class SplittingSettings(Settings):
     )
     min_block_tokens: NumTokens = Field(
         default=8, description="Smallest number of tokens of a block that results from splitting a message."
+    )
+    unsplit: UnsplitPolicy = Field(
+        default=UnsplitPolicy.keep,
+        description=(
+            "What happens to a sample whose prompt does not split. `keep` trains it in full mode. `drop` "
+            "leaves it out and counts it; the paper trains only on the part of Tulu 3 that splits."
+        ),
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from blockft.data.chat_formats import NOT_LEARNED
-from blockft.data.fit import TOO_LONG, UNRANKED
+from blockft.data.fit import TOO_LONG, UNRANKED, UNSPLIT
 from blockft.data.packing import PackedRows, plan_rows
 from blockft.data.qa_formats import NO_ANSWER, NO_POSITIVE, PART_OF_EVIDENCE
 from blockft.data.sample import NO_EVIDENCE
@@ -42,6 +42,7 @@ _REMEDIES = {
     OTHER_DOCUMENT: "lower data.num_documents, or set data.shared_context=false",
     NO_ANSWER: "questions without an answer are not trained; remove them from the file to lose this warning",
     NOT_LEARNED: "give an answer of the assistant a weight that is not 0",
+    UNSPLIT: "data.splitting.unsplit=keep trains them in full mode",
     "no response": "write a response into the samples; answers alone are for evaluation",
     "bad record": "correct the records, which bad_records in the manifest lists",
 }
@@ -148,8 +149,8 @@ class Drop:
 
     @property
     def is_large(self) -> bool:
-        """Whether so many were dropped that something should be changed."""
-        return self.share > MAX_DROPPED
+        """Whether so many were dropped that something should be changed. Some drops are what was asked."""
+        return self.share > MAX_DROPPED and self.reason != UNSPLIT
 
     def __str__(self) -> str:
         return (

@@ -40,6 +40,7 @@ class EncodeOptions:
     trim: a sample that is too long loses its least relevant documents; otherwise it is dropped.
     skip_bad: drop a sample that the template or the tokenizer changes, instead of raising.
     splitting: (max_blocks, min_block_tokens) for formats that mark no blocks.
+    drop_unsplit: drop samples whose prompt is one block after splitting.
     shared_context: merge questions about the same documents, at most `max_questions` of them.
     question_template: the wording of questions, which the check of leaks ignores.
     """
@@ -48,6 +49,7 @@ class EncodeOptions:
     trim: bool
     skip_bad: bool
     splitting: tuple[int, int] | None
+    drop_unsplit: bool
     shared_context: bool
     max_questions: int | None
     question_template: str
@@ -161,6 +163,7 @@ def _encode(samples: Sequence[Sample], encoder: Encoder, options: EncodeOptions)
             trim=options.trim,
             skip_bad=options.skip_bad,
             split=split,
+            drop_unsplit=options.drop_unsplit,
         )
 
 

@@ -12,6 +12,9 @@ TOO_LONG = "too long"
 UNRANKED = "too long, documents without relevance"
 """Reasons for dropping a sample that is longer than a row. Documents without a relevance are not trimmed."""
 
+UNSPLIT = "does not split into blocks"
+"""The reason for dropping a sample whose prompt is one block, if only samples of several are wanted."""
+
 
 class PromptTooLong(UserError):
     """A prompt and its answer do not fit into the model's positions; other prompts may fit."""
@@ -22,7 +25,7 @@ class EncodedSample:
     """A sample after splitting and trimming, with its example, or with the reason why it was dropped.
 
     A sample that is too long has the example of the last attempt to trim it. A sample that the chat template
-    or the tokenizer changes (`is_mismatch`) has no example.
+    or the tokenizer changes (`is_mismatch`), or that does not split, has no example.
     """
 
     sample: Sample
@@ -39,6 +42,7 @@ def encode_samples(
     trim: bool,
     skip_bad: bool = False,
     split: Callable[[Sample], Sample] | None = None,
+    drop_unsplit: bool = False,
 ) -> list[EncodedSample]:
     """Encode samples to train on, one `EncodedSample` per sample, in order.
 
@@ -47,12 +51,13 @@ def encode_samples(
         trim: a sample that is too long loses its least relevant documents; otherwise it is dropped.
         skip_bad: drop a sample that the template or the tokenizer changes, instead of raising.
         split: splits the prompt of a sample into blocks, for formats that mark none.
+        drop_unsplit: drop a sample whose prompt is one block after splitting.
 
     Raises:
         TemplateMismatch: the template or the tokenizer changes a text; the message names the sample.
     """
     trainable = [sample for sample in samples if sample.response.strip()]
-    encoded = iter(_encode_each(trainable, encoder, split))
+    encoded = iter(_encode_each(trainable, encoder, split, drop_unsplit))
     return [
         _fit_sample(*next(encoded), encoder, row_len, trim, skip_bad)
         if sample.response.strip()
@@ -112,22 +117,33 @@ def trim_document(sample: Sample, *, keep_evidence: bool = False) -> Sample | No
 
 
 def _encode_each(
-    samples: Sequence[Sample], encoder: Encoder, split: Callable[[Sample], Sample] | None = None
-) -> list[tuple[Sample, Example | TemplateMismatch]]:
-    """Return each sample after splitting, with its example, or with the error if it cannot be encoded."""
+    samples: Sequence[Sample],
+    encoder: Encoder,
+    split: Callable[[Sample], Sample] | None = None,
+    drop_unsplit: bool = False,
+) -> list[tuple[Sample, Example | TemplateMismatch | None]]:
+    """Return each sample after splitting, with its example, or with the error if it cannot be encoded.
+
+    A sample that is dropped because it does not split has neither.
+    """
     try:
         split_samples = [split(sample) for sample in samples] if split else samples
-        return [*zip(split_samples, encoder.encode(split_samples), strict=True)]
+        kept = [sample for sample in split_samples if not drop_unsplit or len(sample.blocks) > 1]
+        examples = iter(encoder.encode(kept))
+        return [
+            (sample, None if drop_unsplit and len(sample.blocks) == 1 else next(examples))
+            for sample in split_samples
+        ]
     except TemplateMismatch as error:
         # the batch fails as a whole: encode its samples one by one to find the one that fails
         if len(samples) == 1:
             return [(samples[0], error)]
-        return [pair for sample in samples for pair in _encode_each([sample], encoder, split)]
+        return [pair for sample in samples for pair in _encode_each([sample], encoder, split, drop_unsplit)]
 
 
 def _fit_sample(
     sample: Sample,
-    example: Example | TemplateMismatch,
+    example: Example | TemplateMismatch | None,
     encoder: Encoder,
     row_len: int,
     trim: bool,
@@ -141,6 +157,8 @@ def _fit_sample(
         ((sample, example),) = _encode_each([trimmed], encoder)
     if isinstance(example, Example):
         return EncodedSample(sample, example)
+    if example is None:
+        return EncodedSample(sample, None, UNSPLIT)
     if not skip_bad:
         prefix = f"sample {sample.id} of {sample.source}: "
         message = f"{prefix}{str(example).removeprefix(prefix)} {SKIP_REMEDY}"

@@ -92,10 +92,11 @@ class LeakCheck:
         ids, _ = self._evaluation[leak.evaluation_source]
         evaluation, training = self._sources[leak.evaluation_source], leak.training_source
         examples = ", ".join(f"{ours} and {theirs}" for ours, theirs in leak.examples)
+        counts = {"question": leak.num_questions, "set of documents": leak.num_documents}
+        shared = " and ".join(f"the {name} of {count:,}" for name, count in counts.items() if count)
         return (
             f"data.sources.{training} ({self._recipe.data.sources[training].path}) has samples of "
-            f"eval.sources.{leak.evaluation_source} ({evaluation.path}): the question of "
-            f"{leak.num_questions:,} and the set of documents of {leak.num_documents:,} of its {len(ids):,} "
+            f"eval.sources.{leak.evaluation_source} ({evaluation.path}): {shared} of its {len(ids):,} "
             f"questions (ids in evaluation and training: {examples}): scores may be too high; take other "
             "samples with split, skip_samples or max_samples"
         )

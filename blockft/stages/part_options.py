@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from blockft.config.choices import BadRecordPolicy, Format, Retriever, TooLongPolicy
+from blockft.config.choices import BadRecordPolicy, Format, Retriever, TooLongPolicy, UnsplitPolicy
 from blockft.config.settings import DataSettings, Source
 from blockft.data.constructed import VERSION as CONSTRUCTED_VERSION
 from blockft.data.encode_part import EncodeOptions
@@ -116,14 +116,13 @@ def read_options(
 
 def encode_options(source: Source, data: DataSettings) -> EncodeOptions:
     """Return how the samples of a source are encoded."""
-    splitting = data.splitting
+    splitting, splits = data.splitting, source.format in SPLIT_FORMATS
     return EncodeOptions(
         row_len=data.row_len,
         trim=data.too_long is TooLongPolicy.trim,
         skip_bad=data.on_bad_record is BadRecordPolicy.skip,
-        splitting=(splitting.max_blocks, splitting.min_block_tokens)
-        if source.format in SPLIT_FORMATS
-        else None,
+        splitting=(splitting.max_blocks, splitting.min_block_tokens) if splits else None,
+        drop_unsplit=splits and splitting.unsplit is UnsplitPolicy.drop,
         shared_context=data.shared_context,
         max_questions=data.max_questions_per_context,
         question_template=data.prompt.question,

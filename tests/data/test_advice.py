@@ -16,7 +16,7 @@ from blockft.data.advice import (
     list_warnings,
     try_row_lengths,
 )
-from blockft.data.fit import TOO_LONG, UNRANKED
+from blockft.data.fit import TOO_LONG, UNRANKED, UNSPLIT
 from blockft.data.packing import plan_rows
 
 
@@ -93,3 +93,8 @@ def test_every_format_and_reason_has_a_remedy() -> None:
         for reason in ("no supporting document", TOO_LONG, "response changed by the chat template", "other"):
             (drop,) = list_drops(manifest({reason: 9}, format=format.value, too_long_lengths={"512": 9}))
             assert drop.remedy and "\n" not in str(drop)
+
+
+def test_drops_that_were_asked_for_give_no_warning() -> None:
+    (drop,) = list_drops(manifest({UNSPLIT: 90}))
+    assert not drop.is_large and "data.splitting.unsplit=keep" in drop.remedy

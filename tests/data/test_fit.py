@@ -1,14 +1,17 @@
 """Which documents a sample or prompt loses when it is too long."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockft.data.fit import trim_document
-from blockft.data.sample import Sample
-from tests.data.toys import rag_sample
+from blockft.data.encoder import Encoder
+from blockft.data.fit import UNSPLIT, encode_samples, trim_document
+from blockft.data.sample import Message, Sample
+from blockft.data.split import split_sample
+from tests.data.toys import rag_sample, toy_tokenizer
 
 
 def trim_all(sample: Sample, *, keep_evidence: bool = False) -> list[str]:
@@ -89,3 +92,20 @@ def test_training_data_and_prompts_lose_the_same_documents_in_the_same_order(
     sample = ranked(relevance, tuple(sorted(supporting)))
     prompts, training = trim_all(sample), trim_all(sample, keep_evidence=True)
     assert training == prompts[: len(training)]
+
+
+def test_samples_of_one_block_are_dropped_if_only_those_that_split_are_wanted() -> None:
+    encoder = Encoder(toy_tokenizer())
+    texts = ["One.\n\nTwo.", "One.", "One.\n\nTwo.\n\nThree.", "Two."]
+    samples = [
+        Sample(id=text, source="toy", messages=(Message(role="user", content=(text,)),), response="x")
+        for text in texts
+    ]
+    split = partial(split_sample, count_tokens=encoder.count_tokens, max_blocks=9, min_block_tokens=1)
+    kept = encode_samples(samples, encoder, 99, trim=False, split=split)
+    found = encode_samples(samples, encoder, 99, trim=False, split=split, drop_unsplit=True)
+    assert [each.drop_reason for each in found] == ["", UNSPLIT, "", UNSPLIT]
+    for one, other in zip(kept, found, strict=True):
+        assert one.sample == other.sample and one.drop_reason == ""
+        if other.example:
+            assert one.example and list(one.example.input_ids) == list(other.example.input_ids)

@@ -6,7 +6,9 @@ same loader on a local file.
 
 import json
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -19,6 +21,8 @@ from blockft.data.prepared import load_prepared
 from blockft.stages.evaluate import read_questions
 from blockft.stages.prepare import prepare
 from tests.commands import ROOT
+from tests.data.test_retrieval import Letters
+from tests.endpoint import Reply, completion, endpoint
 
 NUM_RECORDS = 12
 
@@ -141,7 +145,11 @@ def test_a_shipped_recipe_prepares_and_reads_its_questions(
             source.max_samples = NUM_RECORDS
         elif source.split is None:
             write_local(source)
-    manifest = load_prepared(prepare(recipe)).manifest
+    monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=Letters))
+    with endpoint(lambda text, before: Reply(body=completion("An answer."))) as server:
+        if recipe.data.teacher:
+            recipe.data.teacher.base_url = server.base_url
+        manifest = load_prepared(prepare(recipe)).manifest
     assert [source["read"] for source in manifest["sources"]] == [NUM_RECORDS] * len(recipe.data.sources)
     assert all(source["kept"] == NUM_RECORDS for source in manifest["sources"])
     questions, dropped = read_questions(recipe)
