@@ -65,7 +65,7 @@ class Server:
     """
 
     base_url: str
-    respond: Respond
+    respond: Callable[[Any, int], Reply]
     asked: Counter[str] = field(default_factory=Counter)
     requests: list[tuple[dict[str, str], Any]] = field(default_factory=list)
     most_at_once: int = 0
@@ -74,8 +74,11 @@ class Server:
 
 
 @contextmanager
-def endpoint(respond: Respond) -> Iterator[Server]:
-    """Run a server in threads of this process."""
+def endpoint(respond: Callable[[Any, int], Reply], *, takes_body: bool = False) -> Iterator[Server]:
+    """Run a server in threads of this process.
+
+    takes_body: `respond` takes the whole body of a request instead of the question's text.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -90,7 +93,7 @@ def endpoint(respond: Respond) -> Iterator[Server]:
                 server.num_open += 1
                 server.most_at_once = max(server.most_at_once, server.num_open)
             try:
-                self._send(server.respond(text, before))
+                self._send(server.respond(body if takes_body else text, before))
             except OSError:
                 pass  # the client has gone
             finally:

@@ -16,6 +16,7 @@ from blockft.data.qa_formats import NO_ANSWER, NO_POSITIVE, PART_OF_EVIDENCE
 from blockft.data.sample import NO_EVIDENCE
 from blockft.data.sources import SOURCE_FORMATS
 from blockft.data.squad import NO_SPAN, OTHER_DOCUMENT
+from blockft.data.teacher_response import REMEDIES as TEACHER_REMEDIES
 
 MIN_FILL = 0.9
 """Rows that are filled less give a warning."""
@@ -45,6 +46,7 @@ _REMEDIES = {
     UNSPLIT: "data.splitting.unsplit=keep trains them in full mode",
     "no response": "write a response into the samples; answers alone are for evaluation",
     "bad record": "correct the records, which bad_records in the manifest lists",
+    **TEACHER_REMEDIES,
 }
 
 _TEMPLATE_REMEDY = "data.on_bad_record=error stops at the first one and says what to change"

@@ -150,7 +150,8 @@ def ask_teacher(recipe: Recipe, read: Read) -> TeacherResponses:
     path = answers_path(data)
     with lock_folder(path, "blockft prepare"), _open_teacher(recipe) as teacher:
         file = AnswersFile(path)
-        sources = {i: _collect_questions(i, data, read, teacher.identity) for i in taught}
+        with progress("read questions", unit="sample") as advance:
+            sources = {i: _collect_questions(i, data, read, teacher.identity, advance) for i in taught}
         failures: dict[str, str] = {}
         missing = {key for questions in sources.values() for key in questions.keys} - file.answers.keys()
         if missing:
@@ -226,7 +227,7 @@ def _resume_remark(file: AnswersFile) -> str:
 
 
 def _collect_questions(
-    index: int, data: DataSettings, read: Read, identity: Mapping[str, Any]
+    index: int, data: DataSettings, read: Read, identity: Mapping[str, Any], advance: Callable[[], None]
 ) -> SourceQuestions:
     """Read a source and return the keys of its questions.
 
@@ -240,6 +241,7 @@ def _collect_questions(
         teacher_keys={} if _has_own_wording(source, data) else None,
     )
     for sample, asked in _read_pairs(source, index, data, read):
+        advance()
         if sample.templated:
             if data.on_bad_record is BadRecordPolicy.skip:
                 continue

@@ -70,11 +70,30 @@ def long_training(toy: Path, run: Path) -> list[str | Path]:
     return train_command(toy, run, *TRAINING)
 
 
+def teacher_command(toy: Path, out: Path) -> list[str | Path]:
+    """Prepare two sources, the first with the answers of a local teacher."""
+    source = f"format: samples, path: {toy}/train.jsonl"
+    settings = ("batch_size: 4", "max_new_tokens: 2", "temperature: 1")
+    return [
+        "prepare",
+        toy / "recipe.yaml",
+        f"data.output_dir={out}",
+        f"data.sources=[{{{source}, response: teacher}}, {{{source}}}]",
+        f"data.teacher={{model: {toy}/model, {', '.join(settings)}}}",
+    ]
+
+
+def read_taught(out: Path) -> dict[str, bytes]:
+    """Return the files of a prepared folder, and the answers of its teacher."""
+    return read_files(out) | {"answers": out.with_name(f"{out.name}.answers.jsonl").read_bytes()}
+
+
 VERBS = {
     "prepare": Verb(
         lambda toy, out: ["prepare", toy / "recipe.yaml", f"data.output_dir={out}", "data.num_workers=2"],
         read_files,
     ),
+    "prepare-teacher": Verb(teacher_command, read_taught),
     "train": Verb(long_training, read_run, resumes=True),
     "train-2-ranks": Verb(long_training, read_run, num_ranks=2, resumes=True),
     "export": Verb(lambda toy, out: ["export", toy / "run", out], read_files),
@@ -126,7 +145,7 @@ def kill_and_repeat(name: str, toy: Path, out: Path, delay_s: float, rng: random
     time.sleep(delay_s)
     rng.choice(ranks.processes).kill()  # the other ranks end by themselves, or are killed
     ranks.wait_or_kill(rng.random())
-    if verb.outcome in (read_files, read_report) and out.exists():
+    if verb.outcome in (read_files, read_report, read_taught) and out.exists():
         return verb.read(out, CompletedProcess([], 0, "", ""))  # it was killed after its work was done
     done = run_ranks(*verb.arguments(toy, out), num_ranks=verb.num_ranks)
     assert done.returncode == 0, done.stderr

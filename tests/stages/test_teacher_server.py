@@ -1,0 +1,181 @@
+"""A real model answers 200 questions, locally and behind a real server; `prepare` is killed three times."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.commands import free_port
+from tests.endpoint import Reply, completion, endpoint, error
+from tests.stages.test_prepare import files
+
+NUM_KILLS = 3
+CONCURRENCY = 3
+TIMEOUT_S = 600
+
+TWO_THREADS = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
+"""Environment of the processes that hold the model, one of which runs at a time."""
+
+FAULTS = (
+    Reply(status=429, body=error("slow down"), headers={"Retry-After": "0.2"}),
+    Reply(status=500, body=error("broken")),
+    Reply(body=json.dumps(completion("cut")).encode()[:50], declared=500),
+    Reply(body=b"<html>busy</html>"),
+    Reply(body=completion("x") | {"choices": []}),
+)
+"""What a server sends now and then. A fault that is a long wait is in the quick tests."""
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct."""
+    folder = Path(os.environ.get("BLOCKFT_SMOLLM2", "../shared/smollm2"))
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"SmolLM2-135M-Instruct is not in {folder} (set BLOCKFT_SMOLLM2)")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe with 100 questions over a passage and 100 instructions."""
+    data = Path(os.environ.get("BLOCKFT_REAL_DATA", "../shared/data"))
+    if not (data / "alpaca_en_demo.json").exists():
+        pytest.skip(f"the real data are not in {data} (set BLOCKFT_REAL_DATA)")
+    path = tmp_path_factory.mktemp("teacher") / "recipe.yaml"
+    path.write_text(
+        f"# a teacher\n"
+        f"model: {{path: {smollm2}}}\n"
+        f"data:\n"
+        f"  output_dir: set\n"
+        f"  num_workers: 2\n"
+        f"  sources:\n"
+        f"    - {{format: fid, path: {data}/nq_open_oracle_dev.jsonl, max_samples: 100, response: teacher}}\n"
+        f"    - {{format: alpaca, path: {data}/alpaca_en_demo.json, max_samples: 100, response: teacher}}\n"
+        f"  teacher: {{model: {smollm2}, max_new_tokens: 10, batch_size: 8}}\n"
+        f"train: {{output_dir: run}}\n"
+    )
+    return path
+
+
+@contextmanager
+def real_server(model: Path) -> Iterator[str]:
+    """Run `transformers serve`, which the package transformers ships; yields its address."""
+    port = free_port()
+    command = ["transformers.cli.transformers", "serve", str(model), "--host", "127.0.0.1", "--device", "cpu"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", *command, "--port", str(port), "--dtype", "float32"],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"} | TWO_THREADS,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(TIMEOUT_S):
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
+                    break
+            except OSError:
+                assert server.poll() is None, "the server has ended"
+                time.sleep(1)
+        yield f"http://127.0.0.1:{port}/v1/chat/completions"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def start(recipe: Path, out: Path, *settings: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "blockft", "prepare", str(recipe), f"data.output_dir={out}", *settings]
+    environment = os.environ | TWO_THREADS
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def count_answers(out: Path) -> int:
+    path = out.with_name(f"{out.name}.answers.jsonl")
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def finish(recipe: Path, out: Path, *settings: str) -> int:
+    """Run prepare to its end, and return the number of answers that it asked for."""
+    done = start(recipe, out, *settings)
+    _, stderr = done.communicate(timeout=TIMEOUT_S)
+    assert done.returncode == 0, stderr
+    assert count_answers(out) == 200
+    (number,) = re.findall(r"teacher: (\d+) new answers?", stderr)
+    return int(number)
+
+
+def kill_and_finish(recipe: Path, out: Path, *settings: str) -> int:
+    """Kill prepare at three moments, then run it to its end; return the answers asked for in the last run."""
+    for number in range(1, NUM_KILLS + 1):
+        process = start(recipe, out, *settings)
+        deadline = time.monotonic() + TIMEOUT_S
+        while count_answers(out) < 50 * number and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert process.poll() is None, process.communicate()[1]
+        process.kill()
+        process.communicate()
+    assert 150 <= count_answers(out) < 200 and not out.exists()
+    return finish(recipe, out, *settings)
+
+
+def outcome(out: Path) -> Any:
+    """Return all files of the prepared folder, and the answers."""
+    return files(out), out.with_name(f"{out.name}.answers.jsonl").read_bytes()
+
+
+@pytest.mark.slow  # a model answers 400 questions on a CPU: two minutes
+@pytest.mark.real_data
+def test_a_local_teacher_that_is_killed_three_times_gives_the_same_bytes(
+    recipe: Path, tmp_path: Path
+) -> None:
+    assert finish(recipe, tmp_path / "undisturbed") == 200
+    before = kill_and_finish(recipe, tmp_path / "killed")
+    assert 0 < before <= 50, "no answered question is asked again"
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "undisturbed")
+
+
+@pytest.mark.slow  # a server answers 400 questions on a CPU: three minutes
+@pytest.mark.real_data
+def test_a_real_server_with_faults_and_kills_gives_the_same_bytes(
+    recipe: Path, smollm2: Path, tmp_path: Path
+) -> None:
+    answered = Counter[str]()
+    with real_server(smollm2) as address:
+
+        def forward(body: Any, before: int) -> Reply:
+            request = urllib.request.Request(
+                address, json.dumps(body).encode(), {"Content-Type": "application/json"}
+            )
+            with urllib.request.urlopen(request) as response:
+                answer = response.read()
+            answered[body["messages"][-1]["content"]] += 1
+            return Reply(body=answer)
+
+        def with_faults(body: Any, before: int) -> Reply:
+            number = len(json.dumps(body))  # the same fault for the same question
+            if number % 4 == 0 and before < 2:
+                return FAULTS[(number // 4 + before) % len(FAULTS)]
+            return forward(body, before)
+
+        options = (f"data.teacher.concurrency={CONCURRENCY}", "data.teacher.timeout_s=120")
+        with endpoint(forward, takes_body=True) as server:
+            settings = (*options, f"data.teacher.base_url={server.base_url}")
+            assert finish(recipe, tmp_path / "undisturbed", *settings) == 200
+            assert server.asked.total() == 200
+        answered.clear()
+        with endpoint(with_faults, takes_body=True) as server:
+            settings = (*options, f"data.teacher.base_url={server.base_url}")
+            kill_and_finish(recipe, tmp_path / "killed", *settings)
+            # only the answers that were being written when the process was killed are asked for again
+            assert 200 <= answered.total() <= 200 + NUM_KILLS * CONCURRENCY
+            assert server.asked.total() > answered.total() + 50, "faults were sent"
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "undisturbed")
