@@ -62,7 +62,7 @@ def settings_without_effect(data: DataSettings) -> list[str]:
         section, _, name = key.rpartition(".")
         if key == "data.num_documents":
             has_effect = any(_has_question(source) and not _is_constructed(source) for source in data.sources)
-            reason = "all of them bring their own number of documents"
+            reason = "all of them already contain their documents"
         elif section == "data.prompt" or key == "data.order":
             has_effect, reason = has_questions, "all of them already contain their documents"
         elif section == "data.splitting":
