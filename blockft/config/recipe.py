@@ -43,7 +43,7 @@ _OVERRIDE_KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w][\w-]*|\[\d{1,9}\])*", re.ASC
 """The key of an override, as in `data.sources.0.path` or `data.sources[0].path`."""
 
 
-_SECRET_KEY = re.compile(r"(key|key_env|token|secret|password|base_url)$", re.IGNORECASE)
+_SECRET_KEY = re.compile(r"(key|key_env|token|secret|password|base_url)['\"]?\s*[=:]", re.IGNORECASE)
 """Overrides whose values no message repeats: a user may put a key there by mistake."""
 
 
@@ -326,8 +326,8 @@ def _origin(key: str, overrides: Sequence[str], origin: str) -> str:
 
 def _show_override(override: str) -> str:
     """Return an override for a message, without a value that may be a key or hold a password."""
-    key, equals, _ = override.partition("=")
-    return f"{shorten(key)}=***" if equals and _SECRET_KEY.search(key) else shorten(override)
+    is_secret = _SECRET_KEY.search(override) is not None
+    return f"{shorten(override.partition('=')[0])}=***" if is_secret else shorten(override)
 
 
 def _parts(key: str) -> list[str]:

@@ -103,6 +103,8 @@ def _check_url(value: str) -> str:
         raise PydanticCustomError("secret", "is not an address such as http://localhost:8000/v1") from error
     if url.scheme not in ("http", "https") or not url.hostname or port == 0 or re.search(r"\s", value):
         raise PydanticCustomError("secret", "is not an address such as http://localhost:8000/v1")
+    if url.path.rstrip("/").endswith("/completions"):
+        raise PydanticCustomError("secret", "is the address of one function: leave out /chat/completions")
     if url.username is not None or url.password is not None or url.query or url.fragment:
         raise PydanticCustomError(
             "secret",
@@ -220,8 +222,8 @@ class Source(Settings):
             "The text to learn. `gold`: the answer of the source. `teacher`: the answer of `data.teacher` to "
             "the same prompt, and in a chat to its last turn. `teacher_with_gold`: the same, but a sample is "
             "dropped if its teacher answer contains none of its gold answers (substring match, as in the "
-            "paper). Gold answers stay in the field `answers`. Answers that are empty, cut off or refused "
-            "are dropped and counted. `eval` asks for gold answers only."
+            "paper). Gold answers stay in the field `answers`. Answers that are empty, cut off or refused, "
+            "or that contain their reasoning, are dropped and counted. `eval` asks for gold answers only."
         ),
     )
     constructed: ConstructedSettings = Field(

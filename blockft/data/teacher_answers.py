@@ -39,13 +39,17 @@ class Finish(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What a teacher is asked: the messages, whose content is the blocks of the prompt, and their key.
+    """What a teacher is asked.
 
-    `sample` names the first sample with this question, for messages to the user.
+    key: see `question_key`.
+    messages: the prompt with its blocks.
+    documents: the indices of the blocks that are documents.
+    sample: names the first sample with this question, for messages to the user.
     """
 
     key: str
     messages: tuple[Message, ...]
+    documents: tuple[int, ...] = ()
     sample: str = ""
 
 

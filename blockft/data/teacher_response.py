@@ -9,6 +9,7 @@ from blockft.data.teacher_answers import Finish, TeacherAnswer
 NO_GOLD = "teacher answer without a gold answer"
 NO_ANSWER = "teacher finds no answer in the documents"
 EMPTY = "teacher answer is empty"
+REASONING = "teacher answer contains its reasoning"
 FAILED = "teacher has not answered"
 TEMPLATED = "prompt already contains a chat template"
 
@@ -24,6 +25,10 @@ REMEDIES = {
     NO_GOLD: "use a stronger teacher, or response: teacher",
     NO_ANSWER: "give the prompts more documents (data.num_documents, retriever), or use a stronger teacher",
     EMPTY: "change data.teacher.prompt, or use a stronger teacher",
+    REASONING: (
+        "turn it off (for many models with data.teacher.extra_body={chat_template_kwargs: {enable_thinking: "
+        "false}}), or let the server separate it"
+    ),
     FAILED: "run prepare again, with a higher data.teacher.max_retries or timeout_s",
     TEMPLATED: "set the response of this source to gold",
     FINISH_REASONS[Finish.length]: "raise data.teacher.max_new_tokens, or ask for shorter answers",
@@ -84,6 +89,8 @@ def teacher_response(sample: Sample, answer: TeacherAnswer | None, check: Suppor
     response = answer.answer.strip()
     if not response:
         return Dropped(EMPTY)
+    if "</think>" in response or response.startswith("<think>"):
+        return Dropped(REASONING, response)
     if check.no_answer and sample.documents and check.contains_words(response, [check.no_answer]):
         return Dropped(NO_ANSWER, response)
     golds = sample.answers or [sample.response]

@@ -63,7 +63,13 @@ def ask_engine(
     prompts: dict[str, list[list[int]]] = {}
     answers = []
     for question in batch:
-        prompt = Sample(id=question.sample, source="teacher", messages=question.messages, response="")
+        prompt = Sample(
+            id=question.sample,
+            source="teacher",
+            messages=question.messages,
+            response="",
+            meta={"documents": list(question.documents)},
+        )
         try:
             prompts[question.key] = engine.encode(prompt, max_new_tokens)
         except PromptTooLong:

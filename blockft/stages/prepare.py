@@ -169,8 +169,11 @@ def print_summary(recipe: Recipe) -> None:
 
 def _inputs(recipe: Recipe) -> dict[str, str]:
     """Return the paths that are read, by the setting that names them."""
-    sources = {f"data.sources.{index}.path": source.path for index, source in enumerate(recipe.data.sources)}
-    return {"model.path": recipe.model.path} | sources
+    inputs = {"model.path": recipe.model.path}
+    inputs |= {f"data.sources.{index}.path": source.path for index, source in enumerate(recipe.data.sources)}
+    if (teacher := recipe.data.teacher) and teacher.base_url is None:
+        inputs["data.teacher.model"] = teacher.model
+    return inputs
 
 
 def _check_output(out: Path, overwrite: bool) -> None:

@@ -269,7 +269,8 @@ def _all_questions(
             key = question_key(messages, identity)
             if key not in seen:
                 seen.add(key)
-                yield Question(key=key, messages=messages, sample=f"{asked.id} of {asked.source}")
+                name = f"{asked.id} of {asked.source}"
+                yield Question(key=key, messages=messages, documents=asked.documents, sample=name)
 
 
 def _read_pairs(

@@ -12,6 +12,7 @@ from blockft.data.teacher_endpoint import Endpoint, request_body
 from blockft.data.teacher_response import SupportCheck
 from blockft.errors import UserError
 from blockft.evaluation.metrics import normalize, substring_match, word_match
+from blockft.stages.output_folder import check_output_place
 
 _ENDPOINT_SETTINGS = (
     "api_key_env",
@@ -128,12 +129,16 @@ def answers_path(data: DataSettings) -> Path:
     """Return the file of the teacher's answers.
 
     Raises:
-        UserError: the file would lie in the prepared folder, or be one of the sources.
+        UserError: the file would lie in the prepared folder or in another folder of blockft, or be one of the
+            sources.
     """
     assert data.teacher
     given, out = data.teacher.answers_file, Path(data.output_dir)
-    path = Path(given) if given is not None else out.with_name(f"{out.name}.answers.jsonl")
-    target, folder = Path(os.path.realpath(path)), Path(os.path.realpath(out))
+    folder = Path(os.path.realpath(out))
+    # the name of a path such as "." is that of no folder
+    beside = out.with_name(f"{out.name}.answers.jsonl") if out.name == folder.name else None
+    path = Path(given) if given is not None else beside or folder.with_name(f"{folder.name}.answers.jsonl")
+    target = Path(os.path.realpath(path))
     if folder in (target, *target.parents):
         raise UserError(
             f"data.teacher.answers_file is {path}, inside of data.output_dir, which prepare replaces: choose "
@@ -141,6 +146,7 @@ def answers_path(data: DataSettings) -> Path:
         )
     if any(Path(os.path.realpath(source.path)) == target for source in data.sources):
         raise UserError(f"data.teacher.answers_file is {path}, which is a source: choose another file")
+    check_output_place(path, {}, {})
     return path
 
 

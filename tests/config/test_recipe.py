@@ -1,5 +1,6 @@
 """Reading a recipe: conversions, and error messages that name the override or the file at fault."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +153,39 @@ def test_a_setting_that_is_marked_as_missing_is_an_error(key: str) -> None:
     """OmegaConf marks a value that has to be given as `???`."""
     with pytest.raises(UserError, match=f"{key.replace('.', '[.]')} is missing"):
         build_recipe(SETTINGS, [f"{key}=???"], "r.yaml")
+
+
+SECRET = "sk-123-secret"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("api_key_env", SECRET, "is not the name of an environment variable"),
+        ("api_key_env", f"KEY {SECRET}", "is not the name of an environment variable"),
+        ("api_key", SECRET, "did you mean data.teacher.api_key_env"),
+        ("key", SECRET, "unknown key"),
+        ("base_url", f"http://user:{SECRET}@host/v1", "holds a password"),
+        ("base_url", f"http://host/v1?key={SECRET}", "holds a password or parameters"),
+        ("base_url", f"http://host/v1#{SECRET}", "holds a password or parameters"),
+        ("base_url", f"ftp://{SECRET}/v1", "is not an address"),
+        ("base_url", f"{SECRET}/v1", "is not an address"),
+        ("base_url", f"http://[{SECRET}/v1", "is not an address"),
+        ("base_url", f"http://host:{SECRET}/v1", "is not an address"),
+        ("base_url", "http://", "is not an address"),
+        ("base_url", f"http://{SECRET}/v1/chat/completions", "leave out /chat/completions"),
+    ],
+)
+def test_no_message_shows_what_may_be_a_key_of_a_teacher(name: str, value: str, message: str) -> None:
+    teacher = {"model": "m", name: value}
+    settings = SETTINGS | {"data": SETTINGS["data"] | {"teacher": teacher}}
+    ways: list[tuple[Any, list[str]]] = [
+        (settings, []),
+        (SETTINGS, ["data.teacher.model=m", f"data.teacher.{name}='{value}'"]),
+        (SETTINGS, [f"data.teacher={json.dumps(teacher)}"]),
+        (SETTINGS, [f"data.teacher={{model: m, {name}: '{value}'}}"]),
+    ]
+    for given, overrides in ways:
+        with pytest.raises(UserError, match=message) as caught:
+            build_recipe(given, overrides, "recipe.yaml")
+        assert SECRET not in str(caught.value)

@@ -199,6 +199,7 @@ def test_the_teacher_is_told_what_to_write_without_an_answer(
 
 DROPS = {
     "teacher answer is empty": Reply(body=completion(" \n")),
+    "teacher answer contains its reasoning": Reply(body=completion("<think>A fox?</think> The fox")),
     "teacher answer is cut off": Reply(body=completion("The fox number", "length")),
     "teacher refuses to answer": Reply(body=completion("", "content_filter")),
     "teacher answer is no text": Reply(body=completion(None, "tool_calls")),
