@@ -94,7 +94,7 @@ def test_temperature_and_limit_change_the_sizes(folder: Path) -> None:
     assert [s["epoch_examples"] for s in plan.manifest["sources"]] == [10, 24]
 
 
-def test_only_the_manifest_depends_on_weights(folder: Path) -> None:
+def test_only_the_manifest_depends_on_weights_and_nothing_is_encoded_again(folder: Path) -> None:
     def files() -> dict[str, bytes]:
         out = folder / "data"
         return {
@@ -105,6 +105,10 @@ def test_only_the_manifest_depends_on_weights(folder: Path) -> None:
 
     first = plan_of(recipe_with(folder, 1, 1)).manifest["content_hash"], files()
     assert (plan_of(recipe_with(folder, 0.5, 2.5)).manifest["content_hash"], files()) == first
+    plan_of(recipe_with(folder, 1, 1, data__mixture__temperature=2))
+    for line in (folder / "data.log").read_text().splitlines()[-2:]:
+        counts = json.loads(line)
+        assert counts["shards_read"] == counts["shards_encoded"] == 0
 
 
 def test_held_out_examples_are_never_trained_on(folder: Path) -> None:
