@@ -97,9 +97,9 @@ class ExampleColumns:
     sources: NDArray[np.int64]
 
     @classmethod
-    def of_examples(cls, examples: Sequence[Example], source: int = 0) -> "ExampleColumns":
+    def of_examples(cls, examples: Sequence[Example]) -> "ExampleColumns":
         """Return the columns of examples of one source."""
-        return cls._of_batches([examples_to_batch(examples)], np.full(len(examples), source))
+        return cls._of_batches([examples_to_batch(examples)], np.zeros(len(examples), np.int64))
 
     @classmethod
     def _of_batches(cls, batches: Sequence[pa.RecordBatch], sources: NDArray[np.int64]) -> "ExampleColumns":

@@ -260,6 +260,6 @@ def _statistics_table(manifest: dict[str, Any]) -> Table:
     for source in manifest["sources"]:
         dropped = ", ".join(f"{number:,} {reason}" for reason, number in source["dropped"].items()) or "none"
         counts = f"{source['read']:,} read, {source['kept']:,} kept, dropped: {dropped}"
-        epoch = f"{source['epoch_examples']:,} of {format_count(source['examples'], 'example')} in an epoch"
+        epoch = f"{format_count(source['epoch_examples'], 'example')} per epoch"
         table.add_row(source["path"], f"{counts}; {epoch}")
     return table

@@ -79,7 +79,7 @@ def test_weights_say_how_often_examples_are_trained_in_an_epoch(
     for source in plan.manifest["sources"]:
         assert re.search(rf" 0 .* 20 +{source['epoch_tokens']:,} *\n", printed)
     inspect(Path(recipe.data.output_dir))
-    assert "dropped: none; 20 of 8 examples in an epoch" in capsys.readouterr().out
+    assert "8 kept, dropped: none; 20 examples per epoch" in capsys.readouterr().out
     recipe.train.output_dir = str(folder / "none")
     print_dry_run(recipe, 1)
     printed = capsys.readouterr().out
