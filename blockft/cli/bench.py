@@ -15,9 +15,11 @@ from blockft.cli.options import (
     RecipeName,
     Runs,
     Warmups,
+    parse_name,
     path_option,
 )
 from blockft.config.bounds import MAX_BLOCKS, MAX_COUNT, MAX_RUNS, MAX_TOKENS
+from blockft.errors import UserError
 
 app = typer.Typer(help="Measure speed and agreement.", rich_markup_mode=None)
 
@@ -124,19 +126,59 @@ def bench_agreement(
 
 
 @app.command("prepare")
-def bench_prepare(recipe: RecipeName, overrides: Overrides = None, out: Out = None) -> None:
-    """Measure examples per second of `prepare`.
+def bench_prepare(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RECIPE]", parser=parse_name, help="A recipe. Default: a synthetic source of questions."
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            parser=parse_name,
+            help="The tokenizer for the synthetic source. Default: one that is trained on it.",
+        ),
+    ] = None,
+    num_samples: Annotated[
+        int, typer.Option(min=1, max=MAX_COUNT, help="Samples of the synthetic source.")
+    ] = 4_000,
+    memory_samples: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1, max=MAX_COUNT, help="Samples for which the memory is measured. Default: 2000 and 8000."
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, max=MAX_RUNS, help="Measurements of each speed.")] = 3,
+    out: Out = None,
+) -> None:
+    """Compare `prepare` with the bare tokenizer.
 
-    Uses one process, then one per core. The prepared data are deleted.
+    Uses one process, then one per core, and prints the share of the tokenizer's speed on the same texts.
+    Without a recipe it also measures the memory, the cost of one more source, and the time to plan a run. The
+    prepared data are deleted.
 
     \b
     Example:
-      blockft bench prepare recipe.yaml
+      blockft bench prepare --model HuggingFaceTB/SmolLM2-135M-Instruct
     """
     from blockft.config.recipe import load_recipe
-    from blockft.stages.bench import bench_prepare
+    from blockft.stages.bench import bench_prepare, bench_prepare_synthetic
 
-    bench_prepare(load_recipe(recipe, overrides or ()), out=out)
+    if recipe is not None:
+        if model is not None:
+            raise UserError(f"--model is {model}, but {recipe} names its model: set model.path={model}")
+        bench_prepare(load_recipe(recipe, overrides or ()), rounds=rounds, out=out)
+    else:
+        bench_prepare_synthetic(
+            model,
+            num_samples=num_samples,
+            memory_samples=memory_samples or (2_000, 8_000),
+            rounds=rounds,
+            out=out,
+        )
     _print_files(out)
 
 
