@@ -5,7 +5,7 @@ import os
 import stat
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from blockft.errors import UserError
@@ -201,3 +201,14 @@ def shorten(text: str, max_len: int = 200) -> str:
         return text
     half = max_len // 2
     return f"{text[:half]} ... {text[-half:]} ({len(text):,} characters)"
+
+
+def shorten_paths(paths: Sequence[str]) -> list[str]:
+    """Return the last parts of paths: as few as tell different paths apart."""
+    parts = [PurePosixPath(path).parts or (path,) for path in paths]
+    num_parts = 1
+    while True:
+        names = ["/".join(path_parts[-num_parts:]).replace("//", "/") for path_parts in parts]
+        if len({*names}) == len({*paths}) or num_parts >= max(map(len, parts)):
+            return names
+        num_parts += 1

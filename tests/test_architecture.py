@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "inference": {"data", "model", "attention", "digest", "inputs", "units", "errors"},
     "training": LIBRARY | FOLDERS | {"inputs", "printable", "digest", "units", "errors"},
     "evaluation": LIBRARY | {"markdown", "printable", "outputs", "digest", "errors"},
-    "page": {"data", "printable", "units", "errors", "version"},
+    "page": {"data", "inputs", "printable", "units", "errors", "version"},
     "bench": LIBRARY | {"training"} | SUPPORT,
     "stages": LIBRARY | {"page", "bench", "training", "evaluation", "config"} | SUPPORT,
     "cli": {"bench", "stages", "training", "config"} | SUPPORT,

@@ -8,7 +8,7 @@ import pytest
 
 from blockft.data.json_stream import JsonError, decode_json
 from blockft.errors import UserError
-from blockft.inputs import parse_json
+from blockft.inputs import parse_json, shorten_paths
 
 
 @pytest.mark.parametrize("read", [lambda text: parse_json(text, "x"), decode_json])
@@ -17,3 +17,18 @@ def test_a_key_that_occurs_twice_is_named_also_in_a_very_large_object(read: Call
     keys = json.dumps(dict.fromkeys(f"k{i}" for i in range(50_000)))
     with pytest.raises((UserError, JsonError), match="the key 'k49999' occurs twice"):
         read(f'{keys[:-1]}, "k49999": null}}')
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["/data/a.json", "/data/b.json"], ["a.json", "b.json"]),
+        (["/x/a/d.json", "/x/b/d.json"], ["a/d.json", "b/d.json"]),
+        (["owner/name", "other/name"], ["owner/name", "other/name"]),
+        (["/a.json", "/a.json"], ["a.json", "a.json"]),
+        (["/a.json", "a.json"], ["/a.json", "a.json"]),
+        (["data/*.json"], ["*.json"]),
+    ],
+)
+def test_paths_are_as_short_as_they_differ(paths: list[str], names: list[str]) -> None:
+    assert shorten_paths(paths) == names

@@ -84,7 +84,8 @@ def prepare(
       blockft prepare recipe.yaml data.row_len=8192 data.sources.0.max_samples=1000
     """
     from blockft.config.recipe import load_recipe
-    from blockft.stages.prepare import prepare, print_summary
+    from blockft.stages.prepare import prepare
+    from blockft.stages.prepare_summary import print_summary
 
     settings = load_recipe(recipe, overrides or ())
     out = prepare(settings, overwrite=overwrite)

@@ -11,7 +11,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from blockft.data.chat_formats import NOT_LEARNED
 from blockft.data.fit import TOO_LONG, UNRANKED, UNSPLIT
-from blockft.data.packing import PackedRows, plan_rows
+from blockft.data.mixture import Mixture
+from blockft.data.packing import PackedRows, list_example_modes, plan_rows
+from blockft.data.prepared import ExampleColumns
 from blockft.data.qa_formats import NO_ANSWER, NO_POSITIVE, PART_OF_EVIDENCE
 from blockft.data.sample import NO_EVIDENCE
 from blockft.data.sources import SOURCE_FORMATS
@@ -69,6 +71,15 @@ class RowFill:
         num_tokens = rows.count_tokens(lengths)
         num_rows = int(np.count_nonzero(num_tokens))
         return cls(row_len=row_len, num_rows=num_rows, fill=num_tokens.sum() / max(1, num_rows * row_len))
+
+
+def list_item_lengths(
+    columns: ExampleColumns, mixture: Mixture, modes: Sequence[str], seed: int
+) -> NDArray[np.int64]:
+    """Return the number of tokens of each item of the first epoch. An item is an example in one mode."""
+    drawn = mixture.draw(np.arange(len(columns.lengths)), columns.sources, seed, epoch=0)
+    items, _ = list_example_modes(columns.has_local_blocks[drawn], modes)
+    return columns.lengths[drawn[items]]
 
 
 def try_row_lengths(lengths: ArrayLike, row_len: int) -> list[RowFill]:

@@ -1,8 +1,9 @@
 """Mixture: how many examples of each source an epoch has, and which ones."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,11 @@ class Mixture:
     weights: tuple[float, ...]
     temperature: float = 1.0
     max_examples: int | None = None
+
+    @classmethod
+    def of_options(cls, options: Mapping[str, Any]) -> "Mixture":
+        """Return the mixture of the options in the manifest of prepared data."""
+        return cls(weights=tuple(source["weight"] for source in options["sources"]), **options["mixture"])
 
     @property
     def is_default(self) -> bool:

@@ -15,10 +15,20 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from blockft.data.advice import MAX_DROPPED, Drop, RowFill, list_drops, list_warnings, try_row_lengths
-from blockft.data.packing import list_example_modes, plan_rows
+from blockft.data.advice import (
+    MAX_DROPPED,
+    Drop,
+    RowFill,
+    list_drops,
+    list_item_lengths,
+    list_warnings,
+    try_row_lengths,
+)
+from blockft.data.mixture import Mixture
+from blockft.data.packing import plan_rows
 from blockft.data.prepared import PreparedData
 from blockft.data.sources import SOURCE_FORMATS
+from blockft.inputs import shorten_paths
 from blockft.page.example_view import ExampleView
 from blockft.page.histogram import Histogram, build_histogram
 from blockft.page.visible_text import split_text
@@ -45,12 +55,20 @@ _SHOWN_OPTIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class SourceView:
-    """What the page shows of a source: its entry of the manifest, and its part of the examples."""
+    """What the page shows of a source.
 
+    name: the end of its path.
+    entry: its entry of the manifest.
+    num_tokens: the tokens of its examples, each counted once.
+    split_share: the share of its examples that split into blocks.
+    token_share: its share of the tokens of an epoch.
+    """
+
+    name: str
     entry: Mapping[str, Any]
-    num_examples: int
+    weight: str
     num_tokens: int
-    num_split: int
+    split_share: float
     token_share: float
 
 
@@ -73,6 +91,7 @@ class Page:
     sources: list[SourceView]
     drops: list[Drop]
     warnings: list[str]
+    mixture: Mixture
     charts: list[Chart]
     fill: RowFill
     other_fills: list[RowFill]
@@ -111,8 +130,8 @@ def build_page(prepared: PreparedData, examples: Sequence[ExampleView], *, name:
     """
     manifest, columns = prepared.manifest, prepared.examples.columns
     options = manifest["options"]
-    items, _ = list_example_modes(columns.has_local_blocks, options["modes"])
-    lengths, row_len = columns.lengths[items], options["row_len"]
+    mixture = Mixture.of_options(options)
+    lengths, row_len = list_item_lengths(columns, mixture, options["modes"], seed=0), options["row_len"]
     rows = plan_rows(lengths, row_len, seed=0, epoch=0)
     fill = RowFill.of_rows(rows, lengths, row_len)
     return Page(
@@ -120,7 +139,8 @@ def build_page(prepared: PreparedData, examples: Sequence[ExampleView], *, name:
         manifest=manifest,
         sources=_view_sources(prepared),
         drops=sorted(list_drops(manifest), key=lambda drop: not drop.is_large),
-        warnings=list_warnings(manifest, lengths, fill),
+        warnings=[*list_warnings(manifest, lengths, fill), *_leak_warnings(manifest)],
+        mixture=mixture,
         charts=_build_charts(prepared, rows.count_tokens(lengths)),
         fill=fill,
         other_fills=sorted(_choose_fills(lengths, fill), key=lambda other: other.row_len),
@@ -132,22 +152,36 @@ def build_page(prepared: PreparedData, examples: Sequence[ExampleView], *, name:
 
 
 def _view_sources(prepared: PreparedData) -> list[SourceView]:
-    columns, num_sources = prepared.examples.columns, len(prepared.manifest["sources"])
-
-    def count(weights: NDArray[Any] | None = None) -> list[int]:
-        counts = np.bincount(columns.sources, weights, minlength=num_sources)
-        return [int(number) for number in counts]
-
-    num_examples, num_tokens, num_split = count(), count(columns.lengths), count(columns.has_local_blocks)
+    columns, manifest = prepared.examples.columns, prepared.manifest
+    num_sources = len(manifest["sources"])
+    num_tokens = np.bincount(columns.sources, columns.lengths, minlength=num_sources)
+    num_split = np.bincount(columns.sources, columns.has_local_blocks, minlength=num_sources)
+    names = shorten_paths([entry["path"] for entry in manifest["sources"]])
+    epoch_tokens = sum(entry["epoch_tokens"] for entry in manifest["sources"])
     return [
         SourceView(
+            name=names[i],
             entry=entry,
-            num_examples=num_examples[i],
-            num_tokens=num_tokens[i],
-            num_split=num_split[i],
-            token_share=num_tokens[i] / max(1, sum(num_tokens)),
+            weight=f"{options['weight']:g}",
+            num_tokens=int(num_tokens[i]),
+            split_share=int(num_split[i]) / max(1, entry["examples"]),
+            token_share=entry["epoch_tokens"] / max(1, epoch_tokens),
         )
-        for i, entry in enumerate(prepared.manifest["sources"])
+        for i, (entry, options) in enumerate(
+            zip(manifest["sources"], manifest["options"]["sources"], strict=True)
+        )
+    ]
+
+
+def _leak_warnings(manifest: Mapping[str, Any]) -> list[str]:
+    """Return one sentence for each evaluation source that shares samples with a training source."""
+    return [
+        f"{found['path']} has samples of the evaluation data {entry['path']}: the question of "
+        f"{found['questions']:,} and the set of documents of {found['documents']:,} of its "
+        f"{format_count(entry['samples'], 'question')}; take other samples with split, skip_samples or "
+        "max_samples"
+        for entry in manifest["leaks"]
+        for found in entry["found"]
     ]
 
 

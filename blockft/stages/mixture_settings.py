@@ -50,12 +50,11 @@ def read_mixture(recipe: Recipe, manifest: dict[str, Any]) -> Mixture:
     Raises:
         UserError: the recipe asks for another one.
     """
-    sources, settings = manifest["options"]["sources"], manifest["options"]["mixture"]
-    mixture = Mixture(weights=tuple(source["weight"] for source in sources), **settings)
+    mixture = Mixture.of_options(manifest["options"])
     wanted = mixture_of(recipe.data)
     if mixture.is_default and wanted.is_default:
         return mixture
-    prepared = _list_settings(mixture, [source["path"] for source in sources])
+    prepared = _list_settings(mixture, [source["path"] for source in manifest["sources"]])
     asked = _list_settings(wanted, [source.path for source in recipe.data.sources])
     for name in dict.fromkeys((*prepared, *asked)):
         found, expected = prepared.get(name, "no such source"), asked.get(name, "no such source")

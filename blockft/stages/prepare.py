@@ -10,16 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from rich.table import Column, Table
-
 from blockft.config.settings import DataSettings, Recipe, Source
-from blockft.console import PlainConsole
-from blockft.data.advice import RowFill, list_warnings
 from blockft.data.encode_part import read_hashes, shards_with_examples
-from blockft.data.packing import list_example_modes, plan_rows
 from blockft.data.part_cache import link_or_copy, remove_empty_parts, remove_other_parts
-from blockft.data.prepared import Examples, find_foreign_file, finish_folder, load_prepared, shard_files
+from blockft.data.prepared import Examples, find_foreign_file, finish_folder, shard_files
 from blockft.data.sources import SOURCE_FORMATS
 from blockft.data.statistics import ExampleStatistics, SourceStatistics, histogram
 from blockft.data.tokenizer import tokenizer_fingerprint
@@ -30,7 +24,7 @@ from blockft.inputs import check_folder
 from blockft.model.load import load_tokenizer
 from blockft.outputs import LockedFolder, atomic_folder, check_absent, write_errors
 from blockft.stages.leak_check import LeakCheck
-from blockft.stages.mixture_settings import describe_mixture, mixture_of, read_mixture
+from blockft.stages.mixture_settings import describe_mixture, mixture_of
 from blockft.stages.output_folder import check_output_place, lock_output
 from blockft.stages.source_parts import SourceParts
 from blockft.stages.source_settings import (
@@ -41,7 +35,6 @@ from blockft.stages.source_settings import (
 )
 from blockft.stages.teacher_answers import ask_teacher
 from blockft.stages.teacher_settings import check_teacher, teacher_options
-from blockft.units import format_count
 
 NOT_IN_MANIFEST = ("output_dir", "cache_dir", "num_workers", "positions")
 """Settings of `data` that change nothing in the prepared folder, so that its bytes do not depend on them."""
@@ -117,54 +110,6 @@ def _prepare(recipe: Recipe, out: LockedFolder, overwrite: bool) -> Path:
     }
     _append_to_log(out.name, time.monotonic() - start, counts_of_run)
     return out.name
-
-
-def print_summary(recipe: Recipe) -> None:
-    """Print what the recipe's prepared folder holds: counts per source, and the rows of an epoch.
-
-    Raises:
-        UserError: the folder is missing or incomplete.
-    """
-    data = recipe.data
-    prepared = load_prepared(Path(data.output_dir))
-    mixture = read_mixture(recipe, prepared.manifest)
-    epoch_names = () if mixture.is_default else ("examples per epoch", "tokens per epoch")
-    names = ("read", "samples", "kept", "dropped", "tokens", *epoch_names)
-    table = Table(
-        Column("source", overflow="fold"), *(Column(name, justify="right") for name in names), box=None
-    )
-    for source in prepared.manifest["sources"]:
-        table.add_row(
-            source["path"],
-            f"{source['read']:,}",
-            f"{source['samples']:,}",
-            f"{source['kept']:,}",
-            _format_dropped(source["dropped"]) or "0",
-            f"{source['tokens']:,}",
-            *(f"{source[name]:,}" for name in ("epoch_examples", "epoch_tokens") if epoch_names),
-        )
-    columns = prepared.examples.columns
-    drawn = mixture.draw(np.arange(len(columns.lengths)), columns.sources, recipe.train.seed, epoch=0)
-    items, _ = list_example_modes(columns.has_local_blocks[drawn], data.modes)
-    item_lengths = columns.lengths[drawn[items]]
-    rows = plan_rows(item_lengths, data.row_len, recipe.train.seed, epoch=0)
-    batch_rows = recipe.train.batch_rows
-    num_padded = len(rows.complete_last_batch(batch_rows))
-    padding = (
-        f", padded to {num_padded:,} (train.batch_rows is {batch_rows})" if num_padded > len(rows) else ""
-    )
-    fill = RowFill.of_rows(rows, item_lengths, data.row_len)
-    num_examples, num_split = len(columns.lengths), int(columns.has_local_blocks.sum())
-    console = PlainConsole()
-    console.print(table)
-    console.print(
-        f"{data.output_dir}: {format_count(num_examples, 'example')}, {num_split:,} of them "
-        f"split into blocks; an epoch has {format_count(len(rows), 'row')} of {data.row_len:,} tokens, "
-        f"{fill.fill:.1%} filled{padding}",
-        soft_wrap=True,
-    )
-    for warning in list_warnings(prepared.manifest, item_lengths, fill):
-        warn(warning)
 
 
 def _inputs(recipe: Recipe) -> dict[str, str]:
@@ -328,10 +273,6 @@ def _describe_source(source: Source, count: SourceStatistics) -> dict[str, Any]:
         "unknown_fields": dict(sorted(count.unknown_fields.items())),
         "bad_records": [*dict.fromkeys(count.bad_records + count.mismatched_samples)],
     }
-
-
-def _format_dropped(dropped: dict[str, int]) -> str:
-    return ", ".join(f"{number:,} {reason}" for reason, number in dropped.items())
 
 
 def _append_to_log(out: Path, seconds: float, counts: Mapping[str, int]) -> None:

@@ -24,7 +24,8 @@ from blockft.stages.compare import compare, print_comparison
 from blockft.stages.evaluate import evaluate
 from blockft.stages.export import export
 from blockft.stages.inspect import inspect
-from blockft.stages.prepare import prepare, print_summary
+from blockft.stages.prepare import prepare
+from blockft.stages.prepare_summary import print_summary
 from blockft.stages.run_plan import check_run
 from tests.commands import blockft, run_ranks, train
 from tests.faults.damage import Damage, damage_file, restore

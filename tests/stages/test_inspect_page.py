@@ -133,7 +133,8 @@ def test_text_of_users_is_escaped_and_can_be_seen(make_recipe: Make, tmp_path: P
     assert f"0 {shown}\n\n" in blocks and "\t  two \n\n" in blocks
     assert any(shown in text for text in page.find("span", "id"))
     assert "long0" in page.find("ul", "examples")[0]
-    assert recipe.data.sources[0].path in page.find("th")
+    (title,) = [a["title"] for name, a, text in page.elements if name == "th" and text == ["a.jsonl"]]
+    assert title == recipe.data.sources[0].path
 
 
 def test_the_page_refers_to_nothing_outside_of_it(make_recipe: Make, tmp_path: Path) -> None:

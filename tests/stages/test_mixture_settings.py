@@ -15,7 +15,8 @@ from blockft.data.prepared import load_prepared
 from blockft.errors import UserError
 from blockft.stages.dry_run import print_dry_run
 from blockft.stages.inspect import inspect
-from blockft.stages.prepare import prepare, print_summary
+from blockft.stages.prepare import prepare
+from blockft.stages.prepare_summary import print_summary
 from blockft.stages.run_plan import build_plan, check_run
 from blockft.training.plan import RunPlan, check_run_signature
 from tests.run import save_samples, toy_recipe
@@ -77,7 +78,7 @@ def test_weights_say_how_often_examples_are_trained_in_an_epoch(
     print_summary(recipe)
     printed = capsys.readouterr().out
     for source in plan.manifest["sources"]:
-        assert re.search(rf" 0 .* 20 +{source['epoch_tokens']:,} *\n", printed)
+        assert re.search(rf" 20 +{source['epoch_tokens']:,} +\d+% *\n", printed)
     inspect(Path(recipe.data.output_dir))
     assert "8 kept, dropped: none; 20 examples per epoch" in capsys.readouterr().out
     recipe.train.output_dir = str(folder / "none")

@@ -19,7 +19,8 @@ from blockft.data.prepared import load_prepared
 from blockft.data.sample import parse_sample
 from blockft.errors import UserError
 from blockft.stages.inspect import inspect
-from blockft.stages.prepare import prepare, print_summary
+from blockft.stages.prepare import prepare
+from blockft.stages.prepare_summary import print_summary
 from tests.data.test_squad import article
 from tests.data.toys import CHATML
 
