@@ -296,7 +296,7 @@ def test_a_dry_run_writes_nothing(toy: Path) -> None:
 def test_a_dry_run_prints_the_next_command_and_how_the_rows_are_padded(toy: Path) -> None:
     overrides = (f"train.output_dir={toy}/dry", "train.batch_rows=7", "train.max_steps=100")
     done = blockft("train", toy / "recipe.yaml", *overrides, "--num-gpus", "1", "--dry-run")
-    warning, _, command = done.stderr.splitlines()
+    warning, *_, command = done.stderr.splitlines()
     assert re.fullmatch(
         r"blockft: warning: train.max_steps is 100, but 1 epoch of the data has only \d+ steps?: raise "
         "train.num_train_epochs to train longer",
