@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,13 @@ MAX_PATH_BYTES = 4095
 
 MAX_TEXT_BYTES = 1 << 28
 """Largest file that is read as a whole."""
+
+_STEP_NAME, _STEP_BRACKETS = r"(?:\\.|[^\\.\[\]])+", r"(?:\[[0-9]{0,9}\])*"
+
+COLUMN_STEP = re.compile(f"(?P<name>{_STEP_NAME})(?P<brackets>{_STEP_BRACKETS})", re.DOTALL)
+"""One name of a path to a value inside a record, and the brackets after it."""
+
+_COLUMN_PATH = re.compile(rf"{_STEP_NAME}{_STEP_BRACKETS}(?:\.{_STEP_NAME}{_STEP_BRACKETS})*", re.DOTALL)
 
 
 def path_problem(path: str) -> str | None:
@@ -37,6 +45,21 @@ def path_problem(path: str) -> str | None:
     if max(map(len, encoded.split(b"/"))) > MAX_NAME_BYTES:
         return f"has a name of more than {MAX_NAME_BYTES} bytes: choose a shorter name"
     return None
+
+
+def column_path_problem(path: str) -> str | None:
+    """Return why a text is no path to a value inside a record, such as `answer.value`, or None."""
+    if not path.strip():
+        return "is empty: name a field of the records"
+    if problem := text_problem(path):
+        return problem
+    if not _COLUMN_PATH.fullmatch(path):
+        return (
+            "is not a path: write the names of fields with dots between them, as in passages.passage_text; a "
+            "backslash stands before a dot, a bracket or a backslash that belongs to a name"
+        )
+    stars = re.sub(r"\\.", "", path, flags=re.DOTALL).count("*")
+    return None if stars < 2 else "has several stars: one star stands for the numbers of fields"
 
 
 def text_problem(text: str) -> str | None:

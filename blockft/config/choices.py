@@ -19,6 +19,7 @@ class Format(StrEnum):
     alpaca = "alpaca"
     blocks = "blocks"
     constructed = "constructed"
+    columns = "columns"
 
 
 class Retriever(StrEnum):

@@ -272,6 +272,8 @@ def _describe(key: str, fault: Mapping[str, Any]) -> str:
         return f"{key} is {value}, it should be {word} {format_bound(context[name])}"
     if kind == "secret":  # the value may be a key or hold a password
         return f"{key} {fault['msg']}"
+    if kind == "rule":
+        return f"{key} {context['problem']}"
     if kind == "path":
         return f"{key} {quoted} {context['problem']}"
     if kind == "weight":

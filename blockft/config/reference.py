@@ -164,6 +164,8 @@ def _type_name(schema: dict[str, Any]) -> str:
         return "choice"
     if "properties" in resolved:
         return "section"
+    if resolved["type"] == ["string", "array"]:
+        return "string or list of strings"
     if resolved["type"] == "array":
         return f"list of {_type_name(resolved['items'])}s"
     return "mapping" if resolved["type"] == "object" else str(resolved["type"])

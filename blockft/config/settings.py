@@ -9,7 +9,15 @@ import re
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from blockft.config.bounds import (
@@ -41,7 +49,7 @@ from blockft.config.choices import (
     UnsplitPolicy,
     WeightInit,
 )
-from blockft.inputs import path_problem
+from blockft.inputs import column_path_problem, path_problem
 
 
 def _parse_int(value: Any) -> Any:
@@ -114,6 +122,18 @@ def _check_url(value: str) -> str:
     return value
 
 
+def _check_column(value: str) -> str:
+    """Refuse a text that cannot be a path to a value inside a record."""
+    if problem := column_path_problem(value):
+        raise PydanticCustomError("path", "it {problem}", {"problem": problem})
+    return value
+
+
+def _listed(value: Any) -> Any:
+    """Take one text as a list of one."""
+    return value if isinstance(value, list) else [value]
+
+
 # a bound stands before the validator: in the other order pydantic leaves it out of the JSON Schema
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT), BeforeValidator(_parse_int)]
 PositiveCount = Annotated[int, Field(ge=1, le=MAX_COUNT), BeforeValidator(_parse_int)]
@@ -138,6 +158,10 @@ PathText = Annotated[str, BeforeValidator(_parse_text), AfterValidator(_check_pa
 RequestRate = Annotated[float, Field(gt=0, le=MAX_FLOAT), BeforeValidator(_refuse_bool)]
 VariableName = Annotated[str, AfterValidator(_check_variable)]
 Url = Annotated[str, AfterValidator(_check_url)]
+ColumnPath = Annotated[str, BeforeValidator(_parse_text), AfterValidator(_check_column)]
+OneOrMoreTexts = WithJsonSchema({"type": ["string", "array"], "items": {"type": "string"}})
+ColumnPaths = Annotated[list[ColumnPath], BeforeValidator(_listed), Field(min_length=1), OneOrMoreTexts]
+Texts = Annotated[list[Text], BeforeValidator(_listed), OneOrMoreTexts]
 
 
 class Settings(BaseModel):
@@ -171,6 +195,151 @@ class ConstructedSettings(Settings):
         ),
     )
     num_labels: NumLabels = Field(default=8, description="Different labels of the shots of `in-context`.")
+
+
+class ColumnSettings(Settings):
+    """The fields of the records of `format: columns`, by paths such as `passages.passage_text`.
+
+    A record is a question (`question` with `answers` or `response`), a chat (`messages`), or a `prompt`
+    with its `completion`. A path goes through objects and lists: `output.answer` is the field `answer` of
+    every object in the list `output`, `output[0].answer` that of the first one. The star of `passage_*`
+    stands for a number. `passages[]` reads a text in which a table holds a list. A backslash stands before a
+    dot, a bracket or a star that belongs to a name.
+    """
+
+    id: ColumnPath | None = Field(
+        default=None, description="Name of the record in reports. null numbers the records of the source."
+    )
+    question: ColumnPath | None = Field(
+        default=None,
+        description=(
+            "The question. If the path goes through a list (`qas.question`), every element gives a "
+            "question, and `answers`, `response` and `id` lie in the same list."
+        ),
+    )
+    documents: ColumnPaths | None = Field(
+        default=None,
+        description=(
+            "The documents, in one field or several: a text, an object, a list of them, an object of "
+            "parallel lists, or numbered fields (`passage_*`). Equal documents are taken once."
+        ),
+    )
+    title: ColumnPaths | None = Field(
+        default=None,
+        description=(
+            "Title of a document: a field inside the document, or a list beside a list of texts. The first "
+            "of several fields that a document has. null takes `title` of documents that are objects."
+        ),
+    )
+    text: ColumnPaths | None = Field(
+        default=None,
+        description=(
+            "Text of a document that is an object: the first of several fields that the document has. null "
+            "takes `text`, `contents` or `content`."
+        ),
+    )
+    score: ColumnPath | None = Field(
+        default=None,
+        description=(
+            "Relevance of a document, higher is better: a field inside the document, or a list beside a "
+            "list of texts. null takes the order of the record, the most relevant first."
+        ),
+    )
+    supporting: ColumnPath | None = Field(
+        default=None,
+        description=(
+            "Which documents support the answer: true or false inside each document, a list of true and "
+            "false beside a list of texts, or titles or texts of documents. A question without a supporting "
+            "document is not trained. null does not know."
+        ),
+    )
+    supporting_indices: ColumnPath | None = Field(
+        default=None,
+        description=(
+            "The same as numbers of documents, counted from 0; the numbers of the fields for numbered fields."
+        ),
+    )
+    supporting_contains_answer: bool = Field(
+        default=False, description="The documents whose text contains an accepted answer support it."
+    )
+    answers: ColumnPaths | None = Field(
+        default=None,
+        description=(
+            "The accepted answers, in one field or several: texts or lists of texts. The first is learned, "
+            "unless there is a `response`."
+        ),
+    )
+    no_answer: Texts = Field(
+        default=["No Answer Present.", "CANNOTANSWER"],
+        description=(
+            "Texts in `answers` that say that there is no answer. A question without any other is dropped."
+        ),
+    )
+    response: ColumnPath | None = Field(
+        default=None, description="The text to learn, if it is not the first of `answers`."
+    )
+    messages: ColumnPath | None = Field(
+        default=None, description="The messages of a chat, as the format `messages` has them."
+    )
+    prompt: ColumnPaths | None = Field(
+        default=None,
+        description=(
+            "The prompt before a `completion`: a text or a list of messages. Several fields are joined by "
+            "blank lines."
+        ),
+    )
+    completion: ColumnPath | None = Field(
+        default=None, description="The answer to a `prompt`: a text or a list of messages, which are learned."
+    )
+    system: ColumnPath | None = Field(
+        default=None, description="System message of a chat or a `prompt`. Optional in each record."
+    )
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> "ColumnSettings":
+        """Refuse a mapping of no kind, of several kinds, or with parts of another kind."""
+        kinds = {
+            "question": ("answers", "response", *_QUESTION_COLUMNS),
+            "messages": ("system",),
+            "prompt": ("completion", "system"),
+        }
+        found = [kind for kind in kinds if getattr(self, kind)]
+        if len(found) != 1:
+            raise _rule(
+                f"has {' and '.join(found) or 'none'}, it should have one of question, messages and prompt "
+                "(with completion)"
+            )
+        (kind,) = found
+        others = {name for names in kinds.values() for name in names} - {*kinds[kind]}
+        if wrong := [name for name in ColumnSettings.model_fields if name in others and getattr(self, name)]:
+            raise _rule(f"has {wrong[0]}, which does not go with {kind}")
+        if kind == "prompt" and not self.completion:
+            raise _rule("has a prompt and no completion: name the field of the answer")
+        if kind == "question" and not self.answers and not self.response:
+            raise _rule("has a question and neither answers nor response: name the field of the answers")
+        marks = ("supporting", "supporting_indices", "supporting_contains_answer")
+        if len(given := [name for name in marks if getattr(self, name)]) > 1:
+            raise _rule(f"has {given[0]} and {given[1]}, it should have one of them")
+        if self.supporting_contains_answer and not self.answers:
+            raise _rule("has supporting_contains_answer and no answers to search for")
+        return self
+
+
+_QUESTION_COLUMNS = (
+    "documents",
+    "title",
+    "text",
+    "score",
+    "supporting",
+    "supporting_indices",
+    "supporting_contains_answer",
+)
+"""The columns of questions, other than the question and its answers."""
+
+
+def _rule(problem: str) -> PydanticCustomError:
+    """Return the error of settings that contradict each other; the name of the section stands before it."""
+    return PydanticCustomError("rule", "{problem}", {"problem": problem})
 
 
 class Source(Settings):
@@ -212,8 +381,9 @@ class Source(Settings):
         description=(
             "How the distractors of a question are found. `none` takes the documents of the record (`squad`: "
             "of the article). `bm25` and `dense` search for documents without the answer until the prompt "
-            "has `data.num_documents`: `fid` searches the documents of the whole source, `squad` those of "
-            "the article. The relevance of every document is then its score in the search."
+            "has `data.num_documents`: `fid` and `columns` search the documents of the whole source and "
+            "its `corpus`, `squad` those of the article. The relevance of every document is then its score "
+            "in the search."
         ),
     )
     response: Response = Field(
@@ -224,6 +394,22 @@ class Source(Settings):
             "dropped if its teacher answer contains none of its gold answers (substring match, as in the "
             "paper). Gold answers stay in the field `answers`. Answers that are empty, cut off or refused, "
             "or that contain their reasoning, are dropped and counted. `eval` asks for gold answers only."
+        ),
+    )
+    columns: ColumnSettings | None = Field(
+        default=None,
+        description=(
+            "The fields of the records, for `format: columns` alone. Without it, the command stops and "
+            "suggests the columns of the first record."
+        ),
+    )
+    corpus: PathText | None = Field(
+        default=None,
+        description=(
+            "Documents apart from the questions of `format: columns`: a file, a glob or a folder, which a "
+            "`retriever` searches and memory holds. `columns.title` and `columns.text` name its fields. A "
+            "question without documents gets the best `data.num_documents`. Those that contain an answer "
+            "support it; a question without one is not trained."
         ),
     )
     constructed: ConstructedSettings = Field(
@@ -242,6 +428,19 @@ class Source(Settings):
             raise PydanticCustomError(
                 "constructed", "a constructed set takes neither split, name nor retriever"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_columns(self) -> "Source":
+        """Refuse columns of another format, and a corpus that nothing searches."""
+        if self.format is not Format.columns:
+            for name in ("columns", "corpus"):
+                if getattr(self, name) is not None:
+                    raise _rule(f"has {name}, which only the format columns reads, not {self.format}")
+        if self.corpus is not None and self.retriever is Retriever.none:
+            raise _rule("has a corpus that nothing searches: set retriever to bm25 or dense")
+        if self.corpus is not None and self.columns is not None and self.columns.question is None:
+            raise _rule("has a corpus, but its columns have no question")
         return self
 
 

@@ -15,8 +15,8 @@ from blockft.data.mixture import Mixture
 from blockft.data.packing import PackedRows, list_example_modes, plan_rows
 from blockft.data.prepared import ExampleColumns
 from blockft.data.qa_formats import NO_ANSWER, NO_POSITIVE, PART_OF_EVIDENCE
+from blockft.data.retrieval import NOT_RETRIEVED
 from blockft.data.sample import NO_EVIDENCE
-from blockft.data.sources import SOURCE_FORMATS
 from blockft.data.squad import NO_SPAN, OTHER_DOCUMENT
 from blockft.data.teacher_response import REMEDIES as TEACHER_REMEDIES
 
@@ -40,6 +40,7 @@ _EVIDENCE = "use data whose records hold the documents with the answer, or add t
 _REMEDIES = {
     NO_EVIDENCE: _EVIDENCE,
     NO_POSITIVE: _EVIDENCE,
+    NOT_RETRIEVED: "raise data.num_documents, or add documents with the answers to the corpus",
     PART_OF_EVIDENCE: _EVIDENCE,
     NO_SPAN: "copy the answers from their paragraphs, letter by letter",
     OTHER_DOCUMENT: "lower data.num_documents, or set data.shared_context=false",
@@ -192,7 +193,7 @@ def _remedy(reason: str, source: Mapping[str, Any], options: Mapping[str, Any]) 
         return _REMEDIES.get(reason, _TEMPLATE_REMEDY)
     lengths = {int(length): count for length, count in source["too_long_lengths"].items()}
     remedies = [_row_len_remedy(lengths)]
-    if SOURCE_FORMATS[source["format"]].parse_question:
+    if source["has_questions"]:
         if reason == UNRANKED:
             remedies.append("retriever: bm25 in the source ranks its documents, so that they can be trimmed")
         elif options["too_long"] == "drop":

@@ -38,7 +38,7 @@ NOT_LEARNED = "no answer to learn"
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Turn:
+class Turn:
     """A turn of a chat; `path` is the field of its role. An answer may be context only."""
 
     role: str
@@ -74,17 +74,11 @@ def parse_messages_record(record: Any, default_id: str) -> Iterator[Sample]:
     check_field(len(names) < 2, "the record", list(record), "have either 'messages' or 'conversations'")
     name = names[0] if names else "messages"
     messages = get_field(record, name)
-    is_nonempty_list = isinstance(messages, list) and bool(messages)
-    check_field(is_nonempty_list, f"field {name!r}", messages, "be a list of messages")
-    turns = [_parse_turn(message, f"{name}[{i}]") for i, message in enumerate(messages)]
+    turns = parse_turns(messages, name)
     system = _system_text(record)
     _check_copies(record, turns)
-    if turns[0].role == "system":
-        rule = "be absent, or equal the first message, which is a system message"
-        is_same = not system or system.strip() == turns[0].text.strip()
-        check_field(is_same, "the system message of the record", system, rule)
-        system, turns = turns[0].text, turns[1:]
-    return _samples_of_chat(record, default_id, "messages", system, turns)
+    id, source = _id_or_default(record, default_id), _text_or_default(record, "source", "messages")
+    return samples_of_chat(id, source, system, turns)
 
 
 def parse_alpaca(record: Any, default_id: str) -> Iterator[Sample]:
@@ -110,16 +104,17 @@ def parse_alpaca(record: Any, default_id: str) -> Iterator[Sample]:
         check_field(is_pair, f"field 'history[{i}]'", pair, "be a pair of texts")
         for j, role in enumerate(("user", "assistant")):
             path = f"history[{i}][{j}]"
-            turns.append(_Turn(role=role, text=parse_text(pair[j], f"field {path!r}"), path=path))
+            turns.append(Turn(role=role, text=parse_text(pair[j], f"field {path!r}"), path=path))
     instruction = parse_text(get_field(record, "instruction"), "field 'instruction'")
     input = _optional_text(record, "input")
     prompt = f"{instruction}\n\n{input}" if input else instruction
     output = parse_text(get_field(record, "output"), "field 'output'")
     turns += [
-        _Turn(role="user", text=prompt, path="instruction"),
-        _Turn(role="assistant", text=output, path="output"),
+        Turn(role="user", text=prompt, path="instruction"),
+        Turn(role="assistant", text=output, path="output"),
     ]
-    return _samples_of_chat(record, default_id, "alpaca", _system_text(record), turns)
+    id, source = _id_or_default(record, default_id), _text_or_default(record, "source", "alpaca")
+    return samples_of_chat(id, source, _system_text(record), turns)
 
 
 def parse_blocks(record: Any, default_id: str) -> Iterator[Sample]:
@@ -247,7 +242,18 @@ def _document_offsets(prompt: str, documents: Sequence[Any]) -> tuple[list[int],
     return starts, end
 
 
-def _parse_turn(message: Any, path: str) -> _Turn:
+def parse_turns(messages: Any, name: str) -> list[Turn]:
+    """Parse the list of messages in the field `name` of a record.
+
+    Raises:
+        RecordError: a field is missing or has the wrong type, or a question is blank.
+    """
+    is_nonempty_list = isinstance(messages, list) and bool(messages)
+    check_field(is_nonempty_list, f"field {name!r}", messages, "be a list of messages")
+    return [_parse_turn(message, f"{name}[{i}]") for i, message in enumerate(messages)]
+
+
+def _parse_turn(message: Any, path: str) -> Turn:
     check_field(isinstance(message, Mapping), f"field {path!r}", message, 'be {"role", "content"}')
     kinds = (("role", "content"), ("from", "value"))
     given = [kind for kind in kinds if any(message.get(key) is not None for key in kind)]
@@ -262,10 +268,10 @@ def _parse_turn(message: Any, path: str) -> _Turn:
         content = join_text_parts(content, f"{path}.{text_key}")
     # a blank question is an error; a blank answer ends the chat and a blank system message is ignored
     text = parse_text(content, f"field '{path}.{text_key}'", may_be_blank=role != "user")
-    return _Turn(role=role, text=text, path=f"{path}.{role_key}", is_learned=_is_learned(message, role, path))
+    return Turn(role=role, text=text, path=f"{path}.{role_key}", is_learned=_is_learned(message, role, path))
 
 
-def _check_copies(record: Mapping[str, Any], turns: Sequence[_Turn]) -> None:
+def _check_copies(record: Mapping[str, Any], turns: Sequence[Turn]) -> None:
     """Check that fields such as `response` only repeat a message.
 
     Raises:
@@ -298,10 +304,19 @@ def _is_learned(message: Mapping[str, Any], role: str, path: str) -> bool:
     return all(flags.values())
 
 
-def _samples_of_chat(
-    record: Mapping[str, Any], default_id: str, source: str, system: str, turns: Sequence[_Turn]
-) -> Iterator[Sample]:
-    """Return one sample per learned answer of a chat, up to the first blank answer."""
+def samples_of_chat(id: str, source: str, system: str, turns: Sequence[Turn]) -> Iterator[Sample]:
+    """Return one sample per learned answer of a chat, up to the first blank answer.
+
+    Raises:
+        RecordDropped: no answer is to be learned.
+        RecordError: the turns do not alternate, the first turn is another system message than `system`, or
+            there is no answer.
+    """
+    if turns and turns[0].role == "system":
+        rule = "be absent, or equal the first message, which is a system message"
+        is_same = not system or system.strip() == turns[0].text.strip()
+        check_field(is_same, "the system message of the record", system, rule)
+        system, turns = turns[0].text, turns[1:]
     for i, turn in enumerate(turns):
         role = ("user", "assistant")[i % 2]
         rule = f"be {role}: turns alternate, after at most one system message"
@@ -312,7 +327,6 @@ def _samples_of_chat(
     if not num_before_blank:
         raise RecordError("no answer of the assistant to learn: there is none, or the first one is blank")
     prompt = [Message(role="system", content=(system,))] if system.strip() else []
-    id, source = _id_or_default(record, default_id), _text_or_default(record, "source", source)
     samples = []
     pairs = zip(turns[::2], turns[1 : 2 * num_before_blank : 2], strict=False)
     for number, (question, answer) in enumerate(pairs, start=1):

@@ -88,13 +88,13 @@ class FieldTable:
                 if name in self.passed:
                     continue
                 standard = standard_name(str(name))
-                place = f"field '{path}{_printable(name)}'"
+                place = f"field '{path}{printable_name(name)}'"
                 if refusal := self.refused.get(name) or self.refused.get(standard):
                     check_field(refusal.is_neutral(value[name]), place, value[name], refusal.rule)
                 elif standard in self.read - _HARMLESS:
                     check_field(_is_empty(value[name]), place, value[name], f"be named {standard!r}")
                 else:
-                    unknown.add(re.sub(r"\[\d+\]", "[]", path) + _printable(name))
+                    unknown.add(re.sub(r"\[\d+\]", "[]", path) + printable_name(name))
         for name, table in self.objects.items():
             held: Any = value.get(name)
             if isinstance(held, Mapping):
@@ -125,7 +125,7 @@ def standard_name(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[\s-]+", "_", name).lower()
 
 
-def _printable(name: Any) -> str:
+def printable_name(name: Any) -> str:
     """Return the name of a field in a form that can be printed and encoded, at most `MAX_NAME_LEN` long."""
     text = str(name)
     shown = text if text.isprintable() else repr(text)[1:-1]
@@ -343,7 +343,7 @@ _MESSAGE_HARMLESS = _names(
 ) - _names("prompt")
 
 
-_CHAT_MESSAGE = FieldTable(
+CHAT_MESSAGE = FieldTable(
     read=_names("role content from value", LEARN_FLAGS),
     harmless=_MESSAGE_HARMLESS,
     refused=_MESSAGE_REFUSED,
@@ -360,7 +360,7 @@ CHAT = FieldTable(
         **_refused(_CONTEXT, _CONTEXT_NAMES),
     },
     objects={
-        **dict.fromkeys(("messages", "conversations"), _CHAT_MESSAGE),
+        **dict.fromkeys(("messages", "conversations"), CHAT_MESSAGE),
         **dict.fromkeys(SYSTEM_FIELDS, CONTENT_PART),
     },
 )

@@ -1,12 +1,13 @@
-"""Files of a source: resolve a path, glob or folder, and open JSON files."""
+"""Files of a source: resolve a path, glob or folder, and open files of text that may be compressed."""
 
 import codecs
 import glob
 import gzip
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from blockft.errors import UserError
 from blockft.file_content import HEAD_BYTES, content_problem
@@ -15,6 +16,16 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 """The id of a dataset on the Hub: owner/name."""
 
 GZIP_MAGIC = b"\x1f\x8b"
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+
+READ_BYTES = 1 << 20
+"""Number of bytes of a compressed file that are unpacked at a time."""
+
+COMPRESSION_SUFFIXES = (".gz", ".zst")
+"""Ends of the names of compressed files."""
+
+RECORD_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv")
+"""Ends of the names of files that can be read, compressed or not."""
 
 UNSUPPORTED_MAGIC = {
     codecs.BOM_UTF16_LE: "is UTF-16: save it as UTF-8",
@@ -23,7 +34,6 @@ UNSUPPORTED_MAGIC = {
     b"PK\x03\x04": "is compressed: unpack it first",
     b"BZh": "is compressed: unpack it first",
     b"\xfd7zXZ": "is compressed: unpack it first",
-    b"\x28\xb5\x2f\xfd": "is compressed: unpack it first",
     b"ARROW1": "is an Arrow file: save it as parquet or JSON lines",
 }
 """First bytes of files that are not JSON in UTF-8, with the rest of the error message."""
@@ -33,7 +43,8 @@ def find_files(path: str, suffixes: Sequence[str]) -> list[Path]:
     """Return the files of a source, sorted. The list is empty if `path` is a dataset id on the Hub.
 
     `path` is a file, a folder, a glob or a Hub id. In a folder, files count that end in one of `suffixes`,
-    with or without `.gz`. A gzipped file is skipped if the unpacked file is in the same folder.
+    with or without `.gz` or `.zst`. Of files that differ only in their compression, one is read: the unpacked
+    one, otherwise the one that ends in `.gz`.
 
     Raises:
         UserError: nothing exists at `path`.
@@ -42,41 +53,72 @@ def find_files(path: str, suffixes: Sequence[str]) -> list[Path]:
     if root.is_file():
         return [root]
     if root.is_dir():
-        files = [file for file in sorted(root.iterdir()) if without_gzip_suffix(file).suffix in suffixes]
-        unpacked = {file for file in files if without_gzip_suffix(file) == file}
-        files = [file for file in files if file in unpacked or without_gzip_suffix(file) not in unpacked]
+        files = [file for file in root.iterdir() if without_compression_suffix(file).suffix in suffixes]
+        chosen: dict[Path, Path] = {}
+        for file in sorted(files):  # a.json stands before a.json.gz, which stands before a.json.zst
+            chosen.setdefault(without_compression_suffix(file), file)
         if not files:
             raise UserError(f"source folder {path} holds no file that ends in {' or '.join(suffixes)}")
-        return files
+        return sorted(chosen.values())
     if matches := [Path(name) for name in sorted(glob.glob(path, recursive=True)) if Path(name).is_file()]:
         return matches
-    if HUB_ID.fullmatch(path) and without_gzip_suffix(root).suffix not in (".json", ".jsonl", ".parquet"):
+    if HUB_ID.fullmatch(path) and without_compression_suffix(root).suffix not in RECORD_SUFFIXES:
         return []
     raise UserError(
         f"source {path} does not exist: no file, folder, match of a glob, or id on the Hub (owner/name)"
     )
 
 
-def without_gzip_suffix(path: Path) -> Path:
-    """Return the path without `.gz` at its end."""
-    return path.with_suffix("") if path.suffix == ".gz" else path
+def without_compression_suffix(path: Path) -> Path:
+    """Return the path without `.gz` or `.zst` at its end."""
+    return path.with_suffix("") if path.suffix in COMPRESSION_SUFFIXES else path
 
 
-def open_json(path: Path) -> BinaryIO:
-    """Open a file of JSON in UTF-8 for reading, after its byte order mark. A gzipped file is unpacked.
+def open_text(path: Path) -> BinaryIO:
+    """Open a file of text in UTF-8 for reading, after its byte order mark. A compressed file is unpacked.
 
-    The content decides whether a file is gzipped, not its name.
+    The content decides whether a file is compressed with gzip or zstd, not its name.
 
     Raises:
-        UserError: the first bytes show that the file is not JSON in UTF-8.
+        UserError: the first bytes show that the file is no text in UTF-8.
     """
     with path.open("rb") as raw:
-        is_gzip = raw.read(len(GZIP_MAGIC)) == GZIP_MAGIC
-    file = cast(BinaryIO, gzip.GzipFile(path)) if is_gzip else path.open("rb")
-    head = file.read(HEAD_BYTES)
+        magic = raw.read(len(ZSTD_MAGIC))
+    with _open_unpacked(path, magic) as file:
+        head = file.read(HEAD_BYTES)
     by_magic = (problem for magic, problem in UNSUPPORTED_MAGIC.items() if head.startswith(magic))
     if problem := next(by_magic, None) or content_problem(head):
-        file.close()
         raise UserError(f"source {path} {problem}")
-    file.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
+    file = _open_unpacked(path, magic)
+    if head.startswith(codecs.BOM_UTF8):
+        file.read(len(codecs.BOM_UTF8))
     return file
+
+
+def _open_unpacked(path: Path, magic: bytes) -> BinaryIO:
+    if magic.startswith(GZIP_MAGIC):
+        return cast(BinaryIO, gzip.GzipFile(path))
+    if magic == ZSTD_MAGIC:
+        return cast(BinaryIO, io.BufferedReader(_ZstdFile(path), READ_BYTES))
+    return path.open("rb")
+
+
+class _ZstdFile(io.RawIOBase):
+    """The unpacked content of a file that is compressed with zstd. A truncated file raises an OSError."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+
+        self._stream = pa.input_stream(str(path), compression="zstd")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()

@@ -39,8 +39,8 @@ NO_POSITIVE = "no positive document"
 class Question:
     """A question, its accepted answers, and its own documents.
 
-    The first answer is the response. Distractors may be taken from `pool`. The reader of a source replaces an
-    empty `id`.
+    `response` is the text to learn; if it is empty, the first answer is. Distractors may be taken from
+    `pool`. The reader of a source replaces an empty `id`.
 
     `missing_evidence` says why the documents are known not to support the answer. Such a question would teach
     a model to invent answers. It is empty if they do, or if the record does not say which documents do.
@@ -53,6 +53,7 @@ class Question:
     question: str
     answers: tuple[str, ...]
     documents: tuple[Document, ...]
+    response: str = ""
     pool: DocumentPool | None = None
     missing_evidence: str = ""
     has_position: bool = False

@@ -1,21 +1,22 @@
-"""Records of a source: read JSON, JSON lines, parquet and Hub datasets one by one, with their places."""
+"""Records of a source: read JSON, parquet, tables and Hub datasets one by one, with their places."""
 
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from blockft.data.files import open_json, without_gzip_suffix
+from blockft.data.files import open_text, without_compression_suffix
 from blockft.data.json_stream import JsonError, JsonStream, RecordDecoder, repeated_key_problem
 from blockft.data.sample import RecordError
+from blockft.data.tables import TABLE_SUFFIXES, read_table
 from blockft.errors import UserError, first_line
 from blockft.file_content import check_content
 
 PARQUET_ROWS = 1000
 """Number of parquet rows that are converted to records at a time."""
 
-TABLE_SUFFIXES = (".csv", ".tsv", ".xlsx", ".xls")
-"""Files of tables that cannot be read."""
+SPREADSHEET_SUFFIXES = (".xlsx", ".xls", ".ods")
+"""Files of spreadsheets, which cannot be read."""
 
 PlacedRecord = tuple[str, Any]
 """The place of a record (file and line), and the record, or a RecordError if the record cannot be read."""
@@ -26,23 +27,27 @@ def read_file(
 ) -> Iterator[PlacedRecord]:
     """Read the records of a file lazily.
 
-    A file whose name ends in `.parquet` is read as parquet. For any other file the first characters decide
-    between a JSON array and JSON lines; the file may be compressed with gzip. If `array_key` is given, a JSON
-    object that has this key is read as well: its value is the array of records. `array_key` is ignored for a
-    file whose name ends in `.jsonl` (or `.jsonl.gz`). `on_field` is called with each other key of the object,
-    and its value.
+    A file whose name ends in `.parquet` is read as parquet, and `.csv` and `.tsv` as a table. For any other
+    file the first characters decide between a JSON array and JSON lines. All files but parquet may be
+    compressed with gzip or zstd. If `array_key` is given, a JSON object that has this key is read as well:
+    its value is the array of records. `array_key` is ignored for a file whose name ends in `.jsonl` (before
+    the suffix of a compression). `on_field` is called with each other key of the object, and its value.
 
     Raises:
-        UserError: the file cannot be read, or is neither parquet, a JSON array nor JSON lines.
+        UserError: the file cannot be read, or is neither parquet, a table, a JSON array nor JSON lines.
     """
-    if without_gzip_suffix(path).suffix in TABLE_SUFFIXES:
-        raise UserError(f"source {path} is a table of texts: save it as parquet, JSON lines or a JSON array")
+    suffix = without_compression_suffix(path).suffix
+    if suffix in SPREADSHEET_SUFFIXES:
+        raise UserError(f"source {path} is a spreadsheet: save it as CSV, parquet or JSON lines")
     try:
         if path.suffix == ".parquet":
             yield from _read_parquet(path)
             return
+        if suffix in TABLE_SUFFIXES:
+            yield from read_table(path)
+            return
         first = _first_character(path)
-        is_lines = without_gzip_suffix(path).suffix == ".jsonl"
+        is_lines = suffix == ".jsonl"
         if first == b"[":
             yield from read_array(path)
         elif first == b"{" and array_key and not is_lines and _may_contain_key(path, array_key):
@@ -61,7 +66,7 @@ def read_file(
 def read_lines(path: Path) -> Iterator[PlacedRecord]:
     """Read a file of JSON lines. Blank lines are skipped; a line that is not JSON gives a RecordError."""
     decoder = RecordDecoder()
-    with open_json(path) as lines:
+    with open_text(path) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield f"{path}, line {number}", _parse_line(line, decoder)
@@ -77,7 +82,7 @@ def read_array(
     Raises:
         UserError: the file holds no such array, or its JSON is broken. The rest of the file is lost then.
     """
-    with open_json(path) as file:
+    with open_text(path) as file:
         stream = JsonStream(path, file)
         if array_key is None:
             yield from _array_elements(path, stream)
@@ -124,7 +129,7 @@ def read_hub(
 
 def _first_character(path: Path) -> bytes:
     """Return the first character of a file that is not white space."""
-    with open_json(path) as file:
+    with open_text(path) as file:
         while chunk := file.read(4096):
             if text := chunk.lstrip():
                 return text[:1]
@@ -136,7 +141,7 @@ def _may_contain_key(path: Path, array_key: str | None) -> bool:
 
     An object over several lines is not a line of JSON lines, so the search stops at its second line.
     """
-    with open_json(path) as file:
+    with open_text(path) as file:
         stream = JsonStream(path, file)
         stream.peek()
         first_line = stream.line

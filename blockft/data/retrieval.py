@@ -19,6 +19,9 @@ from blockft.errors import UserError
 BATCH_QUESTIONS = 256
 """Number of questions scored together."""
 
+NOT_RETRIEVED = "no retrieved document contains the answer"
+"""The reason for not training on a question whose documents were found by a search in a corpus."""
+
 Scorer = Callable[[Sequence[str]], Iterator[NDArray[np.float64]]]
 """Takes questions and yields, for each question, the scores (N,) of the N indexed texts."""
 
@@ -29,12 +32,17 @@ _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff
 """A word, or one character of a script that puts no spaces between words."""
 
 
-def retrieve(questions: Iterator[Question], indexer: Indexer, num_documents: int) -> Iterator[Question]:
+def retrieve(
+    questions: Iterator[Question], indexer: Indexer, num_documents: int, *, has_corpus: bool = False
+) -> Iterator[Question]:
     """Yield the questions with retrieved documents, best first. The relevance of a document is its score.
 
     A question keeps its supporting documents, or all its documents if none is known to support the answer.
     It is filled up to `num_documents` with the best documents of its pool that contain no answer. A question
     without a pool keeps its own documents, which are ranked. Equal scores keep the order of the pool.
+
+    If the pool is a corpus (`has_corpus`), a question without documents gets the best `num_documents` of it.
+    Those that contain an answer count as its support (as in DPR, Karpukhin et al. 2020).
     """
     for pool, group in groupby(questions, key=attrgetter("pool")):
         if pool is None:
@@ -43,7 +51,8 @@ def retrieve(questions: Iterator[Question], indexer: Indexer, num_documents: int
         score = indexer([_search_text(document) for document in pool.documents])
         while batch := list(islice(group, BATCH_QUESTIONS)):
             for question, scores in zip(batch, score([q.question for q in batch]), strict=True):
-                yield _choose_documents(question, scores, num_documents)
+                choose = _search_pool if has_corpus and not question.documents else _choose_documents
+                yield choose(question, scores, num_documents)
 
 
 def bm25_indexer() -> Indexer:
@@ -109,6 +118,23 @@ def _choose_documents(question: Question, scores: NDArray[np.float64], num_docum
         for i in chosen
     )
     return replace(question, documents=tuple(documents))
+
+
+def _search_pool(question: Question, scores: NDArray[np.float64], num_documents: int) -> Question:
+    """Return a question without documents with the best documents of its pool."""
+    pool = question.pool
+    assert pool
+    documents = tuple(
+        replace(
+            pool.documents[i],
+            relevance=float(scores[i]),
+            supports=pool.contains_answer(pool.documents[i], question.answers),
+        )
+        for i in islice(sort_by_score(scores), num_documents)
+    )
+    is_supported = any(document.supports for document in documents) or not question.answers
+    missing = "" if is_supported or not num_documents else NOT_RETRIEVED
+    return replace(question, documents=documents, missing_evidence=missing)
 
 
 def _rank_documents(question: Question, indexer: Indexer) -> Question:

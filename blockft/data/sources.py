@@ -8,16 +8,20 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from blockft.data import chat_formats, fields, qa_formats, squad
+from blockft.data import chat_formats, column_formats, fields, qa_formats, squad
+from blockft.data.column_path import similar_paths
+from blockft.data.columns import Columns, absent_paths, describe_fields, is_header, unread_fields
 from blockft.data.constructed import (
     CONSTRUCTED_SETS,
     ConstructedSize,
     parse_constructed,
     read_constructed,
 )
+from blockft.data.corpus import read_corpus
 from blockft.data.document_pool import DocumentPool
 from blockft.data.fields import MAX_UNKNOWN_FIELDS, OTHER_FIELDS, FieldTable
-from blockft.data.files import find_files, without_gzip_suffix
+from blockft.data.files import RECORD_SUFFIXES, find_files, without_compression_suffix
+from blockft.data.layouts import MRQA_COLUMNS, suggest_columns
 from blockft.data.qa_formats import Question
 from blockft.data.rag_prompt import RagPrompt
 from blockft.data.records import PlacedRecord, read_file, read_hub
@@ -107,7 +111,7 @@ class SourceFormat:
         expand: converts what the files hold into one record per question.
         parse_question: parses a record into a question, which a `RagPrompt` turns into a prompt.
         parse_samples: parses a record into samples; the second argument is the id of a sample without one.
-            A format has either `parse_question` or `parse_samples`.
+            A format has either `parse_question` or `parse_samples`; `columns` has what its mapping says.
         unsupported: returns why the documents of a valid record of samples are known not to support its
             answer, or "". A question says so itself.
         distractors_from: where the distractors of a question come from: its own record, its article, or the
@@ -224,6 +228,7 @@ SOURCE_FORMATS = {
         ),
         fields=fields.ALPACA,
         recognized_by=("instruction output",),
+        suffixes=RECORD_SUFFIXES,
         parse_samples=chat_formats.parse_alpaca,
     ),
     "blocks": SourceFormat(
@@ -250,7 +255,33 @@ SOURCE_FORMATS = {
         suffixes=(),
         parse_question=parse_constructed,
     ),
+    "columns": SourceFormat(
+        description="Records with any fields, also tables; a mapping names the fields that are read.",
+        blocks="documents, or turns and their paragraphs",
+        record_shapes=("{...}",),
+        fields=fields.FieldTable(read=frozenset()),
+        recognized_by=(),
+        suffixes=RECORD_SUFFIXES,
+        distractors_from="source",
+    ),
 }
+
+
+def source_format(format: str, columns: Columns | None = None) -> SourceFormat:
+    """Return the description of a format, with the parser of the records of `columns`.
+
+    Without a mapping, `columns` has no parser.
+    """
+    found = SOURCE_FORMATS[format]
+    if columns is None:
+        return found
+    if columns.is_question:
+        return replace(
+            found,
+            expand=partial(column_formats.expand_questions, columns),
+            parse_question=partial(column_formats.parse_question, columns),
+        )
+    return replace(found, parse_samples=partial(column_formats.parse_chat, columns))
 
 
 def read_samples(
@@ -270,11 +301,14 @@ def read_samples(
     retriever: str = "none",
     dense_model: str = "",
     constructed: ConstructedSize | None = None,
+    columns: Columns | None = None,
+    corpus: str | None = None,
 ) -> Iterator[Sample]:
     """Read the samples of a source lazily, in the order of the source.
 
-    Memory: with a retriever, the documents of a `fid` source stay in memory, because all of them are read
-    before the first question. `squad` keeps one article in memory, every other format one record.
+    Memory: with a retriever, the documents of a `fid` or `columns` source and of its corpus stay in memory,
+    because all of them are read before the first question. `squad` keeps one article in memory, every other
+    format one record.
 
     Args:
         format: a key of `SOURCE_FORMATS`.
@@ -291,13 +325,22 @@ def read_samples(
         retriever: `bm25` or `dense` searches distractors and ranks documents; `none` does not.
         dense_model: the sentence-transformers model of the `dense` retriever.
         constructed: the size of the questions of a constructed set.
+        columns: the fields that the format `columns` reads.
+        corpus: a file, a folder or a glob of documents, among which the retriever searches for the questions
+            of `columns`. A question without documents of its own gets the best `num_documents` of them.
+            Those that contain an answer count as its support.
 
     Raises:
         UserError: nothing exists at `path`, or the arguments contradict each other. While reading, unless
             `skip_bad`: a record is bad; the message names file, line and field.
     """
+    if format == "columns" and columns is None:
+        raise UserError(_columns_missing_message(path, split, name))
     reader = _SourceReader(
         format=format,
+        source_format=source_format(format, columns),
+        columns=columns,
+        corpus=corpus,
         path=path,
         files=find_source_files(format, path),
         split=split,
@@ -312,9 +355,14 @@ def read_samples(
     if format == CONSTRUCTED:
         reader.selected_records(counts)  # checks the name and the sizes
     if retriever != "none":
-        _check_retrieval(format, path, prompt.num_documents)
-    if SOURCE_FORMATS[format].parse_samples:
+        _check_retrieval(reader, prompt.num_documents)
+    if reader.source_format.parse_samples:
         return reader.samples(counts)
+    if columns and not columns.documents and not corpus and prompt.num_documents != 0:
+        raise UserError(
+            f"source {path} has questions and no documents: add documents to its columns, or set corpus to a "
+            "file of documents and retriever to bm25, or ask without documents (data.num_documents=0)"
+        )
     questions = _add_documents(reader, prompt, counts, retriever, dense_model, max_questions_per_context)
     return _build_samples(questions, prompt, counts)
 
@@ -335,6 +383,9 @@ class _SourceReader:
     """Reads the records of one source and parses them; see `read_samples` for the fields."""
 
     format: str
+    source_format: SourceFormat
+    columns: Columns | None
+    corpus: str | None
     path: str
     files: list[Path]
     split: str | None
@@ -348,7 +399,7 @@ class _SourceReader:
 
     def all_records(self, counts: RecordCounts) -> Iterator[PlacedRecord]:
         """Yield every record of the source; count the unknown fields of its files."""
-        source_format = SOURCE_FORMATS[self.format]
+        source_format = self.source_format
         records: Iterable[Iterator[PlacedRecord]]
         if self.files:
             records = (
@@ -365,7 +416,7 @@ class _SourceReader:
         Raises:
             UserError: the field is refused.
         """
-        table = SOURCE_FORMATS[self.format].file_fields
+        table = self.source_format.file_fields
         assert table
         try:
             counts.count_unknown(table.unknown_fields({name: value}))
@@ -381,12 +432,13 @@ class _SourceReader:
 
     def questions(self, records: Iterator[PlacedRecord], counts: RecordCounts) -> Iterator[Question]:
         """Parse records into questions. A question without an id gets the default id."""
-        parse_question = SOURCE_FORMATS[self.format].parse_question
+        parse_question = self.source_format.parse_question
         assert parse_question
 
         def parse(record: Any) -> Question:
             question = parse_question(record)
-            if self.needs_evidence and question.missing_evidence:
+            is_searched = self.corpus is not None and not question.documents
+            if self.needs_evidence and question.missing_evidence and not is_searched:
                 raise RecordDropped(question.missing_evidence)
             return question
 
@@ -395,7 +447,7 @@ class _SourceReader:
 
     def samples(self, counts: RecordCounts) -> Iterator[Sample]:
         """Parse the selected records of a chat or sample format into samples."""
-        source_format = SOURCE_FORMATS[self.format]
+        source_format = self.source_format
         parse_samples, unsupported = source_format.parse_samples, source_format.unsupported
         assert parse_samples
 
@@ -411,7 +463,7 @@ class _SourceReader:
 
     def _default_id(self, counts: RecordCounts) -> str:
         """Return an id for the record that was read last; it does not depend on the folder of the file."""
-        return f"{without_gzip_suffix(Path(self.path)).stem}-{self.skip_samples + counts.read}"
+        return f"{without_compression_suffix(Path(self.path)).stem}-{self.skip_samples + counts.read}"
 
     def _parse_records(
         self, records: Iterable[PlacedRecord], parse: Callable[[Any], T], counts: RecordCounts
@@ -420,13 +472,18 @@ class _SourceReader:
 
         Raises:
             UserError: a record is bad and `skip_bad` is False. If the record looks like one of another
-                format, the message says so.
+                format, or `columns` would read it, the message says so. No record has the field of a column.
         """
+        absent: set[tuple[str, str]] | None = None
+        last_record: Any = None
         for place, record in records:
             counts.read += 1
             try:
                 if isinstance(record, RecordError):
                     raise record
+                if self.columns and absent != set():
+                    missing = self._absent_paths(record)
+                    absent, last_record = missing if absent is None else absent & missing, record
                 unknown = self._unknown_fields(record)
                 result = parse(record)
             except RecordDropped as reason:
@@ -434,7 +491,7 @@ class _SourceReader:
                 counts.count_unknown(unknown)
             except RecordError as error:
                 if not self.skip_bad:
-                    hint = _format_hint(record, self.format, is_first=counts.read == 1)
+                    hint = _format_hint(record, self.format, self.columns, is_first=counts.read == 1)
                     raise UserError(f"{place}: {error}{hint} {SKIP_REMEDY}") from error
                 message = f"{place}: {error}"
                 counts.list_bad(message)
@@ -442,6 +499,14 @@ class _SourceReader:
             else:
                 counts.count_unknown(unknown)
                 yield result
+        if absent:
+            raise UserError(_absent_column_message(self.path, counts.read, min(absent), last_record))
+
+    def _absent_paths(self, record: Any) -> set[tuple[str, str]]:
+        """Return the columns and paths of which a record has nothing. A corpus may have titles and texts."""
+        assert self.columns
+        in_corpus = ("title", "text") if self.corpus else ()
+        return {absent for absent in absent_paths(self.columns, record) if absent[0] not in in_corpus}
 
     def _unknown_fields(self, record: Any) -> set[str]:
         """Return the fields of a record that its format does not know.
@@ -449,7 +514,9 @@ class _SourceReader:
         Raises:
             RecordError: the record has a field that is refused.
         """
-        table = SOURCE_FORMATS[self.format].fields
+        if self.columns:
+            return unread_fields(self.columns, record)
+        table = self.source_format.fields
         if isinstance(record, squad.ArticleQuestion):
             return table.unknown_fields(record.record, path=record.path) | record.unknown_fields
         return table.unknown_fields(record)
@@ -463,12 +530,36 @@ def _describe_record(place: str, record: Any) -> str:
     return f"{place}: {', '.join(fields)}" if fields else place
 
 
-def _format_hint(record: Any, format: str, *, is_first: bool) -> str:
-    """Return the part of an error message that says which format a bad record may have; "" if unknown."""
+def _columns_missing_message(path: str, split: str | None, name: str | None) -> str:
+    """Return the message about a source of the format `columns` without a mapping; it suggests one."""
+    files = find_source_files("columns", path)
+    records = chain.from_iterable(map(read_file, files)) if files else read_hub(path, split, name)
+    first = next((r for _, r in records if isinstance(r, Mapping) and not is_header(r)), {})
+    suggestion = suggest_columns(first)
+    remedy = f"add columns: {suggestion}" if suggestion else "add a mapping such as {prompt: question}"
+    return f"source {path} has the format columns and no columns{describe_fields(first)}: {remedy}"
+
+
+def _absent_column_message(path: str, num_read: int, absent: tuple[str, str], record: Any) -> str:
+    """Return the message about a column whose field none of the records has."""
+    column, name = absent
+    close = " or ".join(similar_paths(name, record))
+    return (
+        f"source {path}: columns.{column} is {name!r}, a field that none of its {num_read:,} records has"
+        f"{f' (did you mean {close}?)' if close else describe_fields(record)}: correct the name or remove it"
+    )
+
+
+def _format_hint(record: Any, format: str, columns: Columns | None, *, is_first: bool) -> str:
+    """Return the part of an error message that says which format or columns a bad record may have."""
     where = "--format, sources[].format"
     if isinstance(record, squad.ArticleQuestion) and record.path:
         return ""  # a question inside an article of SQuAD
     record = record.record if isinstance(record, RecordError | squad.ArticleQuestion) else record
+    if isinstance(record, Mapping) and columns:
+        suggestion = suggest_columns(record) if is_first or absent_paths(columns, record) else ""
+        fits = f"; this would fit: columns: {suggestion}" if suggestion else ""
+        return f"{describe_fields(record)}{fits}"
     if isinstance(record, Mapping):
         if _has_fields(record, format):
             return ""
@@ -476,6 +567,11 @@ def _format_hint(record: Any, format: str, *, is_first: bool) -> str:
         best = max(scores, key=scores.__getitem__)
         if scores[best]:
             return f"; it looks like the format {best} ({where})"
+        if is_first and is_header(record):
+            return f"; it is the header of a file of MRQA: format: columns, columns: {MRQA_COLUMNS}"
+        if suggestion := suggest_columns(record):
+            fields_of_record = describe_fields(record)
+            return f"{fields_of_record}; this would fit: format: columns, columns: {suggestion}"
     return f"; is it in the format {format} ({where})?" if is_first else ""
 
 
@@ -494,27 +590,47 @@ def _add_documents(
     max_questions_per_context: int | None,
 ) -> Iterator[Question]:
     """Yield the questions of a source with their documents, distractors included."""
-    distractors_from = SOURCE_FORMATS[reader.format].distractors_from
+    distractors_from = reader.source_format.distractors_from
     questions = reader.questions(reader.selected_records(counts), counts)
     indexer = _build_indexer(retriever, dense_model)
     if prompt.shared_context and distractors_from == "article":
         yield from squad.group_by_context(questions, prompt, counts.drop, indexer, max_questions_per_context)
     elif indexer:
         if distractors_from == "source":
-            pool = _read_pool(reader)
+            pool = _read_pool(reader, counts)
             questions = (replace(question, pool=pool) for question in questions)
-        yield from retrieve(questions, indexer, prompt.num_documents or 0)
+        has_corpus = reader.corpus is not None
+        questions = retrieve(questions, indexer, prompt.num_documents or 0, has_corpus=has_corpus)
+        yield from _with_evidence(questions, counts) if reader.needs_evidence else questions
     elif distractors_from == "article":
         yield from map(squad.add_distractors, questions)
     else:
         yield from questions
 
 
-def _read_pool(reader: _SourceReader) -> DocumentPool:
-    """Return the documents of all questions of a source. The records are counted elsewhere."""
-    counts = RecordCounts()
-    questions = reader.questions(reader.all_records(counts), counts)
-    return DocumentPool(document for question in questions for document in question.documents)
+def _with_evidence(questions: Iterator[Question], counts: RecordCounts) -> Iterator[Question]:
+    """Yield the questions whose retrieved documents may support the answer; count the others."""
+    for question in questions:
+        if question.missing_evidence:
+            counts.drop(question.missing_evidence, partial(str, f"{question.id}: {question.question}"))
+        else:
+            yield question
+
+
+def _read_pool(reader: _SourceReader, counts: RecordCounts) -> DocumentPool:
+    """Return the documents of the corpus and of all questions of a source.
+
+    The records of the questions are counted elsewhere. A bad record of the corpus is listed in `counts`.
+    """
+    again = RecordCounts()
+    has_documents = reader.columns is None or reader.columns.documents
+    questions = reader.questions(reader.all_records(again), again) if has_documents else iter(())
+    documents = (document for question in questions for document in question.documents)
+    if reader.corpus is None:
+        return DocumentPool(documents)
+    assert reader.columns
+    on_bad = counts.list_bad if reader.skip_bad else None
+    return DocumentPool(chain(read_corpus(reader.corpus, reader.columns, on_bad), documents))
 
 
 def _build_indexer(retriever: str, dense_model: str) -> Indexer | None:
@@ -528,19 +644,19 @@ def _build_indexer(retriever: str, dense_model: str) -> Indexer | None:
     raise AssertionError(retriever)
 
 
-def _check_retrieval(format: str, path: str, num_documents: int | None) -> None:
+def _check_retrieval(reader: _SourceReader, num_documents: int | None) -> None:
     """Check that documents can be retrieved for a source.
 
     Raises:
         UserError: the format has no documents, or the number of documents is not set.
     """
-    source_format = SOURCE_FORMATS[format]
-    if not source_format.parse_question:
+    format, path = reader.format, reader.path
+    if not reader.source_format.parse_question:
         allowed = ", ".join(name for name, other in SOURCE_FORMATS.items() if other.parse_question)
         raise UserError(
             f"source {path} has a retriever, but the format {format} holds no documents (allowed: {allowed})"
         )
-    if source_format.distractors_from != "record" and num_documents is None:
+    if reader.source_format.distractors_from != "record" and num_documents is None:
         raise UserError(
             f"source {path} has a retriever, which needs the number of documents: set data.num_documents"
         )
@@ -559,7 +675,7 @@ def _build_samples(
             id=question.id,
             source=question.source,
             messages=messages,
-            response=question.answers[0],
+            response=question.response or question.answers[0],
             answers=question.answers,
             meta=meta,
         )

@@ -27,7 +27,6 @@ from blockft.data.advice import (
 from blockft.data.mixture import Mixture
 from blockft.data.packing import plan_rows
 from blockft.data.prepared import PreparedData
-from blockft.data.sources import SOURCE_FORMATS
 from blockft.inputs import shorten_paths
 from blockft.page.example_view import ExampleView
 from blockft.page.histogram import Histogram, build_histogram
@@ -110,7 +109,7 @@ class Page:
     @cached_property
     def wording(self) -> dict[str, str]:
         """The wording of RAG prompts, if a source has questions."""
-        has_questions = any(SOURCE_FORMATS[source.entry["format"]].parse_question for source in self.sources)
+        has_questions = any(source.entry["has_questions"] for source in self.sources)
         prompt = self.manifest["options"]["prompt"]
         return {name: str(text) for name, text in prompt.items()} if has_questions else {}
 

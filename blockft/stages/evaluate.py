@@ -26,9 +26,9 @@ from blockft.config.choices import (
 from blockft.config.recipe import build_recipe, find_recipe, is_recipe, load_recipe
 from blockft.config.settings import Recipe, Source
 from blockft.console import PlainConsole
+from blockft.data.files import COMPRESSION_SUFFIXES, RECORD_SUFFIXES
 from blockft.data.sample import SKIP_REMEDY, Sample, sample_to_record
-from blockft.data.sources import SOURCE_FORMATS, RecordCounts, find_source_files
-from blockft.data.split import SPLIT_FORMATS
+from blockft.data.sources import RecordCounts, find_source_files
 from blockft.data.statistics import histogram
 from blockft.data.tokenizer import tokenizer_fingerprint
 from blockft.digest import digest_json
@@ -55,7 +55,12 @@ from blockft.outputs import LockedFolder, atomic_folder, check_absent, resumable
 from blockft.printable import print_text
 from blockft.progress import progress, track
 from blockft.stages.output_folder import lock_output
-from blockft.stages.source_settings import read_source, take_in_turn, unknown_fields_warning
+from blockft.stages.source_kind import holds_questions, is_split
+from blockft.stages.source_settings import (
+    read_source,
+    take_in_turn,
+    warn_of_unknown_fields,
+)
 from blockft.version import __version__
 
 REPORT = "report.json"
@@ -200,7 +205,7 @@ def _recipe_for_data(model: str, data: str, overrides: Sequence[str], format: st
             find_recipe(data)  # its message suggests recipes of similar names
         raise
     format = str(format or Format.samples)
-    source, has_wording = {"format": format, "path": data}, SOURCE_FORMATS[format].parse_question is not None
+    source = {"format": format, "path": data}
     # an evaluation reads no setting of the training: its folders are placeholders
     given: dict[str, Any] = {
         "model": {"path": model},
@@ -209,7 +214,8 @@ def _recipe_for_data(model: str, data: str, overrides: Sequence[str], format: st
         "eval": {"output_dir": f"out/eval/{_short_name(model)}-{_short_name(data)}", "sources": [source]},
     }
     recipe = build_recipe(given, overrides, name := f"the evaluation of {data}")
-    if not has_wording:
+    assert recipe.eval
+    if not any(map(holds_questions, recipe.eval.sources)):
         return recipe
     is_worded = any(override.startswith("data.prompt.") for override in overrides)
     given["data"] |= _trained_wording(model, model_revision(model, recipe), is_worded)
@@ -241,7 +247,7 @@ def _trained_wording(model: str, revision: str | None, is_worded: bool) -> dict[
 def _short_name(path: str) -> str:
     """Return the last two parts of a path, because exports are mostly called `model`; no file suffix."""
     # other dots belong to the name: Llama-3.1-8B is not Llama-3.2-3B
-    stem = reduce(str.removesuffix, (".gz", ".json", ".jsonl", ".parquet"), path)
+    stem = reduce(str.removesuffix, (*COMPRESSION_SUFFIXES, *RECORD_SUFFIXES), path)
     parts = [part for part in Path(stem).parts if part not in ("/", "..", ".")]
     return "-".join(parts[-2:]).replace("*", "all")
 
@@ -288,8 +294,7 @@ def read_questions(recipe: Recipe) -> tuple[list[Sample], dict[str, int]]:
     with_questions = {index for index, _ in chosen}
     is_limit_reached = len(chosen) == recipe.eval.max_samples
     for index, (source, count) in enumerate(zip(recipe.eval.sources, counts, strict=True)):
-        if count.unknown_fields:
-            warn(unknown_fields_warning(source, count))
+        warn_of_unknown_fields(source, count)
         if index not in with_questions and not is_limit_reached:  # otherwise it may not have been read
             reasons = ", ".join(f"{reason}: {number}" for reason, number in count.dropped.items())
             warn(f"no question of {source.path} is asked ({reasons or 'it holds no samples'})")
@@ -305,7 +310,7 @@ def _with_answers(
             yield sample
         elif skip_bad:
             count.drop("no answers")
-        elif source.format in SPLIT_FORMATS:
+        elif is_split(source):
             raise UserError(
                 f"{source.path} has the format {source.format}, which holds no answers to score against"
             )
@@ -344,7 +349,7 @@ def _options(
     """Return everything that decides an answer, under names for the reader of the report."""
     settings, data = recipe.eval, recipe.data
     assert settings
-    has_wording = any(SOURCE_FORMATS[source.format].parse_question for source in settings.sources)
+    has_wording = any(map(holds_questions, settings.sources))
     wording = {
         "wording of the instruction": data.prompt.instruction,
         "wording of a document": data.prompt.document,

@@ -14,7 +14,6 @@ from blockft.config.settings import Recipe
 from blockft.console import PlainConsole
 from blockft.data.encoder import Encoder
 from blockft.data.prepared import FILES
-from blockft.data.sources import SOURCE_FORMATS
 from blockft.errors import UserError, check_type, warn
 from blockft.evaluation.report import ALL
 from blockft.evaluation.report_render import TITLES, format_score
@@ -241,8 +240,7 @@ def _block_attention_entry(checkpoint: Path, recipe: Recipe) -> dict[str, Any]:
         "local_sees_first": False,
     }
     manifest = read_data(checkpoint.parent)
-    formats = [source["format"] for source in manifest["sources"] if source["kept"]]
-    if not any(SOURCE_FORMATS[format].parse_question for format in formats):
+    if not any(source["has_questions"] for source in manifest["sources"] if source["kept"]):
         return entry
     options = manifest["options"]
     return entry | {

@@ -12,12 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from blockft.config.choices import BadRecordPolicy, Format, Retriever, TooLongPolicy, UnsplitPolicy
 from blockft.config.settings import DataSettings, Source
 from blockft.data.constructed import VERSION as CONSTRUCTED_VERSION
+from blockft.data.corpus import find_corpus_files
 from blockft.data.encode_part import EncodeOptions
-from blockft.data.sources import SOURCE_FORMATS, find_source_files
-from blockft.data.split import SPLIT_FORMATS
+from blockft.data.sources import find_source_files
 from blockft.data.tokenizer import tokenizer_fingerprint
 from blockft.digest import DamagedFile, digest_files, list_files
 from blockft.errors import UserError
+from blockft.stages.source_kind import holds_questions, is_split
 
 READ_VERSION = 1
 """Version of the code that reads sources: a change of what it reads needs another number."""
@@ -41,6 +42,8 @@ _NOT_OF_SAMPLES = "weight response max_examples"
 class SourceContent:
     """What a source holds: the digests of its files, or the revision of its dataset on the Hub.
 
+    The files of its corpus belong to it.
+
     `revision` is the commit of the dataset. If it is unknown, `nonce` takes its place, which is another one
     every time, so that no earlier part is used.
 
@@ -52,6 +55,7 @@ class SourceContent:
         self._name = source.path
         self.nonce = secrets.token_hex(16)
         self._files = find_source_files(source.format, source.path)
+        self._corpus = find_corpus_files(source.corpus) if source.corpus is not None else []
         self._states = self._file_states()
         self.revision: str | None = None
         self.record: Any
@@ -61,15 +65,17 @@ class SourceContent:
         if self._files:
             self.record = _digest_paths(self._files, f"source {source.path}")
             self.is_known = True
-            return
-        self.revision = _find_revision("dataset", source.path)
-        self.is_known = self.revision is not None
-        self.record = self.revision or self.nonce
+        else:
+            self.revision = _find_revision("dataset", source.path)
+            self.is_known = self.revision is not None
+            self.record = self.revision or self.nonce
+        if self._corpus:
+            self.record = [self.record, _digest_paths(self._corpus, f"corpus {source.corpus}")]
 
     @property
     def num_bytes(self) -> int:
         """The size of the files."""
-        return sum(size for size, *_ in self._states)
+        return sum(size for size, *_ in self._states[: len(self._files)])
 
     def check_unchanged(self) -> None:
         """Check that the files are those whose digests were computed.
@@ -82,7 +88,7 @@ class SourceContent:
 
     def _file_states(self) -> list[tuple[int, int, int]]:
         try:
-            statuses = [file.stat() for file in self._files]
+            statuses = [file.stat() for file in (*self._files, *self._corpus)]
         except OSError as error:
             raise UserError(f"source {self._name} cannot be read: {error.strerror}") from error
         return [(status.st_size, status.st_mtime_ns, status.st_ino) for status in statuses]
@@ -97,7 +103,7 @@ def read_options(
     number: the number of the copy.
     """
     options = data.model_dump(mode="json", exclude={*_NOT_READING.split()})
-    if not SOURCE_FORMATS[source.format].parse_question:
+    if not holds_questions(source):
         for name in _OF_QUESTIONS.split():
             del options[name]
     options["seed"] = data.seed + number
@@ -116,7 +122,7 @@ def read_options(
 
 def encode_options(source: Source, data: DataSettings) -> EncodeOptions:
     """Return how the samples of a source are encoded."""
-    splitting, splits = data.splitting, source.format in SPLIT_FORMATS
+    splitting, splits = data.splitting, is_split(source)
     return EncodeOptions(
         row_len=data.row_len,
         trim=data.too_long is TooLongPolicy.trim,

@@ -14,7 +14,6 @@ from blockft.config.settings import DataSettings, Recipe, Source
 from blockft.data.encode_part import read_hashes, shards_with_examples
 from blockft.data.part_cache import link_or_copy, remove_empty_parts, remove_other_parts
 from blockft.data.prepared import Examples, find_foreign_file, finish_folder, shard_files
-from blockft.data.sources import SOURCE_FORMATS
 from blockft.data.statistics import ExampleStatistics, SourceStatistics, histogram
 from blockft.data.tokenizer import tokenizer_fingerprint
 from blockft.digest import FileDigest, list_files
@@ -26,12 +25,13 @@ from blockft.outputs import LockedFolder, atomic_folder, check_absent, write_err
 from blockft.stages.leak_check import LeakCheck
 from blockft.stages.mixture_settings import describe_mixture, mixture_of
 from blockft.stages.output_folder import check_output_place, lock_output
+from blockft.stages.source_kind import holds_questions
 from blockft.stages.source_parts import SourceParts
 from blockft.stages.source_settings import (
     check_copies,
     check_wording,
     settings_without_effect,
-    unknown_fields_warning,
+    warn_of_unknown_fields,
 )
 from blockft.stages.teacher_answers import ask_teacher
 from blockft.stages.teacher_settings import check_teacher, teacher_options
@@ -96,8 +96,7 @@ def _prepare(recipe: Recipe, out: LockedFolder, overwrite: bool) -> Path:
         if data.cache_dir is None:
             remove_other_parts(cache, parts.used)
     for source, count in zip(data.sources, counts, strict=True):
-        if count.unknown_fields:
-            warn(unknown_fields_warning(source, count))
+        warn_of_unknown_fields(source, count)
         if not count.kept:
             warn(_nothing_kept_message(data, [source], [count]))
     leak_check.warn()
@@ -115,7 +114,10 @@ def _prepare(recipe: Recipe, out: LockedFolder, overwrite: bool) -> Path:
 def _inputs(recipe: Recipe) -> dict[str, str]:
     """Return the paths that are read, by the setting that names them."""
     inputs = {"model.path": recipe.model.path}
-    inputs |= {f"data.sources.{index}.path": source.path for index, source in enumerate(recipe.data.sources)}
+    for index, source in enumerate(recipe.data.sources):
+        inputs[f"data.sources.{index}.path"] = source.path
+        if source.corpus is not None:
+            inputs[f"data.sources.{index}.corpus"] = source.corpus
     if (teacher := recipe.data.teacher) and teacher.base_url is None:
         inputs["data.teacher.model"] = teacher.model
     return inputs
@@ -220,7 +222,7 @@ def _nothing_kept_message(
     lengths = [count.shortest_dropped for count in counts if count.shortest_dropped]
     if not lengths:
         return f"every sample of {paths} was dropped ({reasons})"
-    has_documents = any(SOURCE_FORMATS[source.format].parse_question for source in sources)
+    has_documents = any(map(holds_questions, sources))
     return (
         f"every sample of {paths} was dropped ({reasons}; the shortest has {min(lengths):,} tokens): raise "
         f"data.row_len, which is {data.row_len:,}{', or lower data.num_documents' if has_documents else ''}"
@@ -258,6 +260,8 @@ def _describe_source(source: Source, count: SourceStatistics) -> dict[str, Any]:
     return {
         "path": source.path,
         "format": source.format.value,
+        # whether data.prompt words the prompts
+        "has_questions": holds_questions(source),
         "read": count.read,
         "samples": count.samples,
         "kept": count.kept,

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from blockft.config.recipe import list_recipes
 from blockft.config.reference import Section, list_sections
+from blockft.data.layouts import LAYOUTS, format_columns
 from blockft.data.sources import SOURCE_FORMATS
 from blockft.stages.recipes import purpose
 
@@ -32,6 +33,48 @@ blockft prepare hotpotqa data.row_len=4096            # override a setting on th
 * Paths are relative to the folder in which the command runs.
 * Editors with a YAML language server complete and check recipes whose first line is
   `# yaml-language-server: $schema=recipe.schema.json` (the path of [recipe.schema.json](recipe.schema.json)).
+"""
+
+_COLUMNS = """\
+### Any fields: `columns`
+
+`columns` reads records with any fields. A mapping says which field holds what; paths go through objects and
+lists (see the settings of `data.sources[].columns` below):
+
+```yaml
+model: {path: Qwen/Qwen3-0.6B}
+data:
+  output_dir: out/mine/data
+  num_documents: 10
+  sources:
+    - format: columns
+      path: support-tickets.csv
+      columns: {question: q, documents: passage_*, answers: a}
+    - format: columns                      # questions and documents apart
+      path: questions.jsonl
+      columns: {question: question, answers: golden_answers, text: contents}
+      corpus: wiki.jsonl.zst
+      retriever: bm25
+train: {output_dir: out/mine/run}
+```
+
+Without a mapping, the command stops, lists the fields of the first record, and prints columns that fit if it
+can guess them. These columns read public layouts:
+"""
+
+_COLUMN_RULES = """\
+* The rules of the other questions hold: a question without answers, or whose documents are known not to
+  support the answer, is not trained. `supporting` says which documents do; without it, all may. The answer
+  `No Answer Present.` of MS MARCO is none (`no_answer`).
+* A retriever fills prompts up to `data.num_documents` with documents of the whole source and of the `corpus`
+  that contain no answer. Questions without documents get the best documents of the corpus. Of these,
+  documents that contain an answer support it. Corpus and index stay in memory.
+* A `completion` and the messages of a completion are learned, the messages of a `prompt` are not. Spaces
+  around a text in `completion` are removed.
+* Fields that no column names have no effect; the manifest counts them (`unknown_fields`), without a
+  warning. A column whose field none of the records has is an error.
+* CSV and TSV: the first line names the columns, an empty cell is null, and cells with delimiters, quotes or
+  new lines stand in double quotes. The text must be UTF-8.
 """
 
 _FIELDS = """\
@@ -121,7 +164,16 @@ trained.
 
 def recipes_readme() -> str:
     """Return the Markdown text of `recipes/README.md`."""
-    parts = (_INTRODUCTION, *_recipes(), *_formats(), _FIELDS, _EXAMPLES, _CHAT_TEMPLATES, *_settings())
+    parts = (
+        _INTRODUCTION,
+        *_recipes(),
+        *_formats(),
+        *_columns(),
+        _FIELDS,
+        _EXAMPLES,
+        _CHAT_TEMPLATES,
+        *_settings(),
+    )
     return "\n".join(parts)
 
 
@@ -137,8 +189,9 @@ def _formats() -> Iterator[str]:
     yield "## Formats of sources\n"
     yield (
         "`data.sources[].path` is a file, a glob, a folder, or the id of a Hub dataset (with `split`, and\n"
-        "`name` if it has several configurations). Files are JSON, JSON lines or parquet, and may be\n"
-        "compressed with gzip. In the table, `?` marks a field that can be left out.\n"
+        "`name` if it has several configurations). Files are JSON, JSON lines or parquet; `alpaca` and\n"
+        "`columns` also read CSV and TSV. All but parquet may be compressed with gzip or zstd (`.json.gz`,\n"
+        "`.csv.zst`). In the table, `?` marks a field that can be left out.\n"
     )
     yield from _table(
         ("format", "content", "blocks of a prompt", "record"),
@@ -152,6 +205,22 @@ def _formats() -> Iterator[str]:
             for name, form in SOURCE_FORMATS.items()
         ),
     )
+
+
+def _columns() -> Iterator[str]:
+    yield _COLUMNS
+    yield from _table(
+        ("layout", "record", "columns"),
+        (
+            (
+                layout.name,
+                f"`{layout.record}`" + (f", documents `{layout.corpus}`" if layout.corpus else ""),
+                f"`{format_columns(layout.columns)}`",
+            )
+            for layout in LAYOUTS
+        ),
+    )
+    yield _COLUMN_RULES
 
 
 def _settings() -> Iterator[str]:

@@ -10,9 +10,9 @@ from blockft.data.constructed import ConstructedSize
 from blockft.data.fields import format_fields
 from blockft.data.rag_prompt import RagPrompt
 from blockft.data.sample import Sample
-from blockft.data.sources import SOURCE_FORMATS, RecordCounts, read_samples
-from blockft.data.split import SPLIT_FORMATS
-from blockft.errors import UserError
+from blockft.data.sources import RecordCounts, read_samples
+from blockft.errors import UserError, warn
+from blockft.stages.source_kind import holds_questions, is_split, source_columns
 from blockft.stages.teacher_settings import teacher_settings_without_effect
 
 
@@ -54,14 +54,14 @@ def check_copies(data: DataSettings) -> None:
 
 def settings_without_effect(data: DataSettings) -> list[str]:
     """Return one sentence for every changed setting that has no effect on `data.sources`."""
-    has_questions = any(map(_has_question, data.sources))
-    splits = any(source.format in SPLIT_FORMATS for source in data.sources)
+    has_questions = any(map(holds_questions, data.sources))
+    splits = any(map(is_split, data.sources))
     searches = any(source.retriever is Retriever.dense for source in data.sources)
     found = []
     for key in _changed_settings(data):
         section, _, name = key.rpartition(".")
         if key == "data.num_documents":
-            has_effect = any(_has_question(source) and not _is_constructed(source) for source in data.sources)
+            has_effect = any(holds_questions(s) and not _is_constructed(s) for s in data.sources)
             reason = "all of them already contain their documents"
         elif section == "data.prompt" or key == "data.order":
             has_effect, reason = has_questions, "all of them already contain their documents"
@@ -96,17 +96,13 @@ def _changed_settings(data: DataSettings) -> list[str]:
     ]
 
 
-def _has_question(source: Source) -> bool:
-    return SOURCE_FORMATS[source.format].parse_question is not None
-
-
 def _is_constructed(source: Source) -> bool:
     return source.format is Format.constructed
 
 
 def _is_random(source: Source, data: DataSettings) -> bool:
     """Return whether the seed influences which documents a prompt of the source has, or their order."""
-    if not SOURCE_FORMATS[source.format].parse_question:
+    if not holds_questions(source):
         return False
     has_random_order = data.order is Order.shuffled or data.shared_context and data.order is not Order.given
     # a search replaces the random choice of distractors; but sets of shared documents start at random
@@ -137,12 +133,16 @@ def rag_prompt(data: DataSettings) -> RagPrompt:
     )
 
 
-def unknown_fields_warning(source: Source, counts: RecordCounts) -> str:
-    """Return the warning of the fields of a source that its format does not know."""
-    return (
-        f"{source.path} has fields that the format {source.format} does not know; they have no effect "
-        f"(records): {format_fields(counts.unknown_fields)}"
-    )
+def warn_of_unknown_fields(source: Source, counts: RecordCounts) -> None:
+    """Warn of the fields of a source that its format does not know.
+
+    Fields that `columns` does not name give no warning, because the user has chosen the fields.
+    """
+    if counts.unknown_fields and source.format is not Format.columns:
+        warn(
+            f"{source.path} has fields that the format {source.format} does not know; they have no effect "
+            f"(records): {format_fields(counts.unknown_fields)}"
+        )
 
 
 def read_source(
@@ -181,6 +181,8 @@ def read_source(
         retriever=source.retriever,
         dense_model=data.dense_model,
         constructed=ConstructedSize(**source.constructed.model_dump()),
+        columns=source_columns(source),
+        corpus=source.corpus,
     )
 
 

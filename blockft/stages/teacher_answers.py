@@ -10,7 +10,7 @@ from blockft.config.choices import BadRecordPolicy, Response
 from blockft.config.settings import DataSettings, Recipe, Source, TeacherSettings
 from blockft.data.chat_template import TemplateMismatch
 from blockft.data.sample import SKIP_REMEDY, Sample
-from blockft.data.sources import SOURCE_FORMATS, RecordCounts
+from blockft.data.sources import RecordCounts
 from blockft.data.teacher_answers import AnswersFile, Question, TeacherAnswer, question_key
 from blockft.data.teacher_endpoint import QuestionFailed, ask_endpoint, request_body
 from blockft.data.teacher_response import (
@@ -25,6 +25,7 @@ from blockft.digest import digest_json
 from blockft.errors import UserError, notify
 from blockft.folder_lock import lock_folder
 from blockft.progress import progress
+from blockft.stages.source_kind import holds_questions
 from blockft.stages.teacher_settings import (
     answers_path,
     build_endpoint,
@@ -290,8 +291,7 @@ def _read_pairs(
 
 def _has_own_wording(source: Source, data: DataSettings) -> bool:
     assert data.teacher
-    has_wording = SOURCE_FORMATS[source.format].parse_question is not None
-    return has_wording and data.teacher.prompt not in (None, data.prompt)
+    return holds_questions(source) and data.teacher.prompt not in (None, data.prompt)
 
 
 def _question_key(sample: Sample, questions: SourceQuestions, identity: Mapping[str, Any]) -> str:

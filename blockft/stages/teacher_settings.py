@@ -6,13 +6,12 @@ from typing import Any
 
 from blockft.config.choices import Format, Response, TooLongPolicy
 from blockft.config.settings import DataSettings, Source, TeacherSettings
-from blockft.data.sources import SOURCE_FORMATS
-from blockft.data.split import SPLIT_FORMATS
 from blockft.data.teacher_endpoint import Endpoint, request_body
 from blockft.data.teacher_response import SupportCheck
 from blockft.errors import UserError
 from blockft.evaluation.metrics import normalize, substring_match, word_match
 from blockft.stages.output_folder import check_output_place
+from blockft.stages.source_kind import holds_questions, is_split
 
 _ENDPOINT_SETTINGS = (
     "api_key_env",
@@ -86,7 +85,7 @@ def _check_source(key: str, source: Source, data: DataSettings) -> None:
             f"{key} is {source.response}, but prompts of the format blocks already contain the chat template "
             "of one model: set it to gold"
         )
-    if source.response is Response.teacher_with_gold and source.format in SPLIT_FORMATS:
+    if source.response is Response.teacher_with_gold and is_split(source):
         raise UserError(
             f"{key} is {source.response}, but the format {source.format} has no gold answers that an answer "
             "could contain: set it to teacher or gold"
@@ -112,12 +111,12 @@ def teacher_settings_without_effect(data: DataSettings) -> list[str]:
         if getattr(teacher, name) != TeacherSettings.model_fields[name].get_default():
             found.append(f"data.teacher.{name} has no effect: the teacher is {kind}")
     taught = [source for source in data.sources if source.response is not Response.gold]
-    if teacher.prompt is not None and not any(SOURCE_FORMATS[s.format].parse_question for s in taught):
+    if teacher.prompt is not None and not any(map(holds_questions, taught)):
         found.append(
             "data.teacher.prompt has no effect on data.sources: all prompts that the teacher answers already "
             "contain their documents"
         )
-    if teacher.no_answer is not None and all(source.format in SPLIT_FORMATS for source in taught):
+    if teacher.no_answer is not None and all(map(is_split, taught)):
         found.append(
             "data.teacher.no_answer has no effect on data.sources: no prompt that the teacher answers has "
             "documents"
@@ -167,8 +166,8 @@ def no_answer_instruction(source: Source, data: DataSettings) -> str:
     if teacher.no_answer is None:
         return ""
     wording = teacher.prompt or data.prompt
-    has_wording = SOURCE_FORMATS[source.format].parse_question is not None
-    if has_wording and (teacher.no_answer in wording.instruction or teacher.no_answer in wording.question):
+    is_told = teacher.no_answer in wording.instruction or teacher.no_answer in wording.question
+    if holds_questions(source) and is_told:
         return ""
     return f"\nIf the documents do not contain the answer, write only: {teacher.no_answer}"
 

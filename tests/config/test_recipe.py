@@ -189,3 +189,62 @@ def test_no_message_shows_what_may_be_a_key_of_a_teacher(name: str, value: str, 
         with pytest.raises(UserError, match=message) as caught:
             build_recipe(given, overrides, "recipe.yaml")
         assert SECRET not in str(caught.value)
+
+
+QUESTION = "question: q, answers: a"
+
+
+@pytest.mark.parametrize(
+    ("columns", "problem"),
+    [
+        ("", " has none, it should have one of question, messages and prompt"),
+        (f"{QUESTION}, messages: m", " has question and messages, it should have one of"),
+        ("question: q", " has a question and neither answers nor response"),
+        ("prompt: q", " has a prompt and no completion"),
+        ("completion: q", " has none, it should have one of"),
+        ("messages: m, answers: a", " has answers, which does not go with messages"),
+        (f"{QUESTION}, system: s", " has system, which does not go with question"),
+        (f"{QUESTION}, supporting: s, supporting_indices: i", " has supporting and supporting_indices, it"),
+        (f"{QUESTION}, documents: []", ".documents is [], it should hold at least 1"),
+        (f"{QUESTION}, documents: a..b", ".documents[0] 'a..b' is not a path"),
+        (f"{QUESTION}, title: 'a_*_*'", ".title[0] 'a_*_*' has several stars"),
+        (f"{QUESTION}, dokuments: d", "(did you mean data.sources[0].columns.documents?)"),
+        (f"{QUESTION}, documents: {{a: b}}", ".documents[0] is {'a': 'b'}, it should be a string"),
+    ],
+)
+def test_columns_that_contradict_each_other_are_refused(columns: str, problem: str) -> None:
+    override = f"data.sources=[{{path: p, format: columns, columns: {{{columns}}}}}]"
+    with pytest.raises(UserError) as raised:
+        build_recipe(SETTINGS, [override], "test")
+    assert problem in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        (
+            f"format: fid, columns: {{{QUESTION}}}",
+            "has columns, which only the format columns reads, not fid",
+        ),
+        ("format: fid, corpus: c.jsonl", "has corpus, which only the format columns reads, not fid"),
+        (f"format: columns, corpus: c, columns: {{{QUESTION}}}", "has a corpus that nothing searches: set"),
+        (
+            "format: columns, corpus: c, retriever: bm25, columns: {messages: m}",
+            "its columns have no question",
+        ),
+    ],
+)
+def test_columns_and_corpora_belong_to_questions_of_their_format(source: str, problem: str) -> None:
+    with pytest.raises(UserError) as raised:
+        build_recipe(SETTINGS, [f"data.sources=[{{path: p, {source}}}]"], "test")
+    assert problem in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_columns_are_one_path_or_several_and_survive_a_dump(tmp_path: Path) -> None:
+    columns = r"{question: 1, answers: 'a\.b', documents: [x, 'y[]']}"
+    override = f"data.sources=[{{format: columns, path: p, columns: {columns}}}]"
+    recipe = build_recipe(SETTINGS, [override, "data.sources.0.columns.title=t"], "test")
+    found = recipe.data.sources[0].columns
+    assert found and (found.question, found.answers, found.title) == ("1", [r"a\.b"], ["t"])
+    (tmp_path / "r.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "r.yaml") == recipe

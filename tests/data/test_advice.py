@@ -64,6 +64,7 @@ def test_without_a_good_row_length_the_best_one_is_proposed() -> None:
 def manifest(dropped: dict[str, int], *, format: str = "hotpotqa", **source: Any) -> dict[str, Any]:
     entry = {"path": "d.json", "format": format, "kept": 90, "dropped": dropped}
     entry |= {"drop_examples": {}, "too_long_lengths": {}}
+    entry |= {"has_questions": format not in ("samples", "messages", "alpaca", "blocks")}
     return {"sources": [entry | source], "options": {"too_long": source.pop("too_long", "drop")}}
 
 

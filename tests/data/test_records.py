@@ -247,10 +247,10 @@ def test_a_dataset_that_breaks_off_is_an_error_that_names_the_record(monkeypatch
         next(found)
 
 
-def test_tables_of_texts_are_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("q,a\n1,2\n")
-    with pytest.raises(UserError, match=r"a\.csv is a table of texts: save it as"):
-        list(read_file(tmp_path / "a.csv"))
+def test_spreadsheets_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.xlsx").write_bytes(b"PK\x03\x04")
+    with pytest.raises(UserError, match=r"a\.xlsx is a spreadsheet: save it as"):
+        list(read_file(tmp_path / "a.xlsx"))
 
 
 def test_a_dataset_that_cannot_be_reached_is_an_error_of_one_line() -> None:

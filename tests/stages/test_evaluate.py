@@ -1,5 +1,6 @@
 """`blockft eval`: which questions are asked, what the report holds, and how an evaluation resumes."""
 
+import gzip
 import json
 import os
 import re
@@ -480,3 +481,13 @@ def test_the_modes_of_a_recipe_object_can_be_chosen(toy: Path) -> None:
     assert chosen.model_copy(update={"eval": recipe.eval}) == recipe
     with pytest.raises(UserError, match="takes neither overrides nor a format"):
         evaluation_recipe(f"{toy}/model", recipe, overrides=["eval.max_new_tokens=2"])
+
+
+def test_questions_of_any_fields_are_evaluated_with_the_trained_wording(toy: Path, tmp_path: Path) -> None:
+    path = tmp_path / "q.csv.gz"
+    path.write_bytes(gzip.compress(b"q,a,passage_1\nWho?,fox,A fox.\nWhat?,,A dog.\n"))
+    columns = "eval.sources.0.columns={question: q, answers: a, documents: passage_*}"
+    recipe = evaluation_recipe(str(toy / "model"), str(path), format="columns", overrides=[columns])
+    samples, dropped = read_questions(recipe)
+    assert [sample.answers for sample in samples] == [("fox",)] and dropped == {"no answer": 1}
+    assert recipe.eval and Path(recipe.eval.output_dir).name.endswith("-q")

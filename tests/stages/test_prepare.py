@@ -539,3 +539,54 @@ def test_paths_and_sources_are_printed_without_markup(
     inspect(Path(recipe.data.output_dir), png=tmp_path / "mask.png")
     printed_all = printed.out + printed.err + "".join(capsys.readouterr())
     assert r":smile: \u001b[2J\u202e" in printed_all and not set(printed_all) & {"\x1b", "\u202e"}
+
+
+def columns_source(path: Path, records: list[dict[str, Any]], columns: dict[str, Any], **more: Any) -> Source:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return Source.model_validate({"format": "columns", "path": str(path), "columns": columns} | more)
+
+
+def test_columns_of_questions_and_chats_are_prepared(
+    tmp_path: Path, make_recipe: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = [
+        {"q": f"Question {n}?", "docs": [f"Fox {n}."], "a": f"fox {n}", "url": "u"} for n in range(3)
+    ]
+    mapping = {"question": "q", "documents": "docs", "answers": "a"}
+    pairs = [{"i": "Do.\n\nThe first part.\n\nThe second part.", "o": "Done.", "topic": "x"}]
+    sources = [
+        columns_source(tmp_path / "questions.jsonl", questions, mapping),
+        columns_source(tmp_path / "pairs.jsonl", pairs, {"prompt": "i", "completion": "o"}),
+    ]
+    folder = prepare(make_recipe(sources=sources, splitting=SplittingSettings(min_block_tokens=1)))
+    assert "warning" not in capsys.readouterr().err
+    prepared = load_prepared(folder)
+    first, second = prepared.manifest["sources"]
+    assert (first["kept"], first["has_questions"], first["unknown_fields"]) == (3, True, {"url": 3})
+    assert (second["kept"], second["has_questions"], second["unknown_fields"]) == (1, False, {"topic": 1})
+    # markup, instruction, document, question; markup and the three parts of the instruction
+    assert [len(example.block_lengths) for example in prepared.examples] == [4, 4, 4, 4]
+
+
+def test_a_corpus_that_is_missing_writes_nothing(tmp_path: Path, make_recipe: Make) -> None:
+    mapping = {"question": "q", "answers": "a"}
+    more = {"corpus": str(tmp_path / "none.jsonl"), "retriever": "bm25"}
+    source = columns_source(tmp_path / "questions.jsonl", [{"q": "Who?", "a": "fox"}], mapping, **more)
+    recipe = make_recipe(sources=[source], num_documents=2)
+    with pytest.raises(UserError, match=r"none\.jsonl does not exist"):
+        prepare(recipe)
+    assert not Path(recipe.data.output_dir).exists()
+
+
+def test_a_changed_corpus_is_read_again(tmp_path: Path, make_recipe: Make) -> None:
+    mapping = {"question": "q", "answers": "a"}
+    corpus = tmp_path / "corpus.jsonl"
+    more = {"corpus": str(corpus), "retriever": "bm25"}
+    source = columns_source(tmp_path / "questions.jsonl", [{"q": "Who ran?", "a": "fox"}], mapping, **more)
+    recipe = make_recipe(sources=[source], num_documents=1)
+    blocks = []
+    for text in ("A fox ran.", "The fox ran."):
+        corpus.write_text(json.dumps({"text": text}) + "\n")
+        (sample,) = samples_of(prepare(recipe, overwrite=True))
+        blocks.append(sample.blocks[sample.documents[0]].strip())
+    assert blocks == ["A fox ran.", "The fox ran."]

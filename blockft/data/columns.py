@@ -1,0 +1,114 @@
+"""Columns: a mapping that says which field of a record holds the question, the documents, the answers, ..."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+from blockft.data.column_path import (
+    MISSING,
+    find_value,
+    first_step,
+    flatten,
+    list_paths,
+    parse_path,
+)
+from blockft.data.fields import printable_name
+
+MAX_SHOWN_FIELDS = 12
+"""Number of fields of a record that an error lists."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """The paths to the parts of a record (see `column_path`); an empty path is a part that records lack.
+
+    A record is a question (`question`, with `answers` or `response`), a chat (`messages`) or a pair of
+    `prompt` and `completion`. The settings `data.sources[].columns` describe every path.
+    """
+
+    id: str = ""
+    question: str = ""
+    documents: tuple[str, ...] = ()
+    title: tuple[str, ...] = ()
+    text: tuple[str, ...] = ()
+    score: str = ""
+    supporting: str = ""
+    supporting_indices: str = ""
+    supporting_contains_answer: bool = False
+    answers: tuple[str, ...] = ()
+    no_answer: tuple[str, ...] = ()
+    response: str = ""
+    messages: str = ""
+    prompt: tuple[str, ...] = ()
+    completion: str = ""
+    system: str = ""
+
+    @property
+    def is_question(self) -> bool:
+        return bool(self.question)
+
+    @cached_property
+    def paths(self) -> tuple[tuple[str, str], ...]:
+        """Every path with the name of its column."""
+        values = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "no_answer")
+        paths = ((name, (value,) if isinstance(value, str) else value) for name, value in values)
+        return tuple(
+            (name, path) for name, found in paths if isinstance(found, tuple) for path in found if path
+        )
+
+    @cached_property
+    def first_steps(self) -> frozenset[str]:
+        """The starts of all paths, which name fields of the record itself."""
+        return frozenset(first_step(path) for _, path in self.paths)
+
+
+def unread_fields(columns: Columns, record: Any) -> set[str]:
+    """Return the fields of a record that no path reads."""
+    if not isinstance(record, Mapping):
+        return set()
+    named = {step.name for path in columns.first_steps for step in parse_path(path)}
+    patterns = [step.pattern for path in columns.first_steps for step in parse_path(path) if step.pattern]
+    return {
+        printable_name(name)
+        for name in map(str, record.keys() - named)
+        if not any(pattern.fullmatch(name) for pattern in patterns)
+    }
+
+
+def absent_paths(columns: Columns, record: Any) -> set[tuple[str, str]]:
+    """Return the columns and paths of which a record has nothing, not even null."""
+    if not isinstance(record, Mapping):
+        return set()
+    objects: list[Any] = [
+        element
+        for path in columns.documents
+        for element in flatten(find_value(record, path))
+        if isinstance(element, Mapping)
+    ]
+    inner = ("title", "text", "score", "supporting")
+    return {
+        (column, path)
+        for column, path in columns.paths
+        if find_value(record, path) is MISSING
+        and not (column in inner and any(_is_inside(element, columns, path) for element in objects))
+    }
+
+
+def is_header(record: Mapping[str, Any]) -> bool:
+    """Return whether a record is the header of a file, such as MRQA writes into the first line."""
+    return record.keys() == {"header"}
+
+
+def describe_fields(record: Any) -> str:
+    """Return the part of an error message that lists the fields of a record; "" if it has none."""
+    paths = list_paths(record)
+    shown = ", ".join(map(printable_name, paths[:MAX_SHOWN_FIELDS]))
+    more = ", ..." if len(paths) > MAX_SHOWN_FIELDS else ""
+    return f"; the record has the fields {shown}{more}" if paths else ""
+
+
+def _is_inside(element: Mapping[str, Any], columns: Columns, path: str) -> bool:
+    """Return whether a document has the field of a path, which may be written from the record on."""
+    inner = {path.removeprefix(f"{documents}.") for documents in columns.documents}
+    return any(find_value(element, name) is not MISSING for name in inner)

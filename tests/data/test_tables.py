@@ -1,0 +1,113 @@
+import csv
+import gzip
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blockft.data.records import read_file
+from blockft.data.sample import RecordError
+from blockft.errors import UserError
+
+
+def write(path: Path, text: str | bytes) -> Path:
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def read(path: Path) -> list[Any]:
+    return [record for _, record in read_file(path)]
+
+
+def zstd(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return bytes(sink.getvalue())
+
+
+def test_rows_have_their_first_line_as_place(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.csv", '\ufeffq,a\r\n"who,\r\n""he""?",fox\r\n\r\nwhat?,\r\n')
+    assert list(read_file(path)) == [
+        (f"{path}, line 2", {"q": 'who,\r\n"he"?', "a": "fox"}),
+        (f"{path}, line 5", {"q": "what?", "a": None}),
+    ]
+
+
+CELLS = st.text(st.characters(codec="utf-8"))
+HEADERS = st.lists(CELLS.map(str.strip), min_size=1, max_size=4, unique=True).filter(any)
+
+
+def tables(names: list[str]) -> st.SearchStrategy[tuple[list[str], list[list[str]]]]:
+    rows = st.lists(st.lists(CELLS, min_size=len(names), max_size=len(names)), max_size=4)
+    return st.tuples(st.just(names), rows)
+
+
+@given(HEADERS.flatmap(tables), st.sampled_from(["csv", "tsv"]))
+def test_what_python_writes_is_read_back(
+    tmp_path_factory: pytest.TempPathFactory, table: tuple[list[str], list[list[str]]], kind: str
+) -> None:
+    names, rows = table
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, delimiter="\t" if kind == "tsv" else ",", quoting=csv.QUOTE_ALL)
+    writer.writerows([names, *rows])
+    path = write(tmp_path_factory.mktemp("t") / f"t.{kind}", text.getvalue())
+    expected = [dict(zip(names, (cell or None for cell in row), strict=True)) for row in rows]
+    if len(names) == 1 and set(names[0]) & set(",\t;|"):
+        return  # refused: the cells seem to stand between other delimiters
+    assert read(path) == expected
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, zstd])
+def test_compressed_tables_are_read_by_their_content(
+    tmp_path: Path, compress: Callable[[bytes], bytes]
+) -> None:
+    for name in ("t.csv", "t.csv.gz", "t.csv.zst"):
+        assert read(write(tmp_path / name, compress(b"q,a\n1,2\n"))) == [{"q": "1", "a": "2"}]
+
+
+def test_a_ragged_row_is_a_bad_record_that_names_its_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.tsv", "q\ta\n1\t2\n3\n4\t5\t6\n7\t8\n")
+    records = list(read_file(path))
+    assert [place for place, _ in records] == [f"{path}, line {n}" for n in (2, 3, 4, 5)]
+    assert [isinstance(record, RecordError) for _, record in records] == [False, True, True, False]
+    assert str(records[1][1]) == "the row has 1 cells, it should have 2 as the header has"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("t.csv", "q,q\n1,2\n", "has the column 'q' twice in its header"),
+        ("t.csv", "q, q \n1,2\n", "has the column 'q' twice in its header"),
+        ("t.csv", ",a,\n1,2,3\n", "has the column '' twice"),
+        ("t.csv", "", "has no header"),
+        ("t.csv", "\n\n", "has no header"),
+        ("t.csv", "q;a\n1;2\n", "between semicolons, not commas: save it with commas"),
+        ("t.csv", "q\ta\n1\t2\n", r"between tabs, not commas: let its name end in \.tsv"),
+        ("t.tsv", "q,a\n1,2\n", "between commas, not tabs"),
+        ("t.csv", 'q,a\n1,"2\n3,4\n', r"t\.csv, line 2: not a row of cells between commas"),
+        ("t.csv", 'q,a\n1,"2"3\n', r"t\.csv, line 2: not a row"),
+        ("t.csv", b"q,a\n1,2\n3,\xff\n", r"t\.csv, line 3: not UTF-8 \(byte 3\): save the table as UTF-8"),
+        ("t.csv", "q,a\n".encode("utf-16"), "is UTF-16: save it as UTF-8"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_refused(
+    tmp_path: Path, name: str, text: str | bytes, message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as raised:
+        read(write(tmp_path / name, text))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_long_cell_is_read(tmp_path: Path) -> None:
+    long = "word " * 60_000
+    assert read(write(tmp_path / "t.csv", f"q,a\n{long},2\n")) == [{"q": long, "a": "2"}]
+
+
+def test_the_index_that_pandas_writes_has_an_empty_name(tmp_path: Path) -> None:
+    assert read(write(tmp_path / "t.csv", ",q\n0,who?\n")) == [{"": "0", "q": "who?"}]
