@@ -290,7 +290,8 @@ class _Client:
             EndpointError, QuestionFailed: it does not.
         """
         status, codes = error.status_code, {str(error.code), str(error.type)}
-        reason = self._show(f"{status}: {_server_message(error)}")
+        message = _server_message(error)
+        reason = self._show(f"{status}: {message}")
         if codes & _QUOTA_CODES or status == 402:
             raise EndpointError(f"the teacher has no quota left ({reason}): check the account") from error
         if status in _TRANSIENT_STATUS or status >= 500:
@@ -310,7 +311,7 @@ class _Client:
             ) from error
         if codes & _REFUSAL_CODES:
             return Finish.refused
-        if codes & _TOO_LONG_CODES or any(text in reason.lower() for text in _TOO_LONG_TEXTS):
+        if codes & _TOO_LONG_CODES or any(text in message.lower() for text in _TOO_LONG_TEXTS):
             return Finish.too_long
         raise QuestionFailed(f"the teacher refuses the request ({reason})") from error
 

@@ -33,7 +33,9 @@ REMEDIES = {
     TEMPLATED: "set the response of this source to gold",
     FINISH_REASONS[Finish.length]: "raise data.teacher.max_new_tokens, or ask for shorter answers",
     FINISH_REASONS[Finish.refused]: "use a teacher without a content filter",
-    FINISH_REASONS[Finish.too_long]: "use fewer documents, or a teacher with a longer context",
+    FINISH_REASONS[Finish.too_long]: (
+        "use fewer documents, a lower data.teacher.max_new_tokens, or a teacher with a longer context"
+    ),
     FINISH_REASONS[Finish.other]: "use a model that answers with text",
 }
 """What a user can change if many samples are dropped for a reason."""

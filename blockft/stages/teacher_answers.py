@@ -219,9 +219,7 @@ def _ask_missing(
 def _resume_remark(file: AnswersFile) -> str:
     if not file.answers:
         return "no question was answered so far"
-    return (
-        f"{format_count(len(file.answers), 'answer')} in {file.path} are kept, and the same command resumes"
-    )
+    return f"{file.path} keeps {format_count(len(file.answers), 'answer')}, and the same command resumes"
 
 
 # --- questions
