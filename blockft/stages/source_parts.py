@@ -61,7 +61,7 @@ class SourceParts:
         self._parts: dict[str, Part] = {}
         self._read_names: dict[Copy, str] = {}
         self._encode_names: dict[Copy, str] = {}
-        self._used: set[str] = set()
+        self._opened: set[str] = set()
         self._responses = TeacherResponses()
         self.num_shards_read = 0
         self.num_shards_encoded = 0
@@ -78,7 +78,13 @@ class SourceParts:
     @property
     def used(self) -> frozenset[str]:
         """The names of the parts that another run can use again."""
-        return frozenset(self._used)
+        of_copies = {
+            name
+            for copy in self.copies
+            if self._is_known(copy[0])
+            for name in (self._read_name(copy, self._data), self.encode_part(copy).name)
+        }
+        return frozenset(self._opened | of_copies)
 
     def read(self, index: int, data: DataSettings) -> Iterator[Sample]:
         """Yield the samples of all copies of a source. `data` may have another wording than the recipe."""
@@ -169,7 +175,7 @@ class SourceParts:
         if name not in self._parts:
             self._parts[name] = Part(self._cache, name)
             if self._is_known(copy[0]):
-                self._used.add(name)
+                self._opened.add(name)
         return self._parts[name]
 
     def _is_known(self, index: int) -> bool:
