@@ -156,6 +156,7 @@ def parse_blocks(record: Any, default_id: str) -> Iterator[Sample]:
         templated=templated,
         response=_response(record, "response", "generated", answers),
         answers=answers,
+        meta=_question(record),
     )
     return iter([_in_one_block(sample, record)])
 
@@ -170,7 +171,7 @@ def _parse_rag_record(record: Mapping[str, Any], prompt: str, id: str) -> Sample
     texts = [prompt[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
     num_before = int(bool(texts[0]))
     check_field(bool(texts[-1].strip()), "field 'prompt'", prompt[-40:], "continue after the last document")
-    meta: dict[str, Any] = {}
+    meta = _question(record)
     if starts:
         meta["documents"] = list(range(num_before, num_before + len(starts)))
     scores = [document.get("score") for document in documents]
@@ -211,7 +212,15 @@ def _in_one_block(sample: Sample, record: Mapping[str, Any]) -> Sample:
     """Return the sample; its prompt becomes one block if `train_block` is false."""
     if parse_flag(record, "train_block", True):
         return sample
-    return replace(sample, templated=("".join(sample.templated),), meta={})
+    return replace(sample, templated=("".join(sample.templated),), meta=_question(record))
+
+
+def _question(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metadata with the question of a record, which a templated prompt does not show."""
+    question = record.get("question")
+    if not isinstance(question, str) or not question.strip():
+        return {}
+    return {"question": parse_text(question, "field 'question'")}
 
 
 def unsupported_blocks(record: Mapping[str, Any]) -> str:

@@ -385,8 +385,8 @@ ALPACA = FieldTable(
 _BLOCKS_PASSAGES = _passages("text", "score", *EVIDENCE_MARKS)
 
 BLOCKS = FieldTable(
-    read=_names("id source prompt blocks chunks documents response generated answers train_block"),
-    harmless=(_HARMLESS | _names("question inputs input_ids labels attention_mask position_ids block_tokens"))
+    read=_names("id source prompt question blocks chunks documents response generated answers train_block"),
+    harmless=(_HARMLESS | _names("inputs input_ids labels attention_mask position_ids block_tokens"))
     - _names("id source"),
     refused={
         **_ANYWHERE,

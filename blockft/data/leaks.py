@@ -174,9 +174,10 @@ def hash_sample(sample: Sample, question_template: str = "{question}") -> tuple[
 
     Both ignore case, white space, punctuation and variants of characters (`normalize_words`).
 
-    - Question: the final block without the words of `question_template` around it, so that sources with
-      different wordings can be compared. The default wording of `RagPrompt` is recognized as well. In a chat,
-      the turns before the final block belong to the question. System messages do not.
+    - Question: `meta.question` if there is one, otherwise the final block without the words of
+      `question_template` around it, so that sources with different wordings can be compared. The default
+      wording of `RagPrompt` is recognized as well. In a chat, the turns before the final block belong to the
+      question. System messages do not.
     - Documents: the set of document blocks, in any order. A sample that does not say which of its blocks are
       documents has the set of its local blocks. A message of one block, such as that of a chat, has none; the
       hash is then `NO_DOCUMENTS`. Only equal sets have equal hashes: samples that share some documents of a
@@ -204,6 +205,9 @@ def normalize_words(text: str) -> bytes:
 
 
 def _question_text(sample: Sample) -> str:
+    question = sample.meta.get("question")
+    if isinstance(question, str) and question.strip():
+        return question
     if sample.templated:
         return sample.templated[-1]
     turns = [message for message in sample.messages if message.role != "system"] or sample.messages

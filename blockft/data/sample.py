@@ -79,6 +79,7 @@ class Sample:
       template's markup never becomes part of a document block.
     - `relevance`: one number per document; higher is more relevant.
     - `supporting`: the block indices of the documents that are known to support the answer.
+    - `question`: the question without any wording, by which leaks are found (`blockft.data.leaks`).
     """
 
     id: str

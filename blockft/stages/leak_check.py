@@ -8,6 +8,7 @@ from blockft.data.leaks import Hashes, Leak, LeakFinder, hash_sample, to_hashes
 from blockft.data.sample import Sample
 from blockft.data.sources import RecordCounts
 from blockft.errors import UserError, first_line, warn
+from blockft.progress import progress
 from blockft.stages.source_settings import read_source, take_in_turn
 from blockft.units import format_count
 
@@ -54,8 +55,10 @@ class LeakCheck:
         found: list[list[tuple[str, tuple[int, int]]]] = [[] for _ in self._sources]
         samples = [self._read(index, source) for index, source in enumerate(self._sources)]
         max_samples = self._recipe.eval.max_samples if self._recipe.eval else None
-        for index, sample in take_in_turn(samples, max_samples):
-            found[index].append((sample.id, hash_sample(sample, template)))
+        with progress("read evaluation", unit="question") as advance:
+            for index, sample in take_in_turn(samples, max_samples):
+                found[index].append((sample.id, hash_sample(sample, template)))
+                advance()
         return [([id for id, _ in pairs], to_hashes(hashes for _, hashes in pairs)) for pairs in found]
 
     def _read(self, index: int, source: Source) -> Iterator[Sample]:

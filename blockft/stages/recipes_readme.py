@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from blockft.config.recipe import list_recipes
 from blockft.config.reference import Section, list_sections
+from blockft.data.constructed import CONSTRUCTED_SETS, ConstructedSize, read_constructed
 from blockft.data.layouts import LAYOUTS, format_columns
 from blockft.data.sources import SOURCE_FORMATS
 from blockft.stages.recipes import purpose
@@ -137,6 +138,22 @@ A prompt that already contains the chat template has `"blocks": [...]` in place 
 ```
 """
 
+_LEAKS = """\
+## Training and evaluation apart
+
+`blockft prepare` compares `data.sources` with `eval.sources` and warns of what both have. The manifest holds
+the numbers and two ids for each pair of sources (`leaks`).
+
+* Two questions are the same if their words are: case, white space, punctuation and variants of characters do
+  not count, nor do the wording of `data.prompt` and system messages. A chat is compared with all its turns.
+* Two prompts have the same documents if all their documents are the same, in any order. Prompts that share
+  some documents of a common collection are no leak.
+* A source that cannot be read yet gives a warning, and `not_read` in the manifest. `blockft eval` does not
+  compare again.
+* `duplicates` counts training samples whose question, or question and documents, an earlier sample has. They
+  are trained.
+"""
+
 _CHAT_TEMPLATES = """\
 ## Chat templates
 
@@ -165,14 +182,8 @@ trained.
 def recipes_readme() -> str:
     """Return the Markdown text of `recipes/README.md`."""
     parts = (
-        _INTRODUCTION,
-        *_recipes(),
-        *_formats(),
-        *_columns(),
-        _FIELDS,
-        _EXAMPLES,
-        _CHAT_TEMPLATES,
-        *_settings(),
+        *(_INTRODUCTION, *_recipes(), *_formats(), *_columns(), _FIELDS, _EXAMPLES),
+        *(*_constructed(), _LEAKS, _CHAT_TEMPLATES, *_settings()),
     )
     return "\n".join(parts)
 
@@ -221,6 +232,28 @@ def _columns() -> Iterator[str]:
         ),
     )
     yield _COLUMN_RULES
+
+
+def _constructed() -> Iterator[str]:
+    yield "## Constructed sets\n"
+    yield (
+        "`format: constructed` reads no file: `path` is the name of a set of questions that blockft makes.\n"
+        "Their documents are invented, so that no model knows the answers, and their order is random.\n"
+        "Sample i of a set is always the same: `skip_samples` and `max_samples` keep training and\n"
+        "evaluation apart. The report of `blockft eval` has a group for each kind of question and for the\n"
+        "place of its evidence. These are the first samples, with one of the documents that they need:\n"
+    )
+    yield from _table(
+        ("set", "documents", "one of them", "question", "answer", "kind"),
+        (_first_sample(name, constructed.num_documents) for name, constructed in CONSTRUCTED_SETS.items()),
+    )
+
+
+def _first_sample(name: str, num_documents: int) -> tuple[str, ...]:
+    _, record = next(read_constructed(name, ConstructedSize()))
+    document = next(d for d in record["documents"] if d["is_supporting"])
+    text = f"{document['title']}: {document['text']}" if document["title"] else document["text"]
+    return f"`{name}`", f"{num_documents}", text, record["question"], record["answer"], record["type"]
 
 
 def _settings() -> Iterator[str]:

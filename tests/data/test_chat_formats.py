@@ -275,7 +275,7 @@ def test_rag_records_of_the_authors_are_split_at_their_documents() -> None:
     assert sample.blocks == (OPEN, *WRITTEN, CLOSE)
     assert "".join(sample.blocks) == RAG["prompt"]
     assert (sample.response, sample.answers) == ("The fox.", ("Fox", "The fox"))
-    assert sample.meta == {"documents": [1, 2, 3], "relevance": [0.5, 0.25, 0.75]}
+    assert sample.meta == {"question": "Who?", "documents": [1, 2, 3], "relevance": [0.5, 0.25, 0.75]}
     assert parse_sample(json.loads(json.dumps(sample_to_record(sample)))) == sample
 
 
@@ -290,14 +290,14 @@ def test_a_rag_record_may_start_with_a_document_or_have_none() -> None:
     (sample,) = parse_blocks(RAG | {"prompt": RAG["prompt"].removeprefix(OPEN)}, AT)
     assert (sample.blocks, sample.documents) == ((*WRITTEN, CLOSE), (0, 1, 2))
     (sample,) = parse_blocks(RAG | {"documents": []}, AT)
-    assert (sample.blocks, sample.meta) == ((RAG["prompt"],), {})
+    assert (sample.blocks, sample.meta) == ((RAG["prompt"],), {"question": "Who?"})
 
 
 def test_a_long_rag_record_loses_its_least_relevant_document() -> None:
     (sample,) = parse_blocks(RAG, AT)
     trimmed = trim_document(sample, keep_evidence=True)
     assert trimmed and trimmed.blocks == (OPEN, WRITTEN[0], WRITTEN[2], CLOSE)
-    assert trimmed.meta == {"documents": [1, 2], "relevance": [0.5, 0.75]}
+    assert trimmed.meta == {"question": "Who?", "documents": [1, 2], "relevance": [0.5, 0.75]}
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from blockft.data.chat_formats import parse_blocks
 from blockft.data.leaks import NO_DOCUMENTS, LeakFinder, hash_sample, normalize_words, to_hashes
 from blockft.data.rag_prompt import Document, RagPrompt
 from blockft.data.sample import Message, Sample
@@ -88,6 +89,21 @@ def test_local_blocks_are_the_documents_of_a_sample_that_marks_none() -> None:
     turned = replace(templated, templated=("One.", "<user>", "Who?"))
     assert hash_sample(templated) == hash_sample(turned)
     assert hash_sample(replace(templated, meta={"documents": []}))[1] == NO_DOCUMENTS
+
+
+def test_the_question_of_a_templated_prompt_is_found_in_its_record() -> None:
+    record = {
+        "prompt": "<|user|>\n- Title: A\nOne.\nAnswer this. Question: Who?<|assistant|>\n",
+        "documents": [{"title": "A", "text": "One."}],
+        "question": "who",
+        "generated": "The fox",
+        "answers": ["fox"],
+    }
+    for changes in ({}, {"train_block": False}):
+        (sample,) = parse_blocks(record | changes, "b")
+        assert hash_sample(sample)[0] == hash_sample(ask("Who?"))[0]
+    (unknown,) = parse_blocks(record | {"question": ""}, "b")
+    assert hash_sample(unknown)[0] != hash_sample(ask("Who?"))[0]
 
 
 def test_a_chat_is_its_turns_without_the_system_message() -> None:
