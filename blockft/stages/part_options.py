@@ -2,11 +2,13 @@
 
 import os
 import secrets
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 from transformers import PreTrainedTokenizerBase
 
 from blockft.config.choices import BadRecordPolicy, Format, Retriever, TooLongPolicy, UnsplitPolicy
@@ -76,6 +78,23 @@ class SourceContent:
     def num_bytes(self) -> int:
         """The size of the files."""
         return sum(size for size, *_ in self._states[: len(self._files)])
+
+    def num_bytes_read(self) -> int:
+        """Return how much of the files this process has read, by the positions of its open files.
+
+        Linux alone tells the positions; elsewhere the result is 0. Parquet files are not read from start to
+        end, and count when they are closed.
+        """
+        if sys.platform != "linux":
+            return 0
+        positions = {file.path: file.position for file in psutil.Process().open_files()}
+        paths = [os.path.realpath(file) for file in self._files]
+        opened = next((i for i, path in enumerate(paths) if path in positions), None)
+        if opened is None:
+            return 0
+        return sum(size for size, *_ in self._states[:opened]) + min(
+            positions[paths[opened]], self._states[opened][0]
+        )
 
     def check_unchanged(self) -> None:
         """Check that the files are those whose digests were computed.

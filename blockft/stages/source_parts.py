@@ -28,6 +28,7 @@ from blockft.stages.part_options import (
     identify_tokenizer,
     read_options,
 )
+from blockft.stages.sample_estimate import CopyProgress, estimate_samples
 from blockft.stages.source_settings import read_source
 from blockft.stages.teacher_answers import TeacherResponses
 
@@ -102,7 +103,7 @@ class SourceParts:
         self._responses = responses
         encode = partial(_encode_task, encoder=self._encoder, data=self._data, responses=responses)
         with progress("encode", unit="sample") as advance:
-            tasks = map_in_order(encode, self._tasks(), self._data.num_workers)
+            tasks = map_in_order(encode, self._tasks(advance), self._data.num_workers)
             for copy, of_copy in groupby(tasks, itemgetter(0)):
                 part = self.encode_part(copy)
                 for _, of_shard in groupby(of_copy, itemgetter(1)):
@@ -131,12 +132,33 @@ class SourceParts:
         statistics.merge(encoded)
         return statistics, examples
 
-    def _tasks(self) -> Iterator[_Task]:
-        for copy in self.copies:
-            part = self.encode_part(copy)
-            if not part.is_complete:
-                frames = self._read_copy(copy, self._data, start=len(part.shards))
-                yield from (_Task(copy, shard, frame) for shard, frame in frames)
+    def _tasks(self, advance: Advance) -> Iterator[_Task]:
+        """Yield the frames that are not encoded; estimate their number of samples on the way."""
+        missing = [copy for copy in self.copies if not self.encode_part(copy).is_complete]
+        read = {copy: self._copy_progress(copy) for copy in missing}
+        for copy in missing:
+            for shard, frame in self._read_copy(copy, self._data, start=len(self.encode_part(copy).shards)):
+                read[copy].num_samples += frame.num_samples
+                if not self._part(self._read_name(copy, self._data), copy).is_complete:
+                    read[copy].num_bytes_read = self._contents[copy[0]].num_bytes_read()
+                if (total := estimate_samples([*read.values()])) is not None:
+                    advance.set_total(total, is_estimate=True)
+                yield _Task(copy, shard, frame)
+            read[copy].is_finished = True
+        advance.set_total(sum(of_copy.num_samples for of_copy in read.values()))
+
+    def _copy_progress(self, copy: Copy) -> CopyProgress:
+        """Return the size of a copy; the number of samples of a part that is read is known."""
+        index, _ = copy
+        part = self._part(self._read_name(copy, self._data), copy)
+        counts = [sum(number for _, number, _ in shard.state["frames"]) for shard in part.shards]
+        num_earlier = sum(counts[: len(self.encode_part(copy).shards)])
+        if part.is_complete:
+            return CopyProgress(num_bytes=0, max_samples=sum(counts), num_earlier=num_earlier)
+        content, source = self._contents[index], self._data.sources[index]
+        return CopyProgress(
+            num_bytes=content.num_bytes, max_samples=source.max_samples, num_earlier=num_earlier
+        )
 
     def _read_copy(self, copy: Copy, data: DataSettings, start: int = 0) -> Iterator[tuple[int, Frame]]:
         """Yield the frames of a copy from shard `start` on; complete its read part."""
