@@ -12,7 +12,7 @@ from typing import Any
 
 from blockft.config.settings import DataSettings, Recipe, Source
 from blockft.data.encode_part import read_hashes, shards_with_examples
-from blockft.data.part_cache import link_or_copy, remove_empty_parts, remove_other_parts
+from blockft.data.part_cache import link_or_copy, remove_empty_parts, remove_other_parts, remove_part
 from blockft.data.prepared import Examples, find_foreign_file, finish_folder, shard_files
 from blockft.data.statistics import ExampleStatistics, SourceStatistics, histogram
 from blockft.data.tokenizer import tokenizer_fingerprint
@@ -93,6 +93,8 @@ def _prepare(recipe: Recipe, out: LockedFolder, overwrite: bool) -> Path:
                 entry |= {"shards": num_shards[index], **counts_by_source[index], **responses.describe(index)}
             finish_folder(folder, manifest, files)
             _check_output(out.name, overwrite)  # files may have appeared in a folder that was empty
+        for name in parts.unusable:
+            remove_part(cache / name)
         if data.cache_dir is None:
             remove_other_parts(cache, parts.used)
     for source, count in zip(data.sources, counts, strict=True):

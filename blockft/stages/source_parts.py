@@ -63,6 +63,8 @@ class SourceParts:
         self._read_names: dict[Copy, str] = {}
         self._encode_names: dict[Copy, str] = {}
         self._opened: set[str] = set()
+        self.unusable: set[str] = set()
+        """The names of the parts that no other run finds, because the content of their source is unknown."""
         self._responses = TeacherResponses()
         self.num_shards_read = 0
         self.num_shards_encoded = 0
@@ -198,6 +200,8 @@ class SourceParts:
             self._parts[name] = Part(self._cache, name)
             if self._is_known(copy[0]):
                 self._opened.add(name)
+            else:
+                self.unusable.add(name)
         return self._parts[name]
 
     def _is_known(self, index: int) -> bool:

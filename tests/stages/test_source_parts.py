@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from blockft.config.choices import BadRecordPolicy, Format
 from blockft.config.settings import ModelSettings, PromptSettings, Recipe, Source, SplittingSettings
-from blockft.data import encode_part, sample_frames
+from blockft.data import sample_frames
 from blockft.data.encoder import Encoder
 from blockft.data.prepared import load_prepared
 from blockft.data.sample import Sample
@@ -283,9 +283,23 @@ def test_a_hub_dataset_of_unknown_revision_is_read_every_time(
             prepare(recipe, overwrite=True)
         assert last_log(recipe) == (num_read, num_read)
     assert revisions == [None, None, "abc", "def"]
+    assert part_names(recipe) == ["encode", "read"]
 
 
-def test_encoding_needs_no_state_of_the_parent(make_recipe: Make, tmp_path: Path) -> None:
-    assert encode_part.BATCH_SAMPLES < sample_frames.MAX_FRAME_SAMPLES
+def test_parts_that_nobody_can_find_again_are_removed_from_every_cache(
+    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = {"id": "a", "instruction": "Say a.", "output": "a"}
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: iter([record]))
+    cache = tmp_path / "cache"
+    sources = [Source(format=Format.alpaca, path="owner/name", split="train"), squad_source(tmp_path)]
+    prepare(make_recipe(sources=sources, cache_dir=str(cache)))
+    # the revision of the dataset is unknown; the parts of the file stay
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_workers_that_merge_questions_give_the_bytes_of_one_process(
+    make_recipe: Make, tmp_path: Path
+) -> None:
     recipe = make_recipe(num_workers=3, shared_context=True)
     assert files(prepare(recipe)) == fresh(make_recipe(shared_context=True), tmp_path, "one")
