@@ -110,11 +110,13 @@ def inspect(
         ),
     ] = None,
     num_samples: Annotated[
-        int, typer.Option(min=0, max=MAX_PAGE_SAMPLES, help="With --html: number of examples.")
-    ] = 8,
+        int | None,
+        typer.Option(min=0, max=MAX_PAGE_SAMPLES, help="With --html: number of examples. Default: 8."),
+    ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=MAX_SEED, help="With --html: seed of the choice of examples.")
-    ] = 0,
+        int | None,
+        typer.Option(min=0, max=MAX_SEED, help="With --html: seed of the choice of examples. Default: 0."),
+    ] = None,
 ) -> None:
     """Show a prepared example, its mask, and statistics of the data.
 

@@ -42,8 +42,8 @@ def inspect(
     as_json: bool = False,
     png: Path | None = None,
     html: Path | None = None,
-    num_samples: int = NUM_SAMPLES,
-    seed: int = 0,
+    num_samples: int | None = None,
+    seed: int | None = None,
 ) -> None:
     """Print an example in colour or as JSON, draw its mask, or write a page with statistics and samples.
 
@@ -53,11 +53,17 @@ def inspect(
     Args:
         index: the example that is shown; None is the first one. The page shows it before the others.
         html: write the page to this file, and print no example in colour.
-        num_samples: number of examples of the page, chosen at random by `seed` from all sources.
+        num_samples: number of examples of the page, chosen at random by `seed` from all sources; None is
+            `NUM_SAMPLES`. The default seed is 0.
 
     Raises:
-        UserError: `folder` is not a prepared folder; it has no example `index`; a file cannot be written.
+        UserError: `folder` is not a prepared folder; it has no example `index`; a file cannot be written;
+            options contradict each other.
     """
+    if html is None and (num_samples is not None or seed is not None):
+        raise UserError("--num-samples and --seed choose the examples of a page: add --html FILE")
+    if html is not None and png is not None and os.path.realpath(html) == os.path.realpath(png):
+        raise UserError(f"--html and --png name the same file {html}: name two files")
     for path in (png, html):
         if path is not None:
             _check_outside(path, folder)
@@ -74,7 +80,8 @@ def inspect(
     if png is not None:
         save_figure(draw_mask(example), png)
     if html is not None:
-        _write_page(html, prepared, tokenizer, index, num_samples, seed)
+        num_samples = NUM_SAMPLES if num_samples is None else num_samples
+        _write_page(html, prepared, tokenizer, index, num_samples, seed or 0)
     if as_json:
         print_text(json.dumps(_describe(example, tokenizer), ensure_ascii=False))
     elif html is None:

@@ -18,6 +18,7 @@ from blockft.config.settings import Recipe, Source
 from blockft.data.prepared import load_prepared
 from blockft.data.sample import sample_to_record
 from blockft.errors import UserError
+from blockft.printable import printable
 from blockft.stages.inspect import choose_examples, inspect
 from blockft.stages.prepare import prepare
 from tests.data.toys import rag_sample
@@ -81,7 +82,7 @@ def write_page(folder: Path, html: Path, **options: Any) -> Parser:
 
 def hostile_recipe(make_recipe: Make, tmp_path: Path) -> Recipe:
     """A recipe whose paths, ids and texts try to act on the page; its second source is dropped whole."""
-    folder = tmp_path / "<b>&'[bold]"
+    folder = tmp_path / "<b>&'[bold]\u202e\x1b"
     folder.mkdir()
     samples = [
         rag_sample(f"Q{i} {HOSTILE}?", (f"{i} {HOSTILE}\n\n", "\t  two \n\n"), id=f"{i}{HOSTILE}")
@@ -134,7 +135,7 @@ def test_text_of_users_is_escaped_and_can_be_seen(make_recipe: Make, tmp_path: P
     assert any(shown in text for text in page.find("span", "id"))
     assert "long0" in page.find("ul", "examples")[0]
     (title,) = [a["title"] for name, a, text in page.elements if name == "th" and text == ["a.jsonl"]]
-    assert title == recipe.data.sources[0].path
+    assert title == printable(recipe.data.sources[0].path)
 
 
 def test_the_page_refers_to_nothing_outside_of_it(make_recipe: Make, tmp_path: Path) -> None:
@@ -208,6 +209,11 @@ def test_a_page_replaces_no_other_file_and_damages_no_folder(make_recipe: Make, 
             inspect(out, html=path)
     with pytest.raises(UserError, match="can hold no other files"):
         inspect(out, png=out / "mask.png")
+    with pytest.raises(UserError, match="the same file"):
+        inspect(out, png=tmp_path / "x.html", html=tmp_path / "x.html")
+    for options in ({"num_samples": 0}, {"seed": 0}):
+        with pytest.raises(UserError, match="add --html FILE"):
+            inspect(out, **options)
     assert notes.read_text() == "mine"
     load_prepared(out)
 
