@@ -32,6 +32,9 @@ MAX_RETRY_AFTER_S = 900.0
 CONNECT_TIMEOUT_S = 30.0
 """Longest time to open a connection."""
 
+MAX_FAILURES_IN_A_ROW = 50
+"""Number of questions in a row that may fail and be skipped."""
+
 STOP_TIMEOUT_S = 30.0
 """Longest time for answers that are being written when another question ends the command."""
 
@@ -127,7 +130,7 @@ def ask_endpoint(
 
     Raises:
         EndpointError: the endpoint is not reachable after all retries, refuses the key, does not know the
-            model, has no quota left, or asks to wait for too long.
+            model, has no quota left, asks to wait for too long, or fails at too many questions in a row.
         QuestionFailed: a question failed.
         UserError: the client library is not installed.
     """
@@ -158,6 +161,7 @@ class _Client:
         self._limiter = RateLimiter(endpoint.requests_per_minute)
         self._requesting: set[asyncio.Task[Any] | None] = set()
         self._is_stopping = False
+        self._failures_in_a_row = 0
         self._client = openai.AsyncOpenAI(
             base_url=endpoint.base_url,
             # without a key the library would send that of the environment, wherever the address leads
@@ -179,8 +183,10 @@ class _Client:
                 except QuestionFailed as error:
                     if skip is None:
                         raise
+                    self._count_failure(error)
                     skip(question, str(error))
                 else:
+                    self._failures_in_a_row = 0
                     record(answer)
                 if self._is_stopping:
                     return
@@ -193,6 +199,19 @@ class _Client:
             errors = [error for worker in finished if (error := worker.exception())]
         if errors:
             raise errors[0]
+
+    def _count_failure(self, error: QuestionFailed) -> None:
+        """Count a question that is skipped.
+
+        Raises:
+            EndpointError: too many questions in a row have failed: it is not because of the questions.
+        """
+        self._failures_in_a_row += 1
+        if self._failures_in_a_row > MAX_FAILURES_IN_A_ROW:
+            raise EndpointError(
+                f"{self._failures_in_a_row} questions in a row have failed (the last one: {error}): check "
+                "the server and data.teacher"
+            ) from error
 
     async def _stop(self, workers: Collection["asyncio.Task[None]"]) -> None:
         """End the workers; answers that the server is just writing are recorded, because they cost money."""
