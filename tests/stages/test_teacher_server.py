@@ -47,7 +47,7 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="module")
 def recipe(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe with 100 questions over a passage and 100 instructions."""
+    """A recipe with 60 questions over a passage and 140 instructions, which are shorter."""
     data = Path(os.environ.get("BLOCKFT_REAL_DATA", "../shared/data"))
     if not (data / "alpaca_en_demo.json").exists():
         pytest.skip(f"the real data are not in {data} (set BLOCKFT_REAL_DATA)")
@@ -59,9 +59,9 @@ def recipe(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"  output_dir: set\n"
         f"  num_workers: 2\n"
         f"  sources:\n"
-        f"    - {{format: fid, path: {data}/nq_open_oracle_dev.jsonl, max_samples: 100, response: teacher}}\n"
-        f"    - {{format: alpaca, path: {data}/alpaca_en_demo.json, max_samples: 100, response: teacher}}\n"
-        f"  teacher: {{model: {smollm2}, max_new_tokens: 10, batch_size: 8}}\n"
+        f"    - {{format: fid, path: {data}/nq_open_oracle_dev.jsonl, max_samples: 60, response: teacher}}\n"
+        f"    - {{format: alpaca, path: {data}/alpaca_en_demo.json, max_samples: 140, response: teacher}}\n"
+        f"  teacher: {{model: {smollm2}, max_new_tokens: 8, batch_size: 8}}\n"
         f"train: {{output_dir: run}}\n"
     )
     return path
@@ -127,9 +127,9 @@ def kill_and_finish(recipe: Path, out: Path, *settings: str) -> int:
     return finish(recipe, out, *settings)
 
 
-def outcome(out: Path) -> Any:
+def outcome(out: Path) -> dict[str, bytes]:
     """Return all files of the prepared folder, and the answers."""
-    return files(out), out.with_name(f"{out.name}.answers.jsonl").read_bytes()
+    return files(out) | {"answers": out.with_name(f"{out.name}.answers.jsonl").read_bytes()}
 
 
 @pytest.mark.slow  # a model answers 400 questions on a CPU: two minutes
