@@ -6,6 +6,7 @@ from typing import Any
 
 from blockft.config.choices import Format, Response, TooLongPolicy
 from blockft.config.settings import DataSettings, Source, TeacherSettings
+from blockft.data.rag_prompt import RagPrompt
 from blockft.data.teacher_endpoint import Endpoint, request_body
 from blockft.data.teacher_response import SupportCheck
 from blockft.errors import UserError
@@ -57,6 +58,11 @@ def check_teacher(data: DataSettings) -> None:
             f"data.teacher.revision is {teacher.revision!r}, but the endpoint decides which revision it "
             "serves: remove data.teacher.revision"
         )
+    if teacher.prompt is not None:
+        try:
+            RagPrompt(**teacher.prompt.model_dump(mode="json"))
+        except UserError as error:
+            raise UserError(str(error).replace("data.prompt.", "data.teacher.prompt.")) from error
     if fixed := sorted({*_FIXED_FIELDS} & teacher.extra_body.keys()):
         raise UserError(
             f"data.teacher.extra_body sets {fixed[0]}, which prepare sets itself (so are "
