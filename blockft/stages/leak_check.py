@@ -12,6 +12,9 @@ from blockft.progress import progress
 from blockft.stages.source_settings import read_source, take_in_turn
 from blockft.units import format_count
 
+MAX_ID_LEN = 60
+"""Number of characters of an id that a warning shows."""
+
 
 class LeakCheck:
     """Compares the samples of `data.sources` with those of `eval.sources`, which are read here.
@@ -94,7 +97,7 @@ class LeakCheck:
     def _describe(self, leak: Leak) -> str:
         ids, _ = self._evaluation[leak.evaluation_source]
         evaluation, training = self._sources[leak.evaluation_source], leak.training_source
-        examples = ", ".join(f"{ours} and {theirs}" for ours, theirs in leak.examples)
+        examples = ", ".join(" and ".join(map(_shorten, pair)) for pair in leak.examples)
         counts = {"question": leak.num_questions, "set of documents": leak.num_documents}
         shared = " and ".join(f"the {name} of {count:,}" for name, count in counts.items() if count)
         return (
@@ -103,3 +106,7 @@ class LeakCheck:
             f"questions (ids in evaluation and training: {examples}): scores may be too high; take other "
             "samples with split, skip_samples or max_samples"
         )
+
+
+def _shorten(id: str) -> str:
+    return id if len(id) <= MAX_ID_LEN else f"{id[:MAX_ID_LEN]}..."
