@@ -11,13 +11,15 @@ class Evaluation:
     """An evaluation in both orders; `prompt_options` replaces the one of training.
 
     `recomputed` is the share of context tokens that are computed once more. `choice` selects them: the
-    `first` of their blocks, or those whose values `changed` most.
+    `first` of their blocks, or those whose values `changed` most. `best` documents are read a second time, in
+    the order of the attention of the first reading (`arrange_documents`); 0 for a single reading.
     """
 
     mode: str
     prompt_options: PromptOptions | None = None
     recomputed: float = 0.0
     choice: str = "first"
+    best: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -113,16 +113,21 @@ def layer_forward(
     cos: torch.Tensor,
     sin: torch.Tensor,
     masks: BlockMasks,
+    dropout: float = 0.0,
 ) -> Any:
     """One decoder layer on (1, T, C); with `returns_kv` also its rotated keys and its values (1, K, T, D)."""
     norm, qkv, out, mlp_norm, gate_up, down = weights
     q, k, v = split_heads(shape, F.linear(rms_norm(x, norm, shape.norm_eps), qkv))
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     attended, _ = attend(None, q, k, v, None, scaling=shape.head_size**-0.5, block_masks=masks)
-    x = x + F.linear(attended.flatten(-2), out)
+    x = x + dropped(F.linear(attended.flatten(-2), out), dropout)
     gate, up = F.linear(rms_norm(x, mlp_norm, shape.norm_eps), gate_up).chunk(2, dim=-1)
-    x = x + F.linear(F.silu(gate) * up, down)
+    x = x + dropped(F.linear(F.silu(gate) * up, down), dropout)
     return (x, k, v) if returns_kv else x
+
+
+def dropped(x: torch.Tensor, dropout: float) -> torch.Tensor:
+    return F.dropout(x, dropout) if dropout else x
 
 
 class Llama:
@@ -151,6 +156,7 @@ class Llama:
         kept_layers: Sequence[int] = (),
         on_kv: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
         num_layers: int | None = None,
+        dropout: float = 0.0,
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """The output of the last layer, normed, (T, C), and the inputs of the kept layers (1, T, C)."""
         masks: BlockMasks = model_inputs["block_masks"].build(self.backend, [None])
@@ -161,7 +167,7 @@ class Llama:
             if index in kept_layers:
                 inputs[index] = x
             if on_kv is None:
-                x = self._plain(x, layer, cos, sin, masks)
+                x = self._plain(x, layer, cos, sin, masks, *([dropout] if dropout else []))
             else:
                 x, keys, values = self._with_kv(x, layer, cos, sin, masks)
                 on_kv(index, keys, values)

@@ -66,6 +66,7 @@ def row_loss(
     *,
     taught: tuple[torch.Tensor, dict[int, torch.Tensor]] | None = None,
     raised_N: torch.Tensor | None = None,
+    dropout: float = 0.0,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
     """The loss of a row, its parts for the log, and the logits (N, V).
 
@@ -73,7 +74,9 @@ def row_loss(
     """
     ranking = objective.ranking_layers if objective.ranking_weight else ()
     matched = objective.hidden_layers if objective.hidden_weight else ()
-    hidden, inputs = llama.hidden(weights, row.model_inputs, kept_layers=(*ranking, *matched))
+    hidden, inputs = llama.hidden(
+        weights, row.model_inputs, kept_layers=(*ranking, *matched), dropout=dropout
+    )
     logits_NV = llama.logits(weights, hidden[row.logits_to_keep]).float()
     losses_N = F.cross_entropy(logits_NV, row.shift_labels, ignore_index=NO_LABEL, reduction="none")
     is_answer = row.label_kinds == ANSWER

@@ -278,10 +278,12 @@ def build_prompt(
     prompt_options: PromptOptions,
     join_probability: float = 0.0,
     sharing: Sharing | None = None,
+    places: Sequence[int] | None = None,
 ) -> Prompt:
     """The tokens of a question's prompt with its answer; neighbouring documents are joined at random.
 
-    With `sharing` other questions about the same documents follow, see `Sharing`.
+    With `sharing` other questions about the same documents follow, see `Sharing`. `places` gives the documents
+    and their order instead of `order`.
     """
     question = data["questions"][number]
     head = np.concatenate(question["head"])
@@ -296,7 +298,8 @@ def build_prompt(
     sinks, gists = RESERVED_IDS[: prompt_options.sink_tokens], RESERVED_IDS[4 : 4 + prompt_options.end_tokens]
     links = RESERVED_IDS[8 : 8 + prompt_options.link_tokens]
     by_lot = sharing.by_lot if sharing else 0.0
-    places, order = choose_documents(question, order, rng, least, by_lot)
+    if places is None:
+        places, order = choose_documents(question, order, rng, least, by_lot)
     starts, end = [], 0
     if prompt_options.document_stride is not None and mode == "block":
         assert not join_probability and not links and not sinks and not gists
@@ -322,7 +325,7 @@ def build_prompt(
     if starts:
         builder.move_to(end)
     if sharing is not None:
-        for final, answer, weight in sharing.questions(data, number, places, order, rng):
+        for final, answer, weight in sharing.questions(data, number, list(places), order, rng):
             builder.add_question(final, answer, weight)
         return builder.finish(number)
     final = question["final_twice" if prompt_options.question_twice else "final"]
@@ -483,7 +486,7 @@ def recompute(prompt: Prompt, is_chosen: NDArray[np.bool_]) -> Prompt:
     are cached. This is selective recomputation (CacheBlend) as a masked forward pass. Collate the prompt
     `causal_by_position`.
     """
-    assert not prompt.is_private.any() and not prompt.is_link.any()
+    assert not prompt.is_link.any() and not (is_chosen & prompt.is_private).any()
     order = []
     for block in range(int(prompt.blocks.max()) + 1):
         own = np.flatnonzero(prompt.blocks == block)
@@ -509,5 +512,5 @@ def recompute(prompt: Prompt, is_chosen: NDArray[np.bool_]) -> Prompt:
         )
     }
     taken["is_link"] = is_copy
-    taken["is_private"] = is_chosen[places] & ~is_copy & ~prompt.is_final[places]
+    taken["is_private"] |= is_chosen[places] & ~is_copy & ~prompt.is_final[places]
     return Prompt(number=prompt.number, blocks=blocks, **taken)

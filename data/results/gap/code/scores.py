@@ -64,16 +64,17 @@ def prior_answers(train: Sequence[Mapping[str, str]]) -> dict[tuple[str, str], s
 def resampled_mean(values: Mapping[str, NDArray[np.float64]], seed: int = 0) -> NDArray[np.float64]:
     """Bootstrap replicates of the mean over all questions: the questions of each set are drawn again.
 
-    The values of a set are (questions,) or (runs, questions); runs, such as seeds, are drawn again as well.
-    Equal seeds and sizes draw the same questions.
+    The values of a set are (questions,) or (runs, questions); runs, such as seeds, are drawn again as well, the
+    same ones for all sets. Equal seeds and sizes draw the same questions.
     """
     draw = np.random.default_rng(seed)
     sums, num_all = np.zeros(NUM_RESAMPLES), 0
+    num_runs = len(np.atleast_2d(next(iter(values.values()))))
+    runs = np.random.default_rng(seed + 1).integers(0, num_runs, (NUM_RESAMPLES, num_runs))
     for name in sorted(values):
         scores = np.atleast_2d(np.asarray(values[name], np.float64))
-        num_runs, num_questions = scores.shape
+        num_questions = scores.shape[1]
         questions = draw.integers(0, num_questions, (NUM_RESAMPLES, num_questions))
-        runs = draw.integers(0, num_runs, (NUM_RESAMPLES, num_runs))
         sums += [scores[np.ix_(r, q)].mean(axis=0).sum() for r, q in zip(runs, questions, strict=True)]
         num_all += num_questions
     return sums / num_all

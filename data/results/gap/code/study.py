@@ -25,6 +25,7 @@ from prompts import (
     Sharing,
     build_chat,
     build_prompt,
+    choose_documents,
     collate,
     index_questions,
     pack,
@@ -47,6 +48,9 @@ class Training:
                add: a row then holds the same questions as without them
     join       probability that neighbouring documents form one block, falling linearly to 0 at the end
     data_share of the training questions and chats, chosen by a hash of their ids
+    recomputed shares of the context tokens that are computed once more in block mode, the first of their
+               blocks; each draw takes one of the shares by lot. Empty for none
+    dropout    probability with which an output of attention or of an MLP is set to 0
     init       `pretrained`, or the name of an earlier experiment whose weights are gone on from
     """
 
@@ -63,6 +67,8 @@ class Training:
     data_share: float = 0.4
     learning_rate: float = 2.5e-4
     warmup_steps: int = 20
+    recomputed: tuple[float, ...] = ()
+    dropout: float = 0.0
     seed: int = 0
     init: str = "pretrained"
 
@@ -145,7 +151,7 @@ def make_prompt(
     if kind == "chat":
         return build_chat(data["chats"][index], mode)
     rng = random.Random(f"{training.seed}:{index}:{epoch}")
-    return build_prompt(
+    prompt = build_prompt(
         data,
         index,
         mode=mode,
@@ -155,6 +161,10 @@ def make_prompt(
         join_probability=join if mode == "block" else 0.0,
         sharing=training.sharing,
     )
+    if training.recomputed and mode == "block":
+        share = random.Random(f"recomputed:{training.seed}:{index}:{epoch}").choice(training.recomputed)
+        prompt = recompute(prompt, first_of_blocks([prompt], share)[0])
+    return prompt
 
 
 def predicts(objective: Objective, step: int) -> Callable[[Prompt], np.ndarray[Any, Any]] | None:
@@ -237,7 +247,13 @@ def train(
             def row(mode: str | None, items: Any = items, choose: Any = choose) -> Row:
                 prompts = [make_prompt(data, i, mode or m, training, j) for i, m, j in items]
                 length = row_len if mode and training.modes == "dual" else row_len + training.extra_len
-                made = collate(prompts, length, data["end_of_turn"], is_predicted=choose)
+                made = collate(
+                    prompts,
+                    length,
+                    data["end_of_turn"],
+                    is_predicted=choose,
+                    causal_by_position=bool(training.recomputed),
+                )
                 return made.pinned() if device.type == "cuda" else made
 
             in_full = row("full") if objective.needs_teacher or training.modes == "dual" else None
@@ -254,6 +270,7 @@ def train(
         if training.modes == "dual":
             assert in_full is not None
             assert not (objective.distill_question or objective.hidden_weight or objective.raised_weight)
+            assert not training.dropout
             full_loss, full_parts, full_NV = row_loss(
                 llama, weights, in_full, replace(objective, distill=0.0)
             )
@@ -268,7 +285,9 @@ def train(
             taught = teacher_outputs(llama, teaches, in_full, matched)
             if in_block is not None:
                 raised = raised_losses(llama, teaches, in_block, row, taught[0])
-        loss, parts, _ = row_loss(llama, weights, row, objective, taught=taught, raised_N=raised)
+        loss, parts, _ = row_loss(
+            llama, weights, row, objective, taught=taught, raised_N=raised, dropout=training.dropout
+        )
         if training.modes == "dual":
             loss, parts = 0.5 * loss, {**parts, "answer_in_full_mode": full_parts["answer"]}
         loss.backward()
@@ -344,11 +363,13 @@ def evaluate(
     max_new_tokens: int = 24,
     batch_prompts: int = BATCH_PROMPTS,
     choose: Callable[[list[Prompt]], list[np.ndarray[Any, Any]]] | None = None,
+    arranged: dict[int, list[int]] | None = None,
 ) -> dict[str, Any]:
     """Greedy answers to questions and the loss of their gold answers, lists in the order of `questions`.
 
     Prompts stand in packed rows under the block mask; the keys and values that the final block may read go on
     into decoding. `choose` names the context tokens of prompts that are computed once more, see `recompute`.
+    `arranged` gives the documents of each question in their order, see `arrange_documents`.
     """
     weights = Weights(llama.shape, flat)
     # questions are asked over ten documents, however many training draws
@@ -361,6 +382,7 @@ def evaluate(
             order=order,
             rng=random.Random(f"evaluation:{number}"),
             prompt_options=prompt_options,
+            places=arranged[number] if arranged else None,
         )
         for number in questions
     }
@@ -487,10 +509,16 @@ def most_changed(
                 caught.append(values[0].float())
 
         in_block = [prompts[i] for i in numbers]
-        for some in (in_block, [as_full(p) for p in in_block]):
+        # tokens that their own block alone sees have no place in full mode
+        seen_T = np.concatenate([~p.is_private for p in in_block])
+        for some, chosen_T in ((in_block, seen_T), ([as_full(p) for p in in_block], ...)):
             row = collate(some, row_len, end_id).to(device)
             llama.hidden(weights, row.model_inputs, on_kv=keep, num_layers=2)
-        change_T = (caught[0] - caught[1]).pow(2).sum((0, 2)).cpu().numpy()
+            caught[-1] = caught[-1][:, : sum(map(len, some))]
+            if chosen_T is not ...:
+                caught[-1] = caught[-1][:, torch.from_numpy(chosen_T).to(device)]
+        change_T = np.full(len(seen_T), -1.0)
+        change_T[seen_T] = (caught[0] - caught[1]).pow(2).sum((0, 2)).cpu().numpy()
         starts = np.cumsum([0, *map(len, in_block)])
         for i, prompt, start in zip(numbers, in_block, starts, strict=False):
             changes[i] = np.where(prompt.is_final, -1.0, change_T[start : start + len(prompt)])
@@ -502,28 +530,157 @@ def first_of_blocks(prompts: Sequence[Prompt], share: float) -> list[np.ndarray[
     chosen = []
     for prompt in prompts:
         starts = np.flatnonzero(np.diff(prompt.blocks, prepend=-1))
-        place = np.arange(len(prompt)) - np.repeat(starts, np.diff(np.append(starts, len(prompt))))
-        chosen.append(largest(np.where(prompt.is_final, -1e9, -place.astype(float)), prompt, share))
+        counted = np.cumsum(~prompt.is_private)
+        # among the tokens of its block that others see
+        place = counted - np.repeat((counted - ~prompt.is_private)[starts], np.diff([*starts, len(prompt)]))
+        hidden = prompt.is_final | prompt.is_private
+        chosen.append(largest(np.where(hidden, -1e9, -place.astype(float)), prompt, share))
     return chosen
 
 
 def largest(values: np.ndarray[Any, Any], prompt: Prompt, share: float) -> np.ndarray[Any, Any]:
     """The context tokens with the largest values, a share of the context."""
-    num_chosen = round(share * int((~prompt.is_final).sum()))
+    is_context = ~prompt.is_final & ~prompt.is_private
+    num_chosen = round(share * int(is_context.sum()))
     chosen = np.zeros(len(prompt), np.bool_)
     chosen[np.argsort(-values, kind="stable")[:num_chosen]] = True
-    return chosen & ~prompt.is_final
+    return chosen & is_context
 
 
 def as_full(prompt: Prompt) -> Prompt:
-    """The tokens of a prompt in full mode."""
-    every, none = np.ones(len(prompt), np.bool_), np.zeros(len(prompt), np.bool_)
-    return replace(
-        prompt,
-        positions=np.arange(len(prompt)),
-        blocks=np.zeros(len(prompt), np.int64),
+    """The tokens of a prompt in full mode, without those that only their own block sees."""
+    seen = ~prompt.is_private
+    taken = {name: getattr(prompt, name)[seen] for name in ("ids", "kinds", "support", "weights")}
+    every, none = np.ones(seen.sum(), np.bool_), np.zeros(seen.sum(), np.bool_)
+    return Prompt(
+        number=prompt.number,
+        positions=np.arange(len(every)),
+        blocks=np.zeros(len(every), np.int64),
         is_final=every,
         is_link=none,
         is_private=none,
         is_bidirectional=none,
+        **taken,
     )
+
+
+@torch.no_grad()
+def document_attention(
+    llama: Llama,
+    weights: Weights,
+    prompts: Sequence[Prompt],
+    places: Sequence[np.ndarray[Any, Any]],
+    end_id: int,
+    device: torch.device,
+    row_len: int,
+) -> np.ndarray[Any, Any]:
+    """The attention (prompts, layers, heads, documents) of the last token of each question to each document.
+
+    `places` has the place of every token's document, -1 outside. A head's attention to documents adds up to 1.
+    """
+    shape, group = llama.shape, llama.shape.num_heads // llama.shape.num_kv_heads
+    found = np.zeros((len(prompts), shape.num_layers, shape.num_heads, NUM_DOCUMENTS), np.float32)
+    for numbers in pack([len(p) for p in prompts], row_len, 0, 0):
+        row = collate([prompts[i] for i in numbers], row_len, end_id).to(device)
+        keys: list[torch.Tensor] = []
+        _, inputs = llama.hidden(
+            weights,
+            row.model_inputs,
+            kept_layers=range(shape.num_layers),
+            on_kv=lambda _, k, __, keys=keys: keys.append(k[0]),
+        )
+        place_T = np.full(row_len, -1)
+        place_T[: sum(len(prompts[i]) for i in numbers)] = np.concatenate([places[i] for i in numbers])
+        one_hot_TP = torch.nn.functional.one_hot(
+            torch.from_numpy(place_T + 1).to(device), NUM_DOCUMENTS + 1
+        ).float()[:, 1:]
+        at_R = row.logits_to_keep[row.is_first]
+        assert len(at_R) == len(numbers)
+        is_read_RT = row.example_ids[at_R][:, None] == row.example_ids
+        is_read_RT &= one_hot_TP.sum(1) > 0
+        for layer in range(shape.num_layers):
+            q = llama.query(weights, layer, inputs[layer][:, at_R], row.position_ids[:, at_R])[0]
+            k = keys[layer].repeat_interleave(group, dim=0)
+            scores_HRT = torch.matmul(q, k.transpose(1, 2)).float() * shape.head_size**-0.5
+            shares_HRT = scores_HRT.masked_fill(~is_read_RT, float("-inf")).softmax(-1)
+            mass_HRP = shares_HRT @ one_hot_TP
+            found[numbers, layer] = mass_HRP.transpose(0, 1).cpu().numpy()
+    return found
+
+
+NUM_HEADS_READ, NUM_QUESTIONS_READ = 8, 400
+
+
+def arrange_documents(
+    llama: Llama,
+    data: dict[str, Any],
+    flat: torch.Tensor,
+    questions: Sequence[int],
+    *,
+    mode: str,
+    order: str,
+    prompt_options: PromptOptions,
+    device: torch.device,
+    row_len: int = ROW_LEN,
+    num_chosen: int = NUM_QUESTIONS_READ,
+) -> tuple[dict[int, list[int]], dict[str, Any]]:
+    """The documents of each question by the attention of a first reading, the most read one last.
+
+    Documents are sorted by the mean attention of the `NUM_HEADS_READ` heads which read the supporting document
+    most often in training questions in shuffled order (after Attention Sorting, Peysakhovich and Lerer 2023).
+    In block mode a second reading needs no new keys and values of documents, for they may stand anywhere.
+    """
+    weights = Weights(llama.shape, flat)
+
+    def read(numbers: Sequence[int], order: str) -> tuple[np.ndarray[Any, Any], list[list[int]]]:
+        prompts, places, chosen = [], [], []
+        for number in numbers:
+            of_mode = {
+                m: build_prompt(
+                    data,
+                    number,
+                    mode=m,
+                    order=order,
+                    rng=random.Random(f"evaluation:{number}"),
+                    prompt_options=prompt_options,
+                )
+                for m in {mode, "block"}
+            }
+            prompts.append(of_mode[mode])
+            places.append(document_places(of_mode["block"], keeps_private=mode == "block"))
+            rng = random.Random(f"evaluation:{number}")
+            chosen.append(choose_documents(data["questions"][number], order, rng, NUM_DOCUMENTS)[0])
+        end = data["end_of_turn"]
+        return document_attention(llama, weights, prompts, places, end, device, row_len), chosen
+
+    trained_on = [
+        i for i, q in enumerate(data["questions"]) if q["part"] == "train" and sum(q["supports"]) == 1
+    ]
+    trained_on.sort(key=lambda i: hashlib.sha256(f"heads {i}".encode()).hexdigest())
+    mass, chosen = read(trained_on[:num_chosen], "shuffled")
+    supports = [
+        [data["questions"][n]["supports"][i] for i in some].index(True)
+        for n, some in zip(trained_on, chosen, strict=False)
+    ]
+    hits = (mass.argmax(-1) == np.array(supports)[:, None, None]).mean(0)
+    best = np.argsort(-hits.flatten(), kind="stable")[:NUM_HEADS_READ]
+    mass, chosen = read(questions, order)
+    scores = mass.reshape(len(mass), -1, NUM_DOCUMENTS)[:, best].mean(1)
+    arranged = {
+        n: [some[i] for i in np.argsort(score[: len(some)], kind="stable")]
+        for n, some, score in zip(questions, chosen, scores, strict=True)
+    }
+    is_support = [data["questions"][n]["supports"][arranged[n][-1]] for n in questions]
+    return arranged, {
+        "heads": [[int(i) // llama.shape.num_heads, int(i) % llama.shape.num_heads] for i in best],
+        "hits_of_heads_in_training": [round(float(h), 3) for h in hits.flatten()[best]],
+        "last_document_supports": "".join(str(int(s)) for s in is_support),
+    }
+
+
+def document_places(in_block: Prompt, keeps_private: bool) -> np.ndarray[Any, Any]:
+    """The place of each token's document among the documents, -1 outside; of a prompt in block mode."""
+    is_document = (in_block.kinds == DOCUMENT) & ~in_block.is_private
+    numbers = np.unique(in_block.blocks[is_document])
+    places = np.where(is_document, np.searchsorted(numbers, in_block.blocks), -1)
+    return places if keeps_private else places[~in_block.is_private]

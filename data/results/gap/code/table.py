@@ -133,6 +133,16 @@ class Results:
     def of(self, name: str, evaluation: str, metric: str = METRIC) -> Scores:
         return self.reading(self.lines[name]["results"][evaluation]["scores"][metric])
 
+    def hits(self, name: str, evaluation: str) -> NDArray[np.float64]:
+        """The scores of all questions in percent."""
+        found = self.lines[name]["results"][evaluation]["scores"][METRIC]
+        return np.array([100.0 * (c == "1") for c in found])
+
+    def is_read_most(self, name: str, mode: str, order: str) -> NDArray[np.float64]:
+        """100 where a model attends most to a document that supports the answer, 0 elsewhere, of all questions."""
+        reading = self.lines[f"{name}-twice"]["results"][f"{mode}, sorted {order}"]["reading"]
+        return np.array([100.0 * (c == "1") for c in reading["last_document_supports"]])
+
     def yes_no(self, hits: str) -> float:
         values = np.array([100.0 * (c == "1") for c in hits])
         return float(values[self._is_yes_no].mean())
@@ -399,23 +409,28 @@ def baselines_of_second_round(results: Results) -> str:
     return "\n".join(rows)
 
 
-def second_round(results: Results) -> str:
+def against_baselines(results: Results, of_baseline: dict[str, str]) -> str:
     """Block fine-tuned models against the full fine-tuned model of the same data, steps, rate and seed."""
     rows = [
         "| experiment | what | learning rate | baseline | block, ascending | minus | block, shuffled | minus "
         "| both orders, minus | full mode, ascending; shuffled | both orders, minus | loss of gold answers, block mode |",
         "|---" * 12 + "|",
     ]
-    for name, baseline in OF_BASELINE.items():
+    for name, baseline in of_baseline.items():
         settings = results.lines[name]["settings"]
-        cells = [name, settings["description"], str(settings["training"]["learning_rate"]), baseline]
+        rate = str((settings["training"] or {"learning_rate": ""})["learning_rate"])
+        cells = [name, settings["description"], rate, baseline]
         full = [results.of(baseline, f"full {order}") for order in ORDERS]
-        block, own = ([results.of(name, f"{mode} {order}") for order in ORDERS] for mode in ("block", "full"))
+        block = [results.of(name, f"block {order}") for order in ORDERS]
         for scores, reference in zip(block, full, strict=True):
             cells += [f"{mean(scores):.1f}", with_interval(minus(scores, reference), True)]
         cells.append(with_interval(minus(averaged(block), averaged(full)), True))
-        cells.append("; ".join(f"{mean(scores):.1f}" for scores in own))
-        cells.append(with_interval(minus(averaged(own), averaged(full)), True))
+        if "full ascending" in results.lines[name]["results"]:
+            own = [results.of(name, f"full {order}") for order in ORDERS]
+            cells.append("; ".join(f"{mean(scores):.1f}" for scores in own))
+            cells.append(with_interval(minus(averaged(own), averaged(full)), True))
+        else:
+            cells += ["-", "-"]
         cells.append("; ".join(f"{results.loss(name, f'block {order}'):.3f}" for order in ORDERS))
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
@@ -498,8 +513,8 @@ PLACES = {
 }
 
 
-def place_table(results: Results, data: dict[str, Any]) -> str:
-    """Substring match in shuffled order by the place of the supporting document, where there is one."""
+def places_of_support(data: dict[str, Any]) -> NDArray[np.int64]:
+    """The place of the only supporting document of each validation question in shuffled order, or -1."""
     import random
 
     from prompts import choose_documents
@@ -511,24 +526,36 @@ def place_table(results: Results, data: dict[str, Any]) -> str:
             support = [place for place, index in enumerate(chosen) if question["supports"][index]]
             yes_no = is_yes_no(question["answers"])
             places.append(support[0] if len(support) == 1 and not yes_no else -1)
+    return np.array(places)
+
+
+def place_table(
+    results: Results,
+    data: dict[str, Any],
+    models: dict[str, tuple[str, tuple[str, ...]]],
+    readings: dict[str, tuple[str, tuple[str, ...]]],
+) -> str:
+    """Substring match in shuffled order by the place of the supporting document, where there is one.
+
+    `readings` adds how often that document is the one that is read most.
+    """
+    places = places_of_support(data)
     groups = {"1": (0,), "2 to 4": (1, 2, 3), "5 to 7": (4, 5, 6), "8 to 10": (7, 8, 9)}
-    which = {name: np.isin(np.array(places), some) for name, some in groups.items()}
+    which = {name: np.isin(places, some) for name, some in groups.items()}
     head = " | ".join(f"{name} ({chosen.sum()})" for name, chosen in which.items())
     rows = [
         f"| place of the supporting document | models | {head} |",
         "|---|---" + "|---" * len(groups) + "|",
     ]
-    for label, (mode, names) in PLACES.items():
-        hits = np.mean(
-            [
-                [
-                    100.0 * (c == "1")
-                    for c in results.lines[n]["results"][f"{mode} shuffled"]["scores"][METRIC]
-                ]
-                for n in names
-            ],
-            axis=0,
-        )
+    shown = [
+        (label, names, np.mean([results.hits(n, f"{mode} shuffled") for n in names], axis=0))
+        for label, (mode, names) in models.items()
+    ]
+    shown += [
+        (label, names, np.mean([results.is_read_most(n, mode, "shuffled") for n in names], axis=0))
+        for label, (mode, names) in readings.items()
+    ]
+    for label, names, hits in shown:
         cells = []
         for chosen in which.values():
             values = {"all": hits[chosen]}
@@ -536,6 +563,254 @@ def place_table(results: Results, data: dict[str, Any]) -> str:
             cells.append(f"{hits[chosen].mean():.1f} [{low:.1f}, {high:.1f}]")
         rows.append(f"| {label} | {len(names)} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
+
+
+SEEDS = {
+    "full": ("full-rate-1e-4", "full-1e-4-seed1", "full-1e-4-seed2"),
+    "first-block": ("first-block-1e-4", "first-block-1e-4-seed1", "first-block-1e-4-seed2"),
+    "recomputed": tuple(f"first-block-recomputed-1e-4{seed}" for seed in ("", "-seed1", "-seed2")),
+}
+"""Models of three seeds at the rate of 1e-4."""
+
+OF_BASELINE_IN_THIRD_ROUND = {
+    **dict(zip(SEEDS["first-block"], SEEDS["full"], strict=True)),
+    "first-block-1e-4-average-12": "full-1e-4-average-12",
+    "first-block-5e-5": "full-5e-5",
+    "first-block-dual-1e-4": SEEDS["full"][0],
+    "first-block-links-1e-4": SEEDS["full"][0],
+    "first-block-ranking-1e-4": SEEDS["full"][0],
+    **dict(zip(SEEDS["recomputed"], SEEDS["full"], strict=True)),
+    "first-block-recomputed-1e-4-average-12": "full-1e-4-average-12",
+    "first-block-recomputed-1e-4-average-012": "full-1e-4-average-12",
+}
+
+
+def compare(results: Results, one: list[tuple[str, str]], other: list[tuple[str, str]]) -> list[str]:
+    """Pairs of (name, evaluation): their mean difference in each order and in both, pairs drawn again, too."""
+    differences = []
+    for order in ORDERS:
+        pairs = [
+            minus(results.of(a, f"{e} {order}"), results.of(b, f"{f} {order}"))
+            for (a, e), (b, f) in zip(one, other, strict=True)
+        ]
+        differences.append({name: np.array([pair[name] for pair in pairs]) for name in SETS})
+    both = {name: (differences[0][name] + differences[1][name]) / 2 for name in SETS}
+    return [with_interval(d, True) for d in (*differences, both)]
+
+
+def pairs_of_third_round(results: Results) -> str:
+    rows = ["| comparison | ascending | shuffled | both orders |", "|---|---|---|---|"]
+
+    def add(label: str, one: list[str], e: str, other: list[str], f: str) -> None:
+        cells = compare(results, [(n, e) for n in one], [(n, f) for n in other])
+        rows.append(f"| {label} | " + " | ".join(cells) + " |")
+
+    full, first, again = (list(SEEDS[kind]) for kind in ("full", "first-block", "recomputed"))
+    average = "first-block-1e-4-average-12", "full-1e-4-average-12"
+    add("`first-block`, block mode, minus `full`, three seeds", first, "block", full, "full")
+    add("`first-block`, full mode, minus `full`, three seeds", first, "full", full, "full")
+    add("`first-block`, block mode minus full mode, three seeds", first, "block", first, "full")
+    add(
+        "`first-block`, three seeds, minus `both`, one seed, block mode",
+        first,
+        "block",
+        ["both-rate-1e-4"] * 3,
+        "block",
+    )
+    add("rate 1e-4, three seeds, minus 2.5e-4, one seed, `full`", full, "full", ["full-all"] * 3, "full")
+    add(
+        "rate 1e-4, three seeds, minus 2.5e-4, one seed, `first-block`, block mode",
+        first,
+        "block",
+        ["first-block-all"] * 3,
+        "block",
+    )
+    add(
+        "mean weights minus mean of scores, `first-block`, block mode",
+        [average[0]] * 2,
+        "block",
+        first[1:],
+        "block",
+    )
+    add("mean weights minus mean of scores, `full`", [average[1]] * 2, "full", full[1:], "full")
+    add("rate 5e-5 minus 1e-4, `first-block`, block mode", ["first-block-5e-5"], "block", first[:1], "block")
+    add("rate 5e-5 minus 1e-4, `full`", ["full-5e-5"], "full", full[:1], "full")
+    for name, words in (
+        ("dual", "both modes and teacher"),
+        ("links", "link tokens"),
+        ("ranking", "ranking loss"),
+    ):
+        add(
+            f"{words} minus none, `first-block`, block mode",
+            [f"first-block-{name}-1e-4"],
+            "block",
+            first[:1],
+            "block",
+        )
+    add(
+        "ranking loss, one seed, minus none, three seeds, block mode",
+        ["first-block-ranking-1e-4"] * 3,
+        "block",
+        first,
+        "block",
+    )
+    add("trained with recomputation minus without, block mode, three seeds", again, "block", first, "block")
+    add(
+        "20 % recomputed (first) minus none, `first-block`, seed 1",
+        [f"{first[1]}-recomputation"],
+        "first 20 %",
+        first[1:2],
+        "block",
+    )
+    for kind in ("sorted", "best 3"):
+        twice = [f"{name}-twice" for name in first[1:]]
+        full_twice, ranking = [f"{full[1]}-twice"], "first-block-ranking-1e-4"
+        add(
+            f"{kind}: block mode read twice minus once, two seeds",
+            twice,
+            f"block, {kind}",
+            first[1:],
+            "block",
+        )
+        add(
+            f"{kind}: block mode read twice minus `full` read once, two seeds",
+            twice,
+            f"block, {kind}",
+            full[1:],
+            "full",
+        )
+        add(f"{kind}: `full` read twice minus once", full_twice, f"full, {kind}", full[1:2], "full")
+        add(
+            f"{kind}: block mode minus `full`, both read twice",
+            twice[:1],
+            f"block, {kind}",
+            full_twice,
+            f"full, {kind}",
+        )
+        add(
+            f"{kind}: ranking loss, block mode read twice, minus `full` read once",
+            [f"{ranking}-twice"],
+            f"block, {kind}",
+            full[:1],
+            "full",
+        )
+        add(
+            f"{kind}: ranking loss, block mode, minus `full` of another seed, both read twice",
+            [f"{ranking}-twice"],
+            f"block, {kind}",
+            full_twice,
+            f"full, {kind}",
+        )
+    return "\n".join(rows)
+
+
+def recomputation_of_third_round(results: Results) -> str:
+    """Recomputation after block fine-tuning at 1e-4, without and with training for it, against `full`."""
+    rows = [
+        "| model | recomputed | ascending | minus `full` | shuffled | minus `full` | both orders, minus `full` |",
+        "|---|---|---|---|---|---|---|",
+    ]
+
+    def add(label: str, share: str, names: list[str], evaluation: str, full: list[str]) -> None:
+        one, other = [(n, evaluation) for n in names], [(n, "full") for n in full]
+        ascending, shuffled, both = compare(results, one, other)
+        levels = [
+            f"{np.mean([mean(results.of(n, f'{evaluation} {order}')) for n in names]):.1f}"
+            for order in ORDERS
+        ]
+        rows.append(f"| {label} | {share} | {levels[0]} | {ascending} | {levels[1]} | {shuffled} | {both} |")
+
+    full, first, again = (list(SEEDS[kind]) for kind in ("full", "first-block", "recomputed"))
+    add("`first-block`, seed 1", "0 %", first[1:2], "block", full[1:2])
+    for share in (10, 20):
+        for choice in ("first", "changed"):
+            name = [f"{first[1]}-recomputation"]
+            add("the same", f"{share} %, {choice}", name, f"{choice} {share} %", full[1:2])
+    add("trained with it, three seeds", "0 %", again, "block", full)
+    for share in (5, 10, 20):
+        add("the same", f"{share} %, first", again, f"first {share} %", full)
+    for seeds, words in (("12", "mean weights of seeds 1 and 2"), ("012", "mean weights of three seeds")):
+        name = [f"first-block-recomputed-1e-4-average-{seeds}"]
+        for evaluation, share in (
+            ("block", "0 %"),
+            ("first 10 %", "10 %, first"),
+            ("first 20 %", "20 %, first"),
+        ):
+            add(f"trained with it, {words}", share, name, evaluation, ["full-1e-4-average-12"])
+    return "\n".join(rows)
+
+
+READ_TWICE = (
+    ("full-1e-4-seed1", "full"),
+    ("first-block-1e-4-seed1", "block"),
+    ("first-block-1e-4-seed2", "block"),
+    ("first-block-recomputed-1e-4-seed1", "block"),
+    ("first-block-recomputed-1e-4-seed2", "block"),
+    ("first-block-ranking-1e-4", "block"),
+)
+
+
+def second_readings(results: Results) -> str:
+    """How often a supporting document is read most, and the scores of the first and of the second readings."""
+    cells = "read most | once | sorted | best 3"
+    rows = [f"| model, mode | ascending: {cells} | shuffled: {cells} |", "|---" * 9 + "|"]
+    for name, mode in READ_TWICE:
+        cells = []
+        for order in ORDERS:
+            read = "".join(str(int(v > 0)) for v in results.is_read_most(name, mode, order))
+            cells.append(f"{mean(results.reading(read)):.1f}")
+            cells.append(f"{mean(results.of(name, f'{mode} {order}')):.1f}")
+            cells += [
+                f"{mean(results.of(f'{name}-twice', f'{mode}, {k} {order}')):.1f}"
+                for k in ("sorted", "best 3")
+            ]
+        rows.append(f"| {name}, {mode} mode | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def finding_table(results: Results, data: dict[str, Any]) -> str:
+    """Where the gap arises: by which of the two models attends most to the only supporting document."""
+    rows = [
+        "| order | supporting document is read most by | questions | `full` | block mode | difference | part of the gap |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    is_single = places_of_support(data) >= 0
+    full, block = SEEDS["full"][1], SEEDS["first-block"][1]
+    for order in ORDERS:
+        by_full, by_block = (
+            results.is_read_most(name, mode, order)[is_single] > 0
+            for name, mode in ((full, "full"), (block, "block"))
+        )
+        of_full, of_block = (
+            results.hits(name, f"{mode} {order}")[is_single]
+            for name, mode in ((full, "full"), (block, "block"))
+        )
+        for label, chosen in (
+            ("both", by_full & by_block),
+            ("`full` alone", by_full & ~by_block),
+            ("block mode alone", ~by_full & by_block),
+            ("neither", ~by_full & ~by_block),
+        ):
+            difference = (of_block - of_full)[chosen]
+            low, high = interval(resampled_mean({"all": difference}))
+            rows.append(
+                f"| {order} | {label} | {chosen.sum()} | {of_full[chosen].mean():.1f} "
+                f"| {of_block[chosen].mean():.1f} | {difference.mean():+.1f} [{low:+.1f}, {high:+.1f}] "
+                f"| {difference.sum() / is_single.sum():+.1f} |"
+            )
+    return "\n".join(rows)
+
+
+PLACES_IN_THIRD_ROUND = {
+    "`full`, full attention": ("full", SEEDS["full"]),
+    "`first-block`, full mode": ("full", SEEDS["first-block"]),
+    "`first-block`, block mode": ("block", SEEDS["first-block"]),
+}
+READINGS_BY_PLACE = {
+    "`full`: is read most": ("full", ("full-1e-4-seed1",)),
+    "`first-block`, block mode: is read most": ("block", SEEDS["first-block"][1:]),
+    "`first-block`, ranking loss, block mode: is read most": ("block", ("first-block-ranking-1e-4",)),
+}
 
 
 def show(out: Path, data: dict[str, Any]) -> None:
@@ -550,9 +825,15 @@ def show(out: Path, data: dict[str, Any]) -> None:
         "By set": set_table(results, by_set),
         "Recomputation": recomputation(results, out),
         "Second round, baselines": baselines_of_second_round(results),
-        "Second round": second_round(results),
+        "Second round": against_baselines(results, OF_BASELINE),
         "Second round, comparisons": pairs_of_second_round(results),
-        "By place": place_table(results, data),
+        "By place": place_table(results, data, PLACES, {}),
+        "Third round": against_baselines(results, OF_BASELINE_IN_THIRD_ROUND),
+        "Third round, comparisons": pairs_of_third_round(results),
+        "Third round, second readings": second_readings(results),
+        "Third round, where the gap arises": finding_table(results, data),
+        "Third round, by place": place_table(results, data, PLACES_IN_THIRD_ROUND, READINGS_BY_PLACE),
+        "Third round, recomputation": recomputation_of_third_round(results),
     }
     text = "\n\n".join(f"### {title}\n\n{table}" for title, table in parts.items())
     (out / "tables.md").write_text(text + "\n", encoding="utf-8")

@@ -34,7 +34,10 @@ from split import Record, split_records
 from study import (
     Training,
     answer_batch,
+    arrange_documents,
     as_full,
+    document_attention,
+    document_places,
     first_of_blocks,
     make_prompt,
     mode_of,
@@ -219,9 +222,10 @@ def test_who_sees_whom(prompt_options: PromptOptions) -> None:
         assert (mask[start : start + len(prompt), start : start + len(prompt)] == expected).all()
 
 
-def test_recomputing_everything_is_full_mode_and_nothing_is_block_mode() -> None:
+@pytest.mark.parametrize("prompt_options", [PromptOptions(), PromptOptions(private_prefix=-1)])
+def test_recomputing_everything_is_full_mode_and_nothing_is_block_mode(prompt_options: PromptOptions) -> None:
     data, weights, llama = toy_data(), Weights(SMALL, random_flat(SMALL) * 3), Llama(SMALL, "sdpa")
-    prompts = [prompt_of(data, i, "block") for i in range(3)]
+    prompts = [prompt_of(data, i, "block", prompt_options) for i in range(3)]
     for share, expected in ((1.0, [as_full(p) for p in prompts]), (0.0, prompts)):
         again = [recompute(p, c) for p, c in zip(prompts, first_of_blocks(prompts, share), strict=True)]
         _, losses, _ = answer_batch(llama, weights, again, 2, CPU, 1280, 2, True)
@@ -229,9 +233,76 @@ def test_recomputing_everything_is_full_mode_and_nothing_is_block_mode() -> None
         torch.testing.assert_close(losses, wanted, rtol=1e-5, atol=1e-5)
     some = most_changed(llama, weights, prompts, 0.2, 2, CPU, 640)
     for prompt, chosen in zip(prompts, some, strict=True):
-        assert chosen.sum() == round(0.2 * (~prompt.is_final).sum()) and not chosen[prompt.is_final].any()
+        is_context = ~prompt.is_final & ~prompt.is_private
+        assert chosen.sum() == round(0.2 * is_context.sum()) and not chosen[~is_context].any()
         # the first block is the same in both modes
         assert not chosen[prompt.blocks == 0].any()
+
+
+def test_the_first_tokens_of_blocks_are_those_that_others_see() -> None:
+    prompt = prompt_of(toy_data(), 0, "block", PromptOptions(private_prefix=-1))
+    chosen = first_of_blocks([prompt], 0.2)[0]
+    for block in np.unique(prompt.blocks[~prompt.is_final]):
+        own = chosen[(prompt.blocks == block) & ~prompt.is_private]
+        assert own[: own.sum()].all() and own.sum() >= 1
+
+
+@pytest.mark.parametrize("mode", ["block", "full"])
+def test_a_first_reading_finds_the_attention_of_each_document(mode: str) -> None:
+    data, weights, llama = toy_data(), Weights(SMALL, random_flat(SMALL) * 3), Llama(SMALL, "sdpa")
+    options = PromptOptions(private_prefix=-1)
+    prompts = [prompt_of(data, i, mode, options) for i in range(3)]
+    places = [document_places(prompt_of(data, i, "block", options), mode == "block") for i in range(3)]
+    found = document_attention(llama, weights, prompts, places, 2, CPU, 640)
+    assert np.allclose(found.sum(-1), 1, atol=1e-5)
+    for number, (prompt, place) in enumerate(zip(prompts, places, strict=True)):
+        row = collate([prompt], len(prompt), 2)
+        keys: list[torch.Tensor] = []
+        _, inputs = llama.hidden(
+            weights, row.model_inputs, kept_layers=range(3), on_kv=lambda _, k, __, keys=keys: keys.append(k)
+        )
+        at = int(np.flatnonzero(prompt.kinds == ANSWER)[0]) - 1
+        for layer in range(3):
+            q = llama.query(weights, layer, inputs[layer][:, [at]], row.position_ids[:, [at]])[0, :, 0]
+            k = keys[layer][0].repeat_interleave(2, dim=0)
+            shares = ((q[:, None] * k).sum(-1) * SMALL.head_size**-0.5)[:, place >= 0].softmax(-1)
+            for document in range(10):
+                own = shares[:, place[place >= 0] == document].sum(-1)
+                np.testing.assert_allclose(own.numpy(), found[number, layer, :, document], atol=1e-5)
+
+
+def test_a_second_reading_has_the_same_documents_with_the_most_read_one_last() -> None:
+    data, llama = toy_data(), Llama(SMALL, "sdpa")
+    flat = random_flat(SMALL) * 3
+    options = PromptOptions(private_prefix=-1)
+    arranged, reading = arrange_documents(
+        llama,
+        data,
+        flat,
+        range(4),
+        mode="block",
+        order="shuffled",
+        prompt_options=options,
+        device=CPU,
+        row_len=640,
+        num_chosen=6,
+    )
+    for number, places in arranged.items():
+        prompt = build_prompt(
+            data,
+            number,
+            mode="block",
+            order="",
+            rng=random.Random(0),
+            prompt_options=options,
+            places=places[-3:],
+        )
+        last = data["documents"][data["questions"][number]["documents"][places[-1]]]
+        is_last = prompt.blocks == prompt.blocks.max() - 1
+        assert prompt.ids[is_last & ~prompt.is_private].tolist() == last.tolist()
+        assert sorted(places) == list(range(10)) and len(np.unique(prompt.blocks)) == 5
+        supports = data["questions"][number]["supports"][places[-1]]
+        assert reading["last_document_supports"][number] == str(int(supports))
 
 
 @pytest.mark.parametrize("mode", ["block", "full"])
