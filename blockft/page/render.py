@@ -243,8 +243,8 @@ def _make_printable(value: Any) -> Any:
 
 
 def _format_percent(share: float) -> str:
-    """Return a share in percent, with a decimal below 10 % and near 100 %."""
-    return f"{share:.1%}" if 0 < share < 0.1 or 0.95 < share < 1 else f"{share:.0%}"
+    """Return a share in percent, with a decimal below 10 % and above 90 %."""
+    return f"{share:.0%}" if 0.1 <= share <= 0.9 else f"{share:.1%}".replace(".0%", "%")
 
 
 def _format_setting(value: Any) -> str:
