@@ -200,11 +200,11 @@ class ConstructedSettings(Settings):
 class ColumnSettings(Settings):
     """The fields of the records of `format: columns`, by paths such as `passages.passage_text`.
 
-    A record is a question (`question` with `answers` or `response`), a chat (`messages`), or a `prompt`
-    with its `completion`. A path goes through objects and lists: `output.answer` is the field `answer` of
-    every object in the list `output`, `output[0].answer` that of the first one. The star of `passage_*`
-    stands for a number. `passages[]` reads a text in which a table holds a list. A backslash stands before a
-    dot, a bracket or a star that belongs to a name.
+    A record is a question (`question` with `answers` or `response`; neither with a teacher), a chat
+    (`messages`), or a `prompt` with its `completion`. A path goes through objects and lists: `output.answer`
+    is the field `answer` of every object in the list `output`, `output[0].answer` that of the first one. The
+    star of `passage_*` stands for a number. `passages[]` reads a text in which a table holds a list. A
+    backslash stands before a dot, a bracket or a star that belongs to a name.
     """
 
     id: ColumnPath | None = Field(
@@ -315,8 +315,6 @@ class ColumnSettings(Settings):
             raise _rule(f"has {wrong[0]}, which does not go with {kind}")
         if kind == "prompt" and not self.completion:
             raise _rule("has a prompt and no completion: name the field of the answer")
-        if kind == "question" and not self.answers and not self.response:
-            raise _rule("has a question and neither answers nor response: name the field of the answers")
         marks = ("supporting", "supporting_indices", "supporting_contains_answer")
         if len(given := [name for name in marks if getattr(self, name)]) > 1:
             raise _rule(f"has {given[0]} and {given[1]}, it should have one of them")
@@ -437,6 +435,15 @@ class Source(Settings):
             for name in ("columns", "corpus"):
                 if getattr(self, name) is not None:
                     raise _rule(f"has {name}, which only the format columns reads, not {self.format}")
+        columns = self.columns
+        if columns and columns.question and not columns.answers:
+            if self.response is Response.teacher_with_gold:
+                raise _rule("has response teacher_with_gold, but its columns have no answers")
+            if self.response is Response.gold and not columns.response:
+                raise _rule(
+                    "has columns with a question and neither answers nor response: name the field of the "
+                    "answers, or set response to teacher"
+                )
         if self.corpus is not None and self.retriever is Retriever.none:
             raise _rule("has a corpus that nothing searches: set retriever to bm25 or dense")
         if self.corpus is not None and self.columns is not None and self.columns.question is None:

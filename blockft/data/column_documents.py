@@ -288,7 +288,15 @@ def _index(value: Any, path: str) -> int:
 
 
 def _mark_cited(passages: Sequence[_Passage], cited: Sequence[Any]) -> tuple[list[_Passage], int]:
-    """Return the passages with their flags, and the number of citations that name none of them."""
+    """Return the passages with their flags, and the number of citations that name none of them.
+
+    Raises:
+        RecordError: there is no document of a cited number.
+    """
+    numbers = {passage.number for passage in passages}
+    for number in cited:
+        is_known = isinstance(number, str) or number in numbers
+        check_field(is_known, "the number of a document", number, f"be one of {sorted(numbers)}")
     wanted = {normalize_text(c) if isinstance(c, str) else c for c in cited} - {""}
     found = set()
     marked = []

@@ -246,12 +246,14 @@ def list_paths(record: Any) -> list[str]:
 
 
 def _collect_paths(value: Any, prefix: str, found: dict[str, None], depth: int) -> None:
+    if depth > MAX_LISTED_DEPTH:
+        return
     if is_list(value):
         value = next((element for element in value if isinstance(element, Mapping | list)), None)
         if is_list(value):
             _collect_paths(value, prefix, found, depth + 1)
             return
-    if not isinstance(value, Mapping) or depth > MAX_LISTED_DEPTH:
+    if not isinstance(value, Mapping):
         return
     for name, inner in value.items():
         if len(found) >= MAX_LISTED_PATHS:
@@ -269,6 +271,14 @@ def similar_paths(path: str, record: Any) -> list[str]:
     last = path.casefold().rpartition(".")[2]
     close += [candidate for candidate in paths if candidate.casefold().rpartition(".")[2] == last]
     return [*map(printable_name, dict.fromkeys(close))][:3]
+
+
+def has_path(record: Any, path: str) -> bool:
+    """Return whether a record has the field of a path. A field that cannot be read counts."""
+    try:
+        return find_value(record, path) is not MISSING
+    except RecordError:
+        return True
 
 
 def missing_field_error(column: str, path: str, record: Any) -> RecordError:

@@ -6,14 +6,15 @@ from functools import cached_property
 from typing import Any
 
 from blockft.data.column_path import (
-    MISSING,
     find_value,
     first_step,
     flatten,
+    has_path,
     list_paths,
     parse_path,
 )
 from blockft.data.fields import printable_name
+from blockft.data.sample import RecordError
 
 MAX_SHOWN_FIELDS = 12
 """Number of fields of a record that an error lists."""
@@ -80,19 +81,9 @@ def absent_paths(columns: Columns, record: Any) -> set[tuple[str, str]]:
     """Return the columns and paths of which a record has nothing, not even null."""
     if not isinstance(record, Mapping):
         return set()
-    objects: list[Any] = [
-        element
-        for path in columns.documents
-        for element in flatten(find_value(record, path))
-        if isinstance(element, Mapping)
-    ]
-    inner = ("title", "text", "score", "supporting")
-    return {
-        (column, path)
-        for column, path in columns.paths
-        if find_value(record, path) is MISSING
-        and not (column in inner and any(_is_inside(element, columns, path) for element in objects))
-    }
+    absent = {(column, path) for column, path in columns.paths if not has_path(record, path)}
+    inner = {(column, path) for column, path in absent if column in ("title", "text", "score", "supporting")}
+    return absent - {entry for entry in inner if _is_in_documents(record, columns, entry[1])}
 
 
 def is_header(record: Mapping[str, Any]) -> bool:
@@ -108,7 +99,15 @@ def describe_fields(record: Any) -> str:
     return f"; the record has the fields {shown}{more}" if paths else ""
 
 
-def _is_inside(element: Mapping[str, Any], columns: Columns, path: str) -> bool:
+def _is_in_documents(record: Mapping[str, Any], columns: Columns, path: str) -> bool:
     """Return whether a document has the field of a path, which may be written from the record on."""
-    inner = {path.removeprefix(f"{documents}.") for documents in columns.documents}
-    return any(find_value(element, name) is not MISSING for name in inner)
+    for documents in columns.documents:
+        if has_path(record, documents):
+            inner = path.removeprefix(f"{documents}.")
+            try:
+                elements = flatten(find_value(record, documents))
+            except RecordError:
+                return True
+            if any(isinstance(element, Mapping) and has_path(element, inner) for element in elements):
+                return True
+    return False

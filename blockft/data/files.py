@@ -17,6 +17,8 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 GZIP_MAGIC = b"\x1f\x8b"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+ZSTD_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
+"""First bytes of a file of zstd that begins with a frame of other data, as parallel programs write it."""
 
 READ_BYTES = 1 << 20
 """Number of bytes of a compressed file that are unpacked at a time."""
@@ -53,7 +55,7 @@ def find_files(path: str, suffixes: Sequence[str]) -> list[Path]:
     if root.is_file():
         return [root]
     if root.is_dir():
-        files = [file for file in root.iterdir() if without_compression_suffix(file).suffix in suffixes]
+        files = [file for file in root.iterdir() if record_suffix(file) in suffixes]
         chosen: dict[Path, Path] = {}
         for file in sorted(files):  # a.json stands before a.json.gz, which stands before a.json.zst
             chosen.setdefault(without_compression_suffix(file), file)
@@ -62,7 +64,7 @@ def find_files(path: str, suffixes: Sequence[str]) -> list[Path]:
         return sorted(chosen.values())
     if matches := [Path(name) for name in sorted(glob.glob(path, recursive=True)) if Path(name).is_file()]:
         return matches
-    if HUB_ID.fullmatch(path) and without_compression_suffix(root).suffix not in RECORD_SUFFIXES:
+    if HUB_ID.fullmatch(path) and record_suffix(root) not in RECORD_SUFFIXES:
         return []
     raise UserError(
         f"source {path} does not exist: no file, folder, match of a glob, or id on the Hub (owner/name)"
@@ -71,7 +73,12 @@ def find_files(path: str, suffixes: Sequence[str]) -> list[Path]:
 
 def without_compression_suffix(path: Path) -> Path:
     """Return the path without `.gz` or `.zst` at its end."""
-    return path.with_suffix("") if path.suffix in COMPRESSION_SUFFIXES else path
+    return path.with_suffix("") if path.suffix.lower() in COMPRESSION_SUFFIXES else path
+
+
+def record_suffix(path: Path) -> str:
+    """Return the end of a file's name that says what it holds, in lower case: `.csv` of `A.CSV.gz`."""
+    return without_compression_suffix(path).suffix.lower()
 
 
 def open_text(path: Path) -> BinaryIO:
@@ -98,7 +105,7 @@ def open_text(path: Path) -> BinaryIO:
 def _open_unpacked(path: Path, magic: bytes) -> BinaryIO:
     if magic.startswith(GZIP_MAGIC):
         return cast(BinaryIO, gzip.GzipFile(path))
-    if magic == ZSTD_MAGIC:
+    if magic == ZSTD_MAGIC or ZSTD_SKIPPABLE.fullmatch(magic):
         return cast(BinaryIO, io.BufferedReader(_ZstdFile(path), READ_BYTES))
     return path.open("rb")
 

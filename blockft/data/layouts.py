@@ -172,12 +172,15 @@ def suggest_columns(record: Any) -> str:
     """
     if not isinstance(record, Mapping):
         return ""
-    for candidate in map(partial(_without_absent, record), _candidates(record)):
-        if _reads(candidate, record):
-            needs_corpus = "question" in candidate and "documents" not in candidate
-            corpus = ", corpus: FILE_OF_DOCUMENTS, retriever: bm25" if needs_corpus else ""
-            return f"{format_columns(candidate)}{corpus}"
-    return ""
+    candidates = map(partial(_without_absent, record), _candidates(record))
+    try:
+        fitting = next((candidate for candidate in candidates if _reads(candidate, record)), None)
+    except RecursionError:  # the record is nested too deeply
+        fitting = None
+    if fitting is None:
+        return ""
+    needs_corpus = "question" in fitting and "documents" not in fitting
+    return format_columns(fitting) + (", corpus: FILE_OF_DOCUMENTS, retriever: bm25" if needs_corpus else "")
 
 
 def format_columns(columns: Mapped) -> str:
@@ -214,10 +217,7 @@ def _candidates(record: Mapping[str, Any]) -> Iterator[Mapped]:
 
 def _without_absent(record: Mapping[str, Any], columns: Mapped) -> Mapped:
     """Return the columns without paths that the record does not have."""
-    try:
-        absent = absent_paths(build_columns(columns), record)
-    except RecordError:
-        return columns
+    absent = absent_paths(build_columns(columns), record)
     kept = {
         name: [path for path in value if (name, path) not in absent] if isinstance(value, list) else value
         for name, value in columns.items()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from blockft.data.files import open_text, without_compression_suffix
+from blockft.data.files import open_text, record_suffix
 from blockft.data.json_stream import JsonError, JsonStream, RecordDecoder, repeated_key_problem
 from blockft.data.sample import RecordError
 from blockft.data.tables import TABLE_SUFFIXES, read_table
@@ -36,11 +36,11 @@ def read_file(
     Raises:
         UserError: the file cannot be read, or is neither parquet, a table, a JSON array nor JSON lines.
     """
-    suffix = without_compression_suffix(path).suffix
+    suffix = record_suffix(path)
     if suffix in SPREADSHEET_SUFFIXES:
         raise UserError(f"source {path} is a spreadsheet: save it as CSV, parquet or JSON lines")
     try:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             yield from _read_parquet(path)
             return
         if suffix in TABLE_SUFFIXES:

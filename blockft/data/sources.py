@@ -21,6 +21,7 @@ from blockft.data.corpus import read_corpus
 from blockft.data.document_pool import DocumentPool
 from blockft.data.fields import MAX_UNKNOWN_FIELDS, OTHER_FIELDS, FieldTable
 from blockft.data.files import RECORD_SUFFIXES, find_files, without_compression_suffix
+from blockft.data.json_stream import decoding_problem
 from blockft.data.layouts import MRQA_COLUMNS, suggest_columns
 from blockft.data.qa_formats import Question
 from blockft.data.rag_prompt import RagPrompt
@@ -485,7 +486,7 @@ class _SourceReader:
                     missing = self._absent_paths(record)
                     absent, last_record = missing if absent is None else absent & missing, record
                 unknown = self._unknown_fields(record)
-                result = parse(record)
+                result = _within_depth(parse, record)
             except RecordDropped as reason:
                 counts.drop(str(reason), partial(_describe_record, place, record))
                 counts.count_unknown(unknown)
@@ -520,6 +521,18 @@ class _SourceReader:
         if isinstance(record, squad.ArticleQuestion):
             return table.unknown_fields(record.record, path=record.path) | record.unknown_fields
         return table.unknown_fields(record)
+
+
+def _within_depth(parse: Callable[[Any], T], record: Any) -> T:
+    """Parse a record.
+
+    Raises:
+        RecordError: the parser raises it, or lists and objects of the record are too deep inside each other.
+    """
+    try:
+        return parse(record)
+    except RecursionError as error:
+        raise RecordError(decoding_problem(error)) from error
 
 
 def _describe_record(place: str, record: Any) -> str:
@@ -651,6 +664,8 @@ def _check_retrieval(reader: _SourceReader, num_documents: int | None) -> None:
         UserError: the format has no documents, or the number of documents is not set.
     """
     format, path = reader.format, reader.path
+    if reader.columns and not reader.columns.is_question:
+        raise UserError(f"source {path} has a retriever, but its columns have no question: remove it")
     if not reader.source_format.parse_question:
         allowed = ", ".join(name for name, other in SOURCE_FORMATS.items() if other.parse_question)
         raise UserError(
@@ -675,7 +690,8 @@ def _build_samples(
             id=question.id,
             source=question.source,
             messages=messages,
-            response=question.response or question.answers[0],
+            # a question without an answer gets one from a teacher
+            response=question.response or next(iter(question.answers), ""),
             answers=question.answers,
             meta=meta,
         )

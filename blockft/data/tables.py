@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from blockft.data.files import open_text, without_compression_suffix
+from blockft.data.files import open_text, record_suffix
 from blockft.data.sample import RecordError
 from blockft.errors import UserError
 from blockft.inputs import shorten
@@ -31,7 +31,7 @@ def read_table(path: Path) -> Iterator[tuple[str, Any]]:
         UserError: the header is missing, has a name twice or has another delimiter; the file is not UTF-8; a
             quote is not closed.
     """
-    delimiter = "\t" if without_compression_suffix(path).suffix == ".tsv" else ","
+    delimiter = "\t" if record_suffix(path) == ".tsv" else ","
     csv.field_size_limit(MAX_CELL_CHARACTERS)  # the default of 131,072 is less than some documents have
     with open_text(path) as file:
         rows = _placed_rows(path, file, delimiter)

@@ -199,7 +199,7 @@ QUESTION = "question: q, answers: a"
     [
         ("", " has none, it should have one of question, messages and prompt"),
         (f"{QUESTION}, messages: m", " has question and messages, it should have one of"),
-        ("question: q", " has a question and neither answers nor response"),
+        ("question: q", " has columns with a question and neither answers nor response"),
         ("prompt: q", " has a prompt and no completion"),
         ("completion: q", " has none, it should have one of"),
         ("messages: m, answers: a", " has answers, which does not go with messages"),
@@ -225,6 +225,10 @@ def test_columns_that_contradict_each_other_are_refused(columns: str, problem: s
         (
             f"format: fid, columns: {{{QUESTION}}}",
             "has columns, which only the format columns reads, not fid",
+        ),
+        (
+            "format: columns, response: teacher_with_gold, columns: {question: q, response: a}",
+            "teacher_with_gold, but its columns have no answers",
         ),
         ("format: fid, corpus: c.jsonl", "has corpus, which only the format columns reads, not fid"),
         (f"format: columns, corpus: c, columns: {{{QUESTION}}}", "has a corpus that nothing searches: set"),

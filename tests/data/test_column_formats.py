@@ -281,3 +281,31 @@ def test_a_chat_that_cannot_be_learned_is_refused(held: dict[str, Any], message:
 def test_a_text_that_spells_messages_needs_brackets() -> None:
     with pytest.raises(RecordError, match=r"name it m\[\]"):
         list(parse_chat(chat_columns(messages="m"), {"m": json.dumps(MESSAGES)}, "id"))
+
+
+def test_a_question_for_a_teacher_needs_no_answer(tmp_path: Path) -> None:
+    mapping = build_columns({"question": "q", "documents": "docs"})
+    (sample,), _ = read(tmp_path, [record()], mapping)
+    assert (sample.response, sample.answers) == ("", ())
+
+
+@pytest.mark.parametrize("field", ["q", "docs", "a", "x"])
+def test_a_record_that_is_nested_too_deeply_is_a_bad_record(tmp_path: Path, field: str) -> None:
+    deep: Any = "text"
+    for _ in range(600):
+        deep = [deep]
+    _, counts = read(tmp_path, [record(**{field: deep}), record()], columns(), skip_bad=True)
+    assert counts.read == 2 and counts.samples >= 1
+    with pytest.raises(UserError, match=r"line 1: .* passes over it"):
+        read(tmp_path, [record(**{field: deep}) | {"q": None}], columns())
+
+
+def test_a_retriever_of_a_chat_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has a retriever, but its columns have no question"):
+        read(tmp_path, [], chat_columns(messages="m"), retriever="bm25")
+
+
+def test_an_error_in_a_path_below_a_text_has_no_traceback(tmp_path: Path) -> None:
+    records = [record(docs=[{"text": "A fox.", "m": {"ok": 1}}]), record(docs=[{"text": "A fox.", "m": "x"}])]
+    with pytest.raises(UserError, match=r"line 2: field 'm.ok' is 'x', it should hold a list or an object"):
+        read(tmp_path, records, columns(supporting="m.ok"))

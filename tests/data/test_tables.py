@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from blockft.data.files import RECORD_SUFFIXES, find_files
 from blockft.data.records import read_file
 from blockft.data.sample import RecordError
 from blockft.errors import UserError
@@ -111,3 +112,31 @@ def test_a_long_cell_is_read(tmp_path: Path) -> None:
 
 def test_the_index_that_pandas_writes_has_an_empty_name(tmp_path: Path) -> None:
     assert read(write(tmp_path / "t.csv", ",q\n0,who?\n")) == [{"": "0", "q": "who?"}]
+
+
+def test_endings_of_names_may_be_in_capitals(tmp_path: Path) -> None:
+    write(tmp_path / "A.CSV", "q,a\n1,2\n")
+    write(tmp_path / "B.TSV.GZ", gzip.compress(b"q\ta\n3\t4\n"))
+    files = find_files(str(tmp_path), RECORD_SUFFIXES)
+    assert [record for file in files for record in read(file)] == [{"q": "1", "a": "2"}, {"q": "3", "a": "4"}]
+
+
+def test_of_equal_files_the_least_compressed_is_read(tmp_path: Path) -> None:
+    for name in ("a.csv.zst", "a.csv.gz", "a.csv", "b.jsonl.zst", "b.jsonl.gz", "c.json.zst"):
+        (tmp_path / name).touch()
+    found = [file.name for file in find_files(str(tmp_path), RECORD_SUFFIXES)]
+    assert found == ["a.csv", "b.jsonl.gz", "c.json.zst"]
+
+
+@pytest.mark.parametrize("num_bytes", [1, 9, 30])
+def test_truncated_zstd_is_a_user_error(tmp_path: Path, num_bytes: int) -> None:
+    data = zstd(b"".join(b'{"a": %d}\n' % n for n in range(2000)))
+    path = write(tmp_path / "a.jsonl.zst", data[:-num_bytes])
+    with pytest.raises(UserError, match=f"source {path} cannot be read: Truncated"):
+        read(path)
+
+
+def test_zstd_of_several_frames_is_read(tmp_path: Path) -> None:
+    skippable = b"\x50\x2a\x4d\x18\x02\0\0\0ab"
+    path = write(tmp_path / "a.jsonl", skippable + zstd(b'{"a": 1}\n') + zstd(b'{"a": 2}\n'))
+    assert read(path) == [{"a": 1}, {"a": 2}]
