@@ -72,14 +72,14 @@ def _prepare(recipe: Recipe, out: LockedFolder, overwrite: bool) -> Path:
         warn(warning)
     # workers are forked, which the threads of the tokenizer would not survive
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    leak_check = LeakCheck(recipe)
     inputs = _inputs(recipe)
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision, recipe.model.chat_template)
     with _open_cache(recipe, out, inputs) as cache:
         parts = SourceParts(data, cache, tokenizer)
         responses = ask_teacher(recipe, parts.read)
         parts.encode(responses)
-        _check_leaks(leak_check, parts)
+        # errors of the training data come before remarks on the evaluation data
+        leak_check = _check_leaks(recipe, parts)
         counts, statistics = _merge_statistics(parts)
         if not statistics.num_examples:
             raise UserError(f"no example to train on: {_nothing_kept_message(data, data.sources, counts)}")
@@ -143,13 +143,15 @@ def _check_output(out: Path, overwrite: bool) -> None:
         check_absent(out, "set data.output_dir to another folder, or add --overwrite")
 
 
-def _check_leaks(leak_check: LeakCheck, parts: SourceParts) -> None:
+def _check_leaks(recipe: Recipe, parts: SourceParts) -> LeakCheck:
     """Compare all samples that were read with those of the evaluation."""
+    leak_check = LeakCheck(recipe)
     for index, number in parts.copies:
         part = parts.encode_part((index, number))
         for shard in range(len(part.shards)):
             ids, hashes = read_hashes(part, shard)
             leak_check.add(index, hashes, ids.__getitem__, is_copy=number > 0)
+    return leak_check
 
 
 def _link_shards(folder: Path, parts: SourceParts) -> tuple[list[int], dict[str, FileDigest]]:
