@@ -1,6 +1,7 @@
 """Records of a source: read JSON, parquet, tables and Hub datasets one by one, with their places."""
 
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,8 @@ def read_file(
             yield from read_array(path, array_key, on_field)
         elif first == b"{" and _is_multiline_object(path):
             raise UserError(
-                f"source {path} is an object over several lines, neither JSON lines nor a list of records"
+                f"source {path} is an object over several lines, neither JSON lines nor a list of records: "
+                "write the list of its records to a file, or one record a line"
             )
         else:
             yield from read_lines(path)
@@ -168,6 +170,7 @@ def _read_parquet(path: Path) -> Iterator[PlacedRecord]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
+            _check_column_names(path, file.schema_arrow.names)
             for group in range(file.num_row_groups):
                 for batch in file.iter_batches(PARQUET_ROWS, row_groups=[group]):
                     for row in _batch_rows(batch):
@@ -175,6 +178,13 @@ def _read_parquet(path: Path) -> Iterator[PlacedRecord]:
                         yield f"{path}, row {number}", row
     except pa.ArrowException as error:
         raise UserError(f"{path}, after row {number}: not parquet ({first_line(error)})") from error
+
+
+def _check_column_names(path: Path, names: list[str]) -> None:
+    """Refuse two columns of one name, of which Python would keep the second."""
+    repeated = [name for name, number in Counter(names).items() if number > 1]
+    if repeated:
+        raise UserError(f"source {path} has the column {repeated[0]!r} twice: rename one of them")
 
 
 def _batch_rows(batch: Any) -> list[Any]:

@@ -25,7 +25,8 @@ def read_table(path: Path) -> Iterator[tuple[str, Any]]:
 
     Cells of a file that ends in `.csv` stand between commas, cells of a `.tsv` file between tabs. A cell in
     double quotes may hold delimiters and new lines, and two quotes for one. An empty cell is null. Blank
-    lines are skipped. A row with another number of cells than the header becomes a RecordError.
+    lines and rows of empty cells are skipped. Columns without a name, such as the index that pandas writes,
+    are left out. A row with another number of cells than the header becomes a RecordError.
 
     Raises:
         UserError: the header is missing, has a name twice or has another delimiter; the file is not UTF-8; a
@@ -47,7 +48,7 @@ def _placed_rows(path: Path, file: BinaryIO, delimiter: str) -> Iterator[tuple[i
     line = 1
     try:
         for cells in reader:
-            if cells:
+            if any(map(str.strip, cells)):
                 yield line, cells
             line = reader.line_num + 1
     except csv.Error as error:
@@ -71,12 +72,19 @@ def _check_header(path: Path, header: list[str], delimiter: str) -> list[str]:
     """Return the names of the columns, without white space around them.
 
     Raises:
-        UserError: there is none, a name occurs twice, or the names stand between other delimiters.
+        UserError: there is none, a name occurs twice, the names stand between other delimiters, or the line
+            belongs to no table.
     """
     names = [name.strip() for name in header]
     if not any(names):
         raise UserError(f"source {path} has no header: the first line of a table names its columns")
-    repeated = [name for name, number in Counter(names).items() if number > 1]
+    if names[0].startswith("sep="):
+        raise UserError(f"source {path} begins with the line {names[0]!r} of Excel: remove this line")
+    if names[0].startswith(('{"', '[{"')):
+        raise UserError(
+            f"source {path} is no table, its first line looks like JSON: let its name end in .jsonl or .json"
+        )
+    repeated = [name for name, number in Counter(names).items() if name and number > 1]
     if repeated:
         raise UserError(
             f"source {path} has the column {shorten(repeated[0], 60)!r} twice in its header: "
@@ -97,4 +105,4 @@ def _check_header(path: Path, header: list[str], delimiter: str) -> list[str]:
 def _record(names: list[str], cells: list[str]) -> Any:
     if len(cells) != len(names):
         return RecordError(f"the row has {len(cells)} cells, it should have {len(names)} as the header has")
-    return {name: cell or None for name, cell in zip(names, cells, strict=True)}
+    return {name: cell or None for name, cell in zip(names, cells, strict=True) if name}

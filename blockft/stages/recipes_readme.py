@@ -75,7 +75,8 @@ _COLUMN_RULES = """\
 * Fields that no column names have no effect; the manifest counts them (`unknown_fields`), without a
   warning. A column whose field none of the records has is an error.
 * CSV and TSV: the first line names the columns, an empty cell is null, and cells with delimiters, quotes or
-  new lines stand in double quotes. The text must be UTF-8.
+  new lines stand in double quotes. Columns without a name and rows of empty cells are left out. The text
+  must be UTF-8.
 """
 
 _FIELDS = """\

@@ -114,6 +114,13 @@ def test_parquet_is_read_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         list(read_file(path))
 
 
+def test_parquet_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array(["1"]), pa.array(["2"])], names=["a", "a"]), path)
+    with pytest.raises(UserError, match=f"^source {path} has the column 'a' twice: rename one of them$"):
+        list(read_file(path))
+
+
 def test_the_place_of_a_record_in_an_array_is_the_line_where_it_starts(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('[{"a":\n1},\n\n{"a": 2}, {"a": 3}]\n')
