@@ -212,6 +212,13 @@ WRONG_TYPES = {
 }
 
 
+WRONG_TYPES["string or list of strings"] = {
+    **{name: value for name, value in WRONG_TYPES["string"].items() if name != "list"},
+    "list of lists": "[[a]]",
+    "list of numbers": "[.inf]",
+}
+
+
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.key)
 def test_a_setting_refuses_values_of_other_kinds(toy: Toy, setting: Setting) -> None:
     key = setting.key.replace("[]", ".0")
