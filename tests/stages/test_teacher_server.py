@@ -47,7 +47,10 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="module")
 def recipe(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe with 60 questions over a passage and 140 instructions, which are shorter."""
+    """A recipe with 40 questions over a passage and 160 instructions, which are shorter.
+
+    Most answers are cut off. Some gold responses make sure that there is something to train on.
+    """
     data = Path(os.environ.get("BLOCKFT_REAL_DATA", "../shared/data"))
     if not (data / "alpaca_en_demo.json").exists():
         pytest.skip(f"the real data are not in {data} (set BLOCKFT_REAL_DATA)")
@@ -59,9 +62,10 @@ def recipe(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"  output_dir: set\n"
         f"  num_workers: 2\n"
         f"  sources:\n"
-        f"    - {{format: fid, path: {data}/nq_open_oracle_dev.jsonl, max_samples: 60, response: teacher}}\n"
-        f"    - {{format: alpaca, path: {data}/alpaca_en_demo.json, max_samples: 140, response: teacher}}\n"
-        f"  teacher: {{model: {smollm2}, max_new_tokens: 8, batch_size: 8}}\n"
+        f"    - {{format: fid, path: {data}/nq_open_oracle_dev.jsonl, max_samples: 40, response: teacher}}\n"
+        f"    - {{format: alpaca, path: {data}/alpaca_en_demo.json, max_samples: 160, response: teacher}}\n"
+        f"    - {{format: alpaca, path: {data}/alpaca_en_demo.json, skip_samples: 160, max_samples: 9}}\n"
+        f"  teacher: {{model: {smollm2}, max_new_tokens: 5, batch_size: 8}}\n"
         f"train: {{output_dir: run}}\n"
     )
     return path
