@@ -136,7 +136,7 @@ def outcome(out: Path) -> dict[str, bytes]:
     return files(out) | {"answers": out.with_name(f"{out.name}.answers.jsonl").read_bytes()}
 
 
-@pytest.mark.slow  # a model answers 400 questions on a CPU: two minutes
+@pytest.mark.slow  # a model answers 400 questions on a CPU: three minutes
 @pytest.mark.real_data
 def test_a_local_teacher_that_is_killed_three_times_gives_the_same_bytes(
     recipe: Path, tmp_path: Path
@@ -147,7 +147,7 @@ def test_a_local_teacher_that_is_killed_three_times_gives_the_same_bytes(
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "undisturbed")
 
 
-@pytest.mark.slow  # a server answers 400 questions on a CPU: three minutes
+@pytest.mark.slow  # a server answers 400 questions on a CPU: five minutes
 @pytest.mark.real_data
 def test_a_real_server_with_faults_and_kills_gives_the_same_bytes(
     recipe: Path, smollm2: Path, tmp_path: Path
