@@ -83,9 +83,19 @@ class Part:
                 remove_part(self._partial_folder)
                 self._complete_folder.rename(self._partial_folder)
                 self.is_complete = False
-            (self._partial_folder / COMPLETE).unlink(missing_ok=True)
-            for number in range(len(self.shards), self._count_markers()):
-                (self._partial_folder / _marker(number)).unlink(missing_ok=True)
+        if not self.is_complete:
+            self._remove_unfinished()
+
+    def _remove_unfinished(self) -> None:
+        """Remove the files that belong to no complete shard.
+
+        If they were opened and written again, prepared folders that share them by hard links would change.
+        """
+        kept = {name for shard in self.shards for name in shard.files}
+        kept |= {_marker(number) for number in range(len(self.shards))}
+        for path in self.folder.rglob("*"):
+            if _OWN_FILE.fullmatch(path.name) and path.relative_to(self.folder).as_posix() not in kept:
+                path.unlink()
 
     @property
     def folder(self) -> Path:

@@ -62,12 +62,20 @@ def unpack_frame(frame: Frame) -> tuple[list[bytes], list[Sample]]:
 
 
 def read_frames(
-    part: Part, read: Callable[[], Iterator[Sample]], *, keep_contexts: bool, start: int = 0
+    part: Part,
+    read: Callable[[], Iterator[Sample]],
+    check_source: Callable[[], None],
+    *,
+    keep_contexts: bool,
+    start: int = 0,
 ) -> Iterator[tuple[int, Frame]]:
     """Yield the frames of a read part from shard `start` on, each with the number of its shard.
 
     Shards that are not in the cache are read from the source and stored on their way. The caller completes
     the part after the last frame.
+
+    check_source: raises an error if the source changed since the key of the part was made. It is called
+        before a shard counts, because a shard with another content must not stay in the cache.
     """
     num_done = 0
     for number in range(len(part.shards)):
@@ -81,12 +89,14 @@ def read_frames(
     frames = pack_frames(samples, keep_contexts=keep_contexts)
     while (first := next(frames, None)) is not None:
         number = len(part.shards)
-        for frame in _store_shard(part, first, frames):
+        for frame in _store_shard(part, first, frames, check_source):
             if number >= start:
                 yield number, frame
 
 
-def _store_shard(part: Part, first: Frame, frames: Iterator[Frame]) -> Iterator[Frame]:
+def _store_shard(
+    part: Part, first: Frame, frames: Iterator[Frame], check_source: Callable[[], None]
+) -> Iterator[Frame]:
     """Yield the frames of the next shard, and store them."""
     part.start()
     name = _file_name(len(part.shards))
@@ -100,6 +110,7 @@ def _store_shard(part: Part, first: Frame, frames: Iterator[Frame]) -> Iterator[
             num_samples += frame.num_samples
             yield frame
             frame = next(frames, None) if num_samples < SHARD_SAMPLES else None
+    check_source()
     part.add_shard([name], {"frames": sizes})
 
 

@@ -172,6 +172,7 @@ class SourceParts:
         yield from read_frames(
             part,
             lambda: self._open_source(index, of_copy, counts),
+            self._contents[index].check_unchanged,
             keep_contexts=data.shared_context,
             start=start,
         )

@@ -80,6 +80,19 @@ def test_damaged_shards_are_written_again(
     assert files(write_part(tmp_path)) == expected
 
 
+@pytest.mark.parametrize("finish", [True, False])
+def test_a_part_that_is_written_again_changes_no_file_that_is_linked_to_it(
+    tmp_path: Path, finish: bool
+) -> None:
+    part = write_part(tmp_path, finish=finish)
+    link_or_copy(part.folder / "00001.frames", tmp_path / "prepared")
+    before = (tmp_path / "prepared").stat()
+    (part.folder / "00001.json").write_text("{}")
+    write_part(tmp_path)
+    after = (tmp_path / "prepared").stat()
+    assert (after.st_mtime_ns, after.st_nlink) == (before.st_mtime_ns, 1)
+
+
 def test_only_parts_that_are_not_used_are_removed(tmp_path: Path) -> None:
     part = write_part(tmp_path)
     other = Part(tmp_path, part_name("encode", {}))

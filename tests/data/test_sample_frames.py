@@ -11,6 +11,7 @@ from blockft.data import sample_frames
 from blockft.data.part_cache import Part, part_name
 from blockft.data.sample import Message, Sample
 from blockft.data.sample_frames import pack_frames, read_frames, unpack_frame
+from blockft.errors import UserError
 from tests.data.toys import rag_sample
 
 NAME = part_name("read", {})
@@ -62,7 +63,7 @@ def read(cache: Path, source: Source, take: int | None = None, **options: Any) -
     """Read frames, as many as `take`, and return the ids of their samples."""
     part = Part(cache, NAME)
     ids: list[str] = []
-    frames = read_frames(part, source, keep_contexts=False, **options)
+    frames = read_frames(part, source, lambda: None, keep_contexts=False, **options)
     for number, (_, frame) in enumerate(frames):
         ids += [sample.id for sample in unpack_frame(frame)[1]]
         if number + 1 == take:
@@ -93,3 +94,15 @@ def test_an_interrupted_part_gives_the_same_files(tmp_path: Path, take: int) -> 
 
 def test_shards_that_are_written_again_are_not_yielded_before_the_start(tmp_path: Path) -> None:
     assert read(tmp_path, Source(25), start=2) == ["24"]
+
+
+def test_no_shard_counts_that_was_read_from_a_source_that_changed(tmp_path: Path) -> None:
+    checks = iter([None, UserError("the source changed")])
+
+    def check() -> None:
+        if error := next(checks):
+            raise error
+
+    with pytest.raises(UserError, match="changed"):
+        list(read_frames(Part(tmp_path, NAME), Source(30), check, keep_contexts=False))
+    assert len(Part(tmp_path, NAME).shards) == 1
