@@ -263,7 +263,7 @@ def _marked(passages: list[tuple[str, Mapping[str, Any]]], marks: Sequence[str])
         i
         for i, (path, passage) in enumerate(passages)
         for mark in marks
-        if parse_flag(passage, mark, False, path=f"{path}.")
+        if passage.get(mark) is not None and parse_flag(passage, mark, False, path=f"{path}.")
     }
 
 

@@ -70,7 +70,8 @@ class PlainTokenizer:
     def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """Return the token ids of each text as an array; see `encode`."""
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        all_ids = [np.array(encoding.ids, np.int32) for encoding in encodings]
+        lists = (encoding.ids for encoding in encodings)
+        all_ids = [np.fromiter(ids, np.int32, len(ids)) for ids in lists]
         for ids in all_ids:
             is_marker = self._is_marker.take(ids, mode="clip")
             if is_marker.any():

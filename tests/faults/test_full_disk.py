@@ -13,6 +13,7 @@ import pytest
 from blockft.model.checkpoint import complete_checkpoints
 from blockft.stages.prepare import prepare
 from tests.commands import all_logged, run_ranks
+from tests.faults.toy import read_files
 from tests.run import toy_recipe
 
 
@@ -71,3 +72,17 @@ def test_the_last_complete_checkpoint_is_named_and_stays(toy: Path, tmp_path: Pa
         done = run_ranks(*command(toy, run))
         assert done.returncode == 0, done.stderr
         assert [path.name for path in complete_checkpoints(run)] == ["checkpoint-2", "checkpoint-4"]
+
+
+@pytest.mark.parametrize("num_bytes", [200, 1500, 4000])
+def test_a_prepare_on_a_full_disk_says_so_and_continues(num_bytes: int, toy: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "data"
+    prepare_command = ["prepare", toy / "recipe.yaml", f"data.output_dir={out}"]
+    done = run_ranks(*prepare_command, before=partial(limit, num_bytes))
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    (message,) = done.stderr.splitlines()
+    assert "the disk is full" in message and "free some space" in message
+    assert not out.exists()
+    done = run_ranks(*prepare_command)
+    assert done.returncode == 0, done.stderr
+    assert read_files(out) == read_files(toy / "data")
