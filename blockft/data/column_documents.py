@@ -1,6 +1,7 @@
 """Documents of records with any fields: texts, objects, parallel lists and numbered fields."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,11 @@ from blockft.data.sample import NO_EVIDENCE, check_field, is_list, is_number, pa
 DEFAULT_TITLE = ("title",)
 DEFAULT_TEXT = ("text", "contents", "content")
 """The fields of a document that hold its title and its text, unless a mapping names others."""
+
+_WRITTEN_ARRAY = re.compile(
+    r"""\[\s*(?:['"].*['"]|\{.*\}|array\(\[.*\))\s*\]\Z|\{.*\barray\(\[.*\}\Z""", re.DOTALL
+)
+"""The text of a list or an object that neither JSON nor Python can read, as str() of NumPy arrays is."""
 
 TRUE_TEXTS, FALSE_TEXTS = ("1", "true"), ("0", "false")
 """Texts in lower case that tables hold for true and false."""
@@ -97,17 +103,26 @@ def parse_scalar(value: Any, path: str, *, may_be_blank: bool = False) -> str:
     return parse_text(value, f"field {path!r}", may_be_blank=may_be_blank)
 
 
-def refuse_list_text(value: Any, path: str) -> None:
-    """Check that a text does not spell a list, which `[]` after the path would read.
+def refuse_written_value(value: Any, path: str, inner: Sequence[str]) -> None:
+    """Check that a text is not the written form of a list, or of an object with one of the fields `inner`.
+
+    A list of numbers may be a text, such as an interval, and so may any other object.
 
     Raises:
-        RecordError: it spells a list of texts or objects.
+        RecordError: it is such a text, or that of a NumPy array, whose texts cannot be told apart.
     """
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        elements = decode_container(value)
-        is_one_kind = any(elements and all(isinstance(e, kind) for e in elements) for kind in (str, Mapping))
-        rule = f"be a list, and is the text of one: name it {path}[], which reads such a text"
-        check_field(not is_one_kind, f"field {path!r}", value, rule)
+    if not isinstance(value, str) or not (text := value.strip()).startswith(("[", "{")):
+        return
+    decoded = decode_container(text)
+    is_array = decoded is None and _WRITTEN_ARRAY.match(text) is not None
+    rule = "be a list, and is the text of one of NumPy or pandas: save the table as parquet or JSON lines"
+    check_field(not is_array, f"field {path!r}", value, rule)
+    has_texts = is_list(decoded) and not all(map(is_number, decoded or ()))
+    rule = f"be a list, and is the text of one: name it {path}[], which reads such a text"
+    check_field(not has_texts, f"field {path!r}", value, rule)
+    known = [name for name in inner if isinstance(decoded, Mapping) and name in decoded]
+    rule = f"be a text, and is that of an object: name a field inside it, such as {path}.{''.join(known[:1])}"
+    check_field(not known, f"field {path!r}", value, rule)
 
 
 def _passages(columns: Columns, record: Mapping[str, Any]) -> list[_Passage]:
@@ -124,7 +139,7 @@ def _passages(columns: Columns, record: Mapping[str, Any]) -> list[_Passage]:
     found: list[_Passage] = []
     for path in columns.documents:
         value = find_value(record, path)
-        refuse_list_text(value, path)
+        refuse_written_value(value, path, columns.text or DEFAULT_TEXT)
         found += _walk(columns, value, beside, _Place(documents=path, path=path, number=len(found)))
     return found
 
@@ -135,7 +150,8 @@ def _walk(
     """Yield the documents that a value holds: a text, an object, or a list or numbered fields of them.
 
     `beside` holds titles, scores and flags that lie parallel to the value. One title belongs to all texts of
-    a list. A list of texts inside a list is one document if it has one title: the texts are its sentences.
+    a list. A list of texts inside a list is one document if it has one title: the texts are its sentences. So
+    is a pair of a title and its sentences, as HotpotQA writes it.
     """
     if value is None or value is MISSING:
         return
@@ -154,14 +170,28 @@ def _walk(
         yield _passage(value, beside, place)
     elif in_list and isinstance(beside.get("title"), str) and all(isinstance(part, str) for part in value):
         yield _passage(_join_sentences(value), beside, place)
+    elif in_list and _is_titled(value):
+        yield _passage(_join_sentences(value[1]), {**beside, "title": value[0]}, place)
     else:
         yield from _walk_list(columns, value, beside, place)
+
+
+def _is_titled(value: Sequence[Any]) -> bool:
+    """Return whether a list is a title and a list of sentences."""
+    return (
+        len(value) == 2
+        and isinstance(value[0], str)
+        and is_list(value[1])
+        and all(isinstance(sentence, str) for sentence in value[1])
+    )
 
 
 def _walk_list(
     columns: Columns, value: Sequence[Any], beside: Mapping[str, Any], place: _Place
 ) -> Iterator[_Passage]:
     has_objects = any(isinstance(element, Mapping) for element in value)
+    is_mixed = any(isinstance(element, str) for element in value) and any(map(is_list, value))
+    check_field(not is_mixed, f"field {place.path!r}", value, "not hold both texts and lists")
     number = place.number
     for name, other in beside.items():
         is_shared = name == "title" and not is_list(other) or other is None
@@ -274,10 +304,19 @@ def _cited(columns: Columns, record: Mapping[str, Any]) -> list[Any] | None:
     value = find_value(record, columns.supporting) if columns.supporting else MISSING
     if value is None or value is MISSING:
         return None
-    cited = flatten(value)
+    cited = _cited_titles(value)
     rule = "hold true or false for every document, or titles or texts of documents"
     check_field(all(isinstance(c, str) for c in cited), f"field {columns.supporting!r}", value, rule)
     return cited
+
+
+def _cited_titles(value: Any) -> list[Any]:
+    """Return the values of nested lists; of a pair of a title and the number of a sentence, the title."""
+    if is_list(value) and len(value) == 2 and isinstance(value[0], str) and type(value[1]) is int:
+        return [value[0]]
+    return (
+        [inner for element in value for inner in _cited_titles(element)] if is_list(value) else flatten(value)
+    )
 
 
 def _index(value: Any, path: str) -> int:

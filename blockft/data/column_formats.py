@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from blockft.data.chat_formats import Turn, parse_turns, samples_of_chat
-from blockft.data.column_documents import parse_documents, parse_scalar, read_flag, refuse_list_text
+from blockft.data.column_documents import parse_documents, parse_scalar, read_flag, refuse_written_value
 from blockft.data.column_path import (
     MISSING,
     find_value,
@@ -30,6 +30,9 @@ from blockft.data.sample import (
     is_list,
     parse_id,
 )
+
+ANSWER_FIELDS = ("text", "texts", "value", "answer", "answers", "spans", "aliases", "input_text")
+"""Fields by which the text of an object of answers is recognized, such as that of SQuAD in a table."""
 
 
 def expand_questions(columns: Columns, records: Iterator[PlacedRecord]) -> Iterator[PlacedRecord]:
@@ -150,7 +153,7 @@ def _messages(record: Mapping[str, Any], column: str, path: str) -> list[Turn]:
     value = find_value(record, path)
     if value in (None, MISSING):
         raise missing_field_error(column, path, record)
-    refuse_list_text(value, path)
+    refuse_written_value(value, path, ())
     if is_list(value):
         for i, message in enumerate(value):
             CHAT_MESSAGE.unknown_fields(message, path=f"{path}[{i}].")  # raises if a field is refused
@@ -204,7 +207,7 @@ def _answers(columns: Columns, record: Mapping[str, Any]) -> tuple[str, ...]:
     if all(value is MISSING for _, value in values):
         raise missing_field_error("answers", columns.answers[0], record)
     for path, value in values:
-        refuse_list_text(value, path)
+        refuse_written_value(value, path, ANSWER_FIELDS)
     texts = [
         parse_scalar(answer, path, may_be_blank=True).strip()
         for path, value in values

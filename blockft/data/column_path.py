@@ -15,6 +15,7 @@ A path below a text reads the text as JSON, as tables and some parquet files hol
 import ast
 import difflib
 import io
+import math
 import re
 import tokenize
 import warnings
@@ -79,7 +80,7 @@ def find_value(record: Any, path: str) -> Any:
     """Return the value of a path in a record; `MISSING` if the record does not have it.
 
     A path that goes through a list gives the list of the values in its elements; an element without a value
-    gives None. Numbered fields give `Numbered`.
+    gives None. Numbered fields give `Numbered`. NaN is None.
 
     Raises:
         RecordError: a text where the path goes on, or where it has `[]`, is not JSON.
@@ -89,7 +90,7 @@ def find_value(record: Any, path: str) -> Any:
 
 def _follow(value: Any, steps: Sequence[PathStep], path: str) -> Any:
     if not steps or value is None:
-        return value
+        return _without_nan(value)
     if isinstance(value, str):
         value = _decode_text(value, path)
     if is_list(value):
@@ -111,6 +112,15 @@ def _follow(value: Any, steps: Sequence[PathStep], path: str) -> Any:
         inner = _follow(_select(value[name], step.selectors, path), rest, path)
         found_by_number[number] = None if inner is MISSING else inner
     return found_by_number if numbers else MISSING
+
+
+def _without_nan(value: Any, depth: int = 0) -> Any:
+    """Return a value with None for NaN, by which programs of tables mark what is missing."""
+    if isinstance(value, float):
+        return None if math.isnan(value) else value
+    if not is_list(value) or depth > MAX_LISTED_DEPTH:
+        return value
+    return [_without_nan(element, depth + 1) for element in value]
 
 
 def _select(value: Any, selectors: Sequence[int | None], path: str) -> Any:
@@ -282,7 +292,9 @@ def has_path(record: Any, path: str) -> bool:
 
 
 def missing_field_error(column: str, path: str, record: Any) -> RecordError:
-    """Return the error about a record that lacks the field of a column, with similar names."""
+    """Return the error about a field of a column that is empty, or missing: then with similar names."""
+    if has_path(record, path):
+        return RecordError(f"field {path!r} of columns.{column} is empty")
     close = " or ".join(similar_paths(path, record))
     return RecordError(
         f"field {path!r} of columns.{column} is missing{f' (did you mean {close}?)' if close else ''}"

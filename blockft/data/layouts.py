@@ -211,8 +211,8 @@ def _candidates(record: Mapping[str, Any]) -> Iterator[Mapped]:
     for layout in LAYOUTS:
         if all(_has(record, path) for path in layout.recognized_by):
             yield dict(layout.columns)
-    yield from _guess_questions(record)
-    yield from _guess_chats(record)
+    questions = list(_guess_questions(record))
+    yield from questions or _guess_chats(record)
 
 
 def _without_absent(record: Mapping[str, Any], columns: Mapped) -> Mapped:

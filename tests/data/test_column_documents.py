@@ -72,6 +72,22 @@ def test_titles_belong_to_their_documents(record: dict[str, Any], mapped: dict[s
     assert documents(record, **mapped) == [("A", "1"), ("B", "2")]
 
 
+@pytest.mark.parametrize("text", ["[1] A fox [2].", "[1, 2]", '{"order": 1}', "['Twas a fox]", "{ fox }"])
+def test_a_text_in_brackets_is_a_document(text: str) -> None:
+    assert documents({"docs": text}) == [("", text)]
+
+
+def test_nan_is_no_document() -> None:
+    record = {"docs": ["1", float("nan"), "2"], "titles": ["t", "u", float("nan")]}
+    assert documents(record, title="titles") == [("t", "1"), ("", "2")]
+
+
+def test_pairs_of_a_title_and_sentences_are_documents() -> None:
+    record = {"docs": [["t", ["1 ", " 2"]], ["u", ["3"]]], "facts": [["u", 0]]}
+    assert documents(record) == [("t", "1 2"), ("u", "3")]
+    assert supporting(record, supporting="facts") == (["3"], "")
+
+
 def test_a_title_of_the_record_belongs_to_all_its_texts() -> None:
     assert documents({"docs": ["1", "2"], "t": "A"}, title="t") == [("A", "1"), ("A", "2")]
     assert documents({"docs": "1", "t": "A"}, title="t") == [("A", "1")]
@@ -104,6 +120,11 @@ def test_sentences_of_a_document_are_joined() -> None:
         ({"docs": [3.5]}, {}, r"field 'docs\[0\]' is 3.5, it should be a text"),
         ({"docs": True}, {}, "field 'docs' is True"),
         ({"docs": '["1", "2"]'}, {}, r"is the text of one: name it docs\[\]"),
+        ({"docs": '["1", null]'}, {}, r"is the text of one: name it docs\[\]"),
+        ({"docs": '[["t", ["1", "2"]]]'}, {}, r"is the text of one: name it docs\[\]"),
+        ({"docs": "[{'text': '1'}\n {'text': '2'}]"}, {}, "the text of one of NumPy or pandas"),
+        ({"docs": '{"title": "t", "text": "1"}'}, {}, r"name a field inside it, such as docs\.text"),
+        ({"docs": ["1", ["2"]]}, {}, "not hold both texts and lists"),
         ({"docs": [{"text": "1", "score": "high"}]}, {"score": "score"}, "be a number"),
         ({"docs": [{"text": "1", "ok": "maybe"}]}, {"supporting": "ok"}, "be true or false"),
         ({"docs": ["1", "2"], "ok": [0, 1, 1]}, {"supporting": "ok"}, "be a list of 2"),

@@ -87,7 +87,15 @@ def test_a_flag_beside_the_question_of_a_list_counts() -> None:
 @pytest.mark.parametrize(
     ("changes", "mapped", "message"),
     [
-        ({"q": None}, {}, "field 'q' of columns.question is missing"),
+        ({"q": None}, {}, "field 'q' of columns.question is empty"),
+        ({"q": float("nan")}, {}, "field 'q' of columns.question is empty"),
+        (
+            {"a": "['fox'\n 'hound']"},
+            {},
+            "field 'a' .* text of one of NumPy or pandas: save the table as parquet",
+        ),
+        ({"a": "{'text': array(['fox'], dtype=object)}"}, {}, "text of one of NumPy or pandas"),
+        ({"a": "{'text': ['fox']}"}, {}, r"is that of an object: name a field inside it, such as a\.text"),
         ({"q": " "}, {}, "field 'q' is ' ', it should not be blank"),
         ({"q": ["who?", "what?"]}, {}, "be one text"),
         ({"q": 1.5}, {}, "field 'q' is 1.5, it should be a text"),
