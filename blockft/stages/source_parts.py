@@ -136,9 +136,12 @@ class SourceParts:
 
     def _tasks(self, advance: Advance) -> Iterator[_Task]:
         """Yield the frames that are not encoded; estimate their number of samples on the way."""
-        missing = [copy for copy in self.copies if not self.encode_part(copy).is_complete]
-        read = {copy: self._copy_progress(copy) for copy in missing}
-        for copy in missing:
+        missing: dict[str, Copy] = {}
+        for copy in self.copies:
+            if not (part := self.encode_part(copy)).is_complete:
+                missing.setdefault(part.name, copy)  # a source that the recipe names twice has one part
+        read = {copy: self._copy_progress(copy) for copy in missing.values()}
+        for copy in missing.values():
             for shard, frame in self._read_copy(copy, self._data, start=len(self.encode_part(copy).shards)):
                 read[copy].num_samples += frame.num_samples
                 if not self._part(self._read_name(copy, self._data), copy).is_complete:

@@ -128,6 +128,18 @@ def test_a_wording_changes_questions_and_no_chats(make_recipe: Make, tmp_path: P
     assert last_log(recipe) == (1, 1)
 
 
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_source_that_is_named_twice_is_encoded_once(
+    make_recipe: Make, tmp_path: Path, num_workers: int
+) -> None:
+    sources = make_recipe().data.sources
+    recipe = make_recipe(sources=[*sources, squad_source(tmp_path), *sources], num_workers=num_workers)
+    manifest = load_prepared(prepare(recipe)).manifest
+    assert last_log(recipe) == (8, 8)
+    first, squad, second = manifest["sources"]
+    assert second == first != squad and manifest["num_samples"] == 2 * first["kept"] + squad["kept"]
+
+
 def test_a_changed_file_is_read_again(make_recipe: Make, tmp_path: Path) -> None:
     recipe = make_recipe()
     prepare(recipe)
