@@ -2,15 +2,15 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from blockft.data.column_formats import expand_questions, parse_chat, parse_question
+from blockft.data.column_formats import ANSWER_FIELDS, expand_questions, parse_chat, parse_question
 from blockft.data.column_path import MISSING, decode_container, find_value, flatten, write_name
 from blockft.data.columns import Columns, absent_paths
-from blockft.data.fields import standard_name
+from blockft.data.fields import SYSTEM_FIELDS, standard_name
 from blockft.data.sample import EVIDENCE_MARKS, RecordDropped, RecordError, is_list
 
 Mapped = dict[str, str | list[str]]
@@ -142,19 +142,22 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-QUESTION_NAMES = _names("question query q user_query user_question user_input input prompt problem")
+QUESTION_NAMES = _names(
+    "question query q user_query user_question user_input input prompt problem ambiguous_question"
+)
 ANSWER_NAMES = _names(
     "answers answer a golden_answers gold_answers gold_answer ground_truths ground_truth short_answers "
     "targets target reference_answer expected_answer reference references gold output outputs response "
-    "solution"
+    "solution correct_answer possible_answers answers_spans long_answer"
 )
 DOCUMENT_NAMES = _names(
     "documents docs passages contexts ctxs chunks paragraphs retrieved_contexts retrieved_documents "
-    "retrieval_result search_results results evidences evidence document doc passage context chunk paragraph"
+    "retrieval_result search_results results evidences evidence document doc passage context chunk paragraph "
+    "support story"
 )
 TEXT_NAMES = _names(
     "text contents content passage_text page_content document_text chunk_text paragraph_text body snippet "
-    "passage context chunk paragraph sentences search_context wiki_context"
+    "passage context contexts chunk paragraph sentences search_context wiki_context"
 )
 TITLE_NAMES = _names("title passage_title document_title page_title heading")
 SCORE_NAMES = _names("score similarity relevance relevance_score")
@@ -185,7 +188,8 @@ def suggest_columns(record: Any) -> str:
 
 def format_columns(columns: Mapped) -> str:
     """Return columns as YAML in one line: `{question: query, answers: "qas[].answers"}`."""
-    return f"{{{', '.join(f'{name}: {_format_value(value)}' for name, value in columns.items())}}}"
+    names = sorted(columns, key=[*Columns.__dataclass_fields__].index)
+    return f"{{{', '.join(f'{name}: {_format_value(columns[name])}' for name in names)}}}"
 
 
 def build_columns(columns: Mapped) -> Columns:
@@ -261,27 +265,60 @@ def _reads(columns: Mapped, record: Mapping[str, Any]) -> bool:
 
 
 def _guess_questions(record: Mapping[str, Any]) -> Iterator[Mapped]:
-    """Yield columns of questions over documents by the names of the fields."""
+    """Yield columns of questions by the names of the fields.
+
+    A question without documents needs several answers: with one answer, it is taken as a prompt.
+    """
     names = {standard_name(name): write_name(name) for name in record if isinstance(name, str)}
     question = next((names[name] for name in QUESTION_NAMES if name in names), None)
-    answers = [names[name] for name in ANSWER_NAMES if name in names and names[name] != question]
+    answers = next((names[n] for n in ANSWER_NAMES if n in names and names[n] != question), None)
     if not question or not answers:
         return
+    known = {
+        "question": _path_of_text(record, question, ("text", "question", "input_text")),
+        "answers": _path_of_text(record, answers, ANSWER_FIELDS),
+    }
+    ids = {"id": names["id"]} if "id" in names else {}
     for documents in _guess_documents(record, names):
-        mapped: Mapped = {"question": question, **documents, "answers": _as_list(record, answers[0])}
-        yield {"id": names["id"], **mapped} if "id" in names else mapped
-        yield mapped
+        for optional in ({**ids, **_guess_cited(record, documents)}, {}):
+            yield {**optional, **known, **documents}
+    if is_list(find_value(record, answers)) or known["answers"].endswith("[]"):
+        yield {**ids, **known}
+
+
+def _guess_cited(record: Mapping[str, Any], documents: Mapped) -> Mapped:
+    """Return the column of the titles of supporting documents, as HotpotQA names it."""
+    path = _path_of_text(record, "supporting_facts", ("title",))
+    return {"supporting": path} if _has(record, path) and "supporting" not in documents else {}
+
+
+def _path_of_text(record: Mapping[str, Any], path: str, fields: Sequence[str]) -> str:
+    """Return the path of the texts in a field: inside of it, if it holds objects with one of these fields."""
+    value = find_value(record, path)
+    if isinstance(value, str):
+        value = decode_container(value)
+    element = next((e for e in flatten(value) if isinstance(e, Mapping)), {})
+    inner = next((name for name in fields if name in element), None)
+    return f"{path}.{inner}" if inner else _as_list(record, path)
 
 
 def _guess_documents(record: Mapping[str, Any], names: Mapping[str, str]) -> Iterator[Mapped]:
     for name in DOCUMENT_NAMES:
         if name in names:
             yield _guess_inside(record, names[name])
+    for name in (n for n in names if "positive" in n and _negative(n) in names):
+        supporting = _path_of_text(record, names[name], ("text",))
+        yield {"documents": [names[name], names[_negative(name)]], "supporting": supporting}
     numbered = (re.fullmatch(r"(.*?)[0-9]+", name) for name in record if isinstance(name, str))
     for prefix in dict.fromkeys(match[1] for match in numbered if match):
         stem = standard_name(prefix).strip("_")
         if stem in DOCUMENT_NAMES or f"{stem}s" in DOCUMENT_NAMES:
             yield {"documents": f"{write_name(prefix)}*"}
+
+
+def _negative(name: str) -> str:
+    """Return the name of the field of distractors beside that of supporting documents (RGB, Tevatron)."""
+    return name.replace("positive", "negative")
 
 
 def _guess_inside(record: Mapping[str, Any], path: str) -> Mapped:
@@ -310,7 +347,7 @@ def _guess_inside(record: Mapping[str, Any], path: str) -> Mapped:
 def _guess_chats(record: Mapping[str, Any]) -> Iterator[Mapped]:
     """Yield columns of chats, or of a prompt and its completion, by the names of the fields."""
     names = {standard_name(name): write_name(name) for name in record if isinstance(name, str)}
-    system: Mapped = {"system": names["system"]} if "system" in names else {}
+    system: Mapped = next(({"system": names[n]} for n in SYSTEM_FIELDS if n in names), {})
     for name in MESSAGES_NAMES:
         if name in names:
             yield {"messages": _as_list(record, names[name]), **system}

@@ -549,8 +549,31 @@ def _columns_missing_message(path: str, split: str | None, name: str | None) -> 
     records = chain.from_iterable(map(read_file, files)) if files else read_hub(path, split, name)
     first = next((r for _, r in records if isinstance(r, Mapping) and not is_header(r)), {})
     suggestion = suggest_columns(first)
-    remedy = f"add columns: {suggestion}" if suggestion else "add a mapping such as {prompt: question}"
-    return f"source {path} has the format columns and no columns{describe_fields(first)}: {remedy}"
+    example = (
+        "columns: {question: FIELD, documents: FIELD, answers: FIELD} or {prompt: FIELD, completion: FIELD}"
+    )
+    remedy = f"add columns: {suggestion}" if suggestion else f"name its fields in {example}"
+    own = [name for name in SOURCE_FORMATS if _is_read_by(name, first)]
+    others = f"set format to {own[0]}, which reads such records, or " if own else ""
+    return f"source {path} has the format columns and no columns{describe_fields(first)}: {others}{remedy}"
+
+
+def _is_read_by(format: str, record: Mapping[str, Any]) -> bool:
+    """Return whether a record has the fields of a format, and its parser reads it."""
+    if not _has_fields(record, format):
+        return False
+    found = SOURCE_FORMATS[format]
+    for _, part in found.expand(iter([("", record)])):
+        try:
+            if isinstance(part, RecordError):
+                return False
+            if found.parse_question:
+                found.parse_question(part)
+            if found.parse_samples:
+                list(found.parse_samples(part, "id"))
+        except (RecordError, RecordDropped, RecursionError):
+            return False
+    return True
 
 
 def _absent_column_message(path: str, num_read: int, absent: tuple[str, str], record: Any) -> str:

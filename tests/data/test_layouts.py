@@ -387,8 +387,29 @@ OTHERS: list[tuple[dict[str, Any], str]] = [
         {"chat": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hey"}], "system": "s"},
         "{messages: chat, system: system}",
     ),
+    (
+        {
+            "question": {"text": "q?"},
+            "context": {"contexts": ["a b"]},
+            "answers": [{"text": "a"}, {"text": "b"}],
+        },
+        "{question: question.text, documents: context, text: contexts, answers: answers.text}",
+    ),
+    (
+        {"context": "a b", "question": "q?", "answers": "{'text': ['a'], 'answer_start': [0]}"},
+        "{question: question, documents: context, answers: answers.text}",
+    ),
+    (
+        {"query": "q?", "answer": ["a"], "positive": ["a b"], "negative": ["c"]},
+        "{question: query, documents: [positive, negative], supporting: positive, answers: answer}",
+    ),
+    (
+        {"system_prompt": "s", "question": "Hi", "response": "Hey"},
+        "{prompt: question, completion: response, system: system_prompt}",
+    ),
     ({"a": 1}, ""),
     ({"question": "q?"}, ""),
+    ({"question": "q?", "answer": "a", "context": ["a", ["b"]]}, ""),
     ({"question": "q?", "answer": 1.5, "context": "c"}, ""),
 ]
 
@@ -405,6 +426,31 @@ def test_columns_of_an_unknown_layout_are_guessed_by_names(
         UserError, match=r"has the format columns and no columns; the record has the fields \w"
     ):
         read(path, "")
+
+
+def test_a_record_of_another_format_is_named_with_its_format_and_its_columns(tmp_path: Path) -> None:
+    record = {
+        "_id": "1",
+        "question": "q?",
+        "answer": "a",
+        "supporting_facts": [["A", 0]],
+        "context": [["A", ["a b", "c"]], ["B", ["d"]]],
+    }
+    path = write_records(tmp_path / "r.jsonl", [record])
+    columns = "{question: question, documents: context, supporting: supporting_facts, answers: answer}"
+    with pytest.raises(UserError) as raised:
+        read(path, "")
+    remedy = f"set format to hotpotqa, which reads such records, or add columns: {columns}"
+    assert str(raised.value).endswith(remedy)
+    ((sample,), _) = read(path, f"columns: {columns}")
+    assert len(sample.documents) == 2 and sample.meta["supporting"] == [2]
+
+
+def test_questions_with_several_answers_and_no_documents_need_a_corpus(tmp_path: Path) -> None:
+    record = {"question": "q?", "possible_answers": '["a", "b"]'}
+    assert suggest_columns(record) == (
+        '{question: question, answers: "possible_answers[]"}, corpus: FILE_OF_DOCUMENTS, retriever: bm25'
+    )
 
 
 def test_datasets_of_the_hub_give_the_same_samples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
