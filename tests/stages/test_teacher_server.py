@@ -8,8 +8,9 @@ import sys
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 
 from tests.commands import free_port
 from tests.endpoint import Reply, completion, endpoint, error
+from tests.readmes import DEMO_MODEL
 from tests.stages.test_prepare import files
 
 NUM_KILLS = 3
@@ -36,36 +38,76 @@ FAULTS = (
 """What a server sends now and then. A fault that is a long wait is in the quick tests."""
 
 
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    """The folder of SmolLM2-135M-Instruct."""
-    folder = Path(os.environ.get("BLOCKFT_SMOLLM2", "../shared/smollm2"))
-    if not (folder / "config.json").is_file():
-        pytest.skip(f"SmolLM2-135M-Instruct is not in {folder} (set BLOCKFT_SMOLLM2)")
-    return folder
+@dataclass(frozen=True)
+class Teacher:
+    """A model that answers 200 questions, and what it is asked.
 
-
-@pytest.fixture(scope="module")
-def recipe(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe with 40 questions over a passage and 160 instructions, which are shorter.
-
-    Most answers are cut off. Some gold responses make sure that there is something to train on.
+    sources: the sources of the recipe in YAML, one a line. The last one has gold responses, so that something
+        is left to train on when all answers are cut off.
     """
+
+    model: Path
+    sources: tuple[str, ...]
+    options: str
+
+
+def demo_teacher(folder: Path) -> Teacher:
+    """The demo's model, which needs nothing else, with invented questions over two documents."""
+    questions = folder / "questions.jsonl"
+    records = (
+        {
+            "question": f"Where is number {number}?",
+            "answers": ["Here."],
+            "ctxs": [
+                {"title": f"{place}", "text": f"{place} has number {number + place}."} for place in (1, 2)
+            ],
+        }
+        for number in range(209)
+    )
+    questions.write_text("".join(json.dumps(record) + "\n" for record in records))
+    asked, gold = "max_samples: 200, response: teacher", "skip_samples: 200"
+    sources = tuple(f"{{format: fid, path: {questions}, {options}}}" for options in (asked, gold))
+    # long answers, one at a time: the model is so fast that prepare could end before it is killed
+    return Teacher(DEMO_MODEL, sources, "max_new_tokens: 24, batch_size: 1")
+
+
+def smollm2_teacher(folder: Path) -> Teacher:
+    """SmolLM2-135M-Instruct with 40 questions over a passage and 160 instructions, which are shorter."""
+    model = Path(os.environ.get("BLOCKFT_SMOLLM2", "../shared/smollm2"))
+    if not (model / "config.json").is_file():
+        pytest.skip(f"SmolLM2-135M-Instruct is not in {model} (set BLOCKFT_SMOLLM2)")
     data = Path(os.environ.get("BLOCKFT_REAL_DATA", "../shared/data"))
     if not (data / "alpaca_en_demo.json").exists():
         pytest.skip(f"the real data are not in {data} (set BLOCKFT_REAL_DATA)")
+    sources = (
+        f"{{format: fid, path: {data}/nq_open_oracle_dev.jsonl, max_samples: 40, response: teacher}}",
+        f"{{format: alpaca, path: {data}/alpaca_en_demo.json, max_samples: 160, response: teacher}}",
+        f"{{format: alpaca, path: {data}/alpaca_en_demo.json, skip_samples: 160, max_samples: 9}}",
+    )
+    return Teacher(model, sources, "max_new_tokens: 5, batch_size: 8")
+
+
+@pytest.fixture(
+    scope="module", params=[demo_teacher, pytest.param(smollm2_teacher, marks=pytest.mark.real_data)]
+)
+def teacher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Teacher:
+    build: Callable[[Path], Teacher] = request.param
+    return build(tmp_path_factory.mktemp("questions"))
+
+
+@pytest.fixture(scope="module")
+def recipe(teacher: Teacher, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("teacher") / "recipe.yaml"
+    sources = "".join(f"    - {source}\n" for source in teacher.sources)
     path.write_text(
         f"# a teacher\n"
-        f"model: {{path: {smollm2}}}\n"
+        f"model: {{path: {teacher.model}}}\n"
         f"data:\n"
         f"  output_dir: set\n"
         f"  num_workers: 2\n"
         f"  sources:\n"
-        f"    - {{format: fid, path: {data}/nq_open_oracle_dev.jsonl, max_samples: 40, response: teacher}}\n"
-        f"    - {{format: alpaca, path: {data}/alpaca_en_demo.json, max_samples: 160, response: teacher}}\n"
-        f"    - {{format: alpaca, path: {data}/alpaca_en_demo.json, skip_samples: 160, max_samples: 9}}\n"
-        f"  teacher: {{model: {smollm2}, max_new_tokens: 5, batch_size: 8}}\n"
+        f"{sources}"
+        f"  teacher: {{model: {teacher.model}, {teacher.options}}}\n"
         f"train: {{output_dir: run}}\n"
     )
     return path
@@ -136,8 +178,7 @@ def outcome(out: Path) -> dict[str, bytes]:
     return files(out) | {"answers": out.with_name(f"{out.name}.answers.jsonl").read_bytes()}
 
 
-@pytest.mark.slow  # a model answers 400 questions on a CPU: three minutes
-@pytest.mark.real_data
+@pytest.mark.slow  # a model answers 400 questions on a CPU: SmolLM2 in three minutes
 def test_a_local_teacher_that_is_killed_three_times_gives_the_same_bytes(
     recipe: Path, tmp_path: Path
 ) -> None:
@@ -147,13 +188,12 @@ def test_a_local_teacher_that_is_killed_three_times_gives_the_same_bytes(
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "undisturbed")
 
 
-@pytest.mark.slow  # a server answers 400 questions on a CPU: five minutes
-@pytest.mark.real_data
+@pytest.mark.slow  # a server answers 400 questions on a CPU: with SmolLM2 in five minutes
 def test_a_real_server_with_faults_and_kills_gives_the_same_bytes(
-    recipe: Path, smollm2: Path, tmp_path: Path
+    recipe: Path, teacher: Teacher, tmp_path: Path
 ) -> None:
     answered = Counter[str]()
-    with real_server(smollm2) as address:
+    with real_server(teacher.model) as address:
 
         def forward(body: Any, before: int) -> Reply:
             request = urllib.request.Request(
