@@ -21,10 +21,7 @@ def find_corpus_files(path: str) -> list[Path]:
     Raises:
         UserError: nothing exists at `path`.
     """
-    files = find_files(path, RECORD_SUFFIXES)
-    if not files:
-        raise UserError(f"corpus {path} does not exist: no file, folder or match of a glob")
-    return files
+    return find_files(path, RECORD_SUFFIXES, kind="corpus")
 
 
 def read_corpus(path: str, columns: Columns, on_bad: Callable[[str], None] | None) -> Iterator[Document]:

@@ -41,12 +41,14 @@ UNSUPPORTED_MAGIC = {
 """First bytes of files that are not JSON in UTF-8, with the rest of the error message."""
 
 
-def find_files(path: str, suffixes: Sequence[str]) -> list[Path]:
+def find_files(path: str, suffixes: Sequence[str], *, kind: str = "source") -> list[Path]:
     """Return the files of a source, sorted. The list is empty if `path` is a dataset id on the Hub.
 
     `path` is a file, a folder, a glob or a Hub id. In a folder, files count that end in one of `suffixes`,
     with or without `.gz` or `.zst`. Of files that differ only in their compression, one is read: the unpacked
     one, otherwise the one that ends in `.gz`.
+
+    kind: what errors call the files. Only a source may be a dataset on the Hub.
 
     Raises:
         UserError: nothing exists at `path`.
@@ -60,10 +62,12 @@ def find_files(path: str, suffixes: Sequence[str]) -> list[Path]:
         for file in sorted(files):  # a.json stands before a.json.gz, which stands before a.json.zst
             chosen.setdefault(without_compression_suffix(file), file)
         if not files:
-            raise UserError(f"source folder {path} holds no file that ends in {' or '.join(suffixes)}")
+            raise UserError(f"{kind} folder {path} holds no file that ends in {' or '.join(suffixes)}")
         return sorted(chosen.values())
     if matches := [Path(name) for name in sorted(glob.glob(path, recursive=True)) if Path(name).is_file()]:
         return matches
+    if kind != "source":
+        raise UserError(f"{kind} {path} does not exist: no file, folder or match of a glob")
     if HUB_ID.fullmatch(path) and record_suffix(root) not in RECORD_SUFFIXES:
         return []
     raise UserError(

@@ -54,7 +54,7 @@ from blockft.model.supported import block_attention_config, uses_reencoded_posit
 from blockft.outputs import LockedFolder, atomic_folder, check_absent, resumable_folder, save_figure
 from blockft.printable import print_text
 from blockft.progress import progress, track
-from blockft.stages.output_folder import lock_output
+from blockft.stages.output_folder import lock_output, source_inputs
 from blockft.stages.source_kind import holds_questions, is_split
 from blockft.stages.source_settings import (
     read_source,
@@ -115,8 +115,7 @@ def evaluate(
     if settings is None:
         raise UserError("the recipe has no eval: add eval.output_dir and eval.sources")
     _check_responses(settings.sources)
-    inputs = {"the model": model}
-    inputs |= {f"eval.sources.{index}.path": source.path for index, source in enumerate(settings.sources)}
+    inputs = {"the model": model, **source_inputs("eval.sources", settings.sources)}
     with lock_output(Path(settings.output_dir), "blockft eval", inputs) as out:
         check_absent(out.name, "choose another eval.output_dir")
         return _evaluate(model, recipe, out)

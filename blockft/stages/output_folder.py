@@ -2,10 +2,12 @@
 
 import glob
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from blockft.config.choices import Format
+from blockft.config.settings import Source
 from blockft.data.prepared import MANIFEST, shard_files
 from blockft.errors import UserError
 from blockft.inference.cache_folder import FORMAT, LOCK
@@ -20,6 +22,20 @@ _KINDS = {
     "the block cache": (FORMAT, LOCK),
 }
 """Folders that blockft writes, and the files by which they are known."""
+
+
+def source_inputs(setting: str, sources: Sequence[Source]) -> dict[str, str]:
+    """Return the paths that sources read, by the setting that names them.
+
+    setting: the setting that lists the sources.
+    """
+    paths = {}
+    for index, source in enumerate(sources):
+        if source.format is not Format.constructed:
+            paths[f"{setting}.{index}.path"] = source.path
+        if source.corpus is not None:
+            paths[f"{setting}.{index}.corpus"] = source.corpus
+    return paths
 
 
 @contextmanager

@@ -30,14 +30,14 @@ ENCODE_VERSION = 1
 
 _NOT_READING = (
     "output_dir cache_dir sources row_len modes positions num_copies too_long num_workers splitting teacher "
-    "mixture"
+    "mixture dense_model"
 )
 """Settings of `data` that do not decide which samples are read. All others do, also those to come."""
 
-_OF_QUESTIONS = "prompt num_documents order max_questions_per_context dense_model"
+_OF_QUESTIONS = "prompt num_documents order max_questions_per_context"
 """Settings of `data` that only formats of questions read."""
 
-_NOT_OF_SAMPLES = "weight response max_examples"
+_NOT_OF_SAMPLES = "weight response"
 """Settings of a source that do not decide which samples are read."""
 
 
@@ -121,15 +121,10 @@ def read_options(
     dense_model: see `identify_model`.
     number: the number of the copy.
     """
-    options = data.model_dump(mode="json", exclude={*_NOT_READING.split()})
-    if not holds_questions(source):
-        for name in _OF_QUESTIONS.split():
-            del options[name]
-    options["seed"] = data.seed + number
+    excluded = {*_NOT_READING.split()} | (set() if holds_questions(source) else {*_OF_QUESTIONS.split()})
+    options = data.model_dump(mode="json", exclude=excluded) | {"seed": data.seed + number}
     if source.retriever is Retriever.dense:
-        options["dense_model_content"] = dense_model
-    else:
-        options.pop("dense_model", None)
+        options["dense_model"] = dense_model
     return {
         "version": READ_VERSION,
         "versions": _versions("blockft", "pyarrow", "bm25s"),

@@ -24,7 +24,7 @@ from blockft.model.load import load_tokenizer
 from blockft.outputs import LockedFolder, atomic_folder, check_absent, write_errors
 from blockft.stages.leak_check import LeakCheck
 from blockft.stages.mixture_settings import describe_mixture, mixture_of
-from blockft.stages.output_folder import check_output_place, lock_output
+from blockft.stages.output_folder import check_output_place, lock_output, source_inputs
 from blockft.stages.source_kind import holds_questions
 from blockft.stages.source_parts import SourceParts
 from blockft.stages.source_settings import (
@@ -84,7 +84,7 @@ def _prepare(recipe: Recipe, out: LockedFolder, overwrite: bool) -> Path:
         if not statistics.num_examples:
             raise UserError(f"no example to train on: {_nothing_kept_message(data, data.sources, counts)}")
         with atomic_folder(out) as folder:
-            num_shards, files = _link_shards(folder, parts)
+            num_shards, files = _link_shards(folder, parts, len(data.sources))
             manifest = _manifest(recipe, tokenizer_fingerprint(tokenizer), counts, statistics)
             manifest |= leak_check.to_record()
             examples = Examples(folder, num_shards)
@@ -115,11 +115,7 @@ def _prepare(recipe: Recipe, out: LockedFolder, overwrite: bool) -> Path:
 
 def _inputs(recipe: Recipe) -> dict[str, str]:
     """Return the paths that are read, by the setting that names them."""
-    inputs = {"model.path": recipe.model.path}
-    for index, source in enumerate(recipe.data.sources):
-        inputs[f"data.sources.{index}.path"] = source.path
-        if source.corpus is not None:
-            inputs[f"data.sources.{index}.corpus"] = source.corpus
+    inputs = {"model.path": recipe.model.path, **source_inputs("data.sources", recipe.data.sources)}
     if (teacher := recipe.data.teacher) and teacher.base_url is None:
         inputs["data.teacher.model"] = teacher.model
     return inputs
@@ -154,24 +150,26 @@ def _check_leaks(recipe: Recipe, parts: SourceParts) -> LeakCheck:
     return leak_check
 
 
-def _link_shards(folder: Path, parts: SourceParts) -> tuple[list[int], dict[str, FileDigest]]:
+def _link_shards(
+    folder: Path, parts: SourceParts, num_sources: int
+) -> tuple[list[int], dict[str, FileDigest]]:
     """Link the shards of all parts into a prepared folder.
 
     Returns:
         The number of shards of each source, and the digests of all files.
     """
-    num_shards: Counter[int] = Counter()
+    num_shards = [0] * num_sources
     files: dict[str, FileDigest] = {}
     for index, number in parts.copies:
         part = parts.encode_part((index, number))
         for shard in shards_with_examples(part):
-            names = zip(shard_files(shard), shard_files(num_shards.total()), strict=True)
+            names = zip(shard_files(shard), shard_files(sum(num_shards)), strict=True)
             for source, target in names:
                 (folder / target).parent.mkdir(exist_ok=True)
                 link_or_copy(part.folder / source, folder / target)
                 files[target] = part.shards[shard].files[source]
             num_shards[index] += 1
-    return [num_shards[index] for index in range(1 + max(index for index, _ in parts.copies))], files
+    return num_shards, files
 
 
 @contextmanager

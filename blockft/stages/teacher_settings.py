@@ -1,17 +1,19 @@
 """Settings of the teacher: check that they fit together and to the sources, and turn them into arguments."""
 
 import os
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from blockft.config.choices import Format, Response, TooLongPolicy
 from blockft.config.settings import DataSettings, Source, TeacherSettings
+from blockft.data.files import RECORD_SUFFIXES, record_suffix
 from blockft.data.rag_prompt import RagPrompt
 from blockft.data.teacher_endpoint import Endpoint, request_body
 from blockft.data.teacher_response import SupportCheck
 from blockft.errors import UserError
 from blockft.evaluation.metrics import normalize, substring_match, word_match
-from blockft.stages.output_folder import check_output_place
+from blockft.stages.output_folder import check_output_place, source_inputs
 from blockft.stages.source_kind import holds_questions, is_split
 
 _ENDPOINT_SETTINGS = (
@@ -134,8 +136,8 @@ def answers_path(data: DataSettings) -> Path:
     """Return the file of the teacher's answers.
 
     Raises:
-        UserError: the file would lie in the prepared folder or in another folder of blockft, or be one of the
-            sources.
+        UserError: the file would lie in the prepared folder or in another folder of blockft, or a source
+            would read it.
     """
     assert data.teacher
     given, out = data.teacher.answers_file, Path(data.output_dir)
@@ -149,10 +151,22 @@ def answers_path(data: DataSettings) -> Path:
             f"data.teacher.answers_file is {path}, inside of data.output_dir, which prepare replaces: choose "
             "a file outside of it"
         )
-    if any(Path(os.path.realpath(source.path)) == target for source in data.sources):
-        raise UserError(f"data.teacher.answers_file is {path}, which is a source: choose another file")
+    for name, source in source_inputs("data.sources", data.sources).items():
+        if _is_read(target, source):
+            raise UserError(
+                f"data.teacher.answers_file is {path}, which is a source file of {name} ({source}): choose a "
+                "file elsewhere"
+            )
     check_output_place(path, {}, {})
     return path
+
+
+def _is_read(file: Path, source: str) -> bool:
+    """Return whether a file, which may not exist yet, is one of those that a source reads."""
+    path = os.path.realpath(source)
+    if os.path.isdir(path):
+        return str(file.parent) == path and record_suffix(file) in RECORD_SUFFIXES
+    return str(file) == path or fnmatch(str(file), path)
 
 
 def support_check(source: Source, teacher: TeacherSettings) -> SupportCheck:

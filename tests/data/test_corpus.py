@@ -113,13 +113,15 @@ def test_a_bad_document_is_an_error_or_skipped_and_listed(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("corpus", "message"),
     [
-        ("none.jsonl", r"none\.jsonl does not exist"),
+        ("none.jsonl", r"corpus .*none\.jsonl does not exist: no file, folder or match of a glob$"),
+        ("folder", r"corpus folder .* holds no file that ends in"),
         ("owner/name", "corpus owner/name does not exist"),
         ("empty.jsonl", "holds no documents"),
     ],
 )
 def test_a_corpus_that_holds_nothing_is_refused(tmp_path: Path, corpus: str, message: str) -> None:
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "folder").mkdir()
     path = corpus if "/" in corpus else tmp_path / corpus
     with pytest.raises(UserError, match=message):
         read(tmp_path, path)

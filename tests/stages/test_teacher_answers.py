@@ -321,7 +321,12 @@ def test_settings_that_contradict_each_other_are_refused(
     refuse(make_recipe, "data.teacher.prompt.question lacks the field", source, TEACHER | wordless)
     inside = str(tmp_path / "out" / "set" / "a.jsonl")
     refuse(make_recipe, "inside of data.output_dir", source, TEACHER | {"answers_file": inside})
-    refuse(make_recipe, "which is a source", source, TEACHER | {"answers_file": source.path})
+    for path in (source.path, str(Path(source.path).parent), f"{Path(source.path).parent}/*.jsonl"):
+        answers = str(Path(source.path).with_name("a.jsonl")) if path != source.path else path
+        read = source.model_copy(update={"path": path})
+        refuse(
+            make_recipe, "is a source file of data.sources.0.path", read, TEACHER | {"answers_file": answers}
+        )
     chats = Source(format=Format.alpaca, path=source.path, response=Response.teacher_with_gold)
     refuse(make_recipe, "no gold answers", chats, TEACHER)
     blocks = Source(format=Format.blocks, path=source.path, response=Response.teacher)
