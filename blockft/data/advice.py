@@ -188,9 +188,14 @@ def list_drops(manifest: Mapping[str, Any]) -> Iterator[Drop]:
             )
 
 
+def drop_remedy(reason: str) -> str:
+    """Return what a user can change if many samples are dropped for a reason other than their length."""
+    return _REMEDIES.get(reason, _TEMPLATE_REMEDY)
+
+
 def _remedy(reason: str, source: Mapping[str, Any], options: Mapping[str, Any]) -> str:
     if reason not in (TOO_LONG, UNRANKED):
-        return _REMEDIES.get(reason, _TEMPLATE_REMEDY)
+        return drop_remedy(reason)
     lengths = {int(length): count for length, count in source["too_long_lengths"].items()}
     remedies = [_row_len_remedy(lengths)]
     if source["has_questions"]:

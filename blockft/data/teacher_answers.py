@@ -161,7 +161,9 @@ class AnswersFile:
             UserError: the file cannot be written.
         """
         if not self._is_sorted:
-            write_atomic(self.path, "".join(_format_line(self.answers[key]) for key in sorted(self.answers)))
+            lines = (_format_line(self.answers[key]) for key in sorted(self.answers))
+            # the file behind a symbolic link is replaced, not the link
+            write_atomic(Path(os.path.realpath(self.path)), "".join(lines))
             self._is_sorted = True
 
 

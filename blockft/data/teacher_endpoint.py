@@ -43,6 +43,7 @@ _TRANSIENT_STATUS = {408, 409, 425, 429}
 
 _QUOTA_CODES = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
 _REFUSAL_CODES = {"content_filter", "content_policy_violation", "invalid_prompt", "data_inspection_failed"}
+_REFUSAL_TEXTS = ("input was flagged", "prompt was flagged", "content policy", "content management policy")
 _TOO_LONG_CODES = {"context_length_exceeded", "exceed_context_size_error"}
 _TOO_LONG_TEXTS = ("context length", "context size", "context window", "maximum model length")
 
@@ -315,6 +316,10 @@ class _Client:
             raise EndpointError(f"the teacher has no quota left ({reason}): check the account") from error
         if status in _TRANSIENT_STATUS or status >= 500:
             raise _Transient(reason, wait_s=parse_retry_after(error.response.headers)) from error
+        # some servers refuse a text with the status of a wrong key
+        is_refusal = status in (400, 403) and any(text in message.lower() for text in _REFUSAL_TEXTS)
+        if is_refusal or codes & _REFUSAL_CODES:
+            return Finish.refused
         if status in (401, 403):
             has_key = self._endpoint.api_key is not None
             remedy = (
@@ -323,13 +328,11 @@ class _Client:
                 else "set data.teacher.api_key_env to the environment variable with the key"
             )
             raise EndpointError(f"the teacher refuses access ({reason}): {remedy}") from error
-        if status in (404, 405):
+        if status < 400 or status in (404, 405):
             raise EndpointError(
                 f"the teacher knows no such model or address ({reason}): check data.teacher.model, which is "
                 f"{self._endpoint.model}, and data.teacher.base_url, which mostly ends in /v1"
             ) from error
-        if codes & _REFUSAL_CODES:
-            return Finish.refused
         if codes & _TOO_LONG_CODES or any(text in message.lower() for text in _TOO_LONG_TEXTS):
             return Finish.too_long
         raise QuestionFailed(f"the teacher refuses the request ({reason})") from error
@@ -345,12 +348,17 @@ def parse_completion(content: bytes, key: str) -> TeacherAnswer:
     """Return the answer in the response to a request for a chat completion.
 
     Raises:
-        InvalidCompletion: the response is not JSON, or lacks an answer or the reason of its end.
+        InvalidCompletion: the response is not JSON, or lacks an answer, or says that the answer was
+            interrupted.
     """
     try:
         response = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise InvalidCompletion("the response is not JSON") from error
+        text = content.decode("utf-8", "replace").strip()
+        problem = f"is not JSON: {text}" if text else "is empty"
+        if text[:9].lower().startswith(("<!doctype", "<html")):  # of a chat, a login, a proxy
+            problem = "is a web page: check data.teacher.base_url, which mostly ends in /v1"
+        raise InvalidCompletion(f"the response {problem}") from error
     if not isinstance(response, dict):
         raise InvalidCompletion("the response is not a JSON object")
     choices = response.get("choices")
@@ -359,32 +367,49 @@ def parse_completion(content: bytes, key: str) -> TeacherAnswer:
         raise InvalidCompletion(f"the response has no choices{f': {problem}' if problem else ''}")
     choice = choices[0]
     message = choice.get("message") if isinstance(choice, dict) else None
-    if not isinstance(message, dict) or not isinstance(message.get("content"), str | None):
+    if not isinstance(message, dict) or not isinstance(message.get("content"), str | list | None):
         raise InvalidCompletion("the response has no message")
-    answer = message.get("content") or ""
-    if not isinstance(choice.get("finish_reason"), str):
-        raise InvalidCompletion("the response does not say why it ends")
+    answer = _join_parts(message.get("content") or "")
+    finish = _parse_finish(choice.get("finish_reason"))
     if problem := text_problem(answer):
         raise InvalidCompletion(f"the answer {problem}")
     usage = response.get("usage")
     return TeacherAnswer(
         key=key,
         answer=answer,
-        finish=Finish.refused if message.get("refusal") else _parse_finish(choice["finish_reason"]),
+        finish=Finish.refused if message.get("refusal") else finish,
         prompt_tokens=_parse_count(usage, "prompt_tokens"),
         answer_tokens=_parse_count(usage, "completion_tokens"),
     )
 
 
-def _parse_finish(reason: str) -> Finish:
-    match reason:
-        case "stop" | "eos" | "end_turn" | "stop_sequence":
+def _join_parts(content: str | list[Any]) -> str:
+    """Return the text of a message. Some servers send a list, in which the reasoning is a part of its own."""
+    if isinstance(content, str):
+        return content
+    texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def _parse_finish(reason: Any) -> Finish:
+    """Return how an answer ended; servers have different words for it.
+
+    Raises:
+        InvalidCompletion: there is no reason, or an unknown one such as `abort`, `error` or
+            `insufficient_system_resource`: the server has interrupted the answer.
+    """
+    if not isinstance(reason, str):
+        raise InvalidCompletion("the response does not say why it ends")
+    match reason.lower():
+        case "stop" | "eos" | "eos_token" | "end_turn" | "stop_sequence" | "complete":
             return Finish.stop
         case "length" | "max_tokens":
             return Finish.length
-        case "content_filter":
+        case "content_filter" | "safety" | "sensitive" | "recitation" | "refusal":
             return Finish.refused
-    return Finish.other
+        case "tool_calls" | "tool_use" | "function_call":
+            return Finish.other
+    raise InvalidCompletion(f"the server ended the answer for the reason {reason!r}")
 
 
 def _parse_count(usage: Any, name: str) -> int:

@@ -1,5 +1,6 @@
 """A teacher's answer becomes the response of a sample, or the reason to drop the sample."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -26,8 +27,8 @@ REMEDIES = {
     NO_ANSWER: "give the prompts more documents (data.num_documents, retriever), or use a stronger teacher",
     EMPTY: "change data.teacher.prompt, or use a stronger teacher",
     REASONING: (
-        "turn it off (for many models with data.teacher.extra_body={chat_template_kwargs: {enable_thinking: "
-        "false}}), or let the server separate it"
+        "turn it off (at an endpoint, for many models with data.teacher.extra_body={chat_template_kwargs: "
+        "{enable_thinking: false}}), let the server separate it, or use a teacher that does not reason"
     ),
     FAILED: "run prepare again, with a higher data.teacher.max_retries or timeout_s",
     TEMPLATED: "set the response of this source to gold",
@@ -39,6 +40,13 @@ REMEDIES = {
     FINISH_REASONS[Finish.other]: "use a model that answers with text",
 }
 """What a user can change if many samples are dropped for a reason."""
+
+_REASONING_MARKS = re.compile(
+    r"^<(seed:)?(think|thinking|thought|reasoning)>|^\[THINK\]|^◁think▷"
+    r"|</(seed:)?(think|thinking|thought|reasoning)>|\[/THINK\]|◁/think▷|<\|channel\|>|^analysis.*assistantfinal",
+    re.DOTALL,
+)
+"""The marks that models write before and after their reasoning; the last two are those of gpt-oss."""
 
 Match = Callable[[str, Sequence[str]], float]
 """A metric: takes an answer and the accepted texts, and returns 1 if it matches one of them."""
@@ -91,7 +99,7 @@ def teacher_response(sample: Sample, answer: TeacherAnswer | None, check: Suppor
     response = answer.answer.strip()
     if not response:
         return Dropped(EMPTY)
-    if "</think>" in response or response.startswith("<think>"):
+    if _REASONING_MARKS.search(response):
         return Dropped(REASONING, response)
     if check.no_answer and sample.documents and check.contains_words(response, [check.no_answer]):
         return Dropped(NO_ANSWER, response)

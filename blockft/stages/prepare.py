@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from blockft.config.settings import DataSettings, Recipe, Source
+from blockft.data.advice import drop_remedy
 from blockft.data.encode_part import read_hashes, shards_with_examples
 from blockft.data.part_cache import link_or_copy, remove_empty_parts, remove_other_parts, remove_part
 from blockft.data.prepared import Examples, find_foreign_file, finish_folder, shard_files
@@ -223,7 +224,8 @@ def _nothing_kept_message(
     reasons = ", ".join(f"{reason}: {number:,}" for reason, number in dropped.items())
     lengths = [count.shortest_dropped for count in counts if count.shortest_dropped]
     if not lengths:
-        return f"every sample of {paths} was dropped ({reasons})"
+        remedy = drop_remedy(max(dropped, key=dropped.__getitem__))
+        return f"every sample of {paths} was dropped ({reasons}): {remedy}"
     has_documents = any(map(holds_questions, sources))
     return (
         f"every sample of {paths} was dropped ({reasons}; the shortest has {min(lengths):,} tokens): raise "

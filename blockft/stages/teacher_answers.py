@@ -208,7 +208,10 @@ def _ask_missing(
     except KeyboardInterrupt:
         notify(f"interrupted: {_resume_remark(file)}")
         raise
-    failed = f", {format_count(len(failures), 'question')} failed" if failures else ""
+    failed = ""
+    if failures:
+        first = next(iter(failures.values()))
+        failed = f", {format_count(len(failures), 'question')} failed (the first one: {first})"
     found = format_count(len(file.answers) - num_before, "new answer")
     notify(
         f"teacher: {found}, {tokens[0]:,} prompt tokens and {tokens[1]:,} answer tokens{failed}; "

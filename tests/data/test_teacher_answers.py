@@ -158,3 +158,14 @@ def test_a_key_depends_on_messages_blocks_and_identity() -> None:
     ]
     assert len({*different}) == len(different) and key("a", "b") == different[0]
     assert key("a", x=1, y=2) == key("a", y=2, x=1)
+
+
+def test_a_file_behind_a_symbolic_link_is_sorted_and_stays_shared(tmp_path: Path) -> None:
+    (tmp_path / "shared.jsonl").touch()
+    (tmp_path / "link").symlink_to("shared.jsonl")
+    file = AnswersFile(tmp_path / "link")
+    file.add(ANSWERS)
+    file.sort()
+    assert (tmp_path / "link").is_symlink()
+    lines = (tmp_path / "shared.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    assert [json.loads(line)["key"] for line in lines] == ["a", "b", "c", "d"]

@@ -124,6 +124,8 @@ TRANSIENT = {
     "a choice that is a number": Reply(body={"choices": [3]}),
     "a content that is a number": Reply(body=completion(3)),
     "no reason of the end": Reply(body=completion("x", None)),
+    "an interrupted answer": Reply(body=completion("x", "insufficient_system_resource")),
+    "a stream": Reply(body=b'data: {"choices": []}\n\ndata: [DONE]\n\n'),
     "half a character": Reply(body=completion("\ud83d")),
 }
 
@@ -167,6 +169,7 @@ FATAL = {
     "knows no such model": Reply(status=404, body=error("no model", code="model_not_found")),
     "no such model or address": Reply(status=404, body=b"404 page not found"),
     "405": Reply(status=405, body=b""),
+    r"address \(302": Reply(status=302, body=b""),
     "no quota left": Reply(status=429, body=error("You exceeded your quota", code="insufficient_quota")),
     r"quota left \(402": Reply(status=402, body=error("Insufficient Balance")),
     "asks to wait for 3,600 s": Reply(status=429, body=error("daily"), headers={"Retry-After": "3600"}),
@@ -209,6 +212,13 @@ FINISHES = {
     "refused": (Reply(body=completion(None, "stop", refusal="I cannot")), Finish.refused),
     "called a tool": (Reply(body=completion(None, "tool_calls")), Finish.other),
     "empty": (Reply(body=completion(None, "stop")), Finish.stop),
+    "at the end of TGI": (Reply(body=completion("x", "eos_token")), Finish.stop),
+    "at the end of Gemini": (Reply(body=completion("x", "STOP")), Finish.stop),
+    "cut by Gemini": (Reply(body=completion("x", "MAX_TOKENS")), Finish.length),
+    "flagged by a router": (
+        Reply(status=403, body=error("requires moderation. Your input was flagged for violence")),
+        Finish.refused,
+    ),
     "filtered prompt": (Reply(status=400, body=error("no", code="content_filter")), Finish.refused),
     "too long for OpenAI": (
         Reply(status=400, body=error("x", code="context_length_exceeded")),
@@ -237,6 +247,25 @@ def test_how_an_answer_ends_is_kept(name: str) -> None:
     with endpoint(always(reply)) as server:
         (answer,) = ask(server.base_url)
     assert answer.finish is finish and server.asked["q"] == 1
+
+
+def test_the_text_of_a_message_in_parts_is_its_answer() -> None:
+    parts = [
+        {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+        {"type": "text", "text": "fox"},
+    ]
+    with endpoint(always(Reply(body=completion(parts)))) as server:
+        (answer,) = ask(server.base_url)
+    assert answer.answer == "fox"
+
+
+def test_a_web_page_instead_of_an_answer_names_the_address() -> None:
+    page = Reply(body=b"<!DOCTYPE html><title>Chat</title>", headers={"Content-Type": "text/html"})
+    with (
+        endpoint(always(page)) as server,
+        pytest.raises(QuestionFailed, match="web page: check data.*base_url"),
+    ):
+        ask(server.base_url)
 
 
 def test_a_request_that_is_refused_for_another_reason_is_not_repeated() -> None:

@@ -240,7 +240,7 @@ def test_a_source_without_a_kept_sample_is_a_warning(
     recipe = make_recipe(sources=[source, *others], on_bad_record=BadRecordPolicy.skip)
     prepare(recipe)
     first, second, third = capsys.readouterr().err.splitlines()
-    assert first == f"blockft: warning: every sample of {bad} was dropped (bad record: 1)"
+    assert first.startswith(f"blockft: warning: every sample of {bad} was dropped (bad record: 1): correct")
     assert second == f"blockft: warning: {blank} holds no samples"
     assert re.fullmatch(
         rf"blockft: warning: every sample of {long} was dropped \(too long: 1; the shortest has [\d,]+ "

@@ -195,6 +195,18 @@ def test_the_teacher_is_told_what_to_write_without_an_answer(
     assert entry(out)["kept"] == 11 and "Not found" not in str(samples_of(out))
 
 
+MARKED = ["<thinking>A fox?</thinking> The fox", "[THINK]A fox?[/THINK]The fox", "A fox?</seed:think>The fox"]
+
+
+@pytest.mark.parametrize("text", MARKED)
+def test_reasoning_in_the_marks_of_other_models_is_dropped(
+    make_recipe: Make, source: Source, server: Server, text: str
+) -> None:
+    server.respond = lambda _, before: Reply(body=completion(text))
+    with pytest.raises(UserError, match=r"contains its reasoning: 12\): turn it off"):
+        prepare(make_recipe(sources=[source], teacher=teacher(server)))
+
+
 DROPS = {
     "teacher answer is empty": Reply(body=completion(" \n")),
     "teacher answer contains its reasoning": Reply(body=completion("<think>A fox?</think> The fox")),
