@@ -106,6 +106,7 @@ def _store_shard(
     with (part.folder / name).open("wb") as file:
         while frame is not None:
             file.write(frame.data)
+            file.flush()  # on a full disk, closing an abandoned generator would fail, and print a traceback
             sizes.append([frame.raw_bytes, frame.num_samples, len(frame.data)])
             num_samples += frame.num_samples
             yield frame

@@ -354,11 +354,7 @@ def parse_completion(content: bytes, key: str) -> TeacherAnswer:
     try:
         response = json.loads(content)
     except (ValueError, RecursionError) as error:
-        text = content.decode("utf-8", "replace").strip()
-        problem = f"is not JSON: {text}" if text else "is empty"
-        if text[:9].lower().startswith(("<!doctype", "<html")):  # of a chat, a login, a proxy
-            problem = "is a web page: check data.teacher.base_url, which mostly ends in /v1"
-        raise InvalidCompletion(f"the response {problem}") from error
+        raise InvalidCompletion(_describe_content(content)) from error
     if not isinstance(response, dict):
         raise InvalidCompletion("the response is not a JSON object")
     choices = response.get("choices")
@@ -381,6 +377,14 @@ def parse_completion(content: bytes, key: str) -> TeacherAnswer:
         prompt_tokens=_parse_count(usage, "prompt_tokens"),
         answer_tokens=_parse_count(usage, "completion_tokens"),
     )
+
+
+def _describe_content(content: bytes) -> str:
+    """Return what a response is that is not JSON."""
+    text = content.decode("utf-8", "replace").strip()
+    if text[:9].lower().startswith(("<!doctype", "<html")):  # of a chat, a login, a proxy
+        return "the response is a web page: check data.teacher.base_url, which mostly ends in /v1"
+    return f"the response is not JSON: {text}" if text else "the response is empty"
 
 
 def _join_parts(content: str | list[Any]) -> str:
