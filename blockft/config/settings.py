@@ -315,6 +315,12 @@ class ColumnSettings(Settings):
             raise _rule(f"has {wrong[0]}, which does not go with {kind}")
         if kind == "prompt" and not self.completion:
             raise _rule("has a prompt and no completion: name the field of the answer")
+        for name in ("score", "supporting", "supporting_indices"):
+            if getattr(self, name) and not self.documents:
+                raise _rule(
+                    f"has {name} and no documents of the records; of a corpus, the documents that contain an "
+                    "answer support it"
+                )
         marks = ("supporting", "supporting_indices", "supporting_contains_answer")
         if len(given := [name for name in marks if getattr(self, name)]) > 1:
             raise _rule(f"has {given[0]} and {given[1]}, it should have one of them")

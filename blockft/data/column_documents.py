@@ -29,6 +29,8 @@ _WRITTEN_ARRAY = re.compile(
 )
 """The text of a list or an object that neither JSON nor Python can read, as str() of NumPy arrays is."""
 
+_LIST_RULE = "be a list, and is the text of one: name it {}[], which reads such a text"
+
 TRUE_TEXTS, FALSE_TEXTS = ("1", "true"), ("0", "false")
 """Texts in lower case that tables hold for true and false."""
 
@@ -118,8 +120,7 @@ def refuse_written_value(value: Any, path: str, inner: Sequence[str]) -> None:
     rule = "be a list, and is the text of one of NumPy or pandas: save the table as parquet or JSON lines"
     check_field(not is_array, f"field {path!r}", value, rule)
     has_texts = is_list(decoded) and not all(map(is_number, decoded or ()))
-    rule = f"be a list, and is the text of one: name it {path}[], which reads such a text"
-    check_field(not has_texts, f"field {path!r}", value, rule)
+    check_field(not has_texts, f"field {path!r}", value, _LIST_RULE.format(path))
     known = [name for name in inner if isinstance(decoded, Mapping) and name in decoded]
     rule = f"be a text, and is that of an object: name a field inside it, such as {path}.{''.join(known[:1])}"
     check_field(not known, f"field {path!r}", value, rule)
@@ -296,6 +297,10 @@ def _score(value: Any, path: str) -> float | None:
 
 def _cited(columns: Columns, record: Mapping[str, Any]) -> list[Any] | None:
     """Return the indices, titles or texts of the documents that support the answer; None if unknown."""
+    for path in filter(None, (columns.supporting, columns.supporting_indices)):
+        text = find_value(record, path)
+        is_list_text = isinstance(text, str) and is_list(decode_container(text))
+        check_field(not is_list_text, f"field {path!r}", text, _LIST_RULE.format(path))
     if columns.supporting_indices:
         value = find_value(record, columns.supporting_indices)
         if value in (None, MISSING):
@@ -320,8 +325,10 @@ def _cited_titles(value: Any) -> list[Any]:
 
 
 def _index(value: Any, path: str) -> int:
-    if isinstance(value, str) and value.strip().isdecimal():
-        value = int(value)
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*([0-9]{1,9})(\.0*)?\s*", value)):
+        value = int(match[1])
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # pandas writes whole numbers with gaps so
     check_field(type(value) is int, f"field {path!r}", value, "hold numbers of documents")
     return int(value)
 

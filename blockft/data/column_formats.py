@@ -1,5 +1,6 @@
 """Questions and chats of records with any fields, which a mapping names (`columns`)."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -33,6 +34,9 @@ from blockft.data.sample import (
 
 ANSWER_FIELDS = ("text", "texts", "value", "answer", "answers", "spans", "aliases", "input_text")
 """Fields by which the text of an object of answers is recognized, such as that of SQuAD in a table."""
+
+_WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']\s*:""")
+"""Start of the text of a list of messages."""
 
 
 def expand_questions(columns: Columns, records: Iterator[PlacedRecord]) -> Iterator[PlacedRecord]:
@@ -113,7 +117,9 @@ def parse_chat(columns: Columns, record: Any, default_id: str) -> Iterator[Sampl
     check_field(isinstance(record, Mapping), "the record", record, "be a JSON object")
     for name in ("label", "kto_tag"):
         rule = "be true or absent: the labels of preference data cannot be learned"
-        check_field(record.get(name) is not False, f"field {name!r}", False, rule)
+        label = record.get(name)
+        is_false = label is False or isinstance(label, str) and label.strip().lower() == "false"
+        check_field(not is_false, f"field {name!r}", label, rule)
     if columns.messages:
         turns = _messages(record, "messages", columns.messages)
     else:
@@ -130,6 +136,8 @@ def _prompt_turns(columns: Columns, record: Mapping[str, Any]) -> list[Turn]:
     if len(values) == 1 and is_list(values[0][1]):
         turns = _messages(record, "prompt", values[0][0])
         return [replace(turn, is_learned=False) for turn in turns]
+    for path, value in values:
+        _refuse_written_messages(value, path)
     texts = [
         parse_scalar(value, path, may_be_blank=True) for path, value in values if value not in (None, MISSING)
     ]
@@ -144,9 +152,20 @@ def _completion_turns(columns: Columns, record: Mapping[str, Any]) -> list[Turn]
         raise missing_field_error("completion", columns.completion, record)
     if is_list(value):
         return _messages(record, "completion", columns.completion)
+    _refuse_written_messages(value, columns.completion)
     text = parse_scalar(value, columns.completion)
     # raw completions begin with the space after their prompt, which a chat template replaces
     return [Turn(role="assistant", text=text.strip(), path=columns.completion)]
+
+
+def _refuse_written_messages(value: Any, path: str) -> None:
+    """Check that a text is not the written form of a list of messages; any other JSON may be a text.
+
+    Raises:
+        RecordError: it is such a text.
+    """
+    if isinstance(value, str) and _WRITTEN_MESSAGES.match(value):
+        refuse_written_value(value, path, ())
 
 
 def _messages(record: Mapping[str, Any], column: str, path: str) -> list[Turn]:

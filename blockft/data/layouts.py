@@ -355,6 +355,7 @@ def _guess_chats(record: Mapping[str, Any]) -> Iterator[Mapped]:
     completion = next((names[n] for n in COMPLETION_NAMES if n in names and names[n] != prompt), None)
     if prompt and completion:
         yield {"prompt": prompt, "completion": completion, **system}
+        yield {"prompt": _as_list(record, prompt), "completion": _as_list(record, completion), **system}
 
 
 def _as_list(record: Mapping[str, Any], path: str) -> str:

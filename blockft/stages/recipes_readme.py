@@ -84,10 +84,11 @@ _FIELDS = """\
 
 * A field that is null counts as absent. Ids may be whole numbers. A key that occurs twice in an object makes
   the record bad.
-* A field that changes the meaning of a record is applied, or refused by name. This holds in every format for
-  preference labels (`chosen`, `rejected`, `kto_tag`, `label: false`), images, sound and video, tools and
-  their calls, thoughts (`reasoning_content`, `thinking`), weights of records, and masks. An empty field of
-  this kind has no effect.
+* A field that changes the meaning of a record is applied, or refused by name. This holds in every format but
+  `columns` for preference labels (`chosen`, `rejected`, `kto_tag`, `label: false`), images, sound and video,
+  tools and their calls, thoughts (`reasoning_content`, `thinking`), weights of records, and masks. An empty
+  field of this kind has no effect. `columns` holds to it inside messages, and for `kto_tag: false` and
+  `label: false` beside a chat.
 * A field that its format does not know has no effect. The manifest counts the records with the field
   (`unknown_fields`), and `prepare`, `eval`, `generate` and `cache build` warn of the field once. Another
   spelling of a known name, such as `systemPrompt` for `system_prompt`, is refused. The fields

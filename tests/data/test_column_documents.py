@@ -82,6 +82,11 @@ def test_nan_is_no_document() -> None:
     assert documents(record, title="titles") == [("t", "1"), ("", "2")]
 
 
+@pytest.mark.parametrize("number", [1, 1.0, "1", "1.0"])
+def test_numbers_of_documents_are_whole_in_any_form(number: Any) -> None:
+    assert supporting({"docs": ["1", "2"], "n": number}, supporting_indices="n") == (["2"], "")
+
+
 def test_pairs_of_a_title_and_sentences_are_documents() -> None:
     record = {"docs": [["t", ["1 ", " 2"]], ["u", ["3"]]], "facts": [["u", 0]]}
     assert documents(record) == [("t", "1 2"), ("u", "3")]
@@ -134,6 +139,9 @@ def test_sentences_of_a_document_are_joined() -> None:
             "true or false for every document, or titles",
         ),
         ({"docs": ["1"], "n": ["x"]}, {"supporting_indices": "n"}, "hold numbers of documents"),
+        ({"docs": ["1"], "n": [0.5]}, {"supporting_indices": "n"}, "hold numbers of documents"),
+        ({"docs": ["1"], "n": "[0]"}, {"supporting_indices": "n"}, r"name it n\[\]"),
+        ({"docs": ["1"], "ok": "[True]"}, {"supporting": "ok"}, r"name it ok\[\]"),
         (
             {"docs": ["1"], "n": [1]},
             {"supporting_indices": "n"},

@@ -273,6 +273,10 @@ def test_only_the_completion_is_learned() -> None:
         ({"p": "Hi", "c": ["Hey"]}, r"field 'c\[0\]' is 'Hey', it should be \{"),
         ({"p": MESSAGES[:2], "c": "Hey"}, "turns alternate"),
         ({"p": "Hi", "c": "Hey", "label": False}, "labels of preference data cannot be learned"),
+        ({"p": "Hi", "c": "Hey", "label": "False"}, "labels of preference data cannot be learned"),
+        ({"p": '[{"role": "user", "content": "Hi"}]', "c": "Hey"}, r"is the text of one: name it p\[\]"),
+        ({"p": "Hi", "c": "[{'content': 'Hey', 'role': 'assistant'}]"}, r"name it c\[\]"),
+        ({"p": "Hi", "c": "[{'role': 'a'}\n {'role': 'b'}]"}, "text of one of NumPy or pandas"),
         ({"p": "Hi", "c": "Hey", "kto_tag": False}, "labels of preference data"),
         (
             {"p": "Hi", "c": [MESSAGES[1] | {"tool_calls": [1]}]},

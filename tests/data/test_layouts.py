@@ -407,6 +407,13 @@ OTHERS: list[tuple[dict[str, Any], str]] = [
         {"system_prompt": "s", "question": "Hi", "response": "Hey"},
         "{prompt: question, completion: response, system: system_prompt}",
     ),
+    (
+        {
+            "prompt": '[{"role": "user", "content": "Hi"}]',
+            "completion": '[{"role": "assistant", "content": "a"}]',
+        },
+        '{prompt: "prompt[]", completion: "completion[]"}',
+    ),
     ({"a": 1}, ""),
     ({"question": "q?"}, ""),
     ({"question": "q?", "answer": "a", "context": ["a", ["b"]]}, ""),
