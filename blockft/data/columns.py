@@ -64,6 +64,16 @@ class Columns:
         return frozenset(first_step(path) for _, path in self.paths)
 
 
+def build_columns(mapping: Mapping[str, Any]) -> Columns:
+    """Return the columns of a mapping as a recipe writes it: a text or a list of texts for each part."""
+    several = {f.name for f in fields(Columns) if isinstance(f.default, tuple)}
+    values: dict[str, Any] = {
+        name: ((value,) if isinstance(value, str) else tuple(value)) if name in several else value
+        for name, value in mapping.items()
+    }
+    return Columns(**values)
+
+
 def unread_fields(columns: Columns, record: Any) -> set[str]:
     """Return the fields of a record that no path reads."""
     if not isinstance(record, Mapping):

@@ -3,13 +3,13 @@
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
 from blockft.data.column_formats import ANSWER_FIELDS, expand_questions, parse_chat, parse_question
 from blockft.data.column_path import MISSING, decode_container, find_value, flatten, write_name
-from blockft.data.columns import Columns, absent_paths
+from blockft.data.columns import Columns, absent_paths, build_columns
 from blockft.data.fields import SYSTEM_FIELDS, standard_name
 from blockft.data.sample import EVIDENCE_MARKS, RecordDropped, RecordError, is_list
 
@@ -134,9 +134,6 @@ LAYOUTS = (
 )
 """The layouts, the most specific first. A layout is recognised by the fields of a record."""
 
-MRQA_COLUMNS = "{id: qas.qid, question: qas.question, documents: context, answers: qas.answers}"
-"""The columns of MRQA, whose files begin with a header instead of a record."""
-
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(text.split())
@@ -186,20 +183,15 @@ def suggest_columns(record: Any) -> str:
     return format_columns(fitting) + (", corpus: FILE_OF_DOCUMENTS, retriever: bm25" if needs_corpus else "")
 
 
+def mrqa_columns() -> str:
+    """Return the columns of MRQA, whose files begin with a header instead of a record."""
+    return next(format_columns(layout.columns) for layout in LAYOUTS if layout.name == "MRQA")
+
+
 def format_columns(columns: Mapped) -> str:
     """Return columns as YAML in one line: `{question: query, answers: "qas[].answers"}`."""
-    names = sorted(columns, key=[*Columns.__dataclass_fields__].index)
+    names = sorted(columns, key=[field.name for field in fields(Columns)].index)
     return f"{{{', '.join(f'{name}: {_format_value(columns[name])}' for name in names)}}}"
-
-
-def build_columns(columns: Mapped) -> Columns:
-    """Return the mapping of columns that are written as in a recipe."""
-    several = ("documents", "title", "text", "answers", "prompt")
-    values: dict[str, Any] = {
-        name: (tuple([value] if isinstance(value, str) else value)) if name in several else value
-        for name, value in columns.items()
-    }
-    return Columns(**values)
 
 
 def _format_value(value: str | list[str]) -> str:

@@ -22,7 +22,7 @@ from blockft.data.document_pool import DocumentPool
 from blockft.data.fields import MAX_UNKNOWN_FIELDS, OTHER_FIELDS, FieldTable
 from blockft.data.files import RECORD_SUFFIXES, find_files, without_compression_suffix
 from blockft.data.json_stream import decoding_problem
-from blockft.data.layouts import MRQA_COLUMNS, suggest_columns
+from blockft.data.layouts import mrqa_columns, suggest_columns
 from blockft.data.qa_formats import Question
 from blockft.data.rag_prompt import RagPrompt
 from blockft.data.records import PlacedRecord, read_file, read_hub
@@ -604,7 +604,7 @@ def _format_hint(record: Any, format: str, columns: Columns | None, *, is_first:
         if scores[best]:
             return f"; it looks like the format {best} ({where})"
         if is_first and is_header(record):
-            return f"; it is the header of a file of MRQA: format: columns, columns: {MRQA_COLUMNS}"
+            return f"; it is the header of a file of MRQA: format: columns, columns: {mrqa_columns()}"
         if suggestion := suggest_columns(record):
             fields_of_record = describe_fields(record)
             return f"{fields_of_record}; this would fit: format: columns, columns: {suggestion}"

@@ -1,10 +1,8 @@
 """What the settings of a source say about its records: their columns, and whether they are questions."""
 
-from typing import Any
-
 from blockft.config.choices import Format
 from blockft.config.settings import Source
-from blockft.data.columns import Columns
+from blockft.data.columns import Columns, build_columns
 from blockft.data.sources import source_format
 from blockft.data.split import SPLIT_FORMATS
 
@@ -23,6 +21,4 @@ def source_columns(source: Source) -> Columns | None:
     """Return the mapping of the columns of a source as the reader takes it."""
     if source.columns is None:
         return None
-    given = source.columns.model_dump(exclude_none=True)
-    paths: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
-    return Columns(**paths)
+    return build_columns(source.columns.model_dump(exclude_none=True))

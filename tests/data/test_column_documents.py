@@ -3,8 +3,7 @@ from typing import Any
 import pytest
 
 from blockft.data.column_documents import parse_documents
-from blockft.data.columns import Columns
-from blockft.data.layouts import build_columns
+from blockft.data.columns import Columns, build_columns
 from blockft.data.qa_formats import PART_OF_EVIDENCE
 from blockft.data.sample import NO_EVIDENCE, RecordError
 

@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 
 from blockft.data.column_formats import parse_chat, parse_question
-from blockft.data.columns import Columns, absent_paths, unread_fields
-from blockft.data.layouts import build_columns
+from blockft.data.columns import Columns, absent_paths, build_columns, unread_fields
 from blockft.data.rag_prompt import RagPrompt
 from blockft.data.sample import RecordDropped, RecordError, Sample
 from blockft.data.sources import RecordCounts, read_samples

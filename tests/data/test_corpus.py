@@ -5,9 +5,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from blockft.data.columns import Columns
+from blockft.data.columns import Columns, build_columns
 from blockft.data.corpus import read_corpus
-from blockft.data.layouts import build_columns
 from blockft.data.rag_prompt import RagPrompt
 from blockft.data.sample import Sample
 from blockft.data.sources import RecordCounts, read_samples
