@@ -1,4 +1,4 @@
-"""What to change where rows have much padding, or where many records are dropped."""
+"""What to change: rows with much padding, many dropped records, samples of the evaluation in training."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from blockft.data.retrieval import NOT_RETRIEVED
 from blockft.data.sample import NO_EVIDENCE
 from blockft.data.squad import NO_SPAN, OTHER_DOCUMENT
 from blockft.data.teacher_response import REMEDIES as TEACHER_REMEDIES
+from blockft.inputs import shorten
 
 MIN_FILL = 0.9
 """Rows that are filled less give a warning."""
@@ -34,6 +35,9 @@ KEPT_SHARE = 0.95
 
 MAX_PLANNED = 10_000
 """Number of items whose packing is tried with other row lengths."""
+
+MAX_ID_LEN = 60
+"""Number of characters of an id that a warning shows."""
 
 _EVIDENCE = "use data whose records hold the documents with the answer, or add them to the records"
 
@@ -224,3 +228,27 @@ def list_warnings(manifest: Mapping[str, Any], lengths: NDArray[np.int64], fill:
     """
     warnings = [fill_advice(lengths, fill)]
     return [*filter(None, warnings), *(str(drop) for drop in list_drops(manifest) if drop.is_large)]
+
+
+# --- leaks
+
+
+def list_leak_warnings(leaks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield one sentence for each pair of a training and an evaluation source that have samples in common.
+
+    leaks: the entry `leaks` of the manifest.
+    """
+    for index, evaluation in enumerate(leaks):
+        for found in evaluation["found"]:
+            counts = {"question": found["questions"], "set of documents": found["documents"]}
+            shared = " and ".join(f"the {name} of {count:,}" for name, count in counts.items() if count)
+            examples = ", ".join(
+                f"{shorten(example['evaluation'], MAX_ID_LEN)} and {shorten(example['training'], MAX_ID_LEN)}"
+                for example in found["examples"]
+            )
+            yield (
+                f"data.sources.{found['training_source']} ({found['path']}) has samples of "
+                f"eval.sources.{index} ({evaluation['path']}): {shared} of its {evaluation['samples']:,} "
+                f"questions (ids in evaluation and training: {examples}): scores may be too high; take other "
+                "samples with split, skip_samples or max_samples"
+            )

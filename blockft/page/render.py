@@ -21,6 +21,7 @@ from blockft.data.advice import (
     RowFill,
     list_drops,
     list_item_lengths,
+    list_leak_warnings,
     list_warnings,
     try_row_lengths,
 )
@@ -138,7 +139,7 @@ def build_page(prepared: PreparedData, examples: Sequence[ExampleView], *, name:
         manifest=manifest,
         sources=_view_sources(prepared),
         drops=sorted(list_drops(manifest), key=lambda drop: not drop.is_large),
-        warnings=[*list_warnings(manifest, lengths, fill), *_leak_warnings(manifest)],
+        warnings=[*list_warnings(manifest, lengths, fill), *list_leak_warnings(manifest["leaks"])],
         mixture=mixture,
         charts=_build_charts(prepared, rows.count_tokens(lengths)),
         fill=fill,
@@ -169,18 +170,6 @@ def _view_sources(prepared: PreparedData) -> list[SourceView]:
         for i, (entry, options) in enumerate(
             zip(manifest["sources"], manifest["options"]["sources"], strict=True)
         )
-    ]
-
-
-def _leak_warnings(manifest: Mapping[str, Any]) -> list[str]:
-    """Return one sentence for each evaluation source that shares samples with a training source."""
-    return [
-        f"{found['path']} has samples of the evaluation data {entry['path']}: the question of "
-        f"{found['questions']:,} and the set of documents of {found['documents']:,} of its "
-        f"{format_count(entry['samples'], 'question')}; take other samples with split, skip_samples or "
-        "max_samples"
-        for entry in manifest["leaks"]
-        for found in entry["found"]
     ]
 
 

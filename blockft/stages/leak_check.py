@@ -4,16 +4,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from blockft.config.settings import Recipe, Source
-from blockft.data.leaks import Hashes, Leak, LeakFinder, hash_sample, to_hashes
+from blockft.data.advice import list_leak_warnings
+from blockft.data.leaks import Hashes, LeakFinder, hash_sample, to_hashes
 from blockft.data.sample import Sample
 from blockft.data.sources import RecordCounts
 from blockft.errors import UserError, first_line, warn
 from blockft.progress import progress
 from blockft.stages.source_settings import read_source, take_in_turn
 from blockft.units import format_count
-
-MAX_ID_LEN = 60
-"""Number of characters of an id that a warning shows."""
 
 
 class LeakCheck:
@@ -36,14 +34,14 @@ class LeakCheck:
 
     def warn(self) -> None:
         """Print one warning for each pair of sources that have samples in common."""
-        for leak in self._finder.leaks():
-            warn(self._describe(leak))
+        for warning in list_leak_warnings(self._leaks_record()):
+            warn(warning)
 
     def to_record(self) -> dict[str, Any]:
         """Return the manifest's entries `leaks` and `duplicates`."""
         num_questions, num_samples = self._finder.count_duplicates()
         return {
-            "leaks": [self._evaluation_record(index, source) for index, source in enumerate(self._sources)],
+            "leaks": self._leaks_record(),
             # training samples whose question, or whose question and documents, an earlier sample has as well
             "duplicates": {"questions": num_questions, "questions_and_documents": num_samples},
         }
@@ -76,6 +74,9 @@ class LeakCheck:
             after = f" after {format_count(num_read, 'question')}" if num_read else ""
             warn(f"eval.sources.{index} is not compared with the training data{after}: {error}")
 
+    def _leaks_record(self) -> list[dict[str, Any]]:
+        return [self._evaluation_record(index, source) for index, source in enumerate(self._sources)]
+
     def _evaluation_record(self, index: int, source: Source) -> dict[str, Any]:
         ids, _ = self._evaluation[index]
         record: dict[str, Any] = {"path": source.path, "format": source.format.value, "samples": len(ids)}
@@ -93,20 +94,3 @@ class LeakCheck:
             if leak.evaluation_source == index
         ]
         return record
-
-    def _describe(self, leak: Leak) -> str:
-        ids, _ = self._evaluation[leak.evaluation_source]
-        evaluation, training = self._sources[leak.evaluation_source], leak.training_source
-        examples = ", ".join(" and ".join(map(_shorten, pair)) for pair in leak.examples)
-        counts = {"question": leak.num_questions, "set of documents": leak.num_documents}
-        shared = " and ".join(f"the {name} of {count:,}" for name, count in counts.items() if count)
-        return (
-            f"data.sources.{training} ({self._recipe.data.sources[training].path}) has samples of "
-            f"eval.sources.{leak.evaluation_source} ({evaluation.path}): {shared} of its {len(ids):,} "
-            f"questions (ids in evaluation and training: {examples}): scores may be too high; take other "
-            "samples with split, skip_samples or max_samples"
-        )
-
-
-def _shorten(id: str) -> str:
-    return id if len(id) <= MAX_ID_LEN else f"{id[:MAX_ID_LEN]}..."
