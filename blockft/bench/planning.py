@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from blockft.data.advice import RowFill
 from blockft.data.encoder import Example
 from blockft.data.prepared import (
     SHARD_SAMPLES,
@@ -55,13 +56,14 @@ def measure_planning(num_examples: int = 100_000, *, num_epochs: int = 3) -> dic
         )
         batch_tokens = rows.list_batch_tokens()
         planned = time.perf_counter()
+    epoch = rows.epochs[0]
     return {
         "examples": num_examples,
         "held_out": len(held_out),
         "epochs": num_epochs,
         "rows": len(rows),
         "tokens": sum(batch_tokens),
-        "fill": rows.fill,
+        "fill": RowFill.of_rows(epoch.rows, epoch.lengths, ROW_LEN).fill,
         "digest_seconds": verified - start,
         "seconds": planned - verified,
     }

@@ -99,11 +99,6 @@ def plan_rows(lengths: ArrayLike, row_len: int, seed: int, epoch: int) -> Packed
     return PackedRows(items[by_row], np.concatenate([[0], np.cumsum(counts)]))
 
 
-def fill_ratio(rows: PackedRows, lengths: ArrayLike, row_len: int) -> float:
-    """Return the share of the rows' tokens that are not padding, 0 to 1."""
-    return int(rows.count_tokens(lengths).sum()) / max(1, len(rows) * row_len)
-
-
 def _best_fit(lengths: Sequence[int], row_len: int) -> list[int]:
     """Return the row of each item. Lengths decrease; each item goes into the row with the least room for it.
 

@@ -38,8 +38,10 @@ def print_dry_run(recipe: Recipe, num_processes: int, *, resume: bool = False) -
     )
     if num_teacher:
         parameters += f"; {num_teacher:,} of the teacher"
-    batch_rows, num_rows = recipe.train.batch_rows, len(rows.epochs[0].rows)
-    is_padded = len(rows.epochs[0].rows[-1]) == 0
+    epoch = rows.epochs[0]
+    fill = RowFill.of_rows(epoch.rows, epoch.lengths, recipe.data.row_len)
+    batch_rows, num_rows = recipe.train.batch_rows, len(epoch.rows)
+    is_padded = len(epoch.rows[-1]) == 0
     padding = "" if not is_padded else f", padded to a multiple of train.batch_rows {batch_rows}"
     table = Table("quantity", "value", title="dry run: nothing is written")
     for quantity, value in {
@@ -47,7 +49,7 @@ def print_dry_run(recipe: Recipe, num_processes: int, *, resume: bool = False) -
         "tokens per epoch": f"{rows.num_tokens:,}",
         **_describe_sources(plan),
         "label tokens per epoch": f"{rows.num_labels:,} ({rows.num_labels / rows.num_tokens:.1%})",
-        f"rows of {recipe.data.row_len:,} tokens": f"{num_rows:,} per epoch{padding}, {rows.fill:.1%} filled",
+        f"rows of {recipe.data.row_len:,} tokens": f"{num_rows:,} per epoch{padding}, {fill.fill:.1%} filled",
         "optimizer steps": f"{plan.num_steps:,} of {format_count(batch_rows, 'row')}",
         "parameters": parameters,
         "attention backend": plan.backend,
@@ -57,8 +59,6 @@ def print_dry_run(recipe: Recipe, num_processes: int, *, resume: bool = False) -
     }.items():
         table.add_row(quantity, value)
     PlainConsole().print(table)
-    epoch = rows.epochs[0]
-    fill = RowFill.of_rows(epoch.rows, epoch.lengths, recipe.data.row_len)
     for warning in list_warnings(plan.manifest, epoch.lengths, fill):
         warn(warning)
 

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from blockft.data.collate import collate_row
 from blockft.data.encoder import Example
 from blockft.data.mixture import Mixture
-from blockft.data.packing import PackedRows, fill_ratio, list_example_modes, plan_rows
+from blockft.data.packing import PackedRows, list_example_modes, plan_rows
 from blockft.data.prepared import ExampleColumns
 
 
@@ -121,12 +121,6 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
         num_items = np.bincount(sources, minlength=num_sources)
         num_tokens = np.bincount(sources, weights=epoch.lengths, minlength=num_sources)
         return [(int(items), int(tokens)) for items, tokens in zip(num_items, num_tokens, strict=True)]
-
-    @property
-    def fill(self) -> float:
-        """Share of the tokens of the first epoch's rows that are not padding."""
-        epoch = self.epochs[0]
-        return fill_ratio(epoch.rows, epoch.lengths, self._row_len)
 
     def list_batch_tokens(self) -> list[int]:
         """Return the number of tokens of each batch, padding excluded, in training order."""

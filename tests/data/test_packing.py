@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockft.data import packing
-from blockft.data.packing import PACKING_WINDOW, PackedRows, fill_ratio, list_example_modes, plan_rows
+from blockft.data.advice import RowFill
+from blockft.data.packing import PACKING_WINDOW, PackedRows, list_example_modes, plan_rows
 
 
 def lengths(number: int, longest: int) -> list[int]:
@@ -63,8 +64,8 @@ def test_every_item_is_in_one_row_and_no_row_is_too_long(number: int) -> None:
 
 def test_rows_are_well_filled() -> None:
     items = lengths(5000, 400)
-    assert fill_ratio(plan_rows(items, 1024, seed=1, epoch=0), items, 1024) > 0.98
-    assert fill_ratio(plan_rows([], 8, seed=0, epoch=0), [], 8) == 0
+    assert RowFill.of_rows(plan_rows(items, 1024, seed=1, epoch=0), items, 1024).fill > 0.98
+    assert RowFill.of_rows(plan_rows([], 8, seed=0, epoch=0), [], 8).fill == 0
 
 
 def test_an_item_that_fills_a_row_is_alone() -> None:
