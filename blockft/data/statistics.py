@@ -109,10 +109,10 @@ class SourceStatistics(RecordCounts):
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "SourceStatistics":
-        """Return the counts that `to_record` gave."""
+        """Return the counts that `to_record` gave. `merge` does not change the record."""
         counters: dict[str, Any] = {name: Counter(record[name]) for name in ("dropped", "unknown_fields")}
         counters["too_long_lengths"] = _parse_histogram(record["too_long_lengths"])
-        return cls(**{**record, **counters})
+        return cls(**{**record, **counters, "drop_examples": {**record["drop_examples"]}})
 
 
 def _round_length(length: int) -> int:

@@ -245,6 +245,19 @@ def test_an_answer_without_a_gold_answer_is_dropped(
     assert len(samples_of(out)) == 11
 
 
+def test_what_one_source_drops_is_not_listed_for_another_one_that_reads_the_same_file(
+    make_recipe: Make, source: Source, server: Server
+) -> None:
+    server.respond = lambda text, before: Reply(body=completion("A dog"))
+    strict = source.model_copy(update={"response": Response.teacher_with_gold})
+    gold = source.model_copy(update={"response": Response.gold})
+    recipe = make_recipe(sources=[strict, gold], teacher=teacher(server))
+    contents = [files(prepare(recipe, overwrite=True)) for _ in range(2)]
+    assert contents[0] == contents[1]
+    manifest = json.loads(contents[0]["manifest.json"])
+    assert [bool(entry["drop_examples"]) for entry in manifest["sources"]] == [True, False]
+
+
 def test_a_question_that_fails_stops_or_is_skipped_and_asked_again(
     make_recipe: Make, source: Source, server: Server
 ) -> None:
