@@ -76,7 +76,8 @@ def prepare(
 ) -> None:
     """Read the sources, split them into blocks and tokenize them.
 
-    Writes the folder data.output_dir with samples, examples and a manifest.
+    Writes the folder data.output_dir with samples, examples and a manifest. The same command continues after
+    an interruption, and repeats no work for sources that did not change.
 
     \b
     Examples:

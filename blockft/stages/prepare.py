@@ -8,14 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from blockft.config.settings import DataSettings, Recipe, Source
 from blockft.data.advice import drop_remedy
 from blockft.data.encode_part import read_hashes, shards_with_examples
 from blockft.data.part_cache import link_or_copy, remove_empty_parts, remove_other_parts, remove_part
 from blockft.data.prepared import Examples, find_foreign_file, finish_folder, shard_files
-from blockft.data.statistics import ExampleStatistics, SourceStatistics, histogram
+from blockft.data.statistics import ExampleStatistics, SourceStatistics
 from blockft.data.tokenizer import tokenizer_fingerprint
 from blockft.digest import FileDigest, list_files
 from blockft.errors import UserError, check_type, warn
@@ -24,6 +23,7 @@ from blockft.inputs import check_folder
 from blockft.model.load import load_tokenizer
 from blockft.outputs import LockedFolder, atomic_folder, check_absent, write_errors
 from blockft.stages.leak_check import LeakCheck
+from blockft.stages.manifest import build_manifest
 from blockft.stages.mixture_settings import describe_mixture, mixture_of
 from blockft.stages.output_folder import check_output_place, lock_output, source_inputs
 from blockft.stages.source_kind import holds_questions
@@ -35,17 +35,16 @@ from blockft.stages.source_settings import (
     warn_of_unknown_fields,
 )
 from blockft.stages.teacher_answers import ask_teacher
-from blockft.stages.teacher_settings import check_teacher, teacher_options
-
-NOT_IN_MANIFEST = ("output_dir", "cache_dir", "num_workers", "positions")
-"""Settings of `data` that change nothing in the prepared folder, so that its bytes do not depend on them."""
+from blockft.stages.teacher_settings import check_teacher
 
 
 def prepare(recipe: Recipe, *, overwrite: bool = False) -> Path:
     """Read `data.sources`, tokenize them and write the prepared folder `data.output_dir`.
 
-    The folder appears only when it is complete. The time of the run is appended to the file FOLDER.log beside
-    it. A source without a single kept sample gives a warning.
+    The folder appears only when it is complete. What was read and encoded before an interruption, or by an
+    earlier run, is taken from the part cache `data.cache_dir`. The time of the run is appended to the file
+    FOLDER.log beside the folder. A source without a single kept sample gives a warning, and so does a source
+    that has samples of `eval.sources`.
 
     overwrite: replace a prepared folder that exists.
 
@@ -86,7 +85,7 @@ def _prepare(recipe: Recipe, out: LockedFolder, overwrite: bool) -> Path:
             raise UserError(f"no example to train on: {_nothing_kept_message(data, data.sources, counts)}")
         with atomic_folder(out) as folder:
             num_shards, files = _link_shards(folder, parts, len(data.sources))
-            manifest = _manifest(recipe, tokenizer_fingerprint(tokenizer), counts, statistics)
+            manifest = build_manifest(recipe, tokenizer_fingerprint(tokenizer), counts, statistics)
             manifest |= leak_check.to_record()
             examples = Examples(folder, num_shards)
             counts_by_source = describe_mixture(mixture_of(data), examples.columns)
@@ -231,56 +230,6 @@ def _nothing_kept_message(
         f"every sample of {paths} was dropped ({reasons}; the shortest has {min(lengths):,} tokens): raise "
         f"data.row_len, which is {data.row_len:,}{', or lower data.num_documents' if has_documents else ''}"
     )
-
-
-def _manifest(
-    recipe: Recipe,
-    tokenizer: str,
-    counts: Sequence[SourceStatistics],
-    statistics: ExampleStatistics,
-) -> dict[str, Any]:
-    options = recipe.data.model_dump(mode="json")
-    for name in NOT_IN_MANIFEST:
-        del options[name]
-    if recipe.data.teacher:
-        options["teacher"] = teacher_options(recipe.data.teacher)
-    sources = zip(recipe.data.sources, counts, strict=True)
-    return {
-        "model": {"path": recipe.model.path, "revision": recipe.model.revision},
-        "tokenizer": tokenizer,
-        "options": options,
-        "sources": [_describe_source(source, count) for source, count in sources],
-        "num_samples": sum(count.kept for count in counts),
-        "num_examples": statistics.num_examples,
-        "num_tokens": statistics.num_tokens,
-        "num_labels": statistics.num_labels,
-        "blocks_per_example": histogram(statistics.num_blocks),
-        # each length is rounded up to a power of two
-        "tokens_per_example": histogram(statistics.lengths),
-    }
-
-
-def _describe_source(source: Source, count: SourceStatistics) -> dict[str, Any]:
-    return {
-        "path": source.path,
-        "format": source.format.value,
-        # whether data.prompt words the prompts
-        "has_questions": holds_questions(source),
-        "read": count.read,
-        "samples": count.samples,
-        "kept": count.kept,
-        # samples whose template markup came with the data, where texts may become added tokens
-        "templated": count.templated,
-        "tokens": count.tokens,
-        "dropped": dict(sorted(count.dropped.items())),
-        # the first records and samples that were dropped for each reason
-        "drop_examples": dict(sorted(count.drop_examples.items())),
-        # tokens of the samples that are longer than a row, rounded up, with their number
-        "too_long_lengths": {str(length): n for length, n in sorted(count.too_long_lengths.items())},
-        # fields that the format does not know, with the number of records that have them
-        "unknown_fields": dict(sorted(count.unknown_fields.items())),
-        "bad_records": [*dict.fromkeys(count.bad_records + count.mismatched_samples)],
-    }
 
 
 def _append_to_log(out: Path, seconds: float, counts: Mapping[str, int]) -> None:
