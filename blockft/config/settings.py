@@ -270,7 +270,7 @@ class ColumnSettings(Settings):
         ),
     )
     no_answer: Texts = Field(
-        default=["No Answer Present.", "CANNOTANSWER"],
+        default=["No Answer Present.", "CANNOTANSWER", "<unk>"],
         description=(
             "Texts in `answers` that say that there is no answer. A question without any other is dropped."
         ),

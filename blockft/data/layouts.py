@@ -204,11 +204,13 @@ def _format_value(value: str | list[str]) -> str:
 
 
 def _candidates(record: Mapping[str, Any]) -> Iterator[Mapped]:
-    for layout in LAYOUTS:
-        if all(_has(record, path) for path in layout.recognized_by):
-            yield dict(layout.columns)
-    questions = list(_guess_questions(record))
-    yield from questions or _guess_chats(record)
+    """Yield columns that may read a record. Those that read documents of the record stand before others."""
+    known = [layout for layout in LAYOUTS if all(_has(record, path) for path in layout.recognized_by)]
+    guessed = list(_guess_questions(record))
+    yield from (dict(layout.columns) for layout in known if not layout.corpus)
+    yield from (columns for columns in guessed if "documents" in columns)
+    yield from (dict(layout.columns) for layout in known if layout.corpus)
+    yield from guessed or _guess_chats(record)
 
 
 def _without_absent(record: Mapping[str, Any], columns: Mapped) -> Mapped:
@@ -299,8 +301,9 @@ def _guess_documents(record: Mapping[str, Any], names: Mapping[str, str]) -> Ite
         if name in names:
             yield _guess_inside(record, names[name])
     for name in (n for n in names if "positive" in n and _negative(n) in names):
-        supporting = _path_of_text(record, names[name], ("text",))
-        yield {"documents": [names[name], names[_negative(name)]], "supporting": supporting}
+        documents: Mapped = {"documents": [names[name], names[_negative(name)]]}
+        yield {**documents, "supporting": names[name]}
+        yield documents
     numbered = (re.fullmatch(r"(.*?)[0-9]+", name) for name in record if isinstance(name, str))
     for prefix in dict.fromkeys(match[1] for match in numbered if match):
         stem = standard_name(prefix).strip("_")
@@ -346,6 +349,9 @@ def _guess_chats(record: Mapping[str, Any]) -> Iterator[Mapped]:
     prompt = next((names[name] for name in PROMPT_NAMES if name in names), None)
     completion = next((names[n] for n in COMPLETION_NAMES if n in names and names[n] != prompt), None)
     if prompt and completion:
+        if {"instruction", "input"} <= names.keys():
+            prompts = [names["instruction"], names["input"]]
+            yield {"prompt": prompts, "completion": completion, **system}
         yield {"prompt": prompt, "completion": completion, **system}
         yield {"prompt": _as_list(record, prompt), "completion": _as_list(record, completion), **system}
 

@@ -65,8 +65,8 @@ can guess them. These columns read public layouts:
 
 _COLUMN_RULES = """\
 * The rules of the other questions hold: a question without answers, or whose documents are known not to
-  support the answer, is not trained. `supporting` says which documents do; without it, all may. The answer
-  `No Answer Present.` of MS MARCO is none (`no_answer`).
+  support the answer, is not trained. `supporting` says which documents do; without it, all may. Texts
+  such as `No Answer Present.` (MS MARCO) and `<unk>` (TriviaQA) are no answers (`no_answer`).
 * A retriever fills prompts up to `data.num_documents` with documents of the whole source and of the `corpus`
   that contain no answer. Questions without documents get the best documents of the corpus. Of these,
   documents that contain an answer support it. Corpus and index stay in memory.

@@ -414,6 +414,23 @@ OTHERS: list[tuple[dict[str, Any], str]] = [
         },
         '{prompt: "prompt[]", completion: "completion[]"}',
     ),
+    (
+        {
+            "query": "q?",
+            "answers": ["a"],
+            "positive_passages": [{"text": "a"}],
+            "negative_passages": [{"text": "b"}],
+        },
+        "{question: query, documents: [positive_passages, negative_passages], answers: answers}",
+    ),
+    (
+        {"question": "q?", "golden_answers": ["a"], "retrieval_result": [{"content": "a"}]},
+        "{question: question, documents: retrieval_result, text: content, answers: golden_answers}",
+    ),
+    (
+        {"instruction": "i", "input": "n", "output": "a"},
+        "{prompt: [instruction, input], completion: output}",
+    ),
     ({"a": 1}, ""),
     ({"question": "q?"}, ""),
     ({"question": "q?", "answer": "a", "context": ["a", ["b"]]}, ""),
