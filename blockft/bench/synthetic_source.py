@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 NUM_DOCUMENTS = 10
-"""Number of documents of a question."""
+"""Number of documents of a question by default."""
 
 DOCUMENT_WORDS = (100, 150)
 """Fewest and most words of a document."""
@@ -62,13 +62,13 @@ _SYLLABLES = (
 _ENDINGS = "n r s t l d m ng st rd nd ck ll th ed er ing ly on"
 
 
-def write_source(path: Path, num_samples: int, seed: int) -> None:
+def write_source(path: Path, num_samples: int, seed: int, num_documents: int = NUM_DOCUMENTS) -> None:
     """Write a file of JSON lines with `num_samples` records."""
     with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records(num_samples, seed))
+        file.writelines(json.dumps(record) + "\n" for record in records(num_samples, seed, num_documents))
 
 
-def records(num_samples: int, seed: int) -> Iterator[dict[str, Any]]:
+def records(num_samples: int, seed: int, num_documents: int = NUM_DOCUMENTS) -> Iterator[dict[str, Any]]:
     """Yield records of the format `fid`. The answer stands in one of the documents."""
     rng = np.random.default_rng(seed)
     words = _invent_words()
@@ -76,8 +76,8 @@ def records(num_samples: int, seed: int) -> Iterator[dict[str, Any]]:
     cumulative /= cumulative[-1]
     for start in range(0, num_samples, BATCH_RECORDS):
         num_records = min(BATCH_RECORDS, num_samples - start)
-        num_words = rng.integers(*DOCUMENT_WORDS, size=(num_records, NUM_DOCUMENTS), endpoint=True)
-        gold = rng.integers(NUM_DOCUMENTS, size=num_records)
+        num_words = rng.integers(*DOCUMENT_WORDS, size=(num_records, num_documents), endpoint=True)
+        gold = rng.integers(num_documents, size=num_records)
         drawn = np.searchsorted(cumulative, rng.random(int(num_words.sum()) + 16 * num_records))
         stream = iter(words[drawn].tolist())
         for i in range(num_records):

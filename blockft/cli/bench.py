@@ -151,6 +151,9 @@ def bench_prepare(
             min=1, max=MAX_COUNT, help="Samples for which the memory is measured. Default: 2000 and 8000."
         ),
     ] = None,
+    num_documents: Annotated[
+        int, typer.Option(min=1, max=MAX_BLOCKS, help="Documents of a sample, of about 125 words each.")
+    ] = 10,
     rounds: Annotated[int, typer.Option(min=1, max=MAX_RUNS, help="Measurements of each speed.")] = 3,
     out: Out = None,
 ) -> None:
@@ -176,6 +179,7 @@ def bench_prepare(
             model,
             num_samples=num_samples,
             memory_samples=memory_samples or (2_000, 8_000),
+            num_documents=num_documents,
             rounds=rounds,
             out=out,
         )

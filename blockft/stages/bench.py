@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from blockft.bench import agreement as agreement_benchmark
 from blockft.bench import prepare as prepare_benchmark
 from blockft.bench.planning import measure_planning
-from blockft.bench.synthetic_source import NUM_DOCUMENTS, save_tokenizer, write_source
+from blockft.bench.synthetic_source import save_tokenizer, write_source
 from blockft.config.choices import BadRecordPolicy, Response, TooLongPolicy
 from blockft.config.recipe import build_recipe
 from blockft.config.settings import Recipe
@@ -44,13 +44,20 @@ def bench_prepare(recipe: Recipe, *, rounds: int, out: Path | None) -> None:
 
 
 def bench_prepare_synthetic(
-    model: str | None, *, num_samples: int, memory_samples: Sequence[int], rounds: int, out: Path | None
+    model: str | None,
+    *,
+    num_samples: int,
+    memory_samples: Sequence[int],
+    num_documents: int,
+    rounds: int,
+    out: Path | None,
 ) -> None:
     """Measure the preparation of a synthetic source: speed, memory, growth, and planning.
 
     model: the folder or id of the tokenizer; None trains one on the source.
     num_samples: the number of samples for the speed; a quarter of them is the added source.
     memory_samples: the numbers of samples for which the memory is measured.
+    num_documents: the number of documents of a sample, of about 125 words each.
 
     Raises:
         UserError: the tokenizer cannot be loaded; `out` cannot be written.
@@ -61,8 +68,8 @@ def bench_prepare_synthetic(
     with tempfile.TemporaryDirectory(prefix="blockft-source-") as temporary:
         folder = Path(temporary)
         first, added = folder / "first.jsonl", folder / "added.jsonl"
-        write_source(first, num_samples, seed=0)
-        write_source(added, max(1, num_samples // 4), seed=1)
+        write_source(first, num_samples, 0, num_documents)
+        write_source(added, max(1, num_samples // 4), 1, num_documents)
         if model is None:
             save_tokenizer(folder / "tokenizer", first)
         recipe = _synthetic_recipe(model or str(folder / "tokenizer"), [first], folder)
@@ -72,8 +79,10 @@ def bench_prepare_synthetic(
         def measure_more() -> dict[str, Any]:
             return {
                 "tokenizer": model or "trained on the source",
-                "documents": NUM_DOCUMENTS,
-                "memory": [_measure_memory(recipe, number, folder) for number in memory_samples],
+                "documents": num_documents,
+                "memory": [
+                    _measure_memory(recipe, number, num_documents, folder) for number in memory_samples
+                ],
                 "growth": prepare_benchmark.measure_growth(
                     partial(_prepare_into, recipe),
                     partial(_prepare_into, other),
@@ -121,11 +130,11 @@ def _synthetic_recipe(model: str, sources: Sequence[Path], folder: Path) -> Reci
     return build_recipe({"model": {"path": model}, "data": settings, "train": run}, (), "the benchmark")
 
 
-def _measure_memory(recipe: Recipe, num_samples: int, folder: Path) -> dict[str, Any]:
+def _measure_memory(recipe: Recipe, num_samples: int, num_documents: int, folder: Path) -> dict[str, Any]:
     """Measure the memory of `blockft prepare` for a source of this many samples."""
     with tempfile.TemporaryDirectory(prefix="blockft-memory-", dir=folder) as temporary:
         source = Path(temporary) / "source.jsonl"
-        write_source(source, num_samples, seed=2)
+        write_source(source, num_samples, 2, num_documents)
         sized = _synthetic_recipe(recipe.model.path, [source], Path(temporary))
         file = Path(temporary) / "recipe.yaml"
         file.write_text(yaml.safe_dump(sized.model_dump(mode="json", exclude_none=True)), encoding="utf-8")

@@ -67,9 +67,9 @@ def test_a_synthetic_source_shows_memory_growth_and_planning(
     monkeypatch.setattr(synthetic_source, "NUM_WORDS", 2_000)
     monkeypatch.setattr(synthetic_source, "VOCABULARY", 1_000)
     out = tmp_path / "p.json"
-    bench_prepare_synthetic(None, num_samples=20, memory_samples=[8], rounds=1, out=out)
+    bench_prepare_synthetic(None, num_samples=20, memory_samples=[8], num_documents=2, rounds=1, out=out)
     found = json.loads(out.read_text())
-    assert found["measured"][0]["examples"] == 20
+    assert found["measured"][0]["examples"] == 20 and found["documents"] == 2
     assert found["memory"][0]["samples"] == 8 and found["memory"][0]["peak_bytes"] > 2**20
     # only the shard of the added source is encoded
     assert (found["growth"]["shards_encoded"], found["growth"]["shards"]) == (1, 2)
