@@ -144,7 +144,7 @@ class SourceParts:
         for copy in missing.values():
             for shard, frame in self._read_copy(copy, self._data, start=len(self.encode_part(copy).shards)):
                 read[copy].num_samples += frame.num_samples
-                if not self._part(self._read_name(copy, self._data), copy).is_complete:
+                if not self._read_part(copy, self._data).is_complete:
                     read[copy].num_bytes_read = self._contents[copy[0]].num_bytes_read()
                 if (total := estimate_samples([*read.values()])) is not None:
                     advance.set_total(total, is_estimate=True)
@@ -155,7 +155,7 @@ class SourceParts:
     def _copy_progress(self, copy: Copy) -> CopyProgress:
         """Return the size of a copy; the number of samples of a part that is read is known."""
         index, _ = copy
-        part = self._part(self._read_name(copy, self._data), copy)
+        part = self._read_part(copy, self._data)
         counts = [sum(number for _, number, _ in shard.state["frames"]) for shard in part.shards]
         num_earlier = sum(counts[: len(self.encode_part(copy).shards)])
         if part.is_complete:
@@ -167,7 +167,7 @@ class SourceParts:
 
     def _read_copy(self, copy: Copy, data: DataSettings, start: int = 0) -> Iterator[tuple[int, Frame]]:
         """Yield the frames of a copy from shard `start` on; complete its read part."""
-        part = self._part(self._read_name(copy, data), copy)
+        part = self._read_part(copy, data)
         counts = SourceStatistics()
         index, number = copy
         of_copy = data.model_copy(update={"seed": data.seed + number})
@@ -186,6 +186,9 @@ class SourceParts:
 
     def _open_source(self, index: int, data: DataSettings, counts: RecordCounts) -> Iterator[Sample]:
         return read_source(data.sources[index], data, counts, revision=self._contents[index].revision)
+
+    def _read_part(self, copy: Copy, data: DataSettings) -> Part:
+        return self._part(self._read_name(copy, data), copy)
 
     def _read_name(self, copy: Copy, data: DataSettings) -> str:
         index, number = copy
@@ -216,7 +219,7 @@ class SourceParts:
     def _finish_encode(self, copy: Copy) -> None:
         part = self.encode_part(copy)
         if not part.is_complete:
-            part.finish({"counts": self._part(self._read_name(copy, self._data), copy).state})
+            part.finish({"counts": self._read_part(copy, self._data).state})
 
 
 def _encode_task(
