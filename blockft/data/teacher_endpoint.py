@@ -108,10 +108,14 @@ class RateLimiter:
 
     async def wait(self) -> None:
         """Wait until the next request may start."""
-        start = max(self._clock(), self._next_start)
-        self._next_start = start + self._interval_s
-        while (delay := max(start, self._pause_end) - self._clock()) > 0:
-            await self._sleep(delay)
+        while True:
+            start = max(self._clock(), self._next_start)
+            self._next_start = start + self._interval_s
+            while (delay := start - self._clock()) > 0:
+                await self._sleep(delay)
+            if start >= self._pause_end:
+                return
+            # a pause began meanwhile: requests that wait must not all start at its end
 
     def pause(self, seconds: float) -> None:
         """Start no request for so many seconds."""

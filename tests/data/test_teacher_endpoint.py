@@ -370,6 +370,34 @@ def test_without_a_limit_only_a_pause_delays_requests() -> None:
     assert fake.now == 107
 
 
+def test_requests_that_wait_during_a_pause_do_not_start_together() -> None:
+    now, starts = 0, list[int]()
+
+    async def sleep(seconds: float) -> None:
+        end = now + seconds
+        while now < end:
+            await asyncio.sleep(0)
+
+    async def start_four() -> None:
+        nonlocal now
+        limiter = RateLimiter(60, clock=lambda: now, sleep=sleep)
+
+        async def start() -> None:
+            await limiter.wait()
+            starts.append(now)
+
+        tasks = [asyncio.create_task(start()) for _ in range(4)]
+        for now in range(20):
+            for _ in range(5):
+                await asyncio.sleep(0)
+            if now == 0:
+                limiter.pause(10)
+        await asyncio.gather(*tasks)
+
+    asyncio.run(start_four())
+    assert starts == [0, 10, 11, 12]
+
+
 def test_every_repeated_request_counts_for_the_limit() -> None:
     with endpoint(first(TRANSIENT["500"], TRANSIENT["500"])) as server:
         start = time.monotonic()
