@@ -43,7 +43,7 @@ _OVERRIDE_KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w][\w-]*|\[\d{1,9}\])*", re.ASC
 """The key of an override, as in `data.sources.0.path` or `data.sources[0].path`."""
 
 
-_SECRET_KEY = re.compile(r"(key|key_env|token|secret|password|base_url)['\"]?\s*[=:]", re.IGNORECASE)
+_SECRET_KEY = re.compile(r"(key\w*|token|secret\w*|password\w*|base_url\w*)['\"]?\s*[=:]", re.IGNORECASE)
 """Overrides whose values no message repeats: a user may put a key there by mistake."""
 
 

@@ -1,6 +1,7 @@
 """Settings of the teacher: check that they fit together and to the sources, and turn them into arguments."""
 
 import os
+import re
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ _ENDPOINT_SETTINGS = (
 )
 _FIXED_FIELDS = ("model", "messages", "stream", "n")
 """Fields of a request that `data.teacher.extra_body` must not set."""
+
+_SECRET_FIELD = re.compile("api_?key|authorization|password|secret", re.IGNORECASE)
+"""Fields of a request whose values may be secrets. Some servers take a key there."""
 
 _IN_MANIFEST = ("model", "revision", "prompt", "no_answer", "max_new_tokens", "temperature", "extra_body")
 """Settings of `data.teacher` that decide which answers a prepared folder holds."""
@@ -69,6 +73,11 @@ def check_teacher(data: DataSettings) -> None:
         raise UserError(
             f"data.teacher.extra_body sets {fixed[0]}, which prepare sets itself (so are "
             f"{', '.join(_FIXED_FIELDS)}): remove it"
+        )
+    if secret := next(filter(_SECRET_FIELD.search, sorted(teacher.extra_body)), None):
+        raise UserError(
+            f"data.teacher.extra_body sets {secret}, whose value the manifest would hold: export the key "
+            "and name its environment variable in data.teacher.api_key_env"
         )
     if teacher.no_answer is not None and not normalize(teacher.no_answer):
         raise UserError(

@@ -165,6 +165,8 @@ SECRET = "sk-123-secret"
         ("api_key_env", f"KEY {SECRET}", "is not the name of an environment variable"),
         ("api_key", SECRET, "did you mean data.teacher.api_key_env"),
         ("key", SECRET, "unknown key"),
+        ("api_key_envv", SECRET, "unknown key"),
+        ("base_urls", SECRET, "unknown key"),
         ("base_url", f"http://user:{SECRET}@host/v1", "holds a password"),
         ("base_url", f"http://host/v1?key={SECRET}", "holds a password or parameters"),
         ("base_url", f"http://host/v1#{SECRET}", "holds a password or parameters"),

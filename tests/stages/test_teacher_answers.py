@@ -341,6 +341,7 @@ def test_settings_that_contradict_each_other_are_refused(
     refuse(make_recipe, "revision is 'v1'", source, TEACHER | {"revision": "v1"})
     refuse(make_recipe, "api_key_env is set, but", source, {"model": "m", "api_key_env": "A"})
     refuse(make_recipe, "extra_body sets n,", source, TEACHER | {"extra_body": {"n": 2}})
+    refuse(make_recipe, "manifest would hold", source, TEACHER | {"extra_body": {"api_key": "s"}})
     refuse(make_recipe, "no_answer is 'the'", source, TEACHER | {"no_answer": "the"})
     wordless = {"prompt": {"question": "Answer."}}
     refuse(make_recipe, "data.teacher.prompt.question lacks the field", source, TEACHER | wordless)
