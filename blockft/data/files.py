@@ -45,8 +45,8 @@ def find_files(path: str, suffixes: Sequence[str], *, kind: str = "source") -> l
     """Return the files of a source, sorted. The list is empty if `path` is a dataset id on the Hub.
 
     `path` is a file, a folder, a glob or a Hub id. In a folder, files count that end in one of `suffixes`,
-    with or without `.gz` or `.zst`. Of files that differ only in their compression, one is read: the unpacked
-    one, otherwise the one that ends in `.gz`.
+    with or without `.gz` or `.zst`, but no hidden ones, such as the `._a.json` of macOS. Of files that differ
+    only in their compression, one is read: the unpacked one, otherwise the one that ends in `.gz`.
 
     kind: what errors call the files. Only a source may be a dataset on the Hub.
 
@@ -57,7 +57,8 @@ def find_files(path: str, suffixes: Sequence[str], *, kind: str = "source") -> l
     if root.is_file():
         return [root]
     if root.is_dir():
-        files = [file for file in root.iterdir() if record_suffix(file) in suffixes]
+        visible = (file for file in root.iterdir() if not file.name.startswith("."))
+        files = [file for file in visible if record_suffix(file) in suffixes]
         chosen: dict[Path, Path] = {}
         for file in sorted(files):  # a.json stands before a.json.gz, which stands before a.json.zst
             chosen.setdefault(without_compression_suffix(file), file)

@@ -129,6 +129,12 @@ def test_endings_of_names_may_be_in_capitals(tmp_path: Path) -> None:
     assert [record for file in files for record in read(file)] == [{"q": "1", "a": "2"}, {"q": "3", "a": "4"}]
 
 
+def test_hidden_files_of_a_folder_are_not_read(tmp_path: Path) -> None:
+    for name in ("a.csv", "._a.csv", ".a.jsonl"):
+        (tmp_path / name).touch()
+    assert find_files(str(tmp_path), RECORD_SUFFIXES) == [tmp_path / "a.csv"]
+
+
 def test_of_equal_files_the_least_compressed_is_read(tmp_path: Path) -> None:
     for name in ("a.csv.zst", "a.csv.gz", "a.csv", "b.jsonl.zst", "b.jsonl.gz", "c.json.zst"):
         (tmp_path / name).touch()
