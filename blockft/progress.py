@@ -67,8 +67,9 @@ class Advance:
     def finish(self) -> None:
         """Show the final state."""
         self._refresh()
-        if self._has_lines:
-            task = self._bar.tasks[self._task]
+        task = self._bar.tasks[self._task]
+        # the line of the last step may already say that all is done
+        if self._has_lines and not (task.finished and self._line_done == task.completed):
             self._print_line(
                 (_format_done(task), _format_rate(task), f"{_format_seconds(task.elapsed)} in all")
             )

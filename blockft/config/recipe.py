@@ -256,7 +256,8 @@ def _describe(key: str, fault: Mapping[str, Any]) -> str:
     if kind == "extra_forbidden":
         return f"unknown key {shorten(key)} ({_suggest(key)})"
     if kind == "missing" or (found is None and expected):
-        return f"{key} is missing"
+        required = ", ".join(_required_names(key))
+        return f"{key} is missing{f', a section with {required}' if required else ''}"
     if kind == "enum":
         return (
             f"{key} is {quoted} (allowed: {context['expected'].replace(' or ', ', ').replace(chr(39), '')})"
@@ -293,6 +294,13 @@ def _names_in(key: str) -> list[str]:
         for name in list_keys()
         if name.startswith(prefix) and "." not in name.removeprefix(prefix)
     ]
+
+
+def _required_names(key: str) -> list[str]:
+    """Return the names of the settings that a section of the recipe must hold."""
+    section = Recipe.model_fields[key].annotation if key in Recipe.model_fields else None
+    fields = getattr(section, "model_fields", {})
+    return [name for name, field in fields.items() if field.is_required()]
 
 
 def _suggest(key: str) -> str:

@@ -179,7 +179,7 @@ class Drop:
 
 def list_drops(manifest: Mapping[str, Any]) -> Iterator[Drop]:
     """Yield what a prepared folder does not hold, by source and reason, the largest of a source first."""
-    for source in manifest["sources"]:
+    for index, source in enumerate(manifest["sources"]):
         dropped = source["dropped"]
         for reason, count in sorted(dropped.items(), key=lambda item: -item[1]):
             yield Drop(
@@ -188,7 +188,7 @@ def list_drops(manifest: Mapping[str, Any]) -> Iterator[Drop]:
                 count=count,
                 total=source["kept"] + sum(dropped.values()),
                 examples=tuple(source["drop_examples"].get(reason, ())),
-                remedy=_remedy(reason, source, manifest["options"]),
+                remedy=_remedy(reason, index, source, manifest["options"]),
             )
 
 
@@ -197,7 +197,14 @@ def drop_remedy(reason: str) -> str:
     return _REMEDIES.get(reason, _TEMPLATE_REMEDY)
 
 
-def _remedy(reason: str, source: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+def num_documents_setting(index: int, format: str) -> str:
+    """Return the setting that limits the documents of the prompts of a source."""
+    return (
+        f"data.sources.{index}.constructed.num_documents" if format == "constructed" else "data.num_documents"
+    )
+
+
+def _remedy(reason: str, index: int, source: Mapping[str, Any], options: Mapping[str, Any]) -> str:
     if reason not in (TOO_LONG, UNRANKED):
         return drop_remedy(reason)
     lengths = {int(length): count for length, count in source["too_long_lengths"].items()}
@@ -207,7 +214,7 @@ def _remedy(reason: str, source: Mapping[str, Any], options: Mapping[str, Any]) 
             remedies.append("retriever: bm25 in the source ranks its documents, so that they can be trimmed")
         elif options["too_long"] == "drop":
             remedies.append("data.too_long=trim leaves out the least relevant documents")
-        remedies.append("lower data.num_documents")
+        remedies.append(f"lower {num_documents_setting(index, source['format'])}")
     return "; or ".join(remedies)
 
 

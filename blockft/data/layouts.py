@@ -164,22 +164,23 @@ COMPLETION_NAMES = _names("completion response output answer assistant target re
 """Names by which fields of unknown layouts are recognised, the most telling first."""
 
 
-def suggest_columns(record: Any) -> str:
+def suggest_columns(record: Any, *, has_corpus: bool = False) -> str:
     """Return the columns that would read a record, as a recipe writes them; "" if none are known.
 
     The columns are tried on the record: those that are returned read it. For questions without documents, the
-    setting of the corpus follows, whose file the user fills in.
+    setting of the corpus follows, whose file the user fills in. `has_corpus` says that the source has a
+    corpus, so that its records are questions.
     """
     if not isinstance(record, Mapping):
         return ""
-    candidates = map(partial(_without_absent, record), _candidates(record))
+    candidates = map(partial(_without_absent, record), _candidates(record, has_corpus))
     try:
         fitting = next((candidate for candidate in candidates if _reads(candidate, record)), None)
     except RecursionError:  # the record is nested too deeply
         fitting = None
     if fitting is None:
         return ""
-    needs_corpus = "question" in fitting and "documents" not in fitting
+    needs_corpus = "question" in fitting and "documents" not in fitting and not has_corpus
     return format_columns(fitting) + (", corpus: FILE_OF_DOCUMENTS, retriever: bm25" if needs_corpus else "")
 
 
@@ -203,10 +204,15 @@ def _format_value(value: str | list[str]) -> str:
     return value if is_plain and not is_word else json.dumps(escaped, ensure_ascii=False)
 
 
-def _candidates(record: Mapping[str, Any]) -> Iterator[Mapped]:
+def _candidates(record: Mapping[str, Any], has_corpus: bool) -> Iterator[Mapped]:
     """Yield columns that may read a record. Those that read documents of the record stand before others."""
-    known = [layout for layout in LAYOUTS if all(_has(record, path) for path in layout.recognized_by)]
-    guessed = list(_guess_questions(record))
+    known = [
+        layout
+        for layout in LAYOUTS
+        if all(_has(record, path) for path in layout.recognized_by)
+        and (not has_corpus or "question" in layout.columns)
+    ]
+    guessed = list(_guess_questions(record, has_corpus))
     yield from (dict(layout.columns) for layout in known if not layout.corpus)
     yield from (columns for columns in guessed if "documents" in columns)
     yield from (dict(layout.columns) for layout in known if layout.corpus)
@@ -258,10 +264,10 @@ def _reads(columns: Mapped, record: Mapping[str, Any]) -> bool:
         return False
 
 
-def _guess_questions(record: Mapping[str, Any]) -> Iterator[Mapped]:
+def _guess_questions(record: Mapping[str, Any], has_corpus: bool) -> Iterator[Mapped]:
     """Yield columns of questions by the names of the fields.
 
-    A question without documents needs several answers: with one answer, it is taken as a prompt.
+    A question without documents needs a corpus or several answers: with one answer, it is taken as a prompt.
     """
     names = {standard_name(name): write_name(name) for name in record if isinstance(name, str)}
     question = next((names[name] for name in QUESTION_NAMES if name in names), None)
@@ -276,7 +282,7 @@ def _guess_questions(record: Mapping[str, Any]) -> Iterator[Mapped]:
     for documents in _guess_documents(record, names):
         for optional in ({**ids, **_guess_cited(record, documents)}, {}):
             yield {**optional, **known, **documents}
-    if is_list(find_value(record, answers)) or known["answers"].endswith("[]"):
+    if has_corpus or is_list(find_value(record, answers)) or known["answers"].endswith("[]"):
         yield {**ids, **known}
 
 

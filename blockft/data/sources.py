@@ -336,7 +336,7 @@ def read_samples(
             `skip_bad`: a record is bad; the message names file, line and field.
     """
     if format == "columns" and columns is None:
-        raise UserError(_columns_missing_message(path, split, name))
+        raise UserError(_columns_missing_message(path, split, name, corpus))
     reader = _SourceReader(
         format=format,
         source_format=source_format(format, columns),
@@ -543,12 +543,12 @@ def _describe_record(place: str, record: Any) -> str:
     return f"{place}: {', '.join(fields)}" if fields else place
 
 
-def _columns_missing_message(path: str, split: str | None, name: str | None) -> str:
+def _columns_missing_message(path: str, split: str | None, name: str | None, corpus: str | None) -> str:
     """Return the message about a source of the format `columns` without a mapping; it suggests one."""
     files = find_source_files("columns", path)
     records = chain.from_iterable(map(read_file, files)) if files else read_hub(path, split, name)
     first = next((r for _, r in records if isinstance(r, Mapping) and not is_header(r)), {})
-    suggestion = suggest_columns(first)
+    suggestion = suggest_columns(first, has_corpus=corpus is not None)
     example = (
         "columns: {question: FIELD, documents: FIELD, answers: FIELD} or {prompt: FIELD, completion: FIELD}"
     )

@@ -52,6 +52,8 @@ class LeakCheck:
 
     def _read_evaluation(self) -> list[tuple[list[str], Hashes]]:
         """Return the ids and hashes of the questions that `blockft eval` asks."""
+        if not self._sources:
+            return []
         template = self._recipe.data.prompt.question
         found: list[list[tuple[str, tuple[int, int]]]] = [[] for _ in self._sources]
         samples = [self._read(index, source) for index, source in enumerate(self._sources)]

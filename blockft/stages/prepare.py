@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from blockft.config.settings import DataSettings, Recipe, Source
-from blockft.data.advice import drop_remedy
+from blockft.data.advice import drop_remedy, num_documents_setting
 from blockft.data.encode_part import read_hashes, shards_with_examples
 from blockft.data.part_cache import link_or_copy, remove_empty_parts, remove_other_parts, remove_part
 from blockft.data.prepared import Examples, find_foreign_file, finish_folder, shard_files
@@ -225,10 +225,15 @@ def _nothing_kept_message(
     if not lengths:
         remedy = drop_remedy(max(dropped, key=dropped.__getitem__))
         return f"every sample of {paths} was dropped ({reasons}): {remedy}"
-    has_documents = any(map(holds_questions, sources))
+    settings = dict.fromkeys(
+        num_documents_setting(data.sources.index(source), source.format.value)
+        for source in sources
+        if holds_questions(source)
+    )
+    fewer_documents = f", or lower {' and '.join(settings)}" if settings else ""
     return (
         f"every sample of {paths} was dropped ({reasons}; the shortest has {min(lengths):,} tokens): raise "
-        f"data.row_len, which is {data.row_len:,}{', or lower data.num_documents' if has_documents else ''}"
+        f"data.row_len, which is {data.row_len:,}{fewer_documents}"
     )
 
 

@@ -53,7 +53,12 @@ def check_copies(data: DataSettings) -> None:
 
 
 def settings_without_effect(data: DataSettings) -> list[str]:
-    """Return one sentence for every changed setting that has no effect on `data.sources`."""
+    """Return one sentence for every changed setting that has no effect on `data.sources`.
+
+    Without its columns nothing is known about a source of the format `columns`, and `prepare` stops.
+    """
+    if any(source.format is Format.columns and source.columns is None for source in data.sources):
+        return []
     has_questions = any(map(holds_questions, data.sources))
     splits = any(map(is_split, data.sources))
     searches = any(source.retriever is Retriever.dense for source in data.sources)

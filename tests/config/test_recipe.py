@@ -148,6 +148,14 @@ def test_a_dumped_recipe_is_read_back(name: str, tmp_path: Path) -> None:
     assert load_recipe(str(tmp_path / "r.yaml")) == recipe
 
 
+def test_a_section_that_is_missing_names_what_it_has_to_hold() -> None:
+    with pytest.raises(UserError) as raised:
+        build_recipe({"data": SETTINGS["data"]}, [], "r.yaml")
+    assert str(raised.value) == (
+        "r.yaml: model is missing, a section with path; train is missing, a section with output_dir"
+    )
+
+
 @pytest.mark.parametrize("key", ["data.no_such", "model.dtype", "train.lora.r", "eval", "model.path"])
 def test_a_setting_that_is_marked_as_missing_is_an_error(key: str) -> None:
     """OmegaConf marks a value that has to be given as `???`."""

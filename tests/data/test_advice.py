@@ -78,6 +78,8 @@ def test_samples_that_are_too_long_get_a_row_length_that_holds_them() -> None:
     assert "too_long=trim" not in trimmed.remedy
     (chat,) = list_drops(manifest({TOO_LONG: 20}, too_long_lengths=lengths, format="messages"))
     assert chat.remedy == "data.row_len=7168 holds 95% of them"
+    (constructed,) = list_drops(manifest({TOO_LONG: 20}, too_long_lengths=lengths, format="constructed"))
+    assert constructed.remedy.endswith("; or lower data.sources.0.constructed.num_documents")
     (unranked,) = list_drops(manifest({UNRANKED: 20}, too_long_lengths=lengths, too_long="trim"))
     assert "retriever: bm25" in unranked.remedy
 

@@ -477,6 +477,27 @@ def test_questions_with_several_answers_and_no_documents_need_a_corpus(tmp_path:
     )
 
 
+@pytest.mark.parametrize(
+    ("record", "columns"),
+    [
+        (
+            {"id": 1, "query": "q?", "golden_answers": ["a"]},
+            "{id: id, question: query, answers: golden_answers}",
+        ),
+        ({"question": "q?", "answer": "a"}, "{question: question, answers: answer}"),
+        ({"prompt": "q?", "completion": "a", "answer": "a"}, "{question: prompt, answers: answer}"),
+    ],
+)
+def test_records_beside_a_corpus_are_questions(
+    tmp_path: Path, record: dict[str, object], columns: str
+) -> None:
+    path = write_records(tmp_path / "r.jsonl", [record])
+    corpus = write_records(tmp_path / "corpus.jsonl", [{"text": "a is here"}])
+    with pytest.raises(UserError) as raised:
+        read(path, f"corpus: {corpus}, retriever: bm25")
+    assert str(raised.value).endswith(f": add columns: {columns}")
+
+
 def test_datasets_of_the_hub_give_the_same_samples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     records = RECORDS["MS MARCO 2.1"]
     path = write_records(tmp_path / "r.jsonl", records)

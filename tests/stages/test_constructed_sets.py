@@ -127,6 +127,8 @@ def test_the_number_of_documents_is_that_of_the_set(make_recipe: Make) -> None:
     samples = list(read_source(recipe.data.sources[0], recipe.data, RecordCounts()))
     assert {len(sample.documents) for sample in samples} == {32}
     assert any("data.num_documents has no effect" in line for line in settings_without_effect(recipe.data))
+    with pytest.raises(UserError, match=r"or lower data\.sources\.0\.constructed\.num_documents$"):
+        prepare(make_recipe(row_len=100, sources=[constructed("in-context")]))
     with pytest.raises(UserError, match="num_documents 9, which is too few"):
         prepare(
             make_recipe(

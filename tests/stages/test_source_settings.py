@@ -11,7 +11,7 @@ from blockft.config.settings import DataSettings, PromptSettings, Source
 from blockft.data.sample import Sample
 from blockft.data.sources import SOURCE_FORMATS, RecordCounts
 from blockft.errors import UserError
-from blockft.stages.source_settings import check_wording, rag_prompt, read_source
+from blockft.stages.source_settings import check_wording, rag_prompt, read_source, settings_without_effect
 from tests.commands import ROOT
 
 REAL_DATA = Path(os.environ.get("BLOCKFT_REAL_DATA", "../shared/data"))
@@ -49,6 +49,11 @@ def test_a_wording_that_would_change_documents_is_refused(wording: dict[str, str
         check_wording(PromptSettings(**wording))
         rag_prompt(settings(prompt=PromptSettings(**wording)))
     assert "\n" not in str(raised.value)
+
+
+def test_unknown_columns_are_an_error_without_remarks_on_other_settings() -> None:
+    source = Source(format=Format.columns, path="q.jsonl", corpus="c.jsonl", retriever=Retriever.bm25)
+    assert settings_without_effect(settings(sources=[source], num_documents=5, order=Order.given)) == []
 
 
 def real_samples(source: Source, data: DataSettings) -> tuple[list[Sample], RecordCounts]:
