@@ -167,7 +167,7 @@ class Drop:
 
     @property
     def is_large(self) -> bool:
-        """Whether so many were dropped that something should be changed. Some drops are what was asked."""
+        """Whether the share is large enough for a warning. `unsplit: drop` asks for its drops."""
         return self.share > MAX_DROPPED and self.reason != UNSPLIT
 
     def __str__(self) -> str:

@@ -7,9 +7,10 @@
     manifest.json                content, options and the digests of all files; written last, so a folder
                                  without it is incomplete
 
-A shard holds at most `SHARD_SAMPLES` samples of one source. The shards of a source follow each other, and
-`sources[i]["shards"]` in the manifest says how many shards source i has: a shard does not depend on the other
-sources. The same samples and examples give the same bytes.
+A shard holds samples of one source, and ends with the first frame (see `sample_frames`) after which it has
+`SHARD_SAMPLES` of them. The shards of a source follow each other, and `sources[i]["shards"]` in the manifest
+says how many shards source i has: a shard does not depend on the other sources. The same samples and examples
+give the same bytes.
 """
 
 import json
@@ -54,7 +55,7 @@ FILES = "files"
 """Key of the manifest: size and digest of every other file of the folder."""
 
 SHARD_SAMPLES = 4_096
-"""Largest number of samples in a shard."""
+"""Number of samples after which a shard ends."""
 
 _OWN_FILE = re.compile(rf"{MANIFEST}|samples-\d{{5,}}\.jsonl|{EXAMPLES}/(\d{{5,}}|examples)\.arrow")
 """Names of the files of a prepared folder. Version 2 had one file `examples/examples.arrow`."""

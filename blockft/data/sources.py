@@ -66,7 +66,7 @@ class RecordCounts:
     unknown_fields: Counter[str] = field(default_factory=Counter)
 
     def count_unknown(self, names: Iterable[str]) -> None:
-        """Count one record with these unknown fields. Only so many fields are counted by name."""
+        """Count one record with these unknown fields. At most `MAX_UNKNOWN_FIELDS` are counted by name."""
         for name in sorted(names):
             is_new = name not in self.unknown_fields
             name = OTHER_FIELDS if is_new and len(self.unknown_fields) >= MAX_UNKNOWN_FIELDS else name

@@ -118,7 +118,7 @@ class RateLimiter:
             # a pause began meanwhile: requests that wait must not all start at its end
 
     def pause(self, seconds: float) -> None:
-        """Start no request for so many seconds."""
+        """Start no request during the next `seconds`."""
         self._pause_end = max(self._pause_end, self._clock() + seconds)
         self._next_start = max(self._next_start, self._pause_end)
 
