@@ -594,7 +594,8 @@ def _format_hint(record: Any, format: str, columns: Columns | None, *, is_first:
     record = record.record if isinstance(record, RecordError | squad.ArticleQuestion) else record
     if isinstance(record, Mapping) and columns:
         suggestion = suggest_columns(record) if is_first or absent_paths(columns, record) else ""
-        fits = f"; this would fit: columns: {suggestion}" if suggestion else ""
+        loses_documents = columns.documents and "documents: " not in suggestion
+        fits = f"; this would fit: columns: {suggestion}" if suggestion and not loses_documents else ""
         return f"{describe_fields(record)}{fits}"
     if isinstance(record, Mapping):
         if _has_fields(record, format):

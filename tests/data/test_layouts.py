@@ -470,6 +470,13 @@ def test_a_record_of_another_format_is_named_with_its_format_and_its_columns(tmp
     assert len(sample.documents) == 2 and sample.meta["supporting"] == [2]
 
 
+def test_no_columns_are_offered_that_lose_the_documents_of_the_mapping(tmp_path: Path) -> None:
+    path = write_records(tmp_path / "r.jsonl", [{"q": "q?", "d": ["a"], "a": [{"text": "a"}]}])
+    with pytest.raises(UserError, match="field 'a' is {'text': 'a'}, it should be a text") as raised:
+        read(path, "columns: {question: q, documents: d, answers: a}")
+    assert "would fit" not in str(raised.value)
+
+
 def test_questions_with_several_answers_and_no_documents_need_a_corpus(tmp_path: Path) -> None:
     record = {"question": "q?", "possible_answers": '["a", "b"]'}
     assert suggest_columns(record) == (
