@@ -132,8 +132,10 @@ class Part:
                 self.shards.append(self._load_shard(number))
             if self.is_complete:
                 record = read_with_digest(self.folder / COMPLETE)
-                if record["part"] != self.name or record["shards"] != len(self.shards):
+                if record["part"] != self.name:
                     return f"{COMPLETE} belongs to another part"
+                if record["shards"] != len(self.shards):
+                    return f"it has {len(self.shards)} of its {record['shards']} shards"
                 self.state = record["state"]
         except (DamagedFile, KeyError) as error:
             return str(error)
