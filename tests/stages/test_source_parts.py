@@ -8,8 +8,15 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from blockft.config.choices import BadRecordPolicy, Format
-from blockft.config.settings import ModelSettings, PromptSettings, Recipe, Source, SplittingSettings
+from blockft.config.choices import BadRecordPolicy, Format, Retriever
+from blockft.config.settings import (
+    ColumnSettings,
+    ModelSettings,
+    PromptSettings,
+    Recipe,
+    Source,
+    SplittingSettings,
+)
 from blockft.data import sample_frames
 from blockft.data.encoder import Encoder
 from blockft.data.prepared import load_prepared
@@ -147,6 +154,25 @@ def test_a_changed_file_is_read_again(make_recipe: Make, tmp_path: Path) -> None
     path.write_text(path.read_text().replace("Fox 3.", "Cat 3."))
     out = prepare(recipe, overwrite=True)
     assert last_log(recipe) == (7, 7) and files(out) == fresh(recipe, tmp_path, "changed")
+
+
+def test_a_source_is_read_again_if_its_corpus_gets_another_file(make_recipe: Make, tmp_path: Path) -> None:
+    corpus, questions = tmp_path / "corpus", tmp_path / "questions.jsonl"
+    corpus.mkdir()
+    questions.write_text('{"question": "Who is the fox?", "answers": "Fox 1"}\n')
+    (corpus / "a.jsonl").write_text('{"text": "Fox 1 is a fox."}\n{"text": "A dog."}\n')
+    source = Source(
+        format=Format.columns,
+        path=str(questions),
+        columns=ColumnSettings(question="question", answers=["answers"]),
+        corpus=str(corpus),
+        retriever=Retriever.bm25,
+    )
+    recipe = make_recipe(sources=[source], num_documents=2)
+    before = files(prepare(recipe))
+    (corpus / "b.jsonl").write_text('{"text": "Who is the fox? Fox 1."}\n')
+    out = prepare(recipe, overwrite=True)
+    assert last_log(recipe) == (1, 1) and before != files(out) == fresh(recipe, tmp_path, "changed")
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(
