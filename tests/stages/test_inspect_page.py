@@ -173,6 +173,22 @@ def test_the_example_of_the_index_comes_first(make_recipe: Make, tmp_path: Path)
     assert not write_page(out, tmp_path / "page.html", num_samples=0).find("span", "where")
 
 
+@pytest.mark.parametrize(("num_blocks", "style"), [(60, "strip"), (61, "strip dense")])
+def test_the_strip_of_many_blocks_has_no_gaps_that_would_hide_them(
+    make_recipe: Make, tmp_path: Path, num_blocks: int, style: str
+) -> None:
+    # the chat template is a block of its own
+    blocks = [f"Block {i}." for i in range(num_blocks - 1)]
+    path = tmp_path / "samples.jsonl"
+    record = {"id": "a", "source": "s", "messages": [{"role": "user", "content": blocks}], "response": "x"}
+    path.write_text(json.dumps(record))
+    out = prepare(make_recipe(sources=[Source(format=Format.samples, path=str(path))]))
+    page = write_page(out, tmp_path / "page.html")
+    styles = [attributes.get("class") for tag, attributes, _ in page.elements if tag == "svg"]
+    assert styles[-1] == style
+    assert f" in {num_blocks} blocks" in page.find("span", "size")[0]
+
+
 def test_all_sources_are_among_the_examples() -> None:
     sources = np.repeat([0, 1, 3], [1000, 3, 1])
     chosen = choose_examples(sources, 6, seed=0)
