@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from blockft.config.choices import Mode, Objective, Positions, WeightInit
@@ -135,6 +136,7 @@ def build_plan(recipe: Recipe, num_processes: int) -> RunPlan:
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision, recipe.model.chat_template)
     prepared = load_prepared(Path(data.output_dir))
     _check_prepared(recipe, prepared, tokenizer, config.vocab_size)
+    _warn_of_long_examples(recipe, prepared, config.max_position_embeddings)
     mixture = read_mixture(recipe, prepared.manifest)
     rows, eval_rows = _build_rows(recipe, prepared, mixture, tokenizer, num_processes)
     num_steps = len(rows) // settings.batch_rows
@@ -190,6 +192,22 @@ def build_plan(recipe: Recipe, num_processes: int) -> RunPlan:
             NUM_PROCESSES: num_processes,
         },
     )
+
+
+def _warn_of_long_examples(recipe: Recipe, prepared: PreparedData, num_positions: int) -> None:
+    """Warn that an example has more positions than the model."""
+    examples = prepared.examples
+    for index in np.flatnonzero(examples.columns.lengths > num_positions):
+        layout = examples[int(index)].layout
+        needed = layout.context_len + max(layout.final_lengths)
+        if needed > num_positions:
+            warn(
+                f"example {index} of {recipe.data.output_dir} has {needed:,} positions, but "
+                f"{recipe.model.path} has {num_positions:,} (max_position_embeddings): blockft generate and "
+                "eval refuse such prompts; prepare shorter ones with data.row_len, or take a model for "
+                "longer texts"
+            )
+            return
 
 
 def warn_if_epochs_end_first(recipe: Recipe, plan: RunPlan) -> None:

@@ -4,6 +4,7 @@ import atexit
 import json
 import re
 import resource
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import blockft as blockft_api
 from blockft.config.recipe import load_recipe
+from blockft.data.prepared import load_prepared
 from blockft.data.rag_prompt import Document, RagPrompt
 from blockft.errors import UserError
 from blockft.inference.engine import Engine
@@ -284,6 +286,21 @@ def test_no_example_is_held_out_while_a_copy_of_it_is_trained_on(toy: Path, tmp_
     overrides[-1] = "train.num_eval_examples=0"
     recipe = load_recipe(str(toy / "recipe.yaml"), overrides)
     assert build_plan(recipe, 1).manifest["options"]["num_copies"] == 2
+
+
+def test_a_plan_warns_of_examples_that_are_longer_than_the_context_of_the_model(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(toy / "model", tmp_path / "short")
+    config = json.loads((tmp_path / "short" / "config.json").read_text())
+    recipe = load_recipe(str(toy / "recipe.yaml"), [f"model.path={tmp_path}/short"])
+    longest = max(example.layout.num_tokens for example in load_prepared(toy / "data").examples)
+    for num_positions, warnings in ((longest, 0), (longest - 1, 1)):
+        config["max_position_embeddings"] = num_positions
+        (tmp_path / "short" / "config.json").write_text(json.dumps(config))
+        build_plan(recipe, 1)
+        err = capsys.readouterr().err
+        assert err.count(f"has {longest:,} positions, but {tmp_path}/short has") == warnings, err
 
 
 def test_a_dry_run_writes_nothing(toy: Path) -> None:
