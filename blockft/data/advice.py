@@ -20,6 +20,7 @@ from blockft.data.sample import NO_EVIDENCE
 from blockft.data.squad import NO_SPAN, OTHER_DOCUMENT
 from blockft.data.teacher_response import REMEDIES as TEACHER_REMEDIES
 from blockft.inputs import shorten
+from blockft.units import format_count
 
 MIN_FILL = 0.9
 """Rows that are filled less give a warning."""
@@ -247,15 +248,17 @@ def list_leak_warnings(leaks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """
     for index, evaluation in enumerate(leaks):
         for found in evaluation["found"]:
-            counts = {"question": found["questions"], "set of documents": found["documents"]}
-            shared = " and ".join(f"the {name} of {count:,}" for name, count in counts.items() if count)
+            shared = [format_count(found["questions"], "question")] if found["questions"] else []
+            if found["documents"]:
+                shared.append(format_count(found["documents"], "set of documents", "sets of documents"))
             examples = ", ".join(
                 f"{shorten(example['evaluation'], MAX_ID_LEN)} and {shorten(example['training'], MAX_ID_LEN)}"
                 for example in found["examples"]
             )
             yield (
-                f"data.sources.{found['training_source']} ({found['path']}) has samples of "
-                f"eval.sources.{index} ({evaluation['path']}): {shared} of its {evaluation['samples']:,} "
-                f"questions (ids in evaluation and training: {examples}): scores may be too high; take other "
-                "samples with split, skip_samples or max_samples"
+                f"data.sources.{found['training_source']} ({found['path']}) also holds "
+                f"{' and '.join(shared)} of eval.sources.{index} ({evaluation['path']}), which has "
+                f"{format_count(evaluation['samples'], 'question')} (ids in evaluation and training: "
+                f"{examples}): scores may be too high; take other samples with split, skip_samples or "
+                "max_samples"
             )

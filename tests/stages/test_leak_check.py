@@ -116,8 +116,8 @@ def test_leaks_between_formats_files_and_orders_are_reported_once_for_each_pair(
     assert [entry["samples"] for entry in manifest["leaks"]] == [3, 3, 1]
     warnings = printed.splitlines()
     assert len(warnings) == 2
-    assert f"data.sources.0 ({train}) has samples of eval.sources.0 ({dev})" in warnings[0]
-    assert "the question of 1 and the set of documents of 1 of its 3 questions" in warnings[0]
+    shared = f"also holds 1 question and 1 set of documents of eval.sources.0 ({dev}), which has 3 questions"
+    assert f"data.sources.0 ({train}) {shared}" in warnings[0]
     assert "h1 and f1, h2 and f2" in warnings[0]
 
 
