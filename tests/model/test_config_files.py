@@ -283,6 +283,7 @@ def test_a_tokenizer_with_more_ids_than_the_embedding_is_refused_by_every_comman
     assert {path.name for path in tmp_path.iterdir()} == {
         *(
             "data",
+            "data.cache",
             "data.log",
             "documents.jsonl",
             "heldout.jsonl",
