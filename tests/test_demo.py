@@ -61,8 +61,6 @@ def test_the_commands_of_the_readme_run_in_their_order(mine: Path) -> None:
     commands = [words for words in commands if words[1:] != ["prepare", "hotpotqa"]]
     assert [words[1] for words in commands][:5] == ["prepare", "train", "export", "eval", "generate"]
     for words in commands:
-        if words[1] == "inspect":
-            words[words.index("--index") + 1] = "1"
         done = run_python("from blockft.cli import main; main()", mine, *words[1:])
         assert done.returncode == 0, (words, done.stderr)
     assert (mine / "out" / "mine" / "eval" / "report.json").is_file()

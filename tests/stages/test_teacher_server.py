@@ -11,8 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 
@@ -52,23 +54,27 @@ class Teacher:
 
 
 def demo_teacher(folder: Path) -> Teacher:
-    """The demo's model, which needs nothing else, with invented questions over two documents."""
+    """The demo's model, which needs nothing else, with questions in the wording that it has learned."""
     questions = folder / "questions.jsonl"
+    names = [
+        "".join(syllables).title() for syllables in product(["bra", "ke", "thu", "sol", "vi", "mo"], repeat=3)
+    ]
     records = (
         {
-            "question": f"Where is number {number}?",
-            "answers": ["Here."],
+            "question": f"What is the mayor of {name}?",
+            "answers": [other],
             "ctxs": [
-                {"title": f"{place}", "text": f"{place} has number {number + place}."} for place in (1, 2)
+                {"title": "", "text": f"The {role} of {name} is {other}."} for role in ("mayor", "river")
             ],
         }
-        for number in range(209)
+        for name, other in zip(names[:209], names[1:210], strict=True)
     )
     questions.write_text("".join(json.dumps(record) + "\n" for record in records))
     asked, gold = "max_samples: 200, response: teacher", "skip_samples: 200"
     sources = tuple(f"{{format: fid, path: {questions}, {options}}}" for options in (asked, gold))
-    # long answers, one at a time: the model is so fast that prepare could end before it is killed
-    return Teacher(DEMO_MODEL, sources, "max_new_tokens: 24, batch_size: 1")
+    wording = '{instruction: "Answer from the documents:", document: "\\n{text}", question: "\\n{question}"}'
+    # one question at a time: the model is so fast that prepare could end before it is killed
+    return Teacher(DEMO_MODEL, sources, f"max_new_tokens: 24, batch_size: 1, prompt: {wording}")
 
 
 def smollm2_teacher(folder: Path) -> Teacher:
@@ -205,9 +211,10 @@ def test_a_real_server_with_faults_and_kills_gives_the_same_bytes(
             return Reply(body=answer)
 
         def with_faults(body: Any, before: int) -> Reply:
-            number = len(json.dumps(body))  # the same fault for the same question
-            if number % 4 == 0 and before < 2:
-                return FAULTS[(number // 4 + before) % len(FAULTS)]
+            # the same fault for the same question
+            number = crc32(body["messages"][-1]["content"].encode())
+            if number % 2 == 0 and before < 2:
+                return FAULTS[(number // 2 + before) % len(FAULTS)]
             return forward(body, before)
 
         options = (f"data.teacher.concurrency={CONCURRENCY}", "data.teacher.timeout_s=120")
