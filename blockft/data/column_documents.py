@@ -15,7 +15,7 @@ from blockft.data.column_path import (
     similar_paths,
 )
 from blockft.data.columns import Columns
-from blockft.data.document_pool import normalize_text
+from blockft.data.document_pool import contains_answer, normalize_text
 from blockft.data.qa_formats import PART_OF_EVIDENCE
 from blockft.data.rag_prompt import Document
 from blockft.data.sample import NO_EVIDENCE, check_field, is_list, is_number, parse_text
@@ -74,7 +74,7 @@ def parse_documents(
     passages = _passages(columns, record)
     is_known, num_missing = True, 0
     if columns.supporting_contains_answer:
-        passages = [replace(p, flag=contains_answer(p.text, answers)) for p in passages]
+        passages = [replace(p, flag=contains_answer(normalize_text(p.text), answers)) for p in passages]
     elif any(passage.flag is not None for passage in passages):
         pass
     elif (cited := _cited(columns, record)) is not None:
@@ -90,12 +90,6 @@ def parse_documents(
     else:
         missing = PART_OF_EVIDENCE if num_missing else ""
     return documents, missing
-
-
-def contains_answer(text: str, answers: Sequence[str]) -> bool:
-    """Return whether a text contains one of the answers, without regard to case and white space."""
-    normalized = normalize_text(text)
-    return any(normalize_text(answer) in normalized for answer in answers)
 
 
 def parse_scalar(value: Any, path: str, *, may_be_blank: bool = False) -> str:

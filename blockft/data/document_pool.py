@@ -35,7 +35,7 @@ class DocumentPool:
     def contains_answer(self, document: Document, answers: Collection[str]) -> bool:
         """Return whether the text of a document of the pool contains one of the answers."""
         _, text = self._normalized[self.index_of(document)]
-        return any(normalize_text(answer) in text for answer in answers)
+        return contains_answer(text, answers)
 
     def distractors(
         self, question_documents: Collection[Document], answers: Collection[str], candidates: Iterable[int]
@@ -51,9 +51,14 @@ class DocumentPool:
         for index in candidates:
             title, text = self._normalized[index]
             searched = (text,) if title in known_titles else (text, title)
-            contains_answer = any(answer in field for answer in normalized_answers for field in searched)
-            if index not in excluded and not contains_answer:
+            has_answer = any(answer in field for answer in normalized_answers for field in searched)
+            if index not in excluded and not has_answer:
                 yield index
+
+
+def contains_answer(normalized: str, answers: Iterable[str]) -> bool:
+    """Return whether a text, which is normalized already, contains one of the answers."""
+    return any(normalize_text(answer) in normalized for answer in answers)
 
 
 def normalize_text(text: str) -> str:

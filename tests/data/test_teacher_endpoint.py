@@ -39,13 +39,8 @@ def question(text: str) -> Question:
     return Question(key=text, messages=(Message(role="user", content=(text,)),), sample=text)
 
 
-def ask(
-    base_url: str,
-    texts: Sequence[str] = ("q",),
-    *,
-    skipped: list[tuple[str, str]] | None = None,
-    **options: Any,
-) -> list[TeacherAnswer]:
+def options_of(base_url: str, **options: Any) -> Endpoint:
+    """Return the options of an endpoint; `options` replace the usual ones."""
     given: dict[str, Any] = {
         "base_url": base_url,
         "model": "m",
@@ -55,9 +50,19 @@ def ask(
         "timeout_s": 10,
         "max_retries": 3,
     }
+    return Endpoint(**given | options)
+
+
+def ask(
+    base_url: str,
+    texts: Sequence[str] = ("q",),
+    *,
+    skipped: list[tuple[str, str]] | None = None,
+    **options: Any,
+) -> list[TeacherAnswer]:
     answers: list[TeacherAnswer] = []
     skip = None if skipped is None else lambda question, reason: skipped.append((question.key, reason))
-    ask_endpoint(Endpoint(**given | options), iter(map(question, texts)), answers.append, skip)
+    ask_endpoint(options_of(base_url, **options), iter(map(question, texts)), answers.append, skip)
     return answers
 
 
@@ -291,15 +296,7 @@ def test_answers_before_an_error_are_recorded() -> None:
     with endpoint(
         lambda text, before: FATAL["405"] if text == "q5" else Reply(body=completion(text))
     ) as server:
-        options = Endpoint(
-            base_url=server.base_url,
-            model="m",
-            body={},
-            concurrency=1,
-            requests_per_minute=None,
-            timeout_s=9,
-            max_retries=0,
-        )
+        options = options_of(server.base_url, concurrency=1, max_retries=0)
         with pytest.raises(EndpointError):
             ask_endpoint(options, iter(question(f"q{i}") for i in range(9)), answers.append)
     assert [answer.answer for answer in answers] == [f"q{i}" for i in range(5)]
@@ -310,15 +307,7 @@ def test_an_error_of_the_caller_passes_through() -> None:
         raise UserError("the disk is full")
 
     with endpoint(first()) as server, pytest.raises(UserError, match="^the disk is full$"):
-        options = Endpoint(
-            base_url=server.base_url,
-            model="m",
-            body={},
-            concurrency=3,
-            requests_per_minute=None,
-            timeout_s=9,
-            max_retries=0,
-        )
+        options = options_of(server.base_url, concurrency=3, max_retries=0)
         ask_endpoint(options, iter(map(question, "abc")), fail)
 
 
@@ -422,15 +411,7 @@ def test_answers_that_are_being_written_are_recorded_when_the_command_stops() ->
 
     answers: list[TeacherAnswer] = []
     with endpoint(respond) as server:
-        options = Endpoint(
-            base_url=server.base_url,
-            model="m",
-            body={},
-            concurrency=3,
-            requests_per_minute=None,
-            timeout_s=9,
-            max_retries=0,
-        )
+        options = options_of(server.base_url, concurrency=3, max_retries=0)
         with pytest.raises(EndpointError):
             ask_endpoint(options, iter(map(question, ("a", "b", "bad", "c", "d"))), answers.append)
     assert sorted(answer.answer for answer in answers) == ["a", "b"] and "c" not in server.asked
