@@ -26,6 +26,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from blockft.attention.pairs import LayoutArrays
 from blockft.data.encoder import Example
 from blockft.data.sample import Sample, parse_sample, sample_to_record
 from blockft.digest import (
@@ -170,15 +171,15 @@ class Examples(Sequence[Example], Dataset[Example]):
             sample_ids=tuple(batch.column("sample_ids")[row].as_py()),
         )
 
-    def block_lengths(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the lengths of all local blocks, and those of all final blocks, without the token ids."""
-        columns = [batch.column("block_lengths") for batch in self._batches]
-        lengths = np.concatenate([[], *(column.flatten().to_numpy() for column in columns)]).astype(np.int64)
-        num_final = np.concatenate([[], *(batch.column("num_final").to_numpy() for batch in self._batches)])
-        # the final blocks are the last ones of an example
-        ends = np.repeat(np.cumsum(self.columns.num_blocks), self.columns.num_blocks)
-        is_final = ends - np.arange(len(lengths)) <= np.repeat(num_final, self.columns.num_blocks)
-        return lengths[~is_final], lengths[is_final]
+    def layouts(self) -> LayoutArrays:
+        """Return the layouts of all examples, without the token ids."""
+        lengths = [batch.column("block_lengths").flatten().to_numpy() for batch in self._batches]
+        num_final = [batch.column("num_final").to_numpy() for batch in self._batches]
+        return LayoutArrays(
+            np.concatenate([[], *lengths]).astype(np.int64),
+            self.columns.num_blocks,
+            np.concatenate([[], *num_final]).astype(np.int64),
+        )
 
     def locate_samples(self, index: int) -> tuple[int, int, int]:
         """Return where the samples of an example are: the shard, its first line, the number of lines."""

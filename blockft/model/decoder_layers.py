@@ -7,11 +7,16 @@ from blockft.attention.rope import RotaryEmbedding
 from blockft.model.supported import rope_parameters
 
 
-def attention_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
-    """Return the different sliding windows of a model's layers, in tokens. None is no window."""
+def layer_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
+    """Return the sliding window of each layer, in tokens. None is no window."""
     window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
-    return tuple(dict.fromkeys(window if kind == "sliding_attention" else None for kind in layer_types))
+    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
+
+
+def attention_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
+    """Return the different sliding windows of a model's layers."""
+    return tuple(dict.fromkeys(layer_windows(config)))
 
 
 def rotary_embeddings(model: PreTrainedModel) -> tuple[RotaryEmbedding, ...]:

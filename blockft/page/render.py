@@ -175,12 +175,12 @@ def _view_sources(prepared: PreparedData) -> list[SourceView]:
 
 def _build_charts(prepared: PreparedData, row_tokens: NDArray[np.int64]) -> list[Chart]:
     columns = prepared.examples.columns
-    local_lengths, final_lengths = prepared.examples.block_lengths()
+    layouts = prepared.examples.layouts()
     charts = (
         ("Length of an example", "token", "example", columns.lengths),
         ("Blocks of an example", "block", "example", columns.num_blocks),
-        ("Length of a local block", "token", "local block", local_lengths),
-        ("Length of a final block", "token", "final block", final_lengths),
+        ("Length of a local block", "token", "local block", layouts.local_lengths),
+        ("Length of a final block", "token", "final block", layouts.final_lengths),
         ("Labels of an example", "label token", "example", columns.num_labels),
         ("Tokens of a row, without padding", "token", "row", row_tokens),
     )

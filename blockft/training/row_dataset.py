@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,8 +123,20 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
         num_tokens = np.bincount(sources, weights=epoch.lengths, minlength=num_sources)
         return [(int(items), int(tokens)) for items, tokens in zip(num_items, num_tokens, strict=True)]
 
+    def sum_by_batch(self, block: NDArray[Any], full: NDArray[Any]) -> NDArray[Any]:
+        """Return the sum over each batch of a figure that all examples have, in training order.
+
+        `block` and `full` hold the figure of each example of the data in block mode and in full mode.
+        """
+        sums = []
+        for epoch in self.epochs:
+            figures = np.where(epoch.is_block, block[epoch.examples], full[epoch.examples])
+            # the sum over each row; `reduceat` cannot sum over the empty rows that complete a batch
+            ends = np.concatenate([[0], np.cumsum(figures[epoch.rows.items])])
+            sums.append(np.diff(ends[epoch.rows.starts]))
+        return np.concatenate(sums).reshape(-1, self._batch_rows).sum(axis=1)
+
     def list_batch_tokens(self) -> list[int]:
         """Return the number of tokens of each batch, padding excluded, in training order."""
-        row_tokens = np.concatenate([epoch.rows.count_tokens(epoch.lengths) for epoch in self.epochs])
-        batch_tokens: list[int] = row_tokens.reshape(-1, self._batch_rows).sum(axis=1).tolist()
+        batch_tokens: list[int] = self.sum_by_batch(self._columns.lengths, self._columns.lengths).tolist()
         return batch_tokens

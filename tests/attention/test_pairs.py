@@ -1,0 +1,47 @@
+"""The counted pairs are those of the dense mask."""
+
+import random
+
+import numpy as np
+import pytest
+
+from blockft.attention.layout import Layout, build_metadata
+from blockft.attention.mask import build_dense_mask
+from blockft.attention.pairs import LayoutArrays, count_pairs
+from tests.tiny import random_layout
+
+
+def make_layouts() -> list[Layout]:
+    """Return layouts of 1 to 9 blocks, of which 1 to all are final."""
+    rng = random.Random(0)
+    layouts = [Layout((1,)), Layout((5,)), Layout((1, 1)), Layout((3, 2), 2), Layout((2, 3, 4), 1)]
+    for _ in range(60):
+        num_blocks = rng.randint(1, 9)
+        num_final = rng.choice([1, 1, rng.randint(1, num_blocks)])
+        layouts.append(random_layout(rng, rng.randint(num_blocks + 1, 60), num_blocks, num_final))
+    return layouts
+
+
+def count_in_mask(layout: Layout, window: int | None, reencoded: bool) -> int:
+    return int(build_dense_mask(build_metadata([layout], reencoded=reencoded), window).sum())
+
+
+@pytest.mark.parametrize("reencoded", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 2, 7, 30, 1000])
+def test_counted_pairs_are_those_of_the_dense_mask(window: int | None, reencoded: bool) -> None:
+    layouts = make_layouts()
+    block, full = count_pairs(LayoutArrays.of(layouts), window, reencoded=reencoded)
+    assert block.tolist() == [count_in_mask(layout, window, reencoded) for layout in layouts]
+    assert full.tolist() == [count_in_mask(layout.full(), window, reencoded) for layout in layouts]
+
+
+def test_no_layouts_and_very_long_ones_are_counted() -> None:
+    block, full = count_pairs(LayoutArrays.of([]))
+    assert len(block) == len(full) == 0
+    length = 1_000_000
+    layouts = LayoutArrays.of([Layout((length, length, 1)), Layout((2 * length + 1,))])
+    block, full = count_pairs(layouts)
+    triangle = length * (length + 1) // 2
+    assert block[0] == 2 * triangle + 2 * length + 1
+    assert full[0] == full[1] == block[1] == (2 * length + 1) * (length + 1)
+    assert block.dtype == np.int64
