@@ -12,10 +12,14 @@ CacheOptions  where the engine keeps blocks, and the size of each tier
 RagPrompt     the wording and the order of documents in a prompt
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from blockft.version import __version__
+
+# peft imports bitsandbytes, which on some CPUs advises to install a package that nothing here uses
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     from blockft.config.recipe import load_recipe
