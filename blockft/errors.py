@@ -18,6 +18,10 @@ class RankError(UserError):
     """A mistake that one rank of a run may find alone, so that every rank prints it."""
 
 
+class ReportedError(UserError):
+    """A mistake that another process has already printed, so that this one only ends."""
+
+
 def warn(message: str) -> None:
     """Print a warning on stderr as one line. Of several ranks of a host only the first prints."""
     notify(f"warning: {message}")

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "model": FOLDERS
     | {"file_content", "inputs", "markdown", "attention", "progress", "digest", "units", "errors"},
     "inference": {"data", "model", "attention", "digest", "inputs", "units", "errors"},
-    "training": LIBRARY | FOLDERS | {"inputs", "printable", "digest", "units", "errors"},
+    "training": LIBRARY | FOLDERS | {"inputs", "printable", "digest", "units", "errors", "version"},
     "evaluation": LIBRARY | {"markdown", "printable", "outputs", "digest", "errors"},
     "page": {"data", "inputs", "printable", "units", "errors", "version"},
     "bench": LIBRARY | {"training"} | SUPPORT,

@@ -11,12 +11,15 @@ from typing import Any
 from blockft.cli.interrupt import CODE as INTERRUPTED
 from blockft.cli.interrupt import Interrupts
 from blockft.cli.streams import BROKEN_PIPE, OutputClosed, prepare_streams
-from blockft.errors import RankError, UserError, is_first_of_host
+from blockft.errors import RankError, ReportedError, UserError, is_first_of_host
 from blockft.inputs import shorten, text_problem
 from blockft.printable import print_text
 
 MAX_MESSAGE_LEN = 4000
 """Longest error message in characters; a message may quote long texts of the user."""
+
+USER_ERROR = 2
+"""The exit code of a command that ends because of a mistake of the user."""
 
 _STATES_OF_THE_SYSTEM = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR),
@@ -88,6 +91,8 @@ def _run() -> int:
         return code
     except usage_error as error:
         return _fail(f"{error.format_message()} (see blockft --help)")
+    except ReportedError:
+        return USER_ERROR
     except UserError as error:
         return _fail(str(error), on_every_rank=isinstance(error, RankError))
     except OutputClosed:
@@ -123,4 +128,4 @@ def _fail(message: str, *, on_every_rank: bool = False) -> int:
         with suppress(OutputClosed, UserError):
             text = shorten(" ".join(message.split()), MAX_MESSAGE_LEN)
             print_text(f"blockft: {text}", file=sys.stderr)
-    return 2
+    return USER_ERROR

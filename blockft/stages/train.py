@@ -35,11 +35,11 @@ from blockft.stages.run_plan import check_run, verify_inputs, warn_if_epochs_end
 from blockft.training.distributed import (
     check_ranks,
     init_distributed,
-    reported_connection_errors,
     run_on_each_host,
     set_worker_environment,
     shutdown_distributed,
     use_cpu,
+    watch_ranks,
 )
 from blockft.training.library_internals import LOAD_UNIVERSAL, only_weights_loaded
 from blockft.training.library_warnings import silence_known_warnings
@@ -52,6 +52,7 @@ from blockft.training.plan import (
     RunPlan,
     check_run_signature,
 )
+from blockft.training.rank_watch import RankWatch
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -100,9 +101,13 @@ def train(recipe: Recipe, *, resume: bool = False, name: str | None = None) -> P
     check_type(recipe, Recipe, "recipe", "load_recipe reads one from a YAML file")
     set_worker_environment()
     silence_known_warnings()
-    # the other ranks share the lock of the first one as soon as all are connected
-    with lock_run(recipe) if os.environ["RANK"] == "0" else nullcontext() as lock:
-        return _train(recipe, lock, resume=resume, name=name)
+    watch = watch_ranks()
+    with (
+        watch.watching() if watch else nullcontext(),
+        # the other ranks share the lock of the first one as soon as all are connected
+        lock_run(recipe) if os.environ["RANK"] == "0" else nullcontext() as lock,
+    ):
+        return _train(recipe, lock, watch, resume=resume, name=name)
 
 
 @contextmanager
@@ -158,7 +163,9 @@ def _reported_write_errors(run: Path, num_processes: int) -> Iterator[None]:
         yield
 
 
-def _train(recipe: Recipe, lock: FolderLock | None, *, resume: bool, name: str | None) -> Path:
+def _train(
+    recipe: Recipe, lock: FolderLock | None, watch: RankWatch | None, *, resume: bool, name: str | None
+) -> Path:
     rank, num_processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # every rank checks, and no rank writes before all ranks are connected
     plan, checkpoint = check_run(recipe, resume=resume, num_processes=num_processes, verify=False)
@@ -176,8 +183,7 @@ def _train(recipe: Recipe, lock: FolderLock | None, *, resume: bool, name: str |
         stack.enter_context(_restored_process_state())
         stack.enter_context(_reported_write_errors(run, num_processes))
         wait_until_verified = stack.enter_context(_in_thread(partial(verify_inputs, recipe, checkpoint)))
-        init_distributed()
-        stack.enter_context(reported_connection_errors())
+        init_distributed(watch)
         stack.enter_context(_shared_by_ranks(lock, run))
         run_on_each_host(wait_until_verified)
         # DeepSpeed, which this module imports, needs the worker's environment
@@ -209,6 +215,8 @@ def _train(recipe: Recipe, lock: FolderLock | None, *, resume: bool, name: str |
 
                 finish_wandb_run(loss_plot, trainer.state.global_step)
         shutdown_distributed()
+    if watch:
+        watch.finish()
     if run_callback.stop_requested:
         raise RunStopped(run / f"checkpoint-{trainer.state.global_step}")
     return run

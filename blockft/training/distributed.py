@@ -5,20 +5,26 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from blockft.errors import UserError, first_line, is_first_of_host
+from blockft.errors import UserError, is_first_of_host
 from blockft.inputs import shorten
 from blockft.outputs import temporary_path
 from blockft.training.compiler_lock import watch_compiler_locks
-from blockft.training.library_internals import forget_process_groups, unlink_shared_memory
+from blockft.training.library_internals import (
+    compile_cpu_operator,
+    forget_process_groups,
+    unlink_shared_memory,
+)
 from blockft.training.library_warnings import library_output_on_stderr
+from blockft.training.rank_watch import RankWatch
 from blockft.units import format_count
 
 MAX_WORLD_SIZE = 1 << 20
@@ -28,8 +34,15 @@ MAX_TIMEOUT_MINUTES = 1_000_000
 """Largest time that DeepSpeed waits for processes."""
 
 
-_CONNECTION_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-"""Texts of the errors of Gloo when a rank has ended."""
+DEFAULT_TIMEOUT_MINUTES = 10
+"""Time in which all ranks must connect, unless DEEPSPEED_TIMEOUT says otherwise, as in DeepSpeed."""
+
+COLLECTIVE_TIMEOUT_MINUTES = 60
+"""Least time that a rank waits for the others in a collective. A rank that has ended is found at once, so
+this bounds only ranks that live and wait for each other forever."""
+
+GROUP_TIMEOUT_S = 50
+"""Time in which ranks that all run must connect to each other. A thousand ranks have a minute more."""
 
 
 def is_worker() -> bool:
@@ -66,7 +79,7 @@ def check_worker_environment() -> None:
     Raises:
         UserError: a variable is missing or has a value that no launcher gives it.
     """
-    _read_variable("DEEPSPEED_TIMEOUT", 1, MAX_TIMEOUT_MINUTES, default=1)
+    read_timeout_minutes()
     if not is_worker():
         return
     num_processes = _read_variable("WORLD_SIZE", 1, MAX_WORLD_SIZE)
@@ -75,6 +88,15 @@ def check_worker_environment() -> None:
     _read_variable("MASTER_PORT", 1, 65535)
     if not os.environ.get("MASTER_ADDR", "").strip():
         raise UserError("RANK is set, but MASTER_ADDR is not: set it to the address of the first host")
+
+
+def read_timeout_minutes() -> int:
+    """Return the time in which all ranks must connect.
+
+    Raises:
+        UserError: DEEPSPEED_TIMEOUT is not a number of minutes.
+    """
+    return _read_variable("DEEPSPEED_TIMEOUT", 1, MAX_TIMEOUT_MINUTES, default=DEFAULT_TIMEOUT_MINUTES)
 
 
 def _read_variable(name: str, smallest: int, largest: int, default: int | None = None) -> int:
@@ -101,8 +123,19 @@ def find_free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def init_distributed() -> None:
-    """Join the other ranks of the run; wait at most DEEPSPEED_TIMEOUT minutes (default 10).
+def watch_ranks() -> RankWatch | None:
+    """Start the watch over the other ranks of this run; None without any.
+
+    Raises:
+        UserError: the port of the first host is in use.
+    """
+    if int(os.environ["WORLD_SIZE"]) == 1:
+        return None
+    return RankWatch(timeout_s=60 * read_timeout_minutes())
+
+
+def init_distributed(watch: RankWatch | None = None) -> None:
+    """Join the other ranks of the run, which must all call it within DEEPSPEED_TIMEOUT minutes (default 10).
 
     Raises:
         UserError: this host has no GPU for this rank, or the ranks cannot connect.
@@ -115,26 +148,40 @@ def init_distributed() -> None:
                 "one process per GPU on every host, and let each process see all GPUs of its host"
             )
         torch.cuda.set_device(local_rank)  # otherwise NCCL puts every rank on the first GPU
+        torch.cuda.init()
     import deepspeed
 
     watch_compiler_locks()
-    try:
-        # DeepSpeed prints on stdout that it compiled an operator
-        with library_output_on_stderr():
-            deepspeed.init_distributed(dist_backend="gloo" if use_cpu() else "nccl", verbose=False)
-    except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or "connectFullMesh" in str(error)):
-            raise
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(
-            f"the processes of the run could not connect at {address} ({first_line(error)}): check "
-            "that every host has started and can reach this address, and name the network interface between "
-            "the hosts (GLOO_SOCKET_IFNAME on CPU, NCCL_SOCKET_IFNAME on GPU)"
-        ) from error
-    if use_cpu():
-        atexit.register(_destroy_process_group)
+    # DeepSpeed prints on stdout that it compiled an operator
+    with library_output_on_stderr():
+        compile_cpu_operator()
+    if watch:
+        watch.wait_until_ready()
+    with _time_limit(watch), library_output_on_stderr():
+        deepspeed.init_distributed(
+            dist_backend="gloo" if use_cpu() else "nccl",
+            verbose=False,
+            timeout=timedelta(minutes=max(COLLECTIVE_TIMEOUT_MINUTES, read_timeout_minutes())),
+        )
+        if use_cpu():
+            atexit.register(_destroy_process_group)
         dist.barrier()  # from here on every rank has opened the shared memory of every other rank
+    if use_cpu():
         unlink_shared_memory()
+
+
+def _time_limit(watch: RankWatch | None) -> AbstractContextManager[None]:
+    """Return a context in which ranks that are all ready must connect to each other."""
+    if watch is None:
+        return nullcontext()
+    seconds = GROUP_TIMEOUT_S + 60 * int(os.environ["WORLD_SIZE"]) // 1000
+    variable = "GLOO_SOCKET_IFNAME" if use_cpu() else "NCCL_SOCKET_IFNAME"
+    return watch.time_limit(
+        seconds,
+        f"all ranks run, but they could not connect to each other within {seconds} s: name the network "
+        f"interface between the hosts with {variable}, and open all ports between the hosts (blockft doctor "
+        "--hostfile FILE shows the interfaces)",
+    )
 
 
 def run_on_each_host(check: Callable[[], None]) -> None:
@@ -154,25 +201,6 @@ def run_on_each_host(check: Callable[[], None]) -> None:
     for message in errors:
         if message:
             raise UserError(message)
-
-
-@contextmanager
-def reported_connection_errors() -> Iterator[None]:
-    """Turn a lost connection to another rank into a message; that rank says itself why it has ended.
-
-    Raises:
-        UserError: another rank has ended.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        text = str(error)
-        if not isinstance(error, dist.DistError) and not any(reason in text for reason in _CONNECTION_LOST):
-            raise
-        raise UserError(
-            "another process of the run has ended before this one: its own message says why; without one it "
-            "was killed, most likely because memory ran out"
-        ) from error
 
 
 def check_ranks(run: Path, run_signature: dict[str, Any]) -> None:

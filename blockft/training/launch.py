@@ -6,12 +6,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import IO, Any
 
 import psutil
 import torch
 
-from blockft.errors import UserError
+from blockft.errors import UserError, notify
 from blockft.training.distributed import find_free_port, use_cpu
 from blockft.training.hosts import (
     PDSH_FAILURE,
@@ -84,7 +85,17 @@ def start_workers(arguments: Sequence[str], *, num_gpus: int, hosts: Hosts | Non
         assert launcher.stderr is not None
         threading.Thread(target=_watch_hosts, args=(launcher.stderr, hosts, signals), daemon=True).start()
     exit_code = launcher.wait()
+    if not signals:
+        _report_kill(exit_code)
     return 130 if signals else exit_code
+
+
+def _report_kill(exit_code: int) -> None:
+    """Print that a signal ended a rank, which only its launcher knows; that is the exit code minus 256."""
+    with suppress(ValueError):
+        name = signal.Signals(256 - exit_code).name
+        cause = ", most likely because memory ran out" if name == "SIGKILL" else ""
+        notify(f"a process of the run was ended by {name}{cause}: resume the run with --resume")
 
 
 def _launcher_command(num_gpus: int, hosts: Hosts | None) -> list[str]:

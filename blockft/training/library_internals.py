@@ -240,6 +240,13 @@ def separate_adam_steps(optimizer: Any) -> None:
 # --- DeepSpeed on CPUs: shared memory
 
 
+def compile_cpu_operator() -> None:
+    """Compile or load the operator with which DeepSpeed communicates on a CPU; without effect on a GPU."""
+    from deepspeed.comm.torch import build_shm_op
+
+    build_shm_op()
+
+
 def unlink_shared_memory() -> None:
     """Remove the names of this rank's shared memory, which DeepSpeed never removes.
 

@@ -1,0 +1,301 @@
+"""When one rank ends before its time, all others end at once and name it, without the help of a launcher."""
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from blockft import cli
+from blockft.cli import commands as cli_commands
+from blockft.errors import UserError
+from blockft.stages.prepare import prepare
+from blockft.training import distributed, rank_watch
+from tests.commands import Ranks, fork_ranks, logged, start_ranks
+from tests.run import toy_recipe
+
+LONELY = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "3",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29741",
+}
+"""Variables of a rank whose others never start."""
+
+TRAINING_LIMIT_S = 60
+"""Limit of the tests for a training that fails in its third step."""
+
+LIMIT_S = 20
+"""Limit of the tests for the end of all ranks: far below the time limit of a collective."""
+
+
+def do_nothing() -> None:
+    pass
+
+
+def run_watched(arguments: list[str], work: Callable[[rank_watch.RankWatch], object]) -> int:
+    """Do the work of one rank as `blockft train` would: under the watch, inside the command line."""
+    distributed.set_worker_environment()
+    watch = distributed.watch_ranks()
+    assert watch
+    with watch.watching():
+        work(watch)
+    return 0
+
+
+def call_command_line(
+    work: Callable[[rank_watch.RankWatch], object], before: Callable[[], None] = do_nothing
+) -> None:
+    before()
+    cli_commands.parse_and_run = partial(run_watched, work=work)
+    cli.main()
+
+
+def run_ranks(
+    work: Callable[[rank_watch.RankWatch], object],
+    num_ranks: int = 3,
+    before: Callable[[], None] = do_nothing,
+    **environment: str,
+) -> Ranks:
+    command = partial(call_command_line, work, before)
+    ranks = fork_ranks(command, num_ranks=num_ranks, GLOO_SOCKET_IFNAME="lo", **environment)
+    start = time.monotonic()
+    ranks.wait_or_kill(2 * LIMIT_S)
+    assert time.monotonic() - start < LIMIT_S, ranks.output("stderr")
+    return ranks
+
+
+def exit_codes(ranks: Ranks) -> list[int | None]:
+    return [process.exitcode for process in ranks.processes]
+
+
+def is_rank(rank: int) -> bool:
+    return os.environ["RANK"] == str(rank)
+
+
+def reduce_forever() -> None:
+    tensor = torch.ones(4)
+    while True:
+        dist.all_reduce(tensor)
+
+
+def fail_while_reducing(rank: int, fail: Callable[[], object], watch: rank_watch.RankWatch) -> None:
+    distributed.init_distributed(watch)
+    if is_rank(rank):
+        dist.all_reduce(torch.ones(4))
+        fail()
+    reduce_forever()
+
+
+def kill_this_process() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def raise_user_error() -> None:
+    raise UserError("the disk is full: free some space")
+
+
+def raise_internal_error() -> None:
+    raise ValueError("too few dimensions")
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_killed_rank_is_named_by_one_other_rank(rank: int) -> None:
+    ranks = run_ranks(partial(fail_while_reducing, rank, kill_this_process))
+    codes = exit_codes(ranks)
+    assert codes.pop(rank) == -signal.SIGKILL and codes == [2, 2]
+    assert ranks.output("stderr").count("\n") == 1, ranks.output("stderr")
+    line = ranks.output("stderr")
+    assert line.startswith(f"blockft: rank {rank} on ") and "it was killed" in line
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_the_mistake_of_any_rank_is_printed_once(rank: int) -> None:
+    ranks = run_ranks(partial(fail_while_reducing, rank, raise_user_error))
+    assert exit_codes(ranks) == [2, 2, 2]
+    lines = [line for line in ranks.output("stderr").splitlines() if line.startswith("blockft: ")]
+    assert lines == ["blockft: the disk is full: free some space"]
+
+
+def test_a_mistake_that_all_ranks_find_is_printed_once() -> None:
+    ranks = run_ranks(fail_together)
+    assert exit_codes(ranks) == [2, 2, 2]
+    lines = [line for line in ranks.output("stderr").splitlines() if line.startswith("blockft: ")]
+    assert lines == ["blockft: the disk is full: free some space"]
+
+
+def fail_together(watch: rank_watch.RankWatch) -> None:
+    distributed.init_distributed(watch)
+    raise_user_error()
+
+
+def test_the_traceback_of_an_internal_error_comes_first() -> None:
+    ranks = run_ranks(partial(fail_while_reducing, 1, raise_internal_error))
+    assert exit_codes(ranks) == [2, 1, 2]
+    errors = ranks.output("stderr")
+    assert errors.count("ValueError: too few dimensions") == 1 and errors.startswith("Traceback")
+
+
+def fail_before_connecting(watch: rank_watch.RankWatch) -> None:
+    if is_rank(1):
+        raise_user_error()
+    distributed.init_distributed(watch)
+
+
+@pytest.mark.parametrize("late_rank", [0, 1])
+def test_a_rank_that_fails_before_the_ranks_connect_ends_all(late_rank: int) -> None:
+    ranks = run_ranks(partial(start_late, late_rank, fail_before_connecting), num_ranks=2)
+    assert exit_codes(ranks) == [2, 2]
+    assert ranks.output("stderr").count("the disk is full") == 1
+
+
+def start_late(
+    rank: int, work: Callable[[rank_watch.RankWatch], object], watch: rank_watch.RankWatch
+) -> None:
+    if is_rank(rank):
+        time.sleep(1)
+    work(watch)
+
+
+@pytest.mark.parametrize("name", ["Python", "blockft", "the code of blockft", "torch", "transformers"])
+def test_another_version_on_one_rank_is_named_before_the_ranks_connect(name: str) -> None:
+    ranks = run_ranks(connect_only, before=partial(change_fact, name), num_ranks=2)
+    assert exit_codes(ranks) == [2, 2]
+    (line,) = [line for line in ranks.output("stderr").splitlines() if line.startswith("blockft: ")]
+    if name == "the code of blockft":
+        assert "and rank 0 have different files of the package blockft: install" in line
+    else:
+        assert f"has {name} 0.0.9, but rank 0 has " in line
+
+
+def change_fact(name: str) -> None:
+    if is_rank(1):
+        facts = rank_watch.list_package_facts() | {name: "0.0.9"}
+        rank_watch.list_package_facts = lambda: facts
+
+
+def connect_only(watch: rank_watch.RankWatch) -> None:
+    distributed.init_distributed(watch)
+    raise AssertionError("the ranks have connected")
+
+
+def test_ranks_that_do_not_connect_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = run_ranks(connect_only, before=shorten_waits, num_ranks=1, **LONELY)
+    assert exit_codes(ranks) == [2]
+    remark, error = ranks.output("stderr").splitlines()
+    assert remark.startswith("blockft: rank 0 waits for 2 of 3 ranks at 127.0.0.1:")
+    assert remark.endswith(": 1, 2")
+    assert error.startswith("blockft: rank 1 on its host has not connected to 127.0.0.1:")
+
+
+def test_a_rank_that_cannot_reach_the_first_host_says_so() -> None:
+    ranks = run_ranks(connect_only, before=shorten_waits, num_ranks=1, **LONELY | {"RANK": "2"})
+    assert exit_codes(ranks) == [2]
+    *_, remark, error = ranks.output("stderr").splitlines()
+    assert remark.startswith("blockft: rank 2 waits for rank 0 at 127.0.0.1:")
+    assert error.startswith("blockft: rank 2 cannot reach rank 0 at 127.0.0.1:")
+
+
+def shorten_waits() -> None:
+    rank_watch.REMARK_AFTER_S = 1
+    distributed.read_timeout_minutes = lambda: 0.05
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.create_server(("", 0)) as server:
+        port = str(server.getsockname()[1])
+        ranks = run_ranks(connect_only, num_ranks=1, **LONELY | {"MASTER_PORT": port})
+    assert exit_codes(ranks) == [2]
+    assert f"blockft: port {port} of the first host is in use" in ranks.output("stderr")
+
+
+def test_ranks_that_cannot_connect_to_each_other_end_with_the_interface(tmp_path: Path) -> None:
+    ranks = run_ranks(partial(never_join, 1), before=shorten_group_time, num_ranks=2)
+    assert exit_codes(ranks) == [2, 2]
+    assert ranks.output("stderr").count("name the network interface between the hosts with GLOO_SOCKET") == 1
+
+
+def shorten_group_time() -> None:
+    distributed.GROUP_TIMEOUT_S = 3
+
+
+def never_join(rank: int, watch: rank_watch.RankWatch) -> None:
+    if is_rank(rank):
+        dist.barrier = lambda: time.sleep(3600)
+    distributed.init_distributed(watch)
+
+
+def test_a_rank_that_is_slow_or_stopped_ends_no_run() -> None:
+    ranks = fork_ranks(partial(call_command_line, pause), num_ranks=2, GLOO_SOCKET_IFNAME="lo")
+    stopped = ranks.processes[1].pid
+    assert stopped
+    time.sleep(2)
+    os.kill(stopped, signal.SIGSTOP)
+    time.sleep(4)
+    os.kill(stopped, signal.SIGCONT)
+    assert ranks.wait().returncode == 0
+    assert ranks.output("stderr") == ""
+
+
+def pause(watch: rank_watch.RankWatch) -> None:
+    distributed.init_distributed(watch)
+    if is_rank(1):
+        time.sleep(5)
+    dist.all_reduce(torch.ones(4))
+    distributed.shutdown_distributed()
+
+
+def test_a_child_of_a_killed_rank_does_not_hide_its_end() -> None:
+    ranks = run_ranks(fork_and_die, num_ranks=2)
+    assert exit_codes(ranks) == [2, -signal.SIGKILL]
+    assert "rank 1 on " in ranks.output("stderr")
+
+
+def fork_and_die(watch: rank_watch.RankWatch) -> None:
+    distributed.init_distributed(watch)
+    if is_rank(1):
+        if os.fork() == 0:
+            time.sleep(2 * LIMIT_S)
+            os._exit(0)
+        kill_this_process()
+    time.sleep(2 * LIMIT_S)
+
+
+@pytest.mark.parametrize("place", ["before", "inside", "after"])
+def test_an_exception_around_a_collective_of_a_training_ends_it(place: str, tmp_path: Path) -> None:
+    prepare(toy_recipe(tmp_path))
+    run = tmp_path / "run"
+    settings = ("train.num_train_epochs=3000", "train.save_steps=1000000")
+    ranks = start_ranks(
+        "train", tmp_path / "recipe.yaml", *settings, num_ranks=2, before=partial(fail_in_training, place)
+    )
+    ranks.wait_or_kill(TRAINING_LIMIT_S)
+    assert exit_codes(ranks) == [2, 1]
+    errors = ranks.output("stderr")
+    assert "ValueError: too few dimensions" in errors and "Traceback" in errors
+    assert len(logged(run)) >= 1
+
+
+def fail_in_training(place: str) -> None:
+    """Make rank 1 fail in its third step: before, inside or after the reduction of the gradients."""
+    from deepspeed import DeepSpeedEngine
+
+    if not is_rank(1):
+        return
+    name = {"before": "forward", "inside": "allreduce_gradients", "after": "step"}[place]
+    original, calls = getattr(DeepSpeedEngine, name), count()
+
+    def fail_later(*arguments: object, **options: object) -> object:
+        if next(calls) == 4:
+            raise_internal_error()
+        return original(*arguments, **options)
+
+    setattr(DeepSpeedEngine, name, fail_later)
