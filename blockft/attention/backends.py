@@ -15,15 +15,26 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from blockft.attention.layout import AttentionMetadata
-from blockft.attention.mask import build_dense_mask, build_mask_mod, tile_occupancy
+from blockft.attention.mask import KeyRanges, build_dense_mask, build_range_mask_mod, tile_occupancy
 from blockft.attention.rotate_queries import CachedAttention
 
 FLEX_TILE_LEN = 128
 """Side of a tile of FlexAttention's block-sparse mask, in tokens."""
 
-SMALL_HEAD_OPTIONS = {"BLOCK_M": 64, "BLOCK_N": 64}
-"""Options of FlexAttention's forward kernel for heads of at most 64 dimensions. A pass over 8,192 tokens of
-SmolLM2's shape takes 0.12 ms with them, and 2.77 ms with those that PyTorch 2.11 chooses on an H100."""
+FORWARD_OPTIONS = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 3, "fwd_num_warps": 4}
+"""Options of FlexAttention's forward kernel. A pass over 8,192 tokens of SmolLM2's shape takes 0.12 ms with
+them, and 2.77 ms with those that PyTorch 2.11 chooses on an H100."""
+
+BACKWARD_OPTIONS = {
+    "bwd_BLOCK_M1": 64,
+    "bwd_BLOCK_N1": 64,
+    "bwd_BLOCK_M2": 64,
+    "bwd_BLOCK_N2": 64,
+    "bwd_num_stages": 2,
+    "bwd_num_warps": 4,
+}
+"""Options of its backward kernel in 16 bits. On an H200, real rows take 5 % less time with them in the shape
+of Llama-3-8B, and 8 % less in that of Llama-3.2-1B, than with those that PyTorch 2.11 chooses."""
 
 
 class AttentionMasks:
@@ -36,6 +47,7 @@ class AttentionMasks:
         self.metadata = metadata
         self._dense: dict[tuple[int | None, int], torch.Tensor] = {}
         self._flex: dict[int | None, BlockMask] = {}
+        self._ranges: KeyRanges | None = None
 
     def dense(self, window: int | None, num_queries: int) -> torch.Tensor:
         """Return the dense mask: (B, 1, T, S) bool, true where attention is allowed."""
@@ -47,12 +59,13 @@ class AttentionMasks:
         """Return FlexAttention's block-sparse mask, for T = S tokens."""
         if window not in self._flex:
             num_tokens = self.metadata.example_ids.shape[1]
-            any_allowed, all_allowed = tile_occupancy(self.metadata, window, FLEX_TILE_LEN)
+            self._ranges = ranges = self._ranges or KeyRanges.of_metadata(self.metadata)
+            any_allowed, all_allowed = tile_occupancy(self.metadata, window, FLEX_TILE_LEN, ranges=ranges)
             self._flex[window] = BlockMask.from_kv_blocks(
                 *_tile_indices(any_allowed & ~all_allowed),
                 *_tile_indices(all_allowed),
                 BLOCK_SIZE=FLEX_TILE_LEN,
-                mask_mod=build_mask_mod(self.metadata, window),
+                mask_mod=build_range_mask_mod(ranges, self.metadata, window),
                 seq_lengths=(num_tokens, num_tokens),
             )
         return self._flex[window]
@@ -125,7 +138,7 @@ def block_flex(
         block_mask=masks.flex(sliding_window),
         scale=scaling,
         enable_gqa=True,
-        kernel_options=SMALL_HEAD_OPTIONS if q_BHTD.shape[3] <= 64 else None,
+        kernel_options=_kernel_options(q_BHTD),
     )
     return out_BHTD.transpose(1, 2).contiguous(), None
 
@@ -180,6 +193,22 @@ def _check_masks(masks: AttentionMasks | None, keys_BKSD: torch.Tensor) -> Atten
     if found != expected:
         raise ValueError(f"block_masks describe {found} rows and keys, the layer has {expected}")
     return masks
+
+
+def _kernel_options(q_BHTD: torch.Tensor) -> dict[str, Any] | None:
+    """Return the options of FlexAttention's kernels, or None where PyTorch chooses better ones."""
+    head_dim, is_16_bit = q_BHTD.shape[3], q_BHTD.dtype.itemsize == 2
+    if head_dim <= 64:
+        return FORWARD_OPTIONS | (BACKWARD_OPTIONS if is_16_bit else {})
+    # larger heads fit into the shared memory of Hopper, but not into that of every GPU
+    if head_dim <= 128 and is_16_bit and q_BHTD.is_cuda and _is_hopper(q_BHTD.device.index):
+        return FORWARD_OPTIONS | BACKWARD_OPTIONS
+    return None
+
+
+@cache
+def _is_hopper(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) == (9, 0)
 
 
 def _tile_indices(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

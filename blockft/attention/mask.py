@@ -4,9 +4,11 @@ Shapes: B rows of a batch, T query tokens, S key tokens.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from blockft.attention.layout import AttentionMetadata, Layout, build_metadata
 
@@ -76,14 +78,129 @@ def build_dense_mask(
     return mask_mod(b, 0, q, torch.arange(num_keys, device=device))
 
 
+@dataclass(frozen=True)
+class KeyRanges:
+    """The mask of rows in two numbers for each token, both (B, T) int32 indices into the row.
+
+    Query q may attend to key k if ``first_keys[q] <= k <= q <= last_queries[k]``. This equals `may_attend`
+    for the rows of `build_metadata`, where examples and blocks are contiguous and final blocks follow the
+    local blocks of their example. It needs fewer reads and comparisons.
+
+    ::
+
+        block lengths   (2, 2, 2)        (2, 2, 2) with two final blocks
+        first_keys      0 0 2 2 0 0      0 0 0 0 0 0
+        last_queries    5 5 5 5 5 5      5 5 3 3 5 5
+
+    `context_ends` holds, for tokens of final blocks, the index after the last local block of the example,
+    and for other tokens the start of the example. `block_starts` holds the first token of each token's block.
+    """
+
+    first_keys: torch.Tensor
+    last_queries: torch.Tensor
+    context_ends: torch.Tensor
+    block_starts: torch.Tensor
+
+    @classmethod
+    def of_metadata(cls, metadata: AttentionMetadata) -> "KeyRanges":
+        """Return the ranges of rows, computed on their device. The CPU does not wait for the result."""
+        is_final = metadata.is_final
+        example_starts, example_ends = _run_bounds(metadata.example_ids)
+        block_starts, block_ends = _run_bounds(metadata.block_ids)
+        context_ends, _ = _run_bounds(2 * metadata.example_ids + is_final)
+        return cls(
+            first_keys=torch.where(is_final, example_starts, block_starts),
+            last_queries=torch.where(is_final, block_ends, example_ends),
+            context_ends=context_ends,
+            block_starts=block_starts,
+        )
+
+
+def _run_bounds(ids_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the indices of the first and the last token of each token's run of equal ids, (B, T) int32."""
+    num_tokens = ids_BT.shape[1]
+    index_T = torch.arange(num_tokens, dtype=torch.int32, device=ids_BT.device)
+    changes = ids_BT[:, 1:] != ids_BT[:, :-1]
+    starts = torch.where(F.pad(changes, (1, 0), value=True), index_T, 0).cummax(dim=1).values
+    ends = torch.where(F.pad(changes, (0, 1), value=True), index_T, num_tokens - 1)
+    return starts, ends.flip(1).cummin(dim=1).values.flip(1)
+
+
+def build_range_mask_mod(
+    ranges: KeyRanges, metadata: AttentionMetadata, window: int | None = None
+) -> Callable[..., torch.Tensor]:
+    """Build a mask function that equals that of `build_mask_mod`, and is faster on a GPU."""
+    num_tokens = metadata.example_ids.shape[1]
+    first_keys, last_queries = ranges.first_keys.flatten(), ranges.last_queries.flatten()
+    position_ids = metadata.position_ids.flatten()
+
+    def mask_mod(b: Index, h: Index, q: Index, k: Index) -> torch.Tensor:
+        row = b * num_tokens
+        allowed: torch.Tensor = (first_keys[row + q] <= k) & (k <= q) & (q <= last_queries[row + k])
+        return allowed if window is None else allowed & within_window(row + q, row + k, position_ids, window)
+
+    return mask_mod
+
+
 def tile_occupancy(
-    metadata: AttentionMetadata, window: int | None, tile: int, strip: int = 1024
+    metadata: AttentionMetadata,
+    window: int | None,
+    tile: int,
+    *,
+    ranges: KeyRanges | None = None,
+    strip: int = 1024,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return which tiles of (tile, tile) tokens have any allowed pair, and which have only allowed pairs.
 
-    Both are (B, ceil(T / tile), ceil(T / tile)) bool tensors. The mask is computed for `strip` queries at a
-    time, and for no key before the start of their first example. Memory and time therefore grow with T, not
-    with its square.
+    Both are (B, ceil(T / tile), ceil(T / tile)) bool tensors. A tile that reaches beyond the row has pairs
+    that are not allowed. `ranges` are those of `metadata`, if they are known. Under a sliding window, the
+    mask is computed for `strip` queries at a time.
+    """
+    if window is None:
+        return _tile_occupancy_of_ranges(ranges or KeyRanges.of_metadata(metadata), tile)
+    return _tile_occupancy_in_window(metadata, window, tile, strip)
+
+
+def _tile_occupancy_of_ranges(ranges: KeyRanges, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the occupancy from the ranges alone, in time that grows with T. The CPU does not wait for it.
+
+    A query sees one range of keys, or two: the local blocks of its example, and its own final block.
+    """
+    num_rows, num_tokens = ranges.first_keys.shape
+    device, num_tiles = ranges.first_keys.device, -(-num_tokens // tile)
+    q = torch.arange(num_tokens, dtype=torch.int32, device=device)
+    # for each tile of queries: how many ranges start in a tile of keys, minus those that end before it
+    changes = torch.zeros(num_rows, num_tiles * (num_tiles + 1), dtype=torch.int32, device=device)
+    offsets = q // tile * (num_tiles + 1)
+    has_context = (ranges.first_keys < ranges.context_ends).int()
+    for first, last, count in (
+        (ranges.first_keys, ranges.context_ends - 1, has_context),
+        (ranges.block_starts, q.expand(num_rows, -1), torch.ones_like(has_context)),
+    ):
+        changes.scatter_add_(1, (offsets + first // tile).long(), count)
+        changes.scatter_add_(1, (offsets + last // tile + 1).long(), -count)
+    any_allowed = changes.view(num_rows, num_tiles, -1).cumsum(dim=2)[:, :, :-1] > 0
+    # all pairs satisfy a chain of inequalities if its extreme pairs do
+    padding = (0, -num_tokens % tile)
+    first_keys = F.pad(ranges.first_keys, padding, value=num_tokens).view(num_rows, num_tiles, tile)
+    last_queries = F.pad(ranges.last_queries, padding, value=-1).view(num_rows, num_tiles, tile)
+    starts = torch.arange(num_tiles, device=device) * tile
+    ends = starts + tile - 1
+    all_allowed = (
+        (first_keys.amax(dim=2)[:, :, None] <= starts)
+        & (ends <= starts[:, None])
+        & (ends[:, None] <= last_queries.amin(dim=2)[:, None])
+    )
+    return any_allowed, all_allowed
+
+
+def _tile_occupancy_in_window(
+    metadata: AttentionMetadata, window: int, tile: int, strip: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the occupancy under a sliding window, from the mask itself.
+
+    The mask is computed for `strip` queries at a time, and for no key before the start of their first
+    example. Memory and time therefore grow with T, not with its square.
     """
     num_rows, num_tokens = metadata.example_ids.shape
     device, num_tiles = metadata.example_ids.device, -(-num_tokens // tile)
@@ -100,7 +217,7 @@ def tile_occupancy(
         end, low = min(start + strip, num_tokens), first_key // tile * tile
         allowed = mask_mod(b, 0, tokens[start:end, None], tokens[low:end])
         padding = -end % tile
-        allowed = torch.nn.functional.pad(allowed, (0, padding, 0, padding))
+        allowed = F.pad(allowed, (0, padding, 0, padding))
         tiles = allowed.reshape(num_rows, -1, tile, allowed.shape[2] // tile, tile)
         region = (slice(None), slice(start // tile, -(-end // tile)), slice(low // tile, -(-end // tile)))
         any_allowed[region] = tiles.any(dim=4).any(dim=2)

@@ -840,11 +840,11 @@ class TrainSettings(Settings):
     max_grad_norm: Float = Field(
         default=1.0, ge=0, le=MAX_FLOAT, description="Gradients are clipped to this norm. 0 does not clip."
     )
-    torch_compile: bool = Field(
-        default=False,
+    torch_compile: bool | None = Field(
+        default=None,
         description=(
-            "Compile the model's layers. Faster steps, but each process takes a minute or more longer to "
-            "start."
+            "Compile the model's layers. Faster steps, but the first one takes up to a minute longer. null is"
+            " yes on a GPU, except with ZeRO-3. Compiled code is kept in `$XDG_CACHE_HOME/blockft`."
         ),
     )
     gradient_checkpointing: bool = Field(

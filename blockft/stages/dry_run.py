@@ -53,6 +53,7 @@ def print_dry_run(recipe: Recipe, num_processes: int, *, resume: bool = False) -
         "optimizer steps": f"{plan.num_steps:,} of {format_count(batch_rows, 'row')}",
         "parameters": parameters,
         "attention backend": plan.backend,
+        "compiled layers": "yes" if plan.compiles else "no",
         f"memory for model states, ZeRO-{plan.zero_stage}, per process of {num_processes}": (
             f"{state_bytes / 2**30:.2f} GiB without activations"
         ),

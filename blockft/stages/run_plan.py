@@ -37,6 +37,7 @@ from blockft.training.deepspeed_config import (
     check_deepspeed_config,
     is_shipped,
     load_deepspeed_config,
+    without_overlap,
     zero_stage,
 )
 from blockft.training.library_internals import check_pickles, read_tag
@@ -50,6 +51,7 @@ from blockft.training.plan import (
     RunPlan,
     check_run_signature,
     choose_backend,
+    choose_compile,
     default_dtype,
     describe_architecture,
     hold_out_examples,
@@ -151,7 +153,10 @@ def build_plan(recipe: Recipe, num_processes: int) -> RunPlan:
     dtype = parse_dtype(recipe.model.dtype, default_dtype())
     backend = choose_backend(recipe.model.attention.value)
     deepspeed = load_deepspeed_config(settings.deepspeed, RECIPES_FOLDER / "deepspeed")
-    if not is_shipped(settings.deepspeed, RECIPES_FOLDER / "deepspeed"):
+    if is_shipped(settings.deepspeed, RECIPES_FOLDER / "deepspeed"):
+        if num_processes == 1:
+            deepspeed = without_overlap(deepspeed)
+    else:
         check_deepspeed_config(
             deepspeed,
             settings.deepspeed,
@@ -172,6 +177,7 @@ def build_plan(recipe: Recipe, num_processes: int) -> RunPlan:
         manifest=prepared.manifest,
         mixture=mixture,
         backend=backend,
+        compiles=choose_compile(settings.torch_compile, zero_stage(deepspeed)),
         dtype=dtype,
         deepspeed=deepspeed,
         run_signature={

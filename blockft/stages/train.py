@@ -28,10 +28,12 @@ from blockft.model.decoder_layers import compile_layers
 from blockft.model.fingerprint import model_fingerprint
 from blockft.model.load import digest_base_weights, load_model, load_tokenizer
 from blockft.model.lora import add_adapter
+from blockft.model.shared_input import share_products
 from blockft.outputs import write_errors
 from blockft.run_folder import truncate_metrics, write_data, write_recipe
 from blockft.stages.output_folder import lock_output
 from blockft.stages.run_plan import check_run, verify_inputs, warn_if_epochs_end_first
+from blockft.training.compile_cache import use_compile_cache
 from blockft.training.distributed import (
     check_ranks,
     init_distributed,
@@ -171,6 +173,10 @@ def _train(
     plan, checkpoint = check_run(recipe, resume=resume, num_processes=num_processes, verify=False)
     if rank == 0:
         warn_if_epochs_end_first(recipe, plan)
+    if plan.compiles:
+        use_compile_cache()
+    if recipe.train.torch_compile is None and not use_cpu():
+        _report_compile(plan)
     run = Path(recipe.train.output_dir)
     marker = read_marker(checkpoint) if checkpoint else None
     if marker and marker["step"] >= plan.num_steps and not marker["eval_due"]:
@@ -222,6 +228,13 @@ def _train(
     return run
 
 
+def _report_compile(plan: RunPlan) -> None:
+    if plan.compiles:
+        notify("layers are compiled in the first step (train.torch_compile=false does without)")
+    else:
+        notify("layers are not compiled, because ZeRO-3 gathers their weights one by one")
+
+
 @contextmanager
 def _restored_process_state() -> Iterator[None]:
     """Restore what a run changes in the process: the handlers of SIGINT and SIGTERM, and DeepSpeed's config.
@@ -267,6 +280,7 @@ def _build_trainer(
     `is_resharded` says that the checkpoint was written by another number of processes.
     """
     from blockft.training.lr_schedule import RecipeScheduleCallback
+    from blockft.training.prefetch import PrefetchedRows
     from blockft.training.progress_line import ProgressLineCallback
     from blockft.training.run_callback import RunCallback
     from blockft.training.throughput import Throughput
@@ -311,7 +325,13 @@ def _build_trainer(
             model=model,
             args=arguments,
             # exactly the rows of all steps: a run that only has to evaluate must not train another step
-            train_dataset=Subset(plan.rows, range(plan.num_steps * recipe.train.batch_rows)),
+            train_dataset=PrefetchedRows(
+                Subset(plan.rows, range(plan.num_steps * recipe.train.batch_rows)),
+                stride=plan.run_signature[NUM_PROCESSES],
+                # the Trainer reads all rows of a step at its start
+                num_ahead=recipe.train.batch_rows // plan.run_signature[NUM_PROCESSES],
+                pinned=not use_cpu(),
+            ),
             eval_rows=plan.eval_rows,
             throughput=Throughput(plan.rows.list_batch_tokens()),
             distillation=distillation,
@@ -334,11 +354,14 @@ def _load_model(recipe: Recipe, plan: RunPlan) -> PreTrainedModel | PeftModel:
         dtype=plan.dtype,
         random_seed=recipe.train.seed if recipe.model.init is WeightInit.random else None,
     )
-    if recipe.train.torch_compile:
+    if plan.compiles:
         compile_layers(model)
     if recipe.train.lora is None:
         return model
-    return add_adapter(model, recipe.train.lora, seed=recipe.train.seed, revision=recipe.model.revision)
+    adapted = add_adapter(model, recipe.train.lora, seed=recipe.train.seed, revision=recipe.model.revision)
+    if not use_cpu() and plan.zero_stage < 3:
+        share_products(model)
+    return adapted
 
 
 def _load_distillation(recipe: Recipe, plan: RunPlan) -> tuple[Distillation | None, dict[str, str]]:
@@ -350,7 +373,7 @@ def _load_distillation(recipe: Recipe, plan: RunPlan) -> tuple[Distillation | No
         return Distillation(None, settings.teacher_weight), {}
     teacher = load_model(settings.teacher, backend=plan.backend, dtype=plan.dtype).requires_grad_(False)
     signature = {TEACHER_FINGERPRINT: model_fingerprint(teacher)}
-    if settings.torch_compile:
+    if plan.compiles:
         compile_layers(teacher)
     return Distillation(teacher, settings.teacher_weight), signature
 
@@ -404,7 +427,8 @@ def _build_arguments(
             # True would silently drop the block ids, and training would use plain causal attention
             remove_unused_columns=False,
             average_tokens_across_devices=True,
-            accelerator_config={"even_batches": False},
+            # a blocking copy to the GPU would wait for all of its work
+            accelerator_config={"even_batches": False, "non_blocking": not use_cpu()},
             dataloader_pin_memory=not use_cpu(),
         )
     except (ValueError, ImportError) as error:

@@ -105,6 +105,18 @@ def is_shipped(name: str, shipped: Path) -> bool:
     return name in {path.stem for path in shipped.glob("*.json")}
 
 
+def without_overlap(deepspeed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config for one process, which has no communication to overlap with.
+
+    With `overlap_comm`, ZeRO-1 and ZeRO-2 wait for the GPU after every micro-batch, and reserve a second
+    buffer for gradients. Configs with offload, where the option also concerns copies, stay as they are.
+    """
+    zero = deepspeed["zero_optimization"]
+    if zero_stage(deepspeed) not in (1, 2) or "offload_optimizer" in zero:
+        return dict(deepspeed)
+    return {**deepspeed, "zero_optimization": {**zero, "overlap_comm": False}}
+
+
 def zero_stage(deepspeed: Mapping[str, Any]) -> int:
     """Return the ZeRO stage of a DeepSpeed config."""
     return deepspeed.get("zero_optimization", {}).get("stage", 0)

@@ -45,6 +45,7 @@ class RunPlan:
     manifest       of the prepared data
     mixture        how often the examples of each source occur in an epoch
     backend        the attention backend: sdpa or flex
+    compiles       whether layers are compiled
     dtype          of weights and activations
     deepspeed      the DeepSpeed config
     run_signature  values that a resumed run must match; the keys appear in error messages
@@ -56,6 +57,7 @@ class RunPlan:
     manifest: dict[str, Any]
     mixture: Mixture
     backend: str
+    compiles: bool
     dtype: torch.dtype
     deepspeed: dict[str, Any]
     run_signature: dict[str, Any]
@@ -76,6 +78,12 @@ def choose_backend(backend: str) -> str:
     if backend == "auto":
         return "sdpa" if use_cpu() else "flex"
     return backend
+
+
+def choose_compile(torch_compile: bool | None, zero_stage: int) -> bool:
+    """Return whether layers are compiled; None is yes on a GPU, except with ZeRO-3."""
+    # ZeRO-3 gathers weights inside of layers, in code that the compiler does not enter
+    return (not use_cpu() and zero_stage < 3) if torch_compile is None else torch_compile
 
 
 def default_dtype() -> torch.dtype:

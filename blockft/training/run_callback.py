@@ -94,15 +94,13 @@ class RunCallback(TrainerCallback):
             UserError: the run is stopped and its loss is not finite; the run's folder was moved or removed.
         """
         self._eval_losses, self._unlogged, self._eval_due = {}, {}, False
-        stop_requested = torch.tensor(int(self.stop_requested), device=args.device)
-        if args.world_size > 1:
-            torch.distributed.all_reduce(stop_requested)
+        stop_requested = self._is_stop_requested(args)
         is_eval_step = self._eval_steps is not None and state.global_step % self._eval_steps == 0
         should_evaluate = self._has_eval_rows and (is_eval_step or control.should_save)
         control.should_log |= control.should_save or should_evaluate
-        if control.should_log or stop_requested.item():
+        if control.should_log or stop_requested:
             self._check_folder()
-        if not stop_requested.item():
+        if not stop_requested:
             control.should_evaluate = should_evaluate
             return
         self.stop_requested = control.should_save = control.should_training_stop = True
@@ -110,6 +108,14 @@ class RunCallback(TrainerCallback):
         if not control.should_log:
             self._unlogged = get_unlogged_loss(self.trainer)
             _check_finite({"loss": sum(self._unlogged["loss_sums"])}, state.global_step)
+
+    def _is_stop_requested(self, args: TrainingArguments) -> bool:
+        """Return whether any rank received a signal. A single rank does not wait for its device."""
+        if args.world_size == 1:
+            return self.stop_requested
+        num_requests = torch.tensor(int(self.stop_requested), device=args.device)
+        torch.distributed.all_reduce(num_requests)
+        return bool(num_requests)
 
     def _check_folder(self) -> None:
         """Check that the run's folder is the one in which the run began: the Trainer would create another."""

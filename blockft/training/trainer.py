@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch.utils.data import Subset
 from transformers import PreTrainedModel, PrinterCallback, Trainer
 
 from blockft.data.encoder import IGNORE_INDEX
@@ -18,6 +17,7 @@ from blockft.training.objectives import (
     distill_loss,
     label_loss,
 )
+from blockft.training.prefetch import PrefetchedRows
 from blockft.training.row_dataset import RowDataset
 from blockft.training.throughput import Throughput
 
@@ -31,7 +31,7 @@ class BlockTrainer(Trainer):
     """
 
     model: PreTrainedModel | PeftModel
-    train_dataset: Subset[dict[str, torch.Tensor]]
+    train_dataset: PrefetchedRows
 
     def __init__(
         self,
@@ -73,7 +73,9 @@ class BlockTrainer(Trainer):
         if self._distillation:
             labels = self._compute_targets(model, inputs, self._distillation)
         model_inputs = {**build_model_inputs(inputs, self.model.config), "labels": labels}
-        return super().compute_loss(model, model_inputs, *args, **kwargs)
+        loss = super().compute_loss(model, model_inputs, *args, **kwargs)
+        self.train_dataset.prefetch()  # the device has work now
+        return loss
 
     @torch.no_grad()
     def _compute_targets(

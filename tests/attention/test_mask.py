@@ -5,8 +5,15 @@ import random
 import pytest
 import torch
 
-from blockft.attention.layout import PADDING, Layout, build_metadata
-from blockft.attention.mask import build_dense_mask, example_mask, may_attend, tile_occupancy
+from blockft.attention.layout import PADDING, AttentionMetadata, Layout, build_metadata
+from blockft.attention.mask import (
+    KeyRanges,
+    build_dense_mask,
+    build_range_mask_mod,
+    example_mask,
+    may_attend,
+    tile_occupancy,
+)
 from tests.tiny import random_layout
 
 
@@ -108,6 +115,39 @@ def test_examples_longer_than_the_row_are_refused() -> None:
         build_metadata([Layout((3,)), Layout((3,))], row_len=5)
 
 
+def random_rows(rng: random.Random, num_rows: int, row_len: int) -> AttentionMetadata:
+    """Return rows of random examples: one question or several, in block mode or full mode, with padding."""
+    rows = []
+    for _ in range(num_rows):
+        layouts, left = [], row_len
+        while (length := rng.randint(1, 17)) <= left and rng.random() < 0.9:
+            num_blocks = rng.randint(1, min(length, 6))
+            layout = random_layout(rng, length, num_blocks, rng.randint(1, num_blocks))
+            layouts.append(rng.choice((layout, layout.full())))
+            left -= length
+        rows.append(build_metadata(layouts, row_len, reencoded=rng.random() < 0.8))
+    ids = zip(*(row.as_tuple() for row in rows), strict=True)
+    return AttentionMetadata(*(torch.cat(parts) for parts in ids))
+
+
+@pytest.mark.parametrize("window", [None, 1, 7])
+@pytest.mark.parametrize("seed", range(30))
+def test_ranges_of_keys_give_the_mask_of_the_rule(seed: int, window: int | None) -> None:
+    rng = random.Random(seed)
+    row_len, tile = rng.randint(1, 90), rng.choice((1, 2, 4, 8, 128))
+    metadata = random_rows(rng, 3, row_len)
+    dense = build_dense_mask(metadata, window)[:, 0]
+    mask_mod = build_range_mask_mod(KeyRanges.of_metadata(metadata), metadata, window)
+    b, q, k = torch.arange(3)[:, None, None], torch.arange(row_len)[:, None], torch.arange(row_len)
+    assert torch.equal(mask_mod(b, 0, q, k), dense)
+    num_tiles, missing = -(-row_len // tile), -row_len % tile
+    padded = torch.nn.functional.pad(dense, (0, missing, 0, missing))
+    tiles = padded.reshape(3, num_tiles, tile, num_tiles, tile)
+    any_allowed, all_allowed = tile_occupancy(metadata, window, tile, strip=128)
+    assert torch.equal(any_allowed, tiles.any(dim=4).any(dim=2))
+    assert torch.equal(all_allowed, tiles.all(dim=4).all(dim=2))
+
+
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("row_len", [64, 61])
 def test_tile_occupancy_summarises_the_mask(window: int | None, row_len: int) -> None:
@@ -122,5 +162,5 @@ def test_tile_occupancy_summarises_the_mask(window: int | None, row_len: int) ->
     expected = padded.any(dim=4).any(dim=2), padded.all(dim=4).all(dim=2)
     assert expected[0].any() and expected[1].any() and not expected[0].all()
     for strip in (8, 64):
-        for found, wanted in zip(tile_occupancy(metadata, window, 4, strip), expected, strict=True):
+        for found, wanted in zip(tile_occupancy(metadata, window, 4, strip=strip), expected, strict=True):
             assert torch.equal(found, wanted)
