@@ -227,6 +227,11 @@ def train(
         is_first_host = hosts is None or not hosts.node_rank
         with stage.lock_run(settings) if is_first_host else nullcontext():
             check_run(settings, resume=resume, num_processes=num_processes)
+        if hosts and hosts.node_rank is None:
+            from blockft.training.host_checks import check_hosts
+
+            model = settings.model.path if Path(settings.model.path).is_dir() else None
+            check_hosts(hosts, data_dir=settings.data.output_dir, model=model)
         arguments = ["train", recipe, *(overrides or ()), *(["--resume"] if resume else [])]
         # the first rank prints the next command
         raise typer.Exit(start_workers(arguments, num_gpus=num_processes, hosts=hosts))
@@ -467,6 +472,68 @@ def compare(
     print_comparison(compare(reports, metric=metric.value, png=png), as_json=as_json)
     if png:
         print_next(f"picture: {png}")
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RECIPE]",
+            parser=parse_name,
+            help="Also check the data, model and folders of this recipe.",
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    num_gpus: Annotated[
+        int | None,
+        typer.Option(min=1, max=MAX_PROCESSES, help="Processes on this machine. Default: one per GPU."),
+    ] = None,
+    hostfile: Annotated[
+        Path | None,
+        path_option(metavar="FILE", help="Also check the hosts of this file; its lines: NAME slots=N."),
+    ] = None,
+    master_addr: Annotated[
+        str | None, typer.Option(help="Address of the first host. Default: its name in the hostfile.")
+    ] = None,
+    master_port: Annotated[
+        int | None, typer.Option(min=1, max=MAX_PORT, help="Port of the first host. Default: 29500.")
+    ] = None,
+    ssh_port: Annotated[
+        int | None, typer.Option(min=1, max=MAX_PORT, help="Port of the ssh servers of the hosts.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check the environment before a run, and say what to do.
+
+    One line per check: packages, GPUs, compiler, folders, the hosts and the network between them, and an
+    all-reduce over all processes with its bandwidth. Exit code 0 if all checks pass, otherwise 2.
+
+    \b
+    Examples:
+      blockft doctor
+      blockft doctor recipe.yaml --num-gpus 8
+      blockft doctor recipe.yaml --hostfile hosts
+    """
+    from blockft.config.recipe import load_recipe
+    from blockft.training.hosts import resolve_hosts
+
+    settings = load_recipe(recipe, overrides or ()) if recipe is not None else None
+    hosts = resolve_hosts(
+        hostfile,
+        num_gpus=num_gpus,
+        no_ssh=False,
+        node_rank=None,
+        master_addr=master_addr,
+        master_port=master_port,
+        ssh_port=ssh_port,
+    )
+    from blockft.stages.doctor import doctor
+    from blockft.training.launch import check_num_gpus, count_gpus
+
+    check_num_gpus(num_gpus or 1)
+    if not doctor(settings, hosts=hosts, num_gpus=num_gpus or count_gpus(), as_json=as_json):
+        raise typer.Exit(2)
 
 
 @app.command()

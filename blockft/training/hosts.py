@@ -2,11 +2,9 @@
 
 import os
 import re
-import shlex
 import shutil
 import socket
 import subprocess
-import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +128,7 @@ def resolve_hosts(
         ) from error
     if node_rank == 0 and not _is_free(port):
         raise UserError(f"port {port} of this host is in use: choose another with --master-port")
-    _check_environment_files()
+    read_environment_files()  # checks them
     return Hosts(
         file=file,
         slots=slots,
@@ -141,27 +139,37 @@ def resolve_hosts(
     )
 
 
-def check_hosts_reachable(hosts: Hosts) -> None:
-    """Check that every host can be reached and has this working directory and this Python.
+@dataclass(frozen=True, kw_only=True)
+class HostsOutput:
+    """What a command printed on the hosts. `is_late` says that it was ended because it took too long."""
 
-    Raises:
-        UserError: a host cannot be reached, or lacks one of them.
-    """
-    directory, python = os.getcwd(), sys.executable
-    command = f"cd {shlex.quote(directory)} && test -x {shlex.quote(python)}"
+    stdout: str
+    stderr: str
+    failed_hosts: list[str]
+    is_late: bool
+
+    def reason(self, host: str) -> str:
+        """Return the message of a host on stderr, or that of pdsh; empty if there is none."""
+        lines = [line for line in self.stderr.splitlines() if not PDSH_FAILURE.match(line)]
+        own = [line for line in lines if line.startswith(f"{host}: ")]
+        # the last line of a traceback says what happened
+        return own[-1] if own else next(iter(lines), "")
+
+
+def run_on_hosts(hosts: Hosts, command: str, *, timeout_s: float) -> HostsOutput:
+    """Run a command on all hosts at the same time; in it, pdsh replaces %n by the place of the host."""
     try:
-        done = _pdsh(hosts, command.replace("%", "%%"))
+        done = _pdsh(hosts, command, timeout_s=timeout_s)
+        stdout, stderr, is_late = done.stdout, done.stderr, False
     except subprocess.TimeoutExpired as error:
-        raise UserError(f"the hosts of {hosts.file} did not answer over ssh in time") from error
-    if failed := PDSH_FAILURE.findall(done.stderr):
-        reasons = [line for line in done.stderr.splitlines() if not PDSH_FAILURE.match(line)]
-        raise UserError(
-            f"{', '.join(failed)} cannot be used: it must allow ssh without a password and have the "
-            f"directory {directory} and the Python {python}"
-            + (f"; its message: {reasons[0]}" if reasons else "")
+        stdout, stderr = (
+            part.decode("utf-8", "replace") if isinstance(part, bytes) else part or ""
+            for part in (error.stdout, error.stderr)
         )
-    if done.returncode:
-        raise UserError(f"pdsh failed: {done.stderr.strip() or f'exit code {done.returncode}'}")
+        is_late = True
+    return HostsOutput(
+        stdout=stdout, stderr=stderr, failed_hosts=PDSH_FAILURE.findall(stderr), is_late=is_late
+    )
 
 
 def signal_hosts(hosts: Hosts, *, gently: bool) -> None:
@@ -181,30 +189,40 @@ def signal_hosts(hosts: Hosts, *, gently: bool) -> None:
 def pdsh_environment(hosts: Hosts) -> dict[str, str]:
     """Return this environment with pdsh set to use ssh, which fails instead of asking for a password."""
     options = f"{os.environ.get('PDSH_SSH_ARGS_APPEND', '')} -o BatchMode=yes -o ConnectTimeout=10"
+    # otherwise ssh waits for hours for a host that has vanished
+    options += " -o ServerAliveInterval=5 -o ServerAliveCountMax=5"
     if hosts.ssh_port is not None:
         options += f" -p {hosts.ssh_port}"
     return os.environ | {"PDSH_RCMD_TYPE": "ssh", "PDSH_SSH_ARGS_APPEND": options}
 
 
-def _pdsh(hosts: Hosts, command: str) -> subprocess.CompletedProcess[str]:
+def _pdsh(hosts: Hosts, command: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["pdsh", "-S", "-f", "1024", "-w", ",".join(hosts.slots), command],
         env=pdsh_environment(hosts),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=timeout_s,
         start_new_session=True,  # Ctrl-C must not reach pdsh
     )
 
 
-def _check_environment_files() -> None:
-    """Check the environment files, in which DeepSpeed fails on any other line, also comments."""
+def read_environment_files() -> dict[str, str]:
+    """Return the variables that DeepSpeed exports on every host.
+
+    Raises:
+        UserError: a line is not NAME=VALUE; DeepSpeed fails on any other line, also comments.
+    """
+    variables = {}
     for path in (Path.home() / ENVIRONMENT, Path(ENVIRONMENT)):
         lines = read_text(path, "the file").splitlines() if path.is_file() else []
         for number, line in enumerate(lines, start=1):
             if not re.match(r"[A-Za-z_]\w*=", line):
                 raise UserError(f"{path}, line {number} is {shorten(line)!r}: every line must be NAME=VALUE")
+            name, _, value = line.partition("=")
+            variables[name] = value.strip()
+    return variables
 
 
 def _is_free(port: int) -> bool:

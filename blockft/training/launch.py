@@ -17,7 +17,6 @@ from blockft.training.distributed import find_free_port, use_cpu
 from blockft.training.hosts import (
     PDSH_FAILURE,
     Hosts,
-    check_hosts_reachable,
     pdsh_environment,
     signal_hosts,
 )
@@ -38,23 +37,21 @@ def check_num_gpus(num_gpus: int) -> None:
         )
 
 
+def count_gpus() -> int:
+    """Return the number of processes of this machine: one per GPU, or one on the CPU."""
+    return 1 if use_cpu() else torch.cuda.device_count()
+
+
 def start_workers(arguments: Sequence[str], *, num_gpus: int, hosts: Hosts | None) -> int:
     """Run `blockft ARGUMENTS` in several processes, on this machine or on hosts, and return the exit code.
 
     SIGINT and SIGTERM are forwarded once to every rank started from here; all ranks save a checkpoint and
     stop, and the exit code is 130. A second signal ends them at once. A host that fails ends the others.
 
-    Raises:
-        UserError: a host cannot be reached.
+    Call `check_hosts` first.
     """
     over_ssh = hosts is not None and hosts.node_rank is None
-    environment = dict(os.environ)
-    if hosts is not None and over_ssh:
-        check_hosts_reachable(hosts)
-        environment = pdsh_environment(hosts)
-        arguments = [quote_for_remote_shell(argument) for argument in arguments]
-    if use_cpu():
-        environment["DS_ACCELERATOR"] = "cpu"
+    arguments, environment = _prepare_launch(arguments, hosts)
     # a new session: otherwise Ctrl-C also reaches the workers directly, and a second signal ends them at once
     launcher = subprocess.Popen(
         [*_launcher_command(num_gpus, hosts), "--module", "blockft", *arguments],
@@ -88,6 +85,52 @@ def start_workers(arguments: Sequence[str], *, num_gpus: int, hosts: Hosts | Non
     if not signals:
         _report_kill(exit_code)
     return 130 if signals else exit_code
+
+
+def run_briefly(
+    arguments: Sequence[str], *, num_gpus: int, hosts: Hosts | None, timeout_s: float
+) -> tuple[int, list[str]]:
+    """Run `blockft ARGUMENTS` in several processes; return the exit code and the lines that they print.
+
+    Raises:
+        UserError: the processes have not ended in time.
+    """
+    arguments, environment = _prepare_launch(arguments, hosts)
+    launcher = subprocess.Popen(
+        [*_launcher_command(num_gpus, hosts), "--module", "blockft", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        output, _ = launcher.communicate(timeout=timeout_s)
+        return launcher.returncode, output.splitlines()
+    except subprocess.TimeoutExpired as error:
+        raise UserError(
+            f"the processes have not ended within {timeout_s:g} s: a host or a GPU does not answer; look for "
+            "it by leaving out hosts, or with NCCL_DEBUG=INFO"
+        ) from error
+    finally:
+        if launcher.poll() is None:
+            if hosts is not None:
+                signal_hosts(hosts, gently=False)
+            with suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGKILL)
+            launcher.wait()
+
+
+def _prepare_launch(arguments: Sequence[str], hosts: Hosts | None) -> tuple[Sequence[str], dict[str, str]]:
+    """Return arguments and environment of DeepSpeed's launcher."""
+    environment = dict(os.environ)
+    if hosts is not None and hosts.node_rank is None:
+        environment = pdsh_environment(hosts)
+        arguments = [quote_for_remote_shell(argument) for argument in arguments]
+    if use_cpu():
+        environment["DS_ACCELERATOR"] = "cpu"
+    return arguments, environment
 
 
 def _report_kill(exit_code: int) -> None:

@@ -1,6 +1,5 @@
 """Hostfiles and launches that are refused before any host starts, and how arguments reach other hosts."""
 
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 
 from blockft.config.recipe import RECIPES_FOLDER
 from blockft.errors import UserError
-from blockft.training.hosts import Hosts, check_hosts_reachable, read_hostfile
+from blockft.training.hosts import read_hostfile
 from blockft.training.library_internals import quote_for_remote_shell
 from tests.commands import blockft
 from tests.training.hosts import node_options
@@ -83,26 +82,6 @@ def test_a_launcher_inside_a_run_and_a_bad_environment_file_are_refused(
     assert blockft(*arguments, cwd=tmp_path).stderr == (
         "blockft: .deepspeed_env, line 2 is '# a comment': every line must be NAME=VALUE\n"
     )
-
-
-def test_a_host_that_cannot_be_reached_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = tmp_path / "pdsh"
-    fake.write_text(
-        "#!/bin/sh\necho 'b: Permission denied (publickey).' >&2\n"
-        "echo 'pdsh@me: b: ssh exited with exit code 255' >&2\nexit 255\n"
-    )
-    fake.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    hosts = Hosts(
-        file=Path("hosts"),
-        slots={"a": 1, "b": 1},
-        master_addr="a",
-        master_port=1,
-        ssh_port=None,
-        node_rank=None,
-    )
-    with pytest.raises(UserError, match=r"b cannot be used: .* its message: b: Permission denied"):
-        check_hosts_reachable(hosts)
 
 
 @settings(max_examples=60, deadline=None)

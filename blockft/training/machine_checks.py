@@ -1,0 +1,229 @@
+"""Check this machine before a run: packages, GPUs, compiler, folders, memory that processes share."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from packaging.requirements import Requirement
+
+from blockft.errors import UserError
+from blockft.training.distributed import use_cpu
+from blockft.training.library_internals import SHARED_MEMORY
+from blockft.training.preflight import Check
+from blockft.units import format_bytes, format_count
+
+MIN_OUTPUT_BYTES = 10 * 2**30
+"""Free bytes that a folder of outputs should have: a checkpoint of a model with 1B parameters needs them."""
+
+MIN_CACHE_BYTES = 2**30
+"""Free bytes that a folder of caches should have."""
+
+MIN_SHARED_BYTES = 2**29
+"""Size that shared memory should have; containers have 64 MB unless they are told otherwise."""
+
+USED_SHARE = 0.1
+"""Another process that holds this share of a GPU's memory is reported."""
+
+COMPILE_S = 100
+"""Time limit of compiling DeepSpeed's operator."""
+
+MAX_CLOCK_SKEW_S = 60
+"""Largest difference between this machine's clock and that of its file server."""
+
+
+def build_machine_checks(output_dirs: list[Path]) -> list[Check]:
+    """Return the checks of this machine; `output_dirs` are the folders that commands will write."""
+    home = Path.home()
+    hub = Path(os.environ.get("HF_HOME", home / ".cache" / "huggingface"))
+    extensions = Path(os.environ.get("TORCH_EXTENSIONS_DIR", home / ".cache" / "torch_extensions"))
+    triton = Path(os.environ.get("TRITON_CACHE_DIR", home / ".triton"))
+    inductor = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir()))
+    caches = {"HF_HOME": hub, "TORCH_EXTENSIONS_DIR": extensions, "TRITON_CACHE_DIR": triton}
+    caches["TORCHINDUCTOR_CACHE_DIR"] = inductor
+    return [
+        Check(name="packages", run=check_packages),
+        Check(name="GPUs", run=_check_gpus, seconds=30),
+        Check(name="GPU memory", run=_check_gpu_memory, needs=["GPUs"], seconds=30),
+        Check(name="communication", run=_check_backend, needs=["GPUs"]),
+        Check(name="compiler", run=check_compiler),
+        Check(name="DeepSpeed operator", run=_check_operator, needs=["compiler"], seconds=COMPILE_S + 5),
+        *(
+            Check(name=f"folder {path}", run=partial(check_folder, path, MIN_OUTPUT_BYTES))
+            for path in output_dirs
+        ),
+        *(
+            Check(name=f"cache {name}", run=partial(check_folder, path, MIN_CACHE_BYTES))
+            for name, path in caches.items()
+        ),
+        Check(name="shared memory", run=partial(check_shared_memory, SHARED_MEMORY)),
+        Check(name="clock", run=partial(_check_clock, output_dirs[0] if output_dirs else Path())),
+    ]
+
+
+def check_packages() -> str:
+    """Return the versions of the packages that blockft requires.
+
+    Raises:
+        UserError: a package is missing or has a version out of the range that blockft allows.
+    """
+    try:
+        requirements = [Requirement(text) for text in requires("blockft") or []]
+    except PackageNotFoundError as error:
+        raise UserError("blockft is not installed in this Python: pip install blockft") from error
+    found = []
+    for requirement in requirements:
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            installed = version(requirement.name)
+        except PackageNotFoundError as error:
+            raise UserError(f"{requirement.name} is missing: pip install '{requirement}'") from error
+        if not requirement.specifier.contains(installed, prereleases=True):
+            raise UserError(
+                f"{requirement.name} is {installed}, blockft needs {requirement.specifier}: "
+                f"pip install '{requirement}'"
+            )
+        if requirement.name in ("torch", "transformers", "deepspeed"):
+            found.append(f"{requirement.name} {installed}")
+    return f"Python {sys.version.split()[0]}, {', '.join(found)}; {len(requirements)} requirements are met"
+
+
+def _check_gpus() -> str:
+    has_driver = Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
+    if not use_cpu():
+        names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
+        num_gpus = format_count(torch.cuda.device_count(), "GPU")
+        return f"{num_gpus} ({', '.join(sorted(names))}), CUDA {torch.version.cuda}"
+    if not has_driver:
+        return "no GPU: training runs on the CPU"
+    if torch.version.cuda is None:
+        raise UserError(
+            f"this machine has a GPU, but torch {torch.__version__} is built without CUDA: install a torch "
+            "for CUDA (pytorch.org)"
+        )
+    raise UserError(
+        f"torch {torch.__version__} sees no GPU, although a driver is installed: check nvidia-smi, "
+        f"CUDA_VISIBLE_DEVICES, and that the driver is new enough for CUDA {torch.version.cuda}"
+    )
+
+
+def _check_gpu_memory() -> str:
+    if use_cpu():
+        return "no GPU"
+    free = [torch.cuda.mem_get_info(index) for index in range(torch.cuda.device_count())]
+    for index, (free_bytes, total_bytes) in enumerate(free):
+        if total_bytes - free_bytes > USED_SHARE * total_bytes:
+            raise UserError(
+                f"GPU {index} has {format_bytes(free_bytes)} of {format_bytes(total_bytes)} free: end the "
+                "process that uses it (nvidia-smi), or choose others with CUDA_VISIBLE_DEVICES"
+            )
+    return f"{format_bytes(min(bytes_free for bytes_free, _ in free))} are free on every GPU"
+
+
+def _check_backend() -> str:
+    if use_cpu():
+        if not dist.is_gloo_available():
+            raise UserError("this torch has no Gloo: install a torch with torch.distributed")
+        return "Gloo"
+    if not dist.is_nccl_available():
+        raise UserError("this torch has no NCCL: install the torch for Linux and CUDA (pytorch.org)")
+    return f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
+
+
+def check_compiler() -> str:
+    """Return the compiler and the build tool with which DeepSpeed builds its operators.
+
+    Raises:
+        UserError: one of them is missing.
+    """
+    path = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
+    compiler = os.environ.get("CXX", "g++")
+    for program, remedy in ((compiler, "apt-get install g++"), ("ninja", "pip install ninja")):
+        if not shutil.which(program, path=path):
+            raise UserError(f"{program}, which DeepSpeed needs to compile, is not on PATH: {remedy}")
+    return f"{compiler} and ninja"
+
+
+def _check_operator() -> str:
+    if not use_cpu():
+        return "none is needed on a GPU, unless the optimizer is offloaded"
+    code = (
+        "from blockft.training.distributed import set_worker_environment; set_worker_environment();"
+        "from blockft.training.compiler_lock import watch_compiler_locks; watch_compiler_locks();"
+        "from blockft.training.library_internals import compile_cpu_operator; compile_cpu_operator()"
+    )
+    # another process, because it can be ended when it waits for a compiler's lock
+    command = [sys.executable, "-c", code]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_S, errors="replace")
+    except subprocess.TimeoutExpired as error:
+        lines = (error.stderr or b"").decode("utf-8", "replace").splitlines()
+        remark = next((line.removeprefix("blockft: ") for line in lines if "waiting for" in line), "")
+        raise UserError(f"DeepSpeed's operator was not compiled within {COMPILE_S} s; {remark}") from error
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"DeepSpeed's operator cannot be compiled ({last}): check g++ and the torch headers")
+    return "compiled"
+
+
+def check_folder(folder: Path, min_bytes: int) -> str:
+    """Check that a folder, or the folder in which it will be created, can be written and has space.
+
+    Raises:
+        UserError: it cannot be written, or its disk has fewer free bytes.
+    """
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"{existing} is no folder: choose another place for {folder}")
+    try:
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(b"blockft")
+    except OSError as error:
+        raise UserError(f"{existing} cannot be written: {error.strerror}") from error
+    free = shutil.disk_usage(existing).free
+    if free < min_bytes:
+        raise UserError(
+            f"{existing} has {format_bytes(free)} of free space, less than {format_bytes(min_bytes)}: free "
+            f"some space, or choose another place for {folder}"
+        )
+    return f"{format_bytes(free)} are free"
+
+
+def check_shared_memory(folder: Path) -> str:
+    """Check the size of the file system for memory that processes share.
+
+    Raises:
+        UserError: it is missing or small.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing: mount shared memory (tmpfs) there")
+    size = shutil.disk_usage(folder).total
+    if size < MIN_SHARED_BYTES:
+        raise UserError(
+            f"{folder} has only {format_bytes(size)}: start the container with --shm-size=8g or --ipc=host"
+        )
+    return f"{folder} has {format_bytes(size)}"
+
+
+def _check_clock(folder: Path) -> str:
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    with tempfile.NamedTemporaryFile(dir=existing) as file:
+        skew_s = abs(time.time() - os.stat(file.name).st_mtime)
+    if skew_s > MAX_CLOCK_SKEW_S:
+        raise UserError(
+            f"the clock differs by {skew_s:.0f} s from that of the file server of {existing}: synchronize "
+            "the clocks (chrony, ntp)"
+        )
+    return time.strftime("%Y-%m-%d %H:%M:%S %Z")

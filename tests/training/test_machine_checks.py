@@ -1,0 +1,63 @@
+"""What is wrong with this machine is said with the remedy."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from blockft.errors import UserError
+from blockft.training import machine_checks
+from blockft.training.machine_checks import build_machine_checks, check_compiler, check_folder, check_packages
+from blockft.training.preflight import Status, run_checks
+
+
+def test_this_machine_passes(tmp_path: Path) -> None:
+    slow = {"DeepSpeed operator", "GPUs", "GPU memory", "communication"}
+    checks = [check for check in build_machine_checks([tmp_path / "out"]) if check.name not in slow]
+    results = list(run_checks(checks))
+    failed = [result for result in results if result.status is not Status.ok]
+    # a machine of developers may be full
+    assert not [result for result in failed if "free space" not in result.message]
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_package_that_is_missing_or_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine_checks, "requires", lambda name: ["torch>=99", "dev-only; extra == 'dev'"])
+    with pytest.raises(UserError, match=r"^torch is .*, blockft needs >=99: pip install 'torch>=99'$"):
+        check_packages()
+    monkeypatch.setattr(machine_checks, "requires", lambda name: ["no-such-package>1"])
+    with pytest.raises(UserError, match="no-such-package is missing: pip install 'no-such-package>1'"):
+        check_packages()
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="no-such-compiler, which DeepSpeed needs"):
+        check_compiler()
+
+
+def test_folders_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    assert "are free" in check_folder(tmp_path / "a" / "b", 1)
+    with pytest.raises(UserError, match="of free space, less than"):
+        check_folder(tmp_path / "a", 2**62)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is no folder"):
+        check_folder(tmp_path / "file" / "a", 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_small_shared_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine_checks.shutil, "disk_usage", lambda path: SimpleNamespace(total=2**26))
+    with pytest.raises(UserError, match=r"has only 67.1 MB: start the container with --shm-size=8g"):
+        machine_checks.check_shared_memory(tmp_path)
+
+
+def test_a_gpu_that_torch_does_not_see_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine_checks, "use_cpu", lambda: True)
+    monkeypatch.setattr(machine_checks.shutil, "which", lambda name, path=None: "/bin/nvidia-smi")
+    for cuda, message in ((None, "is built without CUDA"), ("13.0", "sees no GPU, although a driver")):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        gpus = next(check for check in build_machine_checks([]) if check.name == "GPUs")
+        with pytest.raises(UserError, match=message):
+            gpus.run()
