@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from blockft.errors import UserError
+from blockft.printable import print_text
 from blockft.training.distributed import (
     init_distributed,
     set_worker_environment,
@@ -81,7 +82,7 @@ def print_group_check() -> None:
     """Check the group as one of its ranks; rank 0 prints the result as one line of JSON."""
     found = run_group_check()
     if os.environ["RANK"] == "0":
-        print(json.dumps({"group_check": found}), flush=True)
+        print_text(json.dumps({"group_check": found}), flush=True)
 
 
 def describe_group_check(exit_code: int, lines: Sequence[str]) -> str:

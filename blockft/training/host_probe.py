@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from blockft.printable import print_text
 from blockft.training.package_facts import list_package_facts
 
 CONNECT_S = 12
@@ -164,4 +165,4 @@ def _digest_model(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(probe(ProbeRequest.decode(sys.argv[1]), int(sys.argv[2]))), flush=True)
+    print_text(json.dumps(probe(ProbeRequest.decode(sys.argv[1]), int(sys.argv[2]))), flush=True)

@@ -52,6 +52,7 @@ class Toy:
             ("compare",): [self.folder / "eval"],
             ("recipes",): [],
             ("config",): [recipe],
+            ("doctor",): [recipe],
             ("cache", "build"): [model, self.folder / "documents.jsonl", "--cache", cache],
             ("cache", "stats"): [cache],
             ("cache", "verify"): [cache],
