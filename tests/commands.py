@@ -30,7 +30,7 @@ from unittest.mock import patch
 import torch
 
 from blockft import cli
-from blockft.run_folder import read_metrics
+from blockft.run_folder import MEASURED, read_metrics
 
 ROOT = Path(__file__).parents[1]
 
@@ -233,5 +233,5 @@ def logged(run: Path, name: str = "loss") -> list[Any]:
 
 
 def all_logged(run: Path) -> list[dict[str, Any]]:
-    """Return every logged line without its speed."""
-    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in read_metrics(run)]
+    """Return every logged line without what the machine decides, such as the speed."""
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in read_metrics(run)]

@@ -9,10 +9,12 @@ from blockft.run_folder import (
     DATA,
     METRICS,
     RECIPE,
+    SAMPLE_ANSWERS,
     digest_metrics,
     read_data,
     read_metrics,
     read_recipe,
+    read_sample_answers,
     truncate_metrics,
     verify_metrics,
     write_data,
@@ -23,15 +25,23 @@ from blockft.run_folder import (
 def test_truncated_metrics_hold_only_the_lines_of_the_checkpoint(tmp_path: Path) -> None:
     lines = ['{"step": 1, "loss": 0.1}\n', '{"step": 1, "eval_loss_block": 0.2}\n', '{"step": 2, "lo']
     (tmp_path / METRICS).write_text(lines[0])
-    counted = digest_metrics(tmp_path)["bytes"]
+    (tmp_path / SAMPLE_ANSWERS).write_text(lines[0])
+    counted = digest_metrics(tmp_path)
     (tmp_path / METRICS).write_text("".join(lines))
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 1], "the last line is incomplete"
-    assert [line["loss"] for line in read_metrics(tmp_path, counted)] == [0.1]
+    assert [line["loss"] for line in read_metrics(tmp_path, counted["bytes"])] == [0.1]
+    (tmp_path / SAMPLE_ANSWERS).write_text(lines[0] + lines[2])
+    assert len(read_sample_answers(tmp_path)) == 1
     truncate_metrics(tmp_path, counted)
-    assert (tmp_path / METRICS).read_text() == lines[0]
+    assert (tmp_path / METRICS).read_text() == (tmp_path / SAMPLE_ANSWERS).read_text() == lines[0]
+    verify_metrics(tmp_path, counted)
     (tmp_path / METRICS).unlink()
+    (tmp_path / SAMPLE_ANSWERS).unlink()
     truncate_metrics(tmp_path, counted)
-    assert (tmp_path / METRICS).read_text() == ""
+    assert (tmp_path / METRICS).read_text() == "" and not (tmp_path / SAMPLE_ANSWERS).exists()
+    (tmp_path / SAMPLE_ANSWERS).write_text(lines[0])
+    truncate_metrics(tmp_path, None)
+    assert not (tmp_path / SAMPLE_ANSWERS).exists()
 
 
 @pytest.mark.parametrize("text", ["a: 1\n", "a: x\u2028y\n\nb: 2\n", ""])

@@ -868,6 +868,21 @@ class TrainSettings(Settings):
             "every checkpoint."
         ),
     )
+    sample_steps: PositiveCount | None = Field(
+        default=500,
+        description=(
+            "Steps between two times that a few held-out prompts are answered, greedily and in each mode of "
+            "`data.modes`. The answers are written to `sample_answers.jsonl` in the run's folder. null never "
+            "answers. Needs `num_eval_examples`."
+        ),
+    )
+    num_sample_prompts: PositiveCount = Field(
+        default=4, description="Held-out prompts that are answered every `sample_steps` steps."
+    )
+    sample_max_new_tokens: NumTokens = Field(
+        default=64,
+        description=("Longest of these answers, in tokens. Each token takes a forward pass over their rows."),
+    )
     keep_best: bool = Field(
         default=True,
         description=(

@@ -22,6 +22,7 @@ def collate_row(
     *,
     reencoded: bool = True,
     with_full: bool = False,
+    groups: Sequence[int] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Build a micro-batch of one row from (example, mode) pairs, one after the other.
 
@@ -39,6 +40,10 @@ def collate_row(
         full_position_ids, full_block_ids, full_is_final
                           (1, T)
         is_block_mode     (N,)    whether the example of a label is in block mode and has local blocks
+
+    `groups` gives each example a number, and adds::
+
+        label_groups      (N,)    the number of the example of a label, padded with 0
 
     A row without examples consists of padding. `reencoded` is an option of `build_metadata`.
 
@@ -72,10 +77,14 @@ def collate_row(
             np.pad(labels_T[labelled], (0, padding), constant_values=IGNORE_INDEX)
         ),
     }
+    example_of_label = metadata.example_ids[0].numpy()[labelled]
+    if groups is not None:
+        label_groups = np.array(groups, np.int64)[example_of_label]
+        row["label_groups"] = torch.from_numpy(np.pad(label_groups, (0, padding)))
     if with_full:
         full = build_metadata([example.layout.full() for example, _ in examples], row_len)
         example_is_block_mode = [mode != "full" and example.has_local_blocks for example, mode in examples]
-        is_block_mode = np.array(example_is_block_mode, bool)[metadata.example_ids[0].numpy()[labelled]]
+        is_block_mode = np.array(example_is_block_mode, bool)[example_of_label]
         row |= {
             "full_position_ids": full.position_ids,
             "full_block_ids": full.block_ids,

@@ -82,6 +82,7 @@ def mark_complete(
     run_signature: Mapping[str, Any],
     eval_losses: Mapping[str, float],
     eval_due: bool,
+    answers_due: bool,
     unlogged: Mapping[str, Any],
     files: Mapping[str, FileDigest],
     metrics: Mapping[str, Any],
@@ -89,12 +90,15 @@ def mark_complete(
     """Write the completion marker of a checkpoint; the files get the umask's permissions.
 
     `run_signature` is what a resumed run must match. `eval_losses` holds the evaluation loss by mode;
-    `eval_due` says that the run stopped before the evaluation of this step. `unlogged` describes the steps
-    since the last logged one: their number (`num_steps`) and the sum of their losses on each rank
-    (`loss_sums`); it is empty if there are none. `files` are the digests of all files of the checkpoint, and
-    `metrics` is the digest of the run's metrics up to here, see `digest_metrics`.
+    `eval_due` and `answers_due` say that the run stopped before the evaluation or the sample answers of this
+    step. `unlogged` describes the steps
+    since the last logged one: their number (`num_steps`), the sum of their losses on each rank (`loss_sums`)
+    and the same by mode and source (`loss_groups`, see `LossGroups.gather`); it is empty if there are none.
+    `files` are the digests of all files of the checkpoint, and `metrics` is the digest of the run's metrics
+    up to here, see `digest_metrics`.
     """
-    marker = {"step": step, "eval_losses": eval_losses, "eval_due": eval_due, "unlogged": unlogged}
+    marker = {"step": step, "eval_losses": eval_losses, "eval_due": eval_due, "answers_due": answers_due}
+    marker |= {"unlogged": unlogged}
     marker |= {"run_signature": run_signature, _FILES: files_to_record(files), "metrics": metrics}
     apply_umask(checkpoint)
     write_atomic(checkpoint / MARKER, dump_with_digest(marker))
@@ -103,6 +107,12 @@ def mark_complete(
 def add_evaluation(checkpoint: Path, *, eval_losses: Mapping[str, float], metrics: Mapping[str, Any]) -> None:
     """Add the evaluation that was due to the marker of a checkpoint."""
     marker = read_marker(checkpoint) | {"eval_losses": eval_losses, "eval_due": False, "metrics": metrics}
+    write_atomic(checkpoint / MARKER, dump_with_digest(marker))
+
+
+def add_answers(checkpoint: Path, *, metrics: Mapping[str, Any]) -> None:
+    """Add the sample answers that were due to the marker of a checkpoint."""
+    marker = read_marker(checkpoint) | {"answers_due": False, "metrics": metrics}
     write_atomic(checkpoint / MARKER, dump_with_digest(marker))
 
 

@@ -9,7 +9,7 @@ from blockft.data.advice import RowFill, list_warnings
 from blockft.errors import warn
 from blockft.model.load import load_config
 from blockft.model.lora import add_adapter
-from blockft.stages.run_plan import check_run, warn_if_epochs_end_first
+from blockft.stages.run_plan import check_run, warn_of_settings
 from blockft.training.plan import RunPlan
 from blockft.units import format_count
 
@@ -21,7 +21,7 @@ def print_dry_run(recipe: Recipe, num_processes: int, *, resume: bool = False) -
         UserError: see `check_run`.
     """
     plan, _ = check_run(recipe, resume=resume, num_processes=num_processes)
-    warn_if_epochs_end_first(recipe, plan)
+    warn_of_settings(recipe, plan)
     num_parameters, num_trained, num_teacher = _count_parameters(recipe)
     state_bytes = estimate_state_bytes(
         num_parameters=num_parameters,

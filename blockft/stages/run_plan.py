@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from numpy.typing import NDArray
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockft.config.choices import Mode, Objective, Positions, WeightInit
 from blockft.config.recipe import RECIPES_FOLDER
-from blockft.config.settings import Recipe
+from blockft.config.settings import Recipe, TrainSettings
 from blockft.data.mixture import Mixture
 from blockft.data.prepared import PreparedData, load_prepared
 from blockft.data.tokenizer import tokenizer_fingerprint
@@ -40,6 +42,7 @@ from blockft.training.deepspeed_config import (
     without_overlap,
     zero_stage,
 )
+from blockft.training.flops import ModelFlops
 from blockft.training.library_internals import check_pickles, read_tag
 from blockft.training.lr_schedule import check_schedule
 from blockft.training.plan import (
@@ -132,9 +135,11 @@ def build_plan(recipe: Recipe, num_processes: int) -> RunPlan:
     _check_objective(recipe)
     check_trackers(settings.report_to)
     config = load_config(recipe.model.path, recipe.model.revision)
-    if settings.lora is not None:
-        # refuse an adapter that cannot be exported before any weight is loaded
-        add_adapter(build_meta_model(config), settings.lora, seed=settings.seed)
+    meta_model = build_meta_model(config)
+    # refuses an adapter that cannot be exported before any weight is loaded
+    model = (
+        meta_model if settings.lora is None else add_adapter(meta_model, settings.lora, seed=settings.seed)
+    )
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision, recipe.model.chat_template)
     prepared = load_prepared(Path(data.output_dir))
     _check_prepared(recipe, prepared, tokenizer, config.vocab_size)
@@ -173,6 +178,7 @@ def build_plan(recipe: Recipe, num_processes: int) -> RunPlan:
     return RunPlan(
         rows=rows,
         eval_rows=eval_rows,
+        batch_flops=_count_batch_flops(recipe, prepared, rows, model),
         num_steps=num_steps,
         manifest=prepared.manifest,
         mixture=mixture,
@@ -216,7 +222,30 @@ def _warn_of_long_examples(recipe: Recipe, prepared: PreparedData, num_positions
             return
 
 
-def warn_if_epochs_end_first(recipe: Recipe, plan: RunPlan) -> None:
+def list_settings_without_effect(recipe: Recipe) -> list[str]:
+    """Return one sentence for every changed setting of `train` that has no effect in this recipe."""
+    settings, fields = recipe.train, TrainSettings.model_fields
+    names = ("sample_steps", "num_sample_prompts", "sample_max_new_tokens")
+    changed = [name for name in names if getattr(settings, name) != fields[name].default]
+    if settings.num_eval_examples == 0:
+        reason = "no examples are held out (train.num_eval_examples is 0)"
+        changed = [name for name in changed if getattr(settings, name) is not None]
+    elif settings.sample_steps is None:
+        reason = "train.sample_steps is null"
+        changed.remove("sample_steps")
+    else:
+        return []
+    return [f"train.{name} has no effect: {reason}" for name in changed]
+
+
+def warn_of_settings(recipe: Recipe, plan: RunPlan) -> None:
+    """Warn of settings of `train` that have no effect, and of steps that are fewer than `train.max_steps`."""
+    for sentence in list_settings_without_effect(recipe):
+        warn(sentence)
+    _warn_if_epochs_end_first(recipe, plan)
+
+
+def _warn_if_epochs_end_first(recipe: Recipe, plan: RunPlan) -> None:
     """Warn that a run has fewer steps than `train.max_steps`."""
     max_steps, num_epochs = recipe.train.max_steps, recipe.train.num_train_epochs
     if max_steps is not None and max_steps > plan.num_steps:
@@ -292,7 +321,7 @@ def _build_rows(
         columns,
         row_len=data.row_len,
         seed=settings.seed,
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        pad_id=choose_pad_id(tokenizer),
         reencoded=data.positions is Positions.reencoded,
     )
     modes = [mode.value for mode in data.modes]
@@ -313,6 +342,23 @@ def _build_rows(
     return rows, {
         mode: build_rows(held_out, [mode], batch_rows=num_processes, epochs=1) for mode in eval_modes
     }
+
+
+def _count_batch_flops(
+    recipe: Recipe, prepared: PreparedData, rows: RowDataset, model: PreTrainedModel | PeftModel
+) -> NDArray[np.float64]:
+    """Return the model arithmetic of each batch; `model` is on the meta device."""
+    block, full = ModelFlops.of_model(model).count(
+        prepared.examples.layouts(),
+        prepared.examples.columns.num_labels,
+        reencoded=recipe.data.positions is Positions.reencoded,
+    )
+    return rows.sum_by_batch(block, full)
+
+
+def choose_pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token id that fills rows; no example attends to it."""
+    return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
 
 def _list_signature_settings(recipe: Recipe) -> dict[str, Any]:

@@ -15,12 +15,13 @@ import torch
 import yaml
 from peft import PeftModel
 from torch.utils.data import Subset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blockft.config.choices import Objective, WeightInit
+from blockft.config.choices import Objective, Positions, WeightInit
 from blockft.config.recipe import dump_recipe
 from blockft.config.settings import Recipe
 from blockft.console import PlainConsole
+from blockft.data.encoder import Encoder
 from blockft.errors import UserError, check_type, first_line, is_first_of_host, notify
 from blockft.folder_lock import FolderLock, reading_folder
 from blockft.model.checkpoint import complete_checkpoints, read_marker, remove_incomplete
@@ -30,9 +31,9 @@ from blockft.model.load import digest_base_weights, load_model, load_tokenizer
 from blockft.model.lora import add_adapter
 from blockft.model.shared_input import share_products
 from blockft.outputs import write_errors
-from blockft.run_folder import truncate_metrics, write_data, write_recipe
+from blockft.run_folder import METRICS, truncate_metrics, write_data, write_recipe
 from blockft.stages.output_folder import lock_output
-from blockft.stages.run_plan import check_run, verify_inputs, warn_if_epochs_end_first
+from blockft.stages.run_plan import check_run, choose_pad_id, verify_inputs, warn_of_settings
 from blockft.training.compile_cache import use_compile_cache
 from blockft.training.distributed import (
     check_ranks,
@@ -55,6 +56,8 @@ from blockft.training.plan import (
     check_run_signature,
 )
 from blockft.training.rank_watch import RankWatch
+from blockft.training.sample_answers import SampleAnswers, SamplePrompt
+from blockft.units import format_count
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -172,14 +175,15 @@ def _train(
     # every rank checks, and no rank writes before all ranks are connected
     plan, checkpoint = check_run(recipe, resume=resume, num_processes=num_processes, verify=False)
     if rank == 0:
-        warn_if_epochs_end_first(recipe, plan)
+        warn_of_settings(recipe, plan)
     if plan.compiles:
         use_compile_cache()
     if recipe.train.torch_compile is None and not use_cpu():
         _report_compile(plan)
     run = Path(recipe.train.output_dir)
     marker = read_marker(checkpoint) if checkpoint else None
-    if marker and marker["step"] >= plan.num_steps and not marker["eval_due"]:
+    is_due = marker is not None and (marker["eval_due"] or marker["answers_due"])
+    if marker and marker["step"] >= plan.num_steps and not is_due:
         if rank == 0:
             message = f"{run} is at step {marker['step']} of {plan.num_steps}: nothing is left to do"
             PlainConsole(stderr=True).print(message, soft_wrap=True)
@@ -216,6 +220,7 @@ def _train(
         if rank == 0:
             remove_universal(run)
             loss_plot = save_loss_plot(run, title)
+            _print_summary(run, plan, trainer)
             if "wandb" in recipe.train.report_to:
                 from blockft.training.wandb_tracking import finish_wandb_run
 
@@ -233,6 +238,20 @@ def _report_compile(plan: RunPlan) -> None:
         notify("layers are compiled in the first step (train.torch_compile=false does without)")
     else:
         notify("layers are not compiled, because ZeRO-3 gathers their weights one by one")
+
+
+def _print_summary(run: Path, plan: RunPlan, trainer: "BlockTrainer") -> None:
+    """Print the tokens, the speed and the memory of a run, and where its metrics are."""
+    step, mean = trainer.state.global_step, trainer.throughput.mean()
+    parts = [format_count(sum(plan.rows.list_batch_tokens()[:step]), "token")]
+    if mean:  # a resumed run may have had no step left
+        parts.append(f"{mean.tokens_per_s:,.0f} tokens/s on average")
+        if mean.utilization is not None:
+            parts.append(f"{mean.utilization:.1%} utilization")
+        parts.append(f"peak memory {trainer.peak_memory_gib:.1f} GiB")
+    console = PlainConsole(stderr=True)
+    console.print(f"trained {format_count(step, 'step')}: {', '.join(parts)}", soft_wrap=True)
+    console.print(f"metrics: {run / METRICS}", soft_wrap=True)
 
 
 @contextmanager
@@ -280,13 +299,14 @@ def _build_trainer(
     `is_resharded` says that the checkpoint was written by another number of processes.
     """
     from blockft.training.lr_schedule import RecipeScheduleCallback
+    from blockft.training.peak_flops import sum_peak_flops
     from blockft.training.prefetch import PrefetchedRows
     from blockft.training.progress_line import ProgressLineCallback
     from blockft.training.run_callback import RunCallback
     from blockft.training.throughput import Throughput
     from blockft.training.trainer import BlockTrainer
     from blockft.training.universal_checkpoint import SeparateAdamStepsCallback
-    from blockft.training.wandb_tracking import WandbConfigCallback, set_default_project
+    from blockft.training.wandb_tracking import WandbConfigCallback, log_sample_answers, set_default_project
 
     run = Path(recipe.train.output_dir)
     marker = read_marker(checkpoint) if checkpoint else None
@@ -300,9 +320,11 @@ def _build_trainer(
     model = _load_model(recipe, plan)
     # otherwise the Trainer turns the cache off in the config, and so in every export
     arguments.use_cache = model.config.use_cache
+    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision, recipe.model.chat_template)
+    progress_line = ProgressLineCallback()
     run_callback = RunCallback(
         run,
-        tokenizer=load_tokenizer(recipe.model.path, recipe.model.revision, recipe.model.chat_template),
+        tokenizer=tokenizer,
         run_signature=run_signature,
         reference_ids_T=plan.rows[0]["input_ids"][0, :REFERENCE_LEN].clone(),
         save_total_limit=recipe.train.save_total_limit,
@@ -311,12 +333,16 @@ def _build_trainer(
         eval_steps=recipe.train.eval_steps,
         unlogged=marker["unlogged"] if marker else {},
         eval_due=bool(marker and marker["eval_due"]),
+        sample_answers=_build_sample_answers(recipe, plan, tokenizer),
+        answers_due=bool(marker and marker["answers_due"]),
+        progress_line=progress_line,
     )
-    callbacks = [run_callback, ProgressLineCallback(), RecipeScheduleCallback()]
+    callbacks = [run_callback, progress_line, RecipeScheduleCallback()]
     if is_resharded:
         callbacks.append(SeparateAdamStepsCallback())
     if "wandb" in recipe.train.report_to:
         set_default_project(name)
+        run_callback.show_answers = log_sample_answers
         callbacks.append(
             WandbConfigCallback({"recipe": yaml.safe_load(dump_recipe(recipe)), "data": plan.manifest})
         )
@@ -333,7 +359,10 @@ def _build_trainer(
                 pinned=not use_cpu(),
             ),
             eval_rows=plan.eval_rows,
-            throughput=Throughput(plan.rows.list_batch_tokens()),
+            throughput=Throughput(
+                plan.rows.list_batch_tokens(), plan.batch_flops, sum_peak_flops(plan.dtype)
+            ),
+            num_sources=len(plan.manifest["sources"]),
             distillation=distillation,
             callbacks=callbacks,
         )
@@ -343,6 +372,27 @@ def _build_trainer(
         raise UserError(f"train.report_to cannot be used: {first_line(error)}") from error
     run_callback.trainer = trainer
     return trainer, run_callback
+
+
+def _build_sample_answers(
+    recipe: Recipe, plan: RunPlan, tokenizer: PreTrainedTokenizerBase
+) -> SampleAnswers | None:
+    """Return the held-out prompts that are answered while the run trains, if there are any."""
+    settings = recipe.train
+    if settings.sample_steps is None or not plan.eval_rows:
+        return None
+    rows = next(iter(plan.eval_rows.values()))
+    return SampleAnswers(
+        [SamplePrompt.of_example(*chosen) for chosen in rows.choose_examples(settings.num_sample_prompts)],
+        list(plan.eval_rows),
+        tokenizer,
+        Encoder(tokenizer).end_token_ids,
+        steps=settings.sample_steps,
+        max_new_tokens=settings.sample_max_new_tokens,
+        row_len=recipe.data.row_len,
+        pad_id=choose_pad_id(tokenizer),
+        reencoded=recipe.data.positions is Positions.reencoded,
+    )
 
 
 def _load_model(recipe: Recipe, plan: RunPlan) -> PreTrainedModel | PeftModel:
@@ -444,7 +494,7 @@ def _start_run_folder(run: Path, recipe: Recipe, plan: RunPlan, checkpoint: Path
     write_recipe(run, dump_recipe(recipe))
     write_data(run, plan.manifest)
     # an evaluation that is due is not counted, because it is logged again
-    truncate_metrics(run, read_marker(checkpoint)["metrics"]["bytes"] if checkpoint else 0)
+    truncate_metrics(run, read_marker(checkpoint)["metrics"] if checkpoint else None)
 
 
 def last_checkpoint(run: Path) -> Path | None:

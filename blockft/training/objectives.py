@@ -3,7 +3,9 @@
 Tensor suffixes: N positions with a label, T those of them that the teacher teaches, V vocabulary.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,13 +13,27 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from blockft.data.encoder import IGNORE_INDEX
+from blockft.training.loss_groups import MODES
 
 EVAL_LOSS_PREFIX = "eval_loss_"
-"""Prefix of the names of evaluation losses; the mode follows."""
+"""Prefix of the names of evaluation losses; the mode follows, then the source if it is the loss of one."""
+
+
+def select_eval_losses(logs: Mapping[str, float]) -> dict[str, float]:
+    """Return the evaluation losses by mode among logged values, without those of single sources."""
+    names = {f"{EVAL_LOSS_PREFIX}{mode}": mode for mode in MODES}
+    return {names[name]: loss for name, loss in logs.items() if name in names}
+
+
+Record = Callable[[torch.Tensor, torch.Tensor], None]
+"""Called with the loss of each position (N,), without its gradient, and the labels (N,)."""
 
 
 def label_loss(
-    outputs: Any, shift_labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+    outputs: Any,
+    shift_labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None,
+    record: Record | None = None,
 ) -> torch.Tensor:
     """Return a micro-batch's share of the mean cross entropy over the label tokens of the global batch.
 
@@ -25,13 +41,13 @@ def label_loss(
     (1, N), and -100 where N is padded. `num_items_in_batch` counts the labels of the global batch. A row
     without labels gives 0 with a gradient of 0.
     """
-    losses = F.cross_entropy(
-        outputs.logits.float().flatten(0, 1),
-        shift_labels.flatten(),
-        ignore_index=IGNORE_INDEX,
-        reduction="sum",
-    )
-    return _normalize_loss(losses, num_items_in_batch)
+    labels_N = shift_labels.flatten()
+    # cross entropy in its two steps, so that the losses of positions cost no second (N, V) tensor
+    log_probs_NV = outputs.logits.float().flatten(0, 1).log_softmax(-1)
+    nll_loss = partial(F.nll_loss, target=labels_N, ignore_index=IGNORE_INDEX)
+    if record:
+        record(nll_loss(log_probs_NV.detach(), reduction="none"), labels_N)
+    return _normalize_loss(nll_loss(log_probs_NV, reduction="sum"), num_items_in_batch)
 
 
 @dataclass(frozen=True)
@@ -63,7 +79,10 @@ class DistillationTargets:
 
 
 def distill_loss(
-    outputs: Any, targets: DistillationTargets, num_items_in_batch: torch.Tensor | int | None
+    outputs: Any,
+    targets: DistillationTargets,
+    num_items_in_batch: torch.Tensor | int | None,
+    record: Record | None = None,
 ) -> torch.Tensor:
     """Return `label_loss` with the teacher's loss added where the teacher teaches.
 
@@ -81,7 +100,10 @@ def distill_loss(
     negative_entropy_T = torch.linalg.vecdot(teacher_TV.exp(), teacher_TV)
     divergences_T = negative_entropy_T - torch.linalg.vecdot(teacher_TV.exp(), student_NV[taught, :size])
     losses_T = losses_N[taught].lerp(divergences_T, targets.weight)
-    return _normalize_loss(losses_N.index_copy(0, taught, losses_T).sum(), num_items_in_batch)
+    losses_N = losses_N.index_copy(0, taught, losses_T)
+    if record:
+        record(losses_N.detach(), labels_N)
+    return _normalize_loss(losses_N.sum(), num_items_in_batch)
 
 
 def _normalize_loss(losses: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:

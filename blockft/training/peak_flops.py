@@ -1,6 +1,11 @@
 """The peak of cards in dense 16-bit matrix products, against which utilization is measured."""
 
 import re
+from typing import Any
+
+import torch
+
+from blockft.errors import notify
 
 _PEAK_TFLOPS = {
     # data sheets of H100, H200, H20 and GH200: half of the figure with sparsity
@@ -51,3 +56,28 @@ def find_peak_flops(device_name: str) -> float | None:
     name = " ".join(word for word in words if not _NOT_IN_NAME.fullmatch(word))
     tflops = _PEAK_TFLOPS.get(name)
     return None if tflops is None else tflops * 1e12
+
+
+def sum_peak_flops(dtype: torch.dtype) -> float | None:
+    """Return the peak of the cards of all ranks in operations a second. All ranks call it.
+
+    On a CPU it is None. In float32 and on cards that are not known it is None as well, and a message says
+    that utilization is left out.
+    """
+    if not torch.cuda.is_available():
+        return None
+    if dtype.itemsize != 2:
+        notify("utilization is left out of the metrics: the peaks of cards are those of 16-bit numbers")
+        return None
+    name = torch.cuda.get_device_name()
+    names: list[Any] = [name]
+    if torch.distributed.is_initialized():
+        names = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(names, name)
+    peaks = {name: find_peak_flops(name) for name in names}
+    if unknown := [name for name, peak in peaks.items() if peak is None]:
+        notify(
+            f"utilization is left out of the metrics: blockft does not know the peak of the card {unknown[0]}"
+        )
+        return None
+    return sum(peaks[name] or 0 for name in names)

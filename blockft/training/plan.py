@@ -41,6 +41,7 @@ class RunPlan:
 
     rows           the rows of all epochs
     eval_rows      the held-out rows by mode
+    batch_flops    the model arithmetic of each batch
     num_steps      optimizer steps
     manifest       of the prepared data
     mixture        how often the examples of each source occur in an epoch
@@ -53,6 +54,7 @@ class RunPlan:
 
     rows: RowDataset
     eval_rows: dict[str, RowDataset]
+    batch_flops: NDArray[np.float64]
     num_steps: int
     manifest: dict[str, Any]
     mixture: Mixture

@@ -2,30 +2,26 @@
 
 import shutil
 import sys
-import time
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from blockft.training.objectives import EVAL_LOSS_PREFIX
+from blockft.printable import print_text
+from blockft.training.loss_groups import MODES
+from blockft.training.objectives import select_eval_losses
 
 
 class ProgressLineCallback(TrainerCallback):
-    """Prints step, loss, learning rate, tokens per second and the time left, on rank 0 only.
+    """Prints step, losses, learning rate, speed, memory and the time left, on rank 0 only.
 
     On a terminal the line is updated in place; elsewhere each logged step is a line of its own.
     """
 
     def __init__(self) -> None:
         self._is_terminal = sys.stderr.isatty()
-        self._start_step, self._start_time = 0, 0.0
         self._is_open = False
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self._start_step, self._start_time = state.global_step, time.monotonic()
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **passed: Any
@@ -33,21 +29,25 @@ class ProgressLineCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         logs: dict[str, float] = passed["logs"]
-        if losses := {name: loss for name, loss in logs.items() if name.startswith(EVAL_LOSS_PREFIX)}:
+        if losses := select_eval_losses(logs):
             self._print(format_eval_losses(state.global_step, losses))
         elif "loss" in logs:
-            num_done = state.global_step - self._start_step
-            num_left = state.max_steps - state.global_step
-            seconds_left = (time.monotonic() - self._start_time) / num_done * num_left
-            line = format_progress(state.global_step, state.max_steps, logs, seconds_left=seconds_left)
-            self._print(line, in_place=self._is_terminal and num_left > 0)
+            is_last = state.global_step >= state.max_steps
+            line = format_progress(state.global_step, state.max_steps, logs)
+            self._print(line, in_place=self._is_terminal and not is_last)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        self.print_lines([])
+
+    def print_lines(self, lines: Iterable[str]) -> None:
+        """Print lines that stay, below the line that is updated in place. They may hold any text."""
         if self._is_open:
             print(file=sys.stderr, flush=True)
         self._is_open = False
+        for line in lines:
+            print_text(line, file=sys.stderr, flush=True)
 
     def _print(self, line: str, *, in_place: bool = False) -> None:
         """Print a line over the line that is updated in place, if there is one."""
@@ -58,19 +58,33 @@ class ProgressLineCallback(TrainerCallback):
         self._is_open = in_place
 
 
-def format_progress(step: int, max_steps: int, logs: dict[str, float], *, seconds_left: float) -> str:
+def format_progress(step: int, max_steps: int, logs: dict[str, float]) -> str:
     """Return the progress line of a logged step."""
     parts = [
         f"step {step}/{max_steps}",
-        f"loss {logs['loss']:.4f}",
+        f"loss {logs['loss']:.4f}{_format_modes(logs)}",
         f"learning rate {logs['learning_rate']:.2e}",
         f"{logs['tokens_per_s']:,.0f} tokens/s",
-        f"{timedelta(seconds=round(seconds_left))} left",
     ]
+    if "utilization" in logs:
+        parts.append(f"{logs['utilization']:.1%} utilization")
+    parts.append(f"peak {logs['peak_memory_gib']:.1f} GiB")
+    parts.append(f"{timedelta(seconds=round(logs['seconds_left']))} left")
+    sources = {name: loss for name, loss in logs.items() if name.startswith("loss_source_")}
+    if len(sources) > 1:
+        # last, because a terminal may be too narrow for them
+        losses = (f"{name.removeprefix('loss_source_')}: {loss:.4f}" for name, loss in sources.items())
+        parts.append(f"loss by source {' '.join(losses)}")
     return ", ".join(parts)
+
+
+def _format_modes(logs: dict[str, float]) -> str:
+    """Return the losses by mode, if there are several."""
+    losses = [f"{mode} {logs[f'loss_{mode}']:.4f}" for mode in MODES if f"loss_{mode}" in logs]
+    return f" ({', '.join(losses)})" if len(losses) > 1 else ""
 
 
 def format_eval_losses(step: int, losses: dict[str, float]) -> str:
     """Return the line of an evaluation, for example "step 4: held-out loss block 3.6521, full 3.6419"."""
-    by_mode = [f"{name.removeprefix(EVAL_LOSS_PREFIX)} {loss:.4f}" for name, loss in losses.items()]
+    by_mode = [f"{mode} {loss:.4f}" for mode, loss in losses.items()]
     return f"step {step}: held-out loss {', '.join(by_mode)}"

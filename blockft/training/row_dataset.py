@@ -15,6 +15,7 @@ from blockft.data.encoder import Example
 from blockft.data.mixture import Mixture
 from blockft.data.packing import PackedRows, list_example_modes, plan_rows
 from blockft.data.prepared import ExampleColumns
+from blockft.training.loss_groups import find_groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +38,8 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
     """All rows of all epochs; each epoch is a multiple of `batch_rows` rows.
 
     Every process derives the rows from (seed, epoch) alone, so that their order does not depend on the number
-    of processes or on interruptions. An example of a single block is trained in full mode only.
+    of processes or on interruptions. An example of a single block is trained in full mode only. The groups of
+    a row are those of `LossGroups`.
 
     examples: where the examples of the rows are read; `columns` describes all of them.
     chosen: the indices of the examples that the rows hold, in order.
@@ -93,12 +95,22 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
         number = int(np.searchsorted(self._ends, index, side="right"))
         epoch = self.epochs[number]
         row = epoch.rows[int(index - self._ends[number]) + len(epoch.rows)]
+        examples, is_block = epoch.examples[row], epoch.is_block[row]
         return self._collate(
             [
-                (self._examples[int(epoch.examples[item])], "block" if epoch.is_block[item] else "full")
-                for item in row
-            ]
+                (self._examples[int(example)], "block" if block else "full")
+                for example, block in zip(examples, is_block, strict=True)
+            ],
+            groups=find_groups(self._columns.sources[examples], is_block).tolist(),
         )
+
+    def choose_examples(self, number: int) -> list[tuple[Example, int]]:
+        """Return up to `number` examples of the first epoch, evenly spaced, and the index of their source."""
+        indices = np.unique(self.epochs[0].examples)
+        places = np.linspace(0, len(indices) - 1, min(number, len(indices))).round().astype(int)
+        return [
+            (self._examples[index], int(self._columns.sources[index])) for index in indices[places].tolist()
+        ]
 
     @property
     def num_items(self) -> int:

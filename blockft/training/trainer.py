@@ -1,6 +1,7 @@
-"""The Trainer of transformers for packed rows: masks, objectives, evaluation loss and logged speed."""
+"""The Trainer of transformers for packed rows: masks, objectives, evaluation loss and what a step logs."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer
 
 from blockft.data.encoder import IGNORE_INDEX
 from blockft.training.library_internals import show_optimizer_defaults
+from blockft.training.loss_groups import LossGroups
 from blockft.training.model_inputs import build_model_inputs
 from blockft.training.objectives import (
     EVAL_LOSS_PREFIX,
@@ -17,6 +19,7 @@ from blockft.training.objectives import (
     distill_loss,
     label_loss,
 )
+from blockft.training.peak_memory import measure_peak_memory
 from blockft.training.prefetch import PrefetchedRows
 from blockft.training.row_dataset import RowDataset
 from blockft.training.throughput import Throughput
@@ -27,7 +30,8 @@ class BlockTrainer(Trainer):
 
     `eval_rows` holds the held-out rows by mode, a multiple of the number of processes each. With a
     `distillation` the loss is `distill_loss`, and rows must be collated `with_full`. `throughput` measures
-    the speed that is logged as `tokens_per_s`. `args.train_sampling_strategy` must be "sequential".
+    the speed that is logged; `peak_memory_gib` is the memory that was logged last. The examples are those of
+    `num_sources` sources. `args.train_sampling_strategy` must be "sequential".
     """
 
     model: PreTrainedModel | PeftModel
@@ -38,14 +42,18 @@ class BlockTrainer(Trainer):
         *,
         eval_rows: Mapping[str, RowDataset],
         throughput: Throughput,
+        num_sources: int,
         distillation: Distillation | None = None,
         **trainer_arguments: Any,
     ) -> None:
-        objective = distill_loss if distillation else label_loss
-        super().__init__(data_collator=_unwrap_row, compute_loss_func=objective, **trainer_arguments)
+        super().__init__(
+            data_collator=_unwrap_row, compute_loss_func=self._compute_objective, **trainer_arguments
+        )
         assert self.args.train_sampling_strategy == "sequential"
         self.remove_callback(PrinterCallback)  # it prints raw dicts
         self.throughput = throughput
+        self.loss_groups, self._num_sources = LossGroups(num_sources, self.args.device), num_sources
+        self.peak_memory_gib = 0.0
         self._eval_rows, self._distillation = eval_rows, distillation
         if distillation and distillation.teacher:
             # PreTrainedModel.to hides the type of Module.to
@@ -59,22 +67,48 @@ class BlockTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add `tokens_per_s` to the logs of training steps, for all trackers."""
+        """Add losses by mode and source, speed and memory to the logs of training steps, for all trackers.
+
+        All ranks call it. See `run_folder.METRICS` for the names.
+        """
         if "loss" in logs:
-            logs["tokens_per_s"] = round(self.throughput.measure(self.state.global_step), 1)
+            step, num_steps = self.state.global_step, self.state.max_steps
+            speed = self.throughput.measure(step)
+            logs |= self.loss_groups.take()
+            logs["tokens_per_s"] = round(speed.tokens_per_s, 1)
+            if speed.utilization is not None:
+                logs["utilization"] = round(speed.utilization, 4)
+            self.peak_memory_gib = measure_peak_memory(self.args.device)
+            logs["peak_memory_gib"] = round(self.peak_memory_gib, 2)
+            logs["seconds_left"] = round(self.throughput.seconds_left(step, num_steps), 1)
         super().log(logs, start_time)
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any
     ) -> Any:
         """Build the masks from the row's per-token ids, on the device, and return the loss."""
-        # the Trainer passes "labels" on to the loss function unchanged
-        labels: torch.Tensor | DistillationTargets = inputs["shift_labels"][None]
+        targets: torch.Tensor | DistillationTargets = inputs["shift_labels"][None]
         if self._distillation:
-            labels = self._compute_targets(model, inputs, self._distillation)
+            targets = self._compute_targets(model, inputs, self._distillation)
+        # the Trainer passes "labels" on to the loss function unchanged
+        labels = (targets, inputs["label_groups"])
         model_inputs = {**build_model_inputs(inputs, self.model.config), "labels": labels}
         loss = super().compute_loss(model, model_inputs, *args, **kwargs)
         self.train_dataset.prefetch()  # the device has work now
+        return loss
+
+    def _compute_objective(
+        self,
+        outputs: Any,
+        labels: tuple[Any, torch.Tensor],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Return the loss of a row and add its losses to their groups."""
+        targets, groups_N = labels
+        objective: Any = distill_loss if self._distillation else label_loss
+        loss: torch.Tensor = objective(
+            outputs, targets, num_items_in_batch, partial(self.loss_groups.add, groups_N)
+        )
         return loss
 
     @torch.no_grad()
@@ -93,21 +127,33 @@ class BlockTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Return the loss by mode over the held-out rows: the mean over all their label tokens."""
+        """Return the loss by mode over the held-out rows: the mean over all their label tokens.
+
+        The loss of each source follows, for example `eval_loss_block_source_0`.
+        """
         was_training = self.model.training
         self.model.eval()
-        losses = {}
+        losses: dict[str, float] = {}
+        losses_of_sources: dict[str, float] = {}
         for mode, rows in self._eval_rows.items():
+            groups = LossGroups(self._num_sources, self.args.device)
             sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
             for index in range(self.args.process_index, len(rows), self.args.world_size):
                 inputs = {name: tensor.to(self.args.device) for name, tensor in rows[index].items()}
                 labels = inputs["shift_labels"]
                 outputs = self.model(**build_model_inputs(inputs, self.model.config))
-                sums[0] += label_loss(outputs, labels[None], 1)
+                record = partial(groups.add, inputs["label_groups"])
+                sums[0] += label_loss(outputs, labels[None], 1, record)
                 sums[1] += (labels != IGNORE_INDEX).sum()
             if self.args.world_size > 1:
                 torch.distributed.all_reduce(sums)
-            losses[f"{EVAL_LOSS_PREFIX}{mode}"] = float(sums[0] / sums[1])
+            name = f"{EVAL_LOSS_PREFIX}{mode}"
+            losses[name] = float(sums[0] / sums[1])
+            by_group = groups.take(f"{name}_")
+            losses_of_sources |= {
+                key: loss for key, loss in by_group.items() if key.startswith(f"{name}_source_")
+            }
+        losses |= losses_of_sources
         self.model.train(was_training)
         self.log(losses)
         # without it the Trainer would evaluate again at the end of the epoch

@@ -1,6 +1,7 @@
 """Report a run to Weights & Biases, in addition to the metrics that transformers logs."""
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,20 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 def set_default_project(name: str) -> None:
     """Make `name` the wandb project unless WANDB_PROJECT names another one."""
     os.environ.setdefault("WANDB_PROJECT", name)
+
+
+ANSWER_COLUMNS = (
+    "step",
+    "sample_id",
+    "source",
+    "mode",
+    "question",
+    "expected",
+    "answer",
+    "ended",
+    "repeated",
+)
+"""The columns of the table of sample answers."""
 
 
 class WandbConfigCallback(TrainerCallback):
@@ -28,6 +43,17 @@ class WandbConfigCallback(TrainerCallback):
             import wandb
 
             wandb.config.update(self._config, allow_val_change=True)
+
+
+def log_sample_answers(records: Sequence[Mapping[str, Any]], step: int) -> None:
+    """Log all sample answers of the run until now as a table, see `SampleAnswers.describe`."""
+    import wandb
+
+    table = wandb.Table(
+        columns=list(ANSWER_COLUMNS),
+        data=[[record[name] for name in ANSWER_COLUMNS] for record in records],
+    )
+    wandb.log({"sample answers": table, "train/global_step": step})
 
 
 def finish_wandb_run(loss_plot: Path, step: int) -> None:

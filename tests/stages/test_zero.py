@@ -43,7 +43,7 @@ SETTINGS = (
 )
 LORA = "train.lora={r: 8, lora_alpha: 16}"
 RUNS = [(stage, adapter) for adapter in (False, True) for stage in (1, 2, 3)]
-LOSSES = ("loss", "eval_loss_block", "eval_loss_full")
+LOSSES = ("loss", "loss_block", "loss_full", "loss_source_0", "eval_loss_block", "eval_loss_full")
 
 TrainOnce = Callable[[int, bool], Path]
 Killed = Callable[[int], Path]

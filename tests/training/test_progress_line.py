@@ -7,9 +7,19 @@ from typing import Any
 
 import pytest
 
-from blockft.training.progress_line import ProgressLineCallback
+from blockft.training.progress_line import ProgressLineCallback, format_progress
 
-LOGS = {"loss": 0.25, "learning_rate": 1e-4, "tokens_per_s": 12345.6}
+LOGS = {
+    "loss": 0.25,
+    "learning_rate": 1e-4,
+    "loss_block": 0.3,
+    "loss_full": 0.2,
+    "loss_source_0": 0.25,
+    "tokens_per_s": 12345.6,
+    "utilization": 0.447,
+    "peak_memory_gib": 76.13,
+    "seconds_left": 3700.4,
+}
 
 
 class Terminal(io.StringIO):
@@ -26,7 +36,12 @@ def print_run(monkeypatch: pytest.MonkeyPatch, stderr: io.StringIO, *, rank: int
     for step in (1, 2):
         state.global_step = step
         callback.on_log(None, state, None, logs=dict(LOGS))
-    callback.on_log(None, state, None, logs={"eval_loss_block": 1.5, "eval_loss_full": 1.25})
+    callback.on_log(
+        None,
+        state,
+        None,
+        logs={"eval_loss_block": 1.5, "eval_loss_full": 1.25, "eval_loss_block_source_0": 1.5},
+    )
     callback.on_log(None, state, None, logs={"train_runtime": 1.0})
     callback.on_train_end(None, state, None)
     return stderr.getvalue()
@@ -34,9 +49,19 @@ def print_run(monkeypatch: pytest.MonkeyPatch, stderr: io.StringIO, *, rank: int
 
 def test_each_logged_step_is_a_plain_line_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, evaluation = print_run(monkeypatch, io.StringIO()).splitlines()
-    assert first.startswith("step 1/2, loss 0.2500, learning rate 1.00e-04, 12,346 tokens/s, 0:00:00 left")
+    assert first == (
+        "step 1/2, loss 0.2500 (block 0.3000, full 0.2000), learning rate 1.00e-04, 12,346 tokens/s, "
+        "44.7% utilization, peak 76.1 GiB, 1:01:40 left"
+    )
     assert second.startswith("step 2/2, ")
     assert evaluation == "step 2: held-out loss block 1.5000, full 1.2500"
+
+
+def test_the_line_leaves_out_what_is_not_known_and_names_several_sources() -> None:
+    logs = {name: value for name, value in LOGS.items() if name not in ("utilization", "loss_full")}
+    line = format_progress(1, 2, logs | {"loss_source_3": 0.5})
+    assert line.startswith("step 1/2, loss 0.2500, learning rate")
+    assert "utilization" not in line and line.endswith(" left, loss by source 0: 0.2500 3: 0.5000")
 
 
 def test_the_line_is_updated_in_place_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,12 +37,15 @@ def test_the_rows_are_those_of_a_plain_loop(modes: list[str]) -> None:
     items = [
         (example, mode) for example in examples for mode in (modes if example.has_local_blocks else ["full"])
     ]
+    groups = [int(mode == "full") for _, mode in items]  # of the only source
     lengths = [len(example) for example, _ in items]
     expected = []
     for epoch in range(3):
         packed = pack_plainly(lengths, 64, 5, epoch)
         packed += [[] for _ in range(-len(packed) % 4)]
-        expected += [collate_row([items[i] for i in row], 64, 0) for row in packed]
+        expected += [
+            collate_row([items[i] for i in row], 64, 0, groups=[groups[i] for i in row]) for row in packed
+        ]
     assert len(rows) == len(expected)
     for i, tensors in enumerate(expected):
         row = rows[i]
