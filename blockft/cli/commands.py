@@ -180,8 +180,9 @@ def train(
 ) -> None:
     """Fine-tune a model on prepared data under DeepSpeed.
 
-    Writes checkpoints, metrics.jsonl and the resolved recipe to train.output_dir. Ctrl-C and SIGTERM save a
-    checkpoint and stop. A launcher that sets RANK (deepspeed, torchrun, srun) starts the same command.
+    Writes checkpoints, metrics.jsonl, sample_answers.jsonl and the resolved recipe to train.output_dir.
+    Ctrl-C and SIGTERM save a checkpoint and stop. A launcher that sets RANK (deepspeed, torchrun, srun)
+    starts the same command.
 
     \b
     Examples:

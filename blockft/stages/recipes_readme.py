@@ -180,12 +180,45 @@ The export contains the template of the file, so `generate`, transformers and vL
 trained.
 """
 
+_RUN_FOLDER = """\
+## The folder of a run
+
+`blockft train` writes to `train.output_dir`: `recipe.yaml` (all settings), `data.json` (the manifest of the
+data), checkpoints, `loss.png`, and two files of JSON lines. A tracker gets the same values.
+
+`metrics.jsonl` has a line for each logged step and for each evaluation of the held-out examples:
+
+| name | of a logged step |
+|---|---|
+| `loss` | mean of the losses of the steps since the last logged step |
+| `loss_block`, `loss_full` | mean over the labels of each mode since the last logged step |
+| `loss_source_0`, ... | the same of each source; `sources` in `data.json` lists them in this order |
+| `tokens_per_s` | tokens of all GPUs a second, without padding |
+| `utilization` | model arithmetic over the peak of the GPUs in 16-bit matrix products |
+| `peak_memory_gib` | largest memory of tensors of all GPUs until now; on a CPU, of the process |
+| `seconds_left` | estimated time until the last step |
+
+The model arithmetic has the matrix products of the linear layers at each token, of attention at each pair of
+tokens that the mask allows, and of the head at each label: 6 operations a trained weight, 4 a frozen weight,
+12 a pair and dimension of the query heads. Padding, recomputation, the optimizer and the teacher of a
+distillation do not count. Utilization is left out on a CPU, in float32, and on GPUs whose peak is not known.
+With `train.objective: distill` all losses of training are values of that objective. The held-out losses are
+`eval_loss_block` and `eval_loss_full`, and `eval_loss_block_source_0` is that of one source. A mode or source
+without labels is left out.
+
+`sample_answers.jsonl` has a line for each answer to a held-out prompt (`train.sample_steps`): `step`,
+`prompt` (its number), `sample_id`, `source`, `mode`, `question`, `expected`, `answer`, `num_tokens`, `ended`
+(whether the model ended its answer) and `repeated`: the text that an answer repeats without an end, or null.
+A run warns of such answers. They are usual before a model has learned the form of the answers; later they
+mean too few examples or too high a learning rate.
+"""
+
 
 def recipes_readme() -> str:
     """Return the Markdown text of `recipes/README.md`."""
     parts = (
         *(_INTRODUCTION, *_recipes(), *_formats(), *_columns(), _FIELDS, _EXAMPLES),
-        *(*_constructed(), _LEAKS, _CHAT_TEMPLATES, *_settings()),
+        *(*_constructed(), _LEAKS, _CHAT_TEMPLATES, _RUN_FOLDER, *_settings()),
     )
     return "\n".join(parts)
 

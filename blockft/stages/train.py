@@ -86,9 +86,10 @@ class RunStopped(KeyboardInterrupt):
 def train(recipe: Recipe, *, resume: bool = False, name: str | None = None) -> Path:
     """Train the model of a recipe on its prepared data and return the run's folder (`train.output_dir`).
 
-    The folder holds checkpoints, `recipe.yaml`, `data.json`, `metrics.jsonl` and `loss.png`; `export` turns a
-    checkpoint into a model folder. The call trains in this process: as one of WORLD_SIZE ranks if a launcher
-    started it, otherwise alone. A run that is already finished is not changed.
+    The folder holds checkpoints, `recipe.yaml`, `data.json`, `metrics.jsonl`, `loss.png` and, if held-out
+    prompts were answered, `sample_answers.jsonl`; `export` turns a checkpoint into a model folder. The call
+    trains in this process: as one of WORLD_SIZE ranks if a launcher started it, otherwise alone. A run that
+    is already finished is not changed.
 
     Args:
         recipe: settings of the run; `load_recipe` reads them from a YAML file.
