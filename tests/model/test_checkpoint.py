@@ -40,6 +40,7 @@ def save_checkpoint(run: Path, step: int, num_ranks: int = 1, **eval_losses: flo
         run_signature={"train.seed": 1},
         eval_losses=eval_losses,
         eval_due=False,
+        answers_due=False,
         unlogged={},
         files={name: digest for part in parts for name, digest in part.items()},
         metrics={"bytes": 0, "digest": ""},

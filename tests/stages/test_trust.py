@@ -41,7 +41,7 @@ def sign(checkpoint: Path) -> None:
     """Write the digests of a checkpoint's present files, as its author would."""
     marker = read_marker(checkpoint)
     (checkpoint / MARKER).unlink()
-    names = ("step", "run_signature", "eval_losses", "eval_due", "unlogged", "metrics")
+    names = ("step", "run_signature", "eval_losses", "eval_due", "answers_due", "unlogged", "metrics")
     files = digest_files(checkpoint, list_files(checkpoint))
     mark_complete(checkpoint, **{name: marker[name] for name in names}, files=files)
 

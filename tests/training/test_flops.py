@@ -15,7 +15,7 @@ from blockft.attention.pairs import LayoutArrays
 from blockft.model.decoder_layers import layer_windows
 from blockft.model.lora import add_adapter
 from blockft.training.flops import ModelFlops
-from blockft.training.peak_flops import find_peak_flops
+from blockft.training.peak_flops import find_peak_flops, sum_peak_flops
 from tests.tiny import CONFIGS, build_model, random_ids, random_layout
 from tests.training.test_objectives import build_rows, make_examples
 
@@ -159,3 +159,32 @@ def test_the_peak_of_a_card_is_found_by_its_name(name: str, tflops: float) -> No
 )
 def test_parts_of_cards_and_unknown_cards_have_no_peak(name: str) -> None:
     assert find_peak_flops(name) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tflops", "message"),
+    [
+        ("NVIDIA H200", torch.bfloat16, 989.4, ""),
+        ("NVIDIA H200", torch.float32, None, "16-bit numbers"),
+        ("NVIDIA New 9000", torch.bfloat16, None, "the peak of the card NVIDIA New 9000"),
+    ],
+)
+def test_a_run_without_a_known_peak_says_so_once(
+    name: str,
+    dtype: torch.dtype,
+    tflops: float | None,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert sum_peak_flops(dtype) == (None if tflops is None else pytest.approx(tflops * 1e12))
+    stderr = capsys.readouterr().err
+    assert stderr.count("utilization is left out") == bool(message) and message in stderr
+
+
+def test_a_cpu_has_no_peak_and_nothing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is present")
+    assert sum_peak_flops(torch.bfloat16) is None and capsys.readouterr().err == ""
