@@ -106,7 +106,7 @@ def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Append records as lines of JSON. An interruption leaves at most an incomplete last line."""
     content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     # ids of samples may hold surrogates, which UTF-8 cannot encode
-    with path.open("ab", buffering=0) as file:
+    with path.open("ab") as file:
         file.write(content.encode("utf-8", "backslashreplace"))
 
 

@@ -10,6 +10,7 @@ from blockft.run_folder import (
     METRICS,
     RECIPE,
     SAMPLE_ANSWERS,
+    append_lines,
     digest_metrics,
     read_data,
     read_metrics,
@@ -42,6 +43,13 @@ def test_truncated_metrics_hold_only_the_lines_of_the_checkpoint(tmp_path: Path)
     (tmp_path / SAMPLE_ANSWERS).write_text(lines[0])
     truncate_metrics(tmp_path, None)
     assert not (tmp_path / SAMPLE_ANSWERS).exists()
+
+
+def test_any_text_can_be_appended_and_is_read_again(tmp_path: Path) -> None:
+    records = [{"step": 1, "answer": "é\n\u2028\ud800"}, {"step": 2, "answer": "x" * 100_000}]
+    append_lines(tmp_path / SAMPLE_ANSWERS, records[:1])
+    append_lines(tmp_path / SAMPLE_ANSWERS, records[1:])
+    assert read_sample_answers(tmp_path) == records
 
 
 @pytest.mark.parametrize("text", ["a: 1\n", "a: x\u2028y\n\nb: 2\n", ""])

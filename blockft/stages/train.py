@@ -183,7 +183,8 @@ def _train(
         _report_compile(plan)
     run = Path(recipe.train.output_dir)
     marker = read_marker(checkpoint) if checkpoint else None
-    is_due = marker is not None and (marker["eval_due"] or marker["answers_due"])
+    answers_due = bool(marker and marker["answers_due"] and recipe.train.sample_steps is not None)
+    is_due = answers_due or bool(marker and marker["eval_due"])
     if marker and marker["step"] >= plan.num_steps and not is_due:
         if rank == 0:
             message = f"{run} is at step {marker['step']} of {plan.num_steps}: nothing is left to do"
