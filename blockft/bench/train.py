@@ -1,6 +1,5 @@
 """`blockft bench train`: the speed of training steps, packed rows compared with one sample at a time."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from blockft.data.collate import collate_row
 from blockft.data.encoder import Example
 from blockft.errors import UserError
 from blockft.model.decoder_layers import compile_layers
+from blockft.model.gradient_checkpointing import checkpoint_layers
 from blockft.outputs import check_writable
 from blockft.progress import track
 from blockft.training.model_inputs import build_model_inputs
@@ -214,12 +214,6 @@ def _measure(
 
 def _configure(model: PreTrainedModel, variant: StepVariant) -> None:
     model.set_attn_implementation(f"block_{variant.backend}")
-    with warnings.catch_warnings():
-        # the oldest supported transformers lacks the new names of these methods
-        warnings.simplefilter("ignore", FutureWarning)
-        if variant.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            model.gradient_checkpointing_disable()
+    checkpoint_layers(model, "full" if variant.checkpointing else "none")
     if variant.compiled:
         compile_layers(model)

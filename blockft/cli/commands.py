@@ -22,6 +22,7 @@ from blockft.cli.options import (
     Png,
     RecipeName,
     SamplingSeed,
+    parse_gpu_memory,
     parse_name,
     path_argument,
     path_option,
@@ -177,6 +178,13 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print rows, steps and a memory estimate, and exit.")
     ] = False,
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="With --dry-run: the memory of the GPUs of another machine, such as 80GB.",
+        ),
+    ] = None,
 ) -> None:
     """Fine-tune a model on prepared data under DeepSpeed.
 
@@ -187,6 +195,7 @@ def train(
     \b
     Examples:
       blockft train recipe.yaml --dry-run
+      blockft train recipe.yaml --dry-run --gpu-memory 80GB
       blockft train recipe.yaml --num-gpus 8
       blockft train recipe.yaml --num-gpus 8 --resume
       blockft train recipe.yaml train.learning_rate=1e-5 train.output_dir=out/run2
@@ -205,6 +214,7 @@ def train(
         ssh_port=ssh_port,
     )
     num_processes = hosts.num_processes if hosts else num_gpus or 1
+    gpu_bytes = None if gpu_memory is None else parse_gpu_memory(gpu_memory, dry_run=dry_run)
 
     from blockft.stages import train as stage
     from blockft.training.distributed import is_worker
@@ -213,7 +223,7 @@ def train(
     if dry_run:
         from blockft.stages.dry_run import print_dry_run
 
-        print_dry_run(settings, num_processes, resume=resume)
+        print_dry_run(settings, num_processes, resume=resume, gpu_bytes=gpu_bytes)
         if hosts:
             print_next("next: the same command without --dry-run")
         else:

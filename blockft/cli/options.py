@@ -6,7 +6,9 @@ from typing import Annotated, Any
 import typer
 
 from blockft.config.bounds import MAX_BATCH, MAX_RUNS, MAX_SEED, MAX_TOKENS
+from blockft.errors import UserError
 from blockft.inputs import path_problem, shorten
+from blockft.units import parse_bytes
 
 
 def parse_path(value: str | Path) -> Path:
@@ -114,3 +116,17 @@ Png = Annotated[
     Path | None,
     path_option("--png", metavar="FILE", help="Draw a picture into this file, which is replaced."),
 ]
+
+
+def parse_gpu_memory(text: str, *, dry_run: bool) -> int:
+    """Return the bytes of the option --gpu-memory.
+
+    Raises:
+        UserError: the text is not a size, or no GPU has so little memory; the command is no dry run.
+    """
+    if not dry_run:
+        raise UserError("--gpu-memory plans a run for another machine: add --dry-run, or leave it out")
+    num_bytes = parse_bytes(text)
+    if num_bytes < 10**9:
+        raise UserError(f"--gpu-memory is {shorten(text)}, it should be at least 1GB: write for example 80GB")
+    return num_bytes

@@ -119,6 +119,15 @@ class WeightInit(StrEnum):
     random = "random"
 
 
+class GradientCheckpointing(StrEnum):
+    """Decoder layers that recompute their activations; `auto` is the fewest for which the memory suffices."""
+
+    auto = "auto"
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
 class Metric(StrEnum):
     """Score of an answer against the accepted answers."""
 

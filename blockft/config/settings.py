@@ -38,6 +38,7 @@ from blockft.config.choices import (
     BadRecordPolicy,
     DType,
     Format,
+    GradientCheckpointing,
     Mode,
     Objective,
     Order,
@@ -847,10 +848,13 @@ class TrainSettings(Settings):
             " yes on a GPU, except with ZeRO-3. Compiled code is kept in `$XDG_CACHE_HOME/blockft`."
         ),
     )
-    gradient_checkpointing: bool = Field(
-        default=False,
+    gradient_checkpointing: GradientCheckpointing = Field(
+        default=GradientCheckpointing.auto,
         description=(
-            "Recompute activations in the backward pass. Saves memory and takes about a third more time."
+            "Decoder layers that recompute their activations in the backward pass, which saves memory: "
+            "`none`, every second one (`selective`, about a sixth more time) or all (`full`, about a third "
+            "more). `auto` is the fewest for which the smallest GPU has enough memory, as `--dry-run` "
+            "estimates it; on a CPU none. Losses do not change."
         ),
     )
     logging_steps: PositiveCount = Field(default=1, description="Steps between two log entries.")

@@ -1,43 +1,47 @@
 """`blockft train --dry-run`: the rows, steps and memory of a run, without starting it."""
 
-import torch
 from rich.table import Table
 
+from blockft.config.choices import GradientCheckpointing
 from blockft.config.settings import Recipe
 from blockft.console import PlainConsole
 from blockft.data.advice import RowFill, list_warnings
 from blockft.errors import warn
-from blockft.model.load import load_config
-from blockft.model.lora import add_adapter
+from blockft.stages.memory_plan import (
+    MemoryPlan,
+    describe_misfit,
+    gpu_memory,
+    plan_for_gpu,
+    plan_memory,
+)
 from blockft.stages.run_plan import check_run, warn_of_settings
+from blockft.training.memory_estimate import KINDS, usable_bytes
 from blockft.training.plan import RunPlan
-from blockft.units import format_count
+from blockft.units import format_bytes, format_count
 
 
-def print_dry_run(recipe: Recipe, num_processes: int, *, resume: bool = False) -> None:
+def print_dry_run(
+    recipe: Recipe, num_processes: int, *, resume: bool = False, gpu_bytes: int | None = None
+) -> None:
     """Print the rows, steps, share of labels, fill and memory of a run to stdout, without starting it.
+
+    gpu_bytes: the memory of the GPUs of another machine, for which the run is planned. By default it is that
+        of this machine's GPU; without one the memory is that of a process on the CPU.
 
     Raises:
         UserError: see `check_run`.
     """
     plan, _ = check_run(recipe, resume=resume, num_processes=num_processes)
     warn_of_settings(recipe, plan)
-    num_parameters, num_trained, num_teacher = _count_parameters(recipe)
-    state_bytes = estimate_state_bytes(
-        num_parameters=num_parameters,
-        num_trained=num_trained,
-        num_teacher=num_teacher,
-        has_adapter=recipe.train.lora is not None,
-        bytes_per_weight=plan.dtype.itemsize,
-        zero_stage=plan.zero_stage,
-        num_processes=num_processes,
-    )
+    gpu_bytes = gpu_memory() if gpu_bytes is None else gpu_bytes
+    if gpu_bytes is not None:
+        plan = plan_for_gpu(recipe, plan)
+    memory = plan_memory(recipe, plan, num_processes, on_gpu=gpu_bytes is not None)
     rows = plan.rows
-    parameters = (
-        f"{num_parameters:,} in {str(plan.dtype).removeprefix('torch.')}, {num_trained:,} of them trained"
-    )
-    if num_teacher:
-        parameters += f"; {num_teacher:,} of the teacher"
+    dtype = str(plan.dtype).removeprefix("torch.")
+    parameters = f"{memory.num_parameters:,} in {dtype}, {memory.num_trained:,} of them trained"
+    if memory.num_teacher:
+        parameters += f"; {memory.num_teacher:,} of the teacher"
     epoch = rows.epochs[0]
     fill = RowFill.of_rows(epoch.rows, epoch.lengths, recipe.data.row_len)
     batch_rows, num_rows = recipe.train.batch_rows, len(epoch.rows)
@@ -54,12 +58,10 @@ def print_dry_run(recipe: Recipe, num_processes: int, *, resume: bool = False) -
         "parameters": parameters,
         "attention backend": plan.backend,
         "compiled layers": "yes" if plan.compiles else "no",
-        f"memory for model states, ZeRO-{plan.zero_stage}, per process of {num_processes}": (
-            f"{state_bytes / 2**30:.2f} GiB without activations"
-        ),
     }.items():
         table.add_row(quantity, value)
     PlainConsole().print(table)
+    _print_memory(recipe, plan, memory, num_processes, gpu_bytes)
     for warning in list_warnings(plan.manifest, epoch.lengths, fill):
         warn(warning)
 
@@ -77,43 +79,38 @@ def _describe_sources(plan: RunPlan) -> dict[str, str]:
     }
 
 
-def _count_parameters(recipe: Recipe) -> tuple[int, int, int]:
-    """Return the number of parameters of the model, of those that are trained, and of the teacher."""
-    from transformers import AutoModelForCausalLM
+def _print_memory(
+    recipe: Recipe, plan: RunPlan, memory: MemoryPlan, num_processes: int, gpu_bytes: int | None
+) -> None:
+    """Print the expected peak by component, and for each kind of gradient checkpointing the longest row."""
+    wanted = recipe.train.gradient_checkpointing
+    chosen: str | None = wanted.value
+    if wanted is GradientCheckpointing.auto:
+        chosen = KINDS[0] if gpu_bytes is None else memory.choose(gpu_bytes)
+    shown = memory.estimate(chosen or KINDS[-1])
+    place = "on a CPU" if gpu_bytes is None else f"on a GPU of {format_bytes(gpu_bytes)}"
+    title = f"memory of each process of {num_processes} {place}, ZeRO-{plan.zero_stage}"
+    table = Table("part", "size", title=f"{title}, gradient checkpointing {chosen or KINDS[-1]}")
+    table.columns[1].justify = "right"
+    for name, size in shown.components.items():
+        table.add_row(name, format_bytes(round(size)))
+    table.add_row("expected peak", format_bytes(round(shown.peak_bytes)))
+    if shown.host_bytes:
+        table.add_row("offloaded to the host", format_bytes(round(shown.host_bytes)))
+    PlainConsole().print(table)
+    columns = ["gradient checkpointing", "expected peak"]
+    kinds = Table(*columns, *([] if gpu_bytes is None else ["longest data.row_len that fits", ""]))
+    for kind in KINDS:
+        cells = [kind, format_bytes(round(memory.estimate(kind).peak_bytes))]
+        if gpu_bytes is not None:
+            longest = memory.longest_row(kind, gpu_bytes)
+            source = "chosen by auto" if wanted is GradientCheckpointing.auto else "chosen by the recipe"
+            cells += [f"{longest:,}" if longest else "none", source if kind == chosen else ""]
+        kinds.add_row(*cells)
+    PlainConsole().print(kinds)
+    if gpu_bytes is not None and not _fits(memory, chosen, gpu_bytes):
+        warn(describe_misfit(recipe, memory, gpu_bytes, chosen or KINDS[-1]))
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_config(recipe.model.path, recipe.model.revision))
-        num_teacher = 0
-        if recipe.train.teacher is not None:
-            teacher = AutoModelForCausalLM.from_config(load_config(recipe.train.teacher))
-            num_teacher = sum(p.numel() for p in teacher.parameters())
-    num_parameters = sum(p.numel() for p in model.parameters())
-    if recipe.train.lora is not None:
-        model = add_adapter(model, recipe.train.lora, seed=recipe.train.seed)
-    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return num_parameters, num_trained, num_teacher
 
-
-def estimate_state_bytes(
-    *,
-    num_parameters: int,
-    num_trained: int,
-    num_teacher: int,
-    has_adapter: bool,
-    bytes_per_weight: int,
-    zero_stage: int,
-    num_processes: int,
-) -> float:
-    """Return the bytes per process of weights, gradients and optimizer states under ZeRO (stage 0 to 3).
-
-    Adam keeps two float32 moments and, for 16-bit weights, a float32 copy of them. ZeRO-1 shards the
-    optimizer states, ZeRO-2 also the gradients, ZeRO-3 also the weights. With an adapter `num_trained` counts
-    its parameters and `num_parameters` those of the base model. Activations are not counted.
-    """
-    states = (
-        num_trained * (8 if bytes_per_weight == 4 else 12),
-        num_trained * bytes_per_weight,
-        (num_parameters + (num_trained if has_adapter else 0)) * bytes_per_weight,
-    )
-    num_bytes = sum(size / (num_processes if zero_stage > index else 1) for index, size in enumerate(states))
-    return num_bytes + num_teacher * bytes_per_weight
+def _fits(memory: MemoryPlan, kind: str | None, gpu_bytes: int) -> bool:
+    return kind is not None and memory.estimate(kind).peak_bytes <= usable_bytes(gpu_bytes)

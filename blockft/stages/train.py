@@ -27,11 +27,20 @@ from blockft.folder_lock import FolderLock, reading_folder
 from blockft.model.checkpoint import complete_checkpoints, read_marker, remove_incomplete
 from blockft.model.decoder_layers import compile_layers
 from blockft.model.fingerprint import model_fingerprint
+from blockft.model.gradient_checkpointing import checkpoint_layers
 from blockft.model.load import digest_base_weights, load_model, load_tokenizer
 from blockft.model.lora import add_adapter
 from blockft.model.shared_input import share_products
 from blockft.outputs import write_errors
 from blockft.run_folder import METRICS, truncate_metrics, write_data, write_recipe
+from blockft.stages.memory_plan import (
+    MemoryPlan,
+    decide_checkpointing,
+    plan_memory,
+    report_peak,
+    reported_out_of_memory,
+    smallest_gpu,
+)
 from blockft.stages.output_folder import lock_output
 from blockft.stages.run_plan import check_run, choose_pad_id, verify_inputs, warn_of_settings
 from blockft.training.compile_cache import use_compile_cache
@@ -198,6 +207,8 @@ def _train(
         init_distributed(watch)
         stack.enter_context(_shared_by_ranks(lock, run))
         run_on_each_host(wait_until_verified)
+        memory, checkpointing = _plan_memory(recipe, plan, num_processes)
+        stack.enter_context(reported_out_of_memory(recipe, checkpointing))
         # DeepSpeed, which this module imports, needs the worker's environment
         from blockft.training.universal_checkpoint import UNIVERSAL, convert_to_universal, remove_universal
 
@@ -209,7 +220,13 @@ def _train(
         if is_resharded:
             plan = replace(plan, deepspeed=plan.deepspeed | LOAD_UNIVERSAL)
         trainer, run_callback = _build_trainer(
-            recipe, plan, checkpoint, is_resharded=is_resharded, name=name or run.name, title=title
+            recipe,
+            plan,
+            checkpoint,
+            checkpointing=checkpointing,
+            is_resharded=is_resharded,
+            name=name or run.name,
+            title=title,
         )
         source = run / UNIVERSAL if is_resharded else checkpoint
         if rank == 0:
@@ -219,6 +236,8 @@ def _train(
         torch.distributed.barrier()
         with only_weights_loaded():
             trainer.train(resume_from_checkpoint=str(source) if source else None)
+        if memory:
+            report_peak(memory, checkpointing)
         if rank == 0:
             remove_universal(run)
             loss_plot = save_loss_plot(run, title)
@@ -254,6 +273,21 @@ def _print_summary(run: Path, plan: RunPlan, trainer: "BlockTrainer") -> None:
     console = PlainConsole(stderr=True)
     console.print(f"trained {format_count(step, 'step')}: {', '.join(parts)}", soft_wrap=True)
     console.print(f"metrics: {run / METRICS}", soft_wrap=True)
+
+
+def _plan_memory(recipe: Recipe, plan: RunPlan, num_processes: int) -> tuple[MemoryPlan | None, str]:
+    """Return the memory of the run, None on a CPU, and its kind of gradient checkpointing; all ranks call it.
+
+    Raises:
+        UserError: see `decide_checkpointing`.
+    """
+    memory = None
+    if (gpu_bytes := smallest_gpu()) is not None:
+        memory = plan_memory(recipe, plan, num_processes, on_gpu=True)
+    kind, sentence = decide_checkpointing(recipe, memory, gpu_bytes)
+    if memory:
+        notify(sentence)
+    return memory, kind
 
 
 @contextmanager
@@ -292,13 +326,15 @@ def _build_trainer(
     plan: RunPlan,
     checkpoint: Path | None,
     *,
+    checkpointing: str,
     is_resharded: bool,
     name: str,
     title: str,
 ) -> tuple["BlockTrainer", "RunCallback"]:
     """Load the models and build the trainer with its callbacks; all ranks call it.
 
-    `is_resharded` says that the checkpoint was written by another number of processes.
+    `checkpointing` is the kind of gradient checkpointing. `is_resharded` says that the checkpoint was written
+    by another number of processes.
     """
     from blockft.training.lr_schedule import RecipeScheduleCallback
     from blockft.training.peak_flops import sum_peak_flops
@@ -319,7 +355,7 @@ def _build_trainer(
     check_ranks(run, {"recipe": dump_recipe(recipe), "checkpoint": str(checkpoint), **run_signature})
     if checkpoint:
         check_run_signature(checkpoint, run_signature)
-    model = _load_model(recipe, plan)
+    model = _load_model(recipe, plan, checkpointing)
     # otherwise the Trainer turns the cache off in the config, and so in every export
     arguments.use_cache = model.config.use_cache
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision, recipe.model.chat_template)
@@ -397,8 +433,8 @@ def _build_sample_answers(
     )
 
 
-def _load_model(recipe: Recipe, plan: RunPlan) -> PreTrainedModel | PeftModel:
-    """Return the model to train, compiled and with an adapter if the recipe asks for them."""
+def _load_model(recipe: Recipe, plan: RunPlan, checkpointing: str) -> PreTrainedModel | PeftModel:
+    """Return the model to train, compiled, checkpointed and with an adapter as the run needs it."""
     model = load_model(
         recipe.model.path,
         revision=recipe.model.revision,
@@ -408,6 +444,7 @@ def _load_model(recipe: Recipe, plan: RunPlan) -> PreTrainedModel | PeftModel:
     )
     if plan.compiles:
         compile_layers(model)
+    checkpoint_layers(model, checkpointing)
     if recipe.train.lora is None:
         return model
     adapted = add_adapter(model, recipe.train.lora, seed=recipe.train.seed, revision=recipe.model.revision)
@@ -462,8 +499,6 @@ def _build_arguments(
             adam_beta1=settings.adam_beta1,
             adam_beta2=settings.adam_beta2,
             max_grad_norm=settings.max_grad_norm,
-            gradient_checkpointing=settings.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
             logging_steps=settings.logging_steps,
             logging_nan_inf_filter=False,
             save_steps=settings.save_steps,

@@ -127,6 +127,11 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
         """Number of label tokens of the first epoch."""
         return int(self._columns.num_labels[self.epochs[0].examples].sum())
 
+    def max_row_labels(self) -> int:
+        """Return the number of label tokens of the row with the most."""
+        num_labels = self._columns.num_labels
+        return max(int(e.rows.count_tokens(num_labels[e.examples]).max(initial=0)) for e in self.epochs)
+
     def count_by_source(self, num_sources: int) -> list[tuple[int, int]]:
         """Return the number of examples (per mode) and of tokens of each source in the first epoch."""
         epoch = self.epochs[0]

@@ -1,0 +1,240 @@
+"""The memory that a recipe needs on a GPU, and the kind of gradient checkpointing that fits."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import torch
+from transformers import PreTrainedModel
+
+from blockft.config.choices import AttentionBackend, DType, GradientCheckpointing, Objective
+from blockft.config.settings import Recipe
+from blockft.errors import RankError, UserError, first_line, notify, warn
+from blockft.model.decoder_layers import attention_windows
+from blockft.model.load import build_meta_model, load_config
+from blockft.model.lora import add_adapter
+from blockft.model.shared_input import share_products
+from blockft.training.deepspeed_config import zero_stage
+from blockft.training.layer_memory import measure_final_norm, measure_layers, measure_loss
+from blockft.training.memory_estimate import (
+    KINDS,
+    MemoryEstimate,
+    ModelMemory,
+    RunMemory,
+    choose_kind,
+    estimate_memory,
+    longest_row,
+    usable_bytes,
+)
+from blockft.training.objectives import DistillationTargets, distill_loss, label_loss
+from blockft.training.plan import RunPlan
+from blockft.units import format_bytes
+
+TOLERANCE = 1.1
+"""A peak above the expected one by more than this factor gives a warning."""
+
+OUT_OF_MEMORY = re.compile(r"out of memory|CUBLAS_STATUS_ALLOC_FAILED")
+"""Text of errors of CUDA and of its libraries when the memory of a GPU is full."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """The memory of a run.
+
+    num_parameters, num_trained, num_teacher
+                parameters of the base model, of what is trained, and of another model that teaches
+    model, run  what the estimate reads
+    """
+
+    num_parameters: int
+    num_trained: int
+    num_teacher: int
+    model: ModelMemory
+    run: RunMemory
+
+    def estimate(self, kind: str) -> MemoryEstimate:
+        return estimate_memory(self.model, self.run, kind)
+
+    def choose(self, gpu_bytes: float) -> str | None:
+        """Return the kind of gradient checkpointing with the least recomputation that fits, or None."""
+        return choose_kind(self.model, self.run, gpu_bytes)
+
+    def longest_row(self, kind: str, gpu_bytes: float) -> int:
+        return longest_row(self.model, self.run, kind, gpu_bytes)
+
+
+def plan_memory(recipe: Recipe, plan: RunPlan, num_processes: int, *, on_gpu: bool) -> MemoryPlan:
+    """Return what the memory of a run is estimated from; no weights are loaded."""
+    settings = recipe.train
+    model = build_meta_model(load_config(recipe.model.path, recipe.model.revision))
+    num_parameters = sum(p.numel() for p in model.parameters())
+    base: PreTrainedModel = model
+    if settings.lora is not None:
+        base = add_adapter(model, settings.lora, seed=settings.seed).get_base_model()  # type: ignore
+        if on_gpu and plan.zero_stage < 3:  # as in training
+            share_products(base)
+    base.to(plan.dtype)  # type: ignore[arg-type]  # DeepSpeed does so, also with the adapter
+    parameters = {id(p): p for p in base.parameters()}.values()
+    trained = [p for p in parameters if p.requires_grad]
+    head = base.get_output_embeddings().weight
+    num_teacher = _count_teacher(recipe)
+    return MemoryPlan(
+        num_parameters=num_parameters,
+        num_trained=sum(p.numel() for p in trained),
+        num_teacher=num_teacher,
+        model=ModelMemory(
+            num_trained=sum(p.numel() for p in trained),
+            frozen_bytes=sum(p.nbytes for p in parameters if not p.requires_grad),
+            weight_bytes=plan.dtype.itemsize,
+            layers=measure_layers(base, compiled=compiled),
+            final_norm=measure_final_norm(base),
+            vocab_size=base.config.vocab_size,
+            loss_bytes=_measure_loss_bytes(recipe, plan),
+            head_bytes=float(head.nbytes) if head.requires_grad else 0.0,
+            largest_weight=max(p.numel() for p in parameters),
+            teacher_bytes=float(num_teacher * plan.dtype.itemsize),
+        ),
+        run=RunMemory(
+            deepspeed=plan.deepspeed,
+            num_processes=num_processes,
+            row_len=recipe.data.row_len,
+            num_labels=plan.rows.max_row_labels(),
+            accumulates=settings.batch_rows > num_processes,
+            dense_masks=len(attention_windows(base.config)) if plan.backend == "sdpa" else 0,
+        ),
+    )
+
+
+def plan_for_gpu(recipe: Recipe, plan: RunPlan) -> RunPlan:
+    """Return the plan of a run on GPUs, also on a machine without one."""
+    dtype = plan.dtype if recipe.model.dtype is not DType.auto else torch.bfloat16
+    backend = plan.backend if recipe.model.attention is not AttentionBackend.auto else "flex"
+    wanted = recipe.train.torch_compile
+    compiles = plan.zero_stage < 3 if wanted is None else wanted
+    return replace(plan, dtype=dtype, backend=backend, compiles=compiles)
+
+
+def decide_checkpointing(
+    recipe: Recipe, memory: MemoryPlan | None, gpu_bytes: float | None
+) -> tuple[str, str]:
+    """Return the kind of gradient checkpointing of a run and a sentence about it.
+
+    memory     None on a CPU
+    gpu_bytes  the memory of the smallest GPU of the run; None on a CPU
+
+    Raises:
+        UserError: the setting is auto, and no kind fits.
+    """
+    wanted = recipe.train.gradient_checkpointing
+    if wanted is not GradientCheckpointing.auto:
+        return wanted.value, f"gradient checkpointing: {wanted} (by the recipe)"
+    if gpu_bytes is None or memory is None:
+        return "none", "gradient checkpointing: none (on a CPU)"
+    kind = memory.choose(gpu_bytes)
+    if kind is None:
+        raise UserError(describe_misfit(recipe, memory, gpu_bytes))
+    expected = format_bytes(round(memory.estimate(kind).peak_bytes))
+    sentence = (
+        f"gradient checkpointing: {kind} (auto: {expected} of {format_bytes(round(gpu_bytes))} are expected"
+    )
+    if kind != KINDS[0]:
+        less = KINDS[KINDS.index(kind) - 1]
+        sentence += f"; {less} would need {format_bytes(round(memory.estimate(less).peak_bytes))}"
+    return kind, f"{sentence})"
+
+
+def describe_misfit(recipe: Recipe, memory: MemoryPlan, gpu_bytes: float, kind: str = KINDS[-1]) -> str:
+    """Return the sentence that a run does not fit with a kind of gradient checkpointing, and what would."""
+    sizes = (memory.estimate(kind).peak_bytes, gpu_bytes, max(0.0, usable_bytes(gpu_bytes)))
+    peak, whole, usable = (format_bytes(round(size)) for size in sizes)
+    return (
+        f"the run needs {peak} on each GPU with train.gradient_checkpointing={kind}, but of {whole} only "
+        f"{usable} may be filled: {', or '.join(list_remedies(recipe, memory, gpu_bytes, kind))}"
+    )
+
+
+def list_remedies(recipe: Recipe, memory: MemoryPlan, gpu_bytes: float, kind: str = KINDS[-1]) -> list[str]:
+    """Return what makes a run need less memory; the first one suffices alone, unless it is about sharing."""
+    remedies = []
+    if (sufficient := memory.choose(gpu_bytes)) and sufficient != kind:
+        remedies.append(f"set train.gradient_checkpointing={sufficient}")
+    if longest := memory.longest_row(KINDS[-1], gpu_bytes):
+        remedies.append(f"prepare rows of at most data.row_len={longest} tokens")
+    stage = zero_stage(memory.run.deepspeed)
+    if recipe.train.lora is None:
+        remedies.append("train an adapter (train.lora)")
+        if "offload_optimizer" not in memory.run.deepspeed.get("zero_optimization", {}):
+            remedies.append(f"offload to the host (train.deepspeed=zero{3 if stage == 3 else 2}-offload)")
+    if stage < 3:
+        remedies.append("share the weights among several GPUs (train.deepspeed=zero3 with --num-gpus)")
+    else:
+        remedies.append("use more GPUs (--num-gpus, --hostfile)")
+    return remedies
+
+
+def report_peak(memory: MemoryPlan, kind: str) -> None:
+    """Report the measured peak of this process's GPU beside the expected one; warn if it is far above it."""
+    measured, expected = torch.cuda.max_memory_allocated(), memory.estimate(kind).peak_bytes
+    text = f"peak memory {format_bytes(measured)}, expected {format_bytes(round(expected))}"
+    if measured > TOLERANCE * expected:
+        warn(f"{text}: leave more room than train.gradient_checkpointing=auto does")
+    else:
+        notify(text)
+
+
+@contextmanager
+def reported_out_of_memory(recipe: Recipe, kind: str) -> Iterator[None]:
+    """Turn an out-of-memory error of a GPU into a sentence with a remedy.
+
+    Raises:
+        RankError: the GPU of this process has too little memory. Checkpoints are not touched.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        remedies = [f"data.row_len smaller than {recipe.data.row_len} (prepare again)"]
+        if kind != KINDS[-1]:
+            more = KINDS[KINDS.index(kind) + 1]
+            remedies.insert(0, f"train.gradient_checkpointing={more} instead of {kind}")
+        raise RankError(
+            f"the memory of a GPU is full ({first_line(error)[:200]}): use {', or '.join(remedies)}, and "
+            "resume from the last complete checkpoint with --resume, if there is one"
+        ) from error
+
+
+def gpu_memory() -> int | None:
+    """Return the memory of this process's GPU in bytes; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+
+
+def smallest_gpu() -> int | None:
+    """Return the memory of the smallest GPU of the run; None on CPUs. All ranks call it."""
+    sizes: list[int | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(sizes, gpu_memory())
+    return min((size for size in sizes if size is not None), default=None)
+
+
+def _count_teacher(recipe: Recipe) -> int:
+    if recipe.train.teacher is None:
+        return 0
+    return sum(p.numel() for p in build_meta_model(load_config(recipe.train.teacher)).parameters())
+
+
+def _measure_loss_bytes(recipe: Recipe, plan: RunPlan) -> float:
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        labels = torch.zeros(logits.shape[:2], dtype=torch.long)
+        outputs = SimpleNamespace(logits=logits)
+        if recipe.train.objective is Objective.sft:
+            return label_loss(outputs, labels, 1)
+        targets = DistillationTargets(
+            labels, torch.ones_like(labels, dtype=torch.bool), logits.detach() * 1, 1
+        )
+        return distill_loss(outputs, targets, 1)
+
+    return measure_loss(loss, dtype=plan.dtype)

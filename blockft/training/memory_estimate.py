@@ -1,0 +1,285 @@
+"""The memory that one process of a run needs on its GPU, by component, and the row length that fits.
+
+The numbers of bytes per weight are those that DeepSpeed 0.19.8 allocates. P trained and F frozen weights of e
+bytes each on N processes::
+
+    stage  weights      gradients  optimizer states  added by a step
+    0      e (P + F)    e P        (m + s) P         s P
+    1      e (P + F)    e P        (m + 4) P / N     (e + s) P / N
+    2      e (P + F)    e P / N    (m + 4) P / N     (e + s) P / N
+    3      e (P + F)/N  e P / N    (m + 4) P / N     (4 + e if s) min(P / N, sub_group_size)
+
+with m bytes for the two moments, 8 for AdamW, and s = 4 if the weights have 16 bits: float32 copies of the
+weights and of the gradients. A step of stage 1 begins by freeing the gradients of other processes' weights.
+Offloaded states are in the memory of the host.
+
+The peak is the largest of three moments: the start of the last backward pass of a step, when all activations
+exist; its end, when all gradients exist; the optimizer's step.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from blockft.model.gradient_checkpointing import EVERY, list_checkpointed
+from blockft.training.deepspeed_config import zero_stage
+from blockft.training.layer_memory import LayerMemory, LinearBytes
+
+KINDS = tuple(EVERY)
+"""Kinds of gradient checkpointing, from the least recomputation to the most."""
+
+LABEL_MULTIPLE = 256
+"""Logits are computed at a multiple of this number of positions."""
+
+ROW_LEN_STEP = 1024
+"""Row lengths that are proposed are multiples of this."""
+
+MAX_ROW_LEN = 1 << 20
+"""Longest row that is proposed."""
+
+OUTSIDE_BYTES = int(1.5 * 2**30)
+"""Memory of a GPU that torch does not allocate: the CUDA context, kernels, the buffers of NCCL."""
+
+USABLE_SHARE = 0.95
+"""Share of the remaining memory that a run may be planned to fill. The rest is for fragments between tensors
+and for the error of the estimate."""
+
+_WORKSPACE_BYTES = 64 * 2**20
+"""Workspaces of matrix products."""
+
+_DEFAULT_BUCKET = 500_000_000
+"""`reduce_bucket_size` of DeepSpeed, in elements."""
+
+_DEFAULT_LIVE = 1_000_000_000
+"""`stage3_max_live_parameters` and `sub_group_size` of DeepSpeed, in elements."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelMemory:
+    """What the estimate must know of the model.
+
+    num_trained         trained weights
+    frozen_bytes        all frozen weights, quantised ones as they are stored
+    weight_bytes        bytes of a trained weight, and of an activation
+    layers              the decoder layers
+    final_norm          what the norm after the last layer keeps
+    vocab_size          logits of a position
+    loss_bytes          of the logits and their gradients by logit, at the peak
+    head_bytes          the gradient of the output weights; 0 if they are frozen
+    largest_weight      elements of the largest weight matrix
+    temporary_bytes     what products with quantised weights allocate
+    teacher_bytes       weights of another model that teaches
+    """
+
+    num_trained: int
+    frozen_bytes: float
+    weight_bytes: int
+    layers: Sequence[LayerMemory]
+    final_norm: LinearBytes
+    vocab_size: int
+    loss_bytes: float
+    head_bytes: float
+    largest_weight: int
+    temporary_bytes: float = 0.0
+    teacher_bytes: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunMemory:
+    """How a model is trained: rows of `row_len` tokens with at most `num_labels` labels.
+
+    moment_bytes    of the two moments of Adam by weight: 8, or about 2 for an 8-bit optimizer
+    accumulates     whether a step has more than one micro-batch for each process
+    dense_masks     number of dense masks, one by kind of layer; 0 under flex
+    """
+
+    deepspeed: Mapping[str, Any]
+    num_processes: int
+    row_len: int
+    num_labels: int
+    accumulates: bool
+    moment_bytes: float = 8.0
+    dense_masks: int = 0
+
+    def with_row_len(self, row_len: int) -> "RunMemory":
+        """Return the same run with longer or shorter rows, which have the same share of labels."""
+        num_labels = -(-self.num_labels * row_len // self.row_len)
+        return RunMemory(**{**self.__dict__, "row_len": row_len, "num_labels": num_labels})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Expected bytes at the peak of a process, by component, and what it keeps in the memory of the host."""
+
+    components: Mapping[str, float]
+    host_bytes: float = field(default=0.0)
+
+    @property
+    def peak_bytes(self) -> float:
+        return sum(self.components.values())
+
+
+def estimate_memory(model: ModelMemory, run: RunMemory, kind: str) -> MemoryEstimate:
+    """Return the expected peak of a run with a kind of gradient checkpointing (none, selective or full)."""
+    states = _States.of(model, run)
+    kept, first_backward, last_backward = _activations(model, run, kind)
+    num_positions = -(-max(1, run.num_labels) // LABEL_MULTIPLE) * LABEL_MULTIPLE
+    logits = num_positions * model.vocab_size * model.loss_bytes
+    always = {
+        "weights": states.weights,
+        "optimizer states": states.optimizer,
+        "weights of the teacher": model.teacher_bytes,
+        "masks": _mask_bytes(run),
+        "workspaces": _WORKSPACE_BYTES + model.temporary_bytes,
+    }
+    backward = {"buffers of DeepSpeed": states.buckets + states.gathered}
+    moments = [
+        {
+            "gradients": states.gradients_before,
+            "activations": kept,
+            # the gradient of the logits is freed before that of the first layer exists
+            "logits, or the first layer's backward pass": max(logits, model.head_bytes + first_backward),
+            **backward,
+        },
+        {"gradients": states.gradients_after, "activations": last_backward, **backward},
+        {"gradients": states.gradients_at_step, "gradients in float32": states.step},
+    ]
+    largest = max(moments, key=lambda components: sum(components.values()))
+    components = {name: size for name, size in (always | largest).items() if size}
+    return MemoryEstimate(components=components, host_bytes=states.host)
+
+
+def usable_bytes(gpu_bytes: float) -> float:
+    """Return how much of a GPU's memory the estimated peak of a run may fill."""
+    return (gpu_bytes - OUTSIDE_BYTES) * USABLE_SHARE
+
+
+def choose_kind(model: ModelMemory, run: RunMemory, gpu_bytes: float) -> str | None:
+    """Return the kind of gradient checkpointing with the least recomputation that fits, or None."""
+    usable = usable_bytes(gpu_bytes)
+    fitting = (kind for kind in KINDS if estimate_memory(model, run, kind).peak_bytes <= usable)
+    return next(fitting, None)
+
+
+def longest_row(model: ModelMemory, run: RunMemory, kind: str, gpu_bytes: float) -> int:
+    """Return the longest row that fits, a multiple of `ROW_LEN_STEP`; 0 if none fits."""
+    low, high = 0, MAX_ROW_LEN // ROW_LEN_STEP
+    while low < high:
+        middle = (low + high + 1) // 2
+        longer = run.with_row_len(middle * ROW_LEN_STEP)
+        fits = estimate_memory(model, longer, kind).peak_bytes <= usable_bytes(gpu_bytes)
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low * ROW_LEN_STEP
+
+
+def _activations(model: ModelMemory, run: RunMemory, kind: str) -> tuple[float, float, float]:
+    """Return what all layers keep; what the first layer of the backward pass needs beyond that; and what the
+    last one needs, with what it keeps."""
+    checkpointed = list_checkpointed(kind, len(model.layers))
+    dense = _dense_bias_bytes(model, run)
+    whole = [layer.kept.of_row(run.row_len) + dense for layer in model.layers]
+    kept = sum(
+        layer.input.of_row(run.row_len) if is_checkpointed else size
+        for layer, size, is_checkpointed in zip(model.layers, whole, checkpointed, strict=True)
+    )
+    backward = [layer.backward.of_row(run.row_len) for layer in model.layers]
+    recomputed = whole[-1] if checkpointed[-1] else 0.0
+    return (
+        kept + model.final_norm.of_row(run.row_len),
+        recomputed + backward[-1],
+        model.layers[0].input.of_row(run.row_len) + whole[0] + backward[0],
+    )
+
+
+def _mask_bytes(run: RunMemory) -> float:
+    if run.dense_masks:
+        return run.dense_masks * float(run.row_len) ** 2
+    tiles = -(-run.row_len // 128)
+    return 4 * 4.0 * tiles**2  # numbers of tiles: partial and full, by query and by key
+
+
+def _dense_bias_bytes(model: ModelMemory, run: RunMemory) -> float:
+    """Return what a layer keeps of a dense mask: each call converts it to numbers."""
+    return model.weight_bytes * float(run.row_len) ** 2 if run.dense_masks else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _States:
+    """Bytes of the states of a model on one process."""
+
+    weights: float
+    optimizer: float
+    gradients_before: float
+    gradients_after: float
+    gradients_at_step: float
+    step: float
+    buckets: float
+    gathered: float
+    host: float
+
+    @staticmethod
+    def of(model: ModelMemory, run: RunMemory) -> "_States":
+        zero = run.deepspeed.get("zero_optimization", {})
+        stage, e, n = zero_stage(run.deepspeed), model.weight_bytes, run.num_processes
+        trained = float(model.num_trained)
+        in_float32 = 4.0 if e < 4 else 0.0
+        weights = e * trained + model.frozen_bytes
+        optimizer = (run.moment_bytes + (4 if stage else in_float32)) * trained
+        gradients = e * trained
+        step = in_float32 * trained
+        if stage:
+            optimizer, step = optimizer / n, (e + in_float32) * trained / n
+        if stage == 3:
+            weights = weights / n
+            step = (4 + (e if e < 4 else 0)) * min(trained / n, zero.get("sub_group_size", _DEFAULT_LIVE))
+        gradients_after = gradients if stage < 2 else gradients / n
+        before = gradients_after if run.accumulates or stage == 3 else 0.0
+        num_parameters = trained + model.frozen_bytes / e
+        live = zero.get("stage3_max_live_parameters", _DEFAULT_LIVE)
+        gathered = e * min(num_parameters, live) if stage == 3 and n > 1 else 0.0
+        states = {
+            "weights": weights,
+            "optimizer": optimizer,
+            "gradients_before": before,
+            "gradients_after": gradients_after,
+            "gradients_at_step": gradients / n if stage else gradients,
+            "step": step,
+            "buckets": _bucket_bytes(model, zero, stage),
+            "gathered": gathered,
+        }
+        return _States(**_offloaded(states, model, zero, stage))
+
+
+def _offloaded(
+    states: dict[str, float], model: ModelMemory, zero: Mapping[str, Any], stage: int
+) -> dict[str, float]:
+    """Move offloaded states to the host: with the optimizer states also the gradients."""
+    on_host = 0.0
+    if stage and _is_offloaded(zero, "offload_optimizer"):
+        on_host += states["optimizer"] + states["gradients_after"]
+        # one gradient at a time passes through a buffer
+        states["buckets"] += 2 * model.weight_bytes * model.largest_weight
+        gradients = ("gradients_before", "gradients_after", "gradients_at_step")
+        states |= dict.fromkeys(("optimizer", *gradients, "step"), 0.0)
+    if stage == 3 and _is_offloaded(zero, "offload_param"):
+        on_host += states["weights"]
+        live = zero.get("stage3_max_live_parameters", _DEFAULT_LIVE)
+        states["gathered"] = min(states["weights"], model.weight_bytes * float(live))
+        states["weights"] = 0.0
+    return {**states, "host": on_host}
+
+
+def _is_offloaded(zero: Mapping[str, Any], section: str) -> bool:
+    return (zero.get(section) or {}).get("device", "none") != "none"
+
+
+def _bucket_bytes(model: ModelMemory, zero: Mapping[str, Any], stage: int) -> float:
+    """Return the bytes of the buffers in which gradients are reduced. Their size is a setting."""
+    if stage == 0 or (stage < 3 and not zero.get("contiguous_gradients", True)):
+        return 0.0
+    elements = zero.get("reduce_bucket_size", _DEFAULT_BUCKET)
+    if elements == "auto":  # transformers sets the square of the hidden size
+        elements = (model.layers[0].input.per_token / model.weight_bytes) ** 2
+    overlaps = zero.get("overlap_comm")
+    num_buffers = 2 if (overlaps if overlaps is not None else stage == 3) and stage < 3 else 1
+    return num_buffers * model.weight_bytes * float(elements)
