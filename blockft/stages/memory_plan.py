@@ -17,7 +17,7 @@ from blockft.model.load import build_meta_model, load_config
 from blockft.model.lora import add_adapter
 from blockft.model.shared_input import share_products
 from blockft.training.deepspeed_config import zero_stage
-from blockft.training.layer_memory import measure_final_norm, measure_layers, measure_loss
+from blockft.training.layer_memory import measure_loss
 from blockft.training.memory_estimate import (
     KINDS,
     MemoryEstimate,
@@ -26,6 +26,7 @@ from blockft.training.memory_estimate import (
     choose_kind,
     estimate_memory,
     longest_row,
+    measure_model,
     usable_bytes,
 )
 from blockft.training.objectives import DistillationTargets, distill_loss, label_loss
@@ -76,24 +77,15 @@ def plan_memory(recipe: Recipe, plan: RunPlan, num_processes: int, *, on_gpu: bo
         if on_gpu and plan.zero_stage < 3:  # as in training
             share_products(base)
     base.to(plan.dtype)  # type: ignore[arg-type]  # DeepSpeed does so, also with the adapter
-    parameters = {id(p): p for p in base.parameters()}.values()
-    trained = [p for p in parameters if p.requires_grad]
-    head = base.get_output_embeddings().weight
     num_teacher = _count_teacher(recipe)
     return MemoryPlan(
         num_parameters=num_parameters,
-        num_trained=sum(p.numel() for p in trained),
+        num_trained=sum(p.numel() for p in base.parameters() if p.requires_grad),
         num_teacher=num_teacher,
-        model=ModelMemory(
-            num_trained=sum(p.numel() for p in trained),
-            frozen_bytes=sum(p.nbytes for p in parameters if not p.requires_grad),
-            weight_bytes=plan.dtype.itemsize,
-            layers=measure_layers(base, compiled=compiled),
-            final_norm=measure_final_norm(base),
-            vocab_size=base.config.vocab_size,
+        model=measure_model(
+            base,
+            compiled=compiled,
             loss_bytes=_measure_loss_bytes(recipe, plan),
-            head_bytes=float(head.nbytes) if head.requires_grad else 0.0,
-            largest_weight=max(p.numel() for p in parameters),
             teacher_bytes=float(num_teacher * plan.dtype.itemsize),
         ),
         run=RunMemory(

@@ -21,9 +21,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
 from blockft.model.gradient_checkpointing import EVERY, list_checkpointed
 from blockft.training.deepspeed_config import zero_stage
-from blockft.training.layer_memory import LayerMemory, LinearBytes
+from blockft.training.layer_memory import LayerMemory, LinearBytes, measure_final_norm, measure_layers
 
 KINDS = tuple(EVERY)
 """Kinds of gradient checkpointing, from the least recomputation to the most."""
@@ -117,6 +120,30 @@ class MemoryEstimate:
     @property
     def peak_bytes(self) -> float:
         return sum(self.components.values())
+
+
+def measure_model(
+    model: PreTrainedModel, *, compiled: bool, loss_bytes: float, teacher_bytes: float = 0.0
+) -> ModelMemory:
+    """Return what the estimate must know of a model on the meta device, with its adapters.
+
+    The weights must have the type that they have in training. `compiled` says whether layers are compiled.
+    """
+    parameters = list(model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    head: torch.Tensor = model.get_output_embeddings().weight
+    return ModelMemory(
+        num_trained=sum(p.numel() for p in trained),
+        frozen_bytes=sum(p.nbytes for p in parameters if not p.requires_grad),
+        weight_bytes=model.dtype.itemsize,
+        layers=measure_layers(model, compiled=compiled),
+        final_norm=measure_final_norm(model),
+        vocab_size=model.config.vocab_size,
+        loss_bytes=loss_bytes,
+        head_bytes=float(head.nbytes) if head.requires_grad else 0.0,
+        largest_weight=max(p.numel() for p in parameters),
+        teacher_bytes=teacher_bytes,
+    )
 
 
 def estimate_memory(model: ModelMemory, run: RunMemory, kind: str) -> MemoryEstimate:
