@@ -84,7 +84,7 @@ def plan_memory(recipe: Recipe, plan: RunPlan, num_processes: int, *, on_gpu: bo
         num_teacher=num_teacher,
         model=measure_model(
             base,
-            compiled=compiled,
+            compiled=plan.compiles,
             loss_bytes=_measure_loss_bytes(recipe, plan),
             teacher_bytes=float(num_teacher * plan.dtype.itemsize),
         ),

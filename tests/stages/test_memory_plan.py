@@ -37,8 +37,8 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def planned(toy: Path) -> tuple[Recipe, MemoryPlan]:
     """A run whose rows are so long that activations are most of its memory."""
-    recipe = toy_recipe(toy, "train.deepspeed=zero0")
-    memory = plan_memory(recipe, plan_for_gpu(recipe, build_plan(recipe, 1)), 1, compiled=False)
+    recipe = toy_recipe(toy, "train.deepspeed=zero0", "train.torch_compile=false")
+    memory = plan_memory(recipe, plan_for_gpu(recipe, build_plan(recipe, 1)), 1, on_gpu=True)
     deeper = replace(memory.model, layers=[*memory.model.layers] * 8)
     return recipe, replace(memory, model=deeper, run=memory.run.with_row_len(10_000_000))
 
