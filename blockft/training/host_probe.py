@@ -73,7 +73,7 @@ def _listen(request: ProbeRequest) -> tuple[str, str]:
     try:
         listener = socket.create_server(("", request.master_port), backlog=1024)
     except OSError as error:
-        return f"port {request.master_port} is in use ({error.strerror})", ""
+        return f"port {request.master_port} is in use ({os.strerror(error.errno or 0)})", ""
     interface, missing = "", request.num_hosts - 1
     deadline = time.monotonic() + CONNECT_S
     with listener:
