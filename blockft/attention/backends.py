@@ -48,6 +48,9 @@ class AttentionMasks:
         self._dense: dict[tuple[int | None, int], torch.Tensor] = {}
         self._flex: dict[int | None, BlockMask] = {}
         self._ranges: KeyRanges | None = None
+        device = metadata.example_ids.device
+        # read here, because compiled layers should not ask for it
+        self.is_on_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
     def dense(self, window: int | None, num_queries: int) -> torch.Tensor:
         """Return the dense mask: (B, 1, T, S) bool, true where attention is allowed."""
@@ -138,7 +141,7 @@ def block_flex(
         block_mask=masks.flex(sliding_window),
         scale=scaling,
         enable_gqa=True,
-        kernel_options=_kernel_options(q_BHTD),
+        kernel_options=_kernel_options(q_BHTD, masks.is_on_hopper),
     )
     return out_BHTD.transpose(1, 2).contiguous(), None
 
@@ -195,20 +198,15 @@ def _check_masks(masks: AttentionMasks | None, keys_BKSD: torch.Tensor) -> Atten
     return masks
 
 
-def _kernel_options(q_BHTD: torch.Tensor) -> dict[str, Any] | None:
+def _kernel_options(q_BHTD: torch.Tensor, is_on_hopper: bool) -> dict[str, Any] | None:
     """Return the options of FlexAttention's kernels, or None where PyTorch chooses better ones."""
     head_dim, is_16_bit = q_BHTD.shape[3], q_BHTD.dtype.itemsize == 2
     if head_dim <= 64:
         return FORWARD_OPTIONS | (BACKWARD_OPTIONS if is_16_bit else {})
     # larger heads fit into the shared memory of Hopper, but not into that of every GPU
-    if head_dim <= 128 and is_16_bit and q_BHTD.is_cuda and _is_hopper(q_BHTD.device.index):
+    if head_dim <= 128 and is_16_bit and is_on_hopper:
         return FORWARD_OPTIONS | BACKWARD_OPTIONS
     return None
-
-
-@cache
-def _is_hopper(index: int) -> bool:
-    return torch.cuda.get_device_capability(index) == (9, 0)
 
 
 def _tile_indices(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

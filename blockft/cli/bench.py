@@ -194,6 +194,15 @@ def bench_train(
     num_documents: Annotated[
         int, typer.Option(min=1, max=MAX_BLOCKS, help="Documents of a sample, one block each.")
     ] = 10,
+    lora_r: Annotated[
+        int | None,
+        typer.Option(
+            "--lora-r",
+            min=1,
+            max=MAX_COUNT,
+            help="Train an adapter of this rank on every linear layer instead of all weights.",
+        ),
+    ] = None,
     warmups: Annotated[int, typer.Option(min=0, max=MAX_RUNS, help="Steps before the measured ones.")] = 3,
     runs: Annotated[int, typer.Option(min=1, max=MAX_RUNS, help="Measured steps.")] = 10,
     out: Out = None,
@@ -205,6 +214,7 @@ def bench_train(
     \b
     Example:
       blockft bench train llama-3.2-1b --row-len 8192
+      blockft bench train llama-3-8b --row-len 8192 --lora-r 32
     """
     from blockft.bench.train import bench_train
 
@@ -213,6 +223,7 @@ def bench_train(
         row_len=row_len,
         sample_len=sample_len,
         num_documents=num_documents,
+        lora_r=lora_r,
         warmups=warmups,
         runs=runs,
         out=out,

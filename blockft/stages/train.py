@@ -258,7 +258,9 @@ def _report_compile(plan: RunPlan) -> None:
     if plan.compiles:
         notify("layers are compiled in the first step (train.torch_compile=false does without)")
     else:
-        notify("layers are not compiled, because ZeRO-3 gathers their weights one by one")
+        notify(
+            "layers are not compiled, because ZeRO-3 gathers their weights one by one (train.torch_compile)"
+        )
 
 
 def _print_summary(run: Path, plan: RunPlan, trainer: "BlockTrainer") -> None:

@@ -3,30 +3,35 @@
 import os
 from pathlib import Path
 
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
 from blockft.errors import warn
 
-INDUCTOR_CACHE, TRITON_CACHE = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
-"""Environment variables of PyTorch and Triton. A user's values stay."""
+INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+"""Environment variable with PyTorch's folder of compiled code, in which it also keeps that of Triton."""
 
 
 def use_compile_cache() -> None:
-    """Let PyTorch and Triton keep compiled code in `blockft` under XDG_CACHE_HOME; call it before compiling.
+    """Let PyTorch keep compiled code in `blockft/inductor` under XDG_CACHE_HOME; call it before compiling.
 
-    PyTorch itself uses a folder in /tmp, which often ends with the job. Ranks and runs share the folder: the
-    libraries write each file under another name and rename it, and find it by a hash of the code, the options
-    and the GPU.
+    A folder that the user's variable names is used instead. PyTorch's own folder is in /tmp, which often ends
+    with the job. Ranks and runs share the folder: PyTorch writes each file under another name and renames it,
+    and finds it by a hash of the code, the options and the GPU.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(home) / "blockft"
-    for name, subfolder in ((INDUCTOR_CACHE, "inductor"), (TRITON_CACHE, "triton")):
-        if os.environ.get(name):
-            continue
-        try:
-            (folder / subfolder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            warn(
-                f"compiled layers are not kept for later runs: {folder / subfolder} cannot be written "
-                f"({error.strerror}); set {name} to a folder"
-            )
-            continue
-        os.environ[name] = str(folder / subfolder)
+    # an import of PyTorch's compiler sets the variable to its default
+    if os.environ.get(INDUCTOR_CACHE) not in (None, "", default_cache_dir()):
+        return
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockft" / "inductor"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        is_writable = os.access(folder, os.W_OK | os.X_OK)
+        reason = "permission denied"
+    except OSError as error:
+        is_writable, reason = False, error.strerror or str(error)
+    if is_writable:
+        os.environ[INDUCTOR_CACHE] = str(folder)
+    else:
+        warn(
+            f"compiled layers are not kept for later runs, because {folder} cannot be written ({reason}): "
+            f"set {INDUCTOR_CACHE} or XDG_CACHE_HOME to another folder"
+        )

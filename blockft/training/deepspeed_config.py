@@ -75,8 +75,10 @@ _FROM_RECIPE = {
     "train_batch_size": "auto",
     "gradient_clipping": "auto",
     "zero_optimization": {"stage": 0},
+    # DeepSpeed's own measurement of speed waits for the GPU twice in every micro-batch
+    "timers": {"throughput": {"enabled": False}},
 }
-"""Values of a config that the recipe decides."""
+"""Values of a config that the recipe or blockft decides."""
 
 
 def load_deepspeed_config(name: str, shipped: Path) -> dict[str, Any]:

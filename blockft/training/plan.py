@@ -84,7 +84,8 @@ def choose_backend(backend: str) -> str:
 
 def choose_compile(torch_compile: bool | None, zero_stage: int) -> bool:
     """Return whether layers are compiled; None is yes on a GPU, except with ZeRO-3."""
-    # ZeRO-3 gathers weights inside of layers, in code that the compiler does not enter
+    # ZeRO-3 gathers weights inside of layers, where the compiler must stop: losses are right, but nothing is
+    # gained
     return (not use_cpu() and zero_stage < 3) if torch_compile is None else torch_compile
 
 

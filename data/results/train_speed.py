@@ -26,6 +26,7 @@ import sys, time
 from pathlib import Path
 import torch, transformers, peft, accelerate, deepspeed, torch._inductor.compile_fx
 from transformers.models.llama import modeling_llama
+sys.path.remove("")  # the working directory may hold another version of the package
 go = sys.argv.pop(1)
 while go != "-" and not Path(go).exists():
     time.sleep(0.1)

@@ -17,6 +17,7 @@ ARGUMENTS: dict[str, Any] = {
     "row_len": 700,
     "sample_len": 200,
     "num_documents": 3,
+    "lora_r": None,
     "warmups": 0,
     "runs": 2,
     "out": None,
@@ -37,6 +38,20 @@ def test_every_variant_computes_the_same_loss(tmp_path: Path, capsys: pytest.Cap
         assert figures["tokens_per_s"] == pytest.approx(600_000 / figures["ms"]["median"])
         assert figures["ratio"] == pytest.approx(figures["tokens_per_s"] / first["tokens_per_s"])
     assert "packed row" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the variants of a CPU")
+def test_adapters_with_and_without_shared_products_compute_the_same_loss(tmp_path: Path) -> None:
+    bench_train("tiny", **ARGUMENTS | {"out": tmp_path / "t.json", "lora_r": 4})
+    result = json.loads((tmp_path / "t.json").read_text())
+    measured = result["measured"]
+    assert [figures["shared_products"] for figures in measured] == [False, False, False, True]
+    assert {round(figures["loss"], 4) for figures in measured} == {round(measured[0]["loss"], 4)}
+    assert result["trained_parameters"] < 0.5 * result["parameters"]
+    # without a gradient for the weights a step needs fewer operations
+    bench_train("tiny", **ARGUMENTS | {"out": tmp_path / "full.json"})
+    full = json.loads((tmp_path / "full.json").read_text())
+    assert result["flops_per_step"] < full["flops_per_step"]
 
 
 def test_different_losses_raise(monkeypatch: pytest.MonkeyPatch) -> None:
