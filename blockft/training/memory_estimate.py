@@ -47,6 +47,12 @@ USABLE_SHARE = 0.95
 """Share of the remaining memory that a run may be planned to fill. The rest is for fragments between tensors
 and for the error of the estimate."""
 
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a weight in 4 bits with double quantisation: its code, and its share of two levels of scales."""
+
+ADAM_8BIT_BYTES = 2 * (1 + 4 / 256)
+"""Bytes of the two moments of a weight under an 8-bit AdamW: codes, and their share of the scales."""
+
 _WORKSPACE_BYTES = 64 * 2**20
 """Workspaces of matrix products."""
 
@@ -123,18 +129,27 @@ class MemoryEstimate:
 
 
 def measure_model(
-    model: PreTrainedModel, *, compiled: bool, loss_bytes: float, teacher_bytes: float = 0.0
+    model: PreTrainedModel,
+    *,
+    compiled: bool,
+    loss_bytes: float,
+    teacher_bytes: float = 0.0,
+    quantized: bool = False,
 ) -> ModelMemory:
     """Return what the estimate must know of a model on the meta device, with its adapters.
 
-    The weights must have the type that they have in training. `compiled` says whether layers are compiled.
+    The weights must have the type that they have in training. `compiled` says whether layers are compiled,
+    `quantized` whether the frozen matrices of the layers will have 4 bits. The model itself is not quantised:
+    its layers keep the same activations.
     """
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
+    in_4_bits = _frozen_matrices(model) if quantized else []
+    saved_bytes = sum(p.nbytes - NF4_BYTES * p.numel() for p in in_4_bits)
     head: torch.Tensor = model.get_output_embeddings().weight
     return ModelMemory(
         num_trained=sum(p.numel() for p in trained),
-        frozen_bytes=sum(p.nbytes for p in parameters if not p.requires_grad),
+        frozen_bytes=sum(p.nbytes for p in parameters if not p.requires_grad) - saved_bytes,
         weight_bytes=model.dtype.itemsize,
         layers=measure_layers(model, compiled=compiled),
         final_norm=measure_final_norm(model),
@@ -142,8 +157,17 @@ def measure_model(
         loss_bytes=loss_bytes,
         head_bytes=float(head.nbytes) if head.requires_grad else 0.0,
         largest_weight=max(p.numel() for p in parameters),
+        # one matrix at a time is computed from its codes, through float32
+        temporary_bytes=max((p.nbytes + 4.0 * p.numel() for p in in_4_bits), default=0.0),
         teacher_bytes=teacher_bytes,
     )
+
+
+def _frozen_matrices(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Return the frozen matrices of the linear layers inside the decoder layers."""
+    modules = model.base_model.get_submodule("layers").modules()
+    weights = [module.weight for module in modules if isinstance(module, torch.nn.Linear)]
+    return [weight for weight in weights if not weight.requires_grad]
 
 
 def estimate_memory(model: ModelMemory, run: RunMemory, kind: str) -> MemoryEstimate:
