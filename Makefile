@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
+# the tests of a GPU wait for compilers and imports most of the time
+GPU_WORKERS ?= 6
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 TEST := pytest --numprocesses $(WORKERS) --dist loadfile --durations 10
@@ -38,14 +40,15 @@ test: setup                ## run the quick tests (6 minutes on 2 cores)
 	$(TEST)
 
 test-slow: setup           ## run the slow tests: the demo, the README's commands, launchers
-	$(TEST) -m 'slow and not gpu' || $(NONE_SELECTED)
+	$(TEST) -m 'slow and not gpu and not gpu2' || $(NONE_SELECTED)
 
-test-gpu: setup            ## run the tests that need a GPU
-	pytest -m gpu || $(NONE_SELECTED)
+test-gpu: setup            ## run the tests that need one or two GPUs
+	@python -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'this machine has no GPU')"
+	$(TEST) --numprocesses $(GPU_WORKERS) -m 'gpu or gpu2' -rs
 
 coverage: setup            ## run quick and slow tests and print the line coverage of blockft
 	coverage erase
-	coverage run -m $(TEST) -m 'not gpu'
+	coverage run -m $(TEST) -m 'not gpu and not gpu2'
 	coverage combine --quiet
 	coverage report
 	coverage json

@@ -1,15 +1,36 @@
-"""Settings of the tests: environment variables, set before torch is imported, and profiles of hypothesis."""
+"""Settings of the tests: variables (before torch is imported), profiles of hypothesis, tests of GPUs."""
 
 import os
 
+import pytest
 from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # parallel test workers share the cores, and sums in one order make losses equal to the last bit
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# counting GPUs then leaves CUDA uninitialised, as it must be in a process from which ranks are forked
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 # continuous integration runs the same examples each time, so that a failure can be reproduced
 settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
+
+NUM_GPUS = {"gpu": 1, "gpu2": 2}
+"""How many GPUs a test needs, by its marker."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test, before its fixtures are made, if this machine has too few GPUs for it."""
+    needed = max(
+        (NUM_GPUS[marker.name] for marker in item.iter_markers() if marker.name in NUM_GPUS), default=0
+    )
+    if not needed:
+        return
+    import torch
+
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found < needed:
+        pytest.skip(f"needs {needed} GPU{'s' * (needed > 1)}, and this machine has {found}")

@@ -66,10 +66,10 @@ def save_samples(path: Path, num_samples: int, seed: int = 0) -> Path:
     return path
 
 
-def toy_recipe(folder: Path, *overrides: str) -> Recipe:
-    """Load the toy recipe of `folder`; make its model and sources if they are missing."""
+def toy_recipe(folder: Path, *overrides: str, **size: float) -> Recipe:
+    """Load the toy recipe of `folder`; make its model (see `save_model`) and sources if they are missing."""
     if not (folder / "model").exists():
-        save_model(folder / "model")
+        save_model(folder / "model", **size)
         save_samples(folder / "train.jsonl", 40)
         save_samples(folder / "heldout.jsonl", 10, seed=1)
         (folder / "recipe.yaml").write_text(

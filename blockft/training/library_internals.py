@@ -237,6 +237,24 @@ def separate_adam_steps(optimizer: Any) -> None:
             state["step"] = state["step"].clone()
 
 
+def undo_initial_step(optimizer: Any) -> None:
+    """Undo the step with gradients of 0 that DeepSpeed takes when a ZeRO-0 run in bfloat16 starts.
+
+    Adam counts that step, so that its first real steps would be up to 30 % too short, and weight decay would
+    change the weights. Call it before the first step of a new run.
+    """
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+    while hasattr(optimizer, "optimizer") and not isinstance(optimizer, FP16_UnfusedOptimizer):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, FP16_UnfusedOptimizer):
+        return
+    optimizer.optimizer.state.clear()
+    for weights, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+        for weight, master in zip(weights, masters, strict=True):
+            master.data.copy_(weight.data)
+
+
 # --- DeepSpeed on CPUs: shared memory
 
 

@@ -36,7 +36,7 @@ from blockft.run_folder import (
     digest_metrics,
     read_sample_answers,
 )
-from blockft.training.library_internals import get_unlogged_loss, restore_unlogged_loss
+from blockft.training.library_internals import get_unlogged_loss, restore_unlogged_loss, undo_initial_step
 from blockft.training.objectives import EVAL_LOSS_PREFIX, select_eval_losses
 from blockft.training.peak_memory import restart_peak_memory
 from blockft.training.progress_line import ProgressLineCallback
@@ -86,8 +86,10 @@ class RunCallback(TrainerCallback):
         self.stop_requested = False
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **passed: Any
     ) -> None:
+        if state.global_step == 0:
+            undo_initial_step(passed["optimizer"])
         self._folder = os.stat(self._run)
         restart_peak_memory(args.device)
         if self._unlogged:

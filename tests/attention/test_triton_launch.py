@@ -11,10 +11,7 @@ from blockft.attention.cached_context import TILE_PADDING
 from blockft.attention.rotate_queries import attend_reference
 from tests.attention.cases import Case, make_case
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="Triton kernels need a GPU"),
-]
+pytestmark = pytest.mark.gpu
 
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """The largest error relative to the norm of the output, by type."""

@@ -16,10 +16,7 @@ from tests.inference.engines import ROTATE, Prompt, keep_only_disk, load_engine,
 from tests.inference.test_rotate_keys import keys_of, split_ids
 from tests.tiny import CONFIGS, build_model, random_ids, random_layout
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU"),
-]
+pytestmark = pytest.mark.gpu
 
 NUM_NEW = 12
 
@@ -129,7 +126,7 @@ def test_full_attention_without_a_graph_answers_as_with_rotated_keys(toy_model: 
     assert [answer.ids for answer in got] == [answer.ids for answer in expected]
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a GPU that is not the current one")
+@pytest.mark.gpu2  # a GPU that is not the current one
 def test_an_engine_on_another_gpu_than_the_current_one(toy_model: Path, tmp_path: Path) -> None:
     prompts = random_prompts(random.Random(1), (60, 5), (300, 3))
     expected = on_gpu(toy_model, "keys").generate_ids(prompts, max_new_tokens=NUM_NEW)

@@ -60,6 +60,14 @@ def test_a_run_writes_its_recipe_metrics_plot_and_complete_checkpoints(toy: Path
     assert logged(run)[-1] < logged(run)[0]
 
 
+def test_a_run_without_zero_takes_the_steps_of_zero_in_bfloat16(toy: Path) -> None:
+    """DeepSpeed has another optimizer class for it, which counts one step too many."""
+    for stage in (0, 1):
+        overrides = ("model.dtype=bfloat16", f"train.deepspeed=zero{stage}", "train.weight_decay=0.5")
+        train(toy / "recipe.yaml", toy / f"bfloat16-{stage}", *overrides)
+    assert_close(logged(toy / "bfloat16-0"), logged(toy / "bfloat16-1"), rtol=1e-3, atol=0)
+
+
 def test_two_ranks_started_by_the_command_line_give_the_losses_of_one(toy: Path) -> None:
     """The launcher of DeepSpeed starts the ranks, as for a user."""
     run = toy / "run2"

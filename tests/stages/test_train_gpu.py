@@ -1,0 +1,91 @@
+"""Training on one GPU: the fast paths give the losses of the reference, and faults end in one sentence."""
+
+from pathlib import Path
+
+import pytest
+
+from blockft.config.recipe import load_recipe
+from blockft.errors import UserError
+from blockft.model.checkpoint import complete_checkpoints
+from blockft.stages.run_plan import build_plan
+from tests.commands import logged
+from tests.gpu_runs import BFLOAT16, FLOAT32, LORA, REFERENCE, TOLERANCE, ToyRuns, check_losses, train_here
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+ADAPTERS = pytest.mark.parametrize("adapter", [(), (LORA,)], ids=["full", "lora"])
+EAGER = ("train.torch_compile=false",)
+COMPILED = ("train.torch_compile=true",)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> ToyRuns:
+    return ToyRuns(tmp_path_factory.mktemp("gpu"))
+
+
+def test_a_gpu_trains_in_bfloat16_with_flex_by_default(toy: ToyRuns) -> None:
+    plan = build_plan(load_recipe(str(toy.recipe), ["data.row_len=512"]), 1)
+    assert (plan.backend, str(plan.dtype)) == ("flex", "torch.bfloat16")
+
+
+@DTYPES
+def test_flex_gives_the_losses_and_gradients_of_the_dense_reference(toy: ToyRuns, dtype: str) -> None:
+    run = toy.train(dtype, "model.attention=flex", *EAGER)
+    check_losses(run, toy.train(dtype, *REFERENCE), TOLERANCE[dtype])
+
+
+def test_bfloat16_differs_from_float32_by_its_rounding_only(toy: ToyRuns) -> None:
+    check_losses(toy.train(BFLOAT16, *COMPILED), toy.train(FLOAT32, *REFERENCE), TOLERANCE[BFLOAT16])
+
+
+@ADAPTERS
+@DTYPES
+def test_compiled_layers_give_the_losses_of_eager_ones(
+    toy: ToyRuns, dtype: str, adapter: tuple[str, ...]
+) -> None:
+    run = toy.train(dtype, *COMPILED, *adapter)
+    check_losses(run, toy.train(dtype, *EAGER, *adapter), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("compiled", [EAGER, COMPILED], ids=["eager", "compiled"])
+@pytest.mark.parametrize("kind", ["true"])
+def test_gradient_checkpointing_changes_no_loss(toy: ToyRuns, kind: str, compiled: tuple[str, ...]) -> None:
+    run = toy.train(FLOAT32, *compiled, f"train.gradient_checkpointing={kind}")
+    check_losses(run, toy.train(FLOAT32, *compiled, "train.gradient_checkpointing=false"), TOLERANCE[FLOAT32])
+
+
+@pytest.mark.parametrize("teacher", ["null", "{toy}/model"], ids=["itself", "frozen"])
+def test_distillation_gives_the_losses_of_the_dense_reference(toy: ToyRuns, teacher: str) -> None:
+    """Under ZeRO-3, where a teacher must stay whole, and with compiled layers."""
+    distill = ("train.objective=distill", f"train.teacher={teacher.format(toy=toy.folder)}")
+    reference = logged(toy.train(FLOAT32, *distill, *REFERENCE))
+    for fast in (("train.deepspeed=zero3", *EAGER), ("train.deepspeed=zero2", *COMPILED)):
+        losses = logged(toy.train(FLOAT32, *distill, *fast))
+        assert losses == pytest.approx(reference, rel=TOLERANCE[FLOAT32], abs=1e-6)
+
+
+def test_two_equal_runs_give_the_same_losses_to_the_last_digit(toy: ToyRuns) -> None:
+    """Nothing in a step depends on the order in which the threads of a GPU add."""
+    first = toy.train(BFLOAT16, *COMPILED)
+    again = toy.new_run("again")
+    train_here(toy.recipe, again, BFLOAT16, *COMPILED)
+    assert logged(again) == logged(first)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(toy: ToyRuns) -> None:
+    run = toy.new_run("nan")
+    with pytest.raises(UserError, match="lower train.learning_rate"):
+        train_here(toy.recipe, run, BFLOAT16, "train.learning_rate=1e38", "train.max_grad_norm=0")
+    assert not complete_checkpoints(run)
+    # the process can train again
+    assert len(logged(toy.train(BFLOAT16, *COMPILED))) == 6
+
+
+def test_the_dry_run_of_a_gpu_names_its_backend(toy: ToyRuns, capsys: pytest.CaptureFixture[str]) -> None:
+    from blockft.stages.dry_run import print_dry_run
+
+    print_dry_run(load_recipe(str(toy.recipe), ["data.row_len=512", f"train.output_dir={toy.folder}/dry"]), 1)
+    out = capsys.readouterr().out
+    assert "flex" in out and "bfloat16" in out
+    assert not Path(toy.folder, "dry").exists()
