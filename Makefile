@@ -44,7 +44,7 @@ test-slow: setup           ## run the slow tests: the demo, the README's command
 
 test-gpu: setup            ## run the tests that need one or two GPUs
 	@python -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'this machine has no GPU')"
-	$(TEST) --numprocesses $(GPU_WORKERS) -m 'gpu or gpu2' -rs
+	$(TEST) --numprocesses $(GPU_WORKERS) --dist loadgroup -m 'gpu or gpu2' -rs
 
 coverage: setup            ## run quick and slow tests and print the line coverage of blockft
 	coverage erase

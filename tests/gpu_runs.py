@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 from torch.testing import assert_close
 
 import blockft
@@ -44,6 +45,26 @@ REFERENCE = ("model.attention=sdpa", "train.torch_compile=false", "train.gradien
 LOSSES = ("loss", "eval_loss_block", "eval_loss_full")
 TOLERANCE = {FLOAT32: 1e-4, BFLOAT16: 5e-2}
 """Largest relative difference of losses that another order of the same sums explains, by dtype."""
+
+
+def zero_runs(*stages: int) -> pytest.MarkDecorator:
+    """Return a test's parameters `stage` and `adapter`: ZeRO stages, of all weights and of LoRA.
+
+    The tests of one choice run in one process, which trains its runs once.
+    """
+    return pytest.mark.parametrize(
+        ("stage", "adapter"),
+        [
+            pytest.param(stage, adapter, id=f"zero{stage}-{name}", marks=one_process(f"zero{stage}-{name}"))
+            for name, adapter in (("full", ()), ("lora", (LORA,)))
+            for stage in stages
+        ],
+    )
+
+
+def one_process(name: str) -> pytest.MarkDecorator:
+    """Return the marker of tests that pytest-xdist runs in one process (`--dist loadgroup`)."""
+    return pytest.mark.xdist_group(name)
 
 
 class ToyRuns:

@@ -182,7 +182,9 @@ def consolidate_weights(checkpoint: Path, dtype: torch.dtype) -> dict[str, torch
         if any(shards.glob("*_optim_states.pt")):
             weights = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), lazy_mode=True)
         else:  # ZeRO-0 writes no shards
-            weights = torch.load(shards / "mp_rank_00_model_states.pt", weights_only=True)["module"]
+            weights = torch.load(
+                shards / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True
+            )["module"]
     return {name: weight.contiguous().to(dtype) for name, weight in weights.items()}
 
 

@@ -9,11 +9,23 @@ from blockft.errors import UserError
 from blockft.model.checkpoint import complete_checkpoints
 from blockft.stages.run_plan import build_plan
 from tests.commands import logged
-from tests.gpu_runs import BFLOAT16, FLOAT32, LORA, REFERENCE, TOLERANCE, ToyRuns, check_losses, train_here
+from tests.gpu_runs import (
+    BFLOAT16,
+    FLOAT32,
+    LORA,
+    REFERENCE,
+    TOLERANCE,
+    ToyRuns,
+    check_losses,
+    one_process,
+    train_here,
+)
 
 pytestmark = pytest.mark.gpu
 
-DTYPES = pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+DTYPES = pytest.mark.parametrize(
+    "dtype", [pytest.param(dtype, marks=one_process(dtype), id=dtype[12:]) for dtype in (FLOAT32, BFLOAT16)]
+)
 ADAPTERS = pytest.mark.parametrize("adapter", [(), (LORA,)], ids=["full", "lora"])
 EAGER = ("train.torch_compile=false",)
 COMPILED = ("train.torch_compile=true",)

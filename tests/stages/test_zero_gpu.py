@@ -9,19 +9,18 @@ from blockft.stages.export import export
 from tests.gpu_runs import (
     BFLOAT16,
     FLOAT32,
-    LORA,
     TOLERANCE,
     ToyRuns,
     check_losses,
     forget_last_checkpoint,
     losses_without_speed,
     train_here,
+    zero_runs,
 )
 
 pytestmark = pytest.mark.gpu
 
-RUNS = [(stage, adapter) for adapter in ((), (LORA,)) for stage in range(4)]
-STAGES = pytest.mark.parametrize(("stage", "adapter"), RUNS, ids=lambda value: str(value)[:7])
+STAGES = zero_runs(0, 1, 2, 3)
 DTYPES = pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
 
 
