@@ -1,5 +1,7 @@
 """Read the sliding windows and rotary embeddings of decoder layers; compile the layers."""
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -31,6 +33,18 @@ def rotary_embeddings(model: PreTrainedModel) -> tuple[RotaryEmbedding, ...]:
     if "" in by_layer_type:
         return (by_layer_type[""],) * config.num_hidden_layers
     return tuple(by_layer_type[layer_type] for layer_type in config.layer_types)
+
+
+def restore_frequencies(model: PreTrainedModel) -> None:
+    """Give the rotary embedding of a model the float32 frequencies of its configuration.
+
+    A model that transformers 5.17 opens in bfloat16 while ZeRO-3 is enabled has frequencies in bfloat16,
+    because DeepSpeed replaces the functions that create tensors. Training would use other angles than every
+    later reader of the weights.
+    """
+    rotary: Any = model.base_model.rotary_emb
+    for name, frequencies in type(rotary)(config=model.config).named_buffers():
+        setattr(rotary, name, frequencies.to(rotary.get_buffer(name).device, torch.float32))
 
 
 def compile_layers(model: PreTrainedModel) -> None:

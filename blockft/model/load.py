@@ -26,6 +26,7 @@ from blockft.digest import digest_files, digest_json, digest_names
 from blockft.errors import UserError, first_line
 from blockft.file_content import check_content, load_json
 from blockft.inputs import read_text
+from blockft.model.decoder_layers import restore_frequencies
 from blockft.model.lora import merge_adapter
 from blockft.model.model_files import verify_base_weights, verify_model_files
 from blockft.model.supported import (
@@ -246,6 +247,7 @@ def load_model(
     if random_seed is not None:
         set_seed(random_seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        restore_frequencies(model)
         return model.eval()
     if base := adapter_base_model(path):
         verify_base_weights(Path(path), *base)
@@ -298,6 +300,7 @@ def _load_weights(
         output_loading_info=True,
     )
     assert not any(report.values()), f"transformers does not use the weights that were checked: {report}"
+    restore_frequencies(model)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(f"{path} holds both a model and an adapter: name a folder that holds one of them")
     if model.generation_config is not None:

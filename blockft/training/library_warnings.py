@@ -11,6 +11,8 @@ _WARNINGS = {
     # deprecated names, which blockft or another library uses to support older versions
     r"`gradient_checkpointing(_kwargs)?` is deprecated": FutureWarning,
     r"`torch\.distributed\.\w+` is deprecated": FutureWarning,
+    # each rank has set its GPU before it joins the others
+    r"barrier\(\): using the device under current context": UserWarning,
 }
 """Start of a warning's message (a pattern) and its category."""
 

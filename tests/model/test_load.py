@@ -16,7 +16,12 @@ from blockft.attention.backends import AttentionMasks
 from blockft.attention.layout import Layout, build_metadata
 from blockft.config.choices import DType
 from blockft.errors import UserError
-from blockft.model.decoder_layers import attention_windows, compile_layers, rotary_embeddings
+from blockft.model.decoder_layers import (
+    attention_windows,
+    compile_layers,
+    restore_frequencies,
+    rotary_embeddings,
+)
 from blockft.model.load import load_config, load_model, load_tokenizer, parse_device, parse_dtype
 from blockft.model.lora import add_adapter
 from blockft.model.supported import block_attention_config, check_supported, uses_reencoded_positions
@@ -197,3 +202,15 @@ def test_names_of_types_and_devices_are_parsed() -> None:
     for name in ("gpu", "cuda:99"):
         with pytest.raises(UserError, match=f"there is no device '{name}': "):
             parse_device(name)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_gets_the_frequencies_of_its_configuration_in_float32(name: str) -> None:
+    """Libraries may have rounded them to 16 bits."""
+    model, expected = build_model(name), build_model(name)
+    rotary = model.base_model.rotary_emb.to(torch.bfloat16)
+    assert any(buffer.dtype is torch.bfloat16 for buffer in rotary.buffers())
+    restore_frequencies(model)
+    for buffer_name, buffer in expected.base_model.rotary_emb.named_buffers():
+        restored = rotary.get_buffer(buffer_name)
+        assert restored.dtype is torch.float32 and torch.equal(restored, buffer)
