@@ -21,16 +21,20 @@ class RotaryEmbedding:
     def __post_init__(self) -> None:
         object.__setattr__(self, "inv_freq", self.inv_freq.detach().double())
 
-    def shift(self, keys_BKSD: torch.Tensor, distance: int) -> torch.Tensor:
+    def shift(self, keys_BKSD: torch.Tensor, distance: int | torch.Tensor) -> torch.Tensor:
         """Return the keys of the same tokens `distance` positions later (equation 3 of the paper).
+
+        A tensor holds a distance for each key; it has the shape of the keys without D, or one that broadcasts
+        to it. Keys of any shape (..., D) are allowed.
 
         Angles are computed in float64, because float32 angles are off by 3e-3 at position 32,000. The
         rotation is computed in float32. A shift by 0 returns the keys unchanged.
         """
-        if distance == 0:
+        if isinstance(distance, int) and distance == 0:
             return keys_BKSD
         half = self.inv_freq.shape[0]
-        angles = self.inv_freq.to(keys_BKSD.device) * distance
+        inv_freq = self.inv_freq.to(keys_BKSD.device)
+        angles = inv_freq * (distance if isinstance(distance, int) else distance[..., None])
         cos, sin = angles.cos().float(), angles.sin().float()
         keys = keys_BKSD.float()
         low, high, rest = keys[..., :half], keys[..., half : 2 * half], keys[..., 2 * half :]

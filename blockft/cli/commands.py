@@ -410,6 +410,36 @@ def generate(
     )
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    model: ModelName,
+    cache: Annotated[
+        Path, path_option("--cache", metavar="FOLDER", help="Folder of the block cache; created if missing.")
+    ],
+    cache_bytes: CacheBytes = None,
+    host_bytes: HostBytes = None,
+    dtype: Annotated[
+        DType, typer.Option(help="Type of weights and blocks; auto: bfloat16 on a GPU, float32 on a CPU.")
+    ] = DType.auto,
+) -> None:
+    """Serve a model with vLLM, reusing cached blocks.
+
+    Further options go to vLLM's server. MODEL comes first. vLLM and blockft need an environment of their own:
+    see blockft/serving/README.md.
+
+    \b
+    Examples:
+      blockft serve out/model --cache out/cache
+      blockft serve out/model --cache out/cache --cache-bytes 100GB --port 8000 --max-model-len 8192
+    """
+    from blockft.stages.generate import CacheArguments
+    from blockft.stages.serve import serve
+
+    arguments = CacheArguments(folder=cache, disk=cache_bytes, host=host_bytes)
+    raise typer.Exit(serve(model, cache=arguments, dtype=dtype.value, options=context.args))
+
+
 @app.command("eval")
 def evaluate(
     model: ModelName,

@@ -82,6 +82,13 @@ class DiskTier:
         """What the tier did since it was opened."""
         return self._statistics
 
+    def __contains__(self, key: BlockKey) -> bool:
+        """Return whether there is an entry of the size of this block. It is neither verified nor used."""
+        try:
+            return self._path(key).stat().st_size == self._model.entry_bytes(num_tokens(key))
+        except OSError:
+            return False
+
     def open(self, key: BlockKey, keep_open: bool = True) -> "DiskEntry | None":
         """Return the entry of a block, or None if there is no usable entry.
 

@@ -1,0 +1,99 @@
+"""Passes the answer of vLLM to a client, with what was reused; holds back a failure before the first byte."""
+
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from blockft.serving.asgi import Message, Send, send_json
+from blockft.serving.completion_format import ChatFormat
+
+Usage = dict[str, Any]
+
+
+class AnswerSender:
+    """Receives the messages of vLLM's response to a completion request, and sends them on.
+
+    A request whose blocks cannot be loaded fails before its first token. vLLM then responds with status 500,
+    or with a stream whose first event is an error. Nothing is sent in this case, `failure` is set, and the
+    request may be repeated.
+
+    usage: returns what the answer's usage says about blocks.
+    """
+
+    def __init__(self, send: Send, usage: Callable[[], Awaitable[Usage]], *, is_chat: bool) -> None:
+        self._send, self._usage = send, usage
+        self._chat = ChatFormat() if is_chat else None
+        self._start: Message = {}
+        self._body = b""
+        self._is_stream = False
+        self._has_sent = False
+        self.failure: str | None = None
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._start = message
+            content_type = dict(message.get("headers", ())).get(b"content-type", b"")
+            self._is_stream = message["status"] == 200 and content_type.startswith(b"text/event-stream")
+        elif message["type"] == "http.response.body" and self.failure is None:
+            self._body += message.get("body", b"")
+            is_last = not message.get("more_body", False)
+            if self._is_stream:
+                await self._send_events(is_last)
+            elif is_last:
+                await self._send_answer()
+
+    async def _send_answer(self) -> None:
+        status, answer = self._start["status"], json.loads(self._body)
+        if status >= 500:
+            self.failure = _error_message(answer)
+            return
+        if status == 200:
+            await self._add_usage(answer)
+            answer = self._chat.answer(answer) if self._chat else answer
+        await send_json(self._send, status, answer)
+
+    async def _send_events(self, is_last: bool) -> None:
+        *events, self._body = self._body.split(b"\n\n")
+        lines = []
+        for event in events:
+            data = event.removeprefix(b"data:").strip()
+            if not self._has_sent and (failure := _failure_of_event(data)) is not None:
+                self.failure = failure
+                return
+            lines += await self._convert(data)
+            if not self._has_sent:
+                self._has_sent = True
+                await self._send(self._start)
+        body = b"".join(b"data: %s\n\n" % line for line in lines)
+        if body or is_last:
+            await self._send({"type": "http.response.body", "body": body, "more_body": not is_last})
+
+    async def _convert(self, data: bytes) -> list[bytes]:
+        """Return the data of the events for the client."""
+        if not data.startswith(b"{"):
+            return [data]  # [DONE]
+        chunk = json.loads(data)
+        if "choices" not in chunk:
+            return [data]  # an error
+        if chunk.get("usage"):
+            await self._add_usage(chunk)
+        chunks = self._chat.chunks(chunk) if self._chat else [chunk]
+        return [json.dumps(chunk, ensure_ascii=False).encode() for chunk in chunks]
+
+    async def _add_usage(self, answer: dict[str, Any]) -> None:
+        usage = await self._usage()
+        answer["usage"] |= {
+            "prompt_tokens_details": {"cached_tokens": usage["tokens_reused"]},
+            "block_attention": usage,
+        }
+
+
+def _failure_of_event(data: bytes) -> str | None:
+    """Return the message of an event that is an error, or None."""
+    event = json.loads(data) if data.startswith(b"{") else {}
+    return _error_message(event) if "error" in event else None
+
+
+def _error_message(answer: Any) -> str:
+    error = answer.get("error") if isinstance(answer, dict) else None
+    return str(error.get("message")) if isinstance(error, dict) else "vLLM gave no reason"

@@ -1,0 +1,101 @@
+"""What the front end asks of the connector: parameters of a request, its cache salt, its blocks and pages.
+
+The front end and the connector are parts of one server, with the scheduler of vLLM between them. A request of
+the front end carries parameters (`kv_transfer_params`) that hold the server's secret. All other requests are
+plain full attention, whatever parameters they carry.
+"""
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+
+from blockft.inference.block_key import BlockKey, block_key
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplyAddress:
+    """Where the connector reports what it did for a request: a socket of the front end, and an id there."""
+
+    socket: str
+    id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockRequest:
+    """A prompt in block mode: the lengths of its local blocks. The other tokens are its final block.
+
+    salt: the cache salt that the request must have.
+    """
+
+    lengths: tuple[int, ...]
+    salt: str
+    reply_to: ReplyAddress
+
+    @property
+    def context_len(self) -> int:
+        """The number of tokens of all local blocks."""
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeRequest:
+    """A prompt that is one block, to be computed and stored."""
+
+    reply_to: ReplyAddress
+
+
+def block_salt(secret: str, lengths: Sequence[int], client_salt: str = "") -> str:
+    """Return the cache salt of a prompt in block mode.
+
+    The pages of a token depend on all tokens before it and on the limits of blocks. vLLM compares the tokens;
+    the salt adds the limits, so that no page serves a prompt with other limits or in full mode. Clients do
+    not know the secret and cannot name this salt.
+    """
+    cut = f"{','.join(map(str, lengths))} {client_salt}"
+    return f"blockft-{hmac.new(secret.encode(), cut.encode(), hashlib.sha256).hexdigest()}"
+
+
+def encode_salt(secret: str) -> str:
+    """Return the cache salt of a prompt that is one block."""
+    return block_salt(secret, ())
+
+
+def block_params(secret: str, request: BlockRequest | EncodeRequest) -> dict[str, Any]:
+    """Return the parameters of a request for the connector. `parse_params` is the inverse."""
+    params = {"secret": secret, "socket": request.reply_to.socket, "id": request.reply_to.id}
+    if isinstance(request, EncodeRequest):
+        return params | {"encode": True}
+    return params | {"lengths": list(request.lengths), "salt": request.salt}
+
+
+def parse_params(params: Any, secret: str) -> BlockRequest | EncodeRequest | None:
+    """Return what the front end asks for, or None if the parameters are not from the front end."""
+    if not isinstance(params, dict) or not isinstance(given := params.get("secret"), str):
+        return None
+    if not hmac.compare_digest(given.encode(), secret.encode()):
+        return None
+    reply_to = ReplyAddress(socket=params["socket"], id=params["id"])
+    if params.get("encode"):
+        return EncodeRequest(reply_to=reply_to)
+    return BlockRequest(lengths=tuple(params["lengths"]), salt=params["salt"], reply_to=reply_to)
+
+
+def block_keys(prompt: Sequence[int], lengths: Sequence[int]) -> list[BlockKey]:
+    """Return the keys of a prompt's local blocks, from the token ids of the prompt."""
+    return [block_key(prompt[start:end]) for start, end in pairwise(accumulate(lengths, initial=0))]
+
+
+def page_slots(pages: Sequence[int], page_len: int, start: int, stop: int) -> torch.Tensor:
+    """Return the slots of the tokens `start` to `stop` of a prompt, whose pages are `pages`: (n,) int64.
+
+    ::
+
+        pages (7, 2), page_len 4, tokens 2 to 6  ->  30 31 8 9
+    """
+    tokens = torch.arange(start, stop)
+    return torch.tensor(pages, dtype=torch.int64)[tokens // page_len] * page_len + tokens % page_len

@@ -1,0 +1,84 @@
+"""The blocks of a server on the host: blocks that blockft computed, and blocks that vLLM computed.
+
+Both kinds are right for the model and differ in rounding alone. They share the host tier.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from blockft.inference.block_cache import BlockCache, Tier
+from blockft.inference.block_key import BlockKey
+from blockft.inference.host_tier import HostTier
+from blockft.serving.served_model import ServedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedBlocks:
+    """Blocks on the host, (L, n, 2, K, D) each, and the tier of each, in the order of the request.
+
+    missing: the indices of blocks that no tier has. There are no `blocks` then.
+    """
+
+    blocks: Sequence[torch.Tensor] = ()
+    tiers: Sequence[Tier] = ()
+    missing: Sequence[int] = ()
+
+
+class BlockStore:
+    """The host and disk tiers of a server, used by one background thread.
+
+    Raises:
+        UserError: the cache folder cannot be used.
+    """
+
+    def __init__(self, served: ServedModel) -> None:
+        host = HostTier(served.host_bytes)
+        by_blockft, self._vllm_disk = served.open_disk_tiers()
+        self._vllm_cache = BlockCache(served.shape, host=host, disk=self._vllm_disk)
+        self._caches = (BlockCache(served.shape, host=host, disk=by_blockft), self._vllm_cache)
+        # the caches are not safe for several threads; they have threads of their own for each file
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="blockft-store")
+
+    def load(self, keys: Sequence[BlockKey]) -> Future[LoadedBlocks]:
+        """Load blocks in the background."""
+        return self._thread.submit(self._load, keys)
+
+    def insert(self, key: BlockKey, kv: torch.Tensor) -> Future[str]:
+        """Insert a block that vLLM computed, (L, n, 2, K, D) on the CPU, in the background.
+
+        The result is "" once the folder has the block, or the reason why the block cannot be used.
+        """
+        return self._thread.submit(self._insert, key, kv)
+
+    def close(self) -> None:
+        """Wait until the folder has all blocks, then stop the threads."""
+        self._thread.shutdown()
+        for cache in self._caches:
+            cache.close()
+
+    def _load(self, keys: Sequence[BlockKey]) -> LoadedBlocks:
+        blocks: dict[BlockKey, torch.Tensor] = {}
+        tiers: dict[BlockKey, Tier] = {}
+        for cache in self._caches:
+            hits = cache.lookup(key for key in dict.fromkeys(keys) if key not in blocks)
+            loaded = cache.load(hits)
+            blocks |= loaded
+            tiers |= {key: hits[key].tier for key in loaded}
+        if missing := [index for index, key in enumerate(keys) if key not in blocks]:
+            return LoadedBlocks(missing=missing)
+        return LoadedBlocks(blocks=[blocks[key] for key in keys], tiers=[tiers[key] for key in keys])
+
+    def _insert(self, key: BlockKey, kv: torch.Tensor) -> str:
+        # a masked value has weight 0, but 0 times infinity is not 0: the block would change other tokens
+        if not bool(kv.isfinite().all()):
+            dtype = str(kv.dtype).removeprefix("torch.")
+            return (
+                f"in {dtype} the model computes values that are not finite for a block of {kv.shape[1]} "
+                "tokens: leave the document out, or serve the model with another dtype"
+            )
+        self._vllm_cache.insert(key, kv)
+        self._vllm_cache.flush()
+        return ""

@@ -1,0 +1,256 @@
+"""The front end of a server: an ASGI middleware over vLLM's own application.
+
+A request with documents, blocks or lists of block texts is worded and tokenized by blockft. Its missing
+blocks are computed by vLLM and stored. Then it goes to vLLM as a completion of token ids, whose local blocks
+the connector loads. All other requests go to vLLM unchanged and get full attention.
+"""
+
+import asyncio
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blockft.data.sample import RecordError
+from blockft.errors import UserError
+from blockft.inference.answer import NOT_CACHED
+from blockft.inference.block_cache import Tier
+from blockft.inference.block_key import BlockKey, block_key, num_tokens
+from blockft.serving.answer_sender import AnswerSender, Usage
+from blockft.serving.asgi import (
+    Application,
+    BodyTooLarge,
+    ClientGone,
+    Receive,
+    Response,
+    Scope,
+    Send,
+    call,
+    read_body,
+    replay,
+    send_error,
+    send_json,
+    with_request,
+)
+from blockft.serving.block_request import BlockRequest, ReplyAddress, block_params, block_salt
+from blockft.serving.metrics import Counters, PrometheusCounters
+from blockft.serving.missing_blocks import BlockComputer, RequestRefused
+from blockft.serving.prompt_encoder import PromptEncoder
+from blockft.serving.prompt_request import PromptRequest, is_prompt_request, parse_prompt_request
+from blockft.serving.report import Report, ReportReceiver
+from blockft.serving.served_model import ServedModel
+
+SERVED_MODEL_VARIABLE = "BLOCKFT_SERVED_MODEL"
+"""The environment variable with the path of the file of the served model."""
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+
+MAX_BODY_BYTES = 64 << 20
+
+MAX_ATTEMPTS = 3
+"""How often a request is sent to vLLM if its blocks are evicted while it waits."""
+
+REPORT_TIMEOUT_S = 5
+"""How long an answer waits for the report on its blocks, which the connector sends before the first token."""
+
+_log = logging.getLogger("blockft.serving")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedRequest:
+    """A request with the token ids of its blocks; in full mode a prompt is one block.
+
+    model: the name of the model, and the largest number of tokens of a prompt and its answer.
+    """
+
+    request: PromptRequest
+    blocks: Sequence[Sequence[int]]
+    model: str
+    max_len: int
+
+    @property
+    def context(self) -> list[BlockKey]:
+        """The keys of the local blocks, which are loaded. There are none in full mode."""
+        return [block_key(ids) for ids in self.blocks[:-1]] if self.request.mode == "block" else []
+
+
+class BlockFrontEnd:
+    """The middleware. vLLM calls `BlockFrontEnd(app)`; the environment names the file of the served model.
+
+    Raises:
+        UserError: the model's tokenizer or the cache folder cannot be used.
+    """
+
+    def __init__(
+        self,
+        app: Application,
+        served: ServedModel | None = None,
+        counters: Counters | None = None,
+    ) -> None:
+        self._app = app
+        self._served = served or ServedModel.load(Path(os.environ[SERVED_MODEL_VARIABLE]))
+        self._counters = counters or PrometheusCounters()
+        self._encoder = PromptEncoder(self._served)
+        self._computer: BlockComputer | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if scope["type"] != "http" or scope["method"] != "POST" or path not in (COMPLETIONS, CHAT):
+            await self._app(scope, receive, send)
+            return
+        try:
+            content = await read_body(receive, MAX_BODY_BYTES)
+        except ClientGone:
+            return
+        except BodyTooLarge:
+            await send_error(send, 413, f"the request is larger than {MAX_BODY_BYTES >> 20} MiB")
+            return
+        body = _parse_object(content)
+        if body is None or not is_prompt_request(body):
+            await self._app(scope, replay(content, receive), send)
+            return
+        try:
+            await self._answer(body, scope, receive, send, is_chat=path == CHAT)
+        except (UserError, RecordError) as error:
+            self._counters.count_failure("refused")
+            await send_error(send, 400, " ".join(str(error).split()))
+        except RequestRefused as refused:
+            self._counters.count_failure("refused")
+            await send_json(send, refused.response.status, refused.response.json())
+
+    async def _answer(
+        self, body: dict[str, Any], scope: Scope, receive: Receive, send: Send, *, is_chat: bool
+    ) -> None:
+        """Answer a request, or raise its error before anything is sent."""
+        models = await self._list_models(scope)  # vLLM refuses clients that may not ask
+        request = parse_prompt_request(body, self._encoder.prompt, is_chat=is_chat)
+        blocks = await self._encoder.encode(request.sample)
+        encoded = _check_request(request, blocks, models)
+        computer = self._computer = self._computer or self._open_computer()
+        computed = await computer.compute_missing(encoded.context, scope, encoded.model)
+        failure = ""
+        for _ in range(MAX_ATTEMPTS):
+            address, report = computer.receiver.expect()
+            usage = self._usage(encoded, computed, report)
+            sender = AnswerSender(send, usage, is_chat=is_chat)
+            try:
+                content = json.dumps(self._completion(encoded, address)).encode()
+                inner_scope = with_request(scope, "POST", COMPLETIONS, content)
+                await self._app(inner_scope, replay(content, receive), sender)
+                if sender.failure is None:
+                    return
+                failed = await _wait_for(report)
+            finally:
+                computer.receiver.forget(address)
+            failure = failed.failure or sender.failure
+            if not failed.missing:
+                break
+            self._counters.count_failure("missing")
+            failure = f"{len(failed.missing)} of its blocks were evicted while it waited"
+            missing = [encoded.context[index] for index in failed.missing]
+            computed |= await computer.compute(missing, scope, encoded.model)
+        self._counters.count_failure("failed")
+        await send_error(send, 500, f"the request failed: {failure}", "InternalServerError")
+
+    def _open_computer(self) -> BlockComputer:
+        receiver = ReportReceiver(Path(self._served.socket_folder))
+        return BlockComputer(self._app, COMPLETIONS, self._served, receiver, self._counters)
+
+    async def _list_models(self, scope: Scope) -> dict[str, int]:
+        """Return the names of the models of the server, and their largest number of tokens.
+
+        Raises:
+            RequestRefused: vLLM does not answer this client.
+        """
+        response = await call(self._app, with_request(scope, "GET", "/v1/models", b""))
+        if response.status != 200:
+            raise RequestRefused(response)
+        return {model["id"]: model["max_model_len"] for model in response.json()["data"]}
+
+    def _completion(self, encoded: EncodedRequest, address: ReplyAddress) -> dict[str, Any]:
+        """Return the body of the completion request to vLLM."""
+        body = dict(encoded.request.sampling) | {"model": encoded.model}
+        body["prompt"] = [id for block in encoded.blocks for id in block]
+        body["stop_token_ids"] = [*body.get("stop_token_ids", ()), *self._encoder.end_token_ids]
+        if encoded.request.is_chat and body.get("max_tokens") is None:
+            body["max_tokens"] = encoded.max_len - len(body["prompt"])
+        if encoded.context:
+            lengths = tuple(map(num_tokens, encoded.context))
+            salt = block_salt(self._served.secret, lengths, body.get("cache_salt", ""))
+            block_request = BlockRequest(lengths=lengths, salt=salt, reply_to=address)
+            body["cache_salt"] = salt
+            body["kv_transfer_params"] = block_params(self._served.secret, block_request)
+        return {name: value for name, value in body.items() if value is not None}
+
+    def _usage(
+        self, encoded: EncodedRequest, computed: set[BlockKey], report: asyncio.Future[Report]
+    ) -> Callable[[], Awaitable[Usage]]:
+        """Return a function that returns the usage of an answer's blocks, and counts the answer once."""
+        counted: list[Usage] = []
+
+        async def usage() -> Usage:
+            if not counted:
+                sources = (await _wait_for(report)).sources if encoded.context else ()
+                counted.append(self._count(encoded, computed, sources))
+            return counted[0]
+
+        return usage
+
+    def _count(self, encoded: EncodedRequest, computed: set[BlockKey], sources: Sequence[str]) -> Usage:
+        blocks, tokens = Counter[str](), Counter[str]()
+        for key, tier in zip(encoded.context, sources, strict=False):
+            source = NOT_CACHED if key in computed else tier
+            blocks[source] += 1
+            tokens[source] += num_tokens(key)
+        self._counters.count_answer(encoded.request.mode, blocks, tokens)
+        return {
+            "mode": encoded.request.mode,
+            "num_blocks": len(encoded.blocks),
+            "blocks_reused": sum(blocks[tier] for tier in Tier),
+            "tokens_reused": sum(tokens[tier] for tier in Tier),
+            "sources": dict(blocks),
+        }
+
+
+def _check_request(
+    request: PromptRequest, blocks: Sequence[Sequence[int]], models: dict[str, int]
+) -> EncodedRequest:
+    """Return a request with its blocks.
+
+    Raises:
+        UserError: there is no such model, or the prompt and its answer are too long for it.
+        RequestRefused: the server has no such model.
+    """
+    model = request.sampling.get("model") or next(iter(models))
+    if model not in models:
+        error = {"message": f"The model `{model}` does not exist.", "type": "NotFoundError", "code": 404}
+        raise RequestRefused(Response(404, json.dumps({"error": error}).encode()))
+    num_prompt, num_new = sum(map(len, blocks)), request.sampling.get("max_tokens") or 1
+    if num_prompt + num_new > models[model]:
+        raise UserError(
+            f"the prompt has {num_prompt} tokens and its answer up to {num_new}, the server takes "
+            f"{models[model]} together: use fewer documents or fewer new tokens"
+        )
+    return EncodedRequest(request=request, blocks=blocks, model=model, max_len=models[model])
+
+
+async def _wait_for(report: asyncio.Future[Report]) -> Report:
+    """Return a report, or an empty one if it was lost."""
+    try:
+        return await asyncio.wait_for(asyncio.shield(report), REPORT_TIMEOUT_S)
+    except TimeoutError:
+        _log.warning("the connector has not reported on a request")
+        return Report()
+
+
+def _parse_object(content: bytes) -> dict[str, Any] | None:
+    """Return the JSON object of a body, or None: vLLM explains what is wrong with any other body."""
+    try:
+        body = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return body if isinstance(body, dict) else None

@@ -1,0 +1,98 @@
+"""Start vLLM's server with the connector and the front end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from blockft.errors import UserError
+from blockft.serving.served_model import ServedModel
+
+SERVER = "vllm.entrypoints.openai.api_server"
+
+STOP_TIMEOUT_S = 60
+"""How long the server may take to end after SIGTERM."""
+
+RESERVED_OPTIONS = {
+    **dict.fromkeys(("--model", "--tokenizer"), "the model is the first argument of blockft serve"),
+    **dict.fromkeys(
+        ("--revision", "--tokenizer-revision", "--hf-config-path", "--hf-overrides", "--tokenizer-mode"),
+        "the server answers with the model whose blocks are in the cache",
+    ),
+    **dict.fromkeys(("--quantization", "-q", "--load-format"), "the cached blocks are not quantised"),
+    **dict.fromkeys(
+        ("--kv-cache-dtype", "--calculate-kv-scales"), "pages have the type of the cached blocks (--dtype)"
+    ),
+    "--kv-transfer-config": "blockft serve sets the connector",
+    **dict.fromkeys(
+        ("--enable-lora", "--lora-modules"),
+        "blocks of an adapter are not cached: merge the adapter with blockft export",
+    ),
+    **dict.fromkeys(
+        ("--speculative-config", "-sc", "--spec-method", "--spec-model"), "a draft model would have no blocks"
+    ),
+    **dict.fromkeys(
+        ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp")
+        + ("--decode-context-parallel-size", "-dcp", "--prefill-context-parallel-size", "-pcp"),
+        "one worker serves a model: start a server for each GPU",
+    ),
+    **dict.fromkeys(("--api-server-count", "-asc", "--headless", "--grpc"), "one HTTP server is supported"),
+    "--trust-remote-code": "blockft never runs code of a model folder",
+}
+"""Options of vLLM that are refused, and why."""
+
+
+def check_options(options: Sequence[str]) -> None:
+    """Check options for vLLM.
+
+    Raises:
+        UserError: an option is reserved.
+    """
+    for option in options:
+        # vLLM reads _ as -, and --name.key as a part of the option's JSON
+        name = option.split("=")[0].split(".")[0].replace("_", "-")
+        if option.startswith("-") and name in RESERVED_OPTIONS:
+            raise UserError(f"{option.split('=')[0]} is not allowed: {RESERVED_OPTIONS[name]}")
+
+
+def server_command(served: ServedModel, file: Path, options: Sequence[str]) -> list[str]:
+    """Return the command of the server. `file` is the file of the served model."""
+    transfer = {
+        "kv_connector": "BlockConnector",
+        "kv_connector_module_path": "blockft.serving.vllm_connector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "fail",
+        "kv_connector_extra_config": {"served_model": str(file)},
+    }
+    return [
+        *(sys.executable, "-m", SERVER, "--model", served.path, "--dtype", served.shape.dtype),
+        *("--kv-transfer-config", json.dumps(transfer)),
+        *("--middleware", "blockft.serving.front_end.BlockFrontEnd"),
+        *options,
+    ]
+
+
+def run_server(served: ServedModel, folder: Path, options: Sequence[str]) -> int:
+    """Run the server until it ends, and return its exit code. An interruption is passed on to it.
+
+    folder: a private folder that exists as long as the server.
+    """
+    file = folder / "served_model.json"
+    served.save(file)
+    environment = os.environ | {"BLOCKFT_SERVED_MODEL": str(file)}
+    process = subprocess.Popen(server_command(served, file, options), env=environment)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        raise
+    # a process that a signal ended has a negative code
+    return code if code >= 0 else 128 - code

@@ -1,0 +1,92 @@
+"""Reports of the connector to the front end: where the blocks of a request came from, or why it failed.
+
+vLLM passes no such data through a stream, and no reason through an error. A report is a datagram on a Unix
+socket of the front end. A report that is lost costs its contents only: vLLM itself ends the request.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from blockft.serving.block_request import ReplyAddress
+
+_log = logging.getLogger("blockft.serving")
+
+_MAX_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What the connector did for a request.
+
+    sources  the source of each local block of the prompt, in order: a tier
+    missing  the indices of blocks that no tier has; the request has failed
+    failure  why the request has failed, as a sentence; "" if it has not
+    """
+
+    sources: Sequence[str] = ()
+    missing: Sequence[int] = field(default=())
+    failure: str = ""
+
+
+class Reporter:
+    """Sends reports. It never waits."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
+
+    def send(self, address: ReplyAddress, report: Report) -> None:
+        """Send a report. A report that cannot be delivered is logged."""
+        message = json.dumps({"id": address.id, **asdict(report)}).encode()
+        try:
+            self._socket.sendto(message, address.socket)
+        except OSError as error:
+            _log.warning(f"a report on request {address.id} was not delivered: {error.strerror}")
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class ReportReceiver:
+    """Receives the reports on the requests of one event loop."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = str(folder / f"{os.getpid()}-{id(self):x}.sock")
+        self._expected: dict[str, asyncio.Future[Report]] = {}
+        self._num_requests = 0
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
+        self._socket.bind(self.path)
+        asyncio.get_running_loop().add_reader(self._socket.fileno(), self._receive)
+
+    def expect(self) -> tuple[ReplyAddress, asyncio.Future[Report]]:
+        """Return a new address, and the future of the first report that arrives there."""
+        self._num_requests += 1
+        address = ReplyAddress(socket=self.path, id=str(self._num_requests))
+        future = self._expected[address.id] = asyncio.get_running_loop().create_future()
+        return address, future
+
+    def forget(self, address: ReplyAddress) -> None:
+        """Ignore all later reports to an address."""
+        self._expected.pop(address.id, None)
+
+    def close(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._socket.fileno())
+        self._socket.close()
+        with suppress(FileNotFoundError):
+            os.unlink(self.path)
+
+    def _receive(self) -> None:
+        with suppress(BlockingIOError):
+            while True:
+                fields = json.loads(self._socket.recv(_MAX_BYTES))
+                future = self._expected.get(fields.pop("id"))
+                if future is not None and not future.done():
+                    future.set_result(Report(**fields))

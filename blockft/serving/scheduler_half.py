@@ -1,0 +1,175 @@
+"""The connector's half in the scheduler of vLLM: which blocks of which requests go into which pages.
+
+An exception in a hook of the scheduler ends the whole server. Everything that may be wrong with a request is
+therefore left to the worker, which fails this one request.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from blockft.inference.block_cache import Tier
+from blockft.inference.block_key import BlockKey, block_key
+from blockft.serving.block_request import (
+    BlockRequest,
+    EncodeRequest,
+    ReplyAddress,
+    block_keys,
+    parse_params,
+)
+from blockft.serving.report import Report, Reporter
+from blockft.serving.served_model import ServedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """Blocks to write into the pages of a request.
+
+    keys     the local blocks of the prompt, in order
+    pages    the pages of the prompt, in order
+    start    the first token of the context that its pages do not hold yet
+    refusal  why the request must fail, as a sentence; "" if it need not
+    """
+
+    request_id: str
+    keys: list[BlockKey]
+    pages: list[int]
+    start: int
+    reply_to: ReplyAddress
+    refusal: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Save:
+    """A block to read from its pages after the forward pass."""
+
+    key: BlockKey
+    pages: list[int]
+    reply_to: ReplyAddress
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """What a worker does in one step. is_idle: no token is computed in it."""
+
+    loads: list[Load] = field(default_factory=list)
+    saves: list[Save] = field(default_factory=list)
+    is_idle: bool = False
+
+
+class SchedulerHalf:
+    """Tells vLLM's scheduler how many tokens of a prompt are cached, and plans the work of the workers."""
+
+    def __init__(self, served: ServedModel) -> None:
+        self._secret = served.secret
+        self._reporter = Reporter()
+        self._requests: dict[str, BlockRequest | EncodeRequest] = {}
+        self._encode_pages: dict[str, list[int]] = {}
+        self._vllm_requests: dict[str, Any] = {}
+        self._has_loads: set[str] = set()
+        self._loads: list[Load] = []
+
+    def add_request(self, request: Any) -> None:
+        """Read the parameters of a new request. Parameters of others than the front end are removed."""
+        parsed = parse_params(request.kv_transfer_params, self._secret)
+        if parsed is None:
+            request.kv_transfer_params = None
+            return
+        self._requests[request.request_id] = parsed
+        self._vllm_requests[request.request_id] = request
+        # vLLM would compute the whole prompt anew, with full attention
+        request.skip_reading_prefix_cache = False
+
+    def num_cached_tokens(self, request: Any, num_computed: int) -> tuple[int | None, bool]:
+        """Return how many tokens after the first `num_computed` are loaded, and whether in the background.
+
+        A request that must fail is accepted and fails while it is loaded. None means that it waits for ever,
+        until its client leaves.
+        """
+        block_request = self._requests.get(request.request_id)
+        if not isinstance(block_request, BlockRequest):
+            return 0, False
+        if _refusal(request, block_request):
+            num_failing = request.num_prompt_tokens - 1 - num_computed
+            return (num_failing, True) if num_failing > 0 else (None, False)
+        num_cached = max(block_request.context_len - num_computed, 0)
+        return num_cached, num_cached > 0
+
+    def allocate(self, request: Any, pages: list[int], num_external: int) -> None:
+        """Plan the load of `num_external` tokens into the pages of a request."""
+        block_request = self._requests.get(request.request_id)
+        if not isinstance(block_request, BlockRequest):
+            return
+        if num_external:
+            self._has_loads.add(request.request_id)
+            self._loads.append(_plan_load(request, block_request, pages, num_external))
+        elif request.request_id not in self._has_loads:
+            sources = [Tier.device.value] * len(block_request.lengths)
+            self._reporter.send(block_request.reply_to, Report(sources=sources))
+
+    def plan_step(self, scheduler_output: Any) -> StepPlan:
+        """Return the work of the workers in this step."""
+        self._follow_pages(scheduler_output)
+        saves = []
+        for id, pages in list(self._encode_pages.items()):
+            request, encode_request = self._vllm_requests[id], self._requests[id]
+            num_tokens = scheduler_output.num_scheduled_tokens.get(id, 0)
+            if num_tokens and request.num_computed_tokens + num_tokens >= request.num_prompt_tokens:
+                key = block_key(request.prompt_token_ids)
+                saves.append(Save(key=key, pages=pages, reply_to=encode_request.reply_to))
+                del self._encode_pages[id]
+        loads, self._loads = self._loads, []
+        return StepPlan(loads=loads, saves=saves, is_idle=not scheduler_output.total_num_scheduled_tokens)
+
+    def finish(self, request: Any) -> None:
+        """Forget a request."""
+        for known in (self._requests, self._vllm_requests, self._encode_pages):
+            known.pop(request.request_id, None)
+        self._has_loads.discard(request.request_id)
+
+    def close(self) -> None:
+        self._reporter.close()
+
+    def _follow_pages(self, scheduler_output: Any) -> None:
+        """Record the pages of prompts that are one block. A long prompt gets them in several steps."""
+        for new in scheduler_output.scheduled_new_reqs:
+            if isinstance(self._requests.get(new.req_id), EncodeRequest):
+                self._encode_pages[new.req_id] = list(new.block_ids[0])
+        cached = scheduler_output.scheduled_cached_reqs
+        for id, new_pages in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            if not isinstance(self._requests.get(id), EncodeRequest) or not new_pages:
+                continue
+            if id in cached.resumed_req_ids:  # after a preemption it has other pages
+                self._encode_pages[id] = list(new_pages[0])
+            elif id in self._encode_pages:
+                self._encode_pages[id] += new_pages[0]
+
+
+def _plan_load(request: Any, block_request: BlockRequest, pages: list[int], num_external: int) -> Load:
+    refusal = _refusal(request, block_request)
+    loaded_len = request.num_prompt_tokens - 1 if refusal else block_request.context_len
+    return Load(
+        request_id=request.request_id,
+        keys=[] if refusal else block_keys(request.prompt_token_ids, block_request.lengths),
+        pages=pages,
+        start=loaded_len - num_external,
+        reply_to=block_request.reply_to,
+        refusal=refusal,
+    )
+
+
+def _refusal(request: Any, block_request: BlockRequest) -> str:
+    """Return why a request cannot be answered in block mode, or ""."""
+    if not all(length > 0 for length in block_request.lengths):
+        return "a block has no token"
+    if request.prompt_token_ids is None:
+        return "a prompt of embeddings has no blocks: give token ids"
+    if block_request.context_len >= request.num_prompt_tokens:
+        return f"the blocks leave no final block in a prompt of {request.num_prompt_tokens} tokens"
+    if request.cache_salt != block_request.salt:
+        return "the request has another cache salt than its blocks"
+    if request.lora_request is not None:
+        return "blocks of an adapter are not cached: merge the adapter into the model"
+    sampling = request.sampling_params
+    if sampling is None or sampling.prompt_logprobs is not None:
+        return "log probabilities of a prompt need full attention over it: leave prompt_logprobs out"
+    return ""

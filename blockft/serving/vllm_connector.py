@@ -1,0 +1,119 @@
+"""The KV connector that vLLM loads: passes vLLM's calls to the two halves of the connector.
+
+vLLM creates one object in its scheduler and one in its worker. This is the only module that imports vLLM.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+)
+
+from blockft.serving.scheduler_half import SchedulerHalf, StepPlan
+from blockft.serving.served_model import ServedModel
+from blockft.serving.supported_engine import check_engine, check_pages
+from blockft.serving.worker_half import WorkerHalf
+
+SERVED_MODEL = "served_model"
+"""The key of the connector's configuration that holds the path of the file of the served model."""
+
+
+@dataclass
+class StepMetadata(KVConnectorMetadata):
+    """What the scheduler's half tells the worker's half in one step."""
+
+    plan: StepPlan
+
+
+class BlockConnector(KVConnectorBase_V1):
+    """Serves cached blocks to vLLM.
+
+    Raises:
+        UserError: a setting of vLLM is not supported, or the cache folder cannot be used.
+    """
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+        served = ServedModel.load(Path(extra[SERVED_MODEL]))
+        check_engine(vllm_config, served)
+        if kv_cache_config is not None:
+            check_pages(kv_cache_config)
+        self._layers_by_name = vllm_config.compilation_config.static_forward_context
+        self._scheduler = SchedulerHalf(served) if role is KVConnectorRole.SCHEDULER else None
+        self._worker = None
+        if role is KVConnectorRole.WORKER:
+            self._worker = WorkerHalf(served, vllm_config.cache_config.block_size)
+
+    def shutdown(self) -> None:
+        for half in (self._scheduler, self._worker):
+            if half is not None:
+                half.close()
+
+    # in the scheduler
+
+    def on_new_request(self, request: Any) -> None:
+        self._in_scheduler.add_request(request)
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        return self._in_scheduler.num_cached_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        self._in_scheduler.allocate(request, blocks.get_block_ids()[0], num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
+        return StepMetadata(self._in_scheduler.plan_step(scheduler_output))
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        self._in_scheduler.finish(request)
+        return False, None
+
+    # in the worker
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        names = sorted(kv_caches, key=_layer_index)
+        self._in_worker.use_layers([self._layers_by_name[name] for name in names])
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        plan = self._plan
+        self._in_worker.load(plan.loads, is_idle=plan.is_idle)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Return at once, because a request is computed only after its load."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        """Return at once, because a block is read after the last layer."""
+
+    def wait_for_save(self) -> None:
+        self._in_worker.save(self._plan.saves)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        return None, self._in_worker.take_finished()
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._in_worker.take_bad_pages()
+
+    @property
+    def _plan(self) -> StepPlan:
+        metadata = self._get_connector_metadata()
+        assert isinstance(metadata, StepMetadata)
+        return metadata.plan
+
+    @property
+    def _in_scheduler(self) -> SchedulerHalf:
+        assert self._scheduler is not None
+        return self._scheduler
+
+    @property
+    def _in_worker(self) -> WorkerHalf:
+        assert self._worker is not None
+        return self._worker
+
+
+def _layer_index(name: str) -> int:
+    """Return the number of a layer from its name, such as model.layers.3.self_attn.attn."""
+    return next(int(part) for part in name.split(".") if part.isdigit())

@@ -1,0 +1,74 @@
+"""`blockft serve`: serve a model with vLLM, with cached blocks."""
+
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from blockft.data.tokenizer import tokenizer_fingerprint
+from blockft.errors import UserError, notify
+from blockft.inference.device_tier import free_bytes
+from blockft.inference.runner import CacheOptions, kv_shape
+from blockft.model.decoder_layers import rotary_embeddings
+from blockft.model.fingerprint import model_fingerprint
+from blockft.model.load import adapter_base_model, load_model, load_tokenizer, parse_dtype
+from blockft.model.supported import uses_reencoded_positions
+from blockft.serving.launch import check_options, run_server
+from blockft.serving.served_model import ServedModel
+from blockft.serving.supported_engine import check_version
+from blockft.stages.generate import CacheArguments
+from blockft.units import format_count
+
+
+def serve(model: str, *, cache: CacheArguments, dtype: str = "auto", options: Sequence[str] = ()) -> int:
+    """Start vLLM's server, wait for its end, and return its exit code.
+
+    options: of vLLM's server.
+
+    Raises:
+        UserError: vLLM is missing or has an untested version; an option or the model is not supported; the
+            cache folder cannot be used.
+    """
+    check_version()
+    check_options(options)
+    with TemporaryDirectory(prefix="blockft-serve-") as folder:
+        served = describe_model(model, cache.options(), dtype, socket_folder=folder)
+        for tier, kind in zip(served.open_disk_tiers(), ("blockft", "vLLM"), strict=True):
+            notify(f"{format_count(len(tier.digests()), 'block')} by {kind} in {served.folder}")
+        return run_server(served, Path(folder), options)
+
+
+def describe_model(model: str, cache: CacheOptions, dtype: str, *, socket_folder: str) -> ServedModel:
+    """Load a model on the CPU once, and return what its server must know about it.
+
+    Raises:
+        UserError: the model is not supported by blockft or by its server.
+    """
+    if adapter_base_model(model):
+        raise UserError(f"{model} is an adapter, whose blocks are not served: export the merged model")
+    default = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    loaded = load_model(model, backend="cached", dtype=parse_dtype(dtype, default))
+    if not uses_reencoded_positions(loaded.config):
+        raise UserError(
+            f"{model} was trained with position_scheme local, blockft serve supports reencoded: use blockft "
+            "generate, or train with reencoded positions"
+        )
+    rotaries = rotary_embeddings(loaded)
+    frequencies = [tuple(rotary.inv_freq.tolist()) for rotary in rotaries]
+    distinct = list(dict.fromkeys(frequencies))
+    return ServedModel(
+        path=model,
+        name=model,
+        fingerprint=model_fingerprint(loaded, tokenizer_fingerprint(load_tokenizer(model))),
+        shape=kv_shape(loaded),
+        frequencies=tuple(distinct),
+        layer_frequencies=tuple(map(distinct.index, frequencies)),
+        vocab_size=loaded.config.vocab_size,
+        folder=str(Path(str(cache.folder)).absolute()),
+        disk_bytes=cache.disk_bytes,
+        host_bytes=free_bytes(torch.device("cpu")) // 4 if cache.host_bytes is None else cache.host_bytes,
+        secret=secrets.token_hex(32),
+        socket_folder=socket_folder,
+    )
