@@ -17,6 +17,8 @@ class AnswerSender:
     or with a stream whose first event is an error. Nothing is sent in this case, `failure` is set, and the
     request may be repeated.
 
+    is_complete: the whole answer was sent.
+
     usage: returns what the answer's usage says about blocks.
     """
 
@@ -28,6 +30,7 @@ class AnswerSender:
         self._is_stream = False
         self._has_sent = False
         self.failure: str | None = None
+        self.is_complete = False
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -43,22 +46,27 @@ class AnswerSender:
                 await self._send_answer()
 
     async def _send_answer(self) -> None:
-        status, answer = self._start["status"], json.loads(self._body)
+        status = self._start["status"]
         if status >= 500:
-            self.failure = _error_message(answer)
+            self.failure = _error_message(self._body)
             return
-        if status == 200:
-            await self._add_usage(answer)
-            answer = self._chat.answer(answer) if self._chat else answer
-        await send_json(self._send, status, answer)
+        if status != 200:
+            await self._send(self._start)
+            await self._send({"type": "http.response.body", "body": self._body, "more_body": False})
+            return
+        answer = json.loads(self._body)
+        await self._add_usage(answer)
+        answer = self._chat.answer(answer) if self._chat else answer
+        self.is_complete = True
+        await send_json(self._send, status, answer, self._start["headers"])
 
     async def _send_events(self, is_last: bool) -> None:
         *events, self._body = self._body.split(b"\n\n")
         lines = []
         for event in events:
             data = event.removeprefix(b"data:").strip()
-            if not self._has_sent and (failure := _failure_of_event(data)) is not None:
-                self.failure = failure
+            if not self._has_sent and data.startswith(b'{"error"'):
+                self.failure = _error_message(data)
                 return
             lines += await self._convert(data)
             if not self._has_sent:
@@ -66,6 +74,7 @@ class AnswerSender:
                 await self._send(self._start)
         body = b"".join(b"data: %s\n\n" % line for line in lines)
         if body or is_last:
+            self.is_complete = is_last
             await self._send({"type": "http.response.body", "body": body, "more_body": not is_last})
 
     async def _convert(self, data: bytes) -> list[bytes]:
@@ -78,7 +87,7 @@ class AnswerSender:
         if chunk.get("usage"):
             await self._add_usage(chunk)
         chunks = self._chat.chunks(chunk) if self._chat else [chunk]
-        return [json.dumps(chunk, ensure_ascii=False).encode() for chunk in chunks]
+        return [json.dumps(chunk).encode() for chunk in chunks]
 
     async def _add_usage(self, answer: dict[str, Any]) -> None:
         usage = await self._usage()
@@ -88,12 +97,9 @@ class AnswerSender:
         }
 
 
-def _failure_of_event(data: bytes) -> str | None:
-    """Return the message of an event that is an error, or None."""
-    event = json.loads(data) if data.startswith(b"{") else {}
-    return _error_message(event) if "error" in event else None
-
-
-def _error_message(answer: Any) -> str:
-    error = answer.get("error") if isinstance(answer, dict) else None
-    return str(error.get("message")) if isinstance(error, dict) else "vLLM gave no reason"
+def _error_message(content: bytes) -> str:
+    """Return the message of an error of vLLM."""
+    try:
+        return str(json.loads(content)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return "vLLM gave no reason"

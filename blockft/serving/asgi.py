@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,10 +76,17 @@ async def never() -> Message:
     raise AssertionError
 
 
-def with_request(scope: Scope, method: str, path: str, body: bytes) -> Scope:
-    """Return the scope of another request by the same client, with the client's headers."""
+def with_request(
+    scope: Scope, method: str, path: str, body: bytes = b"", *, only_authorization: bool = False
+) -> Scope:
+    """Return the scope of another request by the same client, with the client's headers.
+
+    only_authorization: keep no other header, because some name the client's request, such as x-request-id.
+    """
     replaced = (b"content-length", b"content-type", b"transfer-encoding", b"accept-encoding")
     headers = [(name, value) for name, value in scope["headers"] if name.lower() not in replaced]
+    if only_authorization:
+        headers = [(name, value) for name, value in headers if name.lower() == b"authorization"]
     headers += [(b"content-length", str(len(body)).encode()), (b"content-type", b"application/json")]
     root = scope.get("root_path", "")
     full_path = root + path
@@ -115,10 +122,11 @@ async def call(app: Application, scope: Scope, body: bytes = b"") -> Response:
     return Response(status, b"".join(parts))
 
 
-async def send_json(send: Send, status: int, value: Any) -> None:
-    """Send a complete response of JSON."""
-    body = json.dumps(value, ensure_ascii=False).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+async def send_json(send: Send, status: int, value: Any, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
+    """Send a complete response of JSON. The length and the type of its body replace those in `headers`."""
+    body = json.dumps(value).encode()
+    replaced = {b"content-type": b"application/json", b"content-length": str(len(body)).encode()}
+    headers = [*(pair for pair in headers if pair[0].lower() not in replaced), *replaced.items()]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})
 

@@ -77,7 +77,7 @@ def parse_params(params: Any, secret: str) -> BlockRequest | EncodeRequest | Non
     """Return what the front end asks for, or None if the parameters are not from the front end."""
     if not isinstance(params, dict) or not isinstance(given := params.get("secret"), str):
         return None
-    if not hmac.compare_digest(given.encode(), secret.encode()):
+    if not hmac.compare_digest(given.encode(errors="replace"), secret.encode()):
         return None
     reply_to = ReplyAddress(socket=params["socket"], id=params["id"])
     if params.get("encode"):

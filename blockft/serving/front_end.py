@@ -142,6 +142,8 @@ class BlockFrontEnd:
                 inner_scope = with_request(scope, "POST", COMPLETIONS, content)
                 await self._app(inner_scope, replay(content, receive), sender)
                 if sender.failure is None:
+                    if sender.is_complete:
+                        await usage()  # a stream may report no usage, and its answer counts too
                     return
                 failed = await _wait_for(report)
             finally:
@@ -166,7 +168,7 @@ class BlockFrontEnd:
         Raises:
             RequestRefused: vLLM does not answer this client.
         """
-        response = await call(self._app, with_request(scope, "GET", "/v1/models", b""))
+        response = await call(self._app, with_request(scope, "GET", "/v1/models", only_authorization=True))
         if response.status != 200:
             raise RequestRefused(response)
         return {model["id"]: model["max_model_len"] for model in response.json()["data"]}

@@ -83,7 +83,8 @@ class BlockComputer:
         }
         content = json.dumps(body).encode()
         try:
-            response = await call(self._app, with_request(scope, "POST", self._path, content), content)
+            own_scope = with_request(scope, "POST", self._path, content, only_authorization=True)
+            response = await call(self._app, own_scope, content)
             if response.status != 200:
                 raise RequestRefused(response)
             stored = await asyncio.wait_for(report, STORE_TIMEOUT_S)

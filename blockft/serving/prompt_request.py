@@ -23,6 +23,11 @@ SAMPLING_FIELDS = (
 """Fields of vLLM's completion requests that block mode supports. All others are refused: some of them would
 give full attention without a word, such as prompt_logprobs, echo and use_beam_search."""
 
+NO_WORDING = (
+    "the model was trained without a wording for documents (data.prompt): ask with 'messages', whose content "
+    "is a list of blocks"
+)
+
 CHAT_FIELDS = ("max_completion_tokens", "top_logprobs")
 """Further fields of chat requests."""
 
@@ -53,7 +58,7 @@ def is_prompt_request(body: Mapping[str, Any]) -> bool:
     messages = body.get("messages")
     if messages is None or not is_list(messages):
         return False
-    contents = [message.get("content") for message in messages if isinstance(message, Mapping)]
+    contents: list[Any] = [m.get("content") for m in messages if isinstance(m, Mapping)]
     return any(is_list(content) and any(isinstance(part, str) for part in content) for content in contents)
 
 
@@ -79,6 +84,8 @@ def parse_prompt_request(
             f"field {unknown[0]!r} is not supported in a request with blocks (allowed: "
             f"{', '.join((*PROMPT_FIELDS, 'mode', *allowed))})"
         )
+    if "documents" in record and prompt is None:
+        raise RecordError(NO_WORDING)
     sample = parse_request(record, prompt, "request")
     return PromptRequest(sample=sample, mode=mode, is_chat=is_chat, sampling=_sampling(body, is_chat=is_chat))
 

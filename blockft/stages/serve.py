@@ -31,16 +31,18 @@ def serve(model: str, *, cache: CacheArguments, dtype: str = "auto", options: Se
         UserError: vLLM is missing or has an untested version; an option or the model is not supported; the
             cache folder cannot be used.
     """
-    check_version()
+    cache_options = cache.options()
+    torch_dtype = parse_dtype(dtype, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     check_options(options)
+    check_version()
     with TemporaryDirectory(prefix="blockft-serve-") as folder:
-        served = describe_model(model, cache.options(), dtype, socket_folder=folder)
+        served = describe_model(model, cache_options, torch_dtype, socket_folder=folder)
         for tier, kind in zip(served.open_disk_tiers(), ("blockft", "vLLM"), strict=True):
             notify(f"{format_count(len(tier.digests()), 'block')} by {kind} in {served.folder}")
         return run_server(served, Path(folder), options)
 
 
-def describe_model(model: str, cache: CacheOptions, dtype: str, *, socket_folder: str) -> ServedModel:
+def describe_model(model: str, cache: CacheOptions, dtype: torch.dtype, *, socket_folder: str) -> ServedModel:
     """Load a model on the CPU once, and return what its server must know about it.
 
     Raises:
@@ -48,8 +50,7 @@ def describe_model(model: str, cache: CacheOptions, dtype: str, *, socket_folder
     """
     if adapter_base_model(model):
         raise UserError(f"{model} is an adapter, whose blocks are not served: export the merged model")
-    default = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    loaded = load_model(model, backend="cached", dtype=parse_dtype(dtype, default))
+    loaded = load_model(model, backend="cached", dtype=dtype)
     if not uses_reencoded_positions(loaded.config):
         raise UserError(
             f"{model} was trained with position_scheme local, blockft serve supports reencoded: use blockft "

@@ -39,3 +39,10 @@ def test_angles_are_exact_at_far_positions() -> None:
         (low * angles.cos() - high * angles.sin(), high * angles.cos() + low * angles.sin()), dim=-1
     )
     assert_close(ROTARY.shift(KEYS, distance).double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_keys_may_have_distances_of_their_own() -> None:
+    distances = torch.tensor([0, 3, 3, 700, 99_999])
+    shifted = ROTARY.shift(KEYS, distances)
+    for token, distance in enumerate(distances.tolist()):
+        assert torch.equal(shifted[:, :, token], ROTARY.shift(KEYS, distance)[:, :, token])

@@ -48,6 +48,7 @@ class Toy:
             ("train",): [recipe, "train.output_dir=new", "--dry-run"],
             ("export",): [self.folder / "data", "new"],
             ("generate",): [model, "--input", self.folder / "requests.jsonl", "--max-new-tokens", 1],
+            ("serve",): [model, "--cache", cache],
             ("eval",): [model, recipe, "eval.output_dir=new", "eval.max_samples=1"],
             ("compare",): [self.folder / "eval"],
             ("recipes",): [],

@@ -1,0 +1,158 @@
+"""An ASGI application that behaves as vLLM's server: it answers with the tokens of its prompt."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from blockft.inference.block_key import BlockKey, block_key
+from blockft.serving.asgi import Message, Receive, Scope, Send, read_body, send_json
+from blockft.serving.block_request import BlockRequest, EncodeRequest, block_keys, parse_params
+from blockft.serving.report import Report, Reporter
+from tests.serving.stubs import SECRET
+
+MODEL, MAX_LEN = "toy", 400
+
+LEAVE = "!"
+"""The last block of a prompt whose client leaves. Its token id is 0 in the tokenizer of the tests."""
+
+
+@dataclass
+class FakeVllm:
+    """Stores blocks, and fails a request whose blocks it lacks, as vLLM with the connector does.
+
+    blocks: the stored blocks. completions: the bodies of all completion requests.
+    evict: called before the blocks of a request are looked up.
+    """
+
+    api_key: str = ""
+    blocks: set[BlockKey] = field(default_factory=set)
+    completions: list[dict[str, Any]] = field(default_factory=list)
+    others: list[tuple[Scope, bytes]] = field(default_factory=list)
+    evict: Callable[["FakeVllm"], None] = lambda self: None
+    store_failure: str = ""
+    on_store: Callable[[BlockKey], None] = lambda key: None
+    load_failure: str = ""
+    saw_disconnect: bool = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        authorization = dict(scope["headers"]).get(b"authorization", b"").decode()
+        if self.api_key and authorization != f"Bearer {self.api_key}":
+            await send_json(send, 401, {"error": "Unauthorized"})
+        elif scope["path"] == "/v1/models":
+            await send_json(send, 200, {"data": [{"id": MODEL, "max_model_len": MAX_LEN}]})
+        else:
+            body = await read_body(receive, 1 << 30)
+            is_completion = scope["path"] == "/v1/completions" and body.startswith(b"{")
+            fields = json.loads(body) if is_completion else {}
+            if isinstance(fields.get("prompt"), list):
+                self.completions.append(fields)
+                await self._complete(fields, receive, send)
+            else:
+                self.others.append((scope, body))
+                await send_json(send, 200, {"is_from_vllm": True})
+
+    async def _complete(self, fields: dict[str, Any], receive: Receive, send: Send) -> None:
+        request = parse_params(fields.get("kv_transfer_params"), SECRET)
+        if fields.get("temperature") == "hot":
+            await send_json(send, 400, {"error": {"message": "temperature is no number", "code": 400}})
+            return
+        if fields["prompt"][-1] == 0:
+            self.saw_disconnect = (await receive())["type"] == "http.disconnect"
+            return
+        reporter = Reporter()
+        failure = ""
+        if isinstance(request, EncodeRequest):
+            await asyncio.sleep(0.01)
+            if not self.store_failure:
+                self.blocks.add(key := block_key(fields["prompt"]))
+                self.on_store(key)
+            reporter.send(request.reply_to, Report(failure=self.store_failure))
+        elif isinstance(request, BlockRequest):
+            failure = self._load(fields, request, reporter)
+        reporter.close()
+        if fields.get("stream"):
+            await self._stream(fields, failure, send)
+        elif failure:
+            await send_json(send, 500, {"error": {"message": failure, "code": 500}})
+        else:
+            await send_json(send, 200, _completion(fields))
+
+    def _load(self, fields: dict[str, Any], request: BlockRequest, reporter: Reporter) -> str:
+        self.evict(self)
+        keys = block_keys(fields["prompt"], request.lengths)
+        missing = [index for index, key in enumerate(keys) if key not in self.blocks]
+        report = Report(sources=["host"] * len(keys))
+        if missing or self.load_failure:
+            report = Report(missing=missing, failure=self.load_failure)
+        reporter.send(request.reply_to, report)
+        return "Internal server error" if missing or self.load_failure else ""
+
+    async def _stream(self, fields: dict[str, Any], failure: str, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        events: list[Any] = [{"error": {"message": failure, "code": 500}}]
+        if not failure:
+            texts = [("be", None), ("low\n\n", None), ("", "stop")]
+            events = [_chunk([{"index": 0, "text": text, "finish_reason": end}]) for text, end in texts]
+            if (fields.get("stream_options") or {}).get("include_usage"):
+                events.append(_chunk([]) | {"usage": {"prompt_tokens": len(fields["prompt"])}})
+        content = b"".join(b"data: %s\n\n" % json.dumps(event).encode() for event in events)
+        content += b"data: [DONE]\n\n"
+        for start in range(0, len(content), 50):  # events do not end where messages do
+            part = content[start : start + 50]
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _completion(fields: dict[str, Any]) -> dict[str, Any]:
+    logprobs = {"tokens": ["be"], "token_logprobs": [-0.5], "top_logprobs": [{"be": -0.5, "a": -1.0}]}
+    choice = {"index": 0, "text": "below", "finish_reason": "stop", "logprobs": None}
+    if "logprobs" in fields:
+        choice["logprobs"] = logprobs
+    usage = {"prompt_tokens": len(fields["prompt"])}
+    return {"id": "cmpl-1", "object": "text_completion", "model": MODEL, "choices": [choice], "usage": usage}
+
+
+def _chunk(choices: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"id": "cmpl-1", "object": "text_completion", "model": MODEL, "choices": choices}
+
+
+@dataclass
+class Client:
+    """A client of an ASGI application. is_gone: it leaves after its request."""
+
+    app: Any
+    headers: dict[str, str] = field(default_factory=dict)
+    is_gone: bool = False
+
+    async def post(self, path: str, body: Any) -> tuple[int, dict[str, str], bytes]:
+        """Return the status, the headers and the body of a response."""
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        messages: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
+        sent: list[Message] = []
+        headers = [(name.lower().encode(), value.encode()) for name, value in self.headers.items()]
+        headers.append((b"content-length", str(len(content)).encode()))
+
+        async def receive() -> Message:
+            if messages:
+                return messages.pop()
+            if self.is_gone:
+                return {"type": "http.disconnect"}
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "root_path": ""}
+        await self.app(scope, receive, send)
+        if not sent:
+            return 0, {}, b""
+        start, *parts = sent
+        names = {name.decode().lower(): value.decode() for name, value in start.get("headers", ())}
+        assert [part.get("more_body", False) for part in parts] == [True] * (len(parts) - 1) + [False]
+        return start["status"], names, b"".join(part["body"] for part in parts)

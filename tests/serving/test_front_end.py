@@ -1,0 +1,393 @@
+"""The front end over an application that behaves as vLLM's: requests, missing blocks, streams, failures."""
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blockft.inference.block_key import BlockKey, block_key, token_ids
+from blockft.serving.block_request import BlockRequest, block_salt, parse_params
+from blockft.serving.front_end import CHAT, COMPLETIONS, MAX_ATTEMPTS, BlockFrontEnd
+from blockft.serving.prompt_encoder import PromptEncoder
+from blockft.serving.served_model import ServedModel
+from tests.serving.fake_vllm import LEAVE, MAX_LEN, Client, FakeVllm
+from tests.serving.stubs import SECRET, make_served
+
+DOCUMENTS = ["Dogs bark.", "Cows moo.", "Cats purr."]
+"""Documents of a prompt with 5 local blocks: the template's markup, the instruction and the documents."""
+QUESTION = {"documents": DOCUMENTS, "question": "Who barks?"}
+CHAT_BLOCKS = {"messages": [{"role": "user", "content": ["Dogs bark.\n", "Cows moo.\n", "Who barks?"]}]}
+
+
+class FakeCounters:
+    """Counts in memory."""
+
+    def __init__(self) -> None:
+        self.answers: list[tuple[str, dict[str, int]]] = []
+        self.failures = Counter[str]()
+        self.num_encoded = 0
+
+    def count_answer(self, mode: str, blocks: Any, tokens: Any) -> None:
+        assert blocks.keys() == tokens.keys()
+        self.answers.append((mode, dict(blocks)))
+
+    def count_failure(self, reason: str) -> None:
+        self.failures[reason] += 1
+
+    def count_encoded(self, num_tokens: int) -> None:
+        self.num_encoded += 1
+
+
+class Setup:
+    """A front end over a fake vLLM. Blocks that vLLM stores appear in the cache folder."""
+
+    def __init__(self, served: ServedModel) -> None:
+        self.served, self.counters, self.vllm = served, FakeCounters(), FakeVllm()
+        self.vllm.on_store = self._write
+        self.app = BlockFrontEnd(self.vllm, served, self.counters)
+
+    def _write(self, key: BlockKey) -> None:
+        file = self._file(key)
+        file.write_bytes(bytes(self.served.computed_by_vllm.entry_bytes(len(token_ids(key)))))
+
+    def _file(self, key: BlockKey) -> Path:
+        return self.served.open_disk_tiers()[1]._path(key)
+
+    def evict(self, key: BlockKey) -> None:
+        self.vllm.blocks.discard(key)
+        self._file(key).unlink(missing_ok=True)
+
+    async def post(self, body: Any, path: str = CHAT, **client: Any) -> tuple[int, Any]:
+        status, headers, content = await Client(self.app, **client).post(path, body)
+        if headers.get("content-type", "").startswith("text/event-stream"):
+            assert b"".join(content.split(b"\n\n")[-1:]) == b""
+            return status, [event.removeprefix(b"data: ") for event in content.split(b"\n\n")[:-1]]
+        if content and "content-length" in headers:
+            assert int(headers["content-length"]) == len(content)
+        return status, json.loads(content) if content else None
+
+    def prompt_completions(self) -> list[dict[str, Any]]:
+        """The completion requests that are no blocks to compute."""
+        found = []
+        for body in self.vllm.completions:
+            request = parse_params(body.get("kv_transfer_params"), SECRET)
+            if request is None or isinstance(request, BlockRequest):
+                found.append(body)
+        return found
+
+
+@pytest.fixture
+def setup(tmp_path: Path, toy_model: Path) -> Setup:
+    return Setup(replace(make_served(tmp_path), path=str(toy_model)))
+
+
+def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(test())
+
+
+def test_missing_blocks_are_computed_once_and_then_reused(setup: Setup) -> None:
+    async def test() -> None:
+        status, first = await setup.post(QUESTION)
+        assert status == 200 and first["object"] == "chat.completion"
+        assert first["choices"][0]["message"] == {"role": "assistant", "content": "below"}
+        assert first["usage"]["block_attention"]["sources"] == {"computed": 5}
+        assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+        _, second = await setup.post({"documents": DOCUMENTS[::-1], "question": "Who purrs?"})
+        usage = second["usage"]["block_attention"]
+        assert usage["sources"] == {"host": 5} and usage["blocks_reused"] == 5
+        reused = sum(len(token_ids(key)) for key in setup.vllm.blocks)
+        assert usage["tokens_reused"] == second["usage"]["prompt_tokens_details"]["cached_tokens"] == reused
+        assert setup.counters.answers == [("block", {"computed": 5}), ("block", {"host": 5})]
+        assert setup.counters.num_encoded == 5
+
+    run(test)
+
+
+def test_vllm_gets_the_ids_of_the_engine_and_the_limits_of_blocks(setup: Setup) -> None:
+    async def test() -> None:
+        await setup.post(QUESTION | {"max_completion_tokens": 7, "temperature": 0.5, "cache_salt": "mine"})
+        (body,) = setup.prompt_completions()
+        encoder = PromptEncoder(setup.served)
+        assert encoder.prompt is not None
+        from blockft.data.request import parse_request
+
+        blocks = await encoder.encode(parse_request(QUESTION, encoder.prompt, "request"))
+        assert body["prompt"] == [id for block in blocks for id in block]
+        request = parse_params(body["kv_transfer_params"], SECRET)
+        assert isinstance(request, BlockRequest)
+        assert request.lengths == tuple(map(len, blocks[:-1]))
+        assert body["cache_salt"] == request.salt == block_salt(SECRET, request.lengths, "mine")
+        assert body["max_tokens"] == 7 and body["temperature"] == 0.5
+        assert set(encoder.end_token_ids) <= set(body["stop_token_ids"])
+        assert setup.vllm.blocks == {block_key(block) for block in blocks[:-1]}
+
+    run(test)
+
+
+def test_full_mode_has_the_same_ids_and_no_blocks(setup: Setup) -> None:
+    async def test() -> None:
+        await setup.post(QUESTION)
+        _, answer = await setup.post(QUESTION | {"mode": "full"})
+        block, full = setup.prompt_completions()
+        assert full["prompt"] == block["prompt"]
+        assert not full.keys() & {"kv_transfer_params", "cache_salt"}
+        assert answer["usage"]["block_attention"]["mode"] == "full"
+        assert answer["usage"]["block_attention"]["blocks_reused"] == 0
+
+    run(test)
+
+
+OTHERS = [
+    {"messages": [{"role": "user", "content": "Who barks?"}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "Who barks?"}]}]},
+    {"messages": [], "kv_transfer_params": {"secret": "guess", "lengths": [3]}, "cache_salt": "blockft-0"},
+    {"messages": "text"},
+    {"messages": [None, 3]},
+    b"[1, 2]",
+    b"no JSON",
+    b"",
+    b'{"a":' * 100_000,
+]
+
+
+@pytest.mark.parametrize("body", OTHERS)
+def test_requests_without_blocks_go_to_vllm_unchanged(setup: Setup, body: Any) -> None:
+    async def test() -> None:
+        status, answer = await setup.post(body)
+        assert (status, answer) == (200, {"is_from_vllm": True})
+        ((scope, content),) = setup.vllm.others
+        assert scope["path"] == CHAT
+        assert content == (body if isinstance(body, bytes) else json.dumps(body).encode())
+
+    run(test)
+
+
+def test_other_paths_go_to_vllm(setup: Setup) -> None:
+    async def test() -> None:
+        assert (await setup.post(QUESTION, "/v1/responses"))[1] == {"is_from_vllm": True}
+
+    run(test)
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    (CHAT, {"documents": DOCUMENTS}, "question"),
+    (CHAT, {"documents": "text", "question": "?"}, "documents"),
+    (CHAT, {"documents": [{"title": "x"}], "question": "?"}, "text"),
+    (CHAT, QUESTION | {"mode": "local"}, "block or full"),
+    (CHAT, QUESTION | CHAT_BLOCKS, "have 'documents' and 'question', or 'messages', or 'blocks'"),
+    (CHAT, QUESTION | {"prompt_logprobs": 1}, "prompt_logprobs"),
+    (CHAT, QUESTION | {"tools": []}, "tools"),
+    (CHAT, QUESTION | {"kv_transfer_params": {}}, "kv_transfer_params"),
+    (CHAT, QUESTION | {"logprobs": 3}, "logprobs"),
+    (CHAT, QUESTION | {"max_tokens": 0}, "max_tokens"),
+    (CHAT, QUESTION | {"max_tokens": True}, "max_tokens"),
+    (CHAT, QUESTION | {"stop_token_ids": 3}, "stop_token_ids"),
+    (CHAT, QUESTION | {"stop_token_ids": ["a"]}, "stop_token_ids"),
+    (CHAT, QUESTION | {"cache_salt": 3}, "cache_salt"),
+    (CHAT, QUESTION | {"model": 3}, "model"),
+    (CHAT, QUESTION | {"max_tokens": 399}, "399"),
+    (CHAT, {"documents": ["\ud800"], "question": "?"}, "Unicode"),
+    (CHAT, {"documents": DOCUMENTS * 40, "question": "?"}, "fewer documents"),
+    (CHAT, {"messages": [{"role": "king", "content": ["a", "b"]}]}, "role"),
+    (CHAT, {"documents": DOCUMENTS, "messages": [{"role": "system", "content": "?"}]}, "user"),
+    (COMPLETIONS, {"documents": DOCUMENTS, "prompt": ["a", "b"]}, "question"),
+    (COMPLETIONS, {"documents": DOCUMENTS, "prompt": [1, 2]}, "question"),
+    (COMPLETIONS, {"blocks": ["a", "b"], "prompt": "?"}, "prompt"),
+    (COMPLETIONS, QUESTION | {"echo": True}, "echo"),
+    (COMPLETIONS, QUESTION | {"use_beam_search": True}, "use_beam_search"),
+    (COMPLETIONS, QUESTION | {"top_logprobs": 1}, "top_logprobs"),
+    (COMPLETIONS, {"blocks": ["a", ""]}, "block"),
+    (COMPLETIONS, {"blocks": []}, "blocks"),
+    (COMPLETIONS, {"blocks": ["a", 3]}, "blocks"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "reason"), REFUSED)
+def test_a_bad_request_is_one_sentence_and_asks_vllm_nothing(
+    setup: Setup, path: str, body: dict[str, Any], reason: str
+) -> None:
+    async def test() -> None:
+        status, answer = await setup.post(body, path)
+        assert status == 400 and reason in answer["error"]["message"]
+        assert "\n" not in answer["error"]["message"]
+        assert not setup.vllm.completions and not setup.vllm.others
+        assert setup.counters.failures == {"refused": 1}
+
+    run(test)
+
+
+def test_what_vllm_refuses_is_passed_on(setup: Setup) -> None:
+    async def test() -> None:
+        status, answer = await setup.post(QUESTION | {"temperature": "hot"})
+        assert status == 400 and answer["error"]["message"] == "temperature is no number"
+        assert (await setup.post(QUESTION | {"model": "other"}))[0] == 404
+
+    run(test)
+
+
+def test_a_client_without_the_key_learns_nothing(setup: Setup) -> None:
+    async def test() -> None:
+        setup.vllm.api_key = "key"
+        assert await setup.post(QUESTION) == (401, {"error": "Unauthorized"})
+        assert await setup.post(QUESTION | {"mode": 3}) == (401, {"error": "Unauthorized"})
+        status, _ = await setup.post(QUESTION, headers={"Authorization": "Bearer key", "X-Request-Id": "7"})
+        assert status == 200
+
+    run(test)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_evicted_block_is_computed_again(setup: Setup, stream: bool) -> None:
+    """It is evicted after the front end has found it, and before the connector loads it."""
+
+    async def test() -> None:
+        await setup.post(QUESTION)
+        evicted = next(iter(setup.vllm.blocks))
+
+        def evict(vllm: FakeVllm) -> None:
+            vllm.evict = lambda vllm: None
+            setup.evict(evicted)
+
+        setup.vllm.evict = evict
+        options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+        status, answer = await setup.post(QUESTION | options)
+        assert status == 200
+        usage = json.loads(answer[-2])["usage"] if stream else answer["usage"]
+        assert usage["block_attention"]["sources"] == {"host": 4, "computed": 1}
+        assert setup.counters.failures == {"missing": 1}
+
+    run(test)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_whose_blocks_are_always_evicted_fails_alone(setup: Setup, stream: bool) -> None:
+    async def test() -> None:
+        setup.vllm.evict = lambda vllm: vllm.blocks.clear()
+        status, answer = await setup.post(QUESTION | {"stream": stream})
+        assert status == 500 and "5 of its blocks were evicted while it waited" in answer["error"]["message"]
+        assert len(setup.prompt_completions()) == MAX_ATTEMPTS
+        setup.vllm.evict = lambda vllm: None
+        assert (await setup.post(QUESTION))[0] == 200
+
+    run(test)
+
+
+def test_a_failure_has_the_reason_of_the_connector(setup: Setup) -> None:
+    async def test() -> None:
+        setup.vllm.load_failure = "its blocks could not be loaded: the disk is gone"
+        status, answer = await setup.post(QUESTION)
+        assert status == 500 and "the disk is gone" in answer["error"]["message"]
+        assert setup.counters.failures == {"failed": 1}
+
+    run(test)
+
+
+def test_a_block_that_cannot_be_stored_refuses_its_requests(setup: Setup) -> None:
+    async def test() -> None:
+        setup.vllm.store_failure = "values that are not finite"
+        status, answer = await setup.post(QUESTION)
+        assert status == 400 and "not finite" in answer["error"]["message"]
+        setup.vllm.store_failure = ""
+        assert (await setup.post(QUESTION))[0] == 200
+
+    run(test)
+
+
+def test_requests_at_the_same_time_compute_a_block_once(setup: Setup) -> None:
+    async def test() -> None:
+        answers = await asyncio.gather(*(setup.post(QUESTION) for _ in range(8)))
+        assert {status for status, _ in answers} == {200}
+        assert setup.counters.num_encoded == 5
+
+    run(test)
+
+
+def test_a_client_that_leaves_is_told_to_vllm(setup: Setup) -> None:
+    async def test() -> None:
+        body = {"blocks": ["Dogs bark.", LEAVE]}
+        assert await setup.post(body, COMPLETIONS, is_gone=True) == (0, None)
+        assert setup.vllm.saw_disconnect
+
+    run(test)
+
+
+def test_a_stream_of_a_chat(setup: Setup) -> None:
+    async def test() -> None:
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        status, events = await setup.post(CHAT_BLOCKS | options)
+        assert status == 200 and events[-1] == b"[DONE]"
+        chunks = [json.loads(event) for event in events[:-1]]
+        assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks[:-1]]
+        assert deltas[0] == {"role": "assistant", "content": ""}
+        assert "".join(delta["content"] for delta in deltas) == "below\n\n"
+        assert chunks[-2]["choices"][0]["finish_reason"] == "stop"
+        assert chunks[-1]["usage"]["block_attention"]["sources"] == {"computed": 3}
+
+    run(test)
+
+
+def test_a_stream_of_a_completion_counts_without_usage(setup: Setup) -> None:
+    async def test() -> None:
+        _, events = await setup.post(QUESTION | {"stream": True}, COMPLETIONS)
+        chunks = [json.loads(event) for event in events[:-1]]
+        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "below\n\n"
+        assert setup.counters.answers == [("block", {"computed": 5})]
+
+    run(test)
+
+
+def test_log_probabilities_of_a_chat(setup: Setup) -> None:
+    async def test() -> None:
+        _, answer = await setup.post(QUESTION | {"logprobs": True, "top_logprobs": 2})
+        (token,) = answer["choices"][0]["logprobs"]["content"]
+        assert (token["token"], token["logprob"], token["bytes"]) == ("be", -0.5, [98, 101])
+        assert [top["token"] for top in token["top_logprobs"]] == ["be", "a"]
+        assert setup.prompt_completions()[0]["logprobs"] == 2
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"documents": DOCUMENTS, "messages": [{"role": "user", "content": "Who barks?"}]}),
+        (CHAT, QUESTION | {"messages": []}),
+        (COMPLETIONS, {"documents": DOCUMENTS, "prompt": "Who barks?"}),
+        (COMPLETIONS, QUESTION | {"prompt": ""}),
+        (COMPLETIONS, QUESTION | {"question": "Who barks?", "prompt": None}),
+    ],
+)
+def test_the_question_may_be_where_the_client_of_openai_puts_it(
+    setup: Setup, path: str, body: dict[str, Any]
+) -> None:
+    async def test() -> None:
+        await setup.post(QUESTION, COMPLETIONS)
+        assert (await setup.post(body, path))[0] == 200
+        first, second = setup.prompt_completions()
+        assert first["prompt"] == second["prompt"]
+
+    run(test)
+
+
+def test_a_chat_may_use_all_tokens_that_are_left(setup: Setup) -> None:
+    async def test() -> None:
+        await setup.post(QUESTION)
+        (body,) = setup.prompt_completions()
+        assert body["max_tokens"] + len(body["prompt"]) == MAX_LEN
+
+    run(test)
+
+
+def test_a_large_body_is_refused(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blockft.serving.front_end.MAX_BODY_BYTES", 1 << 20)
+
+    async def test() -> None:
+        assert (await setup.post({"documents": ["a" * (1 << 20)], "question": "?"}))[0] == 413
+
+    run(test)

@@ -1,0 +1,87 @@
+"""The command of the server, the options that are refused, and its end."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from blockft.errors import UserError
+from blockft.serving import launch
+from blockft.serving.launch import RESERVED_OPTIONS, check_options, run_server, server_command
+from blockft.serving.served_model import ServedModel
+from tests.serving.stubs import make_served
+
+
+@pytest.mark.parametrize("option", RESERVED_OPTIONS)
+def test_reserved_options_are_refused_in_every_spelling(option: str) -> None:
+    spellings = {option, f"{option}=1", option[:2] + option[2:].replace("-", "_"), f"{option}.key"}
+    for spelling in spellings:
+        with pytest.raises(UserError, match="is not allowed"):
+            check_options(["--port", "80", spelling, "1"])
+
+
+def test_other_options_are_passed_on(tmp_path: Path) -> None:
+    options = ["--port", "80", "--max-model-len=4096", "--served-model-name", "tensor-parallel-size"]
+    check_options(options)
+    command = server_command(make_served(tmp_path), tmp_path / "file", options)
+    assert command[-len(options) :] == options
+    transfer = json.loads(command[command.index("--kv-transfer-config") + 1])
+    assert transfer["kv_load_failure_policy"] == "fail"
+    assert transfer["kv_connector_extra_config"] == {"served_model": str(tmp_path / "file")}
+    assert command[command.index("--dtype") + 1] == "float32"
+
+
+def test_the_secret_is_in_a_private_file_and_not_in_the_command(tmp_path: Path) -> None:
+    served, file = make_served(tmp_path), tmp_path / "served.json"
+    served.save(file)
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert ServedModel.load(file) == served
+    assert not any(served.secret in word for word in server_command(served, file, []))
+
+
+def test_the_file_of_the_model_keeps_every_bit_of_its_frequencies(tmp_path: Path) -> None:
+    served = make_served(tmp_path)
+    served.save(tmp_path / "served.json")
+    pairs = zip(ServedModel.load(tmp_path / "served.json").rotaries, served.rotaries, strict=True)
+    assert all(bool((a.inv_freq == b.inv_freq).all()) for a, b in pairs)
+
+
+SCRIPT = """
+import os, signal, sys, time
+def end(*_): sys.exit(7)
+signal.signal(signal.SIGTERM, end)
+assert os.path.exists(os.environ["BLOCKFT_SERVED_MODEL"])
+open(sys.argv[1], "w").close()
+time.sleep(float(sys.argv[2]))
+sys.exit(3)
+"""
+
+
+def run_script(monkeypatch: pytest.MonkeyPatch, folder: Path, seconds: float) -> int:
+    command = [sys.executable, "-c", SCRIPT, str(folder / "started"), str(seconds)]
+    monkeypatch.setattr(launch, "server_command", lambda *_: command)
+    return run_server(make_served(folder), folder, [])
+
+
+def test_the_exit_code_is_that_of_the_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert run_script(monkeypatch, tmp_path, 0) == 3
+
+
+def test_an_interruption_ends_the_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupt() -> None:
+        while not (tmp_path / "started").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_script(monkeypatch, tmp_path, 600)
+    thread.join()
+    assert time.monotonic() - begun < 60

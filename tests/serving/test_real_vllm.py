@@ -1,0 +1,294 @@
+"""Servers of `blockft serve` with the CPU build of vLLM: answers equal those of the masked forward pass.
+
+Slow: vLLM takes about a minute to start.
+"""
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+
+from blockft.attention.layout import Layout
+from blockft.inference.engine import Engine
+from blockft.model.load import load_model
+from blockft.model.masked_forward import masked_logits
+from tests.commands import ROOT, free_port
+
+PYTHON = os.environ.get("BLOCKFT_VLLM_PYTHON", "")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON, reason="BLOCKFT_VLLM_PYTHON names no environment with vLLM"),
+]
+
+MODEL = ROOT / "data/demo/model"
+NUM_QUESTIONS = 60
+NUM_NEW = 4
+START_TIMEOUT_S = 600
+TOLERANCE = 1e-4
+"""Of log probabilities. Block mode and full mode differ by far more on many questions."""
+
+Chat = list[dict[str, Any]]
+
+
+@dataclass
+class Server:
+    """A running server and its client."""
+
+    port: int
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(
+            base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", timeout=300, max_retries=0
+        )
+
+    def ask(self, chat: Chat, mode: str = "block", **options: Any) -> Any:
+        """Return a completion with the ids and log probabilities of its tokens."""
+        extra = {"messages": chat, "mode": mode, "return_token_ids": True} | options
+        return self.client.completions.create(
+            model="", prompt="", max_tokens=NUM_NEW, temperature=0, logprobs=0, extra_body=extra
+        )
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(90)
+
+
+def start_server(folder: Path, cache: Path, *options: str) -> Server:
+    """Start a server whose pages hold 16 tokens, and wait until it answers."""
+    port, log = free_port(), folder / "server.log"
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "DO_NOT_TRACK": "1",
+    }
+    command = [PYTHON, "-m", "blockft", "serve", str(MODEL), "--cache", str(cache), "--port", str(port)]
+    command += ["--block-size", "16", *options]
+    with log.open("ab") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=ROOT)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()[-4000:]
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+            return Server(port, process, log)
+        except OSError:
+            time.sleep(1)
+    process.kill()
+    raise AssertionError(log.read_text()[-4000:])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("serve")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Server]:
+    server = start_server(folder, folder / "cache", "--max-model-len", "512")
+    yield server
+    if server.process.poll() is None:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def chats(folder: Path) -> list[Chat]:
+    """Questions over documents, which share some documents."""
+    world = [sys.executable, str(ROOT / "data/demo/world.py"), str(folder / "world"), "--scenes", "40"]
+    subprocess.run(world, check=True, cwd=ROOT)
+    lines = (folder / "world/heldout.jsonl").read_text().splitlines()
+    return [json.loads(line)["messages"] for line in lines[:NUM_QUESTIONS]]
+
+
+def shuffled(chats: Sequence[Chat]) -> list[Chat]:
+    """Return the chats with their documents in another order."""
+    result = []
+    for seed, ((message,)) in enumerate(chats):
+        instruction, *documents, question = message["content"]
+        random.Random(seed).shuffle(documents)
+        result.append([message | {"content": [instruction, *documents, question]}])
+    return result
+
+
+@cache
+def reference_models() -> tuple[Engine, Any]:
+    model = load_model(str(MODEL), backend="sdpa", dtype=torch.float32)
+    return Engine.load(MODEL, device="cpu"), model
+
+
+@torch.inference_mode()
+def reference(chat: Chat, mode: str = "block") -> tuple[list[int], list[float]]:
+    """Return the greedy answer of the masked forward pass, and the log probabilities of its tokens."""
+    engine, model = reference_models()
+    blocks = [[*block] for block in engine.encode(engine.parse_request({"messages": chat}), NUM_NEW)]
+    if mode == "full":
+        blocks = [[*itertools.chain.from_iterable(blocks)]]
+    ids: list[int] = []
+    logprobs: list[float] = []
+    while len(ids) < NUM_NEW and not (ids and ids[-1] in engine.eos_token_ids):
+        prompt = [*itertools.chain.from_iterable(blocks)]
+        logits = masked_logits(model, prompt, [Layout(tuple(map(len, blocks)))], 1)[-1]
+        ids.append(int(logits.argmax()))
+        logprobs.append(float(logits.log_softmax(-1)[ids[-1]]))
+        blocks[-1].append(ids[-1])
+    return ids, logprobs
+
+
+def check(server: Server, asked: Sequence[tuple[Chat, str]], num_clients: int = 8) -> Counter[str]:
+    """Compare the answers of a server with the reference. Return the sources of all blocks."""
+    with ThreadPoolExecutor(num_clients) as clients:
+        answers = list(clients.map(lambda one: server.ask(*one), asked))
+    sources = Counter[str]()
+    for (chat, mode), answer in zip(asked, answers, strict=True):
+        ids, logprobs = reference(chat, mode)
+        (choice,) = answer.choices
+        assert choice.token_ids == ids
+        assert choice.logprobs.token_logprobs == pytest.approx(logprobs, abs=TOLERANCE)
+        assert answer.usage.block_attention["mode"] == mode
+        sources.update(answer.usage.block_attention["sources"])
+    return sources
+
+
+def in_mode(mode: str, chats: Sequence[Chat]) -> list[tuple[Chat, str]]:
+    return [(chat, mode) for chat in chats]
+
+
+def test_answers_and_log_probabilities_equal_those_of_the_masked_forward(
+    server: Server, chats: list[Chat]
+) -> None:
+    """Cold, warm, with documents in another order, and mixed with full mode."""
+    differences = [abs(reference(c)[1][0] - reference(c, "full")[1][0]) for c in shuffled(chats)]
+    assert sum(difference > 10 * TOLERANCE for difference in differences) > NUM_QUESTIONS / 3
+    cold = check(server, in_mode("block", chats))
+    assert cold["computed"] > 50
+    warm = check(server, in_mode("block", chats))
+    assert not warm["computed"] and warm["device"] and warm["host"]
+    moved = check(server, in_mode("block", shuffled(chats)))
+    assert not moved["computed"]
+    mixed = [*in_mode("block", chats), *in_mode("full", chats), *in_mode("full", shuffled(chats))]
+    random.Random(0).shuffle(mixed)
+    check(server, mixed)
+
+
+def test_a_client_of_openai_gets_chats_and_streams(server: Server, chats: list[Chat]) -> None:
+    (chat,) = shuffled(chats[-1:])
+    engine, _ = reference_models()
+    text = engine.tokenizer.decode(reference(chat)[0], skip_special_tokens=True)
+    options: dict[str, Any] = {"model": "", "messages": chat, "max_tokens": NUM_NEW, "temperature": 0}
+    create = server.client.chat.completions.create
+    whole = create(**options, logprobs=True, top_logprobs=1)
+    assert whole.choices[0].message.content == text
+    assert whole.choices[0].logprobs.content[0].logprob == pytest.approx(reference(chat)[1][0], abs=TOLERANCE)
+    chunks = list(create(**options, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].delta.content for chunk in chunks if chunk.choices) == text
+    usage = chunks[-1].usage.block_attention
+    assert sum(usage["sources"].values()) == usage["num_blocks"] - 1 == usage["blocks_reused"]
+    metrics = urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics").read().decode()
+    assert 'blockft_requests_total{mode="block"}' in metrics
+    assert 'blockft_block_tokens_total{source="device"}' in metrics
+
+
+@pytest.fixture(scope="module")
+def later_server(folder: Path, server: Server, chats: list[Chat]) -> Iterator[Server]:
+    """A server on the folder of the first one: it computes in chunks, and has few pages and no memory."""
+    check(server, in_mode("block", chats))
+    later = start_server(
+        folder,
+        folder / "cache",
+        *("--host-bytes", "0B", "--max-model-len", "256", "--num-gpu-blocks-override", "20"),
+        *("--max-num-batched-tokens", "32", "--max-num-seqs", "8", "--no-enable-prefix-caching"),
+    )
+    yield later
+    if later.process.poll() is None:
+        later.stop()
+
+
+def test_a_later_server_reads_the_blocks_from_disk(later_server: Server, chats: list[Chat]) -> None:
+    """More requests run than its pages hold, so that vLLM preempts some."""
+    asked = [*in_mode("block", shuffled(chats)), *in_mode("full", chats)]
+    sources = check(later_server, asked, num_clients=16)
+    assert sources.keys() == {"disk"}
+
+
+def test_a_block_longer_than_a_chunk_is_computed_in_several_steps(
+    later_server: Server, chats: list[Chat]
+) -> None:
+    documents = ["".join(chat[0]["content"][1:-1]) for chat in chats[:16:2]]
+    long = [
+        [{"role": "user", "content": [*documents[start : start + 2], chats[start][0]["content"][-1]]}]
+        for start in range(len(documents) - 1)
+    ]
+    assert check(later_server, in_mode("block", long))["computed"]
+
+
+def test_damaged_and_removed_blocks_are_computed_again(
+    later_server: Server, folder: Path, chats: list[Chat]
+) -> None:
+    files = sorted((folder / "cache").rglob("*.safetensors"))
+    for file in files[::2]:
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    assert check(later_server, in_mode("block", chats[:20]))["computed"]
+    for file in files:
+        file.unlink()
+    assert check(later_server, in_mode("block", chats[:20]))["computed"]
+
+
+def test_bad_requests_fail_alone(later_server: Server, chats: list[Chat]) -> None:
+    bad: list[dict[str, Any]] = [
+        {"prompt_logprobs": 1},
+        {"mode": "local"},
+        {"kv_transfer_params": {"secret": "guess"}},
+        {"messages": [{"role": "user", "content": ["a " * 600, "b"]}]},
+        {"messages": [{"role": "king", "content": ["a", "b"]}]},
+    ]
+    for number in range(200):
+        with pytest.raises(openai.BadRequestError):
+            later_server.ask(chats[number % len(chats)], **bad[number % len(bad)])
+    others: list[dict[str, Any]] = [
+        {"vllm_xargs": {"kv_transfer_params": "text"}},
+        {"vllm_xargs": {"kv_transfer_params": ["list"]}},
+        {"kv_transfer_params": {"secret": "guess", "lengths": [3]}},
+        {"kv_transfer_params": {"lengths": "text"}},
+    ]
+    create = later_server.client.completions.create
+    for extra in others:
+        assert create(model="", prompt="The", max_tokens=1, extra_body=extra).choices
+    check(later_server, in_mode("block", chats[:20]))
+
+
+def test_a_client_that_leaves_and_sigterm_leave_nothing_behind(
+    later_server: Server, chats: list[Chat]
+) -> None:
+    for chat in chats[:10]:
+        with pytest.raises(openai.APITimeoutError):
+            later_server.client.with_options(timeout=0.001).completions.create(
+                model="", prompt="", extra_body={"messages": chat}, max_tokens=100
+            )
+    check(later_server, in_mode("block", chats[:20]))
+    assert later_server.stop() == 130
+    with pytest.raises(OSError):
+        urllib.request.urlopen(f"http://127.0.0.1:{later_server.port}/health", timeout=5)

@@ -1,0 +1,140 @@
+"""The scheduler's half: which tokens are cached, what is loaded and saved, and what is refused."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from blockft.inference.block_key import block_key
+from blockft.serving.block_request import EncodeRequest, block_params
+from blockft.serving.scheduler_half import SchedulerHalf
+from tests.serving.stubs import NOWHERE, SECRET, block_request, make_request, make_served, step
+
+PROMPT = list(range(100, 120))
+LENGTHS = (5, 4, 6)
+
+
+@pytest.fixture
+def half(tmp_path: Path) -> Iterator[SchedulerHalf]:
+    half = SchedulerHalf(make_served(tmp_path))
+    yield half
+    half.close()
+
+
+def encode_request(id: str, prompt: list[int]) -> Any:
+    return make_request(id, prompt, block_params(SECRET, EncodeRequest(reply_to=NOWHERE)))
+
+
+@pytest.mark.parametrize(("num_computed", "expected"), [(0, (15, True)), (8, (7, True)), (16, (0, False))])
+def test_all_local_blocks_are_cached(
+    half: SchedulerHalf, num_computed: int, expected: tuple[int, bool]
+) -> None:
+    request = block_request("a", PROMPT, LENGTHS)
+    half.add_request(request)
+    assert half.num_cached_tokens(request, num_computed) == expected
+
+
+def test_a_load_names_the_blocks_and_the_tokens_that_are_missing(half: SchedulerHalf) -> None:
+    request = block_request("a", PROMPT, LENGTHS)
+    half.add_request(request)
+    half.allocate(request, [7, 3, 9, 1], 7)
+    plan = half.plan_step(step())
+    (load,) = plan.loads
+    assert (load.request_id, load.pages, load.start, load.refusal) == ("a", [7, 3, 9, 1], 8, "")
+    assert load.keys == [block_key(PROMPT[:5]), block_key(PROMPT[5:9]), block_key(PROMPT[9:15])]
+    assert plan.is_idle
+    assert not half.plan_step(step({"a": 5})).loads, "a load is planned once"
+
+
+def test_a_preempted_request_is_loaded_again(half: SchedulerHalf) -> None:
+    request = block_request("a", PROMPT, LENGTHS)
+    half.add_request(request)
+    for pages in ([7, 3, 9, 1], [2, 4, 6, 8]):
+        assert half.num_cached_tokens(request, 0) == (15, True)
+        half.allocate(request, pages, 15)
+        assert half.plan_step(step()).loads[0].pages == pages
+        half.allocate(request, [*pages, 5], 0)  # when its tokens are scheduled
+        assert not half.plan_step(step({"a": 5})).loads
+
+
+@pytest.mark.parametrize("params", [None, {}, "text", ["list"], {"blocks": [3]}, {"do_remote_prefill": True}])
+def test_a_request_of_others_is_full_attention(half: SchedulerHalf, params: Any) -> None:
+    """Its parameters are removed, because vLLM itself fails on parameters that are no object."""
+    request = make_request("a", PROMPT, params)
+    half.add_request(request)
+    assert request.kv_transfer_params is None
+    assert half.num_cached_tokens(request, 0) == (0, False)
+    half.allocate(request, [1, 2], 0)
+    plan = half.plan_step(step({"a": 20}, new={"a": [1, 2]}))
+    assert not plan.loads and not plan.saves and not plan.is_idle
+
+
+REFUSED = {
+    "final block": {"prompt": PROMPT[:15]},
+    "no token": {"lengths": (5, 0, 6)},
+    "cache salt": {"salt": "another"},
+    "adapter": {"lora_request": object()},
+    "prompt_logprobs": {"sampling_params": SimpleNamespace(prompt_logprobs=1)},
+    "embeddings": {"prompt_token_ids": None},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_a_request_that_would_be_full_attention_fails_while_it_is_loaded(
+    half: SchedulerHalf, reason: str
+) -> None:
+    request = block_request("a", **{"prompt": PROMPT, "lengths": LENGTHS} | REFUSED[reason])
+    half.add_request(request)
+    num_external, is_async = half.num_cached_tokens(request, 4)
+    assert num_external == request.num_prompt_tokens - 5 and is_async
+    half.allocate(request, [7, 3, 9, 1], num_external)
+    (load,) = half.plan_step(step()).loads
+    assert reason in load.refusal and load.start == 4
+
+
+def test_a_refused_request_that_cannot_fail_waits(half: SchedulerHalf) -> None:
+    request = block_request("a", [1], (3,))
+    half.add_request(request)
+    assert half.num_cached_tokens(request, 0) == (None, False)
+
+
+def test_prompt_logprobs_do_not_make_vllm_drop_the_blocks(half: SchedulerHalf) -> None:
+    """vLLM would ask for no cached token, and compute the prompt with full attention."""
+    request = block_request("a", PROMPT, LENGTHS, skip_reading_prefix_cache=True)
+    half.add_request(request)
+    assert request.skip_reading_prefix_cache is False
+
+
+def test_a_block_is_saved_when_its_last_token_is_computed(half: SchedulerHalf) -> None:
+    request = encode_request("e", PROMPT[:10])
+    half.add_request(request)
+    assert half.num_cached_tokens(request, 0) == (0, False)
+    half.allocate(request, [4], 0)
+    assert not half.plan_step(step({"e": 4}, new={"e": [4]})).saves
+    request.num_computed_tokens = 4
+    assert not half.plan_step(step({"e": 4}, more={"e": [8]})).saves
+    request.num_computed_tokens = 8
+    (save,) = half.plan_step(step({"e": 2}, more={"e": [2]})).saves
+    assert (save.key, save.pages) == (block_key(PROMPT[:10]), [4, 8, 2])
+    request.num_computed_tokens = 10
+    assert not half.plan_step(step({"e": 1}, more={"e": []})).saves
+
+
+def test_a_preempted_block_is_saved_from_its_new_pages(half: SchedulerHalf) -> None:
+    request = encode_request("e", PROMPT[:10])
+    half.add_request(request)
+    half.plan_step(step({"e": 4}, new={"e": [4]}))
+    half.plan_step(step())
+    (save,) = half.plan_step(step({"e": 10}, resumed={"e": [9, 7, 5]})).saves
+    assert save.pages == [9, 7, 5]
+
+
+def test_a_finished_request_is_forgotten(half: SchedulerHalf) -> None:
+    for request in (block_request("a", PROMPT, LENGTHS), encode_request("e", PROMPT[:10])):
+        half.add_request(request)
+        half.plan_step(step({"e": 4}, new={"e": [4]}))
+        half.finish(request)
+        assert half.num_cached_tokens(request, 0) == (0, False)
+        assert not half.plan_step(step({"e": 10}, more={"e": [5]})).saves

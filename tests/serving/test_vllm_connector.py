@@ -1,0 +1,150 @@
+"""The connector over vLLM's recorded interface: every call reaches its half, and nothing else is needed."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from blockft.errors import UserError
+from blockft.inference.block_key import block_key
+from blockft.serving.block_request import EncodeRequest, block_params, page_slots
+from blockft.serving.pages import read_block
+from tests.serving.stubs import (
+    NOWHERE,
+    PAGE_LEN,
+    SECRET,
+    SHAPE,
+    block_request,
+    kv_of,
+    make_layers,
+    make_request,
+    make_served,
+    step,
+)
+from tests.serving.test_supported_engine import make_config
+
+BASE = "vllm.distributed.kv_transfer.kv_connector.v1.base"
+
+
+class RecordedBase:
+    """The parts of vLLM 0.32.0's `KVConnectorBase_V1` that the connector relies on."""
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        self._connector_metadata: Any = None
+
+    def bind_connector_metadata(self, metadata: Any) -> None:
+        self._connector_metadata = metadata
+
+    def _get_connector_metadata(self) -> Any:
+        assert self._connector_metadata is not None
+        return self._connector_metadata
+
+
+class Role(Enum):
+    SCHEDULER = 0
+    WORKER = 1
+
+
+@pytest.fixture
+def connector(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The module of the connector, imported over the recorded interface."""
+    parts = BASE.split(".")
+    for end in range(1, len(parts) + 1):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:end]), ModuleType(".".join(parts[:end])))
+    base: Any = sys.modules[BASE]
+    base.KVConnectorBase_V1, base.KVConnectorMetadata, base.KVConnectorRole = RecordedBase, object, Role
+    yield importlib.import_module("blockft.serving.vllm_connector")
+    del sys.modules["blockft.serving.vllm_connector"]
+
+
+class Engine:
+    """Both halves of the connector, with the layers of a worker."""
+
+    def __init__(self, module: ModuleType, folder: Path) -> None:
+        served = make_served(folder)
+        served.save(folder / "served.json")
+        self.layers = make_layers()
+        names = [f"model.layers.{index}.self_attn.attn" for index in range(SHAPE.num_layers)]
+        config = make_config(served)
+        config.cache_config.block_size = PAGE_LEN
+        config.kv_transfer_config.kv_connector_extra_config = {"served_model": str(folder / "served.json")}
+        context = dict(zip(names, self.layers, strict=True)) | {"another.0": object()}
+        config.compilation_config = SimpleNamespace(static_forward_context=context)
+        pages = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=FullAttentionSpec())])
+        self.scheduler = module.BlockConnector(config, Role.SCHEDULER, pages)
+        self.worker = module.BlockConnector(config, Role.WORKER, pages)
+        self.worker.register_kv_caches({name: object() for name in reversed(names)})
+
+    def run(self, scheduler_output: Any) -> tuple[Any, set[int]]:
+        self.worker.bind_connector_metadata(self.scheduler.build_connector_meta(scheduler_output))
+        self.worker.start_load_kv(None, request_ids=[])
+        self.worker.wait_for_layer_load("model.layers.0.self_attn.attn")
+        self.worker.save_kv_layer("model.layers.0.self_attn.attn", None, None)
+        self.worker.wait_for_save()
+        _, finished = self.worker.get_finished(set())
+        return finished, self.worker.get_block_ids_with_load_errors()
+
+    def close(self) -> None:
+        self.scheduler.shutdown()
+        self.worker.shutdown()
+
+
+class FullAttentionSpec:
+    """How vLLM describes the pages of layers that keep all tokens."""
+
+
+def pages_of(*pages: int) -> Any:
+    return SimpleNamespace(get_block_ids=lambda: (list(pages),))
+
+
+def test_a_block_is_stored_and_then_loaded(connector: ModuleType, tmp_path: Path) -> None:
+    engine, key = Engine(connector, tmp_path), block_key(range(10, 16))
+    params = block_params(SECRET, EncodeRequest(reply_to=NOWHERE))
+    encode = make_request("e", range(10, 16), params)
+    engine.scheduler.on_new_request(encode)
+    assert engine.scheduler.get_num_new_matched_tokens(encode, 0) == (0, False)
+    engine.scheduler.update_state_after_alloc(encode, pages_of(5, 2), 0)
+    for index, layer in enumerate(engine.layers):
+        slots = page_slots([5, 2], PAGE_LEN, 0, 6)
+        layer.impl.do_kv_cache_update(layer, *kv_of(key)[index].unbind(1), layer.kv_cache, slots)
+    engine.run(step({"e": 6}, new={"e": [5, 2]}))
+    assert engine.scheduler.request_finished(encode, [5, 2]) == (False, None)
+
+    request = block_request("a", [*range(10, 16), 7, 8], [6])
+    engine.scheduler.on_new_request(request)
+    assert engine.scheduler.get_num_new_matched_tokens(request, 0) == (6, True)
+    engine.scheduler.update_state_after_alloc(request, pages_of(9, 0), 6)
+    finished, bad_pages = engine.run(step())
+    for _ in range(1000):
+        if finished:
+            break
+        finished, bad_pages = engine.run(step())
+    assert (finished, bad_pages) == ({"a"}, set())
+    assert torch.equal(read_block(engine.layers, SHAPE, page_slots([9, 0], PAGE_LEN, 0, 6)), kv_of(key))
+    engine.close()
+
+
+def test_an_unsupported_setting_ends_the_start(connector: ModuleType, tmp_path: Path) -> None:
+    served = make_served(tmp_path)
+    served.save(tmp_path / "served.json")
+    config = make_config(served)
+    config.kv_transfer_config.kv_connector_extra_config = {"served_model": str(tmp_path / "served.json")}
+    config.lora_config = object()
+    with pytest.raises(UserError, match="enable_lora"):
+        connector.BlockConnector(config, Role.SCHEDULER, None)
+
+
+def test_no_other_module_imports_vllm() -> None:
+    folder = Path(__file__).parents[2] / "blockft"
+    importing = [
+        file.name
+        for file in folder.rglob("*.py")
+        if "from vllm" in (text := file.read_text()) or "import vllm" in text
+    ]
+    assert importing == ["vllm_connector.py"]

@@ -1,0 +1,163 @@
+"""The worker's half: loads blocks in the background, stores computed blocks, and fails single requests."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from blockft.inference.block_key import BlockKey
+from blockft.serving.block_request import ReplyAddress, page_slots
+from blockft.serving.pages import read_block
+from blockft.serving.report import Report, Reporter
+from blockft.serving.scheduler_half import Load, Save
+from blockft.serving.served_model import ServedModel
+from blockft.serving.worker_half import WorkerHalf
+from tests.inference.cached import random_key
+from tests.serving.stubs import PAGE_LEN, SHAPE, kv_of, make_layers, make_served
+
+KEYS = [random_key(seed, length) for seed, length in enumerate((5, 4, 6))]
+ADDRESS = ReplyAddress(socket="s", id="7")
+
+
+class Worker:
+    """A worker with blocks in its folder, and the reports that it has sent."""
+
+    def __init__(self, served: ServedModel, keys: list[BlockKey]) -> None:
+        by_blockft, by_vllm = served.open_disk_tiers()
+        for index, key in enumerate(keys):  # of both kinds
+            (by_blockft if index % 2 else by_vllm).write(key, kv_of(key))
+        self.half, self.layers = WorkerHalf(served, PAGE_LEN), make_layers()
+        self.half.use_layers(self.layers)
+
+    def load(self, load: Load) -> tuple[set[str], set[int]]:
+        """Run steps until a load has ended. Return the finished requests and the bad pages of its step."""
+        self.half.load([load], is_idle=True)
+        for _ in range(1000):
+            if finished := self.half.take_finished():
+                return finished, self.half.take_bad_pages()
+            assert not self.half.take_bad_pages()
+            self.half.load([], is_idle=True)
+        raise AssertionError("the load has not ended")
+
+
+@pytest.fixture
+def reports(monkeypatch: pytest.MonkeyPatch) -> list[Report]:
+    sent: list[Report] = []
+    monkeypatch.setattr(Reporter, "send", lambda self, address, report: sent.append(report))
+    return sent
+
+
+@pytest.fixture
+def open_worker(tmp_path: Path) -> Iterator[Callable[..., Worker]]:
+    workers: list[Worker] = []
+
+    def open_worker(keys: list[BlockKey], **changes: Any) -> Worker:
+        workers.append(Worker(make_served(tmp_path, **changes), keys))
+        return workers[-1]
+
+    yield open_worker
+    for worker in workers:
+        worker.half.close()
+
+
+def make_load(start: int = 0, **changes: Any) -> Load:
+    fields = {"request_id": "a", "keys": KEYS, "pages": [7, 3, 9, 1, 12], "start": start, "reply_to": ADDRESS}
+    return Load(**fields | changes)
+
+
+def wait_for(reports: list[Report]) -> Report:
+    for _ in range(500):
+        if reports:
+            return reports.pop()
+        time.sleep(0.01)
+    raise AssertionError("nothing was reported")
+
+
+def test_blocks_of_both_kinds_are_loaded_into_pages(
+    open_worker: Callable[..., Worker], reports: list[Report]
+) -> None:
+    worker = open_worker(KEYS)
+    assert worker.load(make_load()) == ({"a"}, set())
+    found = read_block(worker.layers, SHAPE, page_slots([7, 3, 9, 1], PAGE_LEN, 0, 15))
+    values = torch.cat([kv_of(key) for key in KEYS], dim=1)[:, :, 1]
+    assert_close(found[:, :, 1], values)
+    assert_close(found[:, :5], kv_of(KEYS[0]), rtol=1e-6, atol=1e-6)
+    assert reports == [Report(sources=["disk", "disk", "disk"])]
+    worker.load(make_load(start=9, request_id="b"))
+    assert reports[1:] == [Report(sources=["device", "device", "host"])]
+
+
+def test_a_missing_block_fails_its_request_alone(
+    open_worker: Callable[..., Worker], reports: list[Report]
+) -> None:
+    worker = open_worker([KEYS[0], KEYS[2]])
+    finished, bad_pages = worker.load(make_load(start=4))
+    assert finished == {"a"} and bad_pages == {3, 9, 1, 12}, "pages before the load are good"
+    assert reports == [Report(missing=[1])]
+    assert worker.load(make_load(keys=[KEYS[0]], request_id="b")) == ({"b"}, set())
+
+
+def test_a_damaged_block_is_missing(open_worker: Callable[..., Worker], reports: list[Report]) -> None:
+    worker = open_worker(KEYS)
+    for file in Path(worker.half._served.folder).rglob("*.safetensors"):
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    assert worker.load(make_load())[1]
+    assert reports == [Report(missing=[0, 1, 2])]
+
+
+def test_a_refused_request_fails(open_worker: Callable[..., Worker], reports: list[Report]) -> None:
+    assert open_worker(KEYS).load(make_load(start=8, keys=[], refusal="no")) == ({"a"}, {9, 1, 12})
+    assert reports == [Report(failure="no")]
+
+
+def test_an_error_while_blocks_are_written_fails_one_request(
+    open_worker: Callable[..., Worker], reports: list[Report]
+) -> None:
+    worker = open_worker(KEYS)
+    assert worker.load(make_load(pages=[7]))[0] == {"a"}
+    assert "could not be loaded" in reports.pop().failure
+    assert worker.load(make_load(request_id="b")) == ({"b"}, set())
+
+
+def test_a_computed_block_is_stored_for_later_servers(
+    open_worker: Callable[..., Worker], reports: list[Report], tmp_path: Path
+) -> None:
+    worker = open_worker([])
+    slots = page_slots([4, 2], PAGE_LEN, 0, 5)
+    for index, layer in enumerate(worker.layers):
+        layer.impl.do_kv_cache_update(layer, *kv_of(KEYS[0])[index].unbind(1), layer.kv_cache, slots)
+    worker.half.save([Save(key=KEYS[0], pages=[4, 2], reply_to=ADDRESS)])
+    assert wait_for(reports) == Report()
+    by_blockft, by_vllm = make_served(tmp_path).open_disk_tiers()
+    assert KEYS[0] in by_vllm and KEYS[0] not in by_blockft
+    later = open_worker([])
+    assert later.load(make_load(keys=[KEYS[0]])) == ({"a"}, set())
+    assert torch.equal(read_block(later.layers, SHAPE, page_slots([7, 3], PAGE_LEN, 0, 5)), kv_of(KEYS[0]))
+
+
+def test_a_block_that_overflows_is_not_stored(
+    open_worker: Callable[..., Worker], reports: list[Report], tmp_path: Path
+) -> None:
+    worker = open_worker([])
+    worker.layers[1].kv_cache[4, 0, 0, 0, 0] = float("inf")
+    worker.half.save([Save(key=KEYS[0], pages=[4, 2], reply_to=ADDRESS)])
+    assert "not finite" in wait_for(reports).failure
+    assert not any(KEYS[0] in tier for tier in make_served(tmp_path).open_disk_tiers())
+
+
+def test_blocks_stay_in_memory_if_the_folder_loses_them(
+    open_worker: Callable[..., Worker], reports: list[Report]
+) -> None:
+    worker = open_worker(KEYS)
+    worker.load(make_load())
+    for file in Path(worker.half._served.folder).rglob("*.safetensors"):
+        file.unlink()
+    assert worker.load(make_load(request_id="b")) == ({"b"}, set())
+    without_memory = open_worker([], host_bytes=0)
+    assert without_memory.load(make_load())[1]
