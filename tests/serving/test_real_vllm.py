@@ -74,7 +74,7 @@ class Server:
 
 
 def start_server(folder: Path, cache: Path, *options: str) -> Server:
-    """Start a server whose pages hold 16 tokens, and wait until it answers."""
+    """Start a server whose pages hold 32 tokens, and wait until it answers."""
     port, log = free_port(), folder / "server.log"
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
@@ -85,7 +85,7 @@ def start_server(folder: Path, cache: Path, *options: str) -> Server:
         "DO_NOT_TRACK": "1",
     }
     command = [PYTHON, "-m", "blockft", "serve", str(MODEL), "--cache", str(cache), "--port", str(port)]
-    command += ["--block-size", "16", *options]
+    command += ["--block-size", "32", *options]
     with log.open("ab") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=ROOT)
     deadline = time.monotonic() + START_TIMEOUT_S
@@ -217,7 +217,7 @@ def later_server(folder: Path, server: Server, chats: list[Chat]) -> Iterator[Se
     later = start_server(
         folder,
         folder / "cache",
-        *("--host-bytes", "0B", "--max-model-len", "256", "--num-gpu-blocks-override", "20"),
+        *("--host-bytes", "0B", "--max-model-len", "256", "--num-gpu-blocks-override", "12"),
         *("--max-num-batched-tokens", "32", "--max-num-seqs", "8", "--no-enable-prefix-caching"),
     )
     yield later
