@@ -42,7 +42,7 @@ SETTINGS = (
 )
 LORA = "train.lora={r: 8, lora_alpha: 16, target_modules: all-linear}"
 FLOAT32, BFLOAT16 = "model.dtype=float32", "model.dtype=bfloat16"
-REFERENCE = ("model.attention=sdpa", "train.torch_compile=false", "train.gradient_checkpointing=false")
+REFERENCE = ("model.attention=sdpa", "train.torch_compile=false", "train.gradient_checkpointing=none")
 LOSSES = ("loss", "eval_loss_block", "eval_loss_full")
 TOLERANCE = {FLOAT32: 1e-4, BFLOAT16: 5e-2}
 """Largest relative difference of losses that another order of the same sums explains, by dtype."""

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from blockft.config.recipe import load_recipe
 from blockft.errors import UserError
@@ -61,10 +62,10 @@ def test_compiled_layers_give_the_losses_of_eager_ones(
 
 
 @pytest.mark.parametrize("compiled", [EAGER, COMPILED], ids=["eager", "compiled"])
-@pytest.mark.parametrize("kind", ["true"])
+@pytest.mark.parametrize("kind", ["selective", "full"])
 def test_gradient_checkpointing_changes_no_loss(toy: ToyRuns, kind: str, compiled: tuple[str, ...]) -> None:
     run = toy.train(FLOAT32, *compiled, f"train.gradient_checkpointing={kind}")
-    check_losses(run, toy.train(FLOAT32, *compiled, "train.gradient_checkpointing=false"), TOLERANCE[FLOAT32])
+    check_losses(run, toy.train(FLOAT32, *compiled, "train.gradient_checkpointing=none"), TOLERANCE[FLOAT32])
 
 
 @pytest.mark.parametrize("teacher", ["null", "{toy}/model"], ids=["itself", "frozen"])
@@ -92,6 +93,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(toy: ToyRuns) -> None:
     assert not complete_checkpoints(run)
     # the process can train again
     assert len(logged(toy.train(BFLOAT16, *COMPILED))) == 6
+
+
+def test_a_full_memory_ends_the_run_in_one_sentence(toy: ToyRuns) -> None:
+    torch.cuda.set_per_process_memory_fraction(1e-6)
+    try:
+        torch.cuda.empty_cache()
+        with pytest.raises(UserError, match="the memory of a GPU is full"):
+            train_here(toy.recipe, toy.new_run("oom"), BFLOAT16)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def test_the_dry_run_of_a_gpu_names_its_backend(toy: ToyRuns, capsys: pytest.CaptureFixture[str]) -> None:
