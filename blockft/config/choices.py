@@ -128,6 +128,19 @@ class GradientCheckpointing(StrEnum):
     full = "full"
 
 
+class Quantization(StrEnum):
+    """Form in which the frozen weights of a LoRA run are kept."""
+
+    nf4 = "nf4"
+
+
+class Optimizer(StrEnum):
+    """Optimizer of training."""
+
+    adamw = "adamw"
+    adamw_8bit = "adamw_8bit"
+
+
 class Metric(StrEnum):
     """Score of an answer against the accepted answers."""
 

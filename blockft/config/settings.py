@@ -41,8 +41,10 @@ from blockft.config.choices import (
     GradientCheckpointing,
     Mode,
     Objective,
+    Optimizer,
     Order,
     Positions,
+    Quantization,
     Response,
     Retriever,
     Role,
@@ -502,6 +504,14 @@ class ModelSettings(Settings):
             "elsewhere."
         ),
     )
+    quantization: Quantization | None = Field(
+        default=None,
+        description=(
+            "Form of the frozen weights of a LoRA run. `nf4` keeps the matrices of the decoder layers in 4 "
+            "bits with double quantisation (QLoRA) and computes in `dtype`. It needs the extra "
+            "`quantization`, and ZeRO-0, 1 or 2. Exports hold the quantised numbers in full size."
+        ),
+    )
 
 
 class PromptSettings(Settings):
@@ -822,6 +832,14 @@ class TrainSettings(Settings):
         description=(
             "Upper limit of optimizer steps. Unlike in transformers, it does not extend `num_train_epochs`. "
             "null trains all epochs."
+        ),
+    )
+    optimizer: Optimizer = Field(
+        default=Optimizer.adamw,
+        description=(
+            "`adamw_8bit` keeps both moments of AdamW in 8 bits (bitsandbytes): 2 bytes per trained weight "
+            "instead of 8. It needs the extra `quantization`, excludes offloading, and under ZeRO-1 to 3 is "
+            "resumed by the same number of processes."
         ),
     )
     learning_rate: Float = Field(default=2e-5, ge=0, description="Peak learning rate.")

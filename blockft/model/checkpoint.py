@@ -297,12 +297,13 @@ def _float32_weights(model: torch.nn.Module) -> Iterator[None]:
     original: dict[torch.nn.Parameter, torch.Tensor] = {}
 
     def widen(module: torch.nn.Module, _: Any) -> None:
-        for parameter in module.parameters(recurse=False):
+        # quantised weights are whole numbers
+        for parameter in filter(torch.is_floating_point, module.parameters(recurse=False)):
             original[parameter] = parameter.data
             parameter.data = parameter.data.float()
 
     def restore(module: torch.nn.Module, *_: Any) -> None:
-        for parameter in module.parameters(recurse=False):
+        for parameter in filter(torch.is_floating_point, module.parameters(recurse=False)):
             parameter.data = original.pop(parameter)
 
     # ZeRO-3's hooks gather a module's weights before these hooks run and free them afterwards

@@ -26,7 +26,9 @@ from blockft.digest import digest_files, digest_json, digest_names
 from blockft.errors import UserError, first_line
 from blockft.file_content import check_content, load_json
 from blockft.inputs import read_text
+from blockft.model.base_quantization import read_base_quantization, round_linears
 from blockft.model.decoder_layers import restore_frequencies
+from blockft.model.fill_weights import draw_model, read_model
 from blockft.model.lora import merge_adapter
 from blockft.model.model_files import verify_base_weights, verify_model_files
 from blockft.model.supported import (
@@ -36,7 +38,7 @@ from blockft.model.supported import (
     check_supported,
     check_vocabulary,
 )
-from blockft.model.weights import check_weights, digest_weights, error_prefix, find_file
+from blockft.model.weights import StoredTensor, check_weights, digest_weights, error_prefix, find_file
 from blockft.progress import is_enabled
 from blockft.run_folder import RECIPE
 
@@ -230,11 +232,16 @@ def load_model(
     dtype: torch.dtype,
     revision: str | None = None,
     random_seed: int | None = None,
+    device: torch.device | None = None,
+    quantize: bool = False,
 ) -> PreTrainedModel:
-    """Return a causal language model on the CPU, in eval mode.
+    """Return a causal language model, in eval mode.
 
     backend      attention backend: "sdpa", "flex" or "cached"
     random_seed  initialise random weights with this seed instead of reading weights
+    device       where the weights are read or drawn, one matrix at a time; None is the CPU, or all ranks
+                 together while ZeRO-3 is enabled
+    quantize     keep the matrices of the decoder layers in 4 bits (NF4); needs a device
 
     For the folder of an adapter it is the base model with the adapter merged in.
 
@@ -244,24 +251,91 @@ def load_model(
     """
     config = load_config(path, revision)
     attention = f"block_{backend}"
+    if device is not None:
+        target = {"device": device, "dtype": dtype, "attention": attention, "quantize": quantize}
+        return _load_on_device(path, revision, config, random_seed, **target).eval()
+    assert not quantize, "weights are quantised only on a device"
     if random_seed is not None:
         set_seed(random_seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         restore_frequencies(model)
         return model.eval()
     if base := adapter_base_model(path):
-        verify_base_weights(Path(path), *base)
-    model = _load_weights(*(base or (path, revision)), config, dtype, attention)
-    return (merge_adapter(model, Path(path)) if base else model).eval()
+        return _load_merged(path, base, config, dtype, attention).eval()
+    return _load_weights(path, revision, config, dtype, attention).eval()
 
 
-def load_full_attention_model(path: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
+def _load_on_device(
+    path: str,
+    revision: str | None,
+    config: PreTrainedConfig,
+    random_seed: int | None,
+    **target: Any,
+) -> PreTrainedModel:
+    """Return a model whose weights are read or drawn on a device; `target` is for `read_model`."""
+    if random_seed is not None:
+        return draw_model(config, seed=random_seed, **target)
+    if base := adapter_base_model(path):
+        merged = _load_merged(path, base, config, target["dtype"], target["attention"])
+        stored = {name: StoredTensor.of(tensor) for name, tensor in merged.state_dict().items()}
+        return read_model(config, stored, generation_config=merged.generation_config, **target)
+    stored = _check_files(path, revision, config)
+    generation_config = None
+    if _call(path, find_file, path, "generation_config.json", revision):
+        generation_config = _open(GenerationConfig, path, revision)
+    with error_prefix(f"model {path!r} cannot be opened: "):
+        model = read_model(config, stored, generation_config=generation_config, **target)
+    _check_generation_config(model, path)
+    return model
+
+
+def _load_merged(
+    path: str,
+    base: tuple[str, str | None],
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    attention: str,
+) -> PreTrainedModel:
+    """Return the base model of an adapter with the adapter merged in.
+
+    If the adapter was trained on quantised weights, they are rounded to the numbers that it was trained on.
+    """
+    verify_base_weights(Path(path), *base)
+    quantized_in = read_base_quantization(Path(path))
+    return merge_adapter(_load_rounded(*base, config, dtype, attention, quantized_in), Path(path))
+
+
+def _load_rounded(
+    path: str,
+    revision: str | None,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    attention: str,
+    quantized_in: torch.dtype | None,
+) -> PreTrainedModel:
+    """Return a model as `_load_weights` does; with the numbers of a run that quantised it in this type."""
+    if quantized_in is None:
+        return _load_weights(path, revision, config, dtype, attention)
+    model = _load_weights(path, revision, config, quantized_in, attention)
+    with error_prefix(f"model {path!r} cannot be opened: "):
+        round_linears(model)
+    for weight in model.parameters():  # Module.to would also round the buffers of the rotary embedding
+        weight.data = weight.data.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
+def load_full_attention_model(
+    path: str, revision: str | None, dtype: torch.dtype, *, quantized_in: torch.dtype | None = None
+) -> PreTrainedModel:
     """Return the model as plain transformers opens it, with full attention.
+
+    With `quantized_in` the weights have the numbers of a run that quantised them in this type.
 
     Raises:
         UserError: see `load_model`.
     """
-    return _load_weights(path, revision, load_config(path, revision), dtype, "sdpa")
+    return _load_rounded(path, revision, load_config(path, revision), dtype, "sdpa", quantized_in)
 
 
 def load_generation_config(folder: Path, config: PreTrainedConfig) -> GenerationConfig:
@@ -279,16 +353,8 @@ def load_generation_config(folder: Path, config: PreTrainedConfig) -> Generation
 def _load_weights(
     path: str, revision: str | None, config: PreTrainedConfig, dtype: torch.dtype, attention: str
 ) -> PreTrainedModel:
-    """Return a model with exactly the weights of its files.
-
-    The files are compared with the model before transformers reads them, because it does not report every
-    difference while ZeRO-3 is enabled.
-    """
-    verify_model_files(path, revision, weights=True)
-    _call(path, check_weights, path, revision, build_meta_model(config))
-    # transformers would pass over a generation config that it cannot read
-    if file := _call(path, find_file, path, "generation_config.json", revision):
-        load_json(file)
+    """Return a model with exactly the weights of its files, which transformers reads."""
+    _check_files(path, revision, config)
     model: PreTrainedModel
     model, report = _open(
         AutoModelForCausalLM,
@@ -303,9 +369,25 @@ def _load_weights(
     restore_frequencies(model)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(f"{path} holds both a model and an adapter: name a folder that holds one of them")
-    if model.generation_config is not None:
-        check_special_ids(model.generation_config, config.vocab_size, f"{path}: its generation_config.json")
+    _check_generation_config(model, path)
     return model
+
+
+def _check_files(path: str, revision: str | None, config: PreTrainedConfig) -> dict[str, StoredTensor]:
+    """Verify the files of a model and compare its weights with the configuration; return the weights.
+
+    transformers does not report every difference, and passes over a generation config that it cannot read.
+    """
+    verify_model_files(path, revision, weights=True)
+    stored: dict[str, StoredTensor] = _call(path, check_weights, path, revision, build_meta_model(config))
+    if file := _call(path, find_file, path, "generation_config.json", revision):
+        load_json(file)
+    return stored
+
+
+def _check_generation_config(model: PreTrainedModel, path: str) -> None:
+    if (generation := model.generation_config) is not None:
+        check_special_ids(generation, model.config.vocab_size, f"{path}: its generation_config.json")
 
 
 def _find_config(path: str, revision: str | None) -> Path | None:

@@ -55,12 +55,17 @@ _WITHOUT_EFFECT = ("inference_mode", "megatron_core", "qalora_group_size", "peft
 
 
 def add_adapter(
-    model: PreTrainedModel, arguments: Mapping[str, Any], *, seed: int, revision: str | None = None
+    model: PreTrainedModel,
+    arguments: Mapping[str, Any],
+    *,
+    seed: int,
+    revision: str | None = None,
+    is_quantized: bool = False,
 ) -> PeftModel:
     """Return the model with a new adapter, which is the same on every rank; only the adapter is trained.
 
     `arguments` are those of `peft.LoraConfig`; by default every linear layer is adapted. `revision` is that
-    of the base model.
+    of the base model. `is_quantized` says that the weights of the decoder layers are, or will be, in 4 bits.
 
     Raises:
         UserError: peft does not accept the arguments, or the trained adapter could not be exported or read
@@ -70,9 +75,13 @@ def add_adapter(
     defaults = {"task_type": "CAUSAL_LM", "target_modules": "all-linear", "revision": revision}
     with error_prefix("train.lora cannot be used: "):
         _check_options(arguments, OPTIONS)
+        if is_quantized:
+            _check_options_of_quantized(arguments)
         with _errors_of_peft():
             config = LoraConfig(**{**defaults, **arguments})
             adapted = _adapt(model, config)
+        if is_quantized:
+            _check_saved_modules_of_quantized(adapted)
         _check_named_modules(adapted, config, arguments)
         _check_tied_modules(adapted)
     return adapted
@@ -200,6 +209,28 @@ def _check_options(arguments: Mapping[str, Any], supported: Collection[str]) -> 
     for name, alpha in scales.items():
         if not _is_number(alpha) or not 0 < alpha < math.inf:
             raise UserError(f"{name} is {alpha!r}, it should be a number greater than 0")
+
+
+def _check_options_of_quantized(arguments: Mapping[str, Any]) -> None:
+    """Refuse options that need the weights of the base model as floats, or that change them."""
+    if arguments.get("use_dora"):
+        raise UserError("use_dora needs weights that are not quantised: leave model.quantization out")
+    if (init := arguments.get("init_lora_weights")) in ("pissa", "olora"):
+        raise UserError(
+            f"init_lora_weights {init!r} changes the weights of the model, which are quantised: leave it "
+            "out, or leave model.quantization out"
+        )
+
+
+def _check_saved_modules_of_quantized(model: PeftModel) -> None:
+    """Refuse to train a copy of quantised weights."""
+    layers = next(name for name, _ in model.named_modules() if name.endswith(".layers"))
+    for name, module in model.named_modules():
+        if ".modules_to_save." in name and name.startswith(layers) and isinstance(module, torch.nn.Linear):
+            raise UserError(
+                f"modules_to_save names the quantised weights of {name.removeprefix(layers)[1:]}, which "
+                "cannot be trained: name other modules, or leave model.quantization out"
+            )
 
 
 def _is_number(value: Any) -> bool:

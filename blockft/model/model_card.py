@@ -14,7 +14,7 @@ _CARD = """---
 # {title}
 
 {base}, fine-tuned for Block-Attention (Ma, Wang, Lan: Block-Attention for Efficient Prefilling, ICLR 2025).
-Written by blockft {version} after {steps}{loss}.
+Written by blockft {version} after {steps}{loss}.{quantization}
 
 The keys and values of each document of a prompt can be computed once and reused in every prompt that contains
 the document, at any position. The weights have the usual format: without blockft, the model attends fully.
@@ -58,6 +58,32 @@ _LOAD_MODEL = """from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained({name})
 tokenizer = AutoTokenizer.from_pretrained({name})"""
 
+_QUANTIZED_MODEL = """
+
+The adapter was trained on weights that were quantised to 4 bits (NF4 with double quantisation). It is merged
+into the numbers that it was trained on: the weights here are those of the quantised model, in full size."""
+
+_QUANTIZED_ADAPTER = """
+
+The adapter was trained on weights that were quantised to 4 bits (NF4 with double quantisation). blockft reads
+`base_quantization.json` and gives the base model these numbers, in full size. Other software must quantise
+the base model as the code below does; the numbers then differ in the rounding of a few scales."""
+"""What the card says about a run on quantised weights."""
+
+_LOAD_QUANTIZED = """import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+quantization = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=torch.bfloat16,
+)
+base = AutoModelForCausalLM.from_pretrained({base}, quantization_config=quantization)
+model = PeftModel.from_pretrained(base, {name})
+tokenizer = AutoTokenizer.from_pretrained({name})"""
+
 _LOAD_ADAPTER = """from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -76,6 +102,7 @@ def build_model_card(
     manifest: dict[str, Any],
     metrics: list[dict[str, Any]],
     is_adapter: bool = False,
+    is_quantized: bool = False,
     has_wording: bool = True,
     scores: str = "",
 ) -> str:
@@ -90,6 +117,7 @@ def build_model_card(
         manifest: of the prepared data.
         metrics: lines of the run's metrics; the last loss up to `step` is named.
         is_adapter: the folder holds an adapter without its base model.
+        is_quantized: the adapter was trained on quantised weights.
         has_wording: the export records the wording of prompts over documents.
         scores: Markdown with the scores of an evaluation.
     """
@@ -97,7 +125,10 @@ def build_model_card(
     metadata |= {"library_name": "peft" if is_adapter else "transformers", **base.metadata}
     metadata |= {"pipeline_tag": "text-generation", "tags": ["block-attention"]}
     losses = [line["loss"] for line in metrics if "loss" in line and line["step"] <= step]
-    loading_code = _LOAD_ADAPTER if is_adapter else _LOAD_MODEL
+    loading_code, quantization = _LOAD_MODEL, _QUANTIZED_MODEL if is_quantized else ""
+    if is_adapter:
+        loading_code = _LOAD_QUANTIZED if is_quantized else _LOAD_ADAPTER
+        quantization = _QUANTIZED_ADAPTER if is_quantized else ""
     request, arguments = _DOCUMENTS if has_wording else _BLOCKS
     return _CARD.format(
         request=request,
@@ -110,6 +141,7 @@ def build_model_card(
         steps=format_count(step, "step"),
         # a run may stop before it logs a loss
         loss=f"; the last logged loss is {losses[-1]:.4f}" if losses else "",
+        quantization=quantization,
         config_file="block_attention.json" if is_adapter else "config.json",
         library="peft" if is_adapter else "transformers",
         loading_code=loading_code.format(name=json.dumps(name), base=json.dumps(base.name)),

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as LoraLinear
 from transformers import PreTrainedModel
 
+from blockft.model.nf4_linear import NF4Linear
+
 ATTENTION_GROUP = ("q_proj", "k_proj", "v_proj")
 MLP_GROUP = ("gate_proj", "up_proj")
 """Modules that read the same input, in the order in which the model calls them."""
@@ -81,7 +83,7 @@ def _is_plain(module: Any) -> bool:
         return False
     (name,) = module.active_adapters
     return (
-        type(module.base_layer) is torch.nn.Linear
+        type(module.base_layer) in (torch.nn.Linear, NF4Linear)
         and name in module.lora_A
         and name not in module.lora_variant
         and isinstance(module.lora_dropout[name], torch.nn.Identity)

@@ -63,8 +63,10 @@ class StoredTensor:
         return cls(tuple(tensor.shape), dtype, lambda: tensor)
 
 
-def check_weights(path: str, revision: str | None, model: PreTrainedModel) -> None:
+def check_weights(path: str, revision: str | None, model: PreTrainedModel) -> dict[str, StoredTensor]:
     """Compare the weights of a model folder or Hub id with those of `model`, which may be on the meta device.
+
+    Returns the stored tensors by the names of the model's weights.
 
     Raises:
         UserError: a file is missing or damaged; weights are missing, unexpected, of another shape or type;
@@ -79,6 +81,7 @@ def check_weights(path: str, revision: str | None, model: PreTrainedModel) -> No
             prefix = f"{model.base_model_prefix}."
             stored = {prefix + key if prefix + key in expected else key: stored[key] for key in stored}
         _check_all(stored, expected, model.all_tied_weights_keys)
+    return stored
 
 
 def load_weights(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> None:

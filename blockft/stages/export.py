@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from blockft.config.choices import DType
+from blockft.config.choices import DType, WeightInit
 from blockft.config.recipe import load_recipe
 from blockft.config.settings import Recipe
 from blockft.console import PlainConsole
@@ -20,6 +20,7 @@ from blockft.evaluation.report_render import TITLES, format_score
 from blockft.folder_lock import reading_folder
 from blockft.inputs import check_path
 from blockft.markdown import code_span, markdown_table
+from blockft.model.base_quantization import read_base_quantization, write_base_quantization
 from blockft.model.checkpoint import (
     MARKER,
     find_checkpoint,
@@ -50,7 +51,7 @@ from blockft.stages.compare import read_report
 from blockft.stages.output_folder import lock_output
 from blockft.training.library_internals import check_pickles, consolidate_weights
 from blockft.training.library_warnings import silence_known_warnings
-from blockft.training.plan import BASE_WEIGHTS, WEIGHT_DTYPE
+from blockft.training.plan import BASE_WEIGHTS, QUANTIZATION, WEIGHT_DTYPE
 from blockft.units import format_count, parse_bytes
 from blockft.version import __version__
 
@@ -151,6 +152,11 @@ def _export(
     run_dtype = DTYPES[run_signature[WEIGHT_DTYPE]]
     export_dtype = _parse_dtype(dtype, run_dtype)
     recipe = load_recipe(str(checkpoint.parent / RECIPE))
+    if has_adapter and recipe.model.init is WeightInit.random:
+        raise UserError(
+            f"{checkpoint} holds an adapter of a random model (model.init=random), whose weights nothing "
+            "keeps: train all weights, or set model.init=pretrained, to export a run"
+        )
     base_weights = run_signature.get(BASE_WEIGHTS)
     if base_weights and digest_base_weights(recipe.model.path, recipe.model.revision) != base_weights:
         raise UserError(
@@ -163,6 +169,8 @@ def _export(
         tokenizer = load_tokenizer(str(checkpoint))
         if adapter_only:
             _save_adapter(folder, checkpoint, recipe, export_dtype)
+            if run_signature[QUANTIZATION]:
+                write_base_quantization(folder, run_dtype)
         else:
             end_token_ids = Encoder(tokenizer).end_token_ids
             _save_model(folder, checkpoint, recipe, export_dtype, has_adapter, shard_bytes, end_token_ids)
@@ -261,7 +269,13 @@ def _load_all_weights(checkpoint: Path, recipe: Recipe, dtype: torch.dtype) -> P
 
 def _merge_adapter(checkpoint: Path, recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
     """Return the base model of a run with the adapter merged in float32, then converted to `dtype`."""
-    base = load_full_attention_model(recipe.model.path, recipe.model.revision, torch.float32)
+    signature = read_marker(checkpoint)["run_signature"]
+    base = load_full_attention_model(
+        recipe.model.path,
+        recipe.model.revision,
+        torch.float32,
+        quantized_in=DTYPES[signature[WEIGHT_DTYPE]] if signature[QUANTIZATION] else None,
+    )
     adapted = load_adapter(base, checkpoint, consolidate_weights(checkpoint, torch.float32))
     return adapted.merge_and_unload().to(dtype)
 
@@ -292,6 +306,7 @@ def _build_card(checkpoint: Path, recipe: Recipe, *, name: str, is_adapter: bool
         name=name,
         base=describe_base_model(recipe.model.path, recipe.model.revision),
         is_adapter=is_adapter,
+        is_quantized=bool(read_marker(checkpoint)["run_signature"][QUANTIZATION]),
         has_wording="prompt" in _block_attention_entry(checkpoint, recipe),
         scores=scores,
         version=__version__,
@@ -312,7 +327,9 @@ def _compare_logits(folder: Path, checkpoint: Path) -> float:
     ids, expected = load_reference_logits(checkpoint)
     if base := adapter_base_model(str(folder)):
         # transformers itself cannot open every kind of adapter (for example DoRA)
-        model: torch.nn.Module = open_adapter(load_full_attention_model(*base, torch.float32), folder)
+        quantized_in = read_base_quantization(folder)
+        base_model = load_full_attention_model(*base, torch.float32, quantized_in=quantized_in)
+        model: torch.nn.Module = open_adapter(base_model, folder)
     else:
         model = load_full_attention_model(str(folder), None, torch.float32)
     logits = model(input_ids=ids[None], use_cache=False).logits[0]

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 from transformers import PreTrainedModel
 
-from blockft.config.choices import AttentionBackend, DType, GradientCheckpointing, Objective
+from blockft.config.choices import AttentionBackend, DType, GradientCheckpointing, Objective, Optimizer
 from blockft.config.settings import Recipe
 from blockft.errors import RankError, UserError, first_line, notify, warn
 from blockft.model.decoder_layers import attention_windows
@@ -19,6 +19,7 @@ from blockft.model.shared_input import share_products
 from blockft.training.deepspeed_config import zero_stage
 from blockft.training.layer_memory import measure_loss
 from blockft.training.memory_estimate import (
+    ADAM_8BIT_BYTES,
     KINDS,
     MemoryEstimate,
     ModelMemory,
@@ -87,6 +88,7 @@ def plan_memory(recipe: Recipe, plan: RunPlan, num_processes: int, *, on_gpu: bo
             compiled=plan.compiles,
             loss_bytes=_measure_loss_bytes(recipe, plan),
             teacher_bytes=float(num_teacher * plan.dtype.itemsize),
+            quantized=recipe.model.quantization is not None,
         ),
         run=RunMemory(
             deepspeed=plan.deepspeed,
@@ -94,6 +96,7 @@ def plan_memory(recipe: Recipe, plan: RunPlan, num_processes: int, *, on_gpu: bo
             row_len=recipe.data.row_len,
             num_labels=plan.rows.max_row_labels(),
             accumulates=settings.batch_rows > num_processes,
+            moment_bytes=8.0 if settings.optimizer is Optimizer.adamw else ADAM_8BIT_BYTES,
             dense_masks=len(attention_windows(base.config)) if plan.backend == "sdpa" else 0,
         ),
     )

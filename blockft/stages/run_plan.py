@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blockft.config.choices import Mode, Objective, Positions, WeightInit
+from blockft.config.choices import Mode, Objective, Optimizer, Positions, WeightInit
 from blockft.config.recipe import RECIPES_FOLDER
 from blockft.config.settings import Recipe, TrainSettings
 from blockft.data.mixture import Mixture
@@ -31,12 +31,15 @@ from blockft.model.load import (
     verify_model,
 )
 from blockft.model.lora import add_adapter
+from blockft.model.nf4_linear import check_bitsandbytes
 from blockft.model.supported import check_token_ids
 from blockft.outputs import check_absent
 from blockft.run_folder import RECIPE, verify_metrics
 from blockft.stages.mixture_settings import read_mixture
 from blockft.training.deepspeed_config import (
+    MAX_STAGE,
     check_deepspeed_config,
+    find_own_optimizer,
     is_shipped,
     load_deepspeed_config,
     without_overlap,
@@ -48,6 +51,8 @@ from blockft.training.lr_schedule import check_schedule
 from blockft.training.plan import (
     BASE_WEIGHTS,
     NUM_PROCESSES,
+    OPTIMIZER,
+    QUANTIZATION,
     TEACHER_FINGERPRINT,
     WEIGHT_DTYPE,
     ZERO_STAGE,
@@ -92,6 +97,7 @@ def check_run(
         return plan, None
     known_later = (TEACHER_FINGERPRINT, BASE_WEIGHTS)
     check_run_signature(checkpoint, plan.run_signature, ignore=(NUM_PROCESSES, *known_later))
+    check_resharding(plan, checkpoint)
     return plan, checkpoint
 
 
@@ -135,11 +141,13 @@ def build_plan(recipe: Recipe, num_processes: int) -> RunPlan:
     _check_objective(recipe)
     check_trackers(settings.report_to)
     config = load_config(recipe.model.path, recipe.model.revision)
-    meta_model = build_meta_model(config)
-    # refuses an adapter that cannot be exported before any weight is loaded
-    model = (
-        meta_model if settings.lora is None else add_adapter(meta_model, settings.lora, seed=settings.seed)
-    )
+    model: PreTrainedModel | PeftModel = build_meta_model(config)
+    if settings.lora is not None:
+        # refuses an adapter that cannot be exported before any weight is loaded
+        is_quantized = recipe.model.quantization is not None
+        model = add_adapter(
+            build_meta_model(config), settings.lora, seed=settings.seed, is_quantized=is_quantized
+        )
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision, recipe.model.chat_template)
     prepared = load_prepared(Path(data.output_dir))
     _check_prepared(recipe, prepared, tokenizer, config.vocab_size)
@@ -158,6 +166,8 @@ def build_plan(recipe: Recipe, num_processes: int) -> RunPlan:
     dtype = parse_dtype(recipe.model.dtype, default_dtype())
     backend = choose_backend(recipe.model.attention.value)
     deepspeed = load_deepspeed_config(settings.deepspeed, RECIPES_FOLDER / "deepspeed")
+    _check_quantization(recipe, deepspeed)
+    _check_optimizer(recipe, deepspeed)
     if is_shipped(settings.deepspeed, RECIPES_FOLDER / "deepspeed"):
         if num_processes == 1:
             deepspeed = without_overlap(deepspeed)
@@ -270,6 +280,56 @@ def _check_objective(recipe: Recipe) -> None:
         )
 
 
+def _check_quantization(recipe: Recipe, deepspeed: dict[str, Any]) -> None:
+    if recipe.model.quantization is None:
+        return
+    name = f"model.quantization={recipe.model.quantization.value}"
+    if recipe.train.lora is None:
+        raise UserError(
+            f"{name} trains only an adapter, because quantised weights cannot be trained: set train.lora"
+        )
+    if zero_stage(deepspeed) == MAX_STAGE:
+        raise UserError(
+            f"{name} does not work under ZeRO-3, which cannot shard quantised weights, but "
+            f"train.deepspeed is {recipe.train.deepspeed}: take zero2"
+        )
+    check_bitsandbytes(name)
+
+
+def _check_optimizer(recipe: Recipe, deepspeed: dict[str, Any]) -> None:
+    if recipe.train.optimizer is Optimizer.adamw:
+        return
+    name = f"train.optimizer={recipe.train.optimizer.value}"
+    contradicting = find_own_optimizer(deepspeed)
+    if contradicting is not None:
+        raise UserError(
+            f"{name} is not the optimizer of train.deepspeed {recipe.train.deepspeed}, which has "
+            f"{contradicting}: take zero0 to zero3, or train.optimizer=adamw"
+        )
+    check_bitsandbytes(name)
+
+
+def check_resharding(plan: RunPlan, checkpoint: Path | None) -> bool:
+    """Return whether a checkpoint was written by another number of processes, so that its shards do not fit.
+
+    Raises:
+        UserError: the shards cannot be converted.
+    """
+    if checkpoint is None or plan.zero_stage == 0:  # ZeRO-0 has no shards
+        return False
+    found = read_marker(checkpoint)["run_signature"][NUM_PROCESSES]
+    num_processes = plan.run_signature[NUM_PROCESSES]
+    if found == num_processes:
+        return False
+    if plan.run_signature[OPTIMIZER] != Optimizer.adamw:
+        raise UserError(
+            f"{checkpoint} was written with {NUM_PROCESSES} = {found}, but now it is {num_processes}: the "
+            f"moments of train.optimizer={plan.run_signature[OPTIMIZER]} cannot be divided anew, so resume "
+            f"with {found}, or start a new run"
+        )
+    return True
+
+
 def _check_prepared(
     recipe: Recipe, prepared: PreparedData, tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> None:
@@ -373,6 +433,8 @@ def _list_signature_settings(recipe: Recipe) -> dict[str, Any]:
         "train.objective": settings.objective.value,
         "train.num_eval_examples": settings.num_eval_examples,
         "train.lora": settings.lora,
+        QUANTIZATION: None if recipe.model.quantization is None else recipe.model.quantization.value,
+        OPTIMIZER: settings.optimizer.value,
         "train.weight_decay": settings.weight_decay,
         "train.adam_beta1": settings.adam_beta1,
         "train.adam_beta2": settings.adam_beta2,

@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch.utils.data import Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blockft.config.choices import Objective, Positions, WeightInit
+from blockft.config.choices import Objective, Optimizer, Positions, WeightInit
 from blockft.config.recipe import dump_recipe
 from blockft.config.settings import Recipe
 from blockft.console import PlainConsole
@@ -42,8 +42,15 @@ from blockft.stages.memory_plan import (
     smallest_gpu,
 )
 from blockft.stages.output_folder import lock_output
-from blockft.stages.run_plan import check_run, choose_pad_id, verify_inputs, warn_of_settings
+from blockft.stages.run_plan import (
+    check_resharding,
+    check_run,
+    choose_pad_id,
+    verify_inputs,
+    warn_of_settings,
+)
 from blockft.training.compile_cache import use_compile_cache
+from blockft.training.deepspeed_config import MAX_STAGE
 from blockft.training.distributed import (
     check_ranks,
     init_distributed,
@@ -76,6 +83,9 @@ if TYPE_CHECKING:
 
 ACTION = "blockft train"
 """Name of this command in the message for another process that wants to use the folder."""
+
+_OPTIMIZERS = {Optimizer.adamw: "adamw_torch_fused", Optimizer.adamw_8bit: "adamw_bnb_8bit"}
+"""Names of transformers for the choices of `train.optimizer`."""
 
 REFERENCE_LEN = 256
 """Number of tokens of the reference text, on which exports are compared: the start of the run's first row."""
@@ -212,11 +222,7 @@ def _train(
         # DeepSpeed, which this module imports, needs the worker's environment
         from blockft.training.universal_checkpoint import UNIVERSAL, convert_to_universal, remove_universal
 
-        is_resharded = (
-            marker is not None
-            and marker["run_signature"][NUM_PROCESSES] != num_processes
-            and plan.zero_stage > 0  # ZeRO-0 has no shards
-        )
+        is_resharded = check_resharding(plan, checkpoint)
         if is_resharded:
             plan = replace(plan, deepspeed=plan.deepspeed | LOAD_UNIVERSAL)
         trainer, run_callback = _build_trainer(
@@ -437,22 +443,41 @@ def _build_sample_answers(
 
 def _load_model(recipe: Recipe, plan: RunPlan, checkpointing: str) -> PreTrainedModel | PeftModel:
     """Return the model to train, compiled, checkpointed and with an adapter as the run needs it."""
+    is_quantized = recipe.model.quantization is not None
     model = load_model(
         recipe.model.path,
         revision=recipe.model.revision,
         backend=plan.backend,
         dtype=plan.dtype,
         random_seed=recipe.train.seed if recipe.model.init is WeightInit.random else None,
+        device=_choose_device(plan, is_quantized=is_quantized),
+        quantize=is_quantized,
     )
     if plan.compiles:
         compile_layers(model)
     checkpoint_layers(model, checkpointing)
     if recipe.train.lora is None:
         return model
-    adapted = add_adapter(model, recipe.train.lora, seed=recipe.train.seed, revision=recipe.model.revision)
-    if not use_cpu() and plan.zero_stage < 3:
+    adapted = add_adapter(
+        model,
+        recipe.train.lora,
+        seed=recipe.train.seed,
+        revision=recipe.model.revision,
+        is_quantized=is_quantized,
+    )
+    if not use_cpu() and plan.zero_stage < MAX_STAGE:
         share_products(model)
     return adapted
+
+
+def _choose_device(plan: RunPlan, *, is_quantized: bool) -> torch.device | None:
+    """Return the device on which weights are read or drawn; None leaves it to transformers.
+
+    transformers shards weights under ZeRO-3. On a CPU it reads and draws them.
+    """
+    if plan.zero_stage == MAX_STAGE or (use_cpu() and not is_quantized):
+        return None
+    return torch.device("cpu" if use_cpu() else "cuda")
 
 
 def _load_distillation(recipe: Recipe, plan: RunPlan) -> tuple[Distillation | None, dict[str, str]]:
@@ -493,6 +518,7 @@ def _build_arguments(
             per_device_train_batch_size=1,
             gradient_accumulation_steps=settings.batch_rows // plan.run_signature[NUM_PROCESSES],
             max_steps=plan.num_steps,
+            optim=_OPTIMIZERS[settings.optimizer],
             learning_rate=settings.learning_rate,
             lr_scheduler_type=settings.lr_scheduler_type,
             lr_scheduler_kwargs=settings.lr_scheduler_kwargs,

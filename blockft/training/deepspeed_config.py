@@ -124,6 +124,14 @@ def zero_stage(deepspeed: Mapping[str, Any]) -> int:
     return deepspeed.get("zero_optimization", {}).get("stage", 0)
 
 
+def find_own_optimizer(deepspeed: Mapping[str, Any]) -> str | None:
+    """Return the name of a section that names DeepSpeed's optimizer or places its states on the host."""
+    if deepspeed.get("optimizer") is not None:
+        return "a section optimizer"
+    offload = deepspeed.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return None if offload.get("device", "none") == "none" else "zero_optimization.offload_optimizer"
+
+
 def check_deepspeed_config(
     deepspeed: Mapping[str, Any],
     name: str,

@@ -25,6 +25,7 @@ import torch
 from transformers import PreTrainedModel
 
 from blockft.model.gradient_checkpointing import EVERY, list_checkpointed
+from blockft.model.nf4 import BYTES_PER_WEIGHT
 from blockft.training.deepspeed_config import zero_stage
 from blockft.training.layer_memory import LayerMemory, LinearBytes, measure_final_norm, measure_layers
 
@@ -47,7 +48,7 @@ USABLE_SHARE = 0.95
 """Share of the remaining memory that a run may be planned to fill. The rest is for fragments between tensors
 and for the error of the estimate."""
 
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+NF4_BYTES = BYTES_PER_WEIGHT
 """Bytes of a weight in 4 bits with double quantisation: its code, and its share of two levels of scales."""
 
 ADAM_8BIT_BYTES = 2 * (1 + 4 / 256)

@@ -25,6 +25,12 @@ NUM_PROCESSES = "number of processes"
 ZERO_STAGE = "ZeRO stage"
 """Entry of a run signature."""
 
+QUANTIZATION = "model.quantization"
+"""Entry of a run signature."""
+
+OPTIMIZER = "train.optimizer"
+"""Entry of a run signature."""
+
 WEIGHT_DTYPE = "dtype of the weights"
 """Entry of a run signature."""
 
