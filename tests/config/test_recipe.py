@@ -59,7 +59,8 @@ SETTINGS: dict[str, Any] = {
         ("learning_rate=1", ": unknown key learning_rate (did you mean train.learning_rate?)"),
         (
             "model.xyz=1",
-            ": unknown key model.xyz (allowed: path, revision, chat_template, init, attention, dtype, quantization)",
+            ": unknown key model.xyz (allowed: path, revision, chat_template, init, attention, dtype, "
+            "quantization)",
         ),
         (f"train.batch_rows={10**400}", "(401 characters), it should be at most 65,536"),
         (f"data.seed={2**63}", "it should be at most 9,223,372,036,854,775,807"),
