@@ -135,10 +135,15 @@ def _prepare_launch(arguments: Sequence[str], hosts: Hosts | None) -> tuple[Sequ
 
 def _report_kill(exit_code: int) -> None:
     """Print that a signal ended a rank, which only its launcher knows; that is the exit code minus 256."""
-    with suppress(ValueError):
-        name = signal.Signals(256 - exit_code).name
-        cause = ", most likely because memory ran out" if name == "SIGKILL" else ""
-        notify(f"a process of the run was ended by {name}{cause}: resume the run with --resume")
+    causes = {
+        signal.SIGKILL: ", most likely because memory ran out",
+        signal.SIGBUS: ", most likely because shared memory or a disk is full",
+        signal.SIGSEGV: "",
+        signal.SIGABRT: "",
+    }
+    for number, cause in causes.items():
+        if exit_code == 256 - number:
+            notify(f"a process of the run was ended by {number.name}{cause}: resume the run with --resume")
 
 
 def _launcher_command(num_gpus: int, hosts: Hosts | None) -> list[str]:

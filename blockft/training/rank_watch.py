@@ -263,9 +263,11 @@ class RankWatch:
         )
         self._is_connected.set()
         self._read_messages(connection)
+        if self._is_done:
+            connection.close()
 
     def _read_messages(self, connection: socket.socket) -> None:
-        reason = "ended without a message: it was killed, most likely because memory ran out"
+        reason = _describe_end(None)
         try:
             for line in connection.makefile("rb"):
                 message = json.loads(line)
@@ -277,9 +279,10 @@ class RankWatch:
                 if "done" in message:
                     self._is_done = True
                     self._is_finished.set()
-        except TimeoutError:
-            reason = "no longer answers: its host or the network between the hosts has failed"
-        except (OSError, ValueError):
+                    return
+        except OSError as error:
+            reason = _describe_end(error)
+        except ValueError:  # rank 0 ended inside a message
             pass
         if not self._is_done:
             self._end(RankFailure(rank=0, host=self._address, node=0, reason=reason, has_ended=True))
@@ -372,42 +375,44 @@ class _Relay:
         self._start, self._is_reported = time.monotonic(), False
         self._facts = list_package_facts()
         self._peers: dict[socket.socket, _Peer] = {}
+        self._missing = set(range(num_ranks))
+        self._is_over = False
         self._failure: RankFailure | None = None
         _close_in_children(self._listener)
 
     def run(self) -> None:
-        """Serve the ranks; runs in a thread until the process ends."""
-        selector = selectors.DefaultSelector()
-        selector.register(self._listener, selectors.EVENT_READ)
-        while True:
-            for key, _ in selector.select(timeout=1):
-                connection: Any = key.fileobj
-                if connection is self._listener:
-                    connection, _ = self._listener.accept()
-                    _keep_alive(connection)
-                    _close_in_children(connection)
-                    self._peers[connection] = _Peer()
-                    selector.register(connection, selectors.EVENT_READ)
-                elif not self._receive(connection):
-                    selector.unregister(connection)
-                    del self._peers[connection]
-                    connection.close()
-            self._check_missing()
+        """Serve the ranks until all have ended; runs in a thread."""
+        with self._listener, selectors.DefaultSelector() as selector:
+            selector.register(self._listener, selectors.EVENT_READ)
+            while self._peers or not self._is_over:
+                self._serve(selector)
+                self._check_missing()
+
+    def _serve(self, selector: selectors.BaseSelector) -> None:
+        """Accept connections and read messages, for a second at most if none comes."""
+        for key, _ in selector.select(timeout=1):
+            connection: Any = key.fileobj
+            if connection is self._listener:
+                connection, _ = self._listener.accept()
+                _keep_alive(connection)
+                _close_in_children(connection)
+                self._peers[connection] = _Peer()
+                selector.register(connection, selectors.EVENT_READ)
+            elif not self._receive(connection):
+                selector.unregister(connection)
+                del self._peers[connection]
+                connection.close()
 
     def _receive(self, connection: Any) -> bool:
         """Read what a rank has sent; return False when its connection has ended."""
-        peer, reason = self._peers[connection], ""
+        peer, reason, received = self._peers[connection], "", b""
         try:
             received = connection.recv(1 << 16)
-            if not received:
-                reason = "ended without a message: it was killed, most likely because memory ran out"
-        except TimeoutError:
-            reason = "no longer answers: its host or the network between the hosts has failed"
-        except OSError:
-            reason = "ended without a message: it was killed, most likely because memory ran out"
-        if reason:
+        except OSError as error:
+            reason = _describe_end(error)
+        if not received:
             if peer.rank >= 0 and not peer.is_done:
-                self._fail(peer, reason, has_ended=True)
+                self._fail(peer, reason or _describe_end(None), has_ended=True)
             return False
         *lines, peer.received = (peer.received + received).split(b"\n")
         try:
@@ -422,6 +427,7 @@ class _Relay:
             if message["token"] != self.token:
                 raise ValueError("not a rank of this run")
             peer.rank, peer.host, peer.node = message["rank"], message["host"], message["node"]
+            self._missing.discard(peer.rank)
             if self._failure:
                 self._send(connection, {"failed": asdict(self._failure)})
             owner, reference = f"rank {peer.rank} on {peer.host}", "rank 0"
@@ -438,6 +444,7 @@ class _Relay:
         if "done" in message:
             peer.is_done = True
             if peer.rank == 0:
+                self._is_over = True
                 self._broadcast({"done": True})
             else:
                 self._send(connection, {"done": True})
@@ -447,7 +454,7 @@ class _Relay:
         now = time.monotonic()
         if self._is_reported and now < self._deadline:
             return
-        missing = sorted(set(range(self._num_ranks)) - {peer.rank for peer in self._peers.values()})
+        missing = sorted(self._missing)
         if not missing or self._failure or now - self._start < REMARK_AFTER_S:
             return
         names = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
@@ -488,6 +495,13 @@ class _Relay:
 
 
 # --- sockets and processes
+
+
+def _describe_end(error: OSError | None) -> str:
+    """Return why a rank's connection has ended: without an error, or with that of reading it."""
+    if error is None or isinstance(error, ConnectionError):
+        return "ended without a message: it was killed, most likely because memory ran out"
+    return f"no longer answers ({error.strerror}): its host or the network between the hosts has failed"
 
 
 def _keep_alive(connection: socket.socket) -> None:
