@@ -100,6 +100,14 @@ def check_folder(path: Path, name: str) -> None:
         raise UserError(f"{name} {path} cannot be used: it is not a folder")
 
 
+def existing_parent(path: Path) -> Path:
+    """Return a path if it exists, otherwise the closest of its parents that exists; absolute."""
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return existing
+
+
 def check_readable(path: Path, name: str, *, allow_named_pipe: bool = False) -> None:
     """Check that a path is a file, or a pipe or terminal that this process has open.
 

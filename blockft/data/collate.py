@@ -15,6 +15,11 @@ LABEL_MULTIPLE = 256
 """N is a multiple of this, so that compiled code does not see a new shape at each step."""
 
 
+def pad_num_labels(num_labels: int) -> int:
+    """Return N of a row with this number of labels: a multiple of `LABEL_MULTIPLE`, and at least one."""
+    return -(-max(1, num_labels) // LABEL_MULTIPLE) * LABEL_MULTIPLE
+
+
 def collate_row(
     examples: Sequence[tuple[Example, str]],
     row_len: int,
@@ -64,7 +69,7 @@ def collate_row(
     assert (labelled > 0).all() and (block_ids_T[labelled - 1] == block_ids_T[labelled]).all(), (
         "the first token of a block is a label"
     )
-    padding = -len(labelled) % LABEL_MULTIPLE if len(labelled) else LABEL_MULTIPLE
+    padding = pad_num_labels(len(labelled)) - len(labelled)
     row = {
         "input_ids": torch.from_numpy(input_ids_T)[None],
         "position_ids": metadata.position_ids,

@@ -33,7 +33,6 @@ MAX_WORLD_SIZE = 1 << 20
 MAX_TIMEOUT_MINUTES = 1_000_000
 """Largest time that DeepSpeed waits for processes."""
 
-
 DEFAULT_TIMEOUT_MINUTES = 10
 """Time in which all ranks must connect, unless DEEPSPEED_TIMEOUT says otherwise, as in DeepSpeed."""
 

@@ -13,11 +13,8 @@ from blockft.errors import UserError
 from blockft.training.host_probe import ProbeRequest
 from blockft.training.hosts import Hosts, read_environment_files, run_on_hosts
 from blockft.training.package_facts import describe_difference
-from blockft.training.preflight import Check, Status, run_checks
+from blockft.training.preflight import MAX_CLOCK_SKEW_S, Check, Status, run_checks
 from blockft.units import format_count
-
-MAX_CLOCK_SKEW_S = 60
-"""Clocks that differ by more make the times of logs and files useless."""
 
 REACHABLE = "hosts"
 """Name of the check that every other check of hosts needs."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from blockft.inputs import existing_parent
 from blockft.printable import print_text
 from blockft.training.package_facts import list_package_facts
 
@@ -121,9 +122,7 @@ def _name_interface(address: str) -> str:
 
 def _see_files(output_dir: Path, request: ProbeRequest, index: int) -> dict[str, Any]:
     """Write a file beside the output folder; return an error, or which hosts' files are not seen."""
-    folder = output_dir.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
+    folder = existing_parent(output_dir.absolute().parent)
     own = folder / f".{request.token}.{index}"
     try:
         own.touch()

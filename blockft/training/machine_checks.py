@@ -15,9 +15,10 @@ import torch.distributed as dist
 from packaging.requirements import Requirement
 
 from blockft.errors import UserError
+from blockft.inputs import existing_parent
 from blockft.training.distributed import use_cpu
 from blockft.training.library_internals import SHARED_MEMORY
-from blockft.training.preflight import Check
+from blockft.training.preflight import MAX_CLOCK_SKEW_S, Check
 from blockft.units import format_bytes, format_count
 
 MIN_OUTPUT_BYTES = 10 * 2**30
@@ -34,9 +35,6 @@ USED_SHARE = 0.1
 
 COMPILE_S = 100
 """Time limit of compiling DeepSpeed's operator."""
-
-MAX_CLOCK_SKEW_S = 60
-"""Largest difference between this machine's clock and that of its file server."""
 
 
 def build_machine_checks(output_dirs: list[Path]) -> list[Check]:
@@ -180,9 +178,7 @@ def check_folder(folder: Path, min_bytes: int) -> str:
     Raises:
         UserError: it cannot be written, or its disk has fewer free bytes.
     """
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
+    existing = existing_parent(folder)
     if not existing.is_dir():
         raise UserError(f"{existing} is no folder: choose another place for {folder}")
     try:
@@ -216,9 +212,7 @@ def check_shared_memory(folder: Path) -> str:
 
 
 def _check_clock(folder: Path) -> str:
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
+    existing = existing_parent(folder)
     with tempfile.NamedTemporaryFile(dir=existing) as file:
         skew_s = abs(time.time() - os.stat(file.name).st_mtime)
     if skew_s > MAX_CLOCK_SKEW_S:

@@ -18,12 +18,13 @@ exist; its end, when all gradients exist; the optimizer's step.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from blockft.data.collate import pad_num_labels
 from blockft.model.gradient_checkpointing import EVERY, list_checkpointed
 from blockft.model.nf4 import BYTES_PER_WEIGHT
 from blockft.training.deepspeed_config import zero_stage
@@ -31,9 +32,6 @@ from blockft.training.layer_memory import LayerMemory, LinearBytes, measure_fina
 
 KINDS = tuple(EVERY)
 """Kinds of gradient checkpointing, from the least recomputation to the most."""
-
-LABEL_MULTIPLE = 256
-"""Logits are computed at a multiple of this number of positions."""
 
 ROW_LEN_STEP = 1024
 """Row lengths that are proposed are multiples of this."""
@@ -114,7 +112,7 @@ class RunMemory:
     def with_row_len(self, row_len: int) -> "RunMemory":
         """Return the same run with longer or shorter rows, which have the same share of labels."""
         num_labels = -(-self.num_labels * row_len // self.row_len)
-        return RunMemory(**{**self.__dict__, "row_len": row_len, "num_labels": num_labels})
+        return replace(self, row_len=row_len, num_labels=num_labels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +120,7 @@ class MemoryEstimate:
     """Expected bytes at the peak of a process, by component, and what it keeps in the memory of the host."""
 
     components: Mapping[str, float]
-    host_bytes: float = field(default=0.0)
+    host_bytes: float = 0.0
 
     @property
     def peak_bytes(self) -> float:
@@ -175,8 +173,7 @@ def estimate_memory(model: ModelMemory, run: RunMemory, kind: str) -> MemoryEsti
     """Return the expected peak of a run with a kind of gradient checkpointing (none, selective or full)."""
     states = _States.of(model, run)
     kept, first_backward, last_backward = _activations(model, run, kind)
-    num_positions = -(-max(1, run.num_labels) // LABEL_MULTIPLE) * LABEL_MULTIPLE
-    logits = num_positions * model.vocab_size * model.loss_bytes
+    logits = pad_num_labels(run.num_labels) * model.vocab_size * model.loss_bytes
     always = {
         "weights": states.weights,
         "optimizer states": states.optimizer,

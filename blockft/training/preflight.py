@@ -7,6 +7,9 @@ from enum import StrEnum
 
 from blockft.errors import UserError
 
+MAX_CLOCK_SKEW_S = 60
+"""Clocks of hosts and file servers that differ by more make the times of logs and files useless."""
+
 
 class Status(StrEnum):
     """The result of a check."""

@@ -40,16 +40,16 @@ PROBE_AFTER_S, PROBE_EVERY_S, NUM_PROBES = 10, 5, 4
 CONNECT_S = 10
 """Longest wait for the answer to one attempt to connect."""
 
-REMARK_AFTER_S = 20
+REPORT_AFTER_S = 20
 """Ranks that are waited for longer than this are named on stderr."""
 
 GRACE_S = 1.0
 """Time in which a failed rank prints its own error, before the others print theirs and end."""
 
-VERDICT_S = 5.0
-"""Longest wait of a rank that has failed for the word of rank 0 on which rank failed first."""
+REPLY_S = 5.0
+"""Longest wait of a rank that has failed until rank 0 says which rank failed first."""
 
-FAREWELL_S, LOCAL_FAREWELL_S = 30, 3
+CONNECT_AT_EXIT_S, CONNECT_BEFORE_ERROR_S = 30, 3
 """Longest wait of a rank that fails before it is connected: at its end, if it is on another host than rank 0,
 and before it prints its error."""
 
@@ -155,7 +155,7 @@ class RankWatch:
         if not self._is_done:
             self._is_done = True
             if self._send({"done": True}):
-                self._is_finished.wait(VERDICT_S)
+                self._is_finished.wait(REPLY_S)
 
     def wait_until_ready(self) -> None:
         """Wait until every rank of the run calls this function.
@@ -234,7 +234,7 @@ class RankWatch:
                     "host has started, and that this host can reach this address (blockft doctor --hostfile "
                     "FILE)"
                 )
-            if not is_reported and now - start > REMARK_AFTER_S:
+            if not is_reported and now - start > REPORT_AFTER_S:
                 is_reported = True
                 notify(f"rank {self._rank} waits for rank 0 at {address}")
             time.sleep(0.2)
@@ -318,11 +318,11 @@ class RankWatch:
             self._send({"error": "was interrupted"})
             return error
         is_lost = is_lost_connection(error)
-        self._is_connected.wait(LOCAL_FAREWELL_S)
+        self._is_connected.wait(CONNECT_BEFORE_ERROR_S)
         if not is_lost:
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             self._tell(f"has failed: {kind}{first_line(error)}")
-        self._has_failed.wait(VERDICT_S if self._connection else 0)
+        self._has_failed.wait(REPLY_S if self._connection else 0)
         failure = self._failure
         if self._connection is None and isinstance(error, UserError):
             return RankError(str(error))
@@ -346,7 +346,7 @@ class RankWatch:
             return
 
         def tell_later() -> None:
-            self._is_connected.wait(FAREWELL_S)
+            self._is_connected.wait(CONNECT_AT_EXIT_S)
             self._send({"error": reason})
 
         atexit.register(tell_later)
@@ -405,14 +405,14 @@ class _Relay:
 
     def _receive(self, connection: Any) -> bool:
         """Read what a rank has sent; return False when its connection has ended."""
-        peer, reason, received = self._peers[connection], "", b""
+        peer, reason, received = self._peers[connection], _describe_end(None), b""
         try:
             received = connection.recv(1 << 16)
         except OSError as error:
             reason = _describe_end(error)
         if not received:
             if peer.rank >= 0 and not peer.is_done:
-                self._fail(peer, reason or _describe_end(None), has_ended=True)
+                self._fail(peer, reason, has_ended=True)
             return False
         *lines, peer.received = (peer.received + received).split(b"\n")
         try:
@@ -455,7 +455,7 @@ class _Relay:
         if self._is_reported and now < self._deadline:
             return
         missing = sorted(self._missing)
-        if not missing or self._failure or now - self._start < REMARK_AFTER_S:
+        if not missing or self._failure or now - self._start < REPORT_AFTER_S:
             return
         names = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
         if not self._is_reported:

@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockft.attention.layout import Layout, build_metadata
-from blockft.data.collate import LABEL_MULTIPLE
+from blockft.data.collate import pad_num_labels
 from blockft.data.encoder import Example
 from blockft.training.model_inputs import build_model_inputs
 from blockft.training.repetition import find_repetition
@@ -236,7 +236,7 @@ class SampleAnswers:
                 "block_ids": metadata.block_ids,
                 "is_final": metadata.is_final,
                 # as many as a row of training may have, because compiled code has fixed shapes
-                "logits_to_keep": torch.zeros(-(-max(1, len(row)) // LABEL_MULTIPLE) * LABEL_MULTIPLE).long(),
+                "logits_to_keep": torch.zeros(pad_num_labels(len(row)), dtype=torch.long),
             },
         )
 

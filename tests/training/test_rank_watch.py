@@ -205,7 +205,7 @@ def test_a_rank_that_cannot_reach_the_first_host_says_so() -> None:
 
 
 def shorten_waits() -> None:
-    rank_watch.REMARK_AFTER_S = 1
+    rank_watch.REPORT_AFTER_S = 1
     distributed.read_timeout_minutes = lambda: 0.05
 
 
