@@ -87,9 +87,8 @@ def check_pages(kv_cache_config: Any) -> None:
     kinds = [type(group.kv_cache_spec).__name__ for group in kv_cache_config.kv_cache_groups]
     if kinds != ["FullAttentionSpec"]:
         raise UserError(
-            f"vLLM keeps keys and values as {', '.join(kinds)}, blockft serve supports FullAttentionSpec: a "
-            "model whose layers all have a sliding window is served up to the window alone (vLLM's option "
-            "--disable-sliding-window)"
+            f"vLLM keeps keys and values as {', '.join(kinds)}, blockft serve supports FullAttentionSpec, "
+            "which keeps all tokens: use blockft generate"
         )
 
 

@@ -11,7 +11,7 @@ from blockft.data.tokenizer import tokenizer_fingerprint
 from blockft.errors import UserError, notify
 from blockft.inference.device_tier import free_bytes
 from blockft.inference.runner import CacheOptions, kv_shape
-from blockft.model.decoder_layers import rotary_embeddings
+from blockft.model.decoder_layers import attention_windows, rotary_embeddings
 from blockft.model.fingerprint import model_fingerprint
 from blockft.model.load import adapter_base_model, load_model, load_tokenizer, parse_dtype
 from blockft.model.supported import uses_reencoded_positions
@@ -55,6 +55,11 @@ def describe_model(model: str, cache: CacheOptions, dtype: torch.dtype, *, socke
         raise UserError(
             f"{model} was trained with position_scheme local, blockft serve supports reencoded: use blockft "
             "generate, or train with reencoded positions"
+        )
+    if None not in attention_windows(loaded.config):
+        raise UserError(
+            f"all layers of {model} have a sliding window, for which vLLM drops cached blocks: use blockft "
+            "generate"
         )
     rotaries = rotary_embeddings(loaded)
     frequencies = [tuple(rotary.inv_freq.tolist()) for rotary in rotaries]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.mistral import MistralConfig, MistralForCausalLM
 
 from blockft.inference.engine import Engine
 from blockft.inference.runner import CacheOptions
@@ -13,7 +14,8 @@ from blockft.stages import serve as stage
 from blockft.stages.serve import describe_model
 from tests.commands import blockft
 from tests.inference.engines import load_engine, options
-from tests.run import save_model
+from tests.run import save_model, save_tokenizer
+from tests.tiny import SIZE
 
 
 @pytest.fixture(scope="module")
@@ -88,4 +90,16 @@ def test_a_model_with_local_positions_is_refused(
     (local / "config.json").write_text(json.dumps(config))
     ended = blockft("serve", local, "--cache", tmp_path / "cache")
     assert ended.returncode == 2 and "position_scheme local" in ended.stderr
+    assert not without_vllm and not (tmp_path / "cache").exists()
+
+
+def test_a_model_whose_layers_all_have_a_window_is_refused(
+    without_vllm: list[list[str]], tmp_path: Path
+) -> None:
+    tokenizer = save_tokenizer(tmp_path / "model")
+    size = SIZE | {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    config = MistralConfig(**size, sliding_window=9, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
+    MistralForCausalLM(config).save_pretrained(tmp_path / "model")
+    ended = blockft("serve", tmp_path / "model", "--cache", tmp_path / "cache")
+    assert ended.returncode == 2 and "sliding window" in ended.stderr
     assert not without_vllm and not (tmp_path / "cache").exists()
