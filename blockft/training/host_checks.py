@@ -6,6 +6,7 @@ import secrets
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -97,10 +98,9 @@ def ask_hosts(hosts: Hosts, request: ProbeRequest) -> Answers:
     answers: Answers = {}
     names = list(hosts.slots)
     for line in output.stdout.splitlines():
-        # pdsh may shorten the name of a host
-        _, separator, text = line.partition(": {")
-        if separator:
-            answer = json.loads("{" + text)
+        # pdsh may shorten the name of a host, and the start-up files of a shell may print other lines
+        with suppress(ValueError, KeyError):
+            answer = json.loads("{" + line.partition(": {")[2])
             answers[names[answer["index"]]] = answer
     if failed := output.failed_hosts or [host for host in hosts.slots if host not in answers]:
         how = "did not answer in time" if output.is_late else "cannot be used"

@@ -24,8 +24,9 @@ from blockft.training.package_facts import list_package_facts
 CONNECT_S = 12
 """Time in which the hosts must reach the first host, which may start its probe later."""
 
-SHARED_S, SHARED_GRACE_S = 10, 2
-"""Time in which a host must see the files of the others, and for which it keeps its own file afterwards."""
+SHARED_S, SHARED_GRACE_S = CONNECT_S + 6, 2
+"""Time in which a host must see the files of the others, and for which it keeps its own file afterwards. The
+others may first try to connect until CONNECT_S has passed."""
 
 HASHED_BYTES = 1 << 20
 """Of larger files of a model only names and sizes are compared."""

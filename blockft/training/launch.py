@@ -109,9 +109,16 @@ def run_briefly(
         output, _ = launcher.communicate(timeout=timeout_s)
         return launcher.returncode, output.splitlines()
     except subprocess.TimeoutExpired as error:
+        lines = (error.output or b"").decode("utf-8", "replace").splitlines()
+        remarks = [line.partition("blockft: ")[2] for line in lines if "blockft: " in line]
         raise UserError(
-            f"the processes have not ended within {timeout_s:g} s: a host or a GPU does not answer; look for "
-            "it by leaving out hosts, or with NCCL_DEBUG=INFO"
+            f"the processes have not ended within {timeout_s:g} s: "
+            + (
+                remarks[-1]
+                if remarks
+                else "a host or a GPU does not answer; look for it by leaving out hosts"
+            )
+            + " (NCCL_DEBUG=INFO shows more of GPUs)"
         ) from error
     finally:
         if launcher.poll() is None:

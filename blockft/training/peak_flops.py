@@ -42,7 +42,7 @@ _PEAK_TFLOPS = {
 }
 """Peak in 10^12 operations a second, by the name of the card without vendor, memory and socket."""
 
-_NOT_IN_NAME = re.compile(r"nvidia|geforce|sxm\d?|\d+gb|hbm\w+")
+_NOT_IN_NAME = re.compile(r"nvidia|geforce|sxm\d?|\d+gb?|hbm\w+")
 """Words of device names that do not change the peak."""
 
 

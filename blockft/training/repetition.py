@@ -13,6 +13,9 @@ SHORTEST_ANSWER = 8
 MIN_REPEATS = 3
 """Number of times that the repeated text occurs at least."""
 
+MAX_DIGITS = 12
+"""Number of digits that a number has at most. In a longer one, such as 0.3333..., the digits may repeat."""
+
 
 def find_repetition(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return the text that the end of an answer repeats, or None.
@@ -46,19 +49,22 @@ Item = tuple[tuple[int, ...], int | None]
 
 def _merge_numbers(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[Item]:
     """Return the tokens of a text; the digits of a number become one item."""
-    items: list[Item] = []
-    digits = ""
+    runs: list[list[tuple[int, str]]] = []
+    is_number = False
     for id in ids:
         text = str(tokenizer.decode([id]))
-        if not text.strip().isdecimal():
-            digits = ""
-            items.append(((id,), None))
-        elif digits and text.isdecimal():
-            digits += text
-            items[-1] = ((*items[-1][0], id), int(digits))
+        if is_number and text.isdecimal():
+            runs[-1].append((id, text))
         else:
-            digits = text.strip()
-            items.append(((id,), int(digits)))
+            runs.append([(id, text)])
+            is_number = text.strip().isdecimal()
+    items: list[Item] = []
+    for run in runs:
+        digits = "".join(text for _, text in run).strip()
+        if digits.isdecimal() and len(digits) <= MAX_DIGITS:
+            items.append((tuple(id for id, _ in run), int(digits)))
+        else:
+            items += [((id,), None) for id, _ in run]
     return items
 
 

@@ -133,6 +133,7 @@ def test_operations_of_a_batch_are_those_of_its_examples() -> None:
         ("NVIDIA H200", 989.4),
         ("NVIDIA H200 NVL", 835.5),
         ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA GH200 144G HBM3e", 989.4),
         ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA A100-PCIE-40GB", 312),
         ("NVIDIA A100 80GB PCIe", 312),

@@ -41,11 +41,12 @@ RUN_ON_THREE = """
 command="${@: -1}"
 for i in 0 1 2; do
   name=$(echo abc | cut -c $((i + 1)))
+  echo "$name: Loaded modules: {gcc/12.2, cuda/13}"
   bash -c "$(echo "$command" | sed "s/%n/$i/g; s/%%/%/g")" 2> >(sed "s/^/$name: /" >&2) | sed "s/^/$name: /" &
 done
 wait
 """
-"""A pdsh that runs a command three times on this machine, and shortens the names of hosts."""
+"""A pdsh that runs a command three times on this machine, whose shells greet, and shortens names of hosts."""
 
 
 def test_equal_hosts_pass_every_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,6 +134,13 @@ def test_the_slurm_script_starts_one_rank_per_task_and_requeues_a_stopped_run(tm
     assert sorted(lines[2:]) == [f"{call} --resume" for call in expected]
 
 
+def test_processes_that_do_not_end_are_ended_with_their_last_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import time; print('n0: blockft: waiting for the compiler', flush=True); time.sleep(600)"
+    monkeypatch.setattr(launch, "_launcher_command", lambda *_: [sys.executable, "-c", code])
+    with pytest.raises(UserError, match="not ended within 5 s: waiting for the compiler"):
+        launch.run_briefly(["doctor"], num_gpus=2, hosts=None, timeout_s=5)
+
+
 def test_more_processes_than_gpus_are_refused_before_any_starts(
     toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,9 @@ def repetition_of(text: str, tokenizer: PreTrainedTokenizerFast) -> str | None:
         "نعم نعم نعم نعم نعم نعم",
         "🙂🙂🙂🙂🙂🙂🙂",
         "0 0 0 0 0 0 0 0 0 0 0 0",
+        "0" * 64,
+        "One third is 0." + "3" * 49,
+        "142857" * 1000,  # more digits than Python makes a number of
         "!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!",
     ],
 )
@@ -53,6 +56,7 @@ def test_an_answer_that_repeats_itself_is_found(text: str, tokenizer: PreTrained
         "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16",
         "2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43",
         "0.12, 0.57, 0.33, 0.98, 0.41, 0.77, 0.05, 0.63",
+        "Pi is 3.14159265358979323846264338327950288",
         '[{"id": 7, "age": 31}, {"id": 12, "age": 28}, {"id": 40, "age": 55}, {"id": 3, "age": 19}]',
         "for i in range(10):\n    for j in range(10):\n        grid[i][j] = 0\n    print(grid[i])\n",
         "def f(x):\n    return x + 1\n\ndef g(x):\n    return x + 2\n\ndef h(x):\n    return x * 3\n",
