@@ -6,7 +6,7 @@ from blockft.config.choices import GradientCheckpointing
 from blockft.config.settings import Recipe
 from blockft.console import PlainConsole
 from blockft.data.advice import RowFill, list_warnings
-from blockft.errors import warn
+from blockft.errors import UserError, warn
 from blockft.stages.memory_plan import (
     MemoryPlan,
     describe_misfit,
@@ -29,7 +29,7 @@ def print_dry_run(
         of this machine's GPU; without one the memory is that of a process on the CPU.
 
     Raises:
-        UserError: see `check_run`.
+        UserError: see `check_run`; the run does not fit into the GPU's memory.
     """
     plan, _ = check_run(recipe, resume=resume, num_processes=num_processes)
     warn_of_settings(recipe, plan)
@@ -61,9 +61,9 @@ def print_dry_run(
     }.items():
         table.add_row(quantity, value)
     PlainConsole().print(table)
-    _print_memory(recipe, plan, memory, num_processes, gpu_bytes)
     for warning in list_warnings(plan.manifest, epoch.lengths, fill):
         warn(warning)
+    _print_memory(recipe, plan, memory, num_processes, gpu_bytes)
 
 
 def _describe_sources(plan: RunPlan) -> dict[str, str]:
@@ -82,7 +82,11 @@ def _describe_sources(plan: RunPlan) -> dict[str, str]:
 def _print_memory(
     recipe: Recipe, plan: RunPlan, memory: MemoryPlan, num_processes: int, gpu_bytes: int | None
 ) -> None:
-    """Print the expected peak by component, and for each kind of gradient checkpointing the longest row."""
+    """Print the expected peak by component, and for each kind of gradient checkpointing the longest row.
+
+    Raises:
+        UserError: `train.gradient_checkpointing` is auto and no kind fits, so that the run would stop.
+    """
     wanted = recipe.train.gradient_checkpointing
     chosen: str | None = wanted.value
     if wanted is GradientCheckpointing.auto:
@@ -108,9 +112,8 @@ def _print_memory(
             cells += [f"{longest:,}" if longest else "none", source if kind == chosen else ""]
         kinds.add_row(*cells)
     PlainConsole().print(kinds)
-    if gpu_bytes is not None and not _fits(memory, chosen, gpu_bytes):
-        warn(describe_misfit(recipe, memory, gpu_bytes, chosen or KINDS[-1]))
-
-
-def _fits(memory: MemoryPlan, kind: str | None, gpu_bytes: int) -> bool:
-    return kind is not None and memory.estimate(kind).peak_bytes <= usable_bytes(gpu_bytes)
+    if chosen is None:
+        assert gpu_bytes is not None  # on a CPU auto is none
+        raise UserError(describe_misfit(recipe, memory, gpu_bytes))
+    if gpu_bytes is not None and memory.estimate(chosen).peak_bytes > usable_bytes(gpu_bytes):
+        warn(describe_misfit(recipe, memory, gpu_bytes, chosen))

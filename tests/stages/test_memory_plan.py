@@ -91,6 +91,16 @@ def test_a_dry_run_prints_the_peak_and_the_longest_row_of_each_kind(
     assert all(kind in out for kind in KINDS)
 
 
+def test_a_dry_run_refuses_what_auto_refuses_after_it_has_printed_the_memory(
+    toy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match=r"needs .* but of 1.0 GB only 0 B may be filled"):
+        print_dry_run(toy_recipe(toy), 1, gpu_bytes=10**9)
+    assert "expected peak" in capsys.readouterr().out
+    print_dry_run(toy_recipe(toy, "train.gradient_checkpointing=full"), 1, gpu_bytes=10**9)
+    assert "may be filled" in capsys.readouterr().err, "a run with this setting would begin"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
