@@ -16,6 +16,9 @@ from blockft.training.library_internals import launcher_pattern
 PDSH_FAILURE = re.compile(r"pdsh@[^:]*: (\S+): ssh exited with exit code \d+")
 """Line that pdsh writes to stderr as soon as the command of a host fails."""
 
+SSH_FAILED = 255
+"""Exit code of ssh if the connection to a host fails, and then that of pdsh."""
+
 DEFAULT_PORT = 29500
 """Port of the first host at which the ranks connect, as in DeepSpeed."""
 

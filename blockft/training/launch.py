@@ -16,6 +16,7 @@ from blockft.errors import UserError, notify
 from blockft.training.distributed import find_free_port, use_cpu
 from blockft.training.hosts import (
     PDSH_FAILURE,
+    SSH_FAILED,
     Hosts,
     pdsh_environment,
     signal_hosts,
@@ -82,7 +83,7 @@ def start_workers(arguments: Sequence[str], *, num_gpus: int, hosts: Hosts | Non
         assert launcher.stderr is not None
         threading.Thread(target=_watch_hosts, args=(launcher.stderr, hosts, signals), daemon=True).start()
     exit_code = launcher.wait()
-    if not signals:
+    if not signals and not (over_ssh and exit_code == SSH_FAILED):  # not SIGHUP
         _report_kill(exit_code)
     return 130 if signals else exit_code
 

@@ -134,6 +134,21 @@ def test_the_slurm_script_starts_one_rank_per_task_and_requeues_a_stopped_run(tm
     assert sorted(lines[2:]) == [f"{call} --resume" for call in expected]
 
 
+@pytest.mark.parametrize(("exit_code", "message"), [(255, ""), (247, "ended by SIGKILL")])
+def test_a_lost_connection_to_a_host_is_no_signal(
+    exit_code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hosts = launch.Hosts(
+        file=Path("hosts"), slots={"a": 1}, master_addr="a", master_port=1, ssh_port=None, node_rank=None
+    )
+    command = [sys.executable, "-c", f"raise SystemExit({exit_code})"]
+    monkeypatch.setattr(launch, "_launcher_command", lambda *_: command)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert launch.start_workers(["train"], num_gpus=1, hosts=hosts) == exit_code
+    error = capsys.readouterr().err
+    assert message in error and ("ended by" in error) == bool(message)
+
+
 def test_processes_that_do_not_end_are_ended_with_their_last_message(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import time; print('n0: blockft: waiting for the compiler', flush=True); time.sleep(600)"
     monkeypatch.setattr(launch, "_launcher_command", lambda *_: [sys.executable, "-c", code])
