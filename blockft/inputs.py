@@ -101,9 +101,19 @@ def check_folder(path: Path, name: str) -> None:
 
 
 def existing_parent(path: Path) -> Path:
-    """Return a path if it exists, otherwise the closest of its parents that exists; absolute."""
+    """Return a path if it exists, otherwise the closest of its parents that exists; absolute.
+
+    Raises:
+        UserError: it is, or is below, a link to something that does not exist, such as a disk that is not
+            mounted.
+    """
     existing = path.absolute()
     while not existing.exists():
+        if existing.is_symlink():
+            raise UserError(
+                f"{existing} is a link to {existing.readlink()}, which does not exist: mount its disk, or "
+                "correct the link"
+            )
         existing = existing.parent
     return existing
 

@@ -185,7 +185,7 @@ def _check_shared(answers: Answers, output_dir: str) -> str:
     names = list(answers)
     for host, answer in answers.items():
         if answer["shared"]["error"]:
-            raise UserError(f"on {host} {answer['shared']['error']}: make it writable on every host")
+            raise UserError(f"on {host} {answer['shared']['error']}")
     for host, answer in answers.items():
         if missing := answer["shared"]["missing"]:
             raise UserError(

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from blockft.errors import UserError
 from blockft.inputs import existing_parent
 from blockft.printable import print_text
 from blockft.training.package_facts import list_package_facts
@@ -123,12 +124,16 @@ def _name_interface(address: str) -> str:
 
 def _see_files(output_dir: Path, request: ProbeRequest, index: int) -> dict[str, Any]:
     """Write a file beside the output folder; return an error, or which hosts' files are not seen."""
-    folder = existing_parent(output_dir.absolute().parent)
-    own = folder / f".{request.token}.{index}"
+    folder = output_dir.absolute().parent
     try:
+        folder = existing_parent(folder)
+        own = folder / f".{request.token}.{index}"
         own.touch()
+    except UserError as error:
+        return {"error": str(error), "missing": []}
     except OSError as error:
-        return {"error": f"{folder} cannot be written: {error.strerror}", "missing": []}
+        remedy = "make it writable on every host"
+        return {"error": f"{folder} cannot be written ({error.strerror}): {remedy}", "missing": []}
     expected = {f".{request.token}.{i}" for i in range(request.num_hosts)}
     deadline = time.monotonic() + SHARED_S
     try:

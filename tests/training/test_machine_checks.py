@@ -45,6 +45,10 @@ def test_folders_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no folder"):
         check_folder(tmp_path / "file" / "a", 1)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    (tmp_path / "link").symlink_to("/nowhere/scratch")
+    for path in (tmp_path / "link", tmp_path / "link" / "run"):
+        with pytest.raises(UserError, match="link is a link to /nowhere/scratch, which does not exist"):
+            check_folder(path, 1)
 
 
 def test_small_shared_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
