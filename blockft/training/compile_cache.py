@@ -21,8 +21,12 @@ def use_compile_cache() -> None:
     # an import of PyTorch's compiler sets the variable to its default
     if os.environ.get(INDUCTOR_CACHE) not in (None, "", default_cache_dir()):
         return
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockft" / "inductor"
+    # without a home, as in a container whose user has no name, "~" stays and nothing is kept
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(cache) / "blockft" / "inductor"
     try:
+        if cache.startswith("~"):
+            raise OSError("the user has no home folder")
         folder.mkdir(parents=True, exist_ok=True)
         is_writable = os.access(folder, os.W_OK | os.X_OK)
         reason = "permission denied"

@@ -1,6 +1,7 @@
 """Compiled code is kept under the user's cache folder, unless the user's variable names another."""
 
 import os
+import pwd
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,19 @@ def test_a_folder_that_cannot_be_written_is_reported(
     assert os.environ[INDUCTOR_CACHE] == ""
     error = capsys.readouterr().err
     assert "compiled layers are not kept for later runs" in error and error.count("\n") == 1
+
+
+def test_a_user_without_a_home_folder_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container may run as a user that is not in its list of users."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+
+    def find_no_user(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", find_no_user)
+    use_compile_cache()
+    assert os.environ[INDUCTOR_CACHE] == ""
+    assert "(the user has no home folder): set" in capsys.readouterr().err
