@@ -4,8 +4,9 @@
 
     base_quantization.json    {"scheme": "nf4", "dtype": "bfloat16"}
 
-The file stands in the folder of the adapter. `dtype` is the type of the run, from which the weights were
-quantised and in which their numbers were used. Readers give the base model these numbers, in full size.
+The file stands in the folder of the adapter: in an export, and in each checkpoint. `dtype` is the type of the
+run, from which the weights were quantised and in which their numbers were used. Readers give the base model
+these numbers, in full size.
 """
 
 import json

@@ -19,6 +19,7 @@ from transformers import (
 
 from blockft.digest import FileDigest
 from blockft.errors import UserError, warn
+from blockft.model.base_quantization import write_base_quantization
 from blockft.model.checkpoint import (
     add_answers,
     add_evaluation,
@@ -28,6 +29,7 @@ from blockft.model.checkpoint import (
     remove_old_checkpoints,
     save_reference_logits,
 )
+from blockft.model.load import DTYPES
 from blockft.run_folder import (
     MEASURED,
     METRICS,
@@ -39,6 +41,7 @@ from blockft.run_folder import (
 from blockft.training.library_internals import get_unlogged_loss, restore_unlogged_loss, undo_initial_step
 from blockft.training.objectives import EVAL_LOSS_PREFIX, select_eval_losses
 from blockft.training.peak_memory import restart_peak_memory
+from blockft.training.plan import QUANTIZATION, WEIGHT_DTYPE
 from blockft.training.progress_line import ProgressLineCallback
 from blockft.training.sample_answers import SampleAnswers, describe_repetition, format_answers
 from blockft.training.trainer import BlockTrainer
@@ -258,6 +261,9 @@ class RunCallback(TrainerCallback):
             model.config.save_pretrained(checkpoint)
             if model.generation_config is not None:
                 model.generation_config.save_pretrained(checkpoint)
+            if self._run_signature[QUANTIZATION]:
+                # the checkpoint can be opened as an adapter
+                write_base_quantization(checkpoint, DTYPES[self._run_signature[WEIGHT_DTYPE]])
             save_reference_logits(checkpoint, self._reference_ids_T, logits_TV)
         files = _gather_digests(checkpoint, args.process_index, args.world_size)
         if state.is_world_process_zero:

@@ -122,6 +122,13 @@ def test_an_adapter_is_read_on_the_numbers_that_it_was_trained_on(run: Path, fol
     assert report
 
 
+def test_a_checkpoint_opened_as_a_model_has_the_weights_of_its_export(run: Path, folder: Path) -> None:
+    paths = (find_checkpoint(run), export(run, folder / "merged-3"))
+    first, second = (load_model(str(path), backend="sdpa", dtype=torch.float32) for path in paths)
+    for name, weight in first.named_parameters():
+        assert_close(weight, second.get_parameter(name), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"scheme": "int8", "dtype": "float32"}'])
 def test_a_malformed_record_of_the_quantisation_is_refused(run: Path, folder: Path, text: str) -> None:
     out = folder / "adapter-3"
