@@ -11,7 +11,6 @@ from blockft.stages.memory_plan import (
     MemoryPlan,
     describe_misfit,
     gpu_memory,
-    plan_for_gpu,
     plan_memory,
 )
 from blockft.stages.run_plan import check_run, warn_of_settings
@@ -31,12 +30,10 @@ def print_dry_run(
     Raises:
         UserError: see `check_run`; the run does not fit into the GPU's memory.
     """
-    plan, _ = check_run(recipe, resume=resume, num_processes=num_processes)
-    warn_of_settings(recipe, plan)
     gpu_bytes = gpu_memory() if gpu_bytes is None else gpu_bytes
-    if gpu_bytes is not None:
-        plan = plan_for_gpu(recipe, plan)
-    memory = plan_memory(recipe, plan, num_processes, on_gpu=gpu_bytes is not None)
+    plan, _ = check_run(recipe, resume=resume, num_processes=num_processes, on_gpu=gpu_bytes is not None)
+    warn_of_settings(recipe, plan)
+    memory = plan_memory(recipe, plan)
     rows = plan.rows
     dtype = str(plan.dtype).removeprefix("torch.")
     parameters = f"{memory.num_parameters:,} in {dtype}, {memory.num_trained:,} of them trained"
@@ -63,7 +60,7 @@ def print_dry_run(
     PlainConsole().print(table)
     for warning in list_warnings(plan.manifest, epoch.lengths, fill):
         warn(warning)
-    _print_memory(recipe, plan, memory, num_processes, gpu_bytes)
+    _print_memory(recipe, plan, memory, gpu_bytes)
 
 
 def _describe_sources(plan: RunPlan) -> dict[str, str]:
@@ -79,22 +76,25 @@ def _describe_sources(plan: RunPlan) -> dict[str, str]:
     }
 
 
-def _print_memory(
-    recipe: Recipe, plan: RunPlan, memory: MemoryPlan, num_processes: int, gpu_bytes: int | None
-) -> None:
+def _print_memory(recipe: Recipe, plan: RunPlan, memory: MemoryPlan, gpu_bytes: int | None) -> None:
     """Print the expected peak by component, and for each kind of gradient checkpointing the longest row.
 
     Raises:
         UserError: `train.gradient_checkpointing` is auto and no kind fits, so that the run would stop.
     """
     wanted = recipe.train.gradient_checkpointing
-    chosen: str | None = wanted.value
-    if wanted is GradientCheckpointing.auto:
-        chosen = KINDS[0] if gpu_bytes is None else memory.choose(gpu_bytes)
-    shown = memory.estimate(chosen or KINDS[-1])
+    is_auto, chosen = wanted is GradientCheckpointing.auto, wanted.value
+    if is_auto:
+        # if no kind fits, the last one needs the least memory
+        chosen = KINDS[0] if gpu_bytes is None else memory.choose(gpu_bytes) or KINDS[-1]
+    shown = memory.estimate(chosen)
+    fits = gpu_bytes is None or shown.peak_bytes <= usable_bytes(gpu_bytes)
+    reason = "chosen by the recipe"
+    if is_auto:
+        reason = "chosen by auto" if fits else ""
     place = "on a CPU" if gpu_bytes is None else f"on a GPU of {format_bytes(gpu_bytes)}"
-    title = f"memory of each process of {num_processes} {place}, ZeRO-{plan.zero_stage}"
-    table = Table("part", "size", title=f"{title}, gradient checkpointing {chosen or KINDS[-1]}")
+    title = f"memory of each process of {plan.num_processes} {place}, ZeRO-{plan.zero_stage}"
+    table = Table("part", "size", title=f"{title}, gradient checkpointing {chosen}")
     table.columns[1].justify = "right"
     for name, size in shown.components.items():
         table.add_row(name, format_bytes(round(size)))
@@ -108,12 +108,12 @@ def _print_memory(
         cells = [kind, format_bytes(round(memory.estimate(kind).peak_bytes))]
         if gpu_bytes is not None:
             longest = memory.longest_row(kind, gpu_bytes)
-            source = "chosen by auto" if wanted is GradientCheckpointing.auto else "chosen by the recipe"
-            cells += [f"{longest:,}" if longest else "none", source if kind == chosen else ""]
+            cells += [f"{longest:,}" if longest else "none", reason if kind == chosen else ""]
         kinds.add_row(*cells)
     PlainConsole().print(kinds)
-    if chosen is None:
-        assert gpu_bytes is not None  # on a CPU auto is none
-        raise UserError(describe_misfit(recipe, memory, gpu_bytes))
-    if gpu_bytes is not None and memory.estimate(chosen).peak_bytes > usable_bytes(gpu_bytes):
-        warn(describe_misfit(recipe, memory, gpu_bytes, chosen))
+    if gpu_bytes is None or fits:
+        return
+    misfit = describe_misfit(recipe, memory, gpu_bytes, chosen)
+    if is_auto:
+        raise UserError(misfit)
+    warn(misfit)

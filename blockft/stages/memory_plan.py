@@ -3,23 +3,24 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
 from transformers import PreTrainedModel
 
-from blockft.config.choices import AttentionBackend, DType, GradientCheckpointing, Objective, Optimizer
+from blockft.config.choices import GradientCheckpointing, Objective, Optimizer
 from blockft.config.settings import Recipe
 from blockft.errors import RankError, UserError, first_line, notify, warn
 from blockft.model.decoder_layers import attention_windows
 from blockft.model.load import build_meta_model, load_config
 from blockft.model.lora import add_adapter
 from blockft.model.shared_input import share_products
-from blockft.training.deepspeed_config import zero_stage
+from blockft.training.deepspeed_config import is_offloaded, zero_stage
 from blockft.training.layer_memory import measure_loss
 from blockft.training.memory_estimate import (
     ADAM_8BIT_BYTES,
+    ADAM_BYTES,
     KINDS,
     MemoryEstimate,
     ModelMemory,
@@ -67,7 +68,7 @@ class MemoryPlan:
         return longest_row(self.model, self.run, kind, gpu_bytes)
 
 
-def plan_memory(recipe: Recipe, plan: RunPlan, num_processes: int, *, on_gpu: bool) -> MemoryPlan:
+def plan_memory(recipe: Recipe, plan: RunPlan) -> MemoryPlan:
     """Return what the memory of a run is estimated from; no weights are loaded."""
     settings = recipe.train
     model = build_meta_model(load_config(recipe.model.path, recipe.model.revision))
@@ -75,7 +76,7 @@ def plan_memory(recipe: Recipe, plan: RunPlan, num_processes: int, *, on_gpu: bo
     base: PreTrainedModel = model
     if settings.lora is not None:
         base = add_adapter(model, settings.lora, seed=settings.seed).get_base_model()  # type: ignore
-        if on_gpu and plan.zero_stage < 3:  # as in training
+        if plan.shares_products:
             share_products(base)
     base.to(plan.dtype)  # type: ignore[arg-type]  # DeepSpeed does so, also with the adapter
     num_teacher = _count_teacher(recipe)
@@ -92,23 +93,14 @@ def plan_memory(recipe: Recipe, plan: RunPlan, num_processes: int, *, on_gpu: bo
         ),
         run=RunMemory(
             deepspeed=plan.deepspeed,
-            num_processes=num_processes,
+            num_processes=plan.num_processes,
             row_len=recipe.data.row_len,
             num_labels=plan.rows.max_row_labels(),
-            accumulates=settings.batch_rows > num_processes,
-            moment_bytes=8.0 if settings.optimizer is Optimizer.adamw else ADAM_8BIT_BYTES,
+            accumulates=settings.batch_rows > plan.num_processes,
+            moment_bytes=ADAM_BYTES if settings.optimizer is Optimizer.adamw else ADAM_8BIT_BYTES,
             dense_masks=len(attention_windows(base.config)) if plan.backend == "sdpa" else 0,
         ),
     )
-
-
-def plan_for_gpu(recipe: Recipe, plan: RunPlan) -> RunPlan:
-    """Return the plan of a run on GPUs, also on a machine without one."""
-    dtype = plan.dtype if recipe.model.dtype is not DType.auto else torch.bfloat16
-    backend = plan.backend if recipe.model.attention is not AttentionBackend.auto else "flex"
-    wanted = recipe.train.torch_compile
-    compiles = plan.zero_stage < 3 if wanted is None else wanted
-    return replace(plan, dtype=dtype, backend=backend, compiles=compiles)
 
 
 def decide_checkpointing(
@@ -160,7 +152,7 @@ def list_remedies(recipe: Recipe, memory: MemoryPlan, gpu_bytes: float, kind: st
     stage = zero_stage(memory.run.deepspeed)
     if recipe.train.lora is None:
         remedies.append("train an adapter (train.lora)")
-        if "offload_optimizer" not in memory.run.deepspeed.get("zero_optimization", {}):
+        if not is_offloaded(memory.run.deepspeed, "offload_optimizer"):
             remedies.append(f"offload to the host (train.deepspeed=zero{3 if stage == 3 else 2}-offload)")
     if stage < 3:
         remedies.append("share the weights among several GPUs (train.deepspeed=zero3 with --num-gpus)")

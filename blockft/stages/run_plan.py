@@ -37,7 +37,6 @@ from blockft.outputs import check_absent
 from blockft.run_folder import RECIPE, verify_metrics
 from blockft.stages.mixture_settings import read_mixture
 from blockft.training.deepspeed_config import (
-    MAX_STAGE,
     check_deepspeed_config,
     find_own_optimizer,
     is_shipped,
@@ -45,6 +44,7 @@ from blockft.training.deepspeed_config import (
     without_overlap,
     zero_stage,
 )
+from blockft.training.distributed import use_cpu
 from blockft.training.flops import ModelFlops
 from blockft.training.library_internals import check_pickles, read_tag
 from blockft.training.lr_schedule import check_schedule
@@ -70,11 +70,11 @@ from blockft.units import format_count
 
 
 def check_run(
-    recipe: Recipe, *, resume: bool, num_processes: int, verify: bool = True
+    recipe: Recipe, *, resume: bool, num_processes: int, on_gpu: bool | None = None, verify: bool = True
 ) -> tuple[RunPlan, Path | None]:
     """Return the plan of a run and the checkpoint that it resumes from, or None if it starts at step 0.
 
-    Without `verify` weights and checkpoint are not verified.
+    `on_gpu` is for `build_plan`. Without `verify` weights and checkpoint are not verified.
 
     Raises:
         UserError: see `build_plan`; the run exists and `resume` is not set, or it cannot be resumed, for
@@ -90,7 +90,7 @@ def check_run(
         check_absent(run, f"{action} with --resume, or choose another train.output_dir")
     checkpoint = None if not resume or starts_again else find_checkpoint(run)
     check_incomplete(run)
-    plan = build_plan(recipe, num_processes)
+    plan = build_plan(recipe, num_processes, on_gpu=on_gpu)
     if verify:
         verify_inputs(recipe, checkpoint)
     if checkpoint is None:
@@ -125,9 +125,10 @@ def verify_inputs(recipe: Recipe, checkpoint: Path | None) -> None:
         verify_model(recipe.train.teacher)
 
 
-def build_plan(recipe: Recipe, num_processes: int) -> RunPlan:
+def build_plan(recipe: Recipe, num_processes: int, *, on_gpu: bool | None = None) -> RunPlan:
     """Return the plan of a run with `num_processes` processes, without loading weights.
 
+    `on_gpu` plans for GPUs or for CPUs; by default for what this machine has.
     Raises:
         UserError: recipe, prepared data, model and number of processes do not fit together, or a setting
             cannot be used.
@@ -141,13 +142,12 @@ def build_plan(recipe: Recipe, num_processes: int) -> RunPlan:
     _check_objective(recipe)
     check_trackers(settings.report_to)
     config = load_config(recipe.model.path, recipe.model.revision)
-    model: PreTrainedModel | PeftModel = build_meta_model(config)
+    meta_model = build_meta_model(config)
+    model: PreTrainedModel | PeftModel = meta_model
     if settings.lora is not None:
         # refuses an adapter that cannot be exported before any weight is loaded
         is_quantized = recipe.model.quantization is not None
-        model = add_adapter(
-            build_meta_model(config), settings.lora, seed=settings.seed, is_quantized=is_quantized
-        )
+        model = add_adapter(meta_model, settings.lora, seed=settings.seed, is_quantized=is_quantized)
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision, recipe.model.chat_template)
     prepared = load_prepared(Path(data.output_dir))
     _check_prepared(recipe, prepared, tokenizer, config.vocab_size)
@@ -163,8 +163,9 @@ def build_plan(recipe: Recipe, num_processes: int) -> RunPlan:
         warmup_steps=settings.warmup_steps,
         num_steps=num_steps,
     )
-    dtype = parse_dtype(recipe.model.dtype, default_dtype())
-    backend = choose_backend(recipe.model.attention.value)
+    on_gpu = not use_cpu() if on_gpu is None else on_gpu
+    dtype = parse_dtype(recipe.model.dtype, default_dtype(on_gpu=on_gpu))
+    backend = choose_backend(recipe.model.attention.value, on_gpu=on_gpu)
     deepspeed = load_deepspeed_config(settings.deepspeed, RECIPES_FOLDER / "deepspeed")
     _check_quantization(recipe, deepspeed)
     _check_optimizer(recipe, deepspeed)
@@ -192,8 +193,9 @@ def build_plan(recipe: Recipe, num_processes: int) -> RunPlan:
         num_steps=num_steps,
         manifest=prepared.manifest,
         mixture=mixture,
+        on_gpu=on_gpu,
         backend=backend,
-        compiles=choose_compile(settings.torch_compile, zero_stage(deepspeed)),
+        compiles=choose_compile(settings.torch_compile, zero_stage(deepspeed), on_gpu=on_gpu),
         dtype=dtype,
         deepspeed=deepspeed,
         run_signature={
@@ -288,7 +290,7 @@ def _check_quantization(recipe: Recipe, deepspeed: dict[str, Any]) -> None:
         raise UserError(
             f"{name} trains only an adapter, because quantised weights cannot be trained: set train.lora"
         )
-    if zero_stage(deepspeed) == MAX_STAGE:
+    if zero_stage(deepspeed) == 3:
         raise UserError(
             f"{name} does not work under ZeRO-3, which cannot shard quantised weights, but "
             f"train.deepspeed is {recipe.train.deepspeed}: take zero2"

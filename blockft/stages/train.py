@@ -50,7 +50,6 @@ from blockft.stages.run_plan import (
     warn_of_settings,
 )
 from blockft.training.compile_cache import use_compile_cache
-from blockft.training.deepspeed_config import MAX_STAGE
 from blockft.training.distributed import (
     check_ranks,
     init_distributed,
@@ -66,7 +65,6 @@ from blockft.training.loss_plot import save_loss_plot
 from blockft.training.objectives import Distillation
 from blockft.training.plan import (
     BASE_WEIGHTS,
-    NUM_PROCESSES,
     TEACHER_FINGERPRINT,
     RunPlan,
     check_run_signature,
@@ -217,7 +215,7 @@ def _train(
         init_distributed(watch)
         stack.enter_context(_shared_by_ranks(lock, run))
         run_on_each_host(wait_until_verified)
-        memory, checkpointing = _plan_memory(recipe, plan, num_processes)
+        memory, checkpointing = _plan_memory(recipe, plan)
         stack.enter_context(reported_out_of_memory(recipe, checkpointing))
         # DeepSpeed, which this module imports, needs the worker's environment
         from blockft.training.universal_checkpoint import UNIVERSAL, convert_to_universal, remove_universal
@@ -283,7 +281,7 @@ def _print_summary(run: Path, plan: RunPlan, trainer: "BlockTrainer") -> None:
     console.print(f"metrics: {run / METRICS}", soft_wrap=True)
 
 
-def _plan_memory(recipe: Recipe, plan: RunPlan, num_processes: int) -> tuple[MemoryPlan | None, str]:
+def _plan_memory(recipe: Recipe, plan: RunPlan) -> tuple[MemoryPlan | None, str]:
     """Return the memory of the run, None on a CPU, and its kind of gradient checkpointing; all ranks call it.
 
     Raises:
@@ -291,7 +289,7 @@ def _plan_memory(recipe: Recipe, plan: RunPlan, num_processes: int) -> tuple[Mem
     """
     memory = None
     if (gpu_bytes := smallest_gpu()) is not None:
-        memory = plan_memory(recipe, plan, num_processes, on_gpu=True)
+        memory = plan_memory(recipe, plan)
     kind, sentence = decide_checkpointing(recipe, memory, gpu_bytes)
     if memory:
         notify(sentence)
@@ -399,9 +397,9 @@ def _build_trainer(
             # exactly the rows of all steps: a run that only has to evaluate must not train another step
             train_dataset=PrefetchedRows(
                 Subset(plan.rows, range(plan.num_steps * recipe.train.batch_rows)),
-                stride=plan.run_signature[NUM_PROCESSES],
+                stride=plan.num_processes,
                 # the Trainer reads all rows of a step at its start
-                num_ahead=recipe.train.batch_rows // plan.run_signature[NUM_PROCESSES],
+                num_ahead=recipe.train.batch_rows // plan.num_processes,
                 pinned=not use_cpu(),
             ),
             eval_rows=plan.eval_rows,
@@ -465,7 +463,7 @@ def _load_model(recipe: Recipe, plan: RunPlan, checkpointing: str) -> PreTrained
         revision=recipe.model.revision,
         is_quantized=is_quantized,
     )
-    if not use_cpu() and plan.zero_stage < MAX_STAGE:
+    if plan.shares_products:
         share_products(model)
     return adapted
 
@@ -475,7 +473,7 @@ def _choose_device(plan: RunPlan, *, is_quantized: bool) -> torch.device | None:
 
     transformers shards weights under ZeRO-3. On a CPU it reads and draws them.
     """
-    if plan.zero_stage == MAX_STAGE or (use_cpu() and not is_quantized):
+    if plan.zero_stage == 3 or (use_cpu() and not is_quantized):
         return None
     return torch.device("cpu" if use_cpu() else "cuda")
 
@@ -516,7 +514,7 @@ def _build_arguments(
         return TrainingArguments(
             output_dir=settings.output_dir,
             per_device_train_batch_size=1,
-            gradient_accumulation_steps=settings.batch_rows // plan.run_signature[NUM_PROCESSES],
+            gradient_accumulation_steps=settings.batch_rows // plan.num_processes,
             max_steps=plan.num_steps,
             optim=_OPTIMIZERS[settings.optimizer],
             learning_rate=settings.learning_rate,

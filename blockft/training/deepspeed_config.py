@@ -114,7 +114,7 @@ def without_overlap(deepspeed: Mapping[str, Any]) -> dict[str, Any]:
     buffer for gradients. Configs with offload, where the option also concerns copies, stay as they are.
     """
     zero = deepspeed["zero_optimization"]
-    if zero_stage(deepspeed) not in (1, 2) or "offload_optimizer" in zero:
+    if zero_stage(deepspeed) not in (1, 2) or is_offloaded(deepspeed, "offload_optimizer"):
         return dict(deepspeed)
     return {**deepspeed, "zero_optimization": {**zero, "overlap_comm": False}}
 
@@ -124,12 +124,17 @@ def zero_stage(deepspeed: Mapping[str, Any]) -> int:
     return deepspeed.get("zero_optimization", {}).get("stage", 0)
 
 
+def is_offloaded(deepspeed: Mapping[str, Any], section: str) -> bool:
+    """Return whether a section (offload_optimizer or offload_param) keeps states outside of the GPU."""
+    offload = deepspeed.get("zero_optimization", {}).get(section) or {}
+    return bool(offload.get("device", "none") != "none")
+
+
 def find_own_optimizer(deepspeed: Mapping[str, Any]) -> str | None:
     """Return the name of a section that names DeepSpeed's optimizer or places its states on the host."""
     if deepspeed.get("optimizer") is not None:
         return "a section optimizer"
-    offload = deepspeed.get("zero_optimization", {}).get("offload_optimizer") or {}
-    return None if offload.get("device", "none") == "none" else "zero_optimization.offload_optimizer"
+    return "zero_optimization.offload_optimizer" if is_offloaded(deepspeed, "offload_optimizer") else None
 
 
 def check_deepspeed_config(
@@ -247,9 +252,8 @@ def _zero_problems(zero: Mapping[str, Any], config: Mapping[str, Any]) -> Iterat
             return
     if zero.get("stage3_gather_16bit_weights_on_model_save") is False:
         yield "zero_optimization.stage3_gather_16bit_weights_on_model_save is false: leave it out"
-    offload = (zero.get("offload_optimizer") or {}).get("device", "none")
     forced = config.get("zero_force_ds_cpu_optimizer", True)
-    if offload != "none" and "optimizer" not in config and forced:
+    if is_offloaded(config, "offload_optimizer") and "optimizer" not in config and forced:
         yield (
             "zero_optimization.offload_optimizer needs an optimizer of DeepSpeed: add the section optimizer "
             "with the type AdamW, as in zero2-offload"

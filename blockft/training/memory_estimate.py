@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from blockft.data.collate import pad_num_labels
 from blockft.model.gradient_checkpointing import EVERY, list_checkpointed
 from blockft.model.nf4 import BYTES_PER_WEIGHT
-from blockft.training.deepspeed_config import zero_stage
+from blockft.training.deepspeed_config import is_offloaded, zero_stage
 from blockft.training.layer_memory import LayerMemory, LinearBytes, measure_final_norm, measure_layers
 
 KINDS = tuple(EVERY)
@@ -46,8 +46,8 @@ USABLE_SHARE = 0.95
 """Share of the remaining memory that a run may be planned to fill. The rest is for fragments between tensors
 and for the error of the estimate."""
 
-NF4_BYTES = BYTES_PER_WEIGHT
-"""Bytes of a weight in 4 bits with double quantisation: its code, and its share of two levels of scales."""
+ADAM_BYTES = 8.0
+"""Bytes of the two moments of a weight under AdamW."""
 
 ADAM_8BIT_BYTES = 2 * (1 + 4 / 256)
 """Bytes of the two moments of a weight under an 8-bit AdamW: codes, and their share of the scales."""
@@ -96,7 +96,7 @@ class ModelMemory:
 class RunMemory:
     """How a model is trained: rows of `row_len` tokens with at most `num_labels` labels.
 
-    moment_bytes    of the two moments of Adam by weight: 8, or about 2 for an 8-bit optimizer
+    moment_bytes    of the two moments of a weight: `ADAM_BYTES` or `ADAM_8BIT_BYTES`
     accumulates     whether a step has more than one micro-batch for each process
     dense_masks     number of dense masks, one by kind of layer; 0 under flex
     """
@@ -106,7 +106,7 @@ class RunMemory:
     row_len: int
     num_labels: int
     accumulates: bool
-    moment_bytes: float = 8.0
+    moment_bytes: float = ADAM_BYTES
     dense_masks: int = 0
 
     def with_row_len(self, row_len: int) -> "RunMemory":
@@ -144,7 +144,7 @@ def measure_model(
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     in_4_bits = _frozen_matrices(model) if quantized else []
-    saved_bytes = sum(p.nbytes - NF4_BYTES * p.numel() for p in in_4_bits)
+    saved_bytes = sum(p.nbytes - BYTES_PER_WEIGHT * p.numel() for p in in_4_bits)
     head: torch.Tensor = model.get_output_embeddings().weight
     return ModelMemory(
         num_trained=sum(p.numel() for p in trained),
@@ -296,30 +296,26 @@ class _States:
             "buckets": _bucket_bytes(model, zero, stage),
             "gathered": gathered,
         }
-        return _States(**_offloaded(states, model, zero, stage))
+        return _States(**_offloaded(states, model, run.deepspeed))
 
 
 def _offloaded(
-    states: dict[str, float], model: ModelMemory, zero: Mapping[str, Any], stage: int
+    states: dict[str, float], model: ModelMemory, deepspeed: Mapping[str, Any]
 ) -> dict[str, float]:
     """Move offloaded states to the host: with the optimizer states also the gradients."""
-    on_host = 0.0
-    if stage and _is_offloaded(zero, "offload_optimizer"):
+    stage, on_host = zero_stage(deepspeed), 0.0
+    if stage and is_offloaded(deepspeed, "offload_optimizer"):
         on_host += states["optimizer"] + states["gradients_after"]
         # one gradient at a time passes through a buffer
         states["buckets"] += 2 * model.weight_bytes * model.largest_weight
         gradients = ("gradients_before", "gradients_after", "gradients_at_step")
         states |= dict.fromkeys(("optimizer", *gradients, "step"), 0.0)
-    if stage == 3 and _is_offloaded(zero, "offload_param"):
+    if stage == 3 and is_offloaded(deepspeed, "offload_param"):
         on_host += states["weights"]
-        live = zero.get("stage3_max_live_parameters", _DEFAULT_LIVE)
+        live = deepspeed["zero_optimization"].get("stage3_max_live_parameters", _DEFAULT_LIVE)
         states["gathered"] = min(states["weights"], model.weight_bytes * float(live))
         states["weights"] = 0.0
     return {**states, "host": on_host}
-
-
-def _is_offloaded(zero: Mapping[str, Any], section: str) -> bool:
-    return (zero.get(section) or {}).get("device", "none") != "none"
 
 
 def _bucket_bytes(model: ModelMemory, zero: Mapping[str, Any], stage: int) -> float:

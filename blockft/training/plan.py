@@ -15,7 +15,6 @@ from blockft.data.prepared import ExampleColumns
 from blockft.errors import UserError
 from blockft.model.checkpoint import read_marker
 from blockft.training.deepspeed_config import zero_stage
-from blockft.training.distributed import use_cpu
 from blockft.training.row_dataset import RowDataset
 from blockft.units import format_count
 
@@ -51,6 +50,7 @@ class RunPlan:
     num_steps      optimizer steps
     manifest       of the prepared data
     mixture        how often the examples of each source occur in an epoch
+    on_gpu         whether the run is planned for GPUs
     backend        the attention backend: sdpa or flex
     compiles       whether layers are compiled
     dtype          of weights and activations
@@ -64,6 +64,7 @@ class RunPlan:
     num_steps: int
     manifest: dict[str, Any]
     mixture: Mixture
+    on_gpu: bool
     backend: str
     compiles: bool
     dtype: torch.dtype
@@ -74,30 +75,39 @@ class RunPlan:
     def zero_stage(self) -> int:
         return zero_stage(self.deepspeed)
 
+    @property
+    def num_processes(self) -> int:
+        return int(self.run_signature[NUM_PROCESSES])
 
-def choose_backend(backend: str) -> str:
+    @property
+    def shares_products(self) -> bool:
+        """Whether adapters share products, see `share_products`; ZeRO-3 gathers each weight alone."""
+        return self.on_gpu and self.zero_stage < 3
+
+
+def choose_backend(backend: str, *, on_gpu: bool) -> str:
     """Return the attention backend of training; `auto` is flex on a GPU and sdpa on a CPU.
 
     Raises:
         UserError: flex on a CPU.
     """
-    if backend == "flex" and use_cpu():
+    if backend == "flex" and not on_gpu:
         raise UserError("model.attention=flex needs a GPU: FlexAttention has no backward pass on a CPU")
     if backend == "auto":
-        return "sdpa" if use_cpu() else "flex"
+        return "flex" if on_gpu else "sdpa"
     return backend
 
 
-def choose_compile(torch_compile: bool | None, zero_stage: int) -> bool:
+def choose_compile(torch_compile: bool | None, zero_stage: int, *, on_gpu: bool) -> bool:
     """Return whether layers are compiled; None is yes on a GPU, except with ZeRO-3."""
     # ZeRO-3 gathers weights inside of layers, where the compiler must stop: losses are right, but nothing is
     # gained
-    return (not use_cpu() and zero_stage < 3) if torch_compile is None else torch_compile
+    return on_gpu and zero_stage < 3 if torch_compile is None else torch_compile
 
 
-def default_dtype() -> torch.dtype:
+def default_dtype(*, on_gpu: bool) -> torch.dtype:
     """Return the dtype of `model.dtype=auto`: bfloat16 on a GPU, float32 on a CPU."""
-    return torch.float32 if use_cpu() else torch.bfloat16
+    return torch.bfloat16 if on_gpu else torch.float32
 
 
 def hold_out_examples(

@@ -15,7 +15,7 @@ from blockft.stages.dry_run import print_dry_run
 from blockft.stages.memory_plan import (
     MemoryPlan,
     decide_checkpointing,
-    plan_for_gpu,
+    list_remedies,
     plan_memory,
     reported_out_of_memory,
 )
@@ -38,7 +38,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def planned(toy: Path) -> tuple[Recipe, MemoryPlan]:
     """A run whose rows are so long that activations are most of its memory."""
     recipe = toy_recipe(toy, "train.deepspeed=zero0", "train.torch_compile=false")
-    memory = plan_memory(recipe, plan_for_gpu(recipe, build_plan(recipe, 1)), 1, on_gpu=True)
+    memory = plan_memory(recipe, build_plan(recipe, 1, on_gpu=True))
     deeper = replace(memory.model, layers=[*memory.model.layers] * 8)
     return recipe, replace(memory, model=deeper, run=memory.run.with_row_len(10_000_000))
 
@@ -81,10 +81,25 @@ def test_the_kind_on_a_cpu_is_none(toy: Path) -> None:
     assert decide_checkpointing(toy_recipe(toy), None, None)[0] == "none"
 
 
-def test_a_dry_run_prints_the_peak_and_the_longest_row_of_each_kind(
-    toy: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("section", "is_remedy"),
+    [(None, True), ({}, True), ({"device": "none"}, True), ({"device": "cpu"}, False)],
+)
+def test_offloading_is_a_remedy_where_nothing_is_offloaded(
+    planned: tuple[Recipe, MemoryPlan], section: dict[str, str] | None, is_remedy: bool
 ) -> None:
-    print_dry_run(toy_recipe(toy), 1, gpu_bytes=80 * 10**9)
+    recipe, memory = planned
+    deepspeed = {"zero_optimization": {"stage": 2, "offload_optimizer": section}}
+    memory = replace(memory, run=replace(memory.run, deepspeed=deepspeed))
+    remedies = list_remedies(recipe, memory, 5e9)
+    assert ("offload to the host (train.deepspeed=zero2-offload)" in remedies) is is_remedy
+
+
+@pytest.mark.parametrize("settings", [(), ("model.attention=flex",)])
+def test_a_dry_run_prints_the_peak_and_the_longest_row_of_each_kind(
+    toy: Path, capsys: pytest.CaptureFixture[str], settings: tuple[str, ...]
+) -> None:
+    print_dry_run(toy_recipe(toy, *settings), 1, gpu_bytes=80 * 10**9)
     out = capsys.readouterr().out
     assert "expected peak" in out and "buffers of DeepSpeed" in out and "chosen by auto" in out
     assert "bfloat16" in out and "flex" in out, "it is planned for a GPU"

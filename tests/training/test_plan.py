@@ -2,28 +2,22 @@
 
 import pytest
 
-from blockft.training import plan
 from blockft.training.plan import choose_compile
 
 
 @pytest.mark.parametrize(
-    ("torch_compile", "on_cpu", "zero_stage", "expected"),
+    ("torch_compile", "on_gpu", "zero_stage", "expected"),
     [
-        (None, False, 0, True),
-        (None, False, 2, True),
-        (None, False, 3, False),
-        (None, True, 2, False),
-        (True, True, 3, True),
+        (None, True, 0, True),
+        (None, True, 2, True),
+        (None, True, 3, False),
+        (None, False, 2, False),
         (True, False, 3, True),
-        (False, False, 0, False),
+        (True, True, 3, True),
+        (False, True, 0, False),
     ],
 )
 def test_layers_are_compiled_on_a_gpu_except_with_zero3(
-    monkeypatch: pytest.MonkeyPatch,
-    torch_compile: bool | None,
-    on_cpu: bool,
-    zero_stage: int,
-    expected: bool,
+    torch_compile: bool | None, on_gpu: bool, zero_stage: int, expected: bool
 ) -> None:
-    monkeypatch.setattr(plan, "use_cpu", lambda: on_cpu)
-    assert choose_compile(torch_compile, zero_stage) is expected
+    assert choose_compile(torch_compile, zero_stage, on_gpu=on_gpu) is expected
