@@ -166,7 +166,10 @@ def report_peak(memory: MemoryPlan, kind: str) -> None:
     measured, expected = torch.cuda.max_memory_allocated(), memory.estimate(kind).peak_bytes
     text = f"peak memory {format_bytes(measured)}, expected {format_bytes(round(expected))}"
     if measured > TOLERANCE * expected:
-        warn(f"{text}: leave more room than train.gradient_checkpointing=auto does")
+        warn(
+            f"{text}: train.gradient_checkpointing=auto may choose a kind that does not fit, so set "
+            "selective or full if a longer run fills the memory"
+        )
     else:
         notify(text)
 

@@ -320,14 +320,13 @@ def check_resharding(plan: RunPlan, checkpoint: Path | None) -> bool:
     if checkpoint is None or plan.zero_stage == 0:  # ZeRO-0 has no shards
         return False
     found = read_marker(checkpoint)["run_signature"][NUM_PROCESSES]
-    num_processes = plan.run_signature[NUM_PROCESSES]
-    if found == num_processes:
+    if found == plan.num_processes:
         return False
     if plan.run_signature[OPTIMIZER] != Optimizer.adamw:
         raise UserError(
-            f"{checkpoint} was written with {NUM_PROCESSES} = {found}, but now it is {num_processes}: the "
-            f"moments of train.optimizer={plan.run_signature[OPTIMIZER]} cannot be divided anew, so resume "
-            f"with {found}, or start a new run"
+            f"{checkpoint} was written with {NUM_PROCESSES} = {found}, but now it is {plan.num_processes}: "
+            f"the moments of train.optimizer={plan.run_signature[OPTIMIZER]} cannot be divided anew, so "
+            f"resume with {found}, or start a new run"
         )
     return True
 
