@@ -65,8 +65,9 @@ def set_worker_environment() -> None:
     check_worker_environment()
     if use_cpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # DeepSpeed compiles with the ninja installed beside this Python, which is seldom on PATH over ssh
-    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
+    # the ninja beside this Python comes first, which is seldom on PATH over ssh: another version of ninja
+    # would compile DeepSpeed's operators again
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     if not is_worker():
         single_rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(single_rank, MASTER_PORT=str(find_free_port()))

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -90,6 +90,23 @@ def test_ranks_that_disagree_on_the_run_or_its_folder_all_stop(
     assert [process.exitcode for process in ranks.processes] == [0 if message is None else 1] * 2, errors
     assert message is None or errors.count(message) == 2
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "text"),
+    [(247, "SIGKILL, most likely because memory"), (245, "SIGSEGV"), (255, ""), (2, "")],
+)
+def test_a_signal_that_ended_a_rank_is_named(
+    exit_code: int, text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """255 is the code of ssh when it loses a host."""
+    program = f"import sys; sys.exit({exit_code})"
+    command = [sys.executable, "-c", program]
+    monkeypatch.setattr(launch, "_launcher_command", lambda num_gpus, hosts: command)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    assert launch.start_workers(["train"], num_gpus=2, hosts=None) == exit_code
+    error = capsys.readouterr().err
+    assert (f"was ended by {text}" in error) if text else error == ""
 
 
 def fake_slurm(folder: Path, blockft: str) -> dict[str, str]:
@@ -201,6 +218,9 @@ def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, 
 
 Hosts = tuple[Path, dict[str, str]]
 
+ENDLESS = ("train.num_train_epochs=3000", "train.save_steps=1000000")
+"""Settings of a run that does not end by itself."""
+
 
 def start_over_pdsh(hosts: Hosts, *arguments: str | Path) -> subprocess.Popen[str]:
     """Start `blockft train ARGUMENTS` on both hosts from the first one."""
@@ -293,6 +313,114 @@ def test_failed_host_terminates_other_host(toy: Path, two_hosts: Hosts, when: st
     assert time.monotonic() - killed_at < 60
     with pytest.raises(AssertionError, match="no rank 0"):
         process_of_rank(run, 0)
+
+
+@pytest.mark.slow  # three interpreters start
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("launcher", ["--num-gpus", "torchrun"])
+def test_a_killed_rank_ends_the_run_and_is_named(toy: Path, launcher: str, rank: int) -> None:
+    run = toy / f"killed-{launcher.strip('-')}-{rank}"
+    arguments = ("blockft", "train", toy / "recipe.yaml", f"train.output_dir={run}", *ENDLESS)
+    if launcher == "torchrun":
+        options = ("--nproc-per-node", "2", "--master-port", str(free_port()))
+        process = start("torch.distributed.run", *options, "-m", *arguments)
+    else:
+        process = start(*arguments, "--num-gpus", "2")
+    wait_for_two_steps(run, process)
+    process_of_rank(run, rank).kill()
+    killed_at = time.monotonic()
+    output = process.communicate()[0]
+    assert process.returncode != 0 and time.monotonic() - killed_at < 60
+    assert f"blockft: rank {rank} on " in output and "it was killed" in output
+
+
+def start_faulty(hosts: Hosts, run: Path, toy: Path, **environment: str) -> subprocess.Popen[str]:
+    hostfile, variables = hosts
+    settings = (f"train.output_dir={run}", *ENDLESS)
+    return start_over_pdsh((hostfile, variables | environment), toy / "recipe.yaml", *settings)
+
+
+def add_a_host_without_machine(toy: Path, hosts: Hosts, run: Path) -> subprocess.Popen[str]:
+    hostfile = hosts[0].with_name("three-hosts")
+    hostfile.write_text(hosts[0].read_text() + "10.77.0.9 slots=1\n")
+    return start_faulty((hostfile, hosts[1]), run, toy)
+
+
+def use_the_port(toy: Path, hosts: Hosts, run: Path) -> subprocess.Popen[str]:
+    code = (
+        "import socket, time; s = socket.create_server(('', 29545)); print('up', flush=True); time.sleep(120)"
+    )
+    command = ["ip", "netns", "exec", "node0", sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as blocker:
+        assert blocker.stdout and blocker.stdout.readline()
+        launcher = start_faulty(hosts, run, toy)
+        launcher.wait()
+        blocker.kill()
+    return launcher
+
+
+def change_a_version_on_node1(toy: Path, hosts: Hosts, run: Path) -> subprocess.Popen[str]:
+    """Python imports sitecustomize when it starts, on both hosts."""
+    folder = toy / "site"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(
+        "import importlib.metadata as metadata, subprocess\n"
+        "version = metadata.version\n"
+        "if b'10.77.0.2' in subprocess.run(['ip', '-o', 'addr'], capture_output=True).stdout:\n"
+        "    metadata.version = lambda name: '0.0.9' if name == 'transformers' else version(name)\n"
+    )
+    return start_faulty(hosts, run, toy, PYTHONPATH=f"{folder}:{ROOT}")
+
+
+@pytest.mark.slow  # a command and its probes start three interpreters
+@two_hosts_only
+@pytest.mark.parametrize(
+    ("start_with_fault", "message"),
+    [
+        (add_a_host_without_machine, "blockft: 10.77.0.9 cannot be used: it must allow ssh"),
+        (use_the_port, "blockft: port 29545 is in use (Address already in use) on node0: choose another"),
+        (change_a_version_on_node1, "blockft: node1 has transformers 0.0.9, but node0 has "),
+    ],
+)
+def test_hosts_that_cannot_train_together_are_named_before_training(
+    toy: Path,
+    two_hosts: Hosts,
+    start_with_fault: Callable[[Path, Hosts, Path], subprocess.Popen[str]],
+    message: str,
+) -> None:
+    run, start_time = toy / start_with_fault.__name__, time.monotonic()
+    launcher = start_with_fault(toy, two_hosts, run)
+    output = launcher.communicate()[0]
+    assert launcher.returncode == 2 and message in output, output
+    assert time.monotonic() - start_time < 120
+    assert not run.exists()
+
+
+@pytest.mark.slow  # two hosts start six interpreters, and a host that vanished is probed for 30 seconds
+@two_hosts_only
+def test_a_host_that_vanishes_ends_the_run_on_every_host(toy: Path, two_hosts: Hosts) -> None:
+    run = toy / "vanished"
+    launcher = start_faulty(two_hosts, run, toy)
+    wait_for_two_steps(run, launcher)
+    subprocess.run(["ip", "-n", "node1", "link", "set", "eth0", "down"], check=True)
+    try:
+        vanished_at = time.monotonic()
+        output = launcher.communicate()[0]
+        assert launcher.returncode != 0 and time.monotonic() - vanished_at < 60, output
+        assert "blockft: rank 1 on " in output and "no longer answers" in output
+        while time.monotonic() - vanished_at < 60 and is_running(run, 1):
+            time.sleep(0.5)
+        assert not is_running(run, 0) and not is_running(run, 1)
+    finally:
+        subprocess.run(["ip", "-n", "node1", "link", "set", "eth0", "up"], check=True)
+
+
+def is_running(run: Path, rank: int) -> bool:
+    try:
+        process_of_rank(run, rank)
+    except AssertionError:
+        return False
+    return True
 
 
 @pytest.mark.slow  # two interpreters start
