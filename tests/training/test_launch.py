@@ -92,23 +92,6 @@ def test_ranks_that_disagree_on_the_run_or_its_folder_all_stop(
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize(
-    ("exit_code", "text"),
-    [(247, "SIGKILL, most likely because memory"), (245, "SIGSEGV"), (255, ""), (2, "")],
-)
-def test_a_signal_that_ended_a_rank_is_named(
-    exit_code: int, text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """255 is the code of ssh when it loses a host."""
-    program = f"import sys; sys.exit({exit_code})"
-    command = [sys.executable, "-c", program]
-    monkeypatch.setattr(launch, "_launcher_command", lambda num_gpus, hosts: command)
-    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
-    assert launch.start_workers(["train"], num_gpus=2, hosts=None) == exit_code
-    error = capsys.readouterr().err
-    assert (f"was ended by {text}" in error) if text else error == ""
-
-
 def fake_slurm(folder: Path, blockft: str) -> dict[str, str]:
     """An environment in which `srun` starts two tasks here, and `scontrol` writes its arguments to a log."""
     scripts = {
@@ -334,16 +317,18 @@ def test_a_killed_rank_ends_the_run_and_is_named(toy: Path, launcher: str, rank:
     assert f"blockft: rank {rank} on " in output and "it was killed" in output
 
 
-def start_faulty(hosts: Hosts, run: Path, toy: Path, **environment: str) -> subprocess.Popen[str]:
+def start_faulty(
+    hosts: Hosts, run: Path, toy: Path, *settings: str, **environment: str
+) -> subprocess.Popen[str]:
     hostfile, variables = hosts
-    settings = (f"train.output_dir={run}", *ENDLESS)
+    settings = (f"train.output_dir={run}", *ENDLESS, *settings)
     return start_over_pdsh((hostfile, variables | environment), toy / "recipe.yaml", *settings)
 
 
 def add_a_host_without_machine(toy: Path, hosts: Hosts, run: Path) -> subprocess.Popen[str]:
     hostfile = hosts[0].with_name("three-hosts")
     hostfile.write_text(hosts[0].read_text() + "10.77.0.9 slots=1\n")
-    return start_faulty((hostfile, hosts[1]), run, toy)
+    return start_faulty((hostfile, hosts[1]), run, toy, "train.batch_rows=6")
 
 
 def use_the_port(toy: Path, hosts: Hosts, run: Path) -> subprocess.Popen[str]:
