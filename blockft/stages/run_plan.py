@@ -24,6 +24,7 @@ from blockft.model.checkpoint import (
     verify_checkpoint,
 )
 from blockft.model.load import (
+    adapter_base_model,
     build_meta_model,
     load_config,
     load_tokenizer,
@@ -142,6 +143,11 @@ def build_plan(recipe: Recipe, num_processes: int, *, on_gpu: bool | None = None
     _check_objective(recipe)
     check_trackers(settings.report_to)
     config = load_config(recipe.model.path, recipe.model.revision)
+    if adapter_base_model(recipe.model.path):
+        raise UserError(
+            f"model.path {recipe.model.path} is an adapter, on which a run cannot be trained and exported: "
+            "merge it into its base model (blockft export without --adapter-only), and train that model"
+        )
     meta_model = build_meta_model(config)
     model: PreTrainedModel | PeftModel = meta_model
     if settings.lora is not None:

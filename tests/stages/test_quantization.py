@@ -129,6 +129,13 @@ def test_a_checkpoint_opened_as_a_model_has_the_weights_of_its_export(run: Path,
         assert_close(weight, second.get_parameter(name), rtol=1e-6, atol=1e-6)
 
 
+def test_a_run_on_an_adapter_is_refused(run: Path, folder: Path) -> None:
+    """It could not be exported."""
+    recipe = toy_recipe(folder, f"model.path={find_checkpoint(run)}")
+    with pytest.raises(UserError, match="is an adapter, .*merge it into its base model"):
+        build_plan(recipe, 1)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"scheme": "int8", "dtype": "float32"}'])
 def test_a_malformed_record_of_the_quantisation_is_refused(run: Path, folder: Path, text: str) -> None:
     out = folder / "adapter-3"
