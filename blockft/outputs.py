@@ -47,6 +47,10 @@ _NO_REPLACE, _EXCHANGE = 1, 2
 """Flags of renameat2, see its manual page."""
 
 
+class SharedWriteError(OSError):
+    """A write error of one rank of a run that all ranks raise together."""
+
+
 @dataclass(frozen=True)
 class LockedFolder:
     """An output folder that no other process writes.
@@ -199,17 +203,19 @@ def write_errors(folder: Path, *, name: Path, remedy: Callable[[], str]) -> Iter
     """Turn errors of writing below `folder` into a message about `name`, with a remedy for a full disk.
 
     Raises:
-        RankError: the disk is full, or a file below `folder` cannot be written.
+        UserError: the disk is full, or a file below `folder` cannot be written. It is a RankError if other
+            ranks of the run do not know of it.
     """
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
+        kind = UserError if isinstance(error, SharedWriteError) else RankError
         if is_disk_full(error):
-            raise RankError(
+            raise kind(
                 f"the disk is full, or a quota or a limit of the size of files is reached: {remedy()}"
             ) from error
         if isinstance(error, OSError) and _is_below(error.filename, folder):
-            raise RankError(f"{name} cannot be written: {error.strerror} ({error.filename})") from error
+            raise kind(f"{name} cannot be written: {error.strerror} ({error.filename})") from error
         raise
 
 

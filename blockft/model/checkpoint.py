@@ -1,6 +1,6 @@
 """Checkpoints of a run: mark, find and verify complete ones, choose the best one, store reference logits.
 
-Tensor suffixes: T tokens of the reference text, V vocabulary.
+Tensor suffixes: T tokens of the reference text, N positions whose logits are stored, V vocabulary.
 """
 
 import re
@@ -38,8 +38,10 @@ MARKER = "complete.json"
 """Completion marker of a checkpoint, written last: a checkpoint without it is incomplete and is ignored."""
 
 REFERENCE_LOGITS = "reference_logits.safetensors"
-"""The token ids of a fixed text and the run's logits on them; an export is compared with these."""
+"""The token ids of a fixed text and the run's logits on some of them; an export is compared with these."""
 
+_LOGITS_STEP = 8
+"""Distance of the positions whose logits are stored. All logits of a large vocabulary would take 130 MB."""
 
 _FILES = "files"
 """Key of the marker: size and digest of every other file of the checkpoint."""
@@ -317,12 +319,17 @@ def _float32_weights(model: torch.nn.Module) -> Iterator[None]:
 
 
 def save_reference_logits(checkpoint: Path, ids_T: torch.Tensor, logits_TV: torch.Tensor) -> None:
-    """Write the ids of the reference text and the run's logits on them into a checkpoint."""
-    tensors = {"input_ids": ids_T.contiguous(), "logits": logits_TV.contiguous()}
+    """Write the ids of the reference text and the run's logits on some of them into a checkpoint.
+
+    Each position depends on all weights, so that a few suffice: the last one, and every eighth before it.
+    """
+    positions = torch.arange(len(ids_T) - 1, -1, -_LOGITS_STEP).flip(0)
+    logits_NV = logits_TV[positions]
+    tensors = {"input_ids": ids_T.contiguous(), "positions": positions, "logits": logits_NV.contiguous()}
     save_file(tensors, checkpoint / REFERENCE_LOGITS)
 
 
-def load_reference_logits(checkpoint: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the ids (T,) of the reference text and the run's logits (T, V) on them."""
+def load_reference_logits(checkpoint: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the ids (T,) of the reference text, positions (N,) in it, and the run's logits (N, V) there."""
     tensors = load_file(checkpoint / REFERENCE_LOGITS)
-    return tensors["input_ids"], tensors["logits"]
+    return tensors["input_ids"], tensors["positions"], tensors["logits"]

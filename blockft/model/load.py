@@ -27,6 +27,7 @@ from blockft.errors import UserError, first_line
 from blockft.file_content import check_content, load_json
 from blockft.inputs import read_text
 from blockft.model.base_quantization import read_base_quantization, round_linears
+from blockft.model.checkpoint import MARKER
 from blockft.model.decoder_layers import restore_frequencies
 from blockft.model.fill_weights import draw_model, read_model
 from blockft.model.lora import merge_adapter
@@ -378,6 +379,10 @@ def _check_files(path: str, revision: str | None, config: PreTrainedConfig) -> d
 
     transformers does not report every difference, and passes over a generation config that it cannot read.
     """
+    if (Path(path) / MARKER).is_file():
+        raise UserError(
+            f"{path} is a checkpoint of a run, not a model: export it with blockft export {path} FOLDER"
+        )
     verify_model_files(path, revision, weights=True)
     stored: dict[str, StoredTensor] = _call(path, check_weights, path, revision, build_meta_model(config))
     if file := _call(path, find_file, path, "generation_config.json", revision):

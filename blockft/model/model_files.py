@@ -6,8 +6,8 @@
 
 It lists the files that determine the model: weights, configuration, tokenizer, template, adapter. That of an
 adapter also holds the digest of the weights of its base model, `base_weights`.
-transformers and vLLM ignore it. A checkpoint of a run that is opened as a model is checked by its marker. A
-folder with neither, such as any other model, is not checked.
+transformers and vLLM ignore it. A checkpoint with an adapter, which may be opened as a model, is checked by
+its marker. A folder with neither, such as any other model, is not checked.
 """
 
 from pathlib import Path

@@ -324,7 +324,7 @@ def _compare_logits(folder: Path, checkpoint: Path) -> float:
     The folder is opened with plain transformers. Both logits are computed in float32, whatever the dtype of
     the weights.
     """
-    ids, expected = load_reference_logits(checkpoint)
+    ids, positions, expected = load_reference_logits(checkpoint)
     if base := adapter_base_model(str(folder)):
         # transformers itself cannot open every kind of adapter (for example DoRA)
         quantized_in = read_base_quantization(folder)
@@ -332,5 +332,5 @@ def _compare_logits(folder: Path, checkpoint: Path) -> float:
         model: torch.nn.Module = open_adapter(base_model, folder)
     else:
         model = load_full_attention_model(str(folder), None, torch.float32)
-    logits = model(input_ids=ids[None], use_cache=False).logits[0]
+    logits = model(input_ids=ids[None], use_cache=False).logits[0, positions]
     return float((logits - expected).norm() / expected.norm())

@@ -31,7 +31,7 @@ from blockft.model.gradient_checkpointing import checkpoint_layers
 from blockft.model.load import digest_base_weights, load_model, load_tokenizer
 from blockft.model.lora import add_adapter
 from blockft.model.shared_input import share_products
-from blockft.outputs import write_errors
+from blockft.outputs import SharedWriteError, write_errors
 from blockft.run_folder import METRICS, truncate_metrics, write_data, write_recipe
 from blockft.stages.memory_plan import (
     MemoryPlan,
@@ -59,7 +59,12 @@ from blockft.training.distributed import (
     use_cpu,
     watch_ranks,
 )
-from blockft.training.library_internals import LOAD_UNIVERSAL, only_weights_loaded
+from blockft.training.library_internals import (
+    LOAD_UNIVERSAL,
+    expect_no_weights,
+    mapped_files,
+    only_weights_loaded,
+)
 from blockft.training.library_warnings import silence_known_warnings
 from blockft.training.loss_plot import save_loss_plot
 from blockft.training.objectives import Distillation
@@ -169,21 +174,30 @@ def _shared_by_ranks(lock: FolderLock | None, run: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _reported_write_errors(run: Path, num_processes: int) -> Iterator[None]:
+def _reported_write_errors(run: Path, num_processes: int, *, is_first: bool) -> Iterator[None]:
     """Turn a full disk into a message that says how to resume; remove what is incomplete."""
+
+    def remove() -> None:
+        from blockft.training.universal_checkpoint import remove_universal
+
+        remove_incomplete(run)
+        remove_universal(run)
 
     def remedy() -> str:
         if num_processes == 1:  # other ranks may still be writing: the resumed run removes it then
-            from blockft.training.universal_checkpoint import remove_universal
-
-            remove_incomplete(run)
-            remove_universal(run)
+            remove()
         last = last_checkpoint(run)
         found = f"its last complete checkpoint is {last.name}" if last else "it has no complete checkpoint"
         return f"free some space, then resume {run} with --resume ({found})"
 
     with write_errors(run, name=run, remedy=remedy):
-        yield
+        try:
+            yield
+        except SharedWriteError:  # no rank writes any more
+            if is_first:
+                remove()
+            torch.distributed.barrier()  # a rank that ends makes the others end as well
+            raise
 
 
 def _train(
@@ -210,7 +224,7 @@ def _train(
     title = run.name if name is None or name == run.name else f"{name}/{run.name}"
     with ExitStack() as stack:
         stack.enter_context(_restored_process_state())
-        stack.enter_context(_reported_write_errors(run, num_processes))
+        stack.enter_context(_reported_write_errors(run, num_processes, is_first=rank == 0))
         wait_until_verified = stack.enter_context(_in_thread(partial(verify_inputs, recipe, checkpoint)))
         init_distributed(watch)
         stack.enter_context(_shared_by_ranks(lock, run))
@@ -228,7 +242,6 @@ def _train(
             plan,
             checkpoint,
             checkpointing=checkpointing,
-            is_resharded=is_resharded,
             name=name or run.name,
             title=title,
         )
@@ -238,7 +251,9 @@ def _train(
             if checkpoint and is_resharded:
                 convert_to_universal(checkpoint)
         torch.distributed.barrier()
-        with only_weights_loaded():
+        if checkpoint and plan.zero_stage > 0:
+            expect_no_weights(trainer.model)
+        with only_weights_loaded(), mapped_files():
             trainer.train(resume_from_checkpoint=str(source) if source else None)
         if memory:
             report_peak(memory, checkpointing)
@@ -333,14 +348,12 @@ def _build_trainer(
     checkpoint: Path | None,
     *,
     checkpointing: str,
-    is_resharded: bool,
     name: str,
     title: str,
 ) -> tuple["BlockTrainer", "RunCallback"]:
     """Load the models and build the trainer with its callbacks; all ranks call it.
 
-    `checkpointing` is the kind of gradient checkpointing. `is_resharded` says that the checkpoint was written
-    by another number of processes.
+    `checkpointing` is the kind of gradient checkpointing.
     """
     from blockft.training.lr_schedule import RecipeScheduleCallback
     from blockft.training.peak_flops import sum_peak_flops
@@ -349,7 +362,6 @@ def _build_trainer(
     from blockft.training.run_callback import RunCallback
     from blockft.training.throughput import Throughput
     from blockft.training.trainer import BlockTrainer
-    from blockft.training.universal_checkpoint import SeparateAdamStepsCallback
     from blockft.training.wandb_tracking import WandbConfigCallback, log_sample_answers, set_default_project
 
     run = Path(recipe.train.output_dir)
@@ -382,8 +394,6 @@ def _build_trainer(
         progress_line=progress_line,
     )
     callbacks = [run_callback, progress_line, RecipeScheduleCallback()]
-    if is_resharded:
-        callbacks.append(SeparateAdamStepsCallback())
     if "wandb" in recipe.train.report_to:
         set_default_project(name)
         run_callback.show_answers = log_sample_answers

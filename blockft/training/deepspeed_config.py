@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -190,9 +191,20 @@ def check_deepspeed_config(
                 f'train.deepspeed {name}: {key} is {found}, but {setting} is {value}: write "auto", '
                 "or the same value in the recipe"
             )
+    _check_accumulation_dtype(deepspeed, name, dtype)
     # DeepSpeed computes it from the others and from the processes that are connected, of which there is one
     del filled["train_batch_size"]
     _check_by_deepspeed(_without_auto(filled), name)
+
+
+def _check_accumulation_dtype(deepspeed: Mapping[str, Any], name: str, dtype: torch.dtype) -> None:
+    """Refuse the optimizer whose checkpoints DeepSpeed cannot gather, so that they could not be exported."""
+    found = deepspeed.get("data_types", {}).get("grad_accum_dtype")
+    if found not in (None, "bf16", "bfloat16") and dtype is torch.bfloat16 and zero_stage(deepspeed) == 1:
+        raise UserError(
+            f"train.deepspeed {name}: data_types.grad_accum_dtype is {shorten(repr(found))}, which cannot be "
+            "exported under ZeRO-1: leave it out, or set zero_optimization.stage to 2"
+        )
 
 
 def _check_by_deepspeed(config: dict[str, Any], name: str) -> None:
@@ -235,6 +247,7 @@ def _problems(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key} is {found}, it should be true or false"
         elif key in TEXTS and not isinstance(value, str):
             yield f"{key} is {found}, it should be a text"
+    yield from _checkpoint_problems(config.get("checkpoint", {}), config.get("zero_optimization", {}))
     yield from _zero_problems(config.get("zero_optimization", {}), config)
     yield from _optimizer_problems(config.get("optimizer"))
     yield from _scheduler_problems(config.get("scheduler"))
@@ -258,6 +271,22 @@ def _zero_problems(zero: Mapping[str, Any], config: Mapping[str, Any]) -> Iterat
             "zero_optimization.offload_optimizer needs an optimizer of DeepSpeed: add the section optimizer "
             "with the type AdamW, as in zero2-offload"
         )
+
+
+def _checkpoint_problems(checkpoint: Any, zero: Any) -> Iterator[str]:
+    """Yield the options of checkpoints that a resumed run or an export could not read."""
+    allowed = (
+        ("checkpoint.checkpoint_serialization", checkpoint, True),
+        ("checkpoint.load_universal", checkpoint, False),
+        ("checkpoint.use_node_local_storage", checkpoint, False),
+        ("checkpoint.writer", checkpoint, None),
+        ("zero_optimization.elastic_checkpoint", zero, False),
+        ("zero_optimization.load_from_fp32_weights", zero, True),
+    )
+    for key, section, value in allowed:
+        found = section.get(key.rpartition(".")[2], value) if isinstance(section, dict) else value
+        if found is not value:
+            yield f"{key} is {shorten(json.dumps(found))}, it should be {json.dumps(value)}: leave it out"
 
 
 def _optimizer_problems(optimizer: Any) -> Iterator[str]:

@@ -1,12 +1,13 @@
 """Set up one rank of a distributed run, check that ranks agree, and shut it down."""
 
 import atexit
+import errno
 import os
 import re
 import socket
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch.distributed as dist
 
 from blockft.errors import UserError, is_first_of_host
 from blockft.inputs import shorten
-from blockft.outputs import temporary_path
+from blockft.outputs import SharedWriteError, is_disk_full, temporary_path
 from blockft.training.compiler_lock import watch_compiler_locks
 from blockft.training.library_internals import (
     compile_cpu_operator,
@@ -201,6 +202,42 @@ def run_on_each_host(check: Callable[[], None]) -> None:
     for message in errors:
         if message:
             raise UserError(message)
+
+
+@contextmanager
+def errors_on_all_ranks() -> Iterator[None]:
+    """Raise an error of one rank on all ranks, which then have all stopped what they do inside.
+
+    All ranks enter and leave it. The ranks must not wait for each other inside.
+
+    Raises:
+        SharedWriteError: on every rank, if one of them cannot write.
+        UserError: on every rank, if one of them raised one.
+        DistError: on the other ranks, if one of them raised another error.
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    errors: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, own and _shared_error(own))
+    first = next((error for error in errors if error), None)
+    if own and not isinstance(_shared_error(own), Exception):
+        raise own
+    if isinstance(first, Exception):
+        raise first from own
+    if first:
+        raise dist.DistError(first)
+
+
+def _shared_error(error: Exception) -> UserError | SharedWriteError | str:
+    """Return what the other ranks learn of an error; only an expected one is raised there as well."""
+    if is_disk_full(error):
+        return SharedWriteError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if isinstance(error, OSError):
+        return SharedWriteError(error.errno, error.strerror, error.filename)
+    return UserError(str(error)) if isinstance(error, UserError) else "another rank has failed"
 
 
 def check_ranks(run: Path, run_signature: dict[str, Any]) -> None:

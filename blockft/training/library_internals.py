@@ -12,7 +12,7 @@ import os
 import re
 import shlex
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from blockft.training.library_warnings import library_output_on_stderr
 
 if TYPE_CHECKING:
     import torch
+    from deepspeed import DeepSpeedEngine
     from torch.optim.lr_scheduler import LambdaLR
     from transformers import Trainer
 
@@ -104,9 +105,6 @@ _NUMPY_NAMES = (
 )
 """Names of numpy in the states of random generators, which the Trainer itself allows while it loads them."""
 
-_NEVER_LOADED = ("training_args.bin",)
-"""Pickles that the Trainer writes into a checkpoint and that nothing reads."""
-
 
 @contextmanager
 def only_weights_loaded() -> Iterator[None]:
@@ -142,7 +140,7 @@ def check_pickles(checkpoint: Path) -> None:
     # a search does not follow links to folders, in which DeepSpeed would find shards
     linked = [path for path in checkpoint.iterdir() if path.is_symlink() and path.is_dir()]
     for path in sorted(file for folder in (checkpoint, *linked) for file in folder.rglob("*")):
-        if path.suffix not in (".pt", ".pth", ".bin") or path.name in _NEVER_LOADED:
+        if path.suffix not in (".pt", ".pth", ".bin"):
             continue
         try:
             unsafe = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - allowed
@@ -161,6 +159,125 @@ def check_pickles(checkpoint: Path) -> None:
 def _import_name(name: str) -> Any:
     module, _, attribute = name.rpartition(".")
     return getattr(importlib.import_module(module), attribute)
+
+
+# --- DeepSpeed checkpoints: shards without what follows from other files
+
+
+_TAG = "global_step"
+"""Start of the name of the folder with DeepSpeed's shards, by which the Trainer looks for it."""
+
+
+def save_shards(engine: DeepSpeedEngine, checkpoint: Path, step: int) -> None:
+    """Write the shards of all ranks into a folder of a checkpoint. All ranks call it.
+
+    Under ZeRO the trained weights are those of the optimizer in float32, so DeepSpeed's second copy is left
+    out. Frozen weights are those of the base model, and are left out as well. A rank that cannot write goes
+    on to the end, because the others wait for it there.
+
+    Raises:
+        OSError, RuntimeError: this rank cannot write; other ranks may have succeeded.
+    """
+    writer = _ShardWriter(engine)
+    engine.checkpoint_engine = writer
+    engine._copy_recovery_script = lambda save_path: None  # DeepSpeed's tools are installed with it
+    try:
+        # `write_tag` writes "latest": rank 0 could fail to write it here, while the others wait
+        engine.save_checkpoint(
+            str(checkpoint), tag=f"{_TAG}{step}", exclude_frozen_parameters=True, save_latest=False
+        )
+    finally:
+        engine.checkpoint_engine = writer.inner
+        del engine._copy_recovery_script
+    if writer.error:
+        raise writer.error
+
+
+def write_tag(checkpoint: Path, step: int) -> None:
+    """Write the file that names the folder with the shards, see `read_tag`."""
+    (checkpoint / "latest").write_text(f"{_TAG}{step}", encoding="utf-8")
+
+
+class _ShardWriter:
+    """Stands for DeepSpeed's writer of files: leaves weights out, and keeps the first error for later."""
+
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        self.inner: Any = engine.checkpoint_engine
+        self.error: OSError | RuntimeError | None = None
+        # without ZeRO the optimizer has no copy of the weights
+        self._kept = set() if engine.zero_optimization() else trained_names(engine.module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        if "module" in state_dict:
+            kept = self._kept.union(state_dict["buffer_names"])
+            module = {name: tensor for name, tensor in state_dict["module"].items() if name in kept}
+            state_dict = {**state_dict, "module": module}
+        self._try(self.inner.save, state_dict, path)
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        self._try(self.inner.makedirs, path, exist_ok)
+
+    def _try(self, write: Callable[..., None], *arguments: Any) -> None:
+        try:
+            write(*arguments)
+        except (OSError, RuntimeError) as error:
+            self.error = self.error or error
+
+
+def trained_names(model: torch.nn.Module) -> set[str]:
+    """Return the names of the trained weights of a model, all of a tied pair's."""
+    return {n for n, weight in model.named_parameters(remove_duplicate=False) if weight.requires_grad}
+
+
+def expect_no_weights(model: torch.nn.Module) -> None:
+    """Let a model accept the shards of `save_shards`, which lack its weights; `restore_weights` sets them."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+
+    def accept(module: torch.nn.Module, incompatible: Any) -> None:
+        incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in names]
+
+    model.register_load_state_dict_post_hook(accept)
+
+
+def restore_weights(engine: DeepSpeedEngine) -> None:
+    """Set the trained weights of the model to those of the optimizer. All ranks call it after loading shards.
+
+    Without ZeRO the shards hold the weights, and ZeRO-3 restores them itself.
+    """
+    if engine.zero_optimization_stage() in (1, 2):
+        engine.optimizer.update_lp_params()
+
+
+@contextmanager
+def mapped_files() -> Iterator[None]:
+    """Make every `torch.load` inside map its file into memory instead of reading it.
+
+    Otherwise the memory of a host would hold the states of its optimizers twice while a run is resumed.
+    """
+    from torch.utils import serialization
+
+    config: Any = serialization.config  # torch adds `patch` to the module without a type
+    with config.patch("load.mmap", True):
+        yield
+
+
+def own_optimizer_states(optimizer: Any) -> None:
+    """Give the states of an optimizer memory of their own after shards were loaded from mapped files.
+
+    States on the CPU would otherwise be part of the files, which could not be removed. When ZeRO-3 loads a
+    universal checkpoint, parameter groups share one step counter, which would advance once per group.
+    """
+    import torch
+
+    while hasattr(optimizer, "optimizer"):  # accelerate and DeepSpeed wrap the optimizer
+        optimizer = optimizer.optimizer
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if torch.is_tensor(value) and (value.device.type == "cpu" or name == "step"):
+                state[name] = value.clone()
 
 
 # --- DeepSpeed checkpoints: names of files, and another number of processes
@@ -182,9 +299,8 @@ def consolidate_weights(checkpoint: Path, dtype: torch.dtype) -> dict[str, torch
         if any(shards.glob("*_optim_states.pt")):
             weights = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), lazy_mode=True)
         else:  # ZeRO-0 writes no shards
-            weights = torch.load(
-                shards / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True
-            )["module"]
+            path = shards / "mp_rank_00_model_states.pt"
+            weights = torch.load(path, map_location="cpu", mmap=True)["module"]
     return {name: weight.contiguous().to(dtype) for name, weight in weights.items()}
 
 
@@ -222,21 +338,6 @@ def convert_shards_to_universal(checkpoint: Path, out: Path) -> None:
                 inject_missing_state=True,
             )
         )
-
-
-def separate_adam_steps(optimizer: Any) -> None:
-    """Give each state of Adam its own step counter.
-
-    When ZeRO-3 loads a universal checkpoint, parameter groups share one counter, which then advances once per
-    group.
-    """
-    import torch
-
-    while hasattr(optimizer, "optimizer"):  # accelerate and DeepSpeed wrap the optimizer
-        optimizer = optimizer.optimizer
-    for state in optimizer.state.values():
-        if torch.is_tensor(state.get("step")):
-            state["step"] = state["step"].clone()
 
 
 def undo_initial_step(optimizer: Any) -> None:

@@ -38,7 +38,15 @@ from blockft.run_folder import (
     digest_metrics,
     read_sample_answers,
 )
-from blockft.training.library_internals import get_unlogged_loss, restore_unlogged_loss, undo_initial_step
+from blockft.training.distributed import errors_on_all_ranks
+from blockft.training.library_internals import (
+    get_unlogged_loss,
+    own_optimizer_states,
+    restore_unlogged_loss,
+    restore_weights,
+    undo_initial_step,
+    write_tag,
+)
 from blockft.training.objectives import EVAL_LOSS_PREFIX, select_eval_losses
 from blockft.training.peak_memory import restart_peak_memory
 from blockft.training.plan import QUANTIZATION, WEIGHT_DTYPE
@@ -91,9 +99,12 @@ class RunCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **passed: Any
     ) -> None:
+        self._folder = os.stat(self._run)
         if state.global_step == 0:
             undo_initial_step(passed["optimizer"])
-        self._folder = os.stat(self._run)
+        else:
+            restore_weights(self.trainer.model_wrapped)
+            own_optimizer_states(passed["optimizer"])
         restart_peak_memory(args.device)
         if self._unlogged:
             restore_unlogged_loss(self.trainer, self._unlogged)
@@ -253,38 +264,40 @@ class RunCallback(TrainerCallback):
                 f"the weights are not finite at step {state.global_step}, so its checkpoint is not used: "
                 "lower train.learning_rate, and resume from the last complete checkpoint with --resume"
             )
-        if args.world_size > 1:
-            torch.distributed.barrier()
-        if state.is_world_process_zero:
-            self._tokenizer.save_pretrained(checkpoint)
-            # for a model with an adapter the Trainer saves neither of the two configs
-            model.config.save_pretrained(checkpoint)
-            if model.generation_config is not None:
-                model.generation_config.save_pretrained(checkpoint)
-            if self._run_signature[QUANTIZATION]:
-                # the checkpoint can be opened as an adapter
-                write_base_quantization(checkpoint, DTYPES[self._run_signature[WEIGHT_DTYPE]])
-            save_reference_logits(checkpoint, self._reference_ids_T, logits_TV)
+        with errors_on_all_ranks():
+            if state.is_world_process_zero:
+                self._tokenizer.save_pretrained(checkpoint)
+                # for a model with an adapter the Trainer saves neither of the two configs
+                model.config.save_pretrained(checkpoint)
+                if model.generation_config is not None:
+                    model.generation_config.save_pretrained(checkpoint)
+                if self._run_signature[QUANTIZATION]:
+                    # the checkpoint can be opened as an adapter
+                    write_base_quantization(checkpoint, DTYPES[self._run_signature[WEIGHT_DTYPE]])
+                save_reference_logits(checkpoint, self._reference_ids_T, logits_TV)
+                write_tag(checkpoint, state.global_step)
         files = _gather_digests(checkpoint, args.process_index, args.world_size)
-        if state.is_world_process_zero:
-            mark_complete(
-                checkpoint,
-                step=state.global_step,
-                run_signature=self._run_signature,
-                eval_losses=self._eval_losses,
-                eval_due=self._eval_due,
-                answers_due=self._answers_due,
-                unlogged=self._unlogged,
-                files=files,
-                metrics=digest_metrics(self._run),
-            )
-            remove_old_checkpoints(self._run, self._save_total_limit, keep_best=self._keep_best)
+        with errors_on_all_ranks():
+            if state.is_world_process_zero:
+                mark_complete(
+                    checkpoint,
+                    step=state.global_step,
+                    run_signature=self._run_signature,
+                    eval_losses=self._eval_losses,
+                    eval_due=self._eval_due,
+                    answers_due=self._answers_due,
+                    unlogged=self._unlogged,
+                    files=files,
+                    metrics=digest_metrics(self._run),
+                )
+                remove_old_checkpoints(self._run, self._save_total_limit, keep_best=self._keep_best)
         self.trainer.throughput.restart(state.global_step)
 
 
 def _gather_digests(checkpoint: Path, rank: int, num_ranks: int) -> dict[str, FileDigest]:
     """Return the digests of all files of a checkpoint; each rank reads what it wrote. All ranks call it."""
-    own = digest_own_files(checkpoint, rank=rank, num_ranks=num_ranks)
+    with errors_on_all_ranks():
+        own = digest_own_files(checkpoint, rank=rank, num_ranks=num_ranks)
     gathered = [own] * num_ranks
     if num_ranks > 1:
         torch.distributed.all_gather_object(gathered, own)

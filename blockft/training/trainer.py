@@ -2,14 +2,23 @@
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
+from accelerate.utils import DeepSpeedSchedulerWrapper
 from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, Trainer
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from blockft.data.encoder import IGNORE_INDEX
-from blockft.training.library_internals import show_optimizer_defaults
+from blockft.training.distributed import errors_on_all_ranks
+from blockft.training.library_internals import (
+    save_shards,
+    show_optimizer_defaults,
+    trained_names,
+)
 from blockft.training.loss_groups import LossGroups
 from blockft.training.model_inputs import build_model_inputs
 from blockft.training.objectives import (
@@ -82,6 +91,32 @@ class BlockTrainer(Trainer):
             logs["peak_memory_gib"] = round(self.peak_memory_gib, 2)
             logs["seconds_left"] = round(self.throughput.seconds_left(step, num_steps), 1)
         super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
+        """Write what a resumed run needs: `RunCallback` adds what an export needs, and the marker.
+
+        The Trainer would also write the weights, which follow from the shards. All ranks call it.
+
+        Raises:
+            SharedWriteError: on every rank, if one of them cannot write.
+        """
+        assert self.args.output_dir and self.lr_scheduler
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        self.store_flos()
+        adapter = _gather_adapter(self.model) if isinstance(self.model, PeftModel) else None
+        with errors_on_all_ranks():
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            self._save_rng_state(str(checkpoint))
+            if self.is_world_process_zero():
+                self.state.save_to_json(str(checkpoint / TRAINER_STATE_NAME))
+                if not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
+                    torch.save(self.lr_scheduler.state_dict(), checkpoint / SCHEDULER_NAME)
+                if adapter is not None:
+                    self.model.save_pretrained(
+                        str(checkpoint), state_dict=adapter, save_embedding_layers=False
+                    )
+        with errors_on_all_ranks():
+            save_shards(self.model_wrapped, checkpoint, self.state.global_step)
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any
@@ -159,6 +194,17 @@ class BlockTrainer(Trainer):
         # without it the Trainer would evaluate again at the end of the epoch
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, losses)
         return losses
+
+
+def _gather_adapter(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Return the trained weights of a model with an adapter, on the CPU. All ranks call it."""
+    trained, adapter = trained_names(model), {}
+    for name, weight in model.named_parameters():
+        if name in trained:
+            # under ZeRO-3 each rank holds a part of the weight
+            with deepspeed.zero.GatheredParameters([weight]):
+                adapter[name] = weight.detach().cpu().clone()
+    return adapter
 
 
 def _unwrap_row(micro_batch: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

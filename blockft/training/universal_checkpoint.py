@@ -2,15 +2,8 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from blockft.training.library_internals import (
-    convert_shards_to_universal,
-    read_tag,
-    separate_adam_steps,
-)
+from blockft.training.library_internals import convert_shards_to_universal, read_tag
 
 UNIVERSAL = ".universal"
 """Folder of a run that holds the universal checkpoint while the run is being resumed."""
@@ -36,12 +29,3 @@ def convert_to_universal(checkpoint: Path) -> Path:
 def remove_universal(run: Path) -> None:
     """Delete the universal checkpoint of a run, also one that an interrupted process left."""
     shutil.rmtree(run / UNIVERSAL, ignore_errors=True)
-
-
-class SeparateAdamStepsCallback(TrainerCallback):
-    """Gives each state of Adam its own step counter when training begins, see `separate_adam_steps`."""
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **passed: Any
-    ) -> None:
-        separate_adam_steps(passed["optimizer"])

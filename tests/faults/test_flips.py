@@ -232,13 +232,25 @@ def test_damage_of_a_report_is_no_traceback(
     capsys.readouterr()
 
 
-def test_a_checkpoint_that_is_opened_as_a_model_is_verified(toy: Path) -> None:
-    newest = complete_checkpoints(toy / "run")[-1]
+def test_a_checkpoint_of_an_adapter_that_is_opened_as_a_model_is_verified(adapter: Path) -> None:
+    newest = complete_checkpoints(adapter)[-1]
     names = [name for name in list_files(newest) if Path(name).parent == Path() and name != "latest"]
-    assert "model.safetensors" in names and load_tokenizer(str(newest))
+    names.remove("README.md")  # the model card of peft
+    assert "adapter_model.safetensors" in names and load_tokenizer(str(newest))
     for damage in damages(newest, 10, 40, names):
         if (newest / MARKER).exists() or (newest / MARKER).is_symlink():
             check_found(lambda: load_model(str(newest), backend="sdpa", dtype=torch.float32), damage)
+
+
+def test_a_checkpoint_of_all_weights_is_not_accepted_as_a_model(toy: Path) -> None:
+    newest = complete_checkpoints(toy / "run")[-1]
+    with pytest.raises(
+        UserError, match=f"is a checkpoint of a run, not a model: export it with blockft export {newest} FOLD"
+    ):
+        load_model(str(newest), backend="sdpa", dtype=torch.float32)
+    done = run_ranks("train", toy / "recipe.yaml", f"train.output_dir={toy / 'none'}", f"model.path={newest}")
+    assert done.returncode == 2 and "not a model: export it" in done.stderr.splitlines()[-1], done.stderr
+    assert not (toy / "none").exists()
 
 
 @pytest.mark.slow  # more of the same

@@ -3,8 +3,11 @@
 A limit of the size of files stands for the full disk: every write beyond it fails.
 """
 
+import errno
+import os
 import resource
 import shutil
+import time
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import pytest
 
 from blockft.model.checkpoint import complete_checkpoints
 from blockft.stages.prepare import prepare
-from tests.commands import all_logged, run_ranks
+from tests.commands import all_logged, run_ranks, start_ranks
 from tests.faults.toy import read_files
 from tests.run import toy_recipe
 
@@ -72,6 +75,59 @@ def test_the_last_complete_checkpoint_is_named_and_stays(toy: Path, tmp_path: Pa
         done = run_ranks(*command(toy, run))
         assert done.returncode == 0, done.stderr
         assert [path.name for path in complete_checkpoints(run)] == ["checkpoint-2", "checkpoint-4"]
+
+
+def fill_disk(full_rank: int, fault: int | str) -> None:
+    """Limit the files of one rank to a number of bytes, or let a function of `run_callback` find no space."""
+
+    def raise_error(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a file")
+
+    if os.environ["RANK"] != str(full_rank):
+        return
+    if isinstance(fault, int):
+        limit(fault)
+    else:
+        from blockft.training import run_callback
+
+        setattr(run_callback, fault, raise_error)
+
+
+@pytest.mark.parametrize(
+    ("stage", "full_rank", "fault"),
+    [
+        (0, 0, 100_000),
+        (2, 0, 100_000),
+        (2, 1, 100_000),
+        (3, 1, 100_000),
+        (2, 0, 9000),
+        (2, 1, 9000),
+        (2, 0, "save_reference_logits"),
+        (2, 0, "write_tag"),
+        (2, 1, "digest_own_files"),
+        (2, 0, "mark_complete"),
+    ],
+)
+def test_a_rank_that_cannot_write_ends_all_ranks_with_its_sentence(
+    stage: int, full_rank: int, fault: int | str, toy: Path, tmp_path: Path
+) -> None:
+    """At each file of a checkpoint. No rank waits for another one, and the last checkpoint stays."""
+    run, zero = tmp_path / "run", f"train.deepspeed=zero{stage}"
+    done = run_ranks(*command(toy, run), zero, "train.max_steps=2", num_ranks=2)
+    assert done.returncode == 0, done.stderr
+    before, start = read_files(run / "checkpoint-2"), time.monotonic()
+    ranks = start_ranks(*command(toy, run), zero, num_ranks=2, before=partial(fill_disk, full_rank, fault))
+    done = ranks.wait()
+    assert [process.exitcode for process in ranks.processes] == [2, 2], done.stderr
+    assert time.monotonic() - start < 60
+    (message,) = [line for line in done.stderr.splitlines() if line.startswith("blockft:")]
+    last = "its last complete checkpoint is checkpoint-2"
+    assert message.endswith(f"free some space, then resume {run} with --resume ({last})"), done.stderr
+    assert [path.name for path in run.glob("*checkpoint-*")] == ["checkpoint-2"]
+    assert read_files(run / "checkpoint-2") == before
+    done = run_ranks(*command(toy, run), zero, num_ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert all_logged(run)[-1]["step"] == 4
 
 
 @pytest.mark.parametrize("num_bytes", [200, 1500, 4000])

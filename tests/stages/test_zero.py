@@ -34,6 +34,7 @@ from blockft.training.library_internals import SHARED_MEMORY
 from tests import commands
 from tests.commands import Ranks, all_logged, logged, run_ranks, start_ranks
 from tests.run import toy_recipe
+from tests.stages.test_checkpoint_files import count_trained, shard_bytes
 
 SETTINGS = (
     "train.num_train_epochs=3",
@@ -138,16 +139,27 @@ def test_an_export_gives_the_logits_of_its_run_and_answers(
     run = train_once(stage, adapter)
     out = export(run, folder / f"export-{stage}-{adapter}", max_shard_size="20KB")
     assert len(list(out.glob("model-*.safetensors"))) > 1
-    ids, expected = load_reference_logits(find_checkpoint(run))
+    ids, positions, expected = load_reference_logits(find_checkpoint(run))
     model = AutoModelForCausalLM.from_pretrained(out)
-    assert_close(logits_of(model, ids), expected, rtol=1e-5, atol=1e-5)
+    assert_close(logits_of(model, ids)[positions], expected, rtol=1e-5, atol=1e-5)
     before = AutoModelForCausalLM.from_pretrained(folder / "model")
-    assert not torch.allclose(logits_of(before, ids), expected, atol=1e-2), "the run changed nothing"
+    assert not torch.allclose(logits_of(before, ids)[positions], expected, atol=1e-2), (
+        "the run changed nothing"
+    )
     prompt = AutoTokenizer.from_pretrained(out).apply_chat_template(
         [{"role": "user", "content": "Answer.\na=7\na?"}], add_generation_prompt=True, return_tensors="pt"
     )
     answer = model.generate(**prompt, max_new_tokens=3, do_sample=False)
     assert answer.shape[1] > prompt["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize(("stage", "adapter"), RUNS)
+def test_shards_hold_12_bytes_per_trained_parameter(
+    train_once: TrainOnce, folder: Path, stage: int, adapter: bool
+) -> None:
+    checkpoint = find_checkpoint(train_once(stage, adapter))
+    num_trained = count_trained(checkpoint, folder / "model")
+    assert 0 <= shard_bytes(checkpoint) - 12 * num_trained < 2000
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -157,10 +169,10 @@ def test_an_adapter_on_its_base_model_gives_the_logits_of_its_run(
     run = train_once(stage, True)
     out = export(run, folder / f"adapter-{stage}", adapter_only=True)
     assert not list(out.glob("model*.safetensors"))
-    ids, expected = load_reference_logits(find_checkpoint(run))
+    ids, positions, expected = load_reference_logits(find_checkpoint(run))
     base = AutoModelForCausalLM.from_pretrained(folder / "model")
     for model in (AutoModelForCausalLM.from_pretrained(out), PeftModel.from_pretrained(base, out)):
-        assert_close(logits_of(model, ids), expected, rtol=1e-5, atol=1e-5)
+        assert_close(logits_of(model, ids)[positions], expected, rtol=1e-5, atol=1e-5)
     assert load_config(str(out)).block_attention["version"] == 1
 
 

@@ -1,5 +1,9 @@
-"""Pickles in checkpoints never run code, and every checkpoint of a run loads without them."""
+"""Pickles in checkpoints never run code; the parts of libraries that checkpoints use are there.
 
+`stages/test_checkpoint_files.py` shows what the shards of runs hold and that runs resume from them.
+"""
+
+import inspect
 import os
 import shutil
 from collections import OrderedDict
@@ -11,7 +15,15 @@ import pytest
 import torch
 
 from blockft.errors import UserError
-from blockft.training.library_internals import check_pickles, only_weights_loaded, read_tag
+from blockft.training.library_internals import (
+    check_pickles,
+    expect_no_weights,
+    mapped_files,
+    only_weights_loaded,
+    own_optimizer_states,
+    read_tag,
+    save_shards,
+)
 from tests.pointers import LFS_POINTER, WEB_PAGE
 
 
@@ -124,3 +136,122 @@ def test_the_shards_of_a_checkpoint_lie_inside_of_it(checkpoint: Path, text: str
     with pytest.raises(UserError, match="latest cannot be read"):
         read_tag(checkpoint)
     shutil.rmtree(checkpoint.parent / "other")
+
+
+class Engine:
+    """The parts of a DeepSpeed engine that `save_shards` uses; its disk is full from some file on."""
+
+    def __init__(self, *, zero: bool, num_files: int = 2) -> None:
+        tied, frozen = torch.nn.Linear(3, 3, bias=False), torch.nn.Linear(3, 3, bias=False)
+        self.module = torch.nn.ModuleDict({"head": tied, "embedding": tied, "frozen": frozen})
+        frozen.requires_grad_(False)
+        frozen.register_buffer("scale", torch.ones(1))
+        self.checkpoint_engine: Any = self
+        self._zero, self._num_files = zero, num_files
+        self.saved: dict[str, Any] = {}
+
+    def zero_optimization(self) -> bool:
+        return self._zero
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        if len(self.saved) == self._num_files:
+            raise OSError(28, "No space left on device", path)
+        self.saved[path] = state_dict
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        os.makedirs(path, exist_ok=exist_ok)
+
+    def _copy_recovery_script(self, save_path: str) -> None:
+        raise AssertionError("not needed")
+
+    def save_checkpoint(self, folder: str, **options: Any) -> None:
+        assert options == {"tag": "global_step3", "exclude_frozen_parameters": True, "save_latest": False}
+        writer = self.checkpoint_engine
+        writer.makedirs(f"{folder}/global_step3", exist_ok=True)
+        writer.save(
+            {"module": self.module.state_dict(), "buffer_names": ["frozen.scale"], "step": 3}, "model"
+        )
+        writer.save({"optimizer_state_dict": {"module": 1}}, "optimizer")
+        self._copy_recovery_script(folder)
+        self.reached_the_barrier = True
+
+
+@pytest.mark.parametrize(
+    ("zero", "kept"), [(True, {"frozen.scale"}), (False, {"head.weight", "embedding.weight", "frozen.scale"})]
+)
+def test_shards_hold_no_weight_that_follows_from_other_files(
+    tmp_path: Path, zero: bool, kept: set[str]
+) -> None:
+    engine = Engine(zero=zero)
+    save_shards(engine, tmp_path, 3)
+    assert engine.saved["model"]["module"].keys() == kept and engine.saved["model"]["step"] == 3
+    assert engine.saved["optimizer"] == {"optimizer_state_dict": {"module": 1}}
+    assert engine.checkpoint_engine is engine and "_copy_recovery_script" not in vars(engine)
+
+
+@pytest.mark.parametrize("num_files", [0, 1])
+def test_a_rank_that_cannot_write_shards_reaches_the_end(tmp_path: Path, num_files: int) -> None:
+    engine = Engine(zero=True, num_files=num_files)
+    with pytest.raises(OSError, match="No space left"):
+        save_shards(engine, tmp_path, 3)
+    assert engine.reached_the_barrier and engine.checkpoint_engine is engine
+
+
+def test_the_parts_of_the_libraries_that_write_and_read_checkpoints_are_as_before() -> None:
+    from deepspeed import DeepSpeedEngine
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from transformers import Trainer
+
+    def parameters(function: Any) -> list[str]:
+        return list(inspect.signature(function).parameters)
+
+    assert parameters(Trainer._save_checkpoint) == ["self", "model", "trial"]
+    assert parameters(Trainer._save_rng_state) == ["self", "output_dir"]
+    arguments = ["self", "save_dir", "tag", "client_state", "save_latest", "exclude_frozen_parameters"]
+    assert parameters(DeepSpeedEngine.save_checkpoint) == arguments
+    assert parameters(DeepSpeedEngine._copy_recovery_script) == ["self", "save_path"]
+    assert parameters(TorchCheckpointEngine.save) == ["self", "state_dict", "path"]
+    assert parameters(TorchCheckpointEngine.makedirs) == ["self", "path", "exist_ok"]
+    assert parameters(DeepSpeedZeroOptimizer.update_lp_params) == ["self"]
+    # ZeRO-3 sets the weights of the model while it loads the optimizer
+    assert "fp16_param.data.copy_(fp32_param.data)" in inspect.getsource(
+        DeepSpeedZeroOptimizer_Stage3._rigid_load_state_dict
+    )
+    # what DeepSpeed itself writes between the first and the last barrier of a save
+    source = inspect.getsource(DeepSpeedEngine._save_zero_checkpoint)
+    assert source.count("checkpoint_engine.save(") == 1 and source.count("_copy_recovery_script(") == 1
+    assert inspect.getsource(DeepSpeedEngine.save_checkpoint).count("open(") == 1
+
+
+def test_only_weights_may_be_missing_when_a_run_resumes() -> None:
+    model = torch.nn.BatchNorm1d(2)
+    expect_no_weights(model)
+    buffers = dict(model.named_buffers())
+    model.load_state_dict(buffers)
+    with pytest.raises(RuntimeError, match="running_mean"):
+        model.load_state_dict({name: buffers[name] for name in buffers if name != "running_mean"})
+    with pytest.raises(RuntimeError, match="Unexpected"):
+        model.load_state_dict({**buffers, "other": torch.ones(1)})
+
+
+def test_states_that_were_loaded_from_a_file_do_not_hold_it(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.AdamW([weight])
+    weight.grad = torch.ones(4)
+    optimizer.step()
+    path = save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    with mapped_files():
+        loaded = torch.load(path)
+    assert str(path) in Path("/proc/self/maps").read_text()
+    optimizer.load_state_dict(loaded)
+    own_optimizer_states(optimizer)
+    expected = {name: value.clone() for name, value in loaded["state"][0].items()}
+    del loaded
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    assert {name: value.tolist() for name, value in optimizer.state[weight].items()} == {
+        name: value.tolist() for name, value in expected.items()
+    }
+    torch.load(path)
+    assert str(path) not in Path("/proc/self/maps").read_text()
