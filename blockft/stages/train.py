@@ -52,6 +52,7 @@ from blockft.stages.run_plan import (
 from blockft.training.compile_cache import use_compile_cache
 from blockft.training.distributed import (
     check_ranks,
+    errors_on_all_ranks,
     init_distributed,
     run_on_each_host,
     set_worker_environment,
@@ -246,11 +247,11 @@ def _train(
             title=title,
         )
         source = run / UNIVERSAL if is_resharded else checkpoint
-        if rank == 0:
-            _start_run_folder(run, recipe, plan, checkpoint)
-            if checkpoint and is_resharded:
-                convert_to_universal(checkpoint)
-        torch.distributed.barrier()
+        with errors_on_all_ranks():
+            if rank == 0:
+                _start_run_folder(run, recipe, plan, checkpoint)
+                if checkpoint and is_resharded:
+                    convert_to_universal(checkpoint)
         if checkpoint and plan.zero_stage > 0:
             expect_no_weights(trainer.model)
         with only_weights_loaded(), mapped_files():
