@@ -1,0 +1,58 @@
+"""An error of one rank is an error of all ranks that work together."""
+
+import errno
+import os
+from functools import partial
+
+import pytest
+import torch.distributed as dist
+
+from blockft.errors import RankError, UserError
+from blockft.training.distributed import errors_on_all_ranks
+from tests.commands import fork_ranks
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a file")
+TORCH_FULL = RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 128 vs 22")
+DENIED = OSError(errno.EACCES, "Permission denied", "a file")
+MISTAKE = UserError("a mistake")
+RANK_MISTAKE = RankError("a mistake")
+FAULT = ZeroDivisionError("division by zero")
+
+
+def fail_on(failing: dict[int, Exception]) -> None:
+    """Raise errors on some ranks and print what each rank raises in the end."""
+    rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", rank=rank, world_size=num_ranks)
+    with errors_on_all_ranks():
+        pass
+    try:
+        with errors_on_all_ranks():
+            if rank in failing:
+                raise failing[rank]
+    except Exception as error:
+        print(f"rank {rank}: {type(error).__name__} {error}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("failing", "expected"),
+    [
+        ({1: FULL}, ["SharedWriteError [Errno 28] No space left on device"] * 2),
+        ({0: TORCH_FULL}, ["SharedWriteError [Errno 28] No space left on device"] * 2),
+        ({1: DENIED}, ["SharedWriteError [Errno 13] Permission denied: 'a file'"] * 2),
+        ({0: MISTAKE}, ["UserError a mistake"] * 2),
+        # every rank knows of it, so that one of a host prints it
+        ({1: RANK_MISTAKE}, ["UserError a mistake"] * 2),
+        ({0: MISTAKE, 1: FULL}, ["UserError a mistake"] * 2),
+        # a lost connection, for which the watch over ranks names the failed one
+        ({0: FAULT}, ["ZeroDivisionError division by zero", "DistError another rank has failed"]),
+        ({1: FAULT}, ["DistError another rank has failed", "ZeroDivisionError division by zero"]),
+    ],
+)
+def test_all_ranks_raise_the_error_of_one(failing: dict[int, Exception], expected: list[str]) -> None:
+    ranks = fork_ranks(partial(fail_on, failing), num_ranks=2, GLOO_SOCKET_IFNAME="lo")
+    done = ranks.wait()
+    assert done.returncode == 0, done.stderr
+    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
+    assert lines == [f"rank {rank}: {text}" for rank, text in enumerate(expected)]
