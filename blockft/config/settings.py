@@ -880,7 +880,8 @@ class TrainSettings(Settings):
         default=500, description="Steps between two checkpoints. The last step is always saved."
     )
     save_total_limit: PositiveCount = Field(
-        default=2, description="Number of checkpoints kept. Each takes 12 bytes per trained parameter."
+        default=2,
+        description="Number of checkpoints kept. Each takes 12 bytes per trained parameter (6 with adamw_8bit).",
     )
     num_eval_examples: Count = Field(
         default=0, description="Examples held out of training, whose loss is logged for each mode."
