@@ -881,7 +881,9 @@ class TrainSettings(Settings):
     )
     save_total_limit: PositiveCount = Field(
         default=2,
-        description="Number of checkpoints kept. Each takes 12 bytes per trained parameter (6 with adamw_8bit).",
+        description=(
+            "Number of checkpoints kept. Each takes 12 bytes per trained parameter (6 with adamw_8bit)."
+        ),
     )
     num_eval_examples: Count = Field(
         default=0, description="Examples held out of training, whose loss is logged for each mode."
