@@ -30,7 +30,8 @@ def fail_on(failing: dict[int, Exception]) -> None:
             if rank in failing:
                 raise failing[rank]
     except Exception as error:
-        print(f"rank {rank}: {type(error).__name__} {error}")
+        # one write, so that the lines of two ranks do not mix
+        os.write(1, f"rank {rank}: {type(error).__name__} {error}\n".encode())
     dist.barrier()
     dist.destroy_process_group()
 
