@@ -93,7 +93,8 @@ def _print_memory(recipe: Recipe, plan: RunPlan, memory: MemoryPlan, gpu_bytes: 
     if is_auto:
         reason = "chosen by auto" if fits else ""
     place = "on a CPU" if gpu_bytes is None else f"on a GPU of {format_bytes(gpu_bytes)}"
-    title = f"memory of each process of {plan.num_processes} {place}, ZeRO-{plan.zero_stage}"
+    processes = "the process" if plan.num_processes == 1 else f"each of {plan.num_processes} processes"
+    title = f"memory of {processes} {place}, ZeRO-{plan.zero_stage}"
     table = Table("part", "size", title=f"{title}, gradient checkpointing {chosen}")
     table.columns[1].justify = "right"
     for name, size in shown.components.items():
@@ -103,7 +104,7 @@ def _print_memory(recipe: Recipe, plan: RunPlan, memory: MemoryPlan, gpu_bytes: 
         table.add_row("offloaded to the host", format_bytes(round(shown.host_bytes)))
     PlainConsole().print(table)
     columns = ["gradient checkpointing", "expected peak"]
-    kinds = Table(*columns, *([] if gpu_bytes is None else ["longest data.row_len that fits", ""]))
+    kinds = Table(*columns, *([] if gpu_bytes is None else ["longest data.row_len that fits", "choice"]))
     for kind in KINDS:
         cells = [kind, format_bytes(round(memory.estimate(kind).peak_bytes))]
         if gpu_bytes is not None:

@@ -150,6 +150,8 @@ def list_remedies(recipe: Recipe, memory: MemoryPlan, gpu_bytes: float, kind: st
     if longest := memory.longest_row(KINDS[-1], gpu_bytes):
         remedies.append(f"prepare rows of at most data.row_len={longest} tokens")
     stage = zero_stage(memory.run.deepspeed)
+    if recipe.train.lora is not None and recipe.model.quantization is None and stage < 3:
+        remedies.append("quantize the frozen weights (model.quantization=nf4)")
     if recipe.train.lora is None:
         remedies.append("train an adapter (train.lora)")
         if not is_offloaded(memory.run.deepspeed, "offload_optimizer"):

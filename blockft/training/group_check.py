@@ -95,6 +95,8 @@ def describe_group_check(exit_code: int, lines: Sequence[str]) -> str:
         _, separator, text = line.partition('{"group_check": ')
         if separator and exit_code == 0:
             found = json.loads(text.rstrip()[:-1])
+            if found["num_ranks"] == 1:
+                return f"1 rank ({found['backend']}), no other rank to exchange with"
             return (
                 f"{found['num_ranks']} ranks ({found['backend']}), the sum is right, bus bandwidth "
                 f"{format_bytes(int(found['bus_bytes_per_s']))}/s at {format_bytes(found['num_bytes'])}"

@@ -14,7 +14,7 @@ from blockft.training.objectives import select_eval_losses
 
 
 class ProgressLineCallback(TrainerCallback):
-    """Prints step, losses, learning rate, speed, memory and the time left, on rank 0 only.
+    """Prints step, losses, the time left, speed, memory and learning rate, on rank 0 only.
 
     On a terminal the line is updated in place; elsewhere each logged step is a line of its own.
     """
@@ -63,16 +63,16 @@ def format_progress(step: int, max_steps: int, logs: dict[str, float]) -> str:
     parts = [
         f"step {step}/{max_steps}",
         f"loss {logs['loss']:.4f}{_format_modes(logs)}",
-        f"learning rate {logs['learning_rate']:.2e}",
+        # the time left and the speed come early, because a terminal may be too narrow for the rest
+        f"{timedelta(seconds=round(logs['seconds_left']))} left",
         f"{logs['tokens_per_s']:,.0f} tokens/s",
     ]
     if "utilization" in logs:
         parts.append(f"{logs['utilization']:.1%} utilization")
     parts.append(f"peak {logs['peak_memory_gib']:.1f} GiB")
-    parts.append(f"{timedelta(seconds=round(logs['seconds_left']))} left")
+    parts.append(f"learning rate {logs['learning_rate']:.2e}")
     sources = {name: loss for name, loss in logs.items() if name.startswith("loss_source_")}
     if len(sources) > 1:
-        # last, because a terminal may be too narrow for them
         losses = (f"{name.removeprefix('loss_source_')}: {loss:.4f}" for name, loss in sources.items())
         parts.append(f"loss by source {' '.join(losses)}")
     return ", ".join(parts)

@@ -27,6 +27,7 @@ def test_the_exit_code_tells_whether_all_checks_pass(
     checks = [Check(name="one", run=passes), Check(name="two", run=check)]  # type: ignore[arg-type]
     checks.append(Check(name="three", run=passes, needs=["two"]))
     monkeypatch.setattr(stage, "_build_checks", lambda *arguments: checks)
+    monkeypatch.delenv("RANK", raising=False)  # a training in this process sets it; doctor would be a worker
     done = blockft("doctor")
     assert done.returncode == code and done.stderr == ""
     last = ["OK       two: [b] fine", "OK       three: [b] fine"]
@@ -65,5 +66,7 @@ def test_ranks_check_that_they_form_a_group() -> None:
     (line,) = [line for line in ranks.output("stdout").splitlines() if line.startswith('{"group_check"')]
     text = stage.describe_group_check(0, ["node0: noise", f"node0: {line}"])
     assert text.startswith("2 ranks (gloo), the sum is right, bus bandwidth ")
+    alone = '{"group_check": {"num_ranks": 1, "backend": "gloo", "bus_bytes_per_s": 0, "num_bytes": 1}}'
+    assert stage.describe_group_check(0, [alone]) == "1 rank (gloo), no other rank to exchange with"
     with pytest.raises(UserError, match="^rank 1 on b was killed$"):
         stage.describe_group_check(2, ["noise", "node0: blockft: rank 1 on b was killed"])

@@ -77,6 +77,26 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would(planned: tuple[Recipe,
         decide_checkpointing(recipe, memory, 5e9)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "is_remedy"),
+    [
+        (("train.lora={r: 8}",), True),
+        (("train.lora={r: 8}", "model.quantization=nf4"), False),
+        (("train.lora={r: 8}", "train.deepspeed=zero3"), False),
+        ((), False),
+    ],
+)
+def test_quantization_is_a_remedy_where_it_is_possible(
+    planned: tuple[Recipe, MemoryPlan], toy: Path, overrides: tuple[str, ...], is_remedy: bool
+) -> None:
+    _, memory = planned
+    recipe = toy_recipe(toy, *overrides)
+    if "train.deepspeed=zero3" in overrides:
+        memory = replace(memory, run=replace(memory.run, deepspeed={"zero_optimization": {"stage": 3}}))
+    remedies = list_remedies(recipe, memory, 5e9)
+    assert any("model.quantization=nf4" in remedy for remedy in remedies) is is_remedy
+
+
 def test_the_kind_on_a_cpu_is_none(toy: Path) -> None:
     assert decide_checkpointing(toy_recipe(toy), None, None)[0] == "none"
 

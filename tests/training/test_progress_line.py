@@ -50,8 +50,8 @@ def print_run(monkeypatch: pytest.MonkeyPatch, stderr: io.StringIO, *, rank: int
 def test_each_logged_step_is_a_plain_line_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, evaluation = print_run(monkeypatch, io.StringIO()).splitlines()
     assert first == (
-        "step 1/2, loss 0.2500 (block 0.3000, full 0.2000), learning rate 1.00e-04, 12,346 tokens/s, "
-        "44.7% utilization, peak 76.1 GiB, 1:01:40 left"
+        "step 1/2, loss 0.2500 (block 0.3000, full 0.2000), 1:01:40 left, 12,346 tokens/s, "
+        "44.7% utilization, peak 76.1 GiB, learning rate 1.00e-04"
     )
     assert second.startswith("step 2/2, ")
     assert evaluation == "step 2: held-out loss block 1.5000, full 1.2500"
@@ -60,8 +60,10 @@ def test_each_logged_step_is_a_plain_line_without_a_terminal(monkeypatch: pytest
 def test_the_line_leaves_out_what_is_not_known_and_names_several_sources() -> None:
     logs = {name: value for name, value in LOGS.items() if name not in ("utilization", "loss_full")}
     line = format_progress(1, 2, logs | {"loss_source_3": 0.5})
-    assert line.startswith("step 1/2, loss 0.2500, learning rate")
-    assert "utilization" not in line and line.endswith(" left, loss by source 0: 0.2500 3: 0.5000")
+    assert line.startswith("step 1/2, loss 0.2500, 1:01:40 left")
+    assert "utilization" not in line and line.endswith(
+        "learning rate 1.00e-04, loss by source 0: 0.2500 3: 0.5000"
+    )
 
 
 def test_the_line_is_updated_in_place_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
