@@ -182,6 +182,8 @@ def _check_options(arguments: Mapping[str, Any], supported: Collection[str]) -> 
     defaults = {field.name: field.default for field in dataclasses.fields(LoraConfig)}
     defaults["task_type"] = "CAUSAL_LM"
     for name, value in arguments.items():
+        if value is None and ":" in name:
+            raise UserError(f"{name!r} has no value: YAML needs a space after the colon, as in {{r: 8}}")
         is_unset = not value or value == defaults.get(name)
         if name not in supported and not (is_unset and name in defaults):
             raise UserError(

@@ -86,6 +86,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "other base": ({"base_model_name_or_path": "x"}, "base_model_name_or_path is not supported"),
     "unknown option": ({"foo": 1}, "foo is not supported"),
     "unknown option without value": ({"foo": None}, "foo is not supported"),
+    "no space": ({"r:8": None}, "'r:8' has no value: YAML needs a space after the colon"),
     "LoftQ": ({"init_lora_weights": "loftq"}, "init_lora_weights is 'loftq', allowed are True, False, gau"),
     "EVA": ({"init_lora_weights": "eva"}, "init_lora_weights is 'eva'"),
     "random PiSSA": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'"),
@@ -199,7 +200,7 @@ def test_every_option_is_tested_or_refused() -> None:
     tested = {name for options in EXACT.values() for name in options}
     refused = {name for options, _ in REFUSED.values() for name in options}
     assert set(OPTIONS) <= tested
-    assert refused - set(OPTIONS) <= set(LoraConfig.__dataclass_fields__) | {"foo"}
+    assert refused - set(OPTIONS) <= set(LoraConfig.__dataclass_fields__) | {"foo", "r:8"}
 
 
 @pytest.mark.parametrize("name", TOKENS)
