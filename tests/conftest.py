@@ -1,7 +1,6 @@
 """Settings of the tests: variables (before torch is imported), profiles of hypothesis, tests of GPUs."""
 
 import os
-from collections.abc import Generator
 
 import pytest
 from hypothesis import settings
@@ -20,25 +19,6 @@ if os.environ.get("CI"):
 
 NUM_GPUS = {"gpu": 1, "gpu2": 2}
 """How many GPUs a test needs, by its marker."""
-
-
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""Variables by which a process knows that a launcher started it."""
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol() -> Generator[None, object, object]:
-    """Remove the variables of a launcher that a training inside this process has set.
-
-    Otherwise every later training of this process, and of its children, would be a rank of that one.
-    """
-    before = {name: os.environ[name] for name in LAUNCHER_VARIABLES if name in os.environ}
-    try:
-        return (yield)
-    finally:
-        for name in LAUNCHER_VARIABLES:
-            os.environ.pop(name, None)
-        os.environ.update(before)
 
 
 @pytest.hookimpl(tryfirst=True)

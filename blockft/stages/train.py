@@ -55,10 +55,10 @@ from blockft.training.distributed import (
     errors_on_all_ranks,
     init_distributed,
     run_on_each_host,
-    set_worker_environment,
     shutdown_distributed,
     use_cpu,
     watch_ranks,
+    worker_environment,
 )
 from blockft.training.library_internals import (
     LOAD_UNIVERSAL,
@@ -128,15 +128,15 @@ def train(recipe: Recipe, *, resume: bool = False, name: str | None = None) -> P
         RunStopped: the run was asked to stop and has saved a checkpoint.
     """
     check_type(recipe, Recipe, "recipe", "load_recipe reads one from a YAML file")
-    set_worker_environment()
-    silence_known_warnings()
-    watch = watch_ranks()
-    with (
-        watch.watching() if watch else nullcontext(),
-        # the other ranks share the lock of the first one as soon as all are connected
-        lock_run(recipe) if os.environ["RANK"] == "0" else nullcontext() as lock,
-    ):
-        return _train(recipe, lock, watch, resume=resume, name=name)
+    with worker_environment():
+        silence_known_warnings()
+        watch = watch_ranks()
+        with (
+            watch.watching() if watch else nullcontext(),
+            # the other ranks share the lock of the first one as soon as all are connected
+            lock_run(recipe) if os.environ["RANK"] == "0" else nullcontext() as lock,
+        ):
+            return _train(recipe, lock, watch, resume=resume, name=name)
 
 
 @contextmanager

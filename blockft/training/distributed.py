@@ -44,6 +44,9 @@ this bounds only ranks that live and wait for each other forever."""
 GROUP_TIMEOUT_S = 50
 """Time in which ranks that all run must connect to each other. A thousand ranks have a minute more."""
 
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Environment variables that a launcher sets for each rank."""
+
 
 def is_worker() -> bool:
     """Return whether a launcher (deepspeed, torchrun, or srun with RANK exported) started this process."""
@@ -53,6 +56,29 @@ def is_worker() -> bool:
 def use_cpu() -> bool:
     """Return whether training runs on the CPU."""
     return not torch.cuda.is_available()
+
+
+@contextmanager
+def worker_environment() -> Iterator[None]:
+    """Hold the environment variables of a worker, see `set_worker_environment`.
+
+    A process without a launcher leaves its group at the end, also after an error, and loses the variables.
+    Otherwise the processes that it starts later would be ranks of this run.
+
+    Raises:
+        UserError: see `check_worker_environment`.
+    """
+    has_launcher = is_worker()
+    set_worker_environment()
+    try:
+        yield
+    finally:
+        if not has_launcher:
+            if dist.is_initialized():
+                _destroy_process_group()
+                forget_process_groups()
+            for name in _RANK_VARIABLES:
+                del os.environ[name]
 
 
 def set_worker_environment() -> None:

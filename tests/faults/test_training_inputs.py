@@ -6,8 +6,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 import blockft
+from blockft.errors import UserError
 from blockft.model.checkpoint import MARKER
 from tests import run
 from tests.commands import blockft as command
@@ -45,6 +47,21 @@ def test_a_run_in_a_thread_trains(toy: Path) -> None:
     done = fork_ranks(partial(train_in_a_thread, str(toy))).wait()
     assert done.returncode == 0, done.stderr
     assert (toy / "run" / "checkpoint-2" / MARKER).is_file()
+
+
+def fail_to_train(folder: str) -> None:
+    settings = "train.learning_rate=1e30", f"train.output_dir={folder}/failed"
+    recipe = run.toy_recipe(Path(folder), *settings)
+    with pytest.raises(UserError, match="became"):
+        blockft.train(recipe)
+    assert "RANK" not in os.environ and "MASTER_PORT" not in os.environ
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_process_whose_run_failed_is_no_rank_any_more(toy: Path) -> None:
+    """Otherwise every process that it starts would be a rank of that run, at a port that is still in use."""
+    done = fork_ranks(partial(fail_to_train, str(toy))).wait()
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("mask", [0o002, 0o022, 0o077], ids=oct)
