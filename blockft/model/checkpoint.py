@@ -91,13 +91,18 @@ def mark_complete(
 ) -> None:
     """Write the completion marker of a checkpoint; the files get the umask's permissions.
 
-    `run_signature` is what a resumed run must match. `eval_losses` holds the evaluation loss by mode;
-    `eval_due` and `answers_due` say that the run stopped before the evaluation or the sample answers of this
-    step. `unlogged` describes the steps
-    since the last logged one: their number (`num_steps`), the sum of their losses on each rank (`loss_sums`)
-    and the same by mode and source (`loss_groups`, see `LossGroups.gather`); it is empty if there are none.
-    `files` are the digests of all files of the checkpoint, and `metrics` is the digest of the run's metrics
-    up to here, see `digest_metrics`.
+    Args:
+        checkpoint: its folder, to which no other file is added afterwards.
+        step: the number of optimizer steps that are trained.
+        run_signature: what a resumed run must match.
+        eval_losses: the evaluation loss of this step by mode; empty if it was not evaluated.
+        eval_due: whether the run stopped before the evaluation of this step.
+        answers_due: whether the run stopped before the sample answers of this step.
+        unlogged: the steps since the last logged one: their number (`num_steps`), the sum of their losses on
+            each rank (`loss_sums`), and the same by mode and source (`loss_groups`, see `LossGroups.gather`).
+            Empty if there are none.
+        files: the digests of all files of the checkpoint.
+        metrics: the digest of the run's metrics up to this step, see `digest_metrics`.
     """
     marker = {"step": step, "eval_losses": eval_losses, "eval_due": eval_due, "answers_due": answers_due}
     marker |= {"unlogged": unlogged}
