@@ -55,6 +55,8 @@ class AnswerSender:
             await self._send({"type": "http.response.body", "body": self._body, "more_body": False})
             return
         answer = json.loads(self._body)
+        if answer is None:
+            return  # the client has left, and vLLM has stopped its request
         await self._add_usage(answer)
         answer = self._chat.answer(answer) if self._chat else answer
         self.is_complete = True

@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +18,9 @@ from pathlib import Path
 from blockft.serving.block_request import ReplyAddress
 
 _log = logging.getLogger("blockft.serving")
+
+SEND_TIMEOUT_S = 5
+"""How long a report waits for its reader. Linux keeps 10 datagrams for a socket by default."""
 
 _MAX_BYTES = 1 << 20
 
@@ -36,22 +40,29 @@ class Report:
 
 
 class Reporter:
-    """Sends reports. It never waits."""
+    """Sends reports from a thread: a socket takes only few datagrams while its reader is busy."""
 
     def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.setblocking(False)
+        self._socket.settimeout(SEND_TIMEOUT_S)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="blockft-report")
 
     def send(self, address: ReplyAddress, report: Report) -> None:
-        """Send a report. A report that cannot be delivered is logged."""
+        """Send a report, without waiting. A report that cannot be delivered is logged."""
         message = json.dumps({"id": address.id, **asdict(report)}).encode()
+        self._thread.submit(self._deliver, address, message)
+
+    def close(self) -> None:
+        """Deliver the reports that are left, then stop the thread."""
+        self._thread.shutdown()
+        self._socket.close()
+
+    def _deliver(self, address: ReplyAddress, message: bytes) -> None:
         try:
             self._socket.sendto(message, address.socket)
         except OSError as error:
-            _log.warning(f"a report on request {address.id} was not delivered: {error.strerror}")
-
-    def close(self) -> None:
-        self._socket.close()
+            reason = error.strerror or "its reader does not read"
+            _log.warning(f"a report on request {address.id} was not delivered: {reason}")
 
 
 class ReportReceiver:

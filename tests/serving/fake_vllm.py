@@ -62,6 +62,7 @@ class FakeVllm:
             return
         if fields["prompt"][-1] == 0:
             self.saw_disconnect = (await receive())["type"] == "http.disconnect"
+            await send_json(send, 200, None)  # as vLLM does
             return
         reporter = Reporter()
         failure = ""

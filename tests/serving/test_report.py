@@ -1,0 +1,48 @@
+"""Reports between processes: none is lost while the reader is busy, and none makes the sender wait."""
+
+import asyncio
+import time
+from pathlib import Path
+
+from blockft.serving.block_request import ReplyAddress
+from blockft.serving.report import Report, Reporter, ReportReceiver
+
+
+def test_no_report_is_lost_while_the_reader_is_busy(tmp_path: Path) -> None:
+    """Linux keeps 10 datagrams for a socket."""
+
+    async def test() -> None:
+        receiver, reporter = ReportReceiver(tmp_path), Reporter()
+        expected = [receiver.expect() for _ in range(200)]
+        begun = time.monotonic()
+        for number, (address, _) in enumerate(expected):
+            reporter.send(address, Report(missing=[number]))
+        assert time.monotonic() - begun < 1
+        time.sleep(0.1)  # the event loop is busy
+        reports = await asyncio.wait_for(asyncio.gather(*(future for _, future in expected)), 30)
+        assert [report.missing for report in reports] == [[number] for number in range(200)]
+        reporter.close()
+        receiver.close()
+        assert not list(tmp_path.iterdir())
+
+    asyncio.run(test())
+
+
+def test_a_report_to_a_reader_that_is_gone_is_dropped(tmp_path: Path) -> None:
+    reporter = Reporter()
+    reporter.send(ReplyAddress(socket=str(tmp_path / "gone.sock"), id="1"), Report())
+    reporter.close()
+
+
+def test_a_reader_that_does_not_read_costs_the_reports_alone(tmp_path: Path) -> None:
+    async def test() -> None:
+        receiver, reporter = ReportReceiver(tmp_path), Reporter()
+        reporter._socket.settimeout(0.01)
+        address, first = receiver.expect()
+        for _ in range(100):
+            reporter.send(address, Report(failure="a"))
+        reporter.close()  # while the event loop is busy
+        assert (await asyncio.wait_for(first, 30)).failure == "a"
+        receiver.close()
+
+    asyncio.run(test())
