@@ -171,10 +171,13 @@ def _errors_of_peft() -> Iterator[None]:
 
     peft checks few of its arguments and files: a wrong one raises whatever the code that meets it raises.
     """
-    try:
-        yield
-    except Exception as error:
-        raise UserError(first_line(error)) from error
+    with warnings.catch_warnings():
+        # what this warns of is refused afterwards, see `_check_tied_modules`
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        try:
+            yield
+        except Exception as error:
+            raise UserError(first_line(error)) from error
 
 
 def _check_options(arguments: Mapping[str, Any], supported: Collection[str]) -> None:

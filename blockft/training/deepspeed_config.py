@@ -70,6 +70,21 @@ ADAM_EPSILON = 1e-8
 
 MAX_STAGE = 3
 
+_FILLED = {
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
+    *("gradient_clipping", "bf16.enabled", "fp16.enabled", "zero_optimization.reduce_bucket_size"),
+    *(f"optimizer.params.{name}" for name in ("lr", "betas", "eps", "weight_decay")),
+    *(f"scheduler.params.warmup_{name}" for name in ("min_lr", "max_lr", "num_steps")),
+    "scheduler.params.total_num_steps",
+}
+"""Keys for which transformers sets a value if a config says "auto"."""
+
+_FILLED_STAGE_3 = {
+    "zero_optimization.stage3_prefetch_bucket_size",
+    "zero_optimization.stage3_param_persistence_threshold",
+}
+"""The same under ZeRO-3."""
+
 _FROM_RECIPE = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
@@ -242,15 +257,35 @@ def _problems(config: Mapping[str, Any]) -> Iterator[str]:
         elif key in SECTIONS and not isinstance(value, dict):
             yield f"{key} is {found}, it should be an object"
         elif key in NUMBERS and value != "auto" and (isinstance(value, bool) or not _is_number(value)):
-            yield f'{key} is {found}, it should be a number or "auto"'
+            auto = ' or "auto"' if key in _FILLED else ""
+            yield f"{key} is {found}, it should be a number{auto}"
         elif key in SWITCHES and not isinstance(value, bool):
             yield f"{key} is {found}, it should be true or false"
         elif key in TEXTS and not isinstance(value, str):
             yield f"{key} is {found}, it should be a text"
     yield from _checkpoint_problems(config.get("checkpoint", {}), config.get("zero_optimization", {}))
+    yield from _auto_problems(config)
     yield from _zero_problems(config.get("zero_optimization", {}), config)
     yield from _optimizer_problems(config.get("optimizer"))
     yield from _scheduler_problems(config.get("scheduler"))
+
+
+def _auto_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the keys that say "auto" although nothing sets their values."""
+    zero = config.get("zero_optimization")
+    is_stage_3 = isinstance(zero, dict) and zero.get("stage") == MAX_STAGE
+    filled = _FILLED | (_FILLED_STAGE_3 if is_stage_3 else set())
+    for key in _list_auto(config):
+        if key not in filled:
+            yield f'{key} is "auto", which stands for no value here: write a value, or leave it out'
+
+
+def _list_auto(section: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _list_auto(value, f"{prefix}{key}.")
+        elif value == "auto":
+            yield f"{prefix}{key}"
 
 
 def _zero_problems(zero: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[str]:

@@ -572,6 +572,13 @@ DEEPSPEED: dict[str, str] = {
     "bfloat16 on a CPU": '{"bf16": {"enabled": true}}',
     "a text as switch": '{"wall_clock_breakdown": "yes"}',
     "nan": '{"steps_per_print": NaN}',
+    "auto as steps": '{"steps_per_print": "auto"}',
+    "auto as live weights": '{"zero_optimization": {"stage": 3, "stage3_max_live_parameters": "auto"}}',
+    "auto as group": '{"zero_optimization": {"stage": 3, "sub_group_size": "auto"}}',
+    "auto of another stage": '{"zero_optimization": {"stage": 2, "stage3_prefetch_bucket_size": "auto"}}',
+    "auto as argument": '{"optimizer": {"type": "AdamW", "params": {"fused": "auto"}}}',
+    "auto as device": '{"zero_optimization": {"stage": 3, "offload_param": {"device": "auto"}}}',
+    "null as bucket": '{"zero_optimization": {"stage": 2, "reduce_bucket_size": null}}',
     "an unknown type of messages": '{"communication_data_type": "int3"}',
 }
 
