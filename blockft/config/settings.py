@@ -493,8 +493,8 @@ class ModelSettings(Settings):
     attention: AttentionBackend = Field(
         default=AttentionBackend.auto,
         description=(
-            "Attention backend of training. `auto` is `flex` on a GPU and `sdpa` elsewhere. Generation does "
-            "not read this setting."
+            "Attention backend of training. `auto` is `flex` on a GPU, except for heads below 16 "
+            "dimensions, and `sdpa` elsewhere. Generation does not read this setting."
         ),
     )
     dtype: DType = Field(

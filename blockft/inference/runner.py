@@ -12,7 +12,7 @@ from types import NoneType
 from typing import Any, Literal, get_args
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from blockft.attention.cached_context import TILE_PADDING
 from blockft.errors import UserError, check_type
@@ -27,7 +27,7 @@ from blockft.inputs import check_folder, check_path, shorten
 from blockft.model.decoder_layers import compile_layers, rotary_embeddings
 from blockft.model.fingerprint import model_fingerprint
 from blockft.model.fused_linear import fuse_projections
-from blockft.model.supported import uses_reencoded_positions
+from blockft.model.supported import head_size, uses_reencoded_positions
 
 ATTENTION = "block_cached"
 """The attention backend that computes blocks and reads cached ones."""
@@ -241,11 +241,6 @@ class BlockRunner:
         if cache.device_bytes is not None:
             return cache.device_bytes
         return free_bytes(self.model.device) // (2 if self._is_cuda else 4)
-
-
-def head_size(config: PreTrainedConfig) -> int:
-    """Return the size of an attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def kv_shape(model: PreTrainedModel) -> KVShape:

@@ -2,6 +2,7 @@
 
 The product of an input with one matrix A of a low-rank adapter costs as much as reading the input. The
 modules keep their names and parameters. The first module of a group computes the product for all of them.
+Only training shares products: other passes may replace the weights of each module while it computes.
 """
 
 from collections.abc import Sequence
@@ -47,7 +48,7 @@ class SharedAdapterLinear(LoraLinear):
     index_in_group: int
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.disable_adapters or self.merged:
+        if not self.training or self.disable_adapters or self.merged:
             return super().forward(x)
         (name,) = self.active_adapters
         base: torch.Tensor = self.base_layer(x)

@@ -238,6 +238,11 @@ def check_token_ids(ids: Collection[int], vocab_size: int, name: str) -> None:
             )
 
 
+def head_size(config: PreTrainedConfig) -> int:
+    """Return the size of an attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def rope_parameters(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
     """Return the RoPE parameters by layer type. The type is '' if all layers have the same parameters."""
     parameters = config.rope_parameters

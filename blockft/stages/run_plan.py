@@ -33,7 +33,7 @@ from blockft.model.load import (
 )
 from blockft.model.lora import add_adapter
 from blockft.model.nf4_linear import check_bitsandbytes
-from blockft.model.supported import check_token_ids
+from blockft.model.supported import check_token_ids, head_size
 from blockft.outputs import check_absent
 from blockft.run_folder import RECIPE, verify_metrics
 from blockft.stages.mixture_settings import read_mixture
@@ -171,7 +171,7 @@ def build_plan(recipe: Recipe, num_processes: int, *, on_gpu: bool | None = None
     )
     on_gpu = not use_cpu() if on_gpu is None else on_gpu
     dtype = parse_dtype(recipe.model.dtype, default_dtype(on_gpu=on_gpu))
-    backend = choose_backend(recipe.model.attention.value, on_gpu=on_gpu)
+    backend = choose_backend(recipe.model.attention.value, on_gpu=on_gpu, head_size=head_size(config))
     deepspeed = load_deepspeed_config(settings.deepspeed, RECIPES_FOLDER / "deepspeed")
     _check_quantization(recipe, deepspeed)
     _check_optimizer(recipe, deepspeed)

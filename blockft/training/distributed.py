@@ -184,12 +184,14 @@ def init_distributed(watch: RankWatch | None = None) -> None:
         compile_cpu_operator()
     if watch:
         watch.wait_until_ready()
+    backend = "gloo" if use_cpu() else "nccl"
+    timeout = timedelta(minutes=max(COLLECTIVE_TIMEOUT_MINUTES, read_timeout_minutes()))
     with _time_limit(watch), library_output_on_stderr():
-        deepspeed.init_distributed(
-            dist_backend="gloo" if use_cpu() else "nccl",
-            verbose=False,
-            timeout=timedelta(minutes=max(COLLECTIVE_TIMEOUT_MINUTES, read_timeout_minutes())),
-        )
+        if int(os.environ["WORLD_SIZE"]) == 1 and not dist.is_initialized():
+            # a rank alone needs no port, which another program could have taken since it was chosen
+            store = dist.HashStore()  # type: ignore[attr-defined]  # documented, but missing in __all__
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
         if use_cpu():
             atexit.register(_destroy_process_group)
         dist.barrier()  # from here on every rank has opened the shared memory of every other rank

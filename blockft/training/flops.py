@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from blockft.attention.pairs import LayoutArrays, count_pairs
 from blockft.model.decoder_layers import layer_windows
+from blockft.model.supported import head_size
 
 FORWARD = 2
 """Operations of the forward pass for each weight and token."""
@@ -55,7 +56,6 @@ class ModelFlops:
         """
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         config, layers = base.config, base.base_model.get_submodule("layers").children()
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         is_reached = any(parameter.requires_grad for parameter in base.get_input_embeddings().parameters())
         per_token = 0
         per_pair: Counter[int | None] = Counter()
@@ -63,7 +63,8 @@ class ModelFlops:
             is_reached |= any(parameter.requires_grad for parameter in layer.parameters())
             per_token += _count_linear(layer, FROZEN if is_reached else FORWARD)
             # of q k and p v; the gradients of q, k, p and v are four products
-            per_pair[window] += 2 * FORWARD * config.num_attention_heads * head_dim * (3 if is_reached else 1)
+            dimensions = config.num_attention_heads * head_size(config)
+            per_pair[window] += 2 * FORWARD * dimensions * (3 if is_reached else 1)
         return cls(per_token, _count_linear(base.get_output_embeddings(), FROZEN), dict(per_pair))
 
     def count(

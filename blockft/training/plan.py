@@ -33,6 +33,9 @@ OPTIMIZER = "train.optimizer"
 WEIGHT_DTYPE = "dtype of the weights"
 """Entry of a run signature."""
 
+SMALLEST_FLEX_HEAD = 16
+"""FlexAttention's smallest attention head on a GPU, in dimensions."""
+
 TEACHER_FINGERPRINT = "fingerprint of train.teacher"
 """Entry of a run signature that is known only after the teacher was loaded."""
 
@@ -85,16 +88,21 @@ class RunPlan:
         return self.on_gpu and self.zero_stage < 3
 
 
-def choose_backend(backend: str, *, on_gpu: bool) -> str:
-    """Return the attention backend of training; `auto` is flex on a GPU and sdpa on a CPU.
+def choose_backend(backend: str, *, on_gpu: bool, head_size: int) -> str:
+    """Return the attention backend of training; `auto` is flex where it can be, and otherwise sdpa.
 
     Raises:
-        UserError: flex on a CPU.
+        UserError: flex on a CPU, or for small heads.
     """
     if backend == "flex" and not on_gpu:
         raise UserError("model.attention=flex needs a GPU: FlexAttention has no backward pass on a CPU")
+    if backend == "flex" and head_size < SMALLEST_FLEX_HEAD:
+        raise UserError(
+            f"model.attention=flex needs heads of at least {SMALLEST_FLEX_HEAD} dimensions, and the model's "
+            f"heads have {head_size}: take sdpa"
+        )
     if backend == "auto":
-        return "flex" if on_gpu else "sdpa"
+        return "flex" if on_gpu and head_size >= SMALLEST_FLEX_HEAD else "sdpa"
     return backend
 
 

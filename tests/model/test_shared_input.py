@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from blockft.attention.backends import AttentionMasks
 from blockft.attention.layout import Layout, build_metadata
+from blockft.model.checkpoint import compute_reference_logits
 from blockft.model.lora import add_adapter
 from blockft.model.shared_input import share_products
 from tests.tiny import CONFIGS, build_model, random_ids
@@ -32,7 +33,7 @@ def loss_and_gradients(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor
 
 
 def adapted(name: str, **arguments: Any) -> Any:
-    model = add_adapter(build_model(name), {"r": 4, "lora_alpha": 12, **arguments}, seed=1)
+    model = add_adapter(build_model(name).train(), {"r": 4, "lora_alpha": 12, **arguments}, seed=1)
     for parameter_name, parameter in model.named_parameters():
         if "lora_B" in parameter_name:  # peft begins with 0, which hides its gradient for A
             torch.nn.init.normal_(parameter, std=0.1)
@@ -88,6 +89,18 @@ def test_adapters_can_be_disabled_and_merged() -> None:
     assert torch.equal(twin.get_base_model().model.layers[0].self_attn.q_proj(x), base)
     merged = twin.merge_and_unload()
     assert type(merged.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_other_passes_use_separate_products(dtype: torch.dtype) -> None:
+    """The logits that an export is compared with widen the weights of each module while it computes."""
+    separate = adapted("llama").to(dtype)
+    shared = copy.deepcopy(separate)
+    share_products(shared.get_base_model())
+    ids = random_ids(random.Random(0), 24)
+    expected = compute_reference_logits(separate, ids)
+    assert torch.equal(compute_reference_logits(shared, ids), expected)
+    assert shared.training and shared.dtype == dtype
 
 
 def test_compiled_layers_share_products_and_code() -> None:

@@ -24,6 +24,7 @@ from blockft.stages.evaluate import evaluate
 from blockft.stages.export import export
 from blockft.stages.prepare import prepare
 from blockft.stages.run_plan import build_plan, check_run
+from tests import gpu_runs
 from tests.commands import all_logged, logged, run_ranks, start_ranks, train
 from tests.run import toy_recipe
 from tests.stages.test_checkpoint_files import count_trained, shard_bytes
@@ -285,9 +286,10 @@ def test_modules_outside_of_the_decoder_layers_can_be_saved(folder: Path) -> Non
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", ["true", "false"])
-def test_a_quantised_run_on_a_gpu_is_exported(folder: Path, compile: str) -> None:
-    run = folder / f"gpu-{compile}"
+def test_a_quantised_run_on_a_gpu_is_exported(tmp_path: Path, compile: str) -> None:
+    prepare(toy_recipe(tmp_path, **gpu_runs.SIZE))
     settings = (*NF4, *STEPS, f"train.torch_compile={compile}", "train.gradient_checkpointing=full")
-    train(folder / "recipe.yaml", run, *settings, *ADAM_8BIT)
-    assert logged(run)[-1] < logged(run)[0]
-    export(run, folder / f"gpu-{compile}-export", dtype="float32")
+    train(tmp_path / "recipe.yaml", tmp_path / "run", *settings, *ADAM_8BIT)
+    losses = logged(tmp_path / "run")
+    assert losses[-1] < losses[0]
+    export(tmp_path / "run", tmp_path / "export", dtype="float32")

@@ -33,6 +33,7 @@ from blockft.stages.export import export
 from blockft.stages.prepare import prepare
 from blockft.stages.run_plan import build_plan
 from blockft.training.library_internals import consolidate_weights
+from blockft.training.plan import RunPlan
 from tests.commands import blockft, finish, logged, run_ranks, start, train
 from tests.data.test_squad import article
 from tests.run import save_model, toy_recipe
@@ -66,6 +67,22 @@ def test_a_run_without_zero_takes_the_steps_of_zero_in_bfloat16(toy: Path) -> No
         overrides = ("model.dtype=bfloat16", f"train.deepspeed=zero{stage}", "train.weight_decay=0.5")
         train(toy / "recipe.yaml", toy / f"bfloat16-{stage}", *overrides)
     assert_close(logged(toy / "bfloat16-0"), logged(toy / "bfloat16-1"), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_shared_products_give_the_run_and_export_of_separate_ones(toy: Path, dtype: str) -> None:
+    """Runs on GPUs share the products of adapters."""
+    settings = ("train.lora={r: 8, lora_alpha: 16}", "train.num_eval_examples=4", f"model.dtype={dtype}")
+    runs = {"separate": None, "shared": share_products_on_cpus}
+    for name, before in runs.items():
+        train(toy / "recipe.yaml", toy / f"{name}-{dtype}", *settings, before=before)
+        export(toy / f"{name}-{dtype}", toy / f"{name}-{dtype}-export")
+    losses = [logged(toy / f"{name}-{dtype}", "eval_loss_block") for name in runs]
+    assert_close(*losses, rtol=1e-5 if dtype == "float32" else 1e-2, atol=0)
+
+
+def share_products_on_cpus() -> None:
+    RunPlan.shares_products = True  # type: ignore[method-assign, assignment]
 
 
 def test_two_ranks_started_by_the_command_line_give_the_losses_of_one(toy: Path) -> None:

@@ -1,13 +1,16 @@
-"""An error of one rank is an error of all ranks that work together."""
+"""An error of one rank is an error of all ranks that work together. A rank alone works without a port."""
 
 import errno
 import os
+import socket
 from functools import partial
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from blockft.errors import RankError, UserError
+from blockft.training import distributed
 from blockft.training.distributed import errors_on_all_ranks
 from tests.commands import fork_ranks
 
@@ -57,3 +60,20 @@ def test_all_ranks_raise_the_error_of_one(failing: dict[int, Exception], expecte
     assert done.returncode == 0, done.stderr
     lines = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
     assert lines == [f"rank {rank}: {text}" for rank, text in enumerate(expected)]
+
+
+def join_alone(port: int) -> None:
+    distributed.set_worker_environment()
+    os.environ["MASTER_PORT"] = str(port)
+    distributed.init_distributed()
+    group = dist.new_group([0])  # as DeepSpeed makes further groups
+    total = torch.ones(1)
+    dist.all_reduce(total, group=group)
+    os.write(1, f"{dist.get_world_size()} rank, sum {total.item()}\n".encode())
+
+
+def test_a_rank_alone_needs_no_port() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        done = fork_ranks(partial(join_alone, server.getsockname()[1])).wait()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "1 rank, sum 1.0\n"
