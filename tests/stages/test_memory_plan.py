@@ -30,7 +30,7 @@ from tests.run import toy_recipe
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("toy")
-    prepare(toy_recipe(folder))
+    prepare(toy_recipe(folder, head_dim=16))  # the smallest heads of FlexAttention
     return folder
 
 
