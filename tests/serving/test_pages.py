@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from blockft.errors import UserError
 from blockft.inference.block_key import KVShape
 from blockft.serving.block_request import page_slots
 from blockft.serving.pages import PageLayout, read_block, write_blocks
@@ -29,7 +30,7 @@ def test_blocks_are_written_at_their_positions(backend: type[Any], start: int, t
             rotary.shift(kv[layer, :, 0], offset) for kv, offset in zip(blocks, (0, 5, 9), strict=True)
         ]
         expected[layer, :, 0] = torch.cat(shifted)
-    found = read_block(layers, SHAPE, page_slots(pages, PAGE_LEN, 0, 15))
+    found = read_block(layers, SHAPE, PAGE_LEN, page_slots(pages, PAGE_LEN, 0, 15))
     assert_close(found[:, start:], expected[:, start:], rtol=1e-6, atol=1e-6)
     assert bool((found[:, :start] == -1).all()), "tokens before `start` stay"
     assert sum(int((layer.kv_cache != -1).sum()) for layer in layers) == expected[:, start:].numel()
@@ -43,9 +44,38 @@ def test_what_a_backend_wrote_is_read_exactly(backend: type[Any], dtype: str) ->
     slots = page_slots([6, 0, 9], PAGE_LEN, 0, 11)
     for index, layer in enumerate(layers):
         layer.impl.do_kv_cache_update(layer, *kv[index].unbind(1), layer.kv_cache, slots)
-    assert torch.equal(read_block(layers, shape, slots), kv)
+    assert torch.equal(read_block(layers, shape, PAGE_LEN, slots), kv)
 
 
-def test_a_page_tells_its_number_of_tokens() -> None:
-    for backend in BACKENDS:
-        assert PageLayout(make_layers(backend)[0], SHAPE).page_len == PAGE_LEN
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pages_of_the_scheduler_may_be_several_pages_of_the_backend(backend: type[Any]) -> None:
+    """Page 3 of the scheduler, of 8 tokens, is pages 6 and 7 of the backend."""
+    layers, kv = make_layers(backend), kv_of(random_key(1, 7))
+    slots = page_slots([3], 2 * PAGE_LEN, 0, 7)
+    for index, layer in enumerate(layers):
+        layer.impl.do_kv_cache_update(layer, *kv[index].unbind(1), layer.kv_cache, slots)
+    assert torch.equal(read_block(layers, SHAPE, 2 * PAGE_LEN, slots), kv)
+    assert bool((layers[0].kv_cache[6:8] != -1).any()) and bool((layers[0].kv_cache[:6] == -1).all())
+
+
+class LossyPages:
+    """A backend that keeps no values."""
+
+    shape = (2, PAGE_LEN, SHAPE.num_kv_heads, SHAPE.head_size)
+
+    def do_kv_cache_update(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        kv_cache[slots // PAGE_LEN, 0, slots % PAGE_LEN] = key
+
+
+class ScaledPages(LossyPages):
+    """A backend whose pages also hold a scale for each token."""
+
+    shape = (2, PAGE_LEN, SHAPE.num_kv_heads, SHAPE.head_size + 1)
+
+
+@pytest.mark.parametrize("backend", [LossyPages, ScaledPages])
+def test_pages_with_another_content_are_refused(backend: type[Any]) -> None:
+    with pytest.raises(UserError, match=f"attention backend {backend.__name__} with shape"):
+        PageLayout(make_layers(backend)[0], SHAPE, PAGE_LEN)

