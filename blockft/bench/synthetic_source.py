@@ -115,8 +115,12 @@ def _invent_words() -> NDArray[np.str_]:
     return np.array([*islice(invented, NUM_WORDS)])
 
 
-def save_tokenizer(folder: Path, source: Path) -> None:
-    """Write a tokenizer of byte-level BPE with a ChatML template, trained on records of a source."""
+def save_tokenizer(folder: Path, source: Path, *, num_ids: int | None = None) -> None:
+    """Write a tokenizer of byte-level BPE with a ChatML template, trained on records of a source.
+
+    num_ids: the number of token ids, at least 300. Ids that no text of the source needs have a text of their
+        own, so that the tokens of a random model can be decoded. None: as many as the source needs.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -126,12 +130,17 @@ def save_tokenizer(folder: Path, source: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=min(VOCABULARY, num_ids or VOCABULARY),
         special_tokens=["<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator((passage["text"] for r in records for passage in r["ctxs"]), trainer)
+    if num_ids is not None:
+        state = json.loads(tokenizer.to_str())
+        vocabulary = state["model"]["vocab"]
+        vocabulary |= {f"unused{id}": id for id in range(len(vocabulary), num_ids)}
+        tokenizer = Tokenizer.from_str(json.dumps(state))
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
     wrapped.chat_template = CHAT_TEMPLATE
     wrapped.save_pretrained(folder)

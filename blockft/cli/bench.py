@@ -18,7 +18,20 @@ from blockft.cli.options import (
     parse_name,
     path_option,
 )
-from blockft.config.bounds import MAX_BLOCKS, MAX_COUNT, MAX_RUNS, MAX_TOKENS
+from blockft.config.bounds import (
+    MAX_BISECTIONS,
+    MAX_BLOCKS,
+    MAX_CORPUS,
+    MAX_COUNT,
+    MAX_FLOAT,
+    MAX_RATE,
+    MAX_RUN_SEED,
+    MAX_RUNS,
+    MAX_SERVE_SECONDS,
+    MAX_TOKENS,
+    MAX_ZIPF,
+)
+from blockft.config.choices import DType
 from blockft.errors import UserError
 
 app = typer.Typer(help="Measure speed and agreement.", rich_markup_mode=None)
@@ -229,6 +242,133 @@ def bench_train(
         out=out,
     )
     _print_files(out)
+
+
+@app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench_serve(
+    context: typer.Context,
+    target: ModelOrShape,
+    blocks_url: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="A running server of `blockft serve`, with /v1. None is started."),
+    ] = None,
+    plain_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="A running server of vLLM alone, with /v1.")
+    ] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Variable with the key of running servers.")
+    ] = None,
+    python: Annotated[
+        Path | None,
+        path_option(
+            metavar="FILE", help="Python of an environment with vLLM and blockft. Default: this one."
+        ),
+    ] = None,
+    num_documents: Annotated[
+        int, typer.Option(min=1, max=MAX_BLOCKS, help="Documents of a prompt, one block each.")
+    ] = 10,
+    document_len: Annotated[int, typer.Option(min=1, max=MAX_TOKENS, help="Tokens of a document.")] = 512,
+    question_len: Annotated[int, typer.Option(min=1, max=MAX_TOKENS, help="Tokens of a question.")] = 50,
+    answer_len: Annotated[int, typer.Option(min=1, max=MAX_TOKENS, help="Tokens of an answer.")] = 32,
+    corpus_size: Annotated[int, typer.Option(min=1, max=MAX_CORPUS, help="Documents of the corpus.")] = 200,
+    zipf: Annotated[
+        float, typer.Option(min=0, max=MAX_ZIPF, help="Exponent of Zipf's law: 0 draws all documents alike.")
+    ] = 1.0,
+    rates: Annotated[
+        str,
+        typer.Option(
+            metavar="R,R,...",
+            help="Requests per second. Default: a search for the largest rate within the limit.",
+        ),
+    ] = "",
+    first_rate: Annotated[
+        float, typer.Option(min=0.01, max=MAX_RATE, help="Rate at which the search begins.")
+    ] = 1.0,
+    bisections: Annotated[
+        int, typer.Option(min=0, max=MAX_BISECTIONS, help="Rates between the last two of the search.")
+    ] = 3,
+    seconds: Annotated[
+        float, typer.Option(min=1, max=MAX_SERVE_SECONDS, help="Time of each rate, in seconds.")
+    ] = 20.0,
+    ttft_limit_ms: Annotated[
+        float, typer.Option(min=1, max=MAX_FLOAT, help="Limit for p95 of the time to first token.")
+    ] = 500.0,
+    warmups: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=MAX_RUNS, help="Requests before the measurement. Default: the corpus once, twice that."
+        ),
+    ] = None,
+    runs: Annotated[
+        int, typer.Option(min=1, max=MAX_RUNS, help="Requests that are asked one at a time.")
+    ] = 20,
+    timeout: Annotated[
+        float, typer.Option(min=1, max=MAX_SERVE_SECONDS, help="Seconds after which a request has failed.")
+    ] = 60.0,
+    start_timeout: Annotated[
+        float, typer.Option(min=1, max=MAX_SERVE_SECONDS, help="Longest start of a server, in seconds.")
+    ] = 600.0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_RUN_SEED, help="Seed of prompts and arrivals.")] = 0,
+    dtype: Annotated[
+        DType, typer.Option(help="Type of weights and blocks; auto: bfloat16 on a GPU, float32 on a CPU.")
+    ] = DType.auto,
+    folder: Annotated[
+        Path | None, path_option(metavar="FOLDER", help="Folder for the cache and for random weights.")
+    ] = None,
+    out: Out = None,
+    png: Png = None,
+) -> None:
+    """Compare vLLM with cached blocks with vLLM alone under load.
+
+    Starts one server after the other, or asks running servers. Requests arrive by a Poisson process. A
+    request that fails counts as slower than every other one. Further options go to vLLM's servers.
+
+    \b
+    Examples:
+      blockft bench serve llama-3.2-1b --out serve.json --png serve.png
+      blockft bench serve out/model --rates 1,2,4 --blocks-url http://localhost:8000/v1
+    """
+    from blockft.bench.serve import ServePlan
+    from blockft.bench.serve_workload import WorkloadOptions
+    from blockft.stages.bench_serve import ServerArguments, bench_serve, default_warmups, parse_rates
+
+    if warmups is None:
+        warmups = default_warmups(corpus_size, num_documents)
+    bench_serve(
+        target,
+        workload=WorkloadOptions(
+            num_documents=num_documents,
+            document_len=document_len,
+            question_len=question_len,
+            answer_len=answer_len,
+            corpus_size=corpus_size,
+            zipf=zipf,
+            seed=seed,
+        ),
+        plan=ServePlan(
+            rates=parse_rates(rates),
+            first_rate=first_rate,
+            num_bisections=bisections,
+            seconds=seconds,
+            ttft_limit_ms=ttft_limit_ms,
+            num_warmups=warmups,
+            num_single=runs,
+            timeout_s=timeout,
+        ),
+        servers=ServerArguments(
+            blocks_url=blocks_url,
+            plain_url=plain_url,
+            api_key_env=api_key_env,
+            python=python,
+            folder=folder,
+            dtype=dtype.value,
+            start_timeout_s=start_timeout,
+            options=context.args,
+        ),
+        out=out,
+        png=png,
+    )
+    _print_files(out, png)
 
 
 def _print_files(out: Path | None, png: Path | None = None) -> None:

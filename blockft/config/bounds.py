@@ -44,3 +44,18 @@ MAX_FLOAT = 1e9
 
 MAX_PAGE_SAMPLES = 1_000
 """Samples of the page of `inspect`."""
+
+MAX_CORPUS = 100_000
+"""Documents of the corpus of `bench serve`, which are in memory."""
+
+MAX_ZIPF = 5.0
+"""Exponent of Zipf's law. With a larger one no document but the first is drawn."""
+
+MAX_RATE = 10_000.0
+"""Requests per second."""
+
+MAX_BISECTIONS = 20
+"""Bisections of a search. A range is 2 ** (1 / 2 ** 20) wide after 20 of them."""
+
+MAX_SERVE_SECONDS = 86_400.0
+"""Seconds of a measurement of a server."""

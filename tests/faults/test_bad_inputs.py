@@ -63,6 +63,7 @@ class Toy:
             ("bench", "agreement"): [model, recipe, "--num-prompts", 1, "--max-new-tokens", 1],
             ("bench", "prepare"): [recipe],
             ("bench", "train"): [model],
+            ("bench", "serve"): [model, "--document-len", 4, "--question-len", 2],
         }[command]
         return [*command, *map(str, found)]
 

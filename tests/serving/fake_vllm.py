@@ -13,6 +13,7 @@ from blockft.serving.report import Report, Reporter
 from tests.serving.stubs import SECRET
 
 MODEL, MAX_LEN = "toy", 400
+MODEL_ENTRY = {"id": MODEL, "object": "model", "created": 1, "owned_by": "vllm", "max_model_len": MAX_LEN}
 
 LEAVE = "!"
 """The last block of a prompt whose client leaves. Its token id is 0 in the tokenizer of the tests."""
@@ -43,7 +44,7 @@ class FakeVllm:
         if self.api_key and authorization != f"Bearer {self.api_key}":
             await send_json(send, 401, {"error": "Unauthorized"})
         elif scope["path"] == "/v1/models":
-            await send_json(send, 200, {"data": [{"id": MODEL, "max_model_len": MAX_LEN}]})
+            await send_json(send, 200, {"object": "list", "data": [MODEL_ENTRY]})
         else:
             body = await read_body(receive, 1 << 30)
             is_completion = scope["path"] == "/v1/completions" and body.startswith(b"{")
@@ -100,7 +101,7 @@ class FakeVllm:
             texts = [("be", None), ("low\n\n", None), ("", "stop")]
             events = [_chunk([{"index": 0, "text": text, "finish_reason": end}]) for text, end in texts]
             if (fields.get("stream_options") or {}).get("include_usage"):
-                events.append(_chunk([]) | {"usage": {"prompt_tokens": len(fields["prompt"])}})
+                events.append(_chunk([]) | {"usage": _usage(fields)})
         content = b"".join(b"data: %s\n\n" % json.dumps(event).encode() for event in events)
         content += b"data: [DONE]\n\n"
         for start in range(0, len(content), 50):  # events do not end where messages do
@@ -114,12 +115,22 @@ def _completion(fields: dict[str, Any]) -> dict[str, Any]:
     choice = {"index": 0, "text": "below", "finish_reason": "stop", "logprobs": None}
     if "logprobs" in fields:
         choice["logprobs"] = logprobs
-    usage = {"prompt_tokens": len(fields["prompt"])}
-    return {"id": "cmpl-1", "object": "text_completion", "model": MODEL, "choices": [choice], "usage": usage}
+    base = {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": MODEL}
+    return base | {"choices": [choice], "usage": _usage(fields)}
+
+
+def _usage(fields: dict[str, Any]) -> dict[str, int]:
+    num_prompt, num_new = len(fields["prompt"]), fields.get("min_tokens") or 3
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_new,
+        "total_tokens": num_prompt + num_new,
+    }
 
 
 def _chunk(choices: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"id": "cmpl-1", "object": "text_completion", "model": MODEL, "choices": choices}
+    base = {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": MODEL}
+    return base | {"choices": choices}
 
 
 @dataclass
