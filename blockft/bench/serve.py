@@ -39,7 +39,8 @@ Times count from the planned arrival. A failed request counts as slower than eve
 A rate holds if no request fails and p95 of the time to first token is within the limit. The search doubles
 the first rate until a rate does not hold (or halves it until one does). Then it tries the geometric mean of
 the largest rate that holds and the smallest one that does not.
-Both servers get the same prompts at the same times; the times of two rates differ by a factor only.
+At a rate both servers get the same prompts at the same times. No prompt is asked twice. The times of two
+rates differ by a factor only.
 Where a server holds slightly more than it can answer for ever, its queue stays within the limit for the
 length of the measurement: a longer one gives a smaller rate.
 """
@@ -132,7 +133,8 @@ async def _measure(target: Target, workload: Workload, plan: ServePlan) -> dict[
 
         async def measure_rate(rate: float) -> dict[str, Any]:
             times = workload.arrival_times(rate, plan.seconds)
-            prompts = workload.prompts(len(times), stream=_STREAM_RATES)
+            # a prompt that was asked before would be a prefix that every server knows
+            prompts = workload.prompts(len(times), stream=_STREAM_RATES + round(1e6 * rate))
             return {"rate": rate} | await _measure_rate(client, name, rate, prompts, times)
 
         rates = await _measure_rates(measure_rate, plan)

@@ -333,15 +333,15 @@ def test_two_running_servers_are_compared(tmp_path: Path, model: Path) -> None:
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
-def test_both_servers_get_the_same_prompts(model: Path) -> None:
-    """vLLM alone gets the ids of the blocks."""
+def test_both_servers_get_the_same_prompts_and_none_of_them_twice(model: Path) -> None:
+    """vLLM alone gets the ids of the blocks. A prompt that is asked twice would be in its prefix cache."""
     workload = Workload(load_tokenizer(str(model)), OPTIONS)
     seen = []
     for kind in ("plain", "blocks"):
         server = StubServer()
         with http_server(server) as url:
             target = Target(kind=kind, url=url)  # type: ignore[arg-type]
-            asyncio.run(serve._measure(target, workload, replace(PLAN, rates=(5,))))
+            asyncio.run(serve._measure(target, workload, replace(PLAN, rates=(5, 10))))
         seen.append(server.bodies)
     plain, blocks = (sorted(bodies, key=lambda body: str(body.get("prompt"))) for bodies in seen)
     encoder = Encoder(load_tokenizer(str(model)))
@@ -350,6 +350,7 @@ def test_both_servers_get_the_same_prompts(model: Path) -> None:
         ids = encoder.encode_prompt(parse_request({"blocks": body["blocks"]}, None, "p"))
         of_blocks.append([id for block in ids for id in block])
     assert sorted(of_blocks) == sorted(body["prompt"] for body in plain)
+    assert len({tuple(body["prompt"]) for body in plain}) == len(plain) > 12
     for body in (*plain, *blocks):
         assert body["min_tokens"] == body["max_tokens"] == 3 and body["temperature"] == 0
 
