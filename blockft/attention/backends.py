@@ -36,6 +36,10 @@ BACKWARD_OPTIONS = {
 """Options of its backward kernel in 16 bits. On an H200, real rows take 5 % less time with them in the shape
 of Llama-3-8B, and 8 % less in that of Llama-3.2-1B, than with those that PyTorch 2.11 chooses."""
 
+RECOMPILE_LIMIT = 64
+"""Combinations of shapes for which a function is compiled: both modes, both passes, lengths of rows, kinds of
+layers. PyTorch's own limit of 8 is soon reached."""
+
 
 class AttentionMasks:
     """The masks of one batch, built on its device at first use. Layers with the same window share a mask.
@@ -218,7 +222,18 @@ def _tile_indices(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return tiles.sum(dim=-1, dtype=torch.int32)[:, None], indices.to(torch.int32)[:, None]
 
 
+def allow_recompiles() -> None:
+    """Let PyTorch compile a function for `RECOMPILE_LIMIT` combinations of shapes, instead of 8."""
+    config = torch.compiler.config
+    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
+
+
 @cache
 def _compile_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function, compiled once per shape. Dynamic shapes are slower and also recompile."""
-    return torch.compile(function, dynamic=False)
+    """Return the function, compiled once per shape. Dynamic shapes are slower and also recompile.
+
+    `fullgraph` makes PyTorch raise an error after `RECOMPILE_LIMIT` shapes. It would otherwise run the
+    function without compiling it, and FlexAttention would then compute all scores as one dense matrix.
+    """
+    allow_recompiles()
+    return torch.compile(function, dynamic=False, fullgraph=True)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from blockft.attention.backends import allow_recompiles
 from blockft.attention.rope import RotaryEmbedding
 from blockft.model.supported import rope_parameters
 
@@ -49,6 +50,6 @@ def restore_frequencies(model: PreTrainedModel) -> None:
 
 def compile_layers(model: PreTrainedModel) -> None:
     """Compile each decoder layer at its first use. Layers of the same kind share the compiled code."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    allow_recompiles()
     for layer in model.base_model.get_submodule("layers").children():
         layer.compile(dynamic=False)

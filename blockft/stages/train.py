@@ -47,6 +47,7 @@ from blockft.training.library_internals import (
     expect_no_weights,
     mapped_files,
     only_weights_loaded,
+    recompiles_limited,
 )
 from blockft.training.library_warnings import silence_known_warnings
 from blockft.training.loss_plot import save_loss_plot
@@ -198,6 +199,7 @@ def _train(
         run_on_each_host(wait_until_verified)
         memory, checkpointing = _plan_memory(recipe, plan)
         stack.enter_context(reported_out_of_memory(recipe, checkpointing))
+        stack.enter_context(recompiles_limited("set train.torch_compile=false"))
         trainer, run_callback = _run_steps(
             recipe, plan, checkpoint, checkpointing=checkpointing, name=name, title=title
         )

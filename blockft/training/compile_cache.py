@@ -3,9 +3,8 @@
 import os
 from pathlib import Path
 
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
 from blockft.errors import warn
+from blockft.training.library_internals import default_inductor_cache
 
 INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 """Environment variable with PyTorch's folder of compiled code, in which it also keeps that of Triton."""
@@ -19,7 +18,7 @@ def use_compile_cache() -> None:
     and finds it by a hash of the code, the options and the GPU.
     """
     # an import of PyTorch's compiler sets the variable to its default
-    if os.environ.get(INDUCTOR_CACHE) not in (None, "", default_cache_dir()):
+    if os.environ.get(INDUCTOR_CACHE) not in (None, "", default_inductor_cache()):
         return
     # without a home, as in a container whose user has no name, "~" stays and nothing is kept
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")

@@ -16,6 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 from transformers import AttentionInterface, PreTrainedModel
 
+from blockft.training.library_internals import operator_name, storage_id, traced_module
 from blockft.training.tensor_memory import TensorMemory
 
 ROW_LENS = (4093, 8191)
@@ -232,33 +233,12 @@ def _measure_compiled(
     model: PreTrainedModel, layer: torch.nn.Module, arguments: dict[str, Any], row_len: int
 ) -> tuple[float, float]:
     """Compile a layer without generating code, and count the tensors of its two graphs."""
-    from functorch.compile import make_boxed_func
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._functorch.partitioners import min_cut_rematerialization_partition
-    from torch._inductor.decomposition import select_decomp_table
-
-    graphs: dict[str, list[GraphModule]] = {"forward": [], "backward": []}
-
-    def keep_graph(name: str) -> Callable[[GraphModule, Any], Callable[..., Any]]:
-        def compile_graph(graph: GraphModule, inputs: Any) -> Callable[..., Any]:
-            graphs[name].append(graph)
-            return make_boxed_func(graph.forward)
-
-        return compile_graph
-
-    backend = aot_autograd(
-        fw_compiler=keep_graph("forward"),
-        bw_compiler=keep_graph("backward"),
-        partition_fn=min_cut_rematerialization_partition,
-        decompositions=select_decomp_table,
-    )
-    torch._dynamo.reset()
-    out = torch.compile(layer, backend=backend, dynamic=False)(_leaf(model, row_len) * 1, **arguments)
-    out.backward(torch.empty_like(out))
-    torch._dynamo.reset()
+    with traced_module(layer) as (traced, forward_graphs, backward_graphs):
+        out = traced(_leaf(model, row_len) * 1, **arguments)
+        out.backward(torch.empty_like(out))
     for parameter in layer.parameters():
         parameter.grad = None
-    return sum(map(_kept_bytes, graphs["forward"])), max(map(_backward_bytes, graphs["backward"]))
+    return sum(map(_kept_bytes, forward_graphs)), max(map(_backward_bytes, backward_graphs))
 
 
 def _tensor_of(node: Any) -> torch.Tensor | None:
@@ -269,7 +249,7 @@ def _tensor_of(node: Any) -> torch.Tensor | None:
 
 def _storage_of(node: Any) -> int | None:
     tensor = _tensor_of(node)
-    return None if tensor is None else tensor.untyped_storage()._cdata
+    return None if tensor is None else storage_id(tensor.untyped_storage())
 
 
 def _outputs(graph: GraphModule) -> list[Any]:
@@ -359,7 +339,8 @@ def _is_stored(node: Node) -> bool:
 
 def _reads_memory(node: Node) -> bool:
     """Return whether an operation reads and writes tensors in memory: a matrix product or attention."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    operator = operator_name(node.target)
+    if operator is None:
         return False
-    namespace, name = node.target.name().split("::")
-    return namespace not in ("aten", "prims") or name.split(".")[0] in _MATRIX_PRODUCTS
+    namespace, name = operator
+    return namespace not in ("aten", "prims") or name in _MATRIX_PRODUCTS

@@ -1,4 +1,4 @@
-"""Every use of private parts of transformers' Trainer, of DeepSpeed and of torch's schedulers.
+"""Every use of private parts of transformers' Trainer, of DeepSpeed, and of torch's schedulers and compiler.
 
 Read and tested in transformers 5.17 to 5.23, deepspeed 0.19.8 and torch 2.11 to 2.13. `pyproject.toml` bounds
 transformers and deepspeed accordingly: before a bound is raised, each function of this file is compared with
@@ -18,12 +18,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blockft.errors import UserError, first_line
+from blockft.errors import RankError, UserError, first_line
 from blockft.training.library_warnings import library_output_on_stderr
 
 if TYPE_CHECKING:
     import torch
     from deepspeed import DeepSpeedEngine
+    from torch.fx import GraphModule
     from torch.optim.lr_scheduler import LambdaLR
     from transformers import Trainer
 
@@ -412,3 +413,89 @@ def quote_for_remote_shell(argument: str) -> str:
     if " " not in argument:
         return shlex.quote(argument)
     return re.sub(r"([\\$`])", r"\\\1", argument)  # DeepSpeed puts it into double quotes and escapes these
+
+
+# --- torch's compiler
+
+
+def default_inductor_cache() -> str:
+    """Return the folder in which PyTorch keeps compiled code if no variable names another one."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    return str(default_cache_dir())
+
+
+@contextmanager
+def traced_module(
+    module: torch.nn.Module,
+) -> Iterator[tuple[Callable[..., Any], list[GraphModule], list[GraphModule]]]:
+    """Yield a module that is compiled without code being generated, and its forward and backward graphs.
+
+    Calls of the module and of its backward pass fill the two lists. The graphs are partitioned as
+    torch.compile does it. Code that was compiled before is compiled again at its next use.
+    """
+    import torch
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    def keep_in(graphs: list[GraphModule]) -> Callable[[GraphModule, Any], Callable[..., Any]]:
+        def compile_graph(graph: GraphModule, inputs: Any) -> Callable[..., Any]:
+            graphs.append(graph)
+            return make_boxed_func(graph.forward)
+
+        return compile_graph
+
+    forward_graphs: list[GraphModule] = []
+    backward_graphs: list[GraphModule] = []
+    backend = aot_autograd(
+        fw_compiler=keep_in(forward_graphs),
+        bw_compiler=keep_in(backward_graphs),
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table,
+    )
+    torch.compiler.reset()
+    yield torch.compile(module, backend=backend, dynamic=False), forward_graphs, backward_graphs
+    torch.compiler.reset()
+
+
+@contextmanager
+def recompiles_limited(remedy: str) -> Iterator[None]:
+    """Raise an error where a compiled module has too many different shapes.
+
+    PyTorch would silently run it without compiling it, which takes more time and memory.
+
+    Raises:
+        RankError: the limit is reached; the message ends with the remedy.
+    """
+    import torch
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    config: Any = torch.compiler.config  # torch adds `patch` to the module without a type
+    try:
+        with config.patch(fail_on_recompile_limit_hit=True):
+            yield
+    except FailOnRecompileLimitHit as error:
+        raise RankError(
+            f"the layers were compiled {config.recompile_limit} times, and need another "
+            f"version (TORCH_LOGS=recompiles says why): {remedy}"
+        ) from error
+
+
+def operator_name(target: Any) -> tuple[str, str] | None:
+    """Return the namespace and the name of an operator in a graph, for example ("aten", "mm").
+
+    Of another target, such as a Python function, the result is None.
+    """
+    import torch
+
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    namespace, name = target.name().split("::")
+    return namespace, name.split(".")[0]
+
+
+def storage_id(storage: torch.UntypedStorage) -> int:
+    """Return a number that only the tensors of one storage share, also on the meta device."""
+    return int(storage._cdata)

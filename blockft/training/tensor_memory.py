@@ -8,6 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from blockft.training.library_internals import storage_id
+
 
 class TensorMemory(TorchDispatchMode):
     """Counts the bytes of the tensors that operations inside the context create and that still exist.
@@ -21,7 +23,7 @@ class TensorMemory(TorchDispatchMode):
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self.live_bytes = self.peak_bytes = 0
-        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+        self._seen = {storage_id(tensor.untyped_storage()) for tensor in known}
 
     def reset_peak(self) -> None:
         self.peak_bytes = self.live_bytes
@@ -36,7 +38,7 @@ class TensorMemory(TorchDispatchMode):
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        address = storage._cdata
+        address = storage_id(storage)
         if address in self._seen:
             return
         self._seen.add(address)

@@ -2,17 +2,20 @@
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
+from blockft.attention import backends
 from blockft.attention.backends import AttentionMasks, block_flex, block_sdpa
 from blockft.attention.layout import AttentionMetadata, Layout, build_metadata
 from blockft.attention.mask import build_dense_mask
 from tests.tiny import CONFIGS, WINDOW, build_model, random_ids, random_layout
 
+config: Any = torch.compiler.config  # torch adds `patch` to the module without a type
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -151,3 +154,25 @@ def test_masks_of_another_length_raise() -> None:
     model, masks = build_model("llama"), AttentionMasks(build_metadata([Layout((7,))]))
     with pytest.raises(ValueError, match="describe"):
         model(input_ids=random_ids(random.Random(0), 8)[None], block_masks=masks)
+
+
+def test_what_is_compiled_once_is_never_run_without_being_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the limit of shapes FlexAttention would compute all scores as one dense matrix."""
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    monkeypatch.setattr(backends, "RECOMPILE_LIMIT", 2)
+    with config.patch(recompile_limit=2):
+        compiled = backends._compile_once.__wrapped__(double)
+        for length in (2, 3):
+            assert_close(compiled(torch.ones(length)), torch.full((length,), 2.0))
+        with pytest.raises(Exception, match="fullgraph"):
+            compiled(torch.ones(4))
+
+
+@pytest.mark.parametrize(("before", "after"), [(8, backends.RECOMPILE_LIMIT), (500, 500)])
+def test_a_larger_limit_of_shapes_stays(before: int, after: int) -> None:
+    with config.patch(recompile_limit=before):
+        backends.allow_recompiles()
+        assert config.recompile_limit == after

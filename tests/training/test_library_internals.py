@@ -20,8 +20,10 @@ from blockft.training.library_internals import (
     expect_no_weights,
     mapped_files,
     only_weights_loaded,
+    operator_name,
     own_optimizer_states,
     read_tag,
+    recompiles_limited,
     save_shards,
 )
 from tests.pointers import LFS_POINTER, WEB_PAGE
@@ -255,3 +257,36 @@ def test_states_that_were_loaded_from_a_file_do_not_hold_it(tmp_path: Path) -> N
     }
     torch.load(path)
     assert str(path) not in Path("/proc/self/maps").read_text()
+
+
+class Doubling(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+def test_a_module_with_too_many_shapes_is_an_error() -> None:
+    config: Any = torch.compiler.config
+    module = Doubling()
+    module.compile(backend="eager", dynamic=False)
+    lengths = []
+    with (
+        config.patch(recompile_limit=2),
+        pytest.raises(UserError, match="compiled 2 times, .*: compile less"),
+        recompiles_limited("compile less"),
+    ):
+        for length in (2, 3, 4):
+            lengths.append(len(module(torch.ones(length))))
+    assert lengths == [2, 3]
+    assert not config.fail_on_recompile_limit_hit
+
+
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        (torch.ops.aten.mm.default, ("aten", "mm")),
+        (torch.ops.aten.add_.Tensor, ("aten", "add_")),
+        (len, None),
+    ],
+)
+def test_operators_are_named(target: Any, name: tuple[str, str] | None) -> None:
+    assert operator_name(target) == name
