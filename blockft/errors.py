@@ -6,19 +6,31 @@ from typing import Any
 
 from blockft.printable import print_text
 
+INTERNAL_ERROR, USER_ERROR, INTERRUPTED = 1, 2, 130
+"""Exit codes of a command that fails: by a mistake in the program, by one of the user, and by a signal."""
+
 
 class UserError(Exception):
     """A mistake of the user, in one sentence: what is wrong, what was found, what is allowed, the remedy.
 
-    The command line prints it on stderr without a traceback and exits with code 2.
+    The command line prints it on stderr without a traceback and exits with `exit_code`.
     """
+
+    exit_code = USER_ERROR
 
 
 class RankError(UserError):
-    """A mistake that one rank of a run may find alone, so that every rank prints it."""
+    """A mistake that one rank of a run may find alone, so that every rank prints it.
+
+    If it reports the failure of another rank, `exit_code` is that rank's.
+    """
+
+    def __init__(self, message: str, *, exit_code: int = USER_ERROR) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
-class ReportedError(UserError):
+class ReportedError(RankError):
     """A mistake that another process has already printed, so that this one only ends."""
 
 

@@ -5,21 +5,27 @@ import errno
 import os
 import signal
 import sys
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
-from blockft.cli.interrupt import CODE as INTERRUPTED
 from blockft.cli.interrupt import Interrupts
 from blockft.cli.streams import BROKEN_PIPE, OutputClosed, prepare_streams
-from blockft.errors import RankError, ReportedError, UserError, is_first_of_host
+from blockft.errors import (
+    INTERNAL_ERROR,
+    INTERRUPTED,
+    RankError,
+    ReportedError,
+    UserError,
+    is_first_of_host,
+)
 from blockft.inputs import shorten, text_problem
 from blockft.printable import print_text
 
 MAX_MESSAGE_LEN = 4000
 """Longest error message in characters; a message may quote long texts of the user."""
 
-USER_ERROR = 2
-"""The exit code of a command that ends because of a mistake of the user."""
+GROUP_COMMANDS = ("train", "doctor")
+"""Commands whose processes form a group if a launcher starts several."""
 
 _STATES_OF_THE_SYSTEM = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR),
@@ -34,7 +40,7 @@ def main() -> None:
     Exit codes: 0 success, 1 internal error, 2 user error, 130 interrupted, 141 the reader of the output has
     gone.
     """
-    code = 1
+    code = INTERNAL_ERROR
     prepare_streams()
 
     def end_worker() -> None:
@@ -75,36 +81,61 @@ def main() -> None:
 
 def _run() -> int:
     """Run the command that the arguments name and return its exit code."""
-    # all imports happen here, where an interruption is handled
+    # the deepspeed launcher passes --local_rank=N first, unless it is told not to
+    arguments = [word for word in sys.argv[1:] if not word.startswith(("--local_rank=", "--local-rank="))]
+    try:
+        _check_arguments(arguments)
+        with _watching_ranks(arguments):
+            code = _call_command(arguments)
+        sys.stdout.flush()
+        return code
+    except ReportedError as error:
+        return error.exit_code
+    except UserError as error:
+        _print_error(str(error), on_every_rank=isinstance(error, RankError))
+        return error.exit_code
+    except OutputClosed:
+        return BROKEN_PIPE
+
+
+def _watching_ranks(arguments: list[str]) -> AbstractContextManager[object]:
+    """Watch the other ranks of a run from the first moment on, if a launcher started this process.
+
+    A rank that fails while it imports or reads its arguments then ends the others, too.
+    """
+    is_rank = "RANK" in os.environ and arguments[:1] in ([name] for name in GROUP_COMMANDS)
+    if not is_rank or {"--help", "--dry-run"} & set(arguments):
+        return nullcontext()
+    from blockft.training.rank_watch import watching_ranks
+
+    return watching_ranks()
+
+
+def _call_command(arguments: list[str]) -> int:
+    """Call the command that the arguments name and return its exit code.
+
+    Raises:
+        UserError: the arguments are wrong, memory ran out, or the system refuses to use a file.
+    """
+    # all imports happen here, where an interruption and a failure of a rank are handled
     import typer
 
     from blockft.cli import commands
 
     # typer does not export the class of the errors about unknown commands and options
     usage_error: Any = typer.BadParameter.__base__
-    # the deepspeed launcher passes --local_rank=N first, unless it is told not to
-    arguments = [word for word in sys.argv[1:] if not word.startswith(("--local_rank=", "--local-rank="))]
     try:
-        _check_arguments(arguments)
-        code = commands.parse_and_run(arguments)
-        sys.stdout.flush()
-        return code
+        return commands.parse_and_run(arguments)
     except usage_error as error:
-        return _fail(f"{error.format_message()} (see blockft --help)")
-    except ReportedError:
-        return USER_ERROR
-    except UserError as error:
-        return _fail(str(error), on_every_rank=isinstance(error, RankError))
-    except OutputClosed:
-        return BROKEN_PIPE
+        raise UserError(f"{error.format_message()} (see blockft --help)") from error
     except typer.Abort:
         return INTERRUPTED
-    except MemoryError:
-        return _fail("this machine has too little memory: choose smaller sizes")
+    except MemoryError as error:
+        raise UserError("this machine has too little memory: choose smaller sizes") from error
     except OSError as error:
         if error.filename is None or error.errno not in _STATES_OF_THE_SYSTEM:
             raise
-        return _fail(f"{error.filename} cannot be used: {error.strerror}")
+        raise UserError(f"{error.filename} cannot be used: {error.strerror}") from error
 
 
 def _check_arguments(arguments: list[str]) -> None:
@@ -121,11 +152,10 @@ def _check_arguments(arguments: list[str]) -> None:
             )
 
 
-def _fail(message: str, *, on_every_rank: bool = False) -> int:
+def _print_error(message: str, *, on_every_rank: bool) -> None:
     """Print an error as one line, once on every host, because each host may have its own mistake."""
     if on_every_rank or is_first_of_host():
         # without a reader of the message the exit code alone tells of the error
         with suppress(OutputClosed, UserError):
             text = shorten(" ".join(message.split()), MAX_MESSAGE_LEN)
             print_text(f"blockft: {text}", file=sys.stderr)
-    return USER_ERROR

@@ -3,7 +3,7 @@
 import os
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,7 +29,12 @@ from blockft.cli.options import (
 )
 from blockft.config.bounds import MAX_PAGE_SAMPLES, MAX_PORT, MAX_PROCESSES, MAX_SEED
 from blockft.config.choices import DType, Format, Metric, Mode
+from blockft.errors import INTERRUPTED, USER_ERROR, ReportedError
 from blockft.printable import print_text
+
+if TYPE_CHECKING:
+    from blockft.config.settings import Recipe
+    from blockft.training.hosts import Hosts
 
 
 def _print_version(value: bool) -> None:
@@ -202,8 +207,8 @@ def train(
     """
     from blockft.config.recipe import load_recipe
     from blockft.training.hosts import resolve_hosts
+    from blockft.training.worker_environment import is_worker
 
-    settings = load_recipe(recipe, overrides or ())  # before the slow imports: it finds most mistakes
     hosts = resolve_hosts(
         hostfile,
         num_gpus=num_gpus,
@@ -213,13 +218,12 @@ def train(
         master_port=master_port,
         ssh_port=ssh_port,
     )
-    num_processes = hosts.num_processes if hosts else num_gpus or 1
     gpu_bytes = None if gpu_memory is None else parse_gpu_memory(gpu_memory, dry_run=dry_run)
-
-    from blockft.stages import train as stage
-    from blockft.training.distributed import is_worker
-    from blockft.training.launch import check_num_gpus, start_workers
-
+    num_processes = hosts.num_processes if hosts else num_gpus or 1
+    if not dry_run and (hosts or num_processes > 1) and not is_worker():
+        arguments = [recipe, *(overrides or ())]
+        raise typer.Exit(_launch(arguments, hosts=hosts, num_processes=num_processes, resume=resume))
+    settings = load_recipe(recipe, overrides or ())  # before the slow imports: it finds most mistakes
     if dry_run:
         from blockft.stages.dry_run import print_dry_run
 
@@ -229,30 +233,66 @@ def train(
         else:
             options = [*(["--num-gpus", num_gpus] if num_gpus else []), *(["--resume"] if resume else [])]
             print_next("dry run: the recipe can be trained", ["train", recipe, *(overrides or ()), *options])
-    elif hosts or (num_processes > 1 and not is_worker()):
-        from blockft.stages.run_plan import check_run
-
-        if not hosts:
-            check_num_gpus(num_processes)
-        # on another host than the first, the lock may be held by the first rank of this very run
-        is_first_host = hosts is None or not hosts.node_rank
-        with stage.lock_run(settings) if is_first_host else nullcontext():
-            check_run(settings, resume=resume, num_processes=num_processes)
-        if hosts and hosts.node_rank is None:
-            from blockft.training.host_checks import check_hosts
-
-            model = settings.model.path if Path(settings.model.path).is_dir() else None
-            check_hosts(hosts, data_dir=settings.data.output_dir, model=model)
-        arguments = ["train", recipe, *(overrides or ()), *(["--resume"] if resume else [])]
-        # the first rank prints the next command
-        raise typer.Exit(start_workers(arguments, num_gpus=num_processes, hosts=hosts))
     else:
+        from blockft.stages import train as stage
+
         try:
             run = stage.train(settings, resume=resume, name=Path(recipe).stem)
         except KeyboardInterrupt:
             _print_resume(Path(settings.train.output_dir), ["train", recipe, *(overrides or ()), "--resume"])
             raise
         print_next(f"run: {run}", ["export", run, unused_path(run.with_name("model"))])
+
+
+def _launch(arguments: list[str], *, hosts: "Hosts | None", num_processes: int, resume: bool) -> int:
+    """Check a run, start its ranks, and return the exit code. `arguments` are recipe and overrides.
+
+    Raises:
+        UserError: the run cannot start.
+    """
+    from blockft.config.recipe import load_recipe
+    from blockft.training.rank_watch import watching_hosts
+
+    with watching_hosts(hosts.place) if hosts and hosts.node_rank is not None else nullcontext() as watch:
+        settings = load_recipe(arguments[0], arguments[1:])  # before the slow imports
+        _check_before_launch(settings, hosts, num_processes=num_processes, resume=resume)
+
+        from blockft.training.launch import start_workers
+
+        if watch:
+            watch.wait_until_ready()
+            watch.leave_port(to_store=False)
+        command = ["train", *arguments, *(["--resume"] if resume else [])]
+        # the first rank prints the next command
+        code = start_workers(command, num_gpus=num_processes, hosts=hosts, watch=watch)
+        if watch and code not in (0, INTERRUPTED):
+            raise ReportedError(f"its processes have ended with exit code {code}", exit_code=code)
+    return code
+
+
+def _check_before_launch(
+    settings: "Recipe", hosts: "Hosts | None", *, num_processes: int, resume: bool
+) -> None:
+    """Check a run, and the hosts that this one starts, before any rank is started.
+
+    Raises:
+        UserError: the run cannot start.
+    """
+    from blockft.stages import train as stage
+    from blockft.stages.run_plan import check_run
+    from blockft.training.launch import check_num_gpus
+
+    if not hosts:
+        check_num_gpus(num_processes)
+    # on another host than the first, the lock may be held by the first rank of this very run
+    is_first_host = hosts is None or not hosts.node_rank
+    with stage.lock_run(settings) if is_first_host else nullcontext():
+        check_run(settings, resume=resume, num_processes=num_processes)
+    if hosts and hosts.node_rank is None:
+        from blockft.training.host_checks import check_hosts
+
+        model = settings.model.path if Path(settings.model.path).is_dir() else None
+        check_hosts(hosts, data_dir=settings.data.output_dir, model=model)
 
 
 def _print_resume(run: Path, command: list[str]) -> None:
@@ -574,7 +614,7 @@ def doctor(
 
     check_num_gpus(num_gpus or 1)
     if not doctor(settings, hosts=hosts, num_gpus=num_gpus or count_gpus(), as_json=as_json):
-        raise typer.Exit(2)
+        raise typer.Exit(USER_ERROR)
 
 
 @app.command()

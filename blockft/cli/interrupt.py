@@ -8,8 +8,7 @@ import weakref
 from types import FrameType
 from typing import Any
 
-CODE = 130
-"""The exit code of an interrupted command."""
+from blockft.errors import INTERRUPTED
 
 PATIENCE_S = 2
 """A further signal ends the process at once if the command has been ending for longer than this."""
@@ -55,11 +54,11 @@ class Interrupts:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._raised and self._raised():  # one signal may come twice: from a terminal and from a parent
             if time.monotonic() - self._since_s > PATIENCE_S and number != signal.SIGALRM:
-                os._exit(CODE)
+                os._exit(INTERRUPTED)
             return
         if self._is_over:
             if number != signal.SIGALRM:
-                os._exit(CODE)
+                os._exit(INTERRUPTED)
             return
         if not self.received:
             self.received, self._since_s = True, time.monotonic()

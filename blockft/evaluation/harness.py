@@ -311,4 +311,4 @@ if __name__ == "__main__":
         cli_evaluate()
     except UserError as error:
         print_text(f"blockft: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)

@@ -6,13 +6,14 @@ from pathlib import Path
 from blockft.config.settings import Recipe
 from blockft.printable import print_text
 from blockft.stages.run_plan import check_run
-from blockft.training.distributed import is_worker, use_cpu
+from blockft.training.distributed import use_cpu
 from blockft.training.group_check import GROUP_CHECK_S, describe_group_check, print_group_check
 from blockft.training.host_checks import REACHABLE, build_host_checks
 from blockft.training.hosts import Hosts
 from blockft.training.launch import run_briefly
 from blockft.training.machine_checks import build_machine_checks
 from blockft.training.preflight import Check, Status, run_checks
+from blockft.training.worker_environment import is_worker
 
 
 def doctor(recipe: Recipe | None, *, hosts: Hosts | None, num_gpus: int, as_json: bool) -> bool:

@@ -39,7 +39,6 @@ from blockft.training.distributed import (
     run_on_each_host,
     shutdown_distributed,
     use_cpu,
-    watch_ranks,
     worker_environment,
 )
 from blockft.training.library_internals import (
@@ -52,7 +51,7 @@ from blockft.training.library_internals import (
 from blockft.training.library_warnings import silence_known_warnings
 from blockft.training.loss_plot import save_loss_plot
 from blockft.training.plan import RunPlan
-from blockft.training.rank_watch import RankWatch
+from blockft.training.rank_watch import RankWatch, watching_ranks
 from blockft.units import format_count
 
 if TYPE_CHECKING:
@@ -98,9 +97,8 @@ def train(recipe: Recipe, *, resume: bool = False, name: str | None = None) -> P
     check_type(recipe, Recipe, "recipe", "load_recipe reads one from a YAML file")
     with worker_environment():
         silence_known_warnings()
-        watch = watch_ranks()
         with (
-            watch.watching() if watch else nullcontext(),
+            watching_ranks() as watch,
             # the other ranks share the lock of the first one as soon as all are connected
             lock_run(recipe) if os.environ["RANK"] == "0" else nullcontext() as lock,
         ):

@@ -3,7 +3,6 @@
 import atexit
 import errno
 import os
-import re
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 from blockft.errors import UserError, is_first_of_host
-from blockft.inputs import shorten
 from blockft.outputs import SharedWriteError, is_disk_full, temporary_path
 from blockft.training.compiler_lock import watch_compiler_locks
 from blockft.training.library_internals import (
@@ -26,16 +24,13 @@ from blockft.training.library_internals import (
 )
 from blockft.training.library_warnings import library_output_on_stderr
 from blockft.training.rank_watch import RankWatch
+from blockft.training.worker_environment import (
+    RANK_VARIABLES,
+    check_worker_environment,
+    is_worker,
+    read_timeout_minutes,
+)
 from blockft.units import format_count
-
-MAX_WORLD_SIZE = 1 << 20
-"""Largest number of processes of a run."""
-
-MAX_TIMEOUT_MINUTES = 1_000_000
-"""Largest time that DeepSpeed waits for processes."""
-
-DEFAULT_TIMEOUT_MINUTES = 10
-"""Time in which all ranks must connect, unless DEEPSPEED_TIMEOUT says otherwise, as in DeepSpeed."""
 
 COLLECTIVE_TIMEOUT_MINUTES = 60
 """Least time that a rank waits for the others in a collective. A rank that has ended is found at once, so
@@ -43,14 +38,6 @@ this bounds only ranks that live and wait for each other forever."""
 
 GROUP_TIMEOUT_S = 50
 """Time in which ranks that all run must connect to each other. A thousand ranks have a minute more."""
-
-_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""Environment variables that a launcher sets for each rank."""
-
-
-def is_worker() -> bool:
-    """Return whether a launcher (deepspeed, torchrun, or srun with RANK exported) started this process."""
-    return "RANK" in os.environ
 
 
 def use_cpu() -> bool:
@@ -77,7 +64,7 @@ def worker_environment() -> Iterator[None]:
             if dist.is_initialized():
                 _destroy_process_group()
                 forget_process_groups()
-            for name in _RANK_VARIABLES:
+            for name in RANK_VARIABLES:
                 del os.environ[name]
 
 
@@ -100,65 +87,11 @@ def set_worker_environment() -> None:
         os.environ.update(single_rank, MASTER_PORT=str(find_free_port()))
 
 
-def check_worker_environment() -> None:
-    """Check the variables that a launcher sets, if a launcher started this process.
-
-    Raises:
-        UserError: a variable is missing or has a value that no launcher gives it.
-    """
-    read_timeout_minutes()
-    if not is_worker():
-        return
-    num_processes = _read_variable("WORLD_SIZE", 1, MAX_WORLD_SIZE)
-    _read_variable("RANK", 0, num_processes - 1)
-    _read_variable("LOCAL_RANK", 0, num_processes - 1)
-    _read_variable("MASTER_PORT", 1, 65535)
-    if not os.environ.get("MASTER_ADDR", "").strip():
-        raise UserError("RANK is set, but MASTER_ADDR is not: set it to the address of the first host")
-
-
-def read_timeout_minutes() -> int:
-    """Return the time in which all ranks must connect.
-
-    Raises:
-        UserError: DEEPSPEED_TIMEOUT is not a number of minutes.
-    """
-    return _read_variable("DEEPSPEED_TIMEOUT", 1, MAX_TIMEOUT_MINUTES, default=DEFAULT_TIMEOUT_MINUTES)
-
-
-def _read_variable(name: str, smallest: int, largest: int, default: int | None = None) -> int:
-    value = os.environ.get(name)
-    if value is None and default is not None:
-        return default
-    if value is None:
-        raise UserError(
-            f"RANK is set, but {name} is not: start the processes with deepspeed, torchrun or --num-gpus, or "
-            "unset RANK"
-        )
-    if not re.fullmatch(r"\d{1,9}", value, re.ASCII) or not smallest <= int(value) <= largest:
-        raise UserError(
-            f"the environment variable {name} is {shorten(value)!r}, it should be a whole number from "
-            f"{smallest} to {largest}: correct or unset it"
-        )
-    return int(value)
-
-
 def find_free_port() -> int:
     """Return a TCP port of this machine that no process uses."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
-
-
-def watch_ranks() -> RankWatch | None:
-    """Start the watch over the other ranks of this run; None without any.
-
-    Raises:
-        UserError: the port of the first host is in use.
-    """
-    if int(os.environ["WORLD_SIZE"]) == 1:
-        return None
-    return RankWatch(timeout_s=60 * read_timeout_minutes())
 
 
 def init_distributed(watch: RankWatch | None = None) -> None:
@@ -184,6 +117,7 @@ def init_distributed(watch: RankWatch | None = None) -> None:
         compile_cpu_operator()
     if watch:
         watch.wait_until_ready()
+        watch.leave_port(to_store=True)
     backend = "gloo" if use_cpu() else "nccl"
     timeout = timedelta(minutes=max(COLLECTIVE_TIMEOUT_MINUTES, read_timeout_minutes()))
     with _time_limit(watch), library_output_on_stderr():

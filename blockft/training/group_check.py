@@ -16,8 +16,8 @@ from blockft.training.distributed import (
     set_worker_environment,
     shutdown_distributed,
     use_cpu,
-    watch_ranks,
 )
+from blockft.training.rank_watch import watching_ranks
 from blockft.units import format_bytes
 
 NUM_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
@@ -39,11 +39,7 @@ def run_group_check() -> dict[str, Any]:
         UserError: the ranks cannot connect, or their sum is wrong.
     """
     set_worker_environment()
-    watch = watch_ranks()
-    if watch is None:
-        init_distributed()
-        return _reduce()
-    with watch.watching():
+    with watching_ranks() as watch:
         init_distributed(watch)
         found = _reduce()
         shutdown_distributed()

@@ -12,12 +12,13 @@ from pathlib import Path
 from blockft.errors import UserError
 from blockft.inputs import read_text, shorten
 from blockft.training.library_internals import launcher_pattern
+from blockft.training.rank_watch import RankPlace
 
-PDSH_FAILURE = re.compile(r"pdsh@[^:]*: (\S+): ssh exited with exit code \d+")
-"""Line that pdsh writes to stderr as soon as the command of a host fails."""
+PDSH_FAILURE = re.compile(r"pdsh@[^:]*: (\S+): ssh exited with exit code (\d+)")
+"""Line that pdsh writes to stderr as soon as the command of a host fails: host and exit code."""
 
 SSH_FAILED = 255
-"""Exit code of ssh if the connection to a host fails, and then that of pdsh."""
+"""Exit code of ssh if the connection to a host fails, or a signal ends the command."""
 
 DEFAULT_PORT = 29500
 """Port of the first host at which the ranks connect, as in DeepSpeed."""
@@ -44,6 +45,19 @@ class Hosts:
     @property
     def num_processes(self) -> int:
         return sum(self.slots.values())
+
+    @property
+    def place(self) -> RankPlace:
+        """The place of this host among the hosts, each of which starts its ranks itself."""
+        assert self.node_rank is not None
+        return RankPlace(
+            rank=self.node_rank,
+            node=self.node_rank,
+            num_ranks=len(self.slots),
+            address=self.master_addr,
+            port=self.master_port,
+            noun="node",
+        )
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
@@ -171,7 +185,10 @@ def run_on_hosts(hosts: Hosts, command: str, *, timeout_s: float) -> HostsOutput
         )
         is_late = True
     return HostsOutput(
-        stdout=stdout, stderr=stderr, failed_hosts=PDSH_FAILURE.findall(stderr), is_late=is_late
+        stdout=stdout,
+        stderr=stderr,
+        failed_hosts=[host for host, _ in PDSH_FAILURE.findall(stderr)],
+        is_late=is_late,
     )
 
 

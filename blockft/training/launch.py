@@ -7,12 +7,13 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import IO, Any
 
 import psutil
 import torch
 
-from blockft.errors import UserError, notify
+from blockft.errors import INTERNAL_ERROR, INTERRUPTED, USER_ERROR, UserError, notify
 from blockft.training.distributed import find_free_port, use_cpu
 from blockft.training.hosts import (
     PDSH_FAILURE,
@@ -22,7 +23,15 @@ from blockft.training.hosts import (
     signal_hosts,
 )
 from blockft.training.library_internals import quote_for_remote_shell
+from blockft.training.rank_relay import RankFailure
+from blockft.training.rank_watch import RankWatch
 from blockft.units import format_count
+
+END_S = 20
+"""Time in which the ranks of this host end by themselves when another host has failed."""
+
+READ_S = 10
+"""Longest wait for the last messages of pdsh after it has ended."""
 
 
 def check_num_gpus(num_gpus: int) -> None:
@@ -43,8 +52,14 @@ def count_gpus() -> int:
     return 1 if use_cpu() else torch.cuda.device_count()
 
 
-def start_workers(arguments: Sequence[str], *, num_gpus: int, hosts: Hosts | None) -> int:
+def start_workers(
+    arguments: Sequence[str], *, num_gpus: int, hosts: Hosts | None, watch: RankWatch | None = None
+) -> int:
     """Run `blockft ARGUMENTS` in several processes, on this machine or on hosts, and return the exit code.
+
+    The exit code is that of the rank that failed first, and 2 if a signal ended it or its host was lost.
+    `watch` is the watch over the other hosts if each host starts its own processes: the processes of this
+    host are ended if another host fails.
 
     SIGINT and SIGTERM are forwarded once to every rank started from here; all ranks save a checkpoint and
     stop, and the exit code is 130. A second signal ends them at once. A host that fails ends the others.
@@ -79,13 +94,30 @@ def start_workers(arguments: Sequence[str], *, num_gpus: int, hosts: Hosts | Non
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, forward_signal)
+    if watch:
+        watch.on_failure = partial(_end_launcher, launcher)
+    failed: list[tuple[str, int]] = []
     if hosts is not None and over_ssh:
         assert launcher.stderr is not None
-        threading.Thread(target=_watch_hosts, args=(launcher.stderr, hosts, signals), daemon=True).start()
+        reader = threading.Thread(
+            target=_watch_hosts, args=(launcher.stderr, hosts, signals, failed), daemon=True
+        )
+        reader.start()
     exit_code = launcher.wait()
-    if not signals and not (over_ssh and exit_code == SSH_FAILED):  # not SIGHUP
+    if signals:
+        return INTERRUPTED
+    if over_ssh:
+        reader.join(timeout=READ_S)
+        # pdsh itself returns the largest code of all hosts
+        exit_code = next((code for _, code in failed if code != SSH_FAILED), exit_code)
+    if exit_code in (0, INTERNAL_ERROR, USER_ERROR, INTERRUPTED):
+        return exit_code
+    if over_ssh and exit_code == SSH_FAILED:  # not SIGHUP
+        host = failed[0][0] if failed else "a host"
+        notify(f"the connection to {host} has failed, or its processes were ended: resume with --resume")
+    else:
         _report_kill(exit_code)
-    return 130 if signals else exit_code
+    return USER_ERROR
 
 
 def run_briefly(
@@ -142,7 +174,7 @@ def _prepare_launch(arguments: Sequence[str], hosts: Hosts | None) -> tuple[Sequ
 
 
 def _report_kill(exit_code: int) -> None:
-    """Print that a signal ended a rank, which only its launcher knows; that is the exit code minus 256."""
+    """Print that a signal ended a rank, which only its launcher knows: by its exit code, or 256 less."""
     causes = {
         signal.SIGKILL: ", most likely because memory ran out",
         signal.SIGBUS: ", most likely because shared memory or a disk is full",
@@ -150,7 +182,7 @@ def _report_kill(exit_code: int) -> None:
         signal.SIGABRT: "",
     }
     for number, cause in causes.items():
-        if exit_code == 256 - number:
+        if exit_code in (256 - number, -number):
             notify(f"a process of the run was ended by {number.name}{cause}: resume the run with --resume")
 
 
@@ -167,11 +199,29 @@ def _launcher_command(num_gpus: int, hosts: Hosts | None) -> list[str]:
     return command
 
 
-def _watch_hosts(lines: IO[str], hosts: Hosts, signals: list[int]) -> None:
-    """Print pdsh's messages; when a host fails, end the run on all hosts, which would wait for minutes."""
-    has_failed = False
+def _watch_hosts(lines: IO[str], hosts: Hosts, signals: list[int], failed: list[tuple[str, int]]) -> None:
+    """Print pdsh's messages; when a host fails, end the run on all hosts, which would wait for minutes.
+
+    `failed` receives the hosts that fail, with their exit codes; the first one comes first.
+    """
     for line in lines:
         print(line, end="", file=sys.stderr, flush=True)
-        if PDSH_FAILURE.match(line) and not signals and not has_failed:
-            has_failed = True
-            signal_hosts(hosts, gently=False)
+        if match := PDSH_FAILURE.match(line):
+            failed.append((match[1], int(match[2])))
+            if len(failed) == 1 and not signals:
+                signal_hosts(hosts, gently=False)
+
+
+def _end_launcher(launcher: subprocess.Popen[str], failure: RankFailure) -> None:
+    """End the processes of this host when another host has failed, unless they end by themselves.
+
+    A host that ended without a message may have lost only the process that started its ranks.
+    """
+    if failure.has_ended:
+        return
+    try:
+        launcher.wait(END_S)
+    except subprocess.TimeoutExpired:
+        notify(str(failure))
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGTERM)

@@ -6,42 +6,56 @@ listens on a port, every rank holds one connection to it, and the kernel closes 
 that ends. Probes of the kernel find a host that no longer answers. A process that is slow or stopped is not
 taken for a failed one, because its kernel answers.
 
-    rank -> rank 0    hello (rank, host, versions)   ready   error   done
-    rank 0 -> rank    ready (all are)   failed (rank, host, reason)   done
-
-The port of rank 0 is found through torch's store at MASTER_ADDR:MASTER_PORT, so that every launcher will do.
+The watch is the first thing that a rank does, before slow imports and before it reads data, so that a rank
+that fails there ends the run, too. For this reason it imports only light modules. Rank 0 listens at
+MASTER_ADDR:MASTER_PORT until all ranks are ready, and then leaves the port to torch's store. Where a store
+serves this port already (that of torchrun, or of an earlier run of this process), it listens at another port
+and tells the ranks through the store. `rank_relay` is the side of rank 0.
 """
 
 import atexit
 import json
 import os
-import secrets
-import selectors
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
 from typing import Any
 
-import torch.distributed as dist
-
-from blockft.errors import RankError, ReportedError, UserError, first_line, is_first_of_host, notify
+from blockft.errors import (
+    INTERNAL_ERROR,
+    INTERRUPTED,
+    USER_ERROR,
+    RankError,
+    ReportedError,
+    UserError,
+    first_line,
+    is_first_of_host,
+    notify,
+)
 from blockft.printable import print_text
-from blockft.training.package_facts import describe_difference, list_package_facts
-
-PROBE_AFTER_S, PROBE_EVERY_S, NUM_PROBES = 10, 5, 4
-"""When the kernel probes a silent connection. A host that does not answer is found after 30 seconds."""
+from blockft.training.package_facts import list_package_facts
+from blockft.training.rank_relay import (
+    GREETING,
+    REPORT_AFTER_S,
+    RankFailure,
+    RankRelay,
+    close_in_children,
+    describe_end,
+    keep_alive,
+)
+from blockft.training.worker_environment import check_worker_environment, read_timeout_minutes
 
 CONNECT_S = 10
 """Longest wait for the answer to one attempt to connect."""
 
-REPORT_AFTER_S = 20
-"""Ranks that are waited for longer than this are named on stderr."""
+OTHER_PROGRAM_S = 30
+"""A port at which another program has answered for longer than this is not waited for any more."""
 
 GRACE_S = 1.0
 """Time in which a failed rank prints its own error, before the others print theirs and end."""
@@ -49,12 +63,9 @@ GRACE_S = 1.0
 REPLY_S = 5.0
 """Longest wait of a rank that has failed until rank 0 says which rank failed first."""
 
-CONNECT_AT_EXIT_S, CONNECT_BEFORE_ERROR_S = 30, 3
-"""Longest wait of a rank that fails before it is connected: at its end, if it is on another host than rank 0,
-and before it prints its error."""
-
-EXIT_CODE = 2
-"""Exit code of a rank that ends because another one failed."""
+LATE_S, CONNECT_BEFORE_ERROR_S = 30, 3
+"""Longest wait of a rank that fails before all ranks are connected: at its end, until the others know of the
+failure, and before it prints its error."""
 
 _LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 """Texts of the errors of Gloo when a rank has ended."""
@@ -63,57 +74,51 @@ _num_watches = count()
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankFailure:
-    """The first rank of a run that failed. `node` is the first rank of its host.
+class RankPlace:
+    """A rank, the first rank of its host (`node`), the number of ranks, and the address of the first host.
 
-    `reason` continues a sentence that begins with the rank. `prints_itself` says that the rank reports its
-    own error, `has_ended` that it can report nothing.
+    Hosts that start their ranks themselves watch each other in the same way; `noun` is then "node".
     """
 
     rank: int
-    host: str
     node: int
-    reason: str
-    prints_itself: bool = False
-    has_ended: bool = False
+    num_ranks: int
+    address: str
+    port: int
+    noun: str = "rank"
 
-    def __str__(self) -> str:
-        return f"rank {self.rank} on {self.host} {self.reason}"
+    @classmethod
+    def from_environment(cls) -> "RankPlace":
+        """Return the place of this process, from the variables that a launcher sets.
 
-    def is_printed_by(self, rank: int, node: int) -> bool:
-        """Return whether a rank prints this failure: one of every host that does not know of it."""
-        if self.prints_itself and self.node == node:
-            return False
-        first_alive = node + 1 if self.has_ended and self.rank == node else node
-        return rank == first_alive
-
-
-@dataclass(kw_only=True)
-class _Peer:
-    """The connection of one rank, as rank 0 sees it."""
-
-    rank: int = -1
-    host: str = "?"
-    node: int = -1
-    received: bytes = b""
-    is_ready: bool = False
-    is_done: bool = False
+        Raises:
+            UserError: see `check_worker_environment`.
+        """
+        check_worker_environment()
+        rank = int(os.environ["RANK"])
+        return cls(
+            rank=rank,
+            node=rank - int(os.environ["LOCAL_RANK"]),
+            num_ranks=int(os.environ["WORLD_SIZE"]),
+            address=os.environ["MASTER_ADDR"],
+            port=int(os.environ["MASTER_PORT"]),
+        )
 
 
 class RankWatch:
     """This rank's part of the watch. All ranks make one at the start of a run.
 
     Use `watching` around everything that the ranks do together. Outside of the main thread nothing is raised:
-    a rank that is waiting in a collective when another one fails is ended with EXIT_CODE.
+    a rank that is waiting in a collective when another one fails is ended with that one's exit code. If
+    `on_failure` is set, it is called in place of this.
 
     Raises:
         UserError: the port of rank 0 is in use.
     """
 
-    def __init__(self, *, timeout_s: float) -> None:
-        self._rank, self._num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self._node = self._rank - int(os.environ["LOCAL_RANK"])
-        self._address, self._port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    def __init__(self, place: RankPlace, *, timeout_s: float) -> None:
+        self.on_failure: Callable[[RankFailure], object] | None = None
+        self._place = place
         self._deadline = time.monotonic() + timeout_s
         self._connection: socket.socket | None = None
         self._failure: RankFailure | None = None
@@ -123,14 +128,14 @@ class RankWatch:
         self._all_ready, self._is_finished = threading.Event(), threading.Event()
         self._ending = threading.Lock()
         # torchrun starts the ranks again in the same store
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._key = f"blockft/watch/{attempt}/{next(_num_watches)}"
+        attempt, number = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(_num_watches)
+        self._key = f"blockft/watch/{attempt}/{number}"
+        self._has_agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self._uses_store = self._has_agent_store or number > 0
         self._store: Any = None
-        if self._rank == 0:
-            relay = _Relay(self._num_ranks, self._deadline, f"{self._address}:{self._port}")
-            self._store = self._open_store(timeout_s)
-            self._store.set(self._key, f"{relay.port} {relay.token}")
-            threading.Thread(target=relay.run, daemon=True, name="rank watch relay").start()
+        if self._uses_store:  # in a thread, the import could meet one of the main thread
+            import torch.distributed  # noqa: F401
+        self._relay = self._start_relay(timeout_s) if place.rank == 0 else None
         threading.Thread(target=self._listen, daemon=True, name="rank watch").start()
 
     @contextmanager
@@ -144,7 +149,7 @@ class RankWatch:
             yield
         except BaseException as error:
             with self._ending:  # from here on the watching thread does not end this process
-                raised = self._report(error)
+                raised = self.report(error)
             if raised is error:
                 raise
             raise raised from error
@@ -158,7 +163,7 @@ class RankWatch:
                 self._is_finished.wait(REPLY_S)
 
     def wait_until_ready(self) -> None:
-        """Wait until every rank of the run calls this function.
+        """Wait until every rank of the run calls this function. Then rank 0 accepts no more connections.
 
         Raises:
             UserError: this rank cannot reach the first host, or a rank does not connect in time.
@@ -171,13 +176,22 @@ class RankWatch:
             if self._has_failed.is_set():
                 raise _LostRank("another rank has failed")
 
+    def leave_port(self, *, to_store: bool) -> None:
+        """Close the port of the first host, or serve torch's store there. All ranks must be ready."""
+        if self._relay and not self._uses_store:
+            listener = self._relay.take_listener()
+            if to_store:
+                self._store = self._open_store(CONNECT_S, listener=listener)
+            else:
+                listener.close()
+
     @contextmanager
     def time_limit(self, seconds: float, message: str) -> Iterator[None]:
         """End this process with a message if what happens inside takes longer, also if it is stuck."""
 
         def end() -> None:
             with self._ending:
-                _print_and_exit(message if is_first_of_host() else "")
+                _print_and_exit(message if is_first_of_host() else "", USER_ERROR)
 
         timer = threading.Timer(seconds, end)
         timer.daemon = True
@@ -189,85 +203,117 @@ class RankWatch:
 
     # --- the connection to rank 0
 
-    def _open_store(self, timeout_s: float) -> Any:
-        """Return torch's store; rank 0 serves it, except under torchrun, whose agent does."""
-        is_server = self._rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        try:
-            return dist.TCPStore(  # type: ignore[attr-defined]
-                self._address,
-                self._port,
-                world_size=self._num_ranks,
-                is_master=is_server,
-                timeout=timedelta(seconds=timeout_s),
-                wait_for_workers=False,
-                multi_tenant=True,
-            )
-        except dist.DistError as error:
-            if "EADDRINUSE" in str(error) or "address already in use" in str(error):
-                raise UserError(
-                    f"port {self._port} of the first host is in use by another process: choose another port "
-                    "with --master-port (MASTER_PORT of another launcher)"
-                ) from error
-            raise
+    def _start_relay(self, timeout_s: float) -> RankRelay:
+        place = self._place
+        relay = RankRelay(
+            0 if self._uses_store else place.port,
+            num_ranks=place.num_ranks,
+            deadline=self._deadline,
+            address=f"{place.address}:{place.port}",
+            noun=place.noun,
+        )
+        if self._uses_store:
+            self._store = self._open_store(timeout_s)
+            self._store.set(self._key, str(relay.port))
+        threading.Thread(target=relay.run, daemon=True, name="rank watch relay").start()
+        return relay
 
-    def _find_relay(self) -> tuple[int, str]:
-        """Return port and token of rank 0, which may start later than this rank.
+    def _open_store(self, timeout_s: float, listener: socket.socket | None = None) -> Any:
+        """Return torch's store; rank 0 serves it at `listener`, except under torchrun, whose agent does."""
+        import torch.distributed as dist
+
+        return dist.TCPStore(  # type: ignore[attr-defined]
+            self._place.address,
+            self._place.port,
+            world_size=self._place.num_ranks,
+            is_master=self._place.rank == 0 and not self._has_agent_store,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+            multi_tenant=True,  # the process group uses the same server
+            master_listen_fd=listener.detach() if listener else None,
+        )
+
+    def _connect(self) -> socket.socket:
+        """Return a connection to rank 0, which may start later than this rank.
 
         Raises:
             UserError: rank 0 cannot be reached in time.
         """
-        start, is_reported = time.monotonic(), False
+        start, is_reported, other_since = time.monotonic(), False, None
+        address, noun = f"{self._place.address}:{self._place.port}", self._place.noun
+        self_name = f"{noun} {self._place.rank}"
         while True:
             try:
-                # the client of the store prints a stack trace if it cannot connect
-                socket.create_connection((self._address, self._port), timeout=CONNECT_S).close()
-                store = self._store or self._open_store(CONNECT_S)
-                port, token = store.get(self._key).decode().split()
-                return int(port), token
+                return self._try_to_connect()
             except (OSError, RuntimeError, ValueError) as error:
                 reason = (isinstance(error, OSError) and error.strerror) or first_line(error)
-            now = time.monotonic()
-            address = f"{self._address}:{self._port}"
+                now = time.monotonic()
+                other_since = (other_since or now) if isinstance(error, _OtherProgram) else None
+            if other_since and now - other_since > OTHER_PROGRAM_S:
+                raise UserError(
+                    f"{self_name} cannot reach {noun} 0, because {reason} at {address}: choose another port "
+                    "with --master-port (MASTER_PORT of another launcher)"
+                )
             if now > self._deadline:
                 raise UserError(
-                    f"rank {self._rank} cannot reach rank 0 at {address} ({reason}): check that the first "
-                    "host has started, and that this host can reach this address (blockft doctor --hostfile "
-                    "FILE)"
+                    f"{self_name} cannot reach {noun} 0 at {address} ({reason}): check that the first host "
+                    "has started, and that this host can reach this address (blockft doctor --hostfile FILE)"
                 )
             if not is_reported and now - start > REPORT_AFTER_S:
                 is_reported = True
-                notify(f"rank {self._rank} waits for rank 0 at {address}")
+                notify(f"{self_name} waits for {noun} 0 at {address} ({reason})")
             time.sleep(0.2)
+
+    def _try_to_connect(self) -> socket.socket:
+        address, port = self._place.address, self._place.port
+        if self._uses_store:
+            # the client of the store prints a stack trace if it cannot connect
+            socket.create_connection((address, port), timeout=CONNECT_S).close()
+            port = int((self._store or self._open_store(CONNECT_S)).get(self._key))
+        connection = socket.create_connection((address, port), timeout=CONNECT_S)
+        try:
+            connection.sendall(GREETING)
+            answer = b""
+            while len(answer) < len(GREETING) and (part := connection.recv(len(GREETING) - len(answer))):
+                answer += part
+            if answer != GREETING:
+                raise _OtherProgram("another program answers")
+        except ConnectionError as error:
+            connection.close()
+            raise _OtherProgram("another program answers") from error
+        except BaseException:
+            connection.close()
+            raise
+        keep_alive(connection)
+        close_in_children(connection)
+        return connection
 
     def _listen(self) -> None:
         """Connect to rank 0 and act on its messages; runs in a thread until the process ends."""
         try:
-            port, token = self._find_relay()
-            connection = socket.create_connection((self._address, port), timeout=CONNECT_S)
+            facts = list_package_facts()
+            self._connection = self._connect()
         except (UserError, OSError) as error:
-            text = str(error) if isinstance(error, UserError) else f"rank 0 cannot be reached: {error}"
+            text = str(error) if isinstance(error, UserError) else f"blockft cannot be read: {error}"
             self._connect_error = UserError(text)
             self._is_connected.set()
             return
-        _keep_alive(connection)
-        _close_in_children(connection)
-        self._connection = connection
         self._send(
             {
-                "rank": self._rank,
+                "rank": self._place.rank,
+                "num_ranks": self._place.num_ranks,
                 "host": socket.gethostname(),
-                "node": self._node,
-                "token": token,
-                "facts": list_package_facts(),
+                "node": self._place.node,
+                "facts": facts,
             }
         )
         self._is_connected.set()
-        self._read_messages(connection)
+        self._read_messages(self._connection)
         if self._is_done:
-            connection.close()
+            self._connection.close()
 
     def _read_messages(self, connection: socket.socket) -> None:
-        reason = _describe_end(None)
+        reason = describe_end(None)
         try:
             for line in connection.makefile("rb"):
                 message = json.loads(line)
@@ -281,11 +327,12 @@ class RankWatch:
                     self._is_finished.set()
                     return
         except OSError as error:
-            reason = _describe_end(error)
+            reason = describe_end(error)
         except ValueError:  # rank 0 ended inside a message
             pass
         if not self._is_done:
-            self._end(RankFailure(rank=0, host=self._address, node=0, reason=reason, has_ended=True))
+            first, noun = self._place.address, self._place.noun
+            self._end(RankFailure(rank=0, host=first, node=0, reason=reason, has_ended=True, noun=noun))
 
     def _send(self, message: Mapping[str, Any]) -> bool:
         """Send a message to rank 0; return whether that was possible."""
@@ -299,239 +346,154 @@ class RankWatch:
 
     # --- the end of a run that has failed
 
-    def _end(self, failure: RankFailure) -> None:
-        """End this process, unless its main thread ends by itself in time."""
-        self._failure = failure
-        self._has_failed.set()
-        time.sleep(GRACE_S)
-        with self._ending:
-            if not self._is_done and not self._is_reporting:
-                is_printer = failure.is_printed_by(self._rank, self._node)
-                _print_and_exit(str(failure) if is_printer else "")
-
-    def _report(self, error: BaseException) -> BaseException:
+    def report(self, error: BaseException) -> BaseException:
         """Tell rank 0 of the error that ends this rank; return the error to raise in its place."""
         if self._is_done:
             return error
         self._is_reporting = True
-        if not isinstance(error, Exception):
-            self._send({"error": "was interrupted"})
-            return error
         is_lost = is_lost_connection(error)
+        if not isinstance(error, Exception):
+            is_signal = isinstance(error, KeyboardInterrupt)
+            reason = "was interrupted" if is_signal else f"has ended by {type(error).__name__} ({error})"
+            self._send({"error": reason, "exit_code": _exit_code(error)})
+            return error
         self._is_connected.wait(CONNECT_BEFORE_ERROR_S)
         if not is_lost:
-            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-            self._tell(f"has failed: {kind}{first_line(error)}")
+            self._tell(error)
         self._has_failed.wait(REPLY_S if self._connection else 0)
-        failure = self._failure
+        if self._failure and self._failure.rank != self._place.rank:
+            time.sleep(GRACE_S)
+        return self._choose_error(error, self._failure, is_lost=is_lost)
+
+    def _choose_error(self, error: Exception, failure: RankFailure | None, *, is_lost: bool) -> Exception:
+        """Return the error that this rank raises: its own, or the failure of another rank."""
+        rank, node = self._place.rank, self._place.node
         if self._connection is None and isinstance(error, UserError):
             return RankError(str(error))
         if failure is None and is_lost:
             return UserError(
-                f"rank {self._rank} has lost the connection to another rank ({first_line(error)}): check the "
-                "network between the hosts, and resume with --resume"
+                f"{self._place.noun} {rank} has lost the connection to another ({first_line(error)}): check "
+                "the network between the hosts, and resume with --resume"
             )
         if failure is None or not (is_lost or isinstance(error, UserError)):
             return error
-        if failure.rank == self._rank and not is_lost:
-            return RankError(str(error))
-        if not is_lost and first_line(error) in failure.reason and failure.node != self._node:
+        if failure.rank == rank and not is_lost:
+            return error if isinstance(error, RankError) else RankError(str(error))
+        if not is_lost and first_line(error) in failure.reason and failure.node != node:
             return error  # the same mistake on several hosts
-        is_printer = failure.is_printed_by(self._rank, self._node)
-        return RankError(str(failure)) if is_printer else ReportedError(str(failure))
+        kind = RankError if failure.is_printed_by(rank, node) else ReportedError
+        return kind(str(failure), exit_code=failure.exit_code)
 
-    def _tell(self, reason: str) -> None:
-        """Tell rank 0 why this rank ends; if it is not connected yet, do so when this process ends."""
-        if self._send({"error": reason}) or not self._node:  # a launcher ends the other ranks of its host
-            return
+    def _tell(self, error: Exception) -> None:
+        """Tell rank 0 why this rank ends.
+
+        If this or other ranks are not connected yet, this process waits for them when it ends.
+        """
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        message = {"error": f"has failed: {kind}{first_line(error)}", "exit_code": _exit_code(error)}
+        is_told = self._send(message)
 
         def tell_later() -> None:
-            self._is_connected.wait(CONNECT_AT_EXIT_S)
-            self._send({"error": reason})
+            self._is_connected.wait(LATE_S)
+            self._send(message)
 
-        atexit.register(tell_later)
+        if not is_told:
+            atexit.register(tell_later)
+        if self._relay:
+            atexit.register(self._relay.wait_until_all_connected, LATE_S)
+
+    def _end(self, failure: RankFailure) -> None:
+        """End this process, unless its main thread ends by itself in time."""
+        self._failure = failure
+        self._has_failed.set()
+        if self.on_failure:
+            self.on_failure(failure)
+            return
+        time.sleep(GRACE_S)
+        with self._ending:
+            if not self._is_done and not self._is_reporting:
+                is_printer = failure.is_printed_by(self._place.rank, self._place.node)
+                _print(str(failure) if is_printer else "")
+                if self._relay:  # a rank that starts later would wait for this one
+                    self._relay.wait_until_all_connected(LATE_S)
+                os._exit(failure.exit_code)
+
+
+_active: RankWatch | None = None
+"""The watch of this process."""
+
+
+@contextmanager
+def watching_ranks() -> Iterator[RankWatch | None]:
+    """Watch the other ranks of this run while the context lasts; None if there are none.
+
+    Inside of another such context the watch is that one's.
+
+    Raises:
+        UserError: a variable of the launcher is wrong, the port of the first host is in use, or another rank
+            has failed.
+    """
+    global _active
+    if _active or os.environ.get("WORLD_SIZE", "1") == "1":
+        yield _active
+        return
+    place = RankPlace.from_environment()
+    watch = _active = RankWatch(place, timeout_s=60 * read_timeout_minutes())
+    try:
+        with watch.watching():
+            yield watch
+    finally:
+        _active = None
+
+
+@contextmanager
+def watching_hosts(place: RankPlace) -> Iterator[RankWatch]:
+    """Watch the other hosts of a run, each of which starts its ranks itself.
+
+    `place` is that of this host. Without the watch the ranks of a host would wait for a host that fails
+    before it has started its own.
+
+    Raises:
+        UserError: the port of the first host is in use, or another host has failed.
+    """
+    watch = RankWatch(place, timeout_s=60 * read_timeout_minutes())
+    with watch.watching():
+        yield watch
 
 
 class _LostRank(Exception):
     """Raised by a rank that waits when another one has failed."""
 
 
+class _OtherProgram(OSError):
+    """Raised if a program that is not rank 0 answers at its port."""
+
+
 def is_lost_connection(error: BaseException) -> bool:
     """Return whether an error says only that another rank has ended."""
     is_gloo = isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST_CONNECTION)
-    return is_gloo or isinstance(error, (_LostRank, dist.DistError))
+    dist = sys.modules.get("torch.distributed")  # without it no error is one of torch
+    is_lost = isinstance(error, _LostRank) or (dist is not None and isinstance(error, dist.DistError))
+    return is_gloo or is_lost
 
 
-class _Relay:
-    """Rank 0's side: it learns which ranks live, and tells all ranks which one failed first."""
-
-    def __init__(self, num_ranks: int, deadline: float, address: str) -> None:
-        family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-        self._listener = socket.create_server(
-            ("", 0), family=family, backlog=1024, dualstack_ipv6=family == socket.AF_INET6
-        )
-        self.port, self.token = self._listener.getsockname()[1], secrets.token_hex(8)
-        self._num_ranks, self._deadline, self._address = num_ranks, deadline, address
-        self._start, self._is_reported = time.monotonic(), False
-        self._facts = list_package_facts()
-        self._peers: dict[socket.socket, _Peer] = {}
-        self._missing = set(range(num_ranks))
-        self._is_over = False
-        self._failure: RankFailure | None = None
-        _close_in_children(self._listener)
-
-    def run(self) -> None:
-        """Serve the ranks until all have ended; runs in a thread."""
-        with self._listener, selectors.DefaultSelector() as selector:
-            selector.register(self._listener, selectors.EVENT_READ)
-            while self._peers or not self._is_over:
-                self._serve(selector)
-                self._check_missing()
-
-    def _serve(self, selector: selectors.BaseSelector) -> None:
-        """Accept connections and read messages, for a second at most if none comes."""
-        for key, _ in selector.select(timeout=1):
-            connection: Any = key.fileobj
-            if connection is self._listener:
-                connection, _ = self._listener.accept()
-                _keep_alive(connection)
-                _close_in_children(connection)
-                self._peers[connection] = _Peer()
-                selector.register(connection, selectors.EVENT_READ)
-            elif not self._receive(connection):
-                selector.unregister(connection)
-                del self._peers[connection]
-                connection.close()
-
-    def _receive(self, connection: Any) -> bool:
-        """Read what a rank has sent; return False when its connection has ended."""
-        peer, reason, received = self._peers[connection], _describe_end(None), b""
-        try:
-            received = connection.recv(1 << 16)
-        except OSError as error:
-            reason = _describe_end(error)
-        if not received:
-            if peer.rank >= 0 and not peer.is_done:
-                self._fail(peer, reason, has_ended=True)
-            return False
-        *lines, peer.received = (peer.received + received).split(b"\n")
-        try:
-            for line in lines:
-                self._handle(peer, connection, json.loads(line))
-        except (ValueError, KeyError, TypeError, AttributeError):  # not a rank
-            return False
-        return True
-
-    def _handle(self, peer: _Peer, connection: socket.socket, message: dict[str, Any]) -> None:
-        if peer.rank < 0:
-            if message["token"] != self.token:
-                raise ValueError("not a rank of this run")
-            peer.rank, peer.host, peer.node = message["rank"], message["host"], message["node"]
-            self._missing.discard(peer.rank)
-            if self._failure:
-                self._send(connection, {"failed": asdict(self._failure)})
-            owner, reference = f"rank {peer.rank} on {peer.host}", "rank 0"
-            difference = describe_difference(message["facts"], self._facts, owner=owner, reference=reference)
-            if difference:
-                self._fail(peer, difference.removeprefix(f"{owner} "))
-        if "ready" in message:
-            peer.is_ready = True
-            if sum(peer.is_ready for peer in self._peers.values()) == self._num_ranks:
-                self._broadcast({"ready": True})
-        if "error" in message:
-            peer.is_done = True
-            self._fail(peer, message["error"], prints_itself=True)
-        if "done" in message:
-            peer.is_done = True
-            if peer.rank == 0:
-                self._is_over = True
-                self._broadcast({"done": True})
-            else:
-                self._send(connection, {"done": True})
-
-    def _check_missing(self) -> None:
-        """Name the ranks that have not connected: on stderr after a while, as a failure in the end."""
-        now = time.monotonic()
-        if self._is_reported and now < self._deadline:
-            return
-        missing = sorted(self._missing)
-        if not missing or self._failure or now - self._start < REPORT_AFTER_S:
-            return
-        names = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-        if not self._is_reported:
-            self._is_reported = True
-            notify(f"rank 0 waits for {len(missing)} of {self._num_ranks} ranks at {self._address}: {names}")
-        if now > self._deadline:
-            reason = (
-                f"has not connected to {self._address} in time: check that its host has started and can "
-                "reach this address (blockft doctor --hostfile FILE)"
-            )
-            self._fail(_Peer(rank=missing[0], host="its host"), reason)
-
-    def _fail(
-        self, peer: _Peer, reason: str, *, prints_itself: bool = False, has_ended: bool = False
-    ) -> None:
-        """Tell all ranks of the first failure; later ones follow from it."""
-        if self._failure is None:
-            self._failure = RankFailure(
-                rank=peer.rank,
-                host=peer.host,
-                node=peer.node,
-                reason=reason,
-                prints_itself=prints_itself,
-                has_ended=has_ended,
-            )
-            self._broadcast({"failed": asdict(self._failure)})
-
-    def _broadcast(self, message: dict[str, Any]) -> None:
-        # rank 0 comes last: this process may end as soon as it hears the message
-        for connection, peer in sorted(self._peers.items(), key=lambda item: item[1].rank, reverse=True):
-            if peer.rank >= 0:
-                self._send(connection, message)
-
-    def _send(self, connection: socket.socket, message: dict[str, Any]) -> None:
-        with suppress(OSError):  # a rank that has ended is found when its connection is read
-            connection.sendall(json.dumps(message).encode() + b"\n")
+def _exit_code(error: BaseException) -> int:
+    """Return the exit code of a rank that ends with an error."""
+    if isinstance(error, UserError):
+        return error.exit_code
+    return INTERRUPTED if isinstance(error, KeyboardInterrupt) else INTERNAL_ERROR
 
 
-# --- sockets and processes
-
-
-def _describe_end(error: OSError | None) -> str:
-    """Return why a rank's connection has ended: without an error, or with that of reading it."""
-    if error is None or isinstance(error, ConnectionError):
-        return "ended without a message: it was killed, most likely because memory ran out"
-    return f"no longer answers ({error.strerror}): its host or the network between the hosts has failed"
-
-
-def _keep_alive(connection: socket.socket) -> None:
-    """Make the kernel probe a connection, so that a host that vanished is found."""
-    connection.settimeout(None)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, PROBE_AFTER_S)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PROBE_EVERY_S)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, NUM_PROBES)
-    # data that is not acknowledged turns the probes off
-    limit_ms = 1000 * (PROBE_AFTER_S + PROBE_EVERY_S * NUM_PROBES)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit_ms)
-
-
-def _close_in_children(connection: socket.socket) -> None:
-    """Close a socket in forked children: otherwise they would keep it open after this process has ended."""
-
-    def close() -> None:
-        descriptor = connection.detach()  # `close` would wait for the files that read the socket
-        if descriptor >= 0:
-            os.close(descriptor)
-
-    os.register_at_fork(after_in_child=close)
-
-
-def _print_and_exit(message: str) -> None:
-    """Print a message, unless it is empty, and end this process, whatever its main thread does."""
+def _print(message: str) -> None:
+    """Print a message on stderr, unless it is empty, and write out what was printed before."""
     if message:
         with suppress(OSError, ValueError, AttributeError):
             print_text(f"blockft: {' '.join(message.split())}", file=sys.stderr, flush=True)
     with suppress(OSError, ValueError, AttributeError):
         sys.stdout.flush()
-    os._exit(EXIT_CODE)
+
+
+def _print_and_exit(message: str, exit_code: int) -> None:
+    """Print a message, unless it is empty, and end this process, whatever its main thread does."""
+    _print(message)
+    os._exit(exit_code)

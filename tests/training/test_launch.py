@@ -25,6 +25,7 @@ from blockft.errors import UserError
 from blockft.model.checkpoint import MARKER, complete_checkpoints
 from blockft.stages.prepare import prepare
 from blockft.training import distributed, launch
+from blockft.training.rank_relay import RankFailure
 from tests import commands
 from tests.commands import ROOT, TIMEOUT_S, finish, fork_ranks, free_port, logged, start
 from tests.run import toy_recipe
@@ -134,19 +135,67 @@ def test_the_slurm_script_starts_one_rank_per_task_and_requeues_a_stopped_run(tm
     assert sorted(lines[2:]) == [f"{call} --resume" for call in expected]
 
 
-@pytest.mark.parametrize(("exit_code", "message"), [(255, ""), (247, "ended by SIGKILL")])
-def test_a_lost_connection_to_a_host_is_no_signal(
-    exit_code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("by_host", "exit_code", "expected", "message"),
+    [
+        ([], 255, 2, "the connection to a host has failed"),
+        ([("b", 255)], 255, 2, "the connection to b has failed"),
+        ([("b", 2), ("a", 255)], 255, 2, ""),
+        ([("b", 255), ("a", 2)], 255, 2, ""),
+        ([("b", 1), ("a", 2)], 2, 1, ""),
+        ([("b", 1), ("a", 247)], 247, 1, ""),
+        ([("b", 247), ("a", 2)], 247, 2, "ended by SIGKILL"),
+        ([], 0, 0, ""),
+    ],
+)
+def test_the_exit_code_is_that_of_the_rank_that_failed_first(
+    by_host: list[tuple[str, int]],
+    exit_code: int,
+    expected: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     hosts = launch.Hosts(
         file=Path("hosts"), slots={"a": 1}, master_addr="a", master_port=1, ssh_port=None, node_rank=None
     )
-    command = [sys.executable, "-c", f"raise SystemExit({exit_code})"]
-    monkeypatch.setattr(launch, "_launcher_command", lambda *_: command)
+    lines = [f"pdsh@a: {host}: ssh exited with exit code {code}" for host, code in by_host]
+    code = f"import sys; print(*{lines}, sep='\\n', file=sys.stderr); raise SystemExit({exit_code})"
+    ended: list[bool] = []
+    monkeypatch.setattr(launch, "_launcher_command", lambda *_: [sys.executable, "-c", code])
+    monkeypatch.setattr(launch, "signal_hosts", lambda hosts, gently: ended.append(gently))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    assert launch.start_workers(["train"], num_gpus=1, hosts=hosts) == exit_code
-    error = capsys.readouterr().err
-    assert message in error and ("ended by" in error) == bool(message)
+    assert launch.start_workers(["train"], num_gpus=1, hosts=hosts) == expected
+    remarks = [line for line in capsys.readouterr().err.splitlines() if line.startswith("blockft: ")]
+    assert len(remarks) == bool(message) and all(message in remark for remark in remarks)
+    assert ended == [False] * bool(by_host)
+
+
+@pytest.mark.parametrize(("code", "expected"), [(1, 1), (2, 2), (130, 130), (247, 2), (-9, 2)])
+def test_only_documented_exit_codes_leave_a_run_on_one_machine(
+    code: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = f"import os; os.kill(os.getpid(), {-code}) if {code} < 0 else os._exit({code})"
+    monkeypatch.setattr(launch, "_launcher_command", lambda *_: [sys.executable, "-c", program])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert launch.start_workers(["train"], num_gpus=2, hosts=None) == expected
+
+
+def test_the_processes_of_a_host_end_when_another_host_has_failed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = "import time; print('up', flush=True); time.sleep(600)"
+    monkeypatch.setattr(launch, "END_S", 0.5)
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout and process.stdout.readline()
+        vanished = RankFailure(rank=1, host="b", node=1, reason="ended", has_ended=True, noun="node")
+        launch._end_launcher(process, vanished)
+        assert process.poll() is None  # its ranks may live
+        launch._end_launcher(process, RankFailure(rank=1, host="b", node=1, reason="has failed", noun="node"))
+        assert process.wait() == -signal.SIGTERM
+    assert capsys.readouterr().err == "blockft: node 1 on b has failed\n"
 
 
 def test_processes_that_do_not_end_are_ended_with_their_last_message(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +208,7 @@ def test_processes_that_do_not_end_are_ended_with_their_last_message(monkeypatch
 def test_more_processes_than_gpus_are_refused_before_any_starts(
     toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def start_workers(arguments: list[str], *, num_gpus: int, hosts: None) -> int:
+    def start_workers(arguments: list[str], *, num_gpus: int, hosts: None, watch: None) -> int:
         assert num_gpus == 2
         return 7
 

@@ -17,7 +17,7 @@ from blockft import cli
 from blockft.cli import commands as cli_commands
 from blockft.errors import UserError
 from blockft.stages.prepare import prepare
-from blockft.training import distributed, rank_watch
+from blockft.training import distributed, rank_relay, rank_watch
 from tests.commands import Ranks, fork_ranks, logged, start_ranks
 from tests.run import toy_recipe
 
@@ -44,9 +44,8 @@ def do_nothing() -> None:
 def run_watched(arguments: list[str], work: Callable[[rank_watch.RankWatch], object]) -> int:
     """Do the work of one rank as `blockft train` would: under the watch, inside the command line."""
     distributed.set_worker_environment()
-    watch = distributed.watch_ranks()
-    assert watch
-    with watch.watching():
+    with rank_watch.watching_ranks() as watch:
+        assert watch
         work(watch)
     return 0
 
@@ -139,7 +138,7 @@ def fail_together(watch: rank_watch.RankWatch) -> None:
 
 def test_the_traceback_of_an_internal_error_comes_first() -> None:
     ranks = run_ranks(partial(fail_while_reducing, 1, raise_internal_error))
-    assert exit_codes(ranks) == [2, 1, 2]
+    assert exit_codes(ranks) == [1, 1, 1]
     errors = ranks.output("stderr")
     assert errors.count("ValueError: too few dimensions") == 1 and errors.startswith("Traceback")
 
@@ -205,8 +204,8 @@ def test_a_rank_that_cannot_reach_the_first_host_says_so() -> None:
 
 
 def shorten_waits() -> None:
-    rank_watch.REPORT_AFTER_S = 1
-    distributed.read_timeout_minutes = lambda: 0.05
+    rank_watch.REPORT_AFTER_S = rank_relay.REPORT_AFTER_S = 1
+    rank_watch.read_timeout_minutes = lambda: 0.05
 
 
 def test_a_port_in_use_is_named() -> None:
@@ -278,7 +277,7 @@ def test_an_exception_around_a_collective_of_a_training_ends_it(place: str, tmp_
         "train", tmp_path / "recipe.yaml", *settings, num_ranks=2, before=partial(fail_in_training, place)
     )
     ranks.wait_or_kill(TRAINING_LIMIT_S)
-    assert exit_codes(ranks) == [2, 1]
+    assert exit_codes(ranks) == [1, 1]
     errors = ranks.output("stderr")
     assert "ValueError: too few dimensions" in errors and "Traceback" in errors
     assert len(logged(run)) >= 1
