@@ -207,9 +207,22 @@ def _load_model(recipe: Recipe, plan: RunPlan, checkpointing: str) -> PreTrained
         revision=recipe.model.revision,
         is_quantized=is_quantized,
     )
+    if plan.zero_stage == 3:
+        _cast_adapter(adapted, plan.dtype)
     if plan.shares_products:
         share_products(model)
     return adapted
+
+
+def _cast_adapter(adapted: PeftModel, dtype: torch.dtype) -> None:
+    """Give the new weights of an adapter the type of the model, as DeepSpeed does for the other stages.
+
+    Under ZeRO-3 DeepSpeed casts no weights, and refuses trained weights of two types: those that peft makes
+    are in float32, and the modules that it copies (`modules_to_save`) have the type of the model.
+    """
+    for weight in adapted.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.to(dtype)
 
 
 def _choose_device(plan: RunPlan, *, is_quantized: bool) -> torch.device | None:

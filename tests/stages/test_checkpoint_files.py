@@ -8,15 +8,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.testing import assert_close
 
 from blockft.model.checkpoint import REFERENCE_LOGITS, complete_checkpoints, find_checkpoint
 from blockft.model.load import load_config, load_model
 from blockft.stages.export import export
 from blockft.stages.prepare import prepare
 from blockft.training.library_internals import only_weights_loaded, read_tag
-from tests.commands import all_logged, train
+from tests.commands import all_logged, logged, train
 from tests.run import toy_recipe
 
+ADAPTER = "adapter_model.safetensors"
 LORA = "train.lora={r: 8, lora_alpha: 16}"
 
 FILES = {
@@ -91,6 +93,21 @@ def test_a_checkpoint_of_bfloat16_weights(toy: Path, stage: int, adapter: bool) 
     export(run, toy / f"export-{stage}-{adapter}")
     if adapter:
         export(run, toy / f"adapter-{stage}", adapter_only=True)
+
+
+def test_an_adapter_of_bfloat16_weights_with_saved_modules(toy: Path) -> None:
+    """Under ZeRO-3 the weights that peft makes must have the type of those that it copies."""
+    lora = "train.lora={r: 4, target_modules: [q_proj], modules_to_save: [norm]}"
+    runs = [
+        (toy / f"saved-{stage}-{num_ranks}", stage, num_ranks)
+        for stage, num_ranks in ((2, 1), (3, 1), (3, 2))
+    ]
+    for run, stage, num_ranks in runs:
+        settings = [f"train.deepspeed=zero{stage}", "model.dtype=bfloat16", "train.max_steps=4", lora]
+        train(toy / "recipe.yaml", run, *settings, num_ranks=num_ranks)
+        assert_close(logged(run), logged(runs[0][0]), rtol=1e-3, atol=0)
+        adapter = load_file(export(run, toy / f"{run.name}-export", adapter_only=True) / ADAPTER)
+        assert any("norm" in name for name in adapter)
 
 
 @pytest.mark.parametrize("adapter", [False, True])
