@@ -49,6 +49,9 @@ _FILES = "files"
 _REMOVED = ".removed"
 """Suffix of the hidden name under which a checkpoint is deleted, so that no part of it counts as one."""
 
+_NAME = re.compile(r"checkpoint-(\d+)")
+"""Names of the checkpoints of a run: their step."""
+
 _RANK_FILE = re.compile(r"(?:pp_rank|rng_state)_(\d+)")
 """Files that a rank writes for itself; rank 0 writes all others."""
 
@@ -148,7 +151,9 @@ def verify_checkpoint(checkpoint: Path) -> None:
 
 
 def _verify(checkpoint: Path) -> None:
-    files = parse_files(read_with_digest(checkpoint / MARKER).get(_FILES))
+    marker = read_with_digest(checkpoint / MARKER)
+    _check_name(checkpoint, marker["step"])
+    files = parse_files(marker.get(_FILES))
     check_no_other_files(_list_content(checkpoint), files)
     verify_files(checkpoint, files)
 
@@ -168,15 +173,24 @@ def _damaged(checkpoint: Path, error: DamagedFile) -> UserError:
 def _is_whole(checkpoint: Path) -> bool:
     try:
         _verify(checkpoint)
-    except DamagedFile:
+    except (DamagedFile, UserError):
         return False
     return True
+
+
+def _check_name(checkpoint: Path, step: int) -> None:
+    """Refuse a checkpoint under the name of another step, under which a run would continue with it."""
+    if _NAME.fullmatch(checkpoint.name) and checkpoint.name != f"checkpoint-{step}":
+        raise UserError(
+            f"{checkpoint} holds step {step}, which is not the step of its name: rename it to "
+            f"checkpoint-{step}, or remove it"
+        )
 
 
 def _list_checkpoints(run: Path) -> list[Path]:
     """Return all checkpoints of a run, complete and incomplete, oldest first. Files are passed over."""
     folders = (path for path in run.glob("checkpoint-*") if path.is_dir())
-    numbered = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folders)
+    numbered = ((_NAME.fullmatch(path.name), path) for path in folders)
     return [path for _, path in sorted((int(match[1]), path) for match, path in numbered if match)]
 
 
@@ -190,11 +204,13 @@ def incomplete_checkpoints(run: Path) -> list[Path]:
     return [path for path in _list_checkpoints(run) if not (path / MARKER).is_file()]
 
 
-def check_incomplete(run: Path) -> None:
-    """Check that no checkpoint but the newest is incomplete: an interrupted save leaves only that one.
+def check_markers(run: Path) -> None:
+    """Check the markers of all checkpoints of a run, without reading their other files.
+
+    Only the newest checkpoint may lack its marker: an interrupted save leaves only that one.
 
     Raises:
-        UserError: an older checkpoint has no marker, so it has lost it.
+        UserError: a marker is missing or damaged, or is that of another step.
     """
     newest = _list_checkpoints(run)[-1:]
     if lost := [path for path in incomplete_checkpoints(run) if path not in newest]:
@@ -202,6 +218,8 @@ def check_incomplete(run: Path) -> None:
             f"{lost[0]} has lost its {MARKER}, without which it cannot be verified: restore that file, or "
             "remove the checkpoint to resume without it"
         )
+    for checkpoint in complete_checkpoints(run):
+        _check_name(checkpoint, read_marker(checkpoint)["step"])
 
 
 def remove_incomplete(run: Path) -> list[str]:

@@ -17,7 +17,7 @@ from blockft.data.prepared import PreparedData, load_prepared
 from blockft.data.tokenizer import tokenizer_fingerprint
 from blockft.errors import UserError, warn
 from blockft.model.checkpoint import (
-    check_incomplete,
+    check_markers,
     complete_checkpoints,
     find_checkpoint,
     read_marker,
@@ -90,7 +90,7 @@ def check_run(
         )
         check_absent(run, f"{action} with --resume, or choose another train.output_dir")
     checkpoint = None if not resume or starts_again else find_checkpoint(run)
-    check_incomplete(run)
+    check_markers(run)
     plan = build_plan(recipe, num_processes, on_gpu=on_gpu)
     if verify:
         verify_inputs(recipe, checkpoint)

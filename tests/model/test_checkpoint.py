@@ -11,7 +11,7 @@ from blockft.model.checkpoint import (
     MARKER,
     add_evaluation,
     best_checkpoint,
-    check_incomplete,
+    check_markers,
     complete_checkpoints,
     digest_own_files,
     mark_complete,
@@ -76,11 +76,40 @@ def test_an_older_checkpoint_without_a_marker_is_refused(tmp_path: Path) -> None
     """An interrupted save leaves the newest one incomplete, so an older one has lost its marker."""
     first, second = save_checkpoint(tmp_path, 2), save_checkpoint(tmp_path, 10)
     (second / MARKER).unlink()
-    check_incomplete(tmp_path)
+    check_markers(tmp_path)
     (first / MARKER).unlink()
     with pytest.raises(UserError, match="checkpoint-2 has lost its complete.json.*restore that file"):
-        check_incomplete(tmp_path)
+        check_markers(tmp_path)
     assert first.is_dir() and second.is_dir()
+
+
+@pytest.mark.parametrize("name", ["checkpoint-3", "checkpoint-20", "checkpoint-010"])
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(tmp_path: Path, name: str) -> None:
+    """A run would log and save again from the step of its content, under the step of its name."""
+    older, newest = save_checkpoint(tmp_path, 2), save_checkpoint(tmp_path, 10)
+    shutil.copytree(older, tmp_path / "a copy")
+    verify_checkpoint(tmp_path / "a copy")
+    renamed = newest.rename(tmp_path / name)
+    message = f"{name} holds step 10, .*rename it to checkpoint-10, or remove it$"
+    for check in (lambda: check_markers(tmp_path), lambda: verify_checkpoint(renamed)):
+        with pytest.raises(UserError, match=message):
+            check()
+    # it is not offered instead of a damaged one
+    (older / "trainer_state.json").unlink()
+    with pytest.raises(UserError, match="the run has no undamaged checkpoint"):
+        verify_checkpoint(older)
+
+
+def test_a_damaged_marker_of_an_older_checkpoint_is_found_before_the_run_goes_on(tmp_path: Path) -> None:
+    """The run reads all markers when it saves the next checkpoint."""
+    first, second = save_checkpoint(tmp_path, 2), save_checkpoint(tmp_path, 4)
+    check_markers(tmp_path)
+    (first / MARKER).write_bytes((second / MARKER).read_bytes())
+    with pytest.raises(UserError, match="checkpoint-2 holds step 4"):
+        check_markers(tmp_path)
+    (first / MARKER).write_bytes(b"{}")
+    with pytest.raises(UserError, match=f"checkpoint-2 is damaged .*; {second} is undamaged"):
+        check_markers(tmp_path)
 
 
 def test_a_checkpoint_whose_removal_is_interrupted_does_not_count_as_one(
@@ -95,7 +124,7 @@ def test_a_checkpoint_whose_removal_is_interrupted_does_not_count_as_one(
 
         patched.setattr(shutil, "rmtree", interrupt)
         remove_old_checkpoints(tmp_path, 1, keep_best=False)
-    check_incomplete(tmp_path)
+    check_markers(tmp_path)
     assert not remove_incomplete(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 
@@ -171,7 +200,7 @@ def test_checkpoints_that_were_moved_elsewhere_may_be_links(tmp_path: Path) -> N
     (tmp_path / "moved-6" / MARKER).unlink()
     (run / "checkpoint-8").touch()
     (run / "checkpoint-9").symlink_to("nowhere")
-    check_incomplete(run)
+    check_markers(run)
     verify_checkpoint(run / "checkpoint-4")
     assert remove_incomplete(run) == ["checkpoint-6"]
     remove_old_checkpoints(run, 1, keep_best=False)
