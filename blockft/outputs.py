@@ -29,6 +29,9 @@ TEMPORARY = ".draft"
 _TOKEN_BYTES = 8
 """Number of random bytes in the name of a temporary path."""
 
+_TOKEN = "[0-9a-f]" * (2 * _TOKEN_BYTES)
+"""Pattern of these random bytes."""
+
 OLD = ".old"
 """Further suffix of the hidden folder to which a replaced folder is moved."""
 
@@ -164,8 +167,14 @@ def temporary_path(path: Path) -> Path:
 def _find_temporary(path: Path, suffix: str = TEMPORARY) -> list[Path]:
     """Return the paths beside `path` that `temporary_path` gave for it."""
     # any other text would also match the temporary files of `model.v2`, when `model` is written
-    token = "[0-9a-f]" * (2 * _TOKEN_BYTES)
-    return sorted(path.parent.glob(f".{glob.escape(path.name)}.{token}{suffix}"))
+    return sorted(path.parent.glob(f".{glob.escape(path.name)}.{_TOKEN}{suffix}"))
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Delete the files that writers which were killed left in a folder. The caller must own the folder."""
+    for path in folder.glob(f".*.{_TOKEN}{TEMPORARY}"):
+        if path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def _renameat2(source: Path, target: Path, flags: int) -> bool:

@@ -19,8 +19,8 @@ from blockft.console import PlainConsole
 from blockft.errors import check_type, is_first_of_host, notify
 from blockft.folder_lock import FolderLock, reading_folder
 from blockft.model.checkpoint import complete_checkpoints, read_marker, remove_incomplete
-from blockft.outputs import SharedWriteError, write_errors
-from blockft.run_folder import METRICS, truncate_metrics, write_data, write_recipe
+from blockft.outputs import SharedWriteError, remove_temporary_files, write_errors
+from blockft.run_folder import LOSS_PLOT, METRICS, truncate_metrics, write_data, write_recipe
 from blockft.stages.memory_plan import (
     MemoryPlan,
     decide_checkpointing,
@@ -79,7 +79,7 @@ def train(recipe: Recipe, *, resume: bool = False, name: str | None = None) -> P
     The folder holds checkpoints, `recipe.yaml`, `data.json`, `metrics.jsonl`, `loss.png` and, if held-out
     prompts were answered, `sample_answers.jsonl`; `export` turns a checkpoint into a model folder. The call
     trains in this process: as one of WORLD_SIZE ranks if a launcher started it, otherwise alone. A run that
-    is already finished is not changed.
+    is already finished is not changed; `loss.png` is drawn if an interruption prevented it.
 
     Args:
         recipe: settings of the run; `load_recipe` reads them from a YAML file.
@@ -180,14 +180,15 @@ def _train(
     if recipe.train.torch_compile is None and not use_cpu():
         _report_compile(plan)
     run = Path(recipe.train.output_dir)
+    name = name or run.name
+    title = run.name if name == run.name else f"{name}/{run.name}"
     if checkpoint and _is_finished(recipe, plan, checkpoint):
         if rank == 0:
+            _complete_run_folder(run, title)
             step = read_marker(checkpoint)["step"]
             message = f"{run} is at step {step} of {plan.num_steps}: nothing is left to do"
             PlainConsole(stderr=True).print(message, soft_wrap=True)
         return run
-    name = name or run.name
-    title = run.name if name == run.name else f"{name}/{run.name}"
     with ExitStack() as stack:
         stack.enter_context(_restored_process_state())
         stack.enter_context(_reported_write_errors(run, num_processes, is_first=rank == 0))
@@ -218,6 +219,14 @@ def _is_finished(recipe: Recipe, plan: RunPlan, checkpoint: Path) -> bool:
     marker = read_marker(checkpoint)
     answers_due = marker["answers_due"] and recipe.train.sample_steps is not None
     return marker["step"] >= plan.num_steps and not (answers_due or marker["eval_due"])
+
+
+def _complete_run_folder(run: Path, title: str) -> None:
+    """Remove and write what a run that was killed at its very end did not; a complete one is not changed."""
+    with _reported_write_errors(run, 1, is_first=True):
+        remove_temporary_files(run)
+        if not (run / LOSS_PLOT).exists():
+            save_loss_plot(run, title)
 
 
 def _run_steps(
@@ -331,6 +340,7 @@ def _start_run_folder(run: Path, recipe: Recipe, plan: RunPlan, checkpoint: Path
     start = f"resumes from {checkpoint.name}" if checkpoint else "starts again at step 0"
     for name in remove_incomplete(run):
         notify(f"{name} is incomplete, because its save was interrupted: it is removed, and the run {start}")
+    remove_temporary_files(run)
     write_recipe(run, dump_recipe(recipe))
     write_data(run, plan.manifest)
     # an evaluation that is due is not counted, because it is logged again

@@ -27,7 +27,8 @@ from blockft.model.checkpoint import (
     read_marker,
 )
 from blockft.model.load import load_config, load_model
-from blockft.run_folder import METRICS, read_metrics
+from blockft.outputs import temporary_path
+from blockft.run_folder import LOSS_PLOT, METRICS, read_metrics
 from blockft.stages.export import export
 from blockft.stages.prepare import prepare
 from blockft.training.library_internals import SHARED_MEMORY
@@ -290,6 +291,18 @@ def test_a_finished_run_is_unchanged_and_a_run_without_a_checkpoint_starts_again
     (run / "checkpoint-3" / MARKER).unlink()
     train(run, "train.max_steps=3", "--resume", num_ranks=1)
     assert [line["step"] for line in read_metrics(run)] == [line["step"] for line in lines]
+
+
+def test_a_run_that_was_killed_while_it_drew_its_losses_is_completed(folder: Path) -> None:
+    run = folder / "undrawn"
+    train(run, "train.max_steps=2", num_ranks=1)
+    drawn = sorted(path.name for path in run.iterdir())
+    (run / LOSS_PLOT).rename(temporary_path(run / LOSS_PLOT))
+    train(run, "train.max_steps=2", "--resume", num_ranks=1)
+    assert sorted(path.name for path in run.iterdir()) == drawn
+    temporary_path(run / METRICS).write_text("")
+    train(run, "train.max_steps=3", "--resume", num_ranks=1)
+    assert not list(run.glob(".*"))
 
 
 def test_a_killed_export_leaves_no_finished_folder(train_once: TrainOnce, folder: Path) -> None:
