@@ -459,6 +459,10 @@ def serve(
     ],
     cache_bytes: CacheBytes = None,
     host_bytes: HostBytes = None,
+    device_bytes: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="GPU memory for blocks, beside vLLM's pages. Default: none."),
+    ] = None,
     dtype: Annotated[
         DType, typer.Option(help="Type of weights and blocks; auto: bfloat16 on a GPU, float32 on a CPU.")
     ] = DType.auto,
@@ -476,7 +480,7 @@ def serve(
     from blockft.stages.generate import CacheArguments
     from blockft.stages.serve import serve
 
-    arguments = CacheArguments(folder=cache, disk=cache_bytes, host=host_bytes)
+    arguments = CacheArguments(folder=cache, disk=cache_bytes, host=host_bytes, device=device_bytes)
     raise typer.Exit(serve(model, cache=arguments, dtype=dtype.value, options=context.args))
 
 

@@ -57,7 +57,11 @@ class DamagedBlocks(Exception):
 
 
 class BlockCache:
-    """The tiers of one process. Not safe for several threads at once."""
+    """The tiers of one process. Not safe for several threads at once.
+
+    pin_memory: keep blocks on the host in pinned memory, from which a GPU copies in the background. Default:
+    if there is a device tier on a GPU.
+    """
 
     def __init__(
         self,
@@ -66,6 +70,7 @@ class BlockCache:
         host: HostTier,
         device: DeviceTier | None = None,
         disk: DiskTier | None = None,
+        pin_memory: bool = False,
     ) -> None:
         self.shape, self.host, self.device, self.disk = shape, host, device, disk
         self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="blockft-read")
@@ -75,6 +80,7 @@ class BlockCache:
         self._touched: set[BlockKey] = set()
         self._touched_until = 0.0
         self._copy_stream = torch.cuda.Stream() if device is not None and device.cache_LS2KD.is_cuda else None
+        self._pin_memory = pin_memory or self._copy_stream is not None
 
     def lookup(self, keys: Iterable[BlockKey]) -> dict[BlockKey, CacheHit]:
         """Return the nearest tier of each block, without blocks that no tier has. They count as used.
@@ -98,6 +104,13 @@ class BlockCache:
             pairs = zip(not_in_memory, entries, strict=True)
             hits |= {key: CacheHit(Tier.disk, entry) for key, entry in pairs if entry}
         return hits
+
+    def touch(self, keys: AbstractSet[BlockKey]) -> None:
+        """Count blocks as used in the host and disk tiers, because a nearer tier gave them."""
+        for key in keys:
+            self.host.get(key)
+        if self.disk is not None:
+            self._touch_on_disk(self.disk, keys)
 
     def insert(self, key: BlockKey, kv: torch.Tensor) -> None:
         """Insert a computed block into the host tier and the disk tier, without waiting for either.
@@ -206,9 +219,9 @@ class BlockCache:
         return kv
 
     def empty(self, length: int) -> torch.Tensor:
-        """Return an empty tensor on the host for a block of `length` tokens, pinned if there is a GPU."""
+        """Return an empty tensor on the host for a block of `length` tokens, pinned if blocks are."""
         size = (self.shape.num_layers, *self.shape.layer_shape(length))
-        return torch.empty(size, dtype=self.shape.torch_dtype, pin_memory=self._copy_stream is not None)
+        return torch.empty(size, dtype=self.shape.torch_dtype, pin_memory=self._pin_memory)
 
     def invalidate(self, key: BlockKey) -> None:
         """Ignore a block's entry on the disk until the block is inserted again. The entry may be damaged."""

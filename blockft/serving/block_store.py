@@ -12,6 +12,7 @@ import torch
 from blockft.inference.block_cache import BlockCache, Tier
 from blockft.inference.block_key import BlockKey
 from blockft.inference.host_tier import HostTier
+from blockft.serving.device_work import DeviceWork
 from blockft.serving.served_model import ServedModel
 
 
@@ -30,15 +31,20 @@ class LoadedBlocks:
 class BlockStore:
     """The host and disk tiers of a server, used by one background thread.
 
+    num_workers: the number of workers of the server. Each has a host tier, and they share its size.
+    pin_memory: keep blocks in pinned memory, from which a GPU copies in the background.
+
     Raises:
         UserError: the cache folder cannot be used.
     """
 
-    def __init__(self, served: ServedModel) -> None:
-        host = HostTier(served.host_bytes)
-        by_blockft, self._vllm_disk = served.open_disk_tiers()
-        self._vllm_cache = BlockCache(served.shape, host=host, disk=self._vllm_disk)
-        self._caches = (BlockCache(served.shape, host=host, disk=by_blockft), self._vllm_cache)
+    def __init__(self, served: ServedModel, *, num_workers: int = 1, pin_memory: bool = False) -> None:
+        host = HostTier(served.host_bytes // num_workers)
+        self._caches = tuple(
+            BlockCache(served.shape, host=host, disk=disk, pin_memory=pin_memory)
+            for disk in served.open_disk_tiers()
+        )
+        self._vllm_cache = self._caches[1]
         # the caches are not safe for several threads; they have threads of their own for each file
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="blockft-store")
 
@@ -46,12 +52,18 @@ class BlockStore:
         """Load blocks in the background."""
         return self._thread.submit(self._load, keys)
 
-    def insert(self, key: BlockKey, kv: torch.Tensor) -> Future[str]:
+    def touch(self, keys: Sequence[BlockKey]) -> None:
+        """Count blocks as used, in the background, because the device has them."""
+        for cache in self._caches:
+            self._thread.submit(cache.touch, {*keys})
+
+    def insert(self, key: BlockKey, kv: torch.Tensor, copied: DeviceWork) -> Future[str]:
         """Insert a block that vLLM computed, (L, n, 2, K, D) on the CPU, in the background.
 
-        The result is "" once the folder has the block, or the reason why the block cannot be used.
+        copied: the work that writes `kv`. The result is "" once the folder has the block, or the reason why
+        the block cannot be used.
         """
-        return self._thread.submit(self._insert, key, kv)
+        return self._thread.submit(self._insert, key, kv, copied)
 
     def close(self) -> None:
         """Wait until the folder has all blocks, then stop the threads."""
@@ -71,7 +83,8 @@ class BlockStore:
             return LoadedBlocks(missing=missing)
         return LoadedBlocks(blocks=[blocks[key] for key in keys], tiers=[tiers[key] for key in keys])
 
-    def _insert(self, key: BlockKey, kv: torch.Tensor) -> str:
+    def _insert(self, key: BlockKey, kv: torch.Tensor, copied: DeviceWork) -> str:
+        copied.wait()
         # a masked value has weight 0, but 0 times infinity is not 0: the block would change other tokens
         if not bool(kv.isfinite().all()):
             dtype = str(kv.dtype).removeprefix("torch.")

@@ -35,9 +35,9 @@ RESERVED_OPTIONS = {
         ("--speculative-config", "-sc", "--spec-method", "--spec-model"), "a draft model would have no blocks"
     ),
     **dict.fromkeys(
-        ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp")
+        ("--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp")
         + ("--decode-context-parallel-size", "-dcp", "--prefill-context-parallel-size", "-pcp"),
-        "one worker serves a model: start a server for each GPU",
+        "workers share a model by its heads alone (--tensor-parallel-size): start several servers",
     ),
     **dict.fromkeys(("--api-server-count", "-asc", "--headless", "--grpc"), "one HTTP server is supported"),
     "--trust-remote-code": "blockft never runs code of a model folder",

@@ -4,11 +4,11 @@ A page holds the keys and values of `page_len` tokens in one layer. Its layout b
 backend, so everything is written by the backend's own `do_kv_cache_update`, into any slots. Blocks need not
 begin at the start of a page.
 
-Shapes: n tokens, L layers, K key/value heads, D head size.
+Shapes: n tokens, L layers, G layers of a group, K key/value heads, D head size.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,13 @@ import torch
 from blockft.attention.rope import RotaryEmbedding
 from blockft.errors import UserError
 from blockft.inference.block_key import KVShape
+from blockft.serving.head_shard import HeadShard
+
+WHOLE = HeadShard()
+"""All heads: there is one worker."""
+
+MAX_GROUP_NUMBERS = 1 << 24
+"""Keys are shifted for several layers at once, with at most this many numbers. It limits the memory."""
 
 
 class AttentionBackend(Protocol):
@@ -39,10 +46,12 @@ def write_blocks(
     rotaries: Sequence[RotaryEmbedding],
     blocks: Sequence[torch.Tensor],
     slots: torch.Tensor,
+    shard: HeadShard = WHOLE,
 ) -> None:
     """Write the last tokens of a context into their slots, with keys at their positions in the prompt.
 
-    blocks: the local blocks of the prompt in order, (L, n, 2, K, D) each.
+    blocks: the local blocks of the prompt in order, (L, n, 2, K, D) each, on the host or on the device.
+    shard: which heads of them the pages hold.
     slots: of the last `len(slots)` tokens of all blocks. The tokens before them are in pages already.
     """
     lengths = torch.tensor([block.shape[1] for block in blocks])
@@ -52,28 +61,58 @@ def write_blocks(
     needed = [i for i in range(len(blocks)) if starts[i] + lengths[i] > first]
     offsets = starts[needed].repeat_interleave(lengths[needed])[-len(slots) :]
     device = layers[0].kv_cache.device
-    slots, offsets = slots.to(device), offsets[:, None].to(device)
-    for index, (layer, rotary) in enumerate(zip(layers, rotaries, strict=True)):
-        on_device = [blocks[i][index].to(device, non_blocking=True) for i in needed]
-        keys_nKD, values_nKD = torch.cat(on_device)[-len(slots) :].unbind(1)
-        keys_nKD = rotary.shift(keys_nKD, offsets)
-        layer.impl.do_kv_cache_update(
-            layer, keys_nKD.contiguous(), values_nKD.contiguous(), layer.kv_cache, slots
-        )
+    slots, offsets = _to(slots, device), _to(offsets[:, None], device)
+    token_len = math.prod(blocks[0].shape[3:])
+    for group, rotary in _layer_groups(rotaries, MAX_GROUP_NUMBERS // (len(slots) * token_len)):
+        parts = [blocks[i][group] for i in needed]
+        on_device = [shard.take(part.to(device, non_blocking=True)) for part in parts]
+        keys_GnKD, values_GnKD = torch.cat(on_device, dim=1)[:, -len(slots) :].unbind(2)
+        keys_GnKD, values_GnKD = rotary.shift(keys_GnKD, offsets).contiguous(), values_GnKD.contiguous()
+        for layer, keys_nKD, values_nKD in zip(layers[group], keys_GnKD, values_GnKD, strict=True):
+            layer.impl.do_kv_cache_update(layer, keys_nKD, values_nKD, layer.kv_cache, slots)
+
+
+def _layer_groups(
+    rotaries: Sequence[RotaryEmbedding], max_layers: int
+) -> Iterator[tuple[slice, RotaryEmbedding]]:
+    """Return consecutive layers with the same rotary embedding: at least one, at most `max_layers`."""
+    start = 0
+    for end in range(1, len(rotaries) + 1):
+        is_last = end == len(rotaries) or rotaries[end] is not rotaries[start]
+        if is_last or end - start >= max_layers:
+            yield slice(start, end), rotaries[start]
+            start = end
+
+
+def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a small tensor on the device, without waiting for the work that runs there."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def read_block(
     layers: Sequence[AttentionLayer], shape: KVShape, page_len: int, slots: torch.Tensor
 ) -> torch.Tensor:
     """Return the keys and values in slots: (L, n, 2, K, D) on the device of the pages."""
-    kv = [torch.stack(PageLayout(layer, shape, page_len).read(layer, slots), dim=1) for layer in layers]
+    device = layers[0].kv_cache.device
+    layouts = [PageLayout(layer, shape, page_len) for layer in layers]
+    pages, row = torch.unique(slots // layouts[0].page_len, return_inverse=True)
+    pages, row = _to(pages, device), _to(row[:, None, None, None], device)
+    column = _to(slots % layouts[0].page_len, device)
+    places = {kind: torch.stack(kind, dim=1)[column] for kind in {layout.places for layout in layouts}}
+    kv = [
+        layer.kv_cache[pages].reshape(len(pages), -1)[row, places[layout.places]]
+        for layer, layout in zip(layers, layouts, strict=True)
+    ]
     return torch.stack(kv)
 
 
 class PageLayout:
     """Where the keys and values of a page's tokens lie in a page.
 
-    page_len: the number of tokens in a page of vLLM's scheduler.
+    places: the place in a page of each number of its keys and of its values, (page_len, K, D) each.
+    page_len: the number of tokens in a page of the backend. The argument is that of vLLM's scheduler.
 
     The attention backend is asked: it writes numbers into a scratch page, and the place of each number is the
     place from which it is read. The numbers are written as digits, because a digit is exact in bfloat16.
@@ -83,7 +122,7 @@ class PageLayout:
     """
 
     _BASE = 128
-    _known: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
+    _known: dict[Any, tuple[torch.Tensor, ...]] = {}
 
     def __init__(self, layer: AttentionLayer, shape: KVShape, page_len: int) -> None:
         page_shape = layer.kv_cache.shape[1:]
@@ -92,19 +131,11 @@ class PageLayout:
         size = (self.page_len, shape.num_kv_heads, shape.head_size)
         if 2 * math.prod(size) != page_shape.numel() or page_len % self.page_len:
             raise UserError(_layout_error(layer, "holds more than keys and values"))
-        kind = (type(layer.impl), tuple(page_shape), layer.kv_cache.dtype, size)
-        if kind not in self._known:
-            self._known[kind] = (_find_places(layer, size, 0), _find_places(layer, size, 1))
-        self._places = self._known[kind]
-
-    def read(self, layer: AttentionLayer, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values in slots: (n, K, D) each, on the device of the pages."""
         device = layer.kv_cache.device
-        pages, row = torch.unique(slots // self.page_len, return_inverse=True)
-        content = layer.kv_cache[pages.to(device)].reshape(len(pages), -1)
-        row, column = row[:, None, None].to(device), slots % self.page_len
-        keys, values = (content[row, place[column].to(device)] for place in self._places)
-        return keys, values
+        kind = (type(layer.impl), tuple(page_shape), layer.kv_cache.dtype, device, size)
+        if kind not in self._known:
+            self._known[kind] = tuple(_find_places(layer, size, part).to(device) for part in (0, 1))
+        self.places = self._known[kind]
 
 
 def _find_places(layer: AttentionLayer, size: tuple[int, int, int], part: int) -> torch.Tensor:

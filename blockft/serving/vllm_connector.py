@@ -4,6 +4,7 @@ vLLM creates one object in its scheduler and one in its worker. This is the only
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
 )
+from vllm.distributed.parallel_state import get_tp_group
 
+from blockft.serving.head_shard import HeadShard
 from blockft.serving.scheduler_half import SchedulerHalf, StepPlan
 from blockft.serving.served_model import ServedModel
 from blockft.serving.supported_engine import check_engine, check_pages
@@ -20,6 +23,10 @@ from blockft.serving.worker_half import WorkerHalf
 
 SERVED_MODEL = "served_model"
 """The key of the connector's configuration that holds the path of the file of the served model."""
+
+
+HEAD_DIM = 3
+"""The dimension of the heads of a block, (L, n, 2, K, D)."""
 
 
 @dataclass
@@ -76,7 +83,10 @@ class BlockConnector(KVConnectorBase_V1):
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         names = sorted(kv_caches, key=_layer_index)
-        self._in_worker.use_layers([self._layers_by_name[name] for name in names])
+        layers, group = [self._layers_by_name[name] for name in names], get_tp_group()
+        shard = HeadShard(worker=group.rank_in_group, num_workers=group.world_size)
+        gather = partial(group.all_gather, dim=HEAD_DIM) if group.world_size > 1 else None
+        self._in_worker.use_layers(layers, shard, gather)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         plan = self._plan

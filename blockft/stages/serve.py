@@ -75,6 +75,7 @@ def describe_model(model: str, cache: CacheOptions, dtype: torch.dtype, *, socke
         folder=str(Path(str(cache.folder)).absolute()),
         disk_bytes=cache.disk_bytes,
         host_bytes=free_bytes(torch.device("cpu")) // 4 if cache.host_bytes is None else cache.host_bytes,
+        device_bytes=cache.device_bytes or 0,
         secret=secrets.token_hex(32),
         socket_folder=socket_folder,
     )

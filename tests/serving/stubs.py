@@ -20,7 +20,9 @@ SECRET = "a secret"
 NOWHERE = ReplyAddress(socket="/nowhere", id="1")
 
 
-def make_served(folder: Path, shape: KVShape = SHAPE, host_bytes: int = 1 << 20) -> ServedModel:
+def make_served(
+    folder: Path, shape: KVShape = SHAPE, host_bytes: int = 1 << 20, device_bytes: int = 0
+) -> ServedModel:
     """Return a model with two kinds of rotary embeddings, whose cache is in `folder`."""
     return ServedModel(
         path="out/model",
@@ -33,6 +35,7 @@ def make_served(folder: Path, shape: KVShape = SHAPE, host_bytes: int = 1 << 20)
         folder=str(folder / "cache"),
         disk_bytes=None,
         host_bytes=host_bytes,
+        device_bytes=device_bytes,
         secret=SECRET,
         socket_folder=str(folder),
     )
@@ -65,6 +68,12 @@ class InterleavedPages:
 
 
 BACKENDS = (SplitPages, InterleavedPages)
+
+
+class OneHeadPages(SplitPages):
+    """The pages of a worker that keeps one head."""
+
+    shape = (2, PAGE_LEN, 1, SHAPE.head_size)
 
 
 def make_layers(backend: type[Any] = SplitPages, num_pages: int = 16, dtype: str = SHAPE.dtype) -> list[Any]:

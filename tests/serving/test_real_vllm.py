@@ -3,10 +3,15 @@
 Slow: vLLM takes about a minute to start.
 """
 
+import json
+import os
 import random
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,9 @@ from transformers.models.llama import LlamaConfig
 from transformers.models.phi3 import Phi3Config
 from transformers.models.qwen3 import Qwen3Config
 
+from blockft.attention.layout import Layout
+from blockft.inference.engine import Engine
+from blockft.model.masked_forward import masked_logits
 from tests.run import save_tokenizer
 from tests.serving.real_server import (
     MODEL,
@@ -182,6 +190,88 @@ def test_a_client_that_leaves_and_sigterm_leave_nothing_behind(
     assert later_server.stop() == 130
     with pytest.raises(OSError):
         urllib.request.urlopen(f"http://127.0.0.1:{later_server.port}/health", timeout=5)
+
+
+def test_two_workers_share_the_heads(server: Server, folder: Path, chats: list[Chat]) -> None:
+    """They read blocks that one worker computed, and compute others together."""
+    check(server, in_mode("block", chats[:20]))
+    options = ("--tensor-parallel-size", "2", "--device-bytes", "1MB", "--max-model-len", "512")
+    both = start_server(folder, folder / "cache", *options)
+    try:
+        assert check(both, in_mode("block", chats[:30]))["disk"]
+        assert not check(both, in_mode("block", shuffled(chats[:30])))["computed"]
+        assert check(both, in_mode("block", chats[30:]))["computed"]
+    finally:
+        both.stop()
+    options = ("--no-enable-prefix-caching", "--max-model-len", "512")
+    one = start_server(folder, folder / "cache", *options)
+    try:
+        assert check(one, in_mode("block", chats)).keys() == {"disk", "host"}
+    finally:
+        one.stop()
+
+
+@pytest.mark.real_data
+def test_a_pretrained_model_answers_as_the_engine(tmp_path: Path) -> None:
+    """SmolLM2 on 20 questions of HotpotQA: computed in chunks, preempted, and after a restart."""
+    model = Path(os.environ.get("BLOCKFT_SMOLLM2", "../shared/smollm2"))
+    if not model.exists():
+        pytest.skip(f"SmolLM2-135M-Instruct is not in {model} (set BLOCKFT_SMOLLM2)")
+    questions = Path(os.environ.get("BLOCKFT_REAL_DATA", "../shared/data")) / "hotpotqa_distractor_dev.json"
+    if not questions.exists():
+        pytest.skip(f"{questions} is not there (set BLOCKFT_REAL_DATA)")
+    chats = hotpotqa_chats(questions, 20)
+    engine, masked = reference_models(model)
+    num_new = 40
+    expected = [
+        list(answer.ids)
+        for answer in engine.generate_batch([{"messages": chat} for chat in chats], max_new_tokens=num_new)
+    ]
+    few_pages = ("--num-gpu-blocks-override", "48", "--max-num-batched-tokens", "64", "--host-bytes", "0B")
+    for options in (few_pages, ()):
+        server = start_server(tmp_path, tmp_path / "cache", "--max-model-len", "1024", *options, model=model)
+        try:
+            for asked in (chats, shuffled(chats)[:4], chats):
+                with ThreadPoolExecutor(8) as clients:
+                    answers = list(clients.map(partial(server.ask, num_new=num_new), asked))
+                if asked is chats:
+                    for chat, ids, answer in zip(chats, expected, answers, strict=True):
+                        check_answer(engine, masked, chat, ids, answer)
+            assert (server.metric("vllm:num_preemptions_total") > 0) == bool(options)
+        finally:
+            server.stop()
+
+
+def hotpotqa_chats(file: Path, count: int) -> list[Chat]:
+    """Return questions over four documents each."""
+    records = json.loads(file.read_text())[:count]
+    return [
+        [
+            {
+                "role": "user",
+                "content": [
+                    "Answer from the documents.\n\n",
+                    *(f"{title}\n{''.join(sentences)}\n\n" for title, sentences in record["context"][:4]),
+                    record["question"],
+                ],
+            }
+        ]
+        for record in records
+    ]
+
+
+@torch.inference_mode()
+def check_answer(engine: Engine, model: Any, chat: Chat, expected: list[int], answer: Any) -> None:
+    """Compare an answer with that of the engine, and its log probabilities with the masked forward pass."""
+    (choice,) = answer.choices
+    ids = choice.token_ids
+    assert [id for id in ids if id not in engine.eos_token_ids] == expected
+    blocks = [[*block] for block in engine.encode(engine.parse_request({"messages": chat}), len(ids))]
+    blocks[-1] += ids
+    layout = Layout(tuple(map(len, blocks)))
+    logits = masked_logits(model, [*chain.from_iterable(blocks)], [layout], len(ids) + 1)[:-1]
+    logprobs = logits.log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)]
+    assert choice.logprobs.token_logprobs == pytest.approx(logprobs.tolist(), abs=TOLERANCE)
 
 
 FAMILIES: dict[str, Any] = {

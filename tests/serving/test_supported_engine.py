@@ -29,7 +29,12 @@ def make_config(served: ServedModel) -> Any:
     """Return a configuration of vLLM that is supported."""
     return SimpleNamespace(
         kv_transfer_config=SimpleNamespace(kv_load_failure_policy="fail", kv_role="kv_both"),
-        parallel_config=SimpleNamespace(**dict.fromkeys(supported_engine._SINGLE, 1)),
+        parallel_config=SimpleNamespace(
+            **dict.fromkeys(supported_engine._SINGLE, 1),
+            tensor_parallel_size=1,
+            distributed_executor_backend="uni",
+            nnodes=1,
+        ),
         speculative_config=None,
         lora_config=None,
         model_config=SimpleNamespace(
@@ -47,7 +52,11 @@ def make_config(served: ServedModel) -> Any:
 CHANGES: dict[str, Callable[[Any], None]] = {
     "kv_load_failure_policy": lambda c: setattr(c.kv_transfer_config, "kv_load_failure_policy", "recompute"),
     "kv_role": lambda c: setattr(c.kv_transfer_config, "kv_role", "kv_consumer"),
-    "tensor_parallel_size": lambda c: setattr(c.parallel_config, "tensor_parallel_size", 2),
+    "tensor_parallel_size": lambda c: setattr(c.parallel_config, "tensor_parallel_size", 3),
+    "distributed_executor_backend": lambda c: c.parallel_config.__dict__.update(
+        tensor_parallel_size=2, distributed_executor_backend="ray"
+    ),
+    "nnodes": lambda c: setattr(c.parallel_config, "nnodes", 2),
     "pipeline_parallel_size": lambda c: setattr(c.parallel_config, "pipeline_parallel_size", 2),
     "data_parallel_size": lambda c: setattr(c.parallel_config, "data_parallel_size", 4),
     "speculative_config": lambda c: setattr(c, "speculative_config", object()),
@@ -65,6 +74,14 @@ CHANGES: dict[str, Callable[[Any], None]] = {
 def test_the_supported_configuration_is_accepted(tmp_path: Path) -> None:
     served = make_served(tmp_path)
     check_engine(make_config(served), served)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_workers_may_share_the_heads(size: int, tmp_path: Path) -> None:
+    served = make_served(tmp_path)
+    config = make_config(served)
+    config.parallel_config.__dict__.update(tensor_parallel_size=size, distributed_executor_backend="mp")
+    check_engine(config, served)
 
 
 @pytest.mark.parametrize("setting", CHANGES)

@@ -31,6 +31,8 @@ from tests.serving.test_supported_engine import make_config
 
 BASE = "vllm.distributed.kv_transfer.kv_connector.v1.base"
 
+PARALLEL_STATE = "vllm.distributed.parallel_state"
+
 
 class RecordedBase:
     """The parts of vLLM 0.32.0's `KVConnectorBase_V1` that the connector relies on."""
@@ -57,6 +59,9 @@ def connector(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     parts = BASE.split(".")
     for end in range(1, len(parts) + 1):
         monkeypatch.setitem(sys.modules, ".".join(parts[:end]), ModuleType(".".join(parts[:end])))
+    parallel: Any = ModuleType(PARALLEL_STATE)
+    parallel.get_tp_group = lambda: SimpleNamespace(rank_in_group=0, world_size=1)
+    monkeypatch.setitem(sys.modules, PARALLEL_STATE, parallel)
     base: Any = sys.modules[BASE]
     base.KVConnectorBase_V1, base.KVConnectorMetadata, base.KVConnectorRole = RecordedBase, object, Role
     yield importlib.import_module("blockft.serving.vllm_connector")

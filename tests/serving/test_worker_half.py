@@ -1,7 +1,7 @@
 """The worker's half: loads blocks in the background, stores computed blocks, and fails single requests."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,14 @@ from torch.testing import assert_close
 
 from blockft.inference.block_key import BlockKey
 from blockft.serving.block_request import ReplyAddress, page_slots
+from blockft.serving.head_shard import HeadShard
 from blockft.serving.pages import read_block
 from blockft.serving.report import Report, Reporter
 from blockft.serving.scheduler_half import Load, Save
 from blockft.serving.served_model import ServedModel
 from blockft.serving.worker_half import WorkerHalf
 from tests.inference.cached import random_key
-from tests.serving.stubs import PAGE_LEN, SHAPE, kv_of, make_layers, make_served
+from tests.serving.stubs import PAGE_LEN, SHAPE, OneHeadPages, kv_of, make_layers, make_served
 
 KEYS = [random_key(seed, length) for seed, length in enumerate((5, 4, 6))]
 ADDRESS = ReplyAddress(socket="s", id="7")
@@ -26,7 +27,7 @@ ADDRESS = ReplyAddress(socket="s", id="7")
 class Worker:
     """A worker with blocks in its folder, and the reports that it has sent."""
 
-    def __init__(self, served: ServedModel, keys: list[BlockKey]) -> None:
+    def __init__(self, served: ServedModel, keys: Sequence[BlockKey]) -> None:
         by_blockft, by_vllm = served.open_disk_tiers()
         for index, key in enumerate(keys):  # of both kinds
             (by_blockft if index % 2 else by_vllm).write(key, kv_of(key))
@@ -163,3 +164,76 @@ def test_blocks_stay_in_memory_if_the_folder_loses_them(
     assert worker.load(make_load(request_id="b")) == ({"b"}, set())
     without_memory = open_worker([], host_bytes=0)
     assert without_memory.load(make_load())[1]
+
+
+def test_the_device_tier_gives_blocks_that_host_and_disk_have_lost(
+    open_worker: Callable[..., Worker], reports: list[Report]
+) -> None:
+    """It holds 11 tokens: the last blocks of 4 and 6 tokens stay, and the first one does not fit beside."""
+    worker = open_worker(KEYS, device_bytes=11 * SHAPE.token_bytes, host_bytes=0)
+    for keys in (KEYS[:1], KEYS[1:]):
+        assert worker.load(make_load(keys=keys)) == ({"a"}, set())
+    for file in Path(worker.half._served.folder).rglob("*.safetensors"):
+        file.unlink()
+    pages, reversed_keys = [8, 2, 5], [KEYS[2], KEYS[1]]
+    assert worker.load(make_load(keys=reversed_keys, pages=pages, request_id="b")) == ({"b"}, set())
+    assert reports[1:] == [Report(sources=["disk", "disk"]), Report(sources=["device", "device"])]
+    found = read_block(worker.layers, SHAPE, PAGE_LEN, page_slots(pages, PAGE_LEN, 0, 10))
+    assert_close(found[:, :, 1], torch.cat([kv_of(key)[:, :, 1] for key in reversed_keys], dim=1))
+    assert_close(found[:, :6], kv_of(KEYS[2]), rtol=1e-6, atol=1e-6)
+    assert worker.load(make_load(keys=KEYS[:1], request_id="c"))[1], "it was evicted"
+
+
+def test_prompts_longer_than_the_device_tier_are_loaded_without_it(
+    open_worker: Callable[..., Worker], reports: list[Report]
+) -> None:
+    worker = open_worker(KEYS, device_bytes=11 * SHAPE.token_bytes)
+    for source in ("disk", "host"):
+        assert worker.load(make_load()) == ({"a"}, set())
+        assert reports.pop() == Report(sources=[source] * 3)
+    found = read_block(worker.layers, SHAPE, PAGE_LEN, page_slots([7, 3, 9, 1], PAGE_LEN, 0, 15))
+    assert_close(found[:, :, 1], torch.cat([kv_of(key)[:, :, 1] for key in KEYS], dim=1))
+
+
+@pytest.mark.parametrize("device_bytes", [0, 20 * SHAPE.token_bytes])
+def test_each_worker_loads_its_heads(
+    open_worker: Callable[..., Worker], reports: list[Report], device_bytes: int
+) -> None:
+    slots = page_slots([7, 3, 9, 1], PAGE_LEN, 0, 15)
+    whole = open_worker(KEYS)
+    whole.load(make_load())
+    expected = read_block(whole.layers, SHAPE, PAGE_LEN, slots)
+    for number in range(2):
+        worker = open_worker([], device_bytes=device_bytes)
+        shard = HeadShard(worker=number, num_workers=2)
+        worker.half.close()
+        worker.layers = make_layers(OneHeadPages)
+        worker.half.use_layers(worker.layers, shard)
+        for _ in range(2):  # from the host, then from the device tier
+            assert worker.load(make_load()) == ({"a"}, set())
+            found = read_block(worker.layers, shard.local_shape(SHAPE), PAGE_LEN, slots)
+            assert torch.equal(found, expected[..., number : number + 1, :])
+    assert len(reports) == 3, "the first worker alone reports"
+
+
+def test_a_block_is_stored_from_the_heads_of_all_workers(
+    open_worker: Callable[..., Worker], reports: list[Report]
+) -> None:
+    kv, slots = kv_of(KEYS[0]), page_slots([4, 2], PAGE_LEN, 0, 5)
+    for number in (1, 0):
+        worker = open_worker([])
+        worker.half.close()
+        shard, layers = HeadShard(worker=number, num_workers=2), make_layers(OneHeadPages)
+        for layer, part in zip(layers, shard.take(kv), strict=True):
+            layer.impl.do_kv_cache_update(layer, *part.unbind(1), layer.kv_cache, slots)
+
+        def gather(part: torch.Tensor, shard: HeadShard = shard) -> torch.Tensor:
+            assert torch.equal(part, shard.take(kv))
+            return kv
+
+        worker.half.use_layers(layers, shard, gather)
+        worker.half.save([Save(key=KEYS[0], pages=[4, 2], reply_to=ADDRESS)])
+    assert wait_for(reports) == Report() and not reports
+    later = open_worker([])
+    assert later.load(make_load(keys=[KEYS[0]])) == ({"a"}, set())
+    assert torch.equal(read_block(later.layers, SHAPE, PAGE_LEN, page_slots([7, 3], PAGE_LEN, 0, 5)), kv)
