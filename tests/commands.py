@@ -5,6 +5,7 @@ ranks, and only tests of launchers and of a process's start and end need a new i
 """
 
 import atexit
+import importlib.util
 import io
 import multiprocessing
 import multiprocessing.connection
@@ -174,13 +175,23 @@ def _run_rank(function: Callable[[], None], environment: Mapping[str, str], outp
     os._exit(code)
 
 
+def _modules_of_the_warm_process() -> list[str]:
+    """Return what the process imports from which ranks are forked.
+
+    bitsandbytes starts CUDA when it is imported, and a process that has started CUDA cannot be forked.
+    """
+    if torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes"):
+        return []
+    return ["tests.fork_server", __name__]
+
+
 def fork_ranks(function: Callable[[], None], *, num_ranks: int = 1, **environment: str) -> Ranks:
     """Call a function, of a module or a partial of one, on ranks forked from a warm process.
 
     A single rank has no launcher's variables in its environment, like a process started from a shell.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.fork_server", __name__])
+    context.set_forkserver_preload(_modules_of_the_warm_process())
     accelerator = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
     added = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **accelerator}
     ranks = Ranks([], free_port())
