@@ -26,13 +26,9 @@ from blockft.inference.engine import Engine
 from blockft.model.load import load_model
 from blockft.model.masked_forward import masked_logits
 from tests.commands import ROOT, free_port
+from tests.serving.vllm_environment import vllm_python
 
-PYTHON = os.environ.get("BLOCKFT_VLLM_PYTHON", "")
-
-needs_vllm = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON, reason="BLOCKFT_VLLM_PYTHON names no environment with vLLM"),
-]
+needs_vllm = [pytest.mark.slow, pytest.mark.usefixtures("vllm_environment")]
 """Marks of tests that start a real server."""
 
 MODEL = ROOT / "data/demo/model"
@@ -87,7 +83,17 @@ def start_server(folder: Path, cache: Path, *options: str, model: Path = MODEL) 
         "HF_HUB_OFFLINE": "1",
         "DO_NOT_TRACK": "1",
     }
-    command = [PYTHON, "-m", "blockft", "serve", str(model), "--cache", str(cache), "--port", str(port)]
+    command = [
+        vllm_python(),
+        "-m",
+        "blockft",
+        "serve",
+        str(model),
+        "--cache",
+        str(cache),
+        "--port",
+        str(port),
+    ]
     command += ["--block-size", "32", *options]
     with log.open("ab") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=ROOT)

@@ -76,11 +76,15 @@ class OneHeadPages(SplitPages):
     shape = (2, PAGE_LEN, 1, SHAPE.head_size)
 
 
-def make_layers(backend: type[Any] = SplitPages, num_pages: int = 16, dtype: str = SHAPE.dtype) -> list[Any]:
+def make_layers(
+    backend: type[Any] = SplitPages, num_pages: int = 16, dtype: str = SHAPE.dtype, device: str = "cpu"
+) -> list[Any]:
     """Return attention layers whose pages are filled with -1."""
     size = (num_pages, *backend.shape)
     return [
-        SimpleNamespace(impl=backend(), kv_cache=torch.full(size, -1.0, dtype=getattr(torch, dtype)))
+        SimpleNamespace(
+            impl=backend(), kv_cache=torch.full(size, -1.0, dtype=getattr(torch, dtype), device=device)
+        )
         for _ in range(SHAPE.num_layers)
     ]
 

@@ -237,3 +237,39 @@ def test_a_block_is_stored_from_the_heads_of_all_workers(
     later = open_worker([])
     assert later.load(make_load(keys=[KEYS[0]])) == ({"a"}, set())
     assert torch.equal(read_block(later.layers, SHAPE, PAGE_LEN, page_slots([7, 3], PAGE_LEN, 0, 5)), kv)
+
+
+@pytest.mark.gpu  # streams and pinned memory exist on a GPU alone
+@pytest.mark.parametrize("device_bytes", [0, 20 * SHAPE.token_bytes])
+def test_a_gpu_loads_and_stores_beside_its_forward_passes(
+    open_worker: Callable[..., Worker], reports: list[Report], device_bytes: int
+) -> None:
+    """The pages of a load are still written by the pass before, which must not overwrite the blocks."""
+    slots, key = page_slots([7, 3, 9, 1], PAGE_LEN, 0, 15), random_key(9, 6)
+    on_cpu, worker = open_worker(KEYS), open_worker([], device_bytes=device_bytes)
+    on_cpu.load(make_load())
+    expected = read_block(on_cpu.layers, SHAPE, PAGE_LEN, slots)
+    worker.half.close()
+    worker.layers = make_layers(device="cuda")
+    worker.half.use_layers(worker.layers)
+    for _ in range(3):
+        torch.cuda._sleep(100_000_000)
+        for layer in worker.layers:
+            layer.kv_cache.fill_(-1)
+        assert worker.load(make_load()) == ({"a"}, set())
+        found = read_block(worker.layers, SHAPE, PAGE_LEN, slots)
+        assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-5)
+    for index, layer in enumerate(worker.layers):
+        keys, values = kv_of(key)[index].cuda().unbind(1)
+        layer.impl.do_kv_cache_update(
+            layer, keys, values, layer.kv_cache, page_slots([4, 2], PAGE_LEN, 0, 6).cuda()
+        )
+    reports.clear()
+    worker.half.save([Save(key=key, pages=[4, 2], reply_to=ADDRESS)])
+    for layer in worker.layers:
+        layer.kv_cache.fill_(-1)
+    assert wait_for(reports) == Report()
+    assert on_cpu.load(make_load(keys=[key])) == ({"a"}, set())
+    assert torch.equal(
+        read_block(on_cpu.layers, SHAPE, PAGE_LEN, page_slots([7, 3], PAGE_LEN, 0, 6)), kv_of(key)
+    )
