@@ -253,3 +253,11 @@ def shorten_paths(paths: Sequence[str]) -> list[str]:
         if len({*names}) == len({*paths}) or num_parts >= max(map(len, parts)):
             return names
         num_parts += 1
+
+
+def find_home() -> Path | None:
+    """Return the home folder of this user, or None if the system knows none."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None

@@ -71,13 +71,9 @@ class MemoryPlan:
 def plan_memory(recipe: Recipe, plan: RunPlan) -> MemoryPlan:
     """Return what the memory of a run is estimated from; no weights are loaded."""
     settings = recipe.train
-    model = build_meta_model(load_config(recipe.model.path, recipe.model.revision))
-    num_parameters = sum(p.numel() for p in model.parameters())
-    base: PreTrainedModel = model
-    if settings.lora is not None:
-        base = add_adapter(model, settings.lora, seed=settings.seed).get_base_model()  # type: ignore
-        if plan.shares_products:
-            share_products(base)
+    base, num_parameters = _build_meta_base(recipe)
+    if settings.lora is not None and plan.shares_products:
+        share_products(base)
     base.to(plan.dtype)  # type: ignore[arg-type]  # DeepSpeed does so, also with the adapter
     num_teacher = _count_teacher(recipe)
     return MemoryPlan(
@@ -101,6 +97,23 @@ def plan_memory(recipe: Recipe, plan: RunPlan) -> MemoryPlan:
             dense_masks=len(attention_windows(base.config)) if plan.backend == "sdpa" else 0,
         ),
     )
+
+
+def checkpoint_bytes(recipe: Recipe) -> int:
+    """Return the size of a checkpoint: trained weights in float32 and their moments; loads no weights."""
+    base, _ = _build_meta_base(recipe)
+    moments = ADAM_BYTES if recipe.train.optimizer is Optimizer.adamw else ADAM_8BIT_BYTES
+    return round((4 + moments) * sum(p.numel() for p in base.parameters() if p.requires_grad))
+
+
+def _build_meta_base(recipe: Recipe) -> tuple[PreTrainedModel, int]:
+    """Return the model of a run on the meta device, with its adapters, and its parameters without them."""
+    model = build_meta_model(load_config(recipe.model.path, recipe.model.revision))
+    num_parameters = sum(p.numel() for p in model.parameters())
+    if recipe.train.lora is None:
+        return model, num_parameters
+    adapted = add_adapter(model, recipe.train.lora, seed=recipe.train.seed)
+    return adapted.get_base_model(), num_parameters  # type: ignore[return-value]
 
 
 def decide_checkpointing(

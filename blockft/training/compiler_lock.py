@@ -11,6 +11,7 @@ import fcntl
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,15 +28,21 @@ REPORT_AFTER_S = 3
 UNDECIDED_S = 600
 """Age at which a lock that no process here has open is abandoned, on a file system that grants no leases."""
 
-_create_lock = FileBaton.try_acquire
+_create_lock, _remove_lock = FileBaton.try_acquire, FileBaton.release
+
+_timers: dict[str, threading.Timer] = {}
+"""For each lock that this process holds, the timer of the message that it compiles."""
 
 
 def watch_compiler_locks() -> None:
     """Make torch remove abandoned locks of its compiler in this process, and report the others.
 
+    A compilation that takes longer than `REPORT_AFTER_S` is reported as well.
+
     Calls can be repeated.
     """
     FileBaton.try_acquire = _acquire  # type: ignore[method-assign]
+    FileBaton.release = _release  # type: ignore[method-assign]
 
 
 def _acquire(self: FileBaton) -> bool:
@@ -54,7 +61,17 @@ def _acquire(self: FileBaton) -> bool:
                 f"starting, delete {path}"
             )
         time.sleep(self.wait_seconds)
+    message = f"compiling {path.parent.name}, which takes about a minute the first time"
+    timer = _timers[self.lock_file_path] = threading.Timer(REPORT_AFTER_S, notify, [message])
+    timer.daemon = True
+    timer.start()
     return True
+
+
+def _release(self: FileBaton) -> None:
+    if timer := _timers.pop(self.lock_file_path, None):
+        timer.cancel()
+    _remove_lock(self)
 
 
 def _remove_abandoned(path: Path) -> bool:

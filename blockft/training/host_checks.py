@@ -53,6 +53,7 @@ def build_host_checks(
         checks.append(Check(name=name, run=check, needs=[REACHABLE]))
 
     checks = [Check(name=REACHABLE, run=ask, seconds=PROBE_S + 5)]
+    add("different hosts", partial(_check_different, answers))
     add("versions on all hosts", partial(_compare_versions, answers))
     if data_dir is not None:
         add("data on all hosts", partial(_compare, answers, "data", f"the prepared data {data_dir}"))
@@ -110,6 +111,18 @@ def ask_hosts(hosts: Hosts, request: ProbeRequest) -> Answers:
             f"and the Python {python} with blockft" + (f"; its message: {reason}" if reason else "")
         )
     return {host: answers[host] for host in hosts.slots}
+
+
+def _check_different(answers: Answers) -> str:
+    names: dict[str, str] = {}
+    for host, answer in answers.items():
+        first = names.setdefault(answer["identity"], host)
+        if first != host and answer["identity"]:
+            raise UserError(
+                f"{first} and {host} are the same host: give it one line in the hostfile, with the number of "
+                "all its processes as slots"
+            )
+    return f"{format_count(len(answers), 'line')} of the hostfile, as many hosts"
 
 
 def _compare_versions(answers: Answers) -> str:

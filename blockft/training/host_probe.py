@@ -60,6 +60,7 @@ def probe(request: ProbeRequest, index: int) -> dict[str, Any]:
     found: dict[str, Any] = {"index": index, "facts": list_package_facts(), "clock_s": time.time()}
     found["data"] = _digest_file(Path(request.data_dir) / "manifest.json") if request.data_dir else None
     found["model"] = _digest_model(Path(request.model)) if request.model else None
+    found["identity"] = _identify_host()
     found["variables"] = {
         name: os.environ[name] for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if name in os.environ
     }
@@ -69,6 +70,15 @@ def probe(request: ProbeRequest, index: int) -> dict[str, Any]:
     if request.output_dir is not None:
         found["shared"] = _see_files(Path(request.output_dir), request, index)
     return found
+
+
+def _identify_host() -> str:
+    """Return a text that only processes of the same host, or of the same container, share; "" if unknown."""
+    try:
+        spaces = [os.readlink(f"/proc/self/ns/{name}") for name in ("net", "pid")]
+        return " ".join([Path("/proc/sys/kernel/random/boot_id").read_text().strip(), *spaces])
+    except OSError:
+        return ""
 
 
 def _listen(request: ProbeRequest) -> tuple[str, str]:

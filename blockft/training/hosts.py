@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blockft.errors import UserError
-from blockft.inputs import read_text, shorten
+from blockft.inputs import find_home, read_text, shorten
 from blockft.training.library_internals import launcher_pattern
 from blockft.training.rank_watch import RankPlace
 
@@ -235,7 +235,8 @@ def read_environment_files() -> dict[str, str]:
         UserError: a line is not NAME=VALUE; DeepSpeed fails on any other line, also comments.
     """
     variables = {}
-    for path in (Path.home() / ENVIRONMENT, Path(ENVIRONMENT)):
+    home = find_home()
+    for path in ([home / ENVIRONMENT] if home else []) + [Path(ENVIRONMENT)]:
         lines = read_text(path, "the file").splitlines() if path.is_file() else []
         for number, line in enumerate(lines, start=1):
             if not re.match(r"[A-Za-z_]\w*=", line):

@@ -2,9 +2,11 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -15,17 +17,15 @@ import torch.distributed as dist
 from packaging.requirements import Requirement
 
 from blockft.errors import UserError
-from blockft.inputs import existing_parent
+from blockft.inputs import existing_parent, find_home
+from blockft.printable import print_text
 from blockft.training.distributed import use_cpu
 from blockft.training.library_internals import SHARED_MEMORY
 from blockft.training.preflight import MAX_CLOCK_SKEW_S, Check
 from blockft.units import format_bytes, format_count
 
-MIN_OUTPUT_BYTES = 10 * 2**30
-"""Free bytes that a folder of outputs should have: a checkpoint of a model with 1B parameters needs them."""
-
-MIN_CACHE_BYTES = 2**30
-"""Free bytes that a folder of caches should have."""
+MIN_FREE_BYTES = 2**30
+"""Free bytes that a folder of outputs or caches should have."""
 
 MIN_SHARED_BYTES = 2**29
 """Size that shared memory should have; containers have 64 MB unless they are told otherwise."""
@@ -39,13 +39,12 @@ COMPILE_S = 100
 
 def build_machine_checks(output_dirs: list[Path]) -> list[Check]:
     """Return the checks of this machine; `output_dirs` are the folders that commands will write."""
-    home = Path.home()
-    hub = Path(os.environ.get("HF_HOME", home / ".cache" / "huggingface"))
-    extensions = Path(os.environ.get("TORCH_EXTENSIONS_DIR", home / ".cache" / "torch_extensions"))
-    triton = Path(os.environ.get("TRITON_CACHE_DIR", home / ".triton"))
-    inductor = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir()))
-    caches = {"HF_HOME": hub, "TORCH_EXTENSIONS_DIR": extensions, "TRITON_CACHE_DIR": triton}
-    caches["TORCHINDUCTOR_CACHE_DIR"] = inductor
+    caches = {
+        "HF_HOME": "~/.cache/huggingface",
+        "TORCH_EXTENSIONS_DIR": "~/.cache/torch_extensions",
+        "TRITON_CACHE_DIR": "~/.triton",
+        "TORCHINDUCTOR_CACHE_DIR": tempfile.gettempdir(),
+    }
     return [
         Check(name="packages", run=check_packages),
         Check(name="GPUs", run=_check_gpus, seconds=30),
@@ -54,12 +53,12 @@ def build_machine_checks(output_dirs: list[Path]) -> list[Check]:
         Check(name="compiler", run=check_compiler),
         Check(name="DeepSpeed operator", run=_check_operator, needs=["compiler"], seconds=COMPILE_S + 5),
         *(
-            Check(name=f"folder {path}", run=partial(check_folder, path, MIN_OUTPUT_BYTES))
+            Check(name=f"folder {path}", run=partial(check_folder, path, MIN_FREE_BYTES))
             for path in output_dirs
         ),
         *(
-            Check(name=f"cache {name}", run=partial(check_folder, path, MIN_CACHE_BYTES))
-            for name, path in caches.items()
+            Check(name=f"cache {name}", run=partial(_check_cache, name, default))
+            for name, default in caches.items()
         ),
         Check(name="shared memory", run=partial(check_shared_memory, SHARED_MEMORY)),
         Check(name="clock", run=partial(_check_clock, output_dirs[0] if output_dirs else Path())),
@@ -159,17 +158,43 @@ def _check_operator() -> str:
         "from blockft.training.library_internals import compile_cpu_operator; compile_cpu_operator()"
     )
     # another process, because it can be ended when it waits for a compiler's lock
-    command = [sys.executable, "-c", code]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_S, errors="replace")
-    except subprocess.TimeoutExpired as error:
-        lines = (error.stderr or b"").decode("utf-8", "replace").splitlines()
+    return run_compiler([sys.executable, "-c", code])
+
+
+def run_compiler(command: list[str]) -> str:
+    """Run a command that compiles DeepSpeed's operator, and print its remarks as soon as they come.
+
+    Raises:
+        UserError: it fails or takes too long.
+    """
+    lines: list[str] = []
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+    ) as process:
+        timer = threading.Timer(COMPILE_S, process.kill)
+        timer.start()
+        assert process.stderr is not None
+        for line in process.stderr:
+            lines.append(line.strip())
+            if line.startswith("blockft: "):
+                print_text(line.rstrip(), file=sys.stderr, flush=True)
+        process.wait()
+        timer.cancel()
+    if process.returncode == -signal.SIGKILL:
         remark = next((line.removeprefix("blockft: ") for line in lines if "waiting for" in line), "")
-        raise UserError(f"DeepSpeed's operator was not compiled within {COMPILE_S} s; {remark}") from error
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"DeepSpeed's operator was not compiled within {COMPILE_S} s; {remark}")
+    if process.returncode:
+        last = next((line for line in reversed(lines) if line), "no message")
         raise UserError(f"DeepSpeed's operator cannot be compiled ({last}): check g++ and the torch headers")
     return "compiled"
+
+
+def _check_cache(variable: str, default: str) -> str:
+    """Check a folder of caches, which an environment variable names."""
+    path = os.environ.get(variable, default)
+    if path.startswith("~/") and find_home() is None:
+        raise UserError(f"this user has no home folder: set HOME, or {variable} to a folder")
+    return check_folder(Path(path).expanduser(), MIN_FREE_BYTES)
 
 
 def check_folder(folder: Path, min_bytes: int) -> str:

@@ -14,6 +14,7 @@ and tells the ranks through the store. `rank_relay` is the side of rank 0.
 """
 
 import atexit
+import codecs
 import json
 import os
 import socket
@@ -135,6 +136,9 @@ class RankWatch:
         self._store: Any = None
         if self._uses_store:  # in a thread, the import could meet one of the main thread
             import torch.distributed  # noqa: F401
+        # for the same reason: a thread that imports waits for the import that the main thread is in
+        codecs.lookup("idna")  # of names of hosts
+        self._facts = list_package_facts()
         self._relay = self._start_relay(timeout_s) if place.rank == 0 else None
         threading.Thread(target=self._listen, daemon=True, name="rank watch").start()
 
@@ -291,11 +295,9 @@ class RankWatch:
     def _listen(self) -> None:
         """Connect to rank 0 and act on its messages; runs in a thread until the process ends."""
         try:
-            facts = list_package_facts()
             self._connection = self._connect()
-        except (UserError, OSError) as error:
-            text = str(error) if isinstance(error, UserError) else f"blockft cannot be read: {error}"
-            self._connect_error = UserError(text)
+        except UserError as error:
+            self._connect_error = error
             self._is_connected.set()
             return
         self._send(
@@ -304,7 +306,7 @@ class RankWatch:
                 "num_ranks": self._place.num_ranks,
                 "host": socket.gethostname(),
                 "node": self._place.node,
-                "facts": facts,
+                "facts": self._facts,
             }
         )
         self._is_connected.set()

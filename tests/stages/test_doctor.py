@@ -2,12 +2,17 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from transformers.models.llama import LlamaForCausalLM
 
 from blockft.errors import UserError
 from blockft.stages import doctor as stage
+from blockft.stages.memory_plan import checkpoint_bytes
+from blockft.stages.prepare import prepare
 from blockft.training.preflight import Check
+from blockft.units import format_bytes
 from tests.commands import blockft, fork_ranks
 from tests.run import toy_recipe
 
@@ -69,3 +74,37 @@ def test_ranks_check_that_they_form_a_group() -> None:
     assert stage.describe_group_check(0, [alone]) == "1 rank (gloo), no other rank to exchange with"
     with pytest.raises(UserError, match="^rank 1 on b was killed$"):
         stage.describe_group_check(2, ["noise", "node0: blockft: rank 1 on b was killed"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kept"),
+    [
+        (["train.save_steps=1", "train.num_eval_examples=4"], "4 checkpoints"),
+        (["train.save_steps=1", "train.num_eval_examples=4", "train.keep_best=false"], "3 checkpoints"),
+        (["train.save_steps=100"], "1 checkpoint"),
+        (["train.optimizer=adamw_8bit", "train.save_steps=100"], "1 checkpoint"),
+    ],
+)
+def test_the_disk_is_compared_with_the_checkpoints_of_the_run(
+    overrides: list[str], kept: str, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = toy_recipe(toy, *overrides)
+    config = LlamaForCausalLM.from_pretrained(toy / "model")
+    bytes_per_weight = 6.03125 if "8bit" in overrides[0] else 12
+    size = round(bytes_per_weight * sum(p.numel() for p in config.parameters()))
+    assert checkpoint_bytes(recipe) == size
+    text = f"the run writes {kept} of {format_bytes(size)}"
+    assert stage._check_space(recipe, 1).startswith(f"{text}, and ")
+    needed = int(kept.split()[0]) * size
+    monkeypatch.setattr(stage.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    with pytest.raises(UserError, match=f"of free space, but {text}: free some space, lower train.save_tot"):
+        stage._check_space(recipe, 1)
+    monkeypatch.setattr(stage.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
+    stage._check_space(recipe, 1)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("toy")
+    prepare(toy_recipe(folder))
+    return folder

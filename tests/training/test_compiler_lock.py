@@ -26,7 +26,8 @@ time.sleep(60)
 
 @pytest.fixture
 def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(FileBaton, "try_acquire", FileBaton.try_acquire)  # restored afterwards
+    for name in ("try_acquire", "release"):  # restored afterwards
+        monkeypatch.setattr(FileBaton, name, getattr(FileBaton, name))
     watch_compiler_locks()
     folder = tmp_path / "cpu_adam"
     folder.mkdir()
@@ -115,3 +116,20 @@ def test_ranks_that_find_an_abandoned_lock_compile_one_after_the_other(lock: Pat
             rank.join()
             assert rank.exitcode == 0
     assert log.read_text() == "start\nend\n" * 20 and not lock.exists()
+
+
+@pytest.mark.parametrize(("seconds", "is_reported"), [(0.0, False), (1.0, True)])
+def test_a_slow_compilation_of_this_process_is_reported(
+    seconds: float,
+    is_reported: bool,
+    lock: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compiler_lock, "REPORT_AFTER_S", 0.3)
+    baton = FileBaton(str(lock))
+    assert baton.try_acquire()
+    time.sleep(seconds)
+    baton.release()
+    time.sleep(0.5)
+    assert ("blockft: compiling cpu_adam, which takes" in capsys.readouterr().err) is is_reported

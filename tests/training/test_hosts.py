@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from blockft.config.recipe import RECIPES_FOLDER
 from blockft.errors import UserError
-from blockft.training.hosts import read_hostfile
+from blockft.training.hosts import read_environment_files, read_hostfile
 from blockft.training.library_internals import quote_for_remote_shell
 from tests.commands import blockft
 from tests.training.hosts import node_options
@@ -95,3 +95,17 @@ def test_arguments_reach_other_hosts_unchanged(arguments: list[str]) -> None:
     line = " ".join(PDSHRunner.parse_user_args(runner)).replace("%%", "%")
     done = subprocess.run(["sh", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == arguments
+
+
+def no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_a_user_without_a_home_folder_has_the_environment_file_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.chdir(tmp_path)
+    assert read_environment_files() == {}
+    (tmp_path / ".deepspeed_env").write_text("A=1\n")
+    assert read_environment_files() == {"A": "1"}

@@ -1,5 +1,6 @@
 """What is wrong with this machine is said with the remedy."""
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,3 +66,34 @@ def test_a_gpu_that_torch_does_not_see_is_an_error(monkeypatch: pytest.MonkeyPat
         gpus = next(check for check in build_machine_checks([]) if check.name == "GPUs")
         with pytest.raises(UserError, match=message):
             gpus.run()
+
+
+def no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_a_user_without_a_home_folder_is_told_which_variable_to_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    checks = [check for check in build_machine_checks([]) if check.name.startswith("cache ")]
+    results = {result.name: result for result in run_checks(checks)}
+    assert results["cache TRITON_CACHE_DIR"].message == (
+        "this user has no home folder: set HOME, or TRITON_CACHE_DIR to a folder"
+    )
+    assert "no home" not in results["cache HF_HOME"].message
+
+
+def test_remarks_of_a_compilation_are_printed_before_it_ends(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import sys, time; print('noise\\nblockft: waiting for it', file=sys.stderr, flush=True); "
+    assert machine_checks.run_compiler([sys.executable, "-c", code]) == "compiled"
+    assert capsys.readouterr().err == "blockft: waiting for it\n"
+    with pytest.raises(UserError, match="cannot be compiled \\(SystemExit: no g|cannot be compiled \\(no g"):
+        machine_checks.run_compiler([sys.executable, "-c", code + "sys.exit('no g++')"])
+    monkeypatch.setattr(machine_checks, "COMPILE_S", 1)
+    with pytest.raises(UserError, match="was not compiled within 1 s; waiting for it"):
+        machine_checks.run_compiler([sys.executable, "-c", code + "time.sleep(60)"])

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +19,7 @@ from blockft.cli import commands as cli_commands
 from blockft.errors import UserError
 from blockft.stages.prepare import prepare
 from blockft.training import distributed, rank_relay, rank_watch
-from tests.commands import Ranks, fork_ranks, logged, start_ranks
+from tests.commands import ROOT, Ranks, fork_ranks, free_port, logged, start, start_ranks
 from tests.run import toy_recipe
 
 LONELY = {
@@ -298,3 +299,107 @@ def fail_in_training(place: str) -> None:
         return original(*arguments, **options)
 
     setattr(DeepSpeedEngine, name, fail_later)
+
+
+BREAK_IMPORT = """
+import os, sys, time
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer" and os.environ["RANK"] == "{rank}":
+            time.sleep(1)  # the ranks connect
+            {action}
+        if name == "typer":
+            time.sleep(600)
+if "RANK" in os.environ:
+    sys.meta_path.insert(0, Finder())
+"""
+"""Python runs it as sitecustomize at the start of every rank: one fails, the other one imports for long."""
+
+MISTAKE = "from blockft.errors import UserError; raise UserError('no key: get one')"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("action", "code", "message"),
+    [
+        (MISTAKE, 2, "blockft: no key: get one"),
+        ("raise ImportError('no libtoy')", 1, "ImportError: no libtoy"),
+        ("os.kill(os.getpid(), 9)", 2, "blockft: rank {rank} on "),
+    ],
+)
+def test_a_rank_that_fails_while_it_imports_ends_the_others(
+    rank: int, action: str, code: int, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(BREAK_IMPORT.format(action=action, rank=rank))
+    port = str(free_port())
+    start_time, processes = time.monotonic(), []
+    for i in range(2):
+        variables = {"RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": "2", "MASTER_PORT": port}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+        processes.append(start("blockft", "train", "demo", **variables))
+    output = "".join(process.communicate()[0] for process in processes)
+    codes = [process.returncode for process in processes]
+    expected = [code, code]
+    if "kill" in action:
+        expected[rank] = -signal.SIGKILL
+    assert codes == expected, output
+    assert output.count(message.format(rank=rank)) == 1, output
+    assert time.monotonic() - start_time < 60
+
+
+def test_an_unknown_command_or_a_plan_of_a_rank_starts_no_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in LONELY.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(rank_watch, "watching_ranks", raise_internal_error)
+    for arguments in (["recipes"], ["train", "demo", "--dry-run"], ["train", "--help"], []):
+        with cli._watching_ranks(arguments):
+            pass
+    with pytest.raises(ValueError, match="too few"):
+        cli._watching_ranks(["train", "demo"])
+
+
+def test_a_rank_that_is_started_twice_or_of_another_run_is_named() -> None:
+    ranks = run_ranks(connect_only, before=become_twin, num_ranks=3)
+    assert exit_codes(ranks) == [2, 2, 2]
+    assert "rank 1 on " in ranks.output("stderr") and "was started a second time" in ranks.output("stderr")
+    ranks = run_ranks(connect_only, before=grow, num_ranks=2)
+    assert exit_codes(ranks) == [2, 2]
+    assert "rank 1 on " in ranks.output("stderr")
+    assert "belongs to a run of 5 ranks, but rank 0 to one of 2" in ranks.output("stderr")
+
+
+def become_twin() -> None:
+    if is_rank(2):
+        os.environ |= {"RANK": "1", "LOCAL_RANK": "1"}
+
+
+def grow() -> None:
+    if is_rank(1):
+        os.environ["WORLD_SIZE"] = "5"
+
+
+def test_another_program_at_the_port_is_named() -> None:
+    with socket.create_server(("", 0)) as server:
+        threading.Thread(target=answer_like_a_web_server, args=(server,), daemon=True).start()
+        variables = LONELY | {"RANK": "2", "MASTER_PORT": str(server.getsockname()[1])}
+        ranks = run_ranks(connect_only, before=shorten_patience, num_ranks=1, **variables)
+    assert exit_codes(ranks) == [2]
+    line = ranks.output("stderr").splitlines()[-1]
+    assert line.startswith(
+        "blockft: rank 2 cannot reach rank 0, because another program answers at 127.0.0.1:"
+    )
+
+
+def answer_like_a_web_server(server: socket.socket) -> None:
+    while True:
+        try:
+            connection, _ = server.accept()
+        except OSError:
+            return
+        with connection:
+            connection.recv(100)
+            connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+
+def shorten_patience() -> None:
+    rank_watch.OTHER_PROGRAM_S = 1
