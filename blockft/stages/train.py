@@ -5,7 +5,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -250,7 +250,7 @@ def _run_steps(
                 convert_to_universal(checkpoint)
     if checkpoint and plan.zero_stage > 0:
         expect_no_weights(trainer.model)
-    with only_weights_loaded(), mapped_files():
+    with only_weights_loaded(), mapped_files(), closing(trainer.train_dataset):
         trainer.train(resume_from_checkpoint=str(source) if source else None)
     if is_first:
         remove_universal(run)

@@ -9,6 +9,8 @@ from torch.utils.data import Dataset, Subset
 class PrefetchedRows(Dataset[dict[str, torch.Tensor]]):
     """The same rows in the same order. `prefetch` lets a thread collate those that are read next.
 
+    `close` ends the thread.
+
     rows       the rows of all ranks
     stride     the distance between two rows of a rank, which is the number of ranks
     num_ahead  how many rows are collated ahead
@@ -50,6 +52,11 @@ class PrefetchedRows(Dataset[dict[str, torch.Tensor]]):
         for i in wanted:
             if i not in self._pending:
                 self._pending[i] = self._pool.submit(self._collate, i)
+
+    def close(self) -> None:
+        """End the thread after the row that it collates. An error does not wait for a slow disk."""
+        self._pending.clear()
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _collate(self, index: int) -> dict[str, torch.Tensor]:
         row = self._rows[index]

@@ -5,6 +5,7 @@ import json
 import re
 import resource
 import shutil
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -371,6 +372,10 @@ def train_with_the_api(recipe: Path, run: Path) -> None:
     assert (
         blockft_api.train(load_recipe(str(recipe), [f"train.output_dir={run}", "train.max_steps=2"])) == run
     )
+    for thread in threading.enumerate():
+        if thread.name.startswith("prefetch"):
+            thread.join(60)
+            assert not thread.is_alive()
 
 
 def test_a_process_can_train_twice(toy: Path) -> None:
