@@ -77,6 +77,9 @@ class ModelMemory:
     largest_weight      elements of the largest weight matrix
     temporary_bytes     what products with quantised weights allocate
     teacher_bytes       weights of another model that teaches
+    first_reached       index of the first layer with a backward pass, if none is checkpointed: the first one
+                        with a trained weight, or 0 if the input embeddings are trained. The layers below it
+                        keep no activations.
     """
 
     num_trained: int
@@ -90,6 +93,7 @@ class ModelMemory:
     largest_weight: int
     temporary_bytes: float = 0.0
     teacher_bytes: float = 0.0
+    first_reached: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +163,19 @@ def measure_model(
         # one matrix at a time is computed from its codes, through float32
         temporary_bytes=max((p.nbytes + 4.0 * p.numel() for p in in_4_bits), default=0.0),
         teacher_bytes=teacher_bytes,
+        first_reached=_first_reached(model),
     )
+
+
+def _first_reached(model: PreTrainedModel) -> int:
+    """Return the index of the first layer with a backward pass; the number of layers if there is none."""
+    if any(p.requires_grad for p in model.get_input_embeddings().parameters()):
+        return 0
+    layers = list(model.base_model.get_submodule("layers").children())
+    trained = (
+        index for index, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters())
+    )
+    return next(trained, len(layers))
 
 
 def _frozen_matrices(model: PreTrainedModel) -> list[torch.Tensor]:
@@ -224,19 +240,25 @@ def longest_row(model: ModelMemory, run: RunMemory, kind: str, gpu_bytes: float)
 def _activations(model: ModelMemory, run: RunMemory, kind: str) -> tuple[float, float, float]:
     """Return what all layers keep; what the first layer of the backward pass needs beyond that; and what the
     last one needs, with what it keeps."""
-    checkpointed = list_checkpointed(kind, len(model.layers))
+    # with checkpointing, transformers and peft let the embeddings require gradients: all layers are reached
+    first = model.first_reached if kind == KINDS[0] else 0
+    norm = model.final_norm.of_row(run.row_len)
+    if first == len(model.layers):
+        return norm, 0.0, norm
+    layers = model.layers[first:]
+    checkpointed = list_checkpointed(kind, len(model.layers))[first:]
     dense = _dense_bias_bytes(model, run)
-    whole = [layer.kept.of_row(run.row_len) + dense for layer in model.layers]
+    whole = [layer.kept.of_row(run.row_len) + dense for layer in layers]
     kept = sum(
         layer.input.of_row(run.row_len) if is_checkpointed else size
-        for layer, size, is_checkpointed in zip(model.layers, whole, checkpointed, strict=True)
+        for layer, size, is_checkpointed in zip(layers, whole, checkpointed, strict=True)
     )
-    backward = [layer.backward.of_row(run.row_len) for layer in model.layers]
+    backward = [layer.backward.of_row(run.row_len) for layer in layers]
     recomputed = whole[-1] if checkpointed[-1] else 0.0
     return (
-        kept + model.final_norm.of_row(run.row_len),
+        kept + norm,
         recomputed + backward[-1],
-        model.layers[0].input.of_row(run.row_len) + whole[0] + backward[0],
+        layers[0].input.of_row(run.row_len) + whole[0] + backward[0],
     )
 
 

@@ -50,6 +50,10 @@ FAMILIES = {
 }
 ROW_LEN = 1024
 LORA_WITH_DROPOUT = {"r": 4, "lora_dropout": 0.1}
+LORA_OF_SOME_LAYERS = [
+    {"r": 4, "layers_to_transform": [4, 5], "target_modules": ["k_proj", "v_proj", "down_proj"]},
+    {"r": 4, "layers_to_transform": [3], "target_modules": ["q_proj", "up_proj"]},
+]
 
 
 def meta_model(family: str, lora: dict[str, Any] | None = None, **size: int) -> PreTrainedModel:
@@ -114,6 +118,12 @@ def test_the_estimate_agrees_with_a_step_of_every_family(
     names = ("gradients", "activations", "logits, or the first layer's backward pass")
     expected = sum(parts.get(name, 0) for name in names)
     assert expected == pytest.approx(measure_backward_peak(family, lora, kind), rel=0.1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lora", LORA_OF_SOME_LAYERS, ids=str)
+def test_layers_below_the_first_adapter_keep_nothing(lora: dict[str, Any], kind: str) -> None:
+    test_the_estimate_agrees_with_a_step_of_every_family("llama", lora, kind)
 
 
 def test_a_layer_keeps_what_can_be_counted_by_hand() -> None:
