@@ -28,6 +28,9 @@ NO_WORDING = (
     "is a list of blocks"
 )
 
+MAX_NUMBER = 1 << 63
+"""The first number that does not fit into 64 bits with a sign."""
+
 CHAT_FIELDS = ("max_completion_tokens", "top_logprobs")
 """Further fields of chat requests."""
 
@@ -134,10 +137,32 @@ def _sampling(body: dict[str, Any], *, is_chat: bool) -> dict[str, Any]:
         check_field(type(num_top) is int and num_top >= 0, "field 'top_logprobs'", num_top, "be a number")
         if has_logprobs:
             body["logprobs"] = num_top
+    for name, value in body.items():
+        _check_sendable(name, value)
     num_tokens = body.get("max_tokens")
     is_count = num_tokens is None or (type(num_tokens) is int and num_tokens > 0)
     check_field(is_count, "field 'max_tokens'", num_tokens, "be a whole number of at least 1")
     return body
+
+
+def _check_sendable(name: str, value: Any) -> None:
+    """Check that vLLM can send a value to its engine. It would answer with an error of the server.
+
+    Raises:
+        RecordError: a text is no Unicode, or a number is too large.
+    """
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, Mapping):
+            waiting += [*part.keys(), *part.values()]
+        elif is_list(part):
+            waiting += part
+        elif isinstance(part, str):
+            is_text = not any("\ud800" <= char <= "\udfff" for char in part)
+            check_field(is_text, f"field {name!r}", part, "be Unicode without lone surrogates")
+        elif isinstance(part, int):
+            check_field(abs(part) < MAX_NUMBER, f"field {name!r}", part, "be a number of at most 64 bits")
 
 
 def _are_ids(value: Any) -> bool:

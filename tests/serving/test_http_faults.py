@@ -264,4 +264,5 @@ def test_a_server_that_is_ended_answers_right_or_fails_and_leaves_no_process(
         thread.join(60)
     assert not any(thread.is_alive() for thread in threads)
     assert not wrong and len(ended) == 8 and code == 130
-    assert not [process for process in processes if process.is_running()]
+    _, alive = psutil.wait_procs(processes, 10)
+    assert all(process.status() == psutil.STATUS_ZOMBIE for process in alive), alive
