@@ -7,6 +7,7 @@ import typer
 
 from blockft.cli.next_command import print_next
 from blockft.cli.options import (
+    HostBytes,
     MaxNewTokens,
     ModelName,
     ModelOrShape,
@@ -312,6 +313,10 @@ def bench_serve(
     dtype: Annotated[
         DType, typer.Option(help="Type of weights and blocks; auto: bfloat16 on a GPU, float32 on a CPU.")
     ] = DType.auto,
+    host_bytes: HostBytes = None,
+    device_bytes: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="GPU memory for blocks. Default: none.")
+    ] = None,
     folder: Annotated[
         Path | None, path_option(metavar="FOLDER", help="Folder for the cache and for random weights.")
     ] = None,
@@ -363,6 +368,8 @@ def bench_serve(
             folder=folder,
             dtype=dtype.value,
             start_timeout_s=start_timeout,
+            host_bytes=host_bytes,
+            device_bytes=device_bytes,
             options=context.args,
         ),
         out=out,

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from blockft.model.load import load_config, load_tokenizer
 from blockft.model.random_model import load_shape_config
 from blockft.outputs import check_writable
 from blockft.serving.launch import SERVER, check_options
+from blockft.units import parse_bytes
 
 HOST = "127.0.0.1"
 
@@ -49,6 +51,7 @@ class ServerArguments:
     python       the Python of an environment with vLLM and blockft; None is this one
     folder       where the temporary folder for the cache and a random model is created
     dtype        type of the weights and of the blocks
+    host_bytes   memory for blocks, and GPU memory for blocks (`device_bytes`), as sizes; None is the default
     options      of vLLM's server
     """
 
@@ -59,7 +62,15 @@ class ServerArguments:
     folder: Path | None
     dtype: str
     start_timeout_s: float
+    host_bytes: str | None
+    device_bytes: str | None
     options: Sequence[str]
+
+    @property
+    def sizes(self) -> dict[str, str]:
+        """The options of `blockft serve` that set the memory for blocks."""
+        sizes = {"--host-bytes": self.host_bytes, "--device-bytes": self.device_bytes}
+        return {name: size for name, size in sizes.items() if size is not None}
 
     @property
     def urls(self) -> dict[ServerKind, str]:
@@ -109,7 +120,9 @@ def bench_serve(
             drawn,
             plan,
             listed,
-            record={"dtype": dtype, "vllm_options": [*servers.options]} if not servers.urls else {},
+            record={"dtype": dtype, "sizes": servers.sizes, "vllm_options": [*servers.options]}
+            if not servers.urls
+            else {},
             out=out,
             png=png,
         )
@@ -164,9 +177,11 @@ def _check(workload: WorkloadOptions, plan: ServePlan, servers: ServerArguments)
             f"{slowest:g} requests a second give no request in {plan.seconds:g} s: set larger rates or "
             "--seconds"
         )
-    if servers.urls and servers.options:
+    for size in servers.sizes.values():
+        parse_bytes(size)
+    if servers.urls and (options := [*servers.sizes, *servers.options]):
         raise UserError(
-            f"the option {servers.options[0]} is for servers that the benchmark starts, but there are URLs: "
+            f"the option {options[0]} is for servers that the benchmark starts, but there are URLs: "
             "leave it out, or start the servers with it"
         )
     check_options(servers.options)
@@ -217,7 +232,7 @@ def _command(
     port = _free_port()
     own = {
         "plain": [SERVER, "--model", path, "--enable-prompt-tokens-details"],
-        "blocks": ["blockft", "serve", path, "--cache", str(cache)],
+        "blocks": ["blockft", "serve", path, "--cache", str(cache), *chain(*servers.sizes.items())],
     }
     words = [
         str(servers.python or sys.executable),

@@ -373,7 +373,8 @@ REFUSED = [
     (("--seconds", "nan"), "--seconds"),
     (("--plain-url", "localhost:8000"), "http://"),
     (("--plain-url", "http://localhost:1/v1", "--max-num-seqs", "3"), "there are URLs"),
-    (("--tensor-parallel-size", "2"), "not allowed"),
+    (("--pipeline-parallel-size", "2"), "not allowed"),
+    (("--host-bytes", "much"), "not a size"),
     (("--api-key-env", "NO_SUCH_VARIABLE"), "not set"),
     (("--python", "/dev/null"), "no program"),
     (("--folder", "/dev/null"), "not a folder"),
@@ -448,11 +449,13 @@ def test_both_servers_are_started_one_after_the_other_and_ended(
     done = blockft(
         *("bench", "serve", model, *SIZES, "--python", fake_python, "--rates", "5", "--seconds", "1"),
         *("--runs", "2", "--warmups", "2", "--max-num-seqs", "7", "--out", tmp_path / "serve.json"),
+        *("--host-bytes", "1GB"),
     )
     assert done.returncode == 0, done.stderr
     plain, blocks = map(json.loads, Path(f"{fake_python}.log").read_text().splitlines())
     assert "vllm.entrypoints.openai.api_server" in plain and "--enable-prompt-tokens-details" in plain
     assert blocks[1:5] == ["-m", "blockft", "serve", str(model)]
+    assert blocks[blocks.index("--host-bytes") + 1] == "1GB" and "--host-bytes" not in plain
     for words in (plain, blocks):
         assert words[words.index("--max-model-len") + 1] == str(3 * 12 + 6 + 3 + 16)
         assert words[-2:] == ["--max-num-seqs", "7"] and words[words.index("--dtype") + 1] == "float32"
