@@ -15,7 +15,8 @@ import typer
 import yaml
 
 from blockft.cli.commands import app
-from blockft.serving.launch import check_options
+from blockft.serving.launch import STOP_TIMEOUT_S, check_options
+from blockft.serving.supported_engine import TESTED_VERSIONS
 from tests.commands import ROOT
 from tests.serving.http_server import http_server
 from tests.serving.stubs import make_served
@@ -72,9 +73,11 @@ def test_the_commands_of_the_services_parse(name: str, words: list[str]) -> None
     }
 
 
-def test_the_services_wait_longer_for_the_end_than_blockft_does() -> None:
-    from blockft.serving.launch import STOP_TIMEOUT_S
+def test_the_container_has_the_tested_version_of_vllm() -> None:
+    assert f"vllm/vllm-openai:v{TESTED_VERSIONS['vllm']}\n" in COMPOSE.read_text()
 
+
+def test_the_services_wait_longer_for_the_end_than_blockft_does() -> None:
     (unit_s,) = re.findall(r"^TimeoutStopSec=(\d+)$", UNIT.read_text(), re.MULTILINE)
     service = yaml.safe_load(COMPOSE.read_text())["services"]["serve"]
     for seconds in (unit_s, service["stop_grace_period"].removesuffix("s")):
