@@ -38,13 +38,34 @@ def check_num_gpus(num_gpus: int) -> None:
     """Check that this machine has `num_gpus` GPUs, or none, in which case processes run on the CPU.
 
     Raises:
-        UserError: the machine has GPUs, but fewer than `num_gpus`.
+        UserError: the machine has GPUs, but fewer than `num_gpus`, or CUDA_VISIBLE_DEVICES does not name them
+            by their numbers.
     """
+    _visible_gpus()
     if not use_cpu() and num_gpus > (num_found := torch.cuda.device_count()):
         raise UserError(
             f"--num-gpus is {num_gpus}, but this process sees {format_count(num_found, 'GPU')}: ask for "
             f"{num_found} or fewer (see CUDA_VISIBLE_DEVICES), or name more machines with --hostfile"
         )
+
+
+def _visible_gpus() -> list[str]:
+    """Return the numbers of the GPUs that CUDA_VISIBLE_DEVICES names; none if it names none.
+
+    DeepSpeed's launcher ignores the variable beside its own option for a number of GPUs.
+
+    Raises:
+        UserError: a GPU is named in another way than by its number.
+    """
+    names = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    if use_cpu() or not names:
+        return []
+    if other := [name for name in names if not name.isdecimal()]:
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES names a GPU as {other[0]!r}: name GPUs by their numbers with --num-gpus "
+            "(nvidia-smi -L lists both), or start the processes with torchrun"
+        )
+    return names
 
 
 def count_gpus() -> int:
@@ -165,6 +186,8 @@ def run_briefly(
 def _prepare_launch(arguments: Sequence[str], hosts: Hosts | None) -> tuple[Sequence[str], dict[str, str]]:
     """Return arguments and environment of DeepSpeed's launcher."""
     environment = dict(os.environ)
+    if hosts is None and _visible_gpus():
+        del environment["CUDA_VISIBLE_DEVICES"]  # the command line names the GPUs
     if hosts is not None and hosts.node_rank is None:
         environment = pdsh_environment(hosts)
         arguments = [quote_for_remote_shell(argument) for argument in arguments]
@@ -189,7 +212,10 @@ def _report_kill(exit_code: int) -> None:
 def _launcher_command(num_gpus: int, hosts: Hosts | None) -> list[str]:
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank"]
     if hosts is None:
-        return [*command, "--num_gpus", str(num_gpus), "--master_port", str(find_free_port())]
+        command += ["--master_port", str(find_free_port())]
+        if visible := _visible_gpus():
+            return [*command, "--include", f"localhost:{','.join(visible[:num_gpus])}"]
+        return [*command, "--num_gpus", str(num_gpus)]
     command += ["--hostfile", str(hosts.file)]
     command += ["--master_addr", hosts.master_addr, "--master_port", str(hosts.master_port)]
     # without --force_multi DeepSpeed runs a hostfile with one host on this machine, whichever host it names

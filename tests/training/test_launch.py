@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.launcher.runner import parse_inclusion_exclusion
 from typer import Exit
 
 from blockft.cli import commands as cli_commands
@@ -225,6 +226,30 @@ def test_more_processes_than_gpus_are_refused_before_any_starts(
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match="LOCAL_RANK is 2, but this process sees 2 GPUs: start one process"):
         distributed.init_distributed()
+
+
+@pytest.mark.parametrize(
+    ("visible", "num_gpus", "expected"), [("2,3", 2, [2, 3]), (" 3, 1 ,0", 2, [3, 1]), ("1", 1, [1])]
+)
+def test_the_gpus_that_the_environment_names_are_used(
+    visible: str, num_gpus: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "use_cpu", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    command = launch._launcher_command(num_gpus, None)
+    assert "--num_gpus" not in command
+    names = command[command.index("--include") + 1]
+    assert parse_inclusion_exclusion({"localhost": 4}, names, "") == {"localhost": expected}
+    assert "CUDA_VISIBLE_DEVICES" not in launch._prepare_launch([], None)[1]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert "--include" not in launch._launcher_command(num_gpus, None)
+
+
+def test_a_gpu_that_is_not_named_by_its_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "use_cpu", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,GPU-cefb9859")
+    with pytest.raises(UserError, match="names a GPU as 'GPU-cefb9859': name GPUs by their numbers"):
+        launch.check_num_gpus(2)
 
 
 missing = [name for name in ("ip", "sshd", "ssh", "pdsh", "pkill") if not shutil.which(name)]
