@@ -229,7 +229,7 @@ def test_more_processes_than_gpus_are_refused_before_any_starts(
 
 
 @pytest.mark.parametrize(
-    ("visible", "num_gpus", "expected"), [("2,3", 2, [2, 3]), (" 3, 1 ,0", 2, [3, 1]), ("1", 1, [1])]
+    ("visible", "num_gpus", "expected"), [("2,3", 2, [2, 3]), (" 3, 1 ,0", 2, [1, 3]), ("1", 1, [1])]
 )
 def test_the_gpus_that_the_environment_names_are_used(
     visible: str, num_gpus: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
