@@ -16,10 +16,12 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from blockft.hub_kernels import refuse_hub_kernels
 from blockft.version import __version__
 
 # peft imports bitsandbytes, which on some CPUs advises to install a package that nothing here uses
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+refuse_hub_kernels()
 
 if TYPE_CHECKING:
     from blockft.config.recipe import load_recipe

@@ -25,11 +25,12 @@ lists the sources), and `MEASURED`. An evaluation has `step`, `eval_loss_block`,
 losses by source (`eval_loss_block_source_0`, ...).
 """
 
-MEASURED = ("tokens_per_s", "utilization", "peak_memory_gib", "seconds_left")
+MEASURED = ("tokens_per_s", "utilization", "peak_memory_gib", "peak_reserved_gib", "seconds_left")
 """The metrics of a step that the machine decides. An interrupted and resumed run reproduces all others.
 
 `tokens_per_s` counts no padding. `utilization` is the model arithmetic over the peak of the cards; it is left
-out on a CPU, in float32 and on cards whose peak is not known. `peak_memory_gib` is the largest of all ranks.
+out on a CPU, in float32 and on cards whose peak is not known. `peak_memory_gib` and `peak_reserved_gib` are
+the largest of all ranks, see `PeakMemory`; the second one is left out on a CPU.
 """
 
 SAMPLE_ANSWERS = "sample_answers.jsonl"

@@ -48,6 +48,16 @@ def format_bytes(num_bytes: int) -> str:
     return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
 
 
+def format_memory(num_bytes: float) -> str:
+    """Format the size of memory in units of 1024, such as "1.5 GiB"."""
+    size, unit = float(num_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1023.5:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+
+
 def format_count(number: int, noun: str, plural: str | None = None) -> str:
     """Return a number with its noun, such as "1 row" or "1,200 rows"; the default plural ends in s."""
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"

@@ -899,8 +899,8 @@ class TrainSettings(Settings):
         default=500,
         description=(
             "Steps between two times that a few held-out prompts are answered, greedily and in each mode of "
-            "`data.modes`. The answers are written to `sample_answers.jsonl` in the run's folder. null never "
-            "answers. Needs `num_eval_examples`."
+            "`data.modes`. They are also answered after the last step. The answers are written to "
+            "`sample_answers.jsonl` in the run's folder. null never answers. Needs `num_eval_examples`."
         ),
     )
     num_sample_prompts: PositiveCount = Field(

@@ -16,7 +16,7 @@ from blockft.stages.memory_plan import (
 from blockft.stages.run_plan import check_run, warn_of_settings
 from blockft.training.memory_estimate import KINDS, usable_bytes
 from blockft.training.plan import RunPlan
-from blockft.units import format_bytes, format_count
+from blockft.units import format_count, format_memory
 
 
 def print_dry_run(
@@ -92,21 +92,21 @@ def _print_memory(recipe: Recipe, plan: RunPlan, memory: MemoryPlan, gpu_bytes: 
     reason = "chosen by the recipe"
     if is_auto:
         reason = "chosen by auto" if fits else ""
-    place = "on a CPU" if gpu_bytes is None else f"on a GPU of {format_bytes(gpu_bytes)}"
+    place = "on a CPU" if gpu_bytes is None else f"on a GPU of {format_memory(gpu_bytes)}"
     processes = "the process" if plan.num_processes == 1 else f"each of {plan.num_processes} processes"
     title = f"memory of {processes} {place}, ZeRO-{plan.zero_stage}"
     table = Table("part", "size", title=f"{title}, gradient checkpointing {chosen}")
     table.columns[1].justify = "right"
     for name, size in shown.components.items():
-        table.add_row(name, format_bytes(round(size)))
-    table.add_row("expected peak", format_bytes(round(shown.peak_bytes)))
+        table.add_row(name, format_memory(size))
+    table.add_row("expected peak", format_memory(shown.peak_bytes))
     if shown.host_bytes:
-        table.add_row("offloaded to the host", format_bytes(round(shown.host_bytes)))
+        table.add_row("offloaded to the host", format_memory(shown.host_bytes))
     PlainConsole().print(table)
     columns = ["gradient checkpointing", "expected peak"]
     kinds = Table(*columns, *([] if gpu_bytes is None else ["longest data.row_len that fits", "choice"]))
     for kind in KINDS:
-        cells = [kind, format_bytes(round(memory.estimate(kind).peak_bytes))]
+        cells = [kind, format_memory(memory.estimate(kind).peak_bytes)]
         if gpu_bytes is not None:
             longest = memory.longest_row(kind, gpu_bytes)
             cells += [f"{longest:,}" if longest else "none", reason if kind == chosen else ""]
@@ -114,7 +114,7 @@ def _print_memory(recipe: Recipe, plan: RunPlan, memory: MemoryPlan, gpu_bytes: 
     PlainConsole().print(kinds)
     if gpu_bytes is None or fits:
         return
-    misfit = describe_misfit(recipe, memory, gpu_bytes, chosen)
+    misfit = describe_misfit(recipe, plan, memory, gpu_bytes, chosen)
     if is_auto:
         raise UserError(misfit)
     warn(misfit)

@@ -1,22 +1,25 @@
 """The memory that a recipe needs on a GPU, and the kind of gradient checkpointing that fits."""
 
+import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 
-from blockft.config.choices import GradientCheckpointing, Objective, Optimizer
+from blockft.config.choices import GradientCheckpointing, Objective, Optimizer, Quantization
+from blockft.config.recipe import RECIPES_FOLDER
 from blockft.config.settings import Recipe
-from blockft.errors import RankError, UserError, first_line, notify, warn
+from blockft.errors import RankError, UserError, first_line, warn
 from blockft.model.decoder_layers import attention_windows
 from blockft.model.load import build_meta_model, load_config
-from blockft.model.lora import add_adapter
 from blockft.model.shared_input import share_products
-from blockft.training.deepspeed_config import is_offloaded, zero_stage
+from blockft.stages.run_plan import build_training_model
+from blockft.training.deepspeed_config import is_offloaded, load_deepspeed_config, zero_stage
 from blockft.training.layer_memory import measure_loss
 from blockft.training.memory_estimate import (
     ADAM_8BIT_BYTES,
@@ -32,11 +35,14 @@ from blockft.training.memory_estimate import (
     usable_bytes,
 )
 from blockft.training.objectives import DistillationTargets, distill_loss, label_loss
-from blockft.training.plan import RunPlan
-from blockft.units import format_bytes
+from blockft.training.plan import RunPlan, choose_compile
+from blockft.units import format_memory
 
 TOLERANCE = 1.1
 """A peak above the expected one by more than this factor gives a warning."""
+
+MAX_GPUS = 64
+"""Largest number of GPUs that is proposed."""
 
 OUT_OF_MEMORY = re.compile(r"out of memory|CUBLAS_STATUS_ALLOC_FAILED")
 """Text of errors of CUDA and of its libraries when the memory of a GPU is full."""
@@ -71,13 +77,14 @@ class MemoryPlan:
 def plan_memory(recipe: Recipe, plan: RunPlan) -> MemoryPlan:
     """Return what the memory of a run is estimated from; no weights are loaded."""
     settings = recipe.train
-    base, num_parameters = _build_meta_base(recipe)
-    if settings.lora is not None and plan.shares_products:
+    model = copy.deepcopy(plan.model)  # on the meta device: only its sizes are copied
+    base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore
+    if plan.shares_products:
         share_products(base)
     base.to(plan.dtype)  # type: ignore[arg-type]  # DeepSpeed does so, also with the adapter
     num_teacher = _count_teacher(recipe)
     return MemoryPlan(
-        num_parameters=num_parameters,
+        num_parameters=plan.num_parameters,
         num_trained=sum(p.numel() for p in base.parameters() if p.requires_grad),
         num_teacher=num_teacher,
         model=measure_model(
@@ -101,23 +108,13 @@ def plan_memory(recipe: Recipe, plan: RunPlan) -> MemoryPlan:
 
 def checkpoint_bytes(recipe: Recipe) -> int:
     """Return the size of a checkpoint: trained weights in float32 and their moments; loads no weights."""
-    base, _ = _build_meta_base(recipe)
+    model, _ = build_training_model(recipe)
     moments = ADAM_BYTES if recipe.train.optimizer is Optimizer.adamw else ADAM_8BIT_BYTES
-    return round((4 + moments) * sum(p.numel() for p in base.parameters() if p.requires_grad))
-
-
-def _build_meta_base(recipe: Recipe) -> tuple[PreTrainedModel, int]:
-    """Return the model of a run on the meta device, with its adapters, and its parameters without them."""
-    model = build_meta_model(load_config(recipe.model.path, recipe.model.revision))
-    num_parameters = sum(p.numel() for p in model.parameters())
-    if recipe.train.lora is None:
-        return model, num_parameters
-    adapted = add_adapter(model, recipe.train.lora, seed=recipe.train.seed)
-    return adapted.get_base_model(), num_parameters  # type: ignore[return-value]
+    return round((4 + moments) * sum(p.numel() for p in model.parameters() if p.requires_grad))
 
 
 def decide_checkpointing(
-    recipe: Recipe, memory: MemoryPlan | None, gpu_bytes: float | None
+    recipe: Recipe, plan: RunPlan, memory: MemoryPlan | None, gpu_bytes: float | None
 ) -> tuple[str, str]:
     """Return the kind of gradient checkpointing of a run and a sentence about it.
 
@@ -134,59 +131,107 @@ def decide_checkpointing(
         return "none", "gradient checkpointing: none (on a CPU)"
     kind = memory.choose(gpu_bytes)
     if kind is None:
-        raise UserError(describe_misfit(recipe, memory, gpu_bytes))
-    expected = format_bytes(round(memory.estimate(kind).peak_bytes))
-    sentence = (
-        f"gradient checkpointing: {kind} (auto: {expected} of {format_bytes(round(gpu_bytes))} are expected"
-    )
+        raise UserError(describe_misfit(recipe, plan, memory, gpu_bytes))
+    expected = format_memory(memory.estimate(kind).peak_bytes)
+    sentence = f"gradient checkpointing: {kind} (auto: {expected} of {format_memory(gpu_bytes)} are expected"
     if kind != KINDS[0]:
         less = KINDS[KINDS.index(kind) - 1]
-        sentence += f"; {less} would need {format_bytes(round(memory.estimate(less).peak_bytes))}"
+        sentence += f"; {less} would need {format_memory(memory.estimate(less).peak_bytes)}"
     return kind, f"{sentence})"
 
 
-def describe_misfit(recipe: Recipe, memory: MemoryPlan, gpu_bytes: float, kind: str = KINDS[-1]) -> str:
+def describe_misfit(
+    recipe: Recipe, plan: RunPlan, memory: MemoryPlan, gpu_bytes: float, kind: str = KINDS[-1]
+) -> str:
     """Return the sentence that a run does not fit with a kind of gradient checkpointing, and what would."""
     sizes = (memory.estimate(kind).peak_bytes, gpu_bytes, max(0.0, usable_bytes(gpu_bytes)))
-    peak, whole, usable = (format_bytes(round(size)) for size in sizes)
+    peak, whole, usable = map(format_memory, sizes)
+    remedies = ", or ".join(list_remedies(recipe, plan, memory, gpu_bytes, kind)) or (
+        "no change of one setting suffices (shorter rows, an adapter, quantization, offloading, up to "
+        f"{MAX_GPUS} GPUs), so take larger GPUs or a smaller model"
+    )
     return (
         f"the run needs {peak} on each GPU with train.gradient_checkpointing={kind}, but of {whole} only "
-        f"{usable} may be filled: {', or '.join(list_remedies(recipe, memory, gpu_bytes, kind))}"
+        f"{usable} may be filled: {remedies}"
     )
 
 
-def list_remedies(recipe: Recipe, memory: MemoryPlan, gpu_bytes: float, kind: str = KINDS[-1]) -> list[str]:
-    """Return what makes a run need less memory; the first one suffices alone, unless it is about sharing."""
+def list_remedies(
+    recipe: Recipe, plan: RunPlan, memory: MemoryPlan, gpu_bytes: float, kind: str = KINDS[-1]
+) -> list[str]:
+    """Return the changes of which each alone makes a run fit, by the estimate, with the expected peak."""
     remedies = []
     if (sufficient := memory.choose(gpu_bytes)) and sufficient != kind:
-        remedies.append(f"set train.gradient_checkpointing={sufficient}")
-    if longest := memory.longest_row(KINDS[-1], gpu_bytes):
+        peak = format_memory(memory.estimate(sufficient).peak_bytes)
+        remedies.append(f"set train.gradient_checkpointing={sufficient} (needs {peak})")
+    if longest := memory.longest_row(kind, gpu_bytes):
         remedies.append(f"prepare rows of at most data.row_len={longest} tokens")
-    stage = zero_stage(memory.run.deepspeed)
-    if recipe.train.lora is not None and recipe.model.quantization is None and stage < 3:
-        remedies.append("quantize the frozen weights (model.quantization=nf4)")
-    if recipe.train.lora is None:
-        remedies.append("train an adapter (train.lora)")
-        if not is_offloaded(memory.run.deepspeed, "offload_optimizer"):
-            remedies.append(f"offload to the host (train.deepspeed=zero{3 if stage == 3 else 2}-offload)")
-    if stage < 3:
-        remedies.append("share the weights among several GPUs (train.deepspeed=zero3 with --num-gpus)")
-    else:
-        remedies.append("use more GPUs (--num-gpus, --hostfile)")
-    return remedies
+    for text, changed in _list_changes(recipe, plan):
+        peak_bytes = changed.estimate(kind).peak_bytes
+        if peak_bytes <= usable_bytes(gpu_bytes):
+            remedies.append(f"{text} (needs {format_memory(peak_bytes)})")
+    return remedies + _share_among_gpus(recipe, plan, gpu_bytes, kind)
 
 
-def report_peak(memory: MemoryPlan, kind: str) -> None:
-    """Report the measured peak of this process's GPU beside the expected one; warn if it is far above it."""
-    measured, expected = torch.cuda.max_memory_allocated(), memory.estimate(kind).peak_bytes
-    text = f"peak memory {format_bytes(measured)}, expected {format_bytes(round(expected))}"
-    if measured > TOLERANCE * expected:
+def _list_changes(recipe: Recipe, plan: RunPlan) -> Iterator[tuple[str, MemoryPlan]]:
+    """Yield changes of settings, and the memory of the run with each."""
+    is_full = recipe.train.lora is None
+    if is_full:
+        yield "train an adapter (train.lora)", _plan_adapter(recipe, plan, quantized=False)
+    if recipe.model.quantization is None and plan.zero_stage < 3:
+        name = "quantize the frozen weights (model.quantization=nf4)"
+        text = "train an adapter on quantised weights (train.lora with model.quantization=nf4)"
+        yield text if is_full else name, _plan_adapter(recipe, plan, quantized=True)
+    if is_full and not is_offloaded(plan.deepspeed, "offload_optimizer"):
+        config = f"zero{3 if plan.zero_stage == 3 else 2}-offload"
+        changed = plan_memory(recipe, _with_deepspeed(recipe, plan, config))
+        yield f"offload to the host (train.deepspeed={config})", changed
+
+
+def _plan_adapter(recipe: Recipe, plan: RunPlan, *, quantized: bool) -> MemoryPlan:
+    """Return the memory of the run if it trained its own adapter, or one with the default options."""
+    changed = recipe.model_copy(deep=True)
+    changed.train.lora = recipe.train.lora or {}
+    if quantized:
+        changed.model.quantization = Quantization.nf4
+    model, _ = build_training_model(changed)
+    return plan_memory(changed, replace(plan, model=model))
+
+
+def _with_deepspeed(recipe: Recipe, plan: RunPlan, config: str) -> RunPlan:
+    """Return the plan with a shipped DeepSpeed config."""
+    deepspeed = load_deepspeed_config(config, RECIPES_FOLDER / "deepspeed")
+    compiles = choose_compile(recipe.train.torch_compile, zero_stage(deepspeed), on_gpu=plan.on_gpu)
+    return replace(plan, deepspeed=deepspeed, compiles=compiles)
+
+
+def _share_among_gpus(recipe: Recipe, plan: RunPlan, gpu_bytes: float, kind: str) -> list[str]:
+    """Return the smallest number of more GPUs that suffices under ZeRO-3, as a list with one remedy."""
+    if recipe.model.quantization is not None:  # ZeRO-3 cannot shard it
+        return []
+    config = "" if plan.zero_stage == 3 else "train.deepspeed=zero3 with "
+    shared = plan_memory(recipe, _with_deepspeed(recipe, plan, "zero3") if config else plan)
+    num_gpus = 2
+    while num_gpus <= MAX_GPUS:
+        run = replace(shared.run, num_processes=num_gpus, accumulates=recipe.train.batch_rows > num_gpus)
+        peak_bytes = replace(shared, run=run).estimate(kind).peak_bytes
+        if num_gpus > plan.num_processes and peak_bytes <= usable_bytes(gpu_bytes):
+            size = format_memory(peak_bytes)
+            return [
+                f"share the weights among {num_gpus} GPUs ({config}--num-gpus or --hostfile, needs {size})"
+            ]
+        num_gpus *= 2
+    return []
+
+
+def warn_of_peak(memory: MemoryPlan, kind: str, measured_bytes: float) -> None:
+    """Warn if the measured peak of a run is far above the expected one."""
+    if measured_bytes > TOLERANCE * memory.estimate(kind).peak_bytes:
         warn(
-            f"{text}: train.gradient_checkpointing=auto may choose a kind that does not fit, so set "
-            "selective or full if a longer run fills the memory"
+            f"the peak memory is more than {TOLERANCE - 1:.0%} above the expected one: "
+            "train.gradient_checkpointing=auto may choose a kind that does not fit, so set selective or full "
+            "if a longer run fills the memory"
         )
-    else:
-        notify(text)
 
 
 @contextmanager

@@ -196,6 +196,7 @@ data), checkpoints, `loss.png`, and two files of JSON lines. A tracker gets the 
 | `tokens_per_s` | tokens of all GPUs a second, without padding |
 | `utilization` | model arithmetic over the peak of the GPUs in 16-bit matrix products |
 | `peak_memory_gib` | largest memory of tensors of all GPUs until now; on a CPU, of the process |
+| `peak_reserved_gib` | the same with what PyTorch reserved besides; not on a CPU |
 | `seconds_left` | estimated time until the last step |
 
 The model arithmetic has the matrix products of the linear layers at each token, of attention at each pair of

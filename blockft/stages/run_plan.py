@@ -148,12 +148,7 @@ def build_plan(recipe: Recipe, num_processes: int, *, on_gpu: bool | None = None
             f"model.path {recipe.model.path} is an adapter, on which a run cannot be trained and exported: "
             "merge it into its base model (blockft export without --adapter-only), and train that model"
         )
-    meta_model = build_meta_model(config)
-    model: PreTrainedModel | PeftModel = meta_model
-    if settings.lora is not None:
-        # refuses an adapter that cannot be exported before any weight is loaded
-        is_quantized = recipe.model.quantization is not None
-        model = add_adapter(meta_model, settings.lora, seed=settings.seed, is_quantized=is_quantized)
+    model, num_parameters = build_training_model(recipe)
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision, recipe.model.chat_template)
     prepared = load_prepared(Path(data.output_dir))
     _check_prepared(recipe, prepared, tokenizer, config.vocab_size)
@@ -193,6 +188,8 @@ def build_plan(recipe: Recipe, num_processes: int, *, on_gpu: bool | None = None
             warmup_steps=settings.warmup_steps,
         )
     return RunPlan(
+        model=model,
+        num_parameters=num_parameters,
         rows=rows,
         eval_rows=eval_rows,
         batch_flops=_count_batch_flops(recipe, prepared, rows, model),
@@ -222,6 +219,21 @@ def build_plan(recipe: Recipe, num_processes: int, *, on_gpu: bool | None = None
             NUM_PROCESSES: num_processes,
         },
     )
+
+
+def build_training_model(recipe: Recipe) -> tuple[PreTrainedModel | PeftModel, int]:
+    """Return the model of a run on the meta device with its adapter, and its parameters without the adapter.
+
+    Raises:
+        UserError: the adapter could not be exported; see `add_adapter`.
+    """
+    model = build_meta_model(load_config(recipe.model.path, recipe.model.revision))
+    num_parameters = sum(p.numel() for p in model.parameters())
+    if recipe.train.lora is None:
+        return model, num_parameters
+    is_quantized = recipe.model.quantization is not None
+    adapted = add_adapter(model, recipe.train.lora, seed=recipe.train.seed, is_quantized=is_quantized)
+    return adapted, num_parameters
 
 
 def _warn_of_long_examples(recipe: Recipe, prepared: PreparedData, num_positions: int) -> None:
@@ -332,7 +344,7 @@ def check_resharding(plan: RunPlan, checkpoint: Path | None) -> bool:
         raise UserError(
             f"{checkpoint} was written with {NUM_PROCESSES} = {found}, but now it is {plan.num_processes}: "
             f"the moments of train.optimizer={plan.run_signature[OPTIMIZER]} cannot be divided anew, so "
-            f"resume with {found}, or start a new run"
+            f"resume with {found} processes, or export the checkpoint and start a new run from that model"
         )
     return True
 

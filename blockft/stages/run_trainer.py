@@ -42,12 +42,12 @@ REFERENCE_LEN = 256
 
 
 def build_trainer(
-    recipe: Recipe, plan: RunPlan, checkpoint: Path | None, *, checkpointing: str, name: str, title: str
+    recipe: Recipe, plan: RunPlan, checkpoint: Path | None, *, checkpointing: str, title: str
 ) -> tuple["BlockTrainer", "RunCallback"]:
     """Load the models of a run and build its trainer with its callbacks; all ranks call it.
 
     `checkpoint` is the one that the run resumes from, `checkpointing` the kind of gradient checkpointing.
-    `name` and `title` are those of the run for trackers.
+    `title` names the run for trackers.
 
     Raises:
         UserError: a model or a setting cannot be used; the checkpoint belongs to another run; the ranks have
@@ -65,7 +65,7 @@ def build_trainer(
     model = _load_model(recipe, plan, checkpointing)
     # otherwise the Trainer turns the cache off in the config, and so in every export
     arguments.use_cache = model.config.use_cache
-    run_callback, callbacks = _build_callbacks(recipe, plan, marker, run_signature, name=name)
+    run_callback, callbacks = _build_callbacks(recipe, plan, marker, run_signature)
     trainer = _create_trainer(recipe, plan, model, arguments, distillation, callbacks)
     run_callback.trainer = trainer
     return trainer, run_callback
@@ -116,18 +116,17 @@ def _create_trainer(
 
 
 def _build_callbacks(
-    recipe: Recipe, plan: RunPlan, marker: dict[str, Any] | None, run_signature: dict[str, Any], *, name: str
+    recipe: Recipe, plan: RunPlan, marker: dict[str, Any] | None, run_signature: dict[str, Any]
 ) -> tuple["RunCallback", list[TrainerCallback]]:
     """Return the callback that writes the run's folder, and all callbacks of the run with it."""
     from blockft.training.lr_schedule import RecipeScheduleCallback
     from blockft.training.progress_line import ProgressLineCallback
-    from blockft.training.wandb_tracking import WandbConfigCallback, log_sample_answers, set_default_project
+    from blockft.training.wandb_tracking import WandbConfigCallback, log_sample_answers
 
     progress_line = ProgressLineCallback()
     run_callback = _build_run_callback(recipe, plan, marker, run_signature, progress_line)
     callbacks: list[TrainerCallback] = [run_callback, progress_line, RecipeScheduleCallback()]
     if "wandb" in recipe.train.report_to:
-        set_default_project(name)
         run_callback.show_answers = log_sample_answers
         config = {"recipe": yaml.safe_load(dump_recipe(recipe)), "data": plan.manifest}
         callbacks.append(WandbConfigCallback(config))
@@ -242,7 +241,13 @@ def _load_distillation(recipe: Recipe, plan: RunPlan) -> tuple[Distillation | No
         return None, {}
     if settings.teacher is None:
         return Distillation(None, settings.teacher_weight), {}
-    teacher = load_model(settings.teacher, backend=plan.backend, dtype=plan.dtype).requires_grad_(False)
+    teacher = load_model(
+        settings.teacher,
+        backend=plan.backend,
+        dtype=plan.dtype,
+        # ZeRO-3 is not enabled yet, so that the teacher is never sharded
+        device=None if use_cpu() else torch.device("cuda"),
+    ).requires_grad_(False)
     signature = {TEACHER_FINGERPRINT: model_fingerprint(teacher)}
     if plan.compiles:
         compile_layers(teacher)

@@ -25,9 +25,9 @@ from blockft.stages.memory_plan import (
     MemoryPlan,
     decide_checkpointing,
     plan_memory,
-    report_peak,
     reported_out_of_memory,
     smallest_gpu,
+    warn_of_peak,
 )
 from blockft.stages.output_folder import lock_output
 from blockft.stages.run_plan import check_resharding, check_run, verify_inputs, warn_of_settings
@@ -50,9 +50,11 @@ from blockft.training.library_internals import (
 )
 from blockft.training.library_warnings import silence_known_warnings
 from blockft.training.loss_plot import save_loss_plot
+from blockft.training.peak_memory import use_expandable_segments
 from blockft.training.plan import RunPlan
 from blockft.training.rank_watch import RankWatch, watching_ranks
-from blockft.units import format_count
+from blockft.training.wandb_tracking import finish_wandb_run, start_wandb_run
+from blockft.units import format_count, format_memory
 
 if TYPE_CHECKING:
     from blockft.training.run_callback import RunCallback
@@ -97,6 +99,7 @@ def train(recipe: Recipe, *, resume: bool = False, name: str | None = None) -> P
     check_type(recipe, Recipe, "recipe", "load_recipe reads one from a YAML file")
     with worker_environment():
         silence_known_warnings()
+        use_expandable_segments()
         with (
             watching_ranks() as watch,
             # the other ranks share the lock of the first one as soon as all are connected
@@ -202,10 +205,11 @@ def _train(
         trainer, run_callback = _run_steps(
             recipe, plan, checkpoint, checkpointing=checkpointing, name=name, title=title
         )
-        if memory:
-            report_peak(memory, checkpointing)
         if rank == 0:
-            _report_result(recipe, plan, trainer, title=title)
+            expected_bytes = memory.estimate(checkpointing).peak_bytes if memory else None
+            _report_result(recipe, plan, trainer, expected_bytes, title=title)
+            if memory:
+                warn_of_peak(memory, checkpointing, trainer.peak_memory_gib * 2**30)
         shutdown_distributed()
     if watch:
         watch.finish()
@@ -240,14 +244,14 @@ def _run_steps(
     source, is_resharded = checkpoint, check_resharding(plan, checkpoint)
     if is_resharded:
         source, plan = run / UNIVERSAL, replace(plan, deepspeed=plan.deepspeed | LOAD_UNIVERSAL)
-    trainer, run_callback = build_trainer(
-        recipe, plan, checkpoint, checkpointing=checkpointing, name=name, title=title
-    )
+    trainer, run_callback = build_trainer(recipe, plan, checkpoint, checkpointing=checkpointing, title=title)
     with errors_on_all_ranks():
         if is_first:
             _start_run_folder(run, recipe, plan, checkpoint)
             if checkpoint and is_resharded:
                 convert_to_universal(checkpoint)
+    if is_first and "wandb" in recipe.train.report_to:
+        start_wandb_run(run, project=name, name=title)
     if checkpoint and plan.zero_stage > 0:
         expect_no_weights(trainer.model)
     with only_weights_loaded(), mapped_files(), closing(trainer.train_dataset):
@@ -257,14 +261,14 @@ def _run_steps(
     return trainer, run_callback
 
 
-def _report_result(recipe: Recipe, plan: RunPlan, trainer: "BlockTrainer", *, title: str) -> None:
+def _report_result(
+    recipe: Recipe, plan: RunPlan, trainer: "BlockTrainer", expected_bytes: float | None, *, title: str
+) -> None:
     """Plot the losses of a run, print a summary, and end its wandb run."""
     run = Path(recipe.train.output_dir)
     loss_plot = save_loss_plot(run, title)
-    _print_summary(run, plan, trainer)
+    _print_summary(run, plan, trainer, expected_bytes)
     if "wandb" in recipe.train.report_to:
-        from blockft.training.wandb_tracking import finish_wandb_run
-
         finish_wandb_run(loss_plot, trainer.state.global_step)
 
 
@@ -277,7 +281,7 @@ def _report_compile(plan: RunPlan) -> None:
         )
 
 
-def _print_summary(run: Path, plan: RunPlan, trainer: "BlockTrainer") -> None:
+def _print_summary(run: Path, plan: RunPlan, trainer: "BlockTrainer", expected_bytes: float | None) -> None:
     """Print the tokens, the speed and the memory of a run, and where its metrics are."""
     step, mean = trainer.state.global_step, trainer.throughput.mean()
     parts = [format_count(sum(plan.rows.list_batch_tokens()[:step]), "token")]
@@ -285,7 +289,8 @@ def _print_summary(run: Path, plan: RunPlan, trainer: "BlockTrainer") -> None:
         parts.append(f"{mean.tokens_per_s:,.0f} tokens/s on average")
         if mean.utilization is not None:
             parts.append(f"{mean.utilization:.1%} utilization")
-        parts.append(f"peak memory {trainer.peak_memory_gib:.1f} GiB")
+        expected = "" if expected_bytes is None else f" ({format_memory(expected_bytes)} expected)"
+        parts.append(f"peak memory {format_memory(trainer.peak_memory_gib * 2**30)}{expected}")
     console = PlainConsole(stderr=True)
     console.print(f"trained {format_count(step, 'step')}: {', '.join(parts)}", soft_wrap=True)
     console.print(f"metrics: {run / METRICS}", soft_wrap=True)
@@ -300,7 +305,7 @@ def _plan_memory(recipe: Recipe, plan: RunPlan) -> tuple[MemoryPlan | None, str]
     memory = None
     if (gpu_bytes := smallest_gpu()) is not None:
         memory = plan_memory(recipe, plan)
-    kind, sentence = decide_checkpointing(recipe, memory, gpu_bytes)
+    kind, sentence = decide_checkpointing(recipe, plan, memory, gpu_bytes)
     if memory:
         notify(sentence)
     return memory, kind

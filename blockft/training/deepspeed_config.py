@@ -207,6 +207,12 @@ def check_deepspeed_config(
                 "or the same value in the recipe"
             )
     _check_accumulation_dtype(deepspeed, name, dtype)
+    if "optimizer" in deepspeed and zero_stage(deepspeed) == 0 and dtype is torch.bfloat16:
+        raise UserError(
+            f"train.deepspeed {name}: with the section optimizer under ZeRO-0 in bfloat16 DeepSpeed begins "
+            "with a step of gradients of 0, after which Adam's first steps are too short: leave the section "
+            "out, or set zero_optimization.stage to 1"
+        )
     # DeepSpeed computes it from the others and from the processes that are connected, of which there is one
     del filled["train_batch_size"]
     _check_by_deepspeed(_without_auto(filled), name)

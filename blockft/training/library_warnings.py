@@ -16,12 +16,14 @@ _WARNINGS = {
 }
 """Start of a warning's message (a pattern) and its category."""
 
-_LOG_MESSAGES = {
+_LOG_MESSAGES = (
     # the Trainer sets the value that DeepSpeed uses
-    "accelerate.accelerator": "Gradient accumulation steps mismatch",
+    ("accelerate.accelerator", "Gradient accumulation steps mismatch"),
     # blockft trains on the CPU where there is no GPU, and says so
-    "DeepSpeed": "Setting accelerator to CPU",
-}
+    ("DeepSpeed", "Setting accelerator to CPU"),
+    # DeepSpeed's list has no 8-bit AdamW, for which the Trainer sets zero_allow_untested_optimizer
+    ("DeepSpeed", "You are using ZeRO with an untested optimizer"),
+)
 """Name of a logger and text of a message."""
 
 _PRINTED_LINES = (
@@ -43,19 +45,19 @@ class _MessageFilter(logging.Filter):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self._text = text
+        self.text = text
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return self._text not in record.getMessage()
+        return self.text not in record.getMessage()
 
 
 def silence_known_warnings() -> None:
     """Silence the listed warnings for this process. Repeated calls have no further effect."""
     for message, category in _WARNINGS.items():
         warnings.filterwarnings("ignore", message=message, category=category)
-    for name, text in _LOG_MESSAGES.items():
+    for name, text in _LOG_MESSAGES:
         logger = logging.getLogger(name)
-        if not any(isinstance(known, _MessageFilter) for known in logger.filters):
+        if not any(isinstance(known, _MessageFilter) and known.text == text for known in logger.filters):
             logger.addFilter(_MessageFilter(text))
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from blockft.data.mixture import Mixture
 from blockft.data.prepared import ExampleColumns
@@ -47,6 +49,8 @@ BASE_WEIGHTS = "digest of the weights of model.path"
 class RunPlan:
     """The plan of a run.
 
+    model          the model on the meta device, with its adapter
+    num_parameters the parameters of the model without the adapter
     rows           the rows of all epochs
     eval_rows      the held-out rows by mode
     batch_flops    the model arithmetic of each batch
@@ -61,6 +65,8 @@ class RunPlan:
     run_signature  values that a resumed run must match; the keys appear in error messages
     """
 
+    model: PreTrainedModel | PeftModel
+    num_parameters: int
     rows: RowDataset
     eval_rows: dict[str, RowDataset]
     batch_flops: NDArray[np.float64]

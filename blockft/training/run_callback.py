@@ -143,7 +143,10 @@ class RunCallback(TrainerCallback):
         should_evaluate = self._has_eval_rows and (is_eval_step or control.should_save)
         control.should_log |= control.should_save or should_evaluate
         samples = self._sample_answers
-        is_sample_step = samples is not None and state.global_step % samples.steps == 0
+        # a run that is shorter than the distance of two steps also answers, at its end
+        is_sample_step = samples is not None and (
+            state.global_step % samples.steps == 0 or state.global_step >= state.max_steps
+        )
         if control.should_log or stop_requested or is_sample_step:
             self._check_folder()
         if samples and is_sample_step and not stop_requested:

@@ -87,8 +87,11 @@ class BlockTrainer(Trainer):
             logs["tokens_per_s"] = round(speed.tokens_per_s, 1)
             if speed.utilization is not None:
                 logs["utilization"] = round(speed.utilization, 4)
-            self.peak_memory_gib = measure_peak_memory(self.args.device)
-            logs["peak_memory_gib"] = round(self.peak_memory_gib, 2)
+            peak = measure_peak_memory(self.args.device)
+            self.peak_memory_gib = peak.tensors_gib
+            logs["peak_memory_gib"] = round(peak.tensors_gib, 2)
+            if peak.reserved_gib is not None:
+                logs["peak_reserved_gib"] = round(peak.reserved_gib, 2)
             logs["seconds_left"] = round(self.throughput.seconds_left(step, num_steps), 1)
         super().log(logs, start_time)
 

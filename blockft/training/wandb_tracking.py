@@ -8,9 +8,18 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-def set_default_project(name: str) -> None:
-    """Make `name` the wandb project unless WANDB_PROJECT names another one."""
-    os.environ.setdefault("WANDB_PROJECT", name)
+def start_wandb_run(run: Path, *, project: str, name: str) -> None:
+    """Start the wandb run, which transformers' callback then uses; its files go into the run's folder.
+
+    WANDB_PROJECT and WANDB_DIR name another project and another folder. A run that the user has started is
+    used as it is.
+    """
+    import wandb
+
+    if wandb.run is None:
+        # wandb ignores variables that are set after its settings were read
+        project, folder = os.environ.get("WANDB_PROJECT", project), os.environ.get("WANDB_DIR", str(run))
+        wandb.init(project=project, name=name, dir=folder)
 
 
 ANSWER_COLUMNS = (
@@ -30,7 +39,7 @@ ANSWER_COLUMNS = (
 class WandbConfigCallback(TrainerCallback):
     """Adds the resolved recipe and the manifest of the data to the config of the wandb run.
 
-    It must come after transformers' WandbCallback, which starts the wandb run.
+    It must come after transformers' WandbCallback, which writes its own config.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """A run is planned for the memory of a GPU, and a full memory is reported in one sentence."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +24,9 @@ from blockft.stages.memory_plan import (
 from blockft.stages.prepare import prepare
 from blockft.stages.run_plan import build_plan
 from blockft.stages.train import train
-from blockft.training.memory_estimate import KINDS, OUTSIDE_BYTES, USABLE_SHARE
+from blockft.training.memory_estimate import KINDS, OUTSIDE_BYTES, USABLE_SHARE, usable_bytes
+from blockft.training.plan import RunPlan
+from blockft.units import parse_bytes
 from tests.commands import blockft
 from tests.run import toy_recipe
 
@@ -34,13 +38,17 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+Planned = tuple[Recipe, RunPlan, MemoryPlan]
+
+
 @pytest.fixture
-def planned(toy: Path) -> tuple[Recipe, MemoryPlan]:
+def planned(toy: Path) -> Planned:
     """A run whose rows are so long that activations are most of its memory."""
     recipe = toy_recipe(toy, "train.deepspeed=zero0", "train.torch_compile=false")
-    memory = plan_memory(recipe, build_plan(recipe, 1, on_gpu=True))
+    plan = build_plan(recipe, 1, on_gpu=True)
+    memory = plan_memory(recipe, plan)
     deeper = replace(memory.model, layers=[*memory.model.layers] * 8)
-    return recipe, replace(memory, model=deeper, run=memory.run.with_row_len(10_000_000))
+    return recipe, plan, replace(memory, model=deeper, run=memory.run.with_row_len(10_000_000))
 
 
 def gpu_for(memory: MemoryPlan, kind: str) -> float:
@@ -48,33 +56,74 @@ def gpu_for(memory: MemoryPlan, kind: str) -> float:
     return memory.estimate(kind).peak_bytes / USABLE_SHARE + OUTSIDE_BYTES + 1
 
 
-def test_auto_takes_the_least_recomputation_that_fits_and_says_why(
-    planned: tuple[Recipe, MemoryPlan],
-) -> None:
-    recipe, memory = planned
+def test_auto_takes_the_least_recomputation_that_fits_and_says_why(planned: Planned) -> None:
+    recipe, plan, memory = planned
     for kind in KINDS:
-        chosen, sentence = decide_checkpointing(recipe, memory, gpu_for(memory, kind))
+        chosen, sentence = decide_checkpointing(recipe, plan, memory, gpu_for(memory, kind))
         assert chosen == kind
         assert sentence.startswith(f"gradient checkpointing: {kind} (auto: ")
     assert "; selective would need" in sentence
 
 
-def test_a_kind_in_the_recipe_is_taken_even_if_the_estimate_does_not_fit(
-    planned: tuple[Recipe, MemoryPlan],
-) -> None:
-    recipe, memory = planned
+def test_a_kind_in_the_recipe_is_taken_even_if_the_estimate_does_not_fit(planned: Planned) -> None:
+    recipe, plan, memory = planned
     recipe.train.gradient_checkpointing = GradientCheckpointing.none
-    assert decide_checkpointing(recipe, memory, 1e9)[0] == "none"
+    assert decide_checkpointing(recipe, plan, memory, 1e9)[0] == "none"
 
 
-def test_a_run_that_cannot_fit_is_refused_with_what_would(planned: tuple[Recipe, MemoryPlan]) -> None:
-    recipe, memory = planned
+LARGE = ("model.init=random", "data.row_len=65536", "train.torch_compile=false", "train.batch_rows=64")
+
+
+@pytest.fixture(scope="module")
+def large(toy: Path) -> Path:
+    """A model with the tokenizer of the toy model, whose weights need about 1 GiB."""
+    folder = toy / "large"
+    shutil.copytree(toy / "model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8, "head_dim": 64}
+    (folder / "config.json").write_text(json.dumps(config | sizes))
+    return folder
+
+
+def plan_large(toy: Path, large: Path, *overrides: str) -> Planned:
+    recipe = toy_recipe(toy, f"model.path={large}", *LARGE, *overrides)
+    plan = build_plan(recipe, 1, on_gpu=True)
+    return recipe, plan, plan_memory(recipe, plan)
+
+
+def gpu_for_share(memory: MemoryPlan, share: float) -> float:
+    """Return the memory of a GPU of which a share of the run's smallest peak may be filled."""
+    return memory.estimate("full").peak_bytes * share / USABLE_SHARE + OUTSIDE_BYTES
+
+
+def test_every_remedy_suffices_by_the_estimate(toy: Path, large: Path) -> None:
+    recipe, plan, memory = plan_large(toy, large)
+    counts = []
+    for share in (0.75, 0.5, 0.35, 0.2, 0.01):
+        gpu_bytes = gpu_for_share(memory, share)
+        remedies = list_remedies(recipe, plan, memory, gpu_bytes)
+        counts.append(len(remedies))
+        for text in remedies:
+            if "data.row_len" in text:
+                row_len = int(text.split("data.row_len=")[1].split()[0])
+                shorter = replace(memory, run=memory.run.with_row_len(row_len))
+                assert shorter.estimate("full").peak_bytes <= usable_bytes(gpu_bytes)
+            else:
+                needed = parse_bytes(text.split("needs ")[1].rstrip(")"))
+                assert needed <= usable_bytes(gpu_bytes) * 1.02, text  # the size is printed with one digit
+    assert counts[0] >= 3 and counts[-1] == 0 and counts == sorted(counts, reverse=True), counts
+
+
+def test_a_run_that_cannot_fit_is_refused_with_what_would(toy: Path, large: Path) -> None:
+    recipe, plan, memory = plan_large(toy, large)
     message = (
-        r"needs .* with train.gradient_checkpointing=full, but of 5.0 GB only .* may be filled: prepare rows "
-        r"of at most data.row_len=\d+ tokens, or train an adapter .*zero2-offload.*zero3 with --num-gpus"
+        r"needs [\d.]+ GiB on each GPU with train.gradient_checkpointing=full, but of [\d.]+ GiB only [\d.]+ "
+        r"GiB may be filled: .*train an adapter \(train.lora\) \(needs [\d.]+ GiB\), or .*"
     )
     with pytest.raises(UserError, match=message):
-        decide_checkpointing(recipe, memory, 5e9)
+        decide_checkpointing(recipe, plan, memory, gpu_for_share(memory, 0.75))
+    with pytest.raises(UserError, match="no change of one setting suffices .* so take larger GPUs"):
+        decide_checkpointing(recipe, plan, memory, gpu_for_share(memory, 0.01))
 
 
 @pytest.mark.parametrize(
@@ -83,22 +132,19 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would(planned: tuple[Recipe,
         (("train.lora={r: 8}",), True),
         (("train.lora={r: 8}", "model.quantization=nf4"), False),
         (("train.lora={r: 8}", "train.deepspeed=zero3"), False),
-        ((), False),
     ],
 )
 def test_quantization_is_a_remedy_where_it_is_possible(
-    planned: tuple[Recipe, MemoryPlan], toy: Path, overrides: tuple[str, ...], is_remedy: bool
+    toy: Path, large: Path, overrides: tuple[str, ...], is_remedy: bool
 ) -> None:
-    _, memory = planned
-    recipe = toy_recipe(toy, *overrides)
-    if "train.deepspeed=zero3" in overrides:
-        memory = replace(memory, run=replace(memory.run, deepspeed={"zero_optimization": {"stage": 3}}))
-    remedies = list_remedies(recipe, memory, 5e9)
+    recipe, plan, memory = plan_large(toy, large, *overrides)
+    remedies = list_remedies(recipe, plan, memory, 1e12)
     assert any("model.quantization=nf4" in remedy for remedy in remedies) is is_remedy
 
 
 def test_the_kind_on_a_cpu_is_none(toy: Path) -> None:
-    assert decide_checkpointing(toy_recipe(toy), None, None)[0] == "none"
+    recipe = toy_recipe(toy)
+    assert decide_checkpointing(recipe, build_plan(recipe, 1), None, None)[0] == "none"
 
 
 @pytest.mark.parametrize(
@@ -106,13 +152,13 @@ def test_the_kind_on_a_cpu_is_none(toy: Path) -> None:
     [(None, True), ({}, True), ({"device": "none"}, True), ({"device": "cpu"}, False)],
 )
 def test_offloading_is_a_remedy_where_nothing_is_offloaded(
-    planned: tuple[Recipe, MemoryPlan], section: dict[str, str] | None, is_remedy: bool
+    toy: Path, section: dict[str, str] | None, is_remedy: bool
 ) -> None:
-    recipe, memory = planned
-    deepspeed = {"zero_optimization": {"stage": 2, "offload_optimizer": section}}
-    memory = replace(memory, run=replace(memory.run, deepspeed=deepspeed))
-    remedies = list_remedies(recipe, memory, 5e9)
-    assert ("offload to the host (train.deepspeed=zero2-offload)" in remedies) is is_remedy
+    recipe = toy_recipe(toy)
+    plan = build_plan(recipe, 1, on_gpu=True)
+    plan = replace(plan, deepspeed={"zero_optimization": {"stage": 2, "offload_optimizer": section}})
+    remedies = list_remedies(recipe, plan, plan_memory(recipe, plan), 1e12)
+    assert any("(train.deepspeed=zero2-offload)" in remedy for remedy in remedies) is is_remedy
 
 
 @pytest.mark.parametrize("settings", [(), ("model.attention=flex",)])
@@ -129,7 +175,7 @@ def test_a_dry_run_prints_the_peak_and_the_longest_row_of_each_kind(
 def test_a_dry_run_refuses_what_auto_refuses_after_it_has_printed_the_memory(
     toy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UserError, match=r"needs .* but of 1.0 GB only 0 B may be filled"):
+    with pytest.raises(UserError, match=r"needs .* but of 953.7 MiB only 0 B may be filled"):
         print_dry_run(toy_recipe(toy), 1, gpu_bytes=10**9)
     assert "expected peak" in capsys.readouterr().out
     print_dry_run(toy_recipe(toy, "train.gradient_checkpointing=full"), 1, gpu_bytes=10**9)

@@ -400,8 +400,8 @@ def test_a_process_can_export_after_a_zero3_run(toy: Path) -> None:
 
 def test_wandb_gets_the_recipe_the_data_the_speed_and_the_loss_plot(toy: Path) -> None:
     overrides = ("train.report_to=[wandb]", "train.max_steps=1")
-    train(toy / "recipe.yaml", toy / "tracked", *overrides, WANDB_MODE="offline", WANDB_DIR=str(toy))
-    (run,) = (toy / "wandb").glob("offline-run-*")
+    train(toy / "recipe.yaml", toy / "tracked", *overrides, WANDB_MODE="offline")
+    (run,) = (toy / "tracked" / "wandb").glob("offline-run-*")
     (log,) = run.glob("*.wandb")
     logged_bytes = log.read_bytes()
     # the project and the run bear the names of the recipe and of the run's folder

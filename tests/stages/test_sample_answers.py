@@ -164,3 +164,8 @@ def test_settings_of_answers_without_held_out_examples_are_warned_of(folder: Pat
     assert list_settings_without_effect(toy_recipe(folder, *never)) == [
         "train.num_sample_prompts has no effect: train.sample_steps is null"
     ]
+
+
+def test_a_run_that_is_shorter_than_the_distance_answers_at_its_end(folder: Path) -> None:
+    train(folder / "short", "train.sample_max_new_tokens=2", num_ranks=1)
+    assert {record["step"] for record in read_sample_answers(folder / "short")} == {6}

@@ -1,9 +1,19 @@
-"""What blockft adds to DeepSpeed configs so that DeepSpeed does not wait for the GPU."""
+"""DeepSpeed configs do not make DeepSpeed wait for the GPU, or begin with a step that trains nothing."""
+
+import json
+from pathlib import Path
 
 import pytest
+import torch
 
 from blockft.config.recipe import RECIPES_FOLDER
-from blockft.training.deepspeed_config import load_deepspeed_config, without_overlap, zero_stage
+from blockft.errors import UserError
+from blockft.training.deepspeed_config import (
+    check_deepspeed_config,
+    load_deepspeed_config,
+    without_overlap,
+    zero_stage,
+)
 
 SHIPPED = RECIPES_FOLDER / "deepspeed"
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.json"))
@@ -24,3 +34,39 @@ def test_one_process_overlaps_no_communication_unless_weights_are_copied(name: s
         assert zero_stage(alone) == zero_stage(config)
     else:
         assert alone == config
+
+
+@pytest.mark.parametrize(
+    ("zero", "dtype", "is_refused"),
+    [
+        ({}, torch.bfloat16, True),
+        ({"stage": 0}, torch.bfloat16, True),
+        ({"stage": 0}, torch.float32, False),
+        ({"stage": 1}, torch.bfloat16, False),
+    ],
+)
+def test_a_section_that_would_begin_with_an_empty_step_is_refused(
+    tmp_path: Path, zero: dict[str, int], dtype: torch.dtype, is_refused: bool
+) -> None:
+    path = tmp_path / "adam.json"
+    path.write_text(json.dumps({"optimizer": {"type": "AdamW"}, "zero_optimization": zero}))
+
+    def check() -> None:
+        check_deepspeed_config(
+            load_deepspeed_config(str(path), SHIPPED),
+            str(path),
+            num_processes=1,
+            batch_rows=4,
+            dtype=dtype,
+            max_grad_norm=1.0,
+            learning_rate=1e-4,
+            betas=(0.9, 0.999),
+            weight_decay=0.0,
+            num_steps=10,
+            warmup_steps=1,
+        )
+
+    if not is_refused:
+        return check()
+    with pytest.raises(UserError, match="adam.json: with the section optimizer under ZeRO-0 in bfloat16"):
+        check()
