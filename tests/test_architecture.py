@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "errors": {"printable"},
     "file_content": {"errors"},
     "version": set(),
+    "hub_kernels": set(),
     "inputs": {"errors"},
     "config": {"inputs", "errors"},
     "units": {"errors"},
@@ -42,7 +43,7 @@ MAY_IMPORT = {
     "stages": LIBRARY | {"page", "bench", "training", "evaluation", "serving", "config"} | SUPPORT,
     "cli": {"bench", "stages", "training", "config"} | SUPPORT,
     "__main__": {"cli"},
-    "__init__": {"version"},
+    "__init__": {"hub_kernels", "version"},
 }
 """The parts that each part may import: downwards only; only cli and stages import the settings."""
 
