@@ -117,7 +117,7 @@ def test_a_dry_run_counts_the_teacher(toy: Path) -> None:
     (large / "config.json").write_text(json.dumps(config | {"intermediate_size": 10**7}))
     with_teacher, without = blockft(*arguments, f"train.teacher={large}"), blockft(*arguments)
     assert with_teacher.returncode == without.returncode == 0 and " teach" in with_teacher.stdout
-    assert re.search(r"weights of the teacher *│ *[\d.]+ GB", with_teacher.stdout)
+    assert re.search(r"weights of the teacher *│ *[\d.]+ [KMG]iB", with_teacher.stdout)
     assert "weights of the teacher" not in without.stdout
 
 
