@@ -177,7 +177,8 @@ class BlockFrontEnd:
         """Return the body of the completion request to vLLM."""
         body = dict(encoded.request.sampling) | {"model": encoded.model}
         body["prompt"] = [id for block in encoded.blocks for id in block]
-        body["stop_token_ids"] = [*body.get("stop_token_ids", ()), *self._encoder.end_token_ids]
+        if not body.get("ignore_eos"):
+            body["stop_token_ids"] = [*body.get("stop_token_ids", ()), *self._encoder.end_token_ids]
         if encoded.request.is_chat and body.get("max_tokens") is None:
             body["max_tokens"] = encoded.max_len - len(body["prompt"])
         if encoded.context:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,7 +27,11 @@ RESERVED_OPTIONS = {
     **dict.fromkeys(
         ("--kv-cache-dtype", "--calculate-kv-scales"), "pages have the type of the cached blocks (--dtype)"
     ),
-    "--kv-transfer-config": "blockft serve sets the connector",
+    **dict.fromkeys(
+        ("--kv-transfer-config", "--kv-offloading-size", "--kv-offloading-backend"),
+        "blockft serve sets the connector",
+    ),
+    "--disable-sliding-window": "the cached blocks have the windows of the model",
     **dict.fromkeys(
         ("--enable-lora", "--lora-modules"),
         "blocks of an adapter are not cached: merge the adapter with blockft export",
@@ -54,8 +59,17 @@ def check_options(options: Sequence[str]) -> None:
     for option in options:
         # vLLM reads _ as -, and --name.key as a part of the option's JSON
         name = option.split("=")[0].split(".")[0].replace("_", "-")
-        if option.startswith("-") and name in RESERVED_OPTIONS:
-            raise UserError(f"{option.split('=')[0]} is not allowed: {RESERVED_OPTIONS[name]}")
+        if reserved := _reserved_option(name):
+            raise UserError(f"{option.split('=')[0]} is not allowed: {RESERVED_OPTIONS[reserved]}")
+
+
+def _reserved_option(name: str) -> str | None:
+    """Return the reserved option that vLLM reads for a name, which may be the start of an option's name."""
+    if name in RESERVED_OPTIONS:
+        return name
+    if not re.fullmatch("--.+", name):
+        return None
+    return next((option for option in RESERVED_OPTIONS if option.startswith(name)), None)
 
 
 def server_command(served: ServedModel, file: Path, options: Sequence[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """Requests of clients that blockft words and tokenizes, and the request to vLLM that they become."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -7,6 +8,7 @@ from typing import Any, Literal
 from blockft.data.rag_prompt import RagPrompt
 from blockft.data.request import parse_request
 from blockft.data.sample import RecordError, Sample, check_field, is_list
+from blockft.inputs import shorten
 
 Mode = Literal["block", "full"]
 
@@ -54,9 +56,10 @@ class PromptRequest:
 def is_prompt_request(body: Mapping[str, Any]) -> bool:
     """Return whether blockft words and tokenizes the prompt of a request. vLLM itself answers all others.
 
-    It does if there are documents or blocks, if a message is a list of block texts, or if the mode is given.
+    It does if there are documents, a question or blocks, if a message is a list of block texts, or if the
+    mode is given.
     """
-    if not body.keys().isdisjoint(("documents", "blocks", "mode")):
+    if not body.keys().isdisjoint(("documents", "question", "blocks", "mode")):
         return True
     messages = body.get("messages")
     if messages is None or not is_list(messages):
@@ -84,7 +87,7 @@ def parse_prompt_request(
     allowed = SAMPLING_FIELDS + (CHAT_FIELDS if is_chat else ())
     if unknown := sorted(body.keys() - set(allowed)):
         raise RecordError(
-            f"field {unknown[0]!r} is not supported in a request with blocks (allowed: "
+            f"field {shorten(repr(unknown[0]), 60)} is not supported in a request with blocks (allowed: "
             f"{', '.join((*PROMPT_FIELDS, 'mode', *allowed))})"
         )
     if "documents" in record and prompt is None:
@@ -130,8 +133,8 @@ def _sampling(body: dict[str, Any], *, is_chat: bool) -> dict[str, Any]:
     stop_ids = body.get("stop_token_ids", [])
     check_field(_are_ids(stop_ids), "field 'stop_token_ids'", stop_ids, "be a list of token ids")
     if is_chat:
-        longest = body.pop("max_completion_tokens", None)
-        body.setdefault("max_tokens", longest)
+        if "max_completion_tokens" in body:  # replaces the older name
+            body["max_tokens"] = body.pop("max_completion_tokens")
         has_logprobs, num_top = body.pop("logprobs", False), body.pop("top_logprobs", 0)
         check_field(isinstance(has_logprobs, bool), "field 'logprobs'", has_logprobs, "be a bool")
         check_field(type(num_top) is int and num_top >= 0, "field 'top_logprobs'", num_top, "be a number")
@@ -149,7 +152,7 @@ def _check_sendable(name: str, value: Any) -> None:
     """Check that vLLM can send a value to its engine. It would answer with an error of the server.
 
     Raises:
-        RecordError: a text is no Unicode, or a number is too large.
+        RecordError: a text is no Unicode, or a number is too large or not finite.
     """
     waiting = [value]
     while waiting:
@@ -163,6 +166,8 @@ def _check_sendable(name: str, value: Any) -> None:
             check_field(is_text, f"field {name!r}", part, "be Unicode without lone surrogates")
         elif isinstance(part, int):
             check_field(abs(part) < MAX_NUMBER, f"field {name!r}", part, "be a number of at most 64 bits")
+        elif isinstance(part, float):
+            check_field(math.isfinite(part), f"field {name!r}", part, "be a finite number")
 
 
 def _are_ids(value: Any) -> bool:

@@ -129,6 +129,24 @@ def test_vllm_gets_the_ids_of_the_engine_and_the_limits_of_blocks(setup: Setup) 
     run(test)
 
 
+def test_an_answer_that_ignores_end_tokens_does_not_stop_at_them(setup: Setup) -> None:
+    async def test() -> None:
+        await setup.post(QUESTION | {"ignore_eos": True, "stop_token_ids": [7]})
+        (body,) = setup.prompt_completions()
+        assert body["ignore_eos"] is True and body["stop_token_ids"] == [7]
+
+    run(test)
+
+
+def test_the_newer_name_of_the_limit_of_an_answer_counts(setup: Setup) -> None:
+    async def test() -> None:
+        await setup.post(QUESTION | {"max_tokens": 9, "max_completion_tokens": 7})
+        (body,) = setup.prompt_completions()
+        assert body["max_tokens"] == 7
+
+    run(test)
+
+
 def test_full_mode_has_the_same_ids_and_no_blocks(setup: Setup) -> None:
     async def test() -> None:
         await setup.post(QUESTION)
@@ -194,6 +212,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, QUESTION | {"top_k": 10**40}, "top_k"),
     (CHAT, QUESTION | {"logit_bias": {"\ud800": 1}}, "logit_bias"),
     (CHAT, QUESTION | {"response_format": [[[{"a": [-(10**40)]}]]]}, "response_format"),
+    (CHAT, QUESTION | {"logit_bias": {"1": float("nan")}}, "finite"),
+    (CHAT, QUESTION | {"temperature": float("inf")}, "finite"),
+    (CHAT, QUESTION | {"f" * 1000: 1}, "characters) is not supported"),
+    (CHAT, {"messages": [{"role": "user", "content": "a"}], "question": "?"}, "'documents' and 'question'"),
+    (CHAT, QUESTION | {"max_completion_tokens": "2", "max_tokens": 2}, "max_tokens"),
     (CHAT, QUESTION | {"max_tokens": 399}, "399"),
     (CHAT, {"documents": ["\ud800"], "question": "?"}, "Unicode"),
     (CHAT, {"documents": DOCUMENTS * 40, "question": "?"}, "fewer documents"),
