@@ -7,6 +7,7 @@ begin at the start of a page.
 Shapes: n tokens, L layers, G layers of a group, K key/value heads, D head size.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -21,8 +22,12 @@ from blockft.serving.head_shard import HeadShard
 WHOLE = HeadShard()
 """All heads: there is one worker."""
 
-MAX_GROUP_NUMBERS = 1 << 24
-"""Keys are shifted for several layers at once, with at most this many numbers. It limits the memory."""
+MAX_CHUNK_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 24}
+"""How many numbers of keys are shifted at once, by type of the device.
+
+A GPU needs few launches. A CPU needs temporary tensors that fit into its cache: larger ones get new memory
+from the system each time, whose page faults take longer than the shift.
+"""
 
 
 class AttentionBackend(Protocol):
@@ -54,22 +59,43 @@ def write_blocks(
     shard: which heads of them the pages hold.
     slots: of the last `len(slots)` tokens of all blocks. The tokens before them are in pages already.
     """
-    lengths = torch.tensor([block.shape[1] for block in blocks])
-    starts = lengths.cumsum(0) - lengths
-    first = int(lengths.sum()) - len(slots)
+    lengths = [block.shape[1] for block in blocks]
+    starts = [0, *itertools.accumulate(lengths)]
+    first = starts[-1] - len(slots)
     assert first >= 0
-    needed = [i for i in range(len(blocks)) if starts[i] + lengths[i] > first]
-    offsets = starts[needed].repeat_interleave(lengths[needed])[-len(slots) :]
     device = layers[0].kv_cache.device
-    slots, offsets = _to(slots, device), _to(offsets[:, None], device)
+    slots, max_numbers = _to(slots, device), MAX_CHUNK_NUMBERS[device.type]
     token_len = math.prod(blocks[0].shape[3:])
-    for group, rotary in _layer_groups(rotaries, MAX_GROUP_NUMBERS // (len(slots) * token_len)):
-        parts = [blocks[i][group] for i in needed]
-        on_device = [shard.take(part.to(device, non_blocking=True)) for part in parts]
-        keys_GnKD, values_GnKD = torch.cat(on_device, dim=1)[:, -len(slots) :].unbind(2)
-        keys_GnKD, values_GnKD = rotary.shift(keys_GnKD, offsets).contiguous(), values_GnKD.contiguous()
-        for layer, keys_nKD, values_nKD in zip(layers[group], keys_GnKD, values_GnKD, strict=True):
-            layer.impl.do_kv_cache_update(layer, keys_nKD, values_nKD, layer.kv_cache, slots)
+    needed = [index for index, end in enumerate(starts[1:]) if end > first]
+    for chunk in _block_chunks(needed, lengths, max_numbers // token_len):
+        begin, end = max(starts[chunk[0]], first), starts[chunk[-1] + 1]
+        chunk_slots = slots[begin - first : end - first]
+        # the tokens of one block have the same offset
+        repeats = [1] if len(chunk) == 1 else [lengths[index] for index in chunk]
+        offsets = torch.tensor([starts[index] for index in chunk]).repeat_interleave(torch.tensor(repeats))
+        offsets = _to(offsets[begin - end :, None], device)
+        for group, rotary in _layer_groups(rotaries, max_numbers // ((end - begin) * token_len)):
+            parts = [blocks[index][group] for index in chunk]
+            on_device = [shard.take(part.to(device, non_blocking=True)) for part in parts]
+            kv_Gn2KD = torch.cat(on_device, dim=1) if len(chunk) > 1 else on_device[0]
+            keys_GnKD, values_GnKD = kv_Gn2KD[:, begin - end :].unbind(2)
+            keys_GnKD, values_GnKD = rotary.shift(keys_GnKD, offsets).contiguous(), values_GnKD.contiguous()
+            for layer, keys_nKD, values_nKD in zip(layers[group], keys_GnKD, values_GnKD, strict=True):
+                layer.impl.do_kv_cache_update(layer, keys_nKD, values_nKD, layer.kv_cache, chunk_slots)
+
+
+def _block_chunks(indices: Sequence[int], lengths: Sequence[int], max_tokens: int) -> Iterator[Sequence[int]]:
+    """Return the blocks in consecutive chunks: at least one block, at most `max_tokens` tokens each."""
+    chunk: list[int] = []
+    num_tokens = 0
+    for index in indices:
+        if chunk and num_tokens + lengths[index] > max_tokens:
+            yield chunk
+            chunk, num_tokens = [], 0
+        chunk.append(index)
+        num_tokens += lengths[index]
+    if chunk:
+        yield chunk
 
 
 def _layer_groups(

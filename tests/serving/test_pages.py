@@ -1,6 +1,7 @@
 """Blocks are written into pages of any layout, at their positions in the prompt, and read back."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from blockft.attention.rope import RotaryEmbedding
 from blockft.errors import UserError
 from blockft.inference.block_key import KVShape
 from blockft.serving.block_request import page_slots
-from blockft.serving.pages import PageLayout, read_block, write_blocks
+from blockft.serving.pages import MAX_CHUNK_NUMBERS, PageLayout, read_block, write_blocks
+from blockft.serving.served_model import ServedModel
 from tests.inference.cached import random_key
 from tests.serving.stubs import BACKENDS, PAGE_LEN, SHAPE, kv_of, make_layers, make_served
 
@@ -24,16 +27,52 @@ def test_blocks_are_written_at_their_positions(backend: type[Any], start: int, t
     keys = [random_key(seed, length) for seed, length in enumerate((5, 4, 6))]
     blocks, pages = [kv_of(key) for key in keys], random.Random(start).sample(range(16), 4)
     write_blocks(layers, served.rotaries, blocks, page_slots(pages, PAGE_LEN, start, 15))
-    expected = torch.cat(blocks, dim=1).clone()
-    for layer, rotary in enumerate(served.rotaries):
-        shifted = [
-            rotary.shift(kv[layer, :, 0], offset) for kv, offset in zip(blocks, (0, 5, 9), strict=True)
-        ]
-        expected[layer, :, 0] = torch.cat(shifted)
+    expected = shifted_to(served, blocks, (0, 5, 9))
     found = read_block(layers, SHAPE, PAGE_LEN, page_slots(pages, PAGE_LEN, 0, 15))
     assert_close(found[:, start:], expected[:, start:], rtol=1e-6, atol=1e-6)
     assert bool((found[:, :start] == -1).all()), "tokens before `start` stay"
     assert sum(int((layer.kv_cache != -1).sum()) for layer in layers) == expected[:, start:].numel()
+
+
+@pytest.mark.parametrize("max_numbers", [1, 5 * 8, 9 * 8, 2 * 15 * 8, 1 << 20])
+@pytest.mark.parametrize("start", [0, 6, 14])
+def test_chunks_of_any_size_give_the_same_pages(
+    max_numbers: int, start: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token has 8 numbers of keys in a layer: chunks have one block or several, one layer or several."""
+    monkeypatch.setitem(MAX_CHUNK_NUMBERS, "cpu", max_numbers)
+    served = replace(make_served(tmp_path), layer_frequencies=(0, 0, 1))
+    layers, blocks = make_layers(), [kv_of(random_key(seed, length)) for seed, length in enumerate((5, 4, 6))]
+    write_blocks(layers, served.rotaries, blocks, page_slots([7, 2, 9, 4], PAGE_LEN, start, 15))
+    found = read_block(layers, SHAPE, PAGE_LEN, page_slots([7, 2, 9, 4], PAGE_LEN, 0, 15))
+    assert torch.equal(found[:, start:], shifted_to(served, blocks, (0, 5, 9))[:, start:])
+    assert bool((found[:, :start] == -1).all()), "tokens before `start` stay"
+
+
+def test_a_chunk_on_a_cpu_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large temporary tensor costs more for its memory than for its numbers."""
+    monkeypatch.setitem(MAX_CHUNK_NUMBERS, "cpu", 2 * 6 * 8)
+    shift, sizes = RotaryEmbedding.shift, list[int]()
+
+    def record(rotary: RotaryEmbedding, keys: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+        sizes.append(keys.numel())
+        return shift(rotary, keys, distance)
+
+    monkeypatch.setattr(RotaryEmbedding, "shift", record)
+    blocks = [kv_of(random_key(seed, length)) for seed, length in enumerate((5, 4, 6))]
+    write_blocks(
+        make_layers(), make_served(tmp_path).rotaries, blocks, page_slots([7, 2, 9, 4], PAGE_LEN, 0, 15)
+    )
+    assert sum(sizes) == 15 * 8 * SHAPE.num_layers and max(sizes) <= 2 * 6 * 8
+
+
+def shifted_to(served: ServedModel, blocks: list[torch.Tensor], offsets: tuple[int, ...]) -> torch.Tensor:
+    """Return the blocks together, with the keys of each at its offset."""
+    expected = torch.cat(blocks, dim=1).clone()
+    for layer, rotary in enumerate(served.rotaries):
+        shifted = [rotary.shift(kv[layer, :, 0], offset) for kv, offset in zip(blocks, offsets, strict=True)]
+        expected[layer, :, 0] = torch.cat(shifted)
+    return expected
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
