@@ -67,6 +67,6 @@ def check_type(value: Any, expected: type | tuple[type, ...], name: str, remedy:
         raise TypeError(f"{name} is {type(value).__name__}, it should be {allowed}{remedy and f': {remedy}'}")
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its type if it has no message."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -227,6 +227,10 @@ class BlockCache:
         """Ignore a block's entry on the disk until the block is inserted again. The entry may be damaged."""
         self._invalidated.add(key)
 
+    def revalidate(self, keys: Iterable[BlockKey]) -> None:
+        """Read entries of blocks on the disk again: another process may have written them anew."""
+        self._invalidated.difference_update(keys)
+
     def _touch_on_disk(self, disk: DiskTier, keys: AbstractSet[BlockKey]) -> None:
         """Record on the disk that nearer tiers gave blocks, without waiting."""
         now = time.monotonic()

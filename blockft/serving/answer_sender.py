@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from blockft.serving.asgi import Message, Send, send_json
+from blockft.serving.block_request import hide_secrets
 from blockft.serving.completion_format import ChatFormat
 
 Usage = dict[str, Any]
@@ -20,10 +21,18 @@ class AnswerSender:
     is_complete: the whole answer was sent.
 
     usage: returns what the answer's usage says about blocks.
+    confirm: returns why the answer must not be sent, or "". It is called before the first byte.
     """
 
-    def __init__(self, send: Send, usage: Callable[[], Awaitable[Usage]], *, is_chat: bool) -> None:
-        self._send, self._usage = send, usage
+    def __init__(
+        self,
+        send: Send,
+        usage: Callable[[], Awaitable[Usage]],
+        confirm: Callable[[], Awaitable[str]],
+        *,
+        is_chat: bool,
+    ) -> None:
+        self._send, self._usage, self._confirm = send, usage, confirm
         self._chat = ChatFormat() if is_chat else None
         self._start: Message = {}
         self._body = b""
@@ -52,11 +61,15 @@ class AnswerSender:
             return
         if status != 200:
             await self._send(self._start)
-            await self._send({"type": "http.response.body", "body": self._body, "more_body": False})
+            body = hide_secrets(self._body)
+            await self._send({"type": "http.response.body", "body": body, "more_body": False})
             return
         answer = json.loads(self._body)
         if answer is None:
             return  # the client has left, and vLLM has stopped its request
+        if failure := await self._confirm():
+            self.failure = failure
+            return
         await self._add_usage(answer)
         answer = self._chat.answer(answer) if self._chat else answer
         self.is_complete = True
@@ -69,6 +82,9 @@ class AnswerSender:
             data = event.removeprefix(b"data:").strip()
             if not self._has_sent and data.startswith(b'{"error"'):
                 self.failure = _error_message(data)
+                return
+            if not self._has_sent and (failure := await self._confirm()):
+                self.failure = failure
                 return
             lines += await self._convert(data)
             if not self._has_sent:
@@ -85,7 +101,7 @@ class AnswerSender:
             return [data]  # [DONE]
         chunk = json.loads(data)
         if "choices" not in chunk:
-            return [data]  # an error
+            return [hide_secrets(data)]  # an error
         if chunk.get("usage"):
             await self._add_usage(chunk)
         chunks = self._chat.chunks(chunk) if self._chat else [chunk]
@@ -102,6 +118,6 @@ class AnswerSender:
 def _error_message(content: bytes) -> str:
     """Return the message of an error of vLLM."""
     try:
-        return str(json.loads(content)["error"]["message"])
+        return str(json.loads(hide_secrets(content))["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return "vLLM gave no reason"

@@ -7,6 +7,8 @@ plain full attention, whatever parameters they carry.
 
 import hashlib
 import hmac
+import re
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -15,6 +17,9 @@ from typing import Any
 import torch
 
 from blockft.inference.block_key import BlockKey, block_key
+
+_MARK = "blockft-"
+_SECRET = re.compile(rb"blockft-[0-9a-f]{16,}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +54,16 @@ class EncodeRequest:
     reply_to: ReplyAddress
 
 
+def new_secret() -> str:
+    """Return a secret for the processes of one server."""
+    return f"{_MARK}{secrets.token_hex(32)}"
+
+
+def hide_secrets(content: bytes) -> bytes:
+    """Return a response of vLLM with `*` in place of secrets and salts. Errors of vLLM quote requests."""
+    return _SECRET.sub(lambda found: b"*" * len(found[0]), content)
+
+
 def block_salt(secret: str, lengths: Sequence[int], client_salt: str = "") -> str:
     """Return the cache salt of a prompt in block mode.
 
@@ -57,7 +72,7 @@ def block_salt(secret: str, lengths: Sequence[int], client_salt: str = "") -> st
     not know the secret and cannot name this salt.
     """
     cut = f"{','.join(map(str, lengths))} {client_salt}"
-    return f"blockft-{hmac.new(secret.encode(), cut.encode(), hashlib.sha256).hexdigest()}"
+    return f"{_MARK}{hmac.new(secret.encode(), cut.encode(), hashlib.sha256).hexdigest()}"
 
 
 def encode_salt(secret: str) -> str:

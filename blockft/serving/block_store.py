@@ -80,6 +80,9 @@ class BlockStore:
             blocks |= loaded
             tiers |= {key: hits[key].tier for key in loaded}
         if missing := [index for index, key in enumerate(keys) if key not in blocks]:
+            # damaged entries are computed and written anew, possibly by another worker
+            for cache in self._caches:
+                cache.revalidate(keys[index] for index in missing)
             return LoadedBlocks(missing=missing)
         return LoadedBlocks(blocks=[blocks[key] for key in keys], tiers=[tiers[key] for key in keys])
 

@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ class BlockFrontEnd:
         for _ in range(MAX_ATTEMPTS):
             address, report = computer.receiver.expect()
             usage = self._usage(encoded, computed, report)
-            sender = AnswerSender(send, usage, is_chat=is_chat)
+            sender = AnswerSender(send, usage, partial(_confirm, encoded, report), is_chat=is_chat)
             try:
                 content = json.dumps(self._completion(encoded, address)).encode()
                 inner_scope = with_request(scope, "POST", COMPLETIONS, content)
@@ -239,6 +240,13 @@ def _check_request(
             f"{models[model]} together: use fewer documents or fewer new tokens"
         )
     return EncodedRequest(request=request, blocks=blocks, model=model, max_len=models[model])
+
+
+async def _confirm(encoded: EncodedRequest, report: asyncio.Future[Report]) -> str:
+    """Return why an answer cannot be sent, or "". Without a report it could be one of full attention."""
+    if not encoded.context or len((await _wait_for(report)).sources) == len(encoded.context):
+        return ""
+    return "the connector has not reported that its blocks were loaded"
 
 
 async def _wait_for(report: asyncio.Future[Report]) -> Report:

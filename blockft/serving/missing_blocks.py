@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from blockft.errors import UserError
 from blockft.inference.block_key import BlockKey, num_tokens, token_ids
 from blockft.serving.asgi import Application, Response, Scope, call, with_request
-from blockft.serving.block_request import EncodeRequest, block_params, encode_salt
+from blockft.serving.block_request import EncodeRequest, block_params, encode_salt, hide_secrets
 from blockft.serving.metrics import Counters
 from blockft.serving.report import ReportReceiver
 from blockft.serving.served_model import ServedModel
@@ -86,7 +86,7 @@ class BlockComputer:
             own_scope = with_request(scope, "POST", self._path, content, only_authorization=True)
             response = await call(self._app, own_scope, content)
             if response.status != 200:
-                raise RequestRefused(response)
+                raise RequestRefused(Response(response.status, hide_secrets(response.body)))
             stored = await asyncio.wait_for(report, STORE_TIMEOUT_S)
         except TimeoutError:
             raise UserError("a block of the prompt was computed, but not stored: ask again") from None

@@ -27,6 +27,7 @@ class PromptEncoder:
         self._vocab_size = served.vocab_size
         self._encoder = Encoder(load_tokenizer(served.path))
         self.end_token_ids: Sequence[int] = sorted(self._encoder.end_token_ids)
+        served.check_files()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="blockft-encode")
 
     async def encode(self, sample: Sample) -> list[list[int]]:

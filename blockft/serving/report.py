@@ -1,7 +1,8 @@
 """Reports of the connector to the front end: where the blocks of a request came from, or why it failed.
 
 vLLM passes no such data through a stream, and no reason through an error. A report is a datagram on a Unix
-socket of the front end. A report that is lost costs its contents only: vLLM itself ends the request.
+socket of the front end. A request whose report is lost fails, because nothing else says that its blocks were
+loaded.
 """
 
 import asyncio
@@ -9,6 +10,7 @@ import json
 import logging
 import os
 import socket
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,7 +21,7 @@ from blockft.serving.block_request import ReplyAddress
 
 _log = logging.getLogger("blockft.serving")
 
-SEND_TIMEOUT_S = 5
+SEND_TIMEOUT_S = 30
 """How long a report waits for its reader. Linux keeps 10 datagrams for a socket by default."""
 
 _MAX_BYTES = 1 << 20
@@ -49,7 +51,8 @@ class Reporter:
 
     def send(self, address: ReplyAddress, report: Report) -> None:
         """Send a report, without waiting. A report that cannot be delivered is logged."""
-        message = json.dumps({"id": address.id, **asdict(report)}).encode()
+        # compressed, because a datagram has at most 200 KB, and a prompt may have many blocks
+        message = zlib.compress(json.dumps({"id": address.id, **asdict(report)}).encode())
         self._thread.submit(self._deliver, address, message)
 
     def close(self) -> None:
@@ -97,7 +100,7 @@ class ReportReceiver:
     def _receive(self) -> None:
         with suppress(BlockingIOError):
             while True:
-                fields = json.loads(self._socket.recv(_MAX_BYTES))
+                fields = json.loads(zlib.decompress(self._socket.recv(_MAX_BYTES)))
                 future = self._expected.get(fields.pop("id"))
                 if future is not None and not future.done():
                     future.set_result(Report(**fields))

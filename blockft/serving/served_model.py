@@ -11,9 +11,22 @@ from typing import Any
 import torch
 
 from blockft.attention.rope import RotaryEmbedding
+from blockft.errors import UserError
 from blockft.inference.block_key import KVShape
 from blockft.inference.cache_entry import CacheModel
 from blockft.inference.disk_tier import DiskTier
+
+FileVersion = tuple[str, int, int]
+"""The name of a file, its size in bytes, and the time of its last change in nanoseconds."""
+
+
+def list_files(folder: str) -> tuple[FileVersion, ...]:
+    """Return the files of a model's folder. There are none if the model is on the Hub."""
+    found = []
+    for path in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else ():
+        status = path.stat()
+        found.append((path.name, status.st_size, status.st_mtime_ns))
+    return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +35,7 @@ class ServedModel:
 
     Attributes:
         path: the model's folder.
+        files: its files when its fingerprint was computed; see `list_files`.
         name: the model's name in the cache folder.
         fingerprint: the fingerprint of blocks that blockft computed.
         shape: the shape of the keys and values of a token.
@@ -37,6 +51,7 @@ class ServedModel:
     """
 
     path: str
+    files: tuple[FileVersion, ...]
     name: str
     fingerprint: str
     shape: KVShape
@@ -67,6 +82,18 @@ class ServedModel:
         kinds = [RotaryEmbedding(torch.tensor(f, dtype=torch.float64)) for f in self.frequencies]
         return tuple(kinds[index] for index in self.layer_frequencies)
 
+    def check_files(self) -> None:
+        """Check that the model's files are those of its fingerprint. Call it after they were read.
+
+        Raises:
+            UserError: a file has changed since.
+        """
+        if changed := sorted({name for name, *_ in {*self.files} ^ {*list_files(self.path)}}):
+            raise UserError(
+                f"{Path(self.path) / changed[0]} has changed while the server started: start it again, "
+                "when the model is complete"
+            )
+
     def open_disk_tiers(self) -> tuple[DiskTier, DiskTier]:
         """Return the entries that blockft computed, and those that vLLM computed.
 
@@ -88,6 +115,7 @@ class ServedModel:
     def load(cls, path: Path) -> "ServedModel":
         """Read the file that `save` wrote."""
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        fields["files"] = tuple(map(tuple, fields["files"]))
         fields["shape"] = KVShape(**fields["shape"])
         fields["frequencies"] = tuple(map(tuple, fields["frequencies"]))
         fields["layer_frequencies"] = tuple(fields["layer_frequencies"])

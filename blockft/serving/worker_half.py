@@ -71,10 +71,12 @@ class WorkerHalf:
 
         Raises:
             UserError: the attention backend cannot write pages by itself, their layout is not supported, the
-                cache folder cannot be used, or the device lacks memory for its tier.
+                model's files have changed, the cache folder cannot be used, or the device lacks memory for
+                its tier.
         """
         assert len(layers) == self._served.shape.num_layers, f"vLLM has {len(layers)} attention layers"
         check_backend(layers)
+        self._served.check_files()
         self._layers, self._shard, self._gather = layers, shard, gather
         self._shape = shard.local_shape(self._served.shape)
         PageLayout(layers[0], self._shape, self._page_len)  # raises an error for an unknown layout
@@ -109,13 +111,12 @@ class WorkerHalf:
     def save(self, saves: Sequence[Save]) -> None:
         """Read blocks from their pages, and store them in the background."""
         for save in saves:
-            slots = page_slots(save.pages, self._page_len, 0, num_tokens(save.key))
-            kv = read_block(self._layers, self._shape, self._page_len, slots)
-            if self._gather is not None:
-                kv = self._shard.join(self._gather(kv), self._served.shape.num_kv_heads)
-            if self._shard.worker == 0:
-                future = self._opened.insert(save.key, *self._stream.copy_to_host(kv))
-                future.add_done_callback(partial(self._report_saved, save.reply_to))
+            try:
+                self._save(save)
+            except Exception as error:  # such as too little memory: the block's requests fail alone
+                if self._gather is not None:
+                    raise  # the other workers wait for the heads of this one
+                self._report_unsaved(save.reply_to, error)
 
     def take_finished(self) -> set[str]:
         """Return the requests whose loads have ended, well or not, since the last call."""
@@ -142,6 +143,15 @@ class WorkerHalf:
     def _opened(self) -> BlockStore:
         assert self._store is not None
         return self._store
+
+    def _save(self, save: Save) -> None:
+        slots = page_slots(save.pages, self._page_len, 0, num_tokens(save.key))
+        kv = read_block(self._layers, self._shape, self._page_len, slots)
+        if self._gather is not None:
+            kv = self._shard.join(self._gather(kv), self._served.shape.num_kv_heads)
+        if self._shard.worker == 0:
+            future = self._opened.insert(save.key, *self._stream.copy_to_host(kv))
+            future.add_done_callback(partial(self._report_saved, save.reply_to))
 
     def _end_load(self, load: Load, future: Future[LoadedBlocks]) -> None:
         try:
@@ -198,11 +208,14 @@ class WorkerHalf:
         self._reporter.send(load.reply_to, report)
 
     def _report_saved(self, reply_to: ReplyAddress, future: Future[str]) -> None:
-        error = future.exception()
-        if error is not None:
-            _log.error("a block could not be stored", exc_info=error)
-        failure = future.result() if error is None else f"a block could not be stored: {error}"
-        self._reporter.send(reply_to, Report(failure=failure))
+        if error := future.exception():
+            self._report_unsaved(reply_to, error)
+        else:
+            self._reporter.send(reply_to, Report(failure=future.result()))
+
+    def _report_unsaved(self, reply_to: ReplyAddress, error: BaseException) -> None:
+        _log.error("a block could not be stored", exc_info=error)
+        self._reporter.send(reply_to, Report(failure=f"a block could not be stored: {first_line(error)}"))
 
 
 def _on_device(rotaries: Sequence[RotaryEmbedding], device: torch.device) -> list[RotaryEmbedding]:

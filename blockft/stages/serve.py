@@ -1,6 +1,5 @@
 """`blockft serve`: serve a model with vLLM, with cached blocks."""
 
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,8 +14,9 @@ from blockft.model.decoder_layers import attention_windows, rotary_embeddings
 from blockft.model.fingerprint import model_fingerprint
 from blockft.model.load import adapter_base_model, load_model, load_tokenizer, parse_dtype
 from blockft.model.supported import uses_reencoded_positions
+from blockft.serving.block_request import new_secret
 from blockft.serving.launch import check_options, run_server
-from blockft.serving.served_model import ServedModel
+from blockft.serving.served_model import ServedModel, list_files
 from blockft.serving.supported_engine import check_version
 from blockft.stages.generate import CacheArguments
 from blockft.units import format_count
@@ -50,6 +50,7 @@ def describe_model(model: str, cache: CacheOptions, dtype: torch.dtype, *, socke
     """
     if adapter_base_model(model):
         raise UserError(f"{model} is an adapter, whose blocks are not served: export the merged model")
+    files = list_files(model)
     loaded = load_model(model, backend="cached", dtype=dtype)
     if not uses_reencoded_positions(loaded.config):
         raise UserError(
@@ -66,6 +67,7 @@ def describe_model(model: str, cache: CacheOptions, dtype: torch.dtype, *, socke
     distinct = list(dict.fromkeys(frequencies))
     return ServedModel(
         path=model,
+        files=files,
         name=model,
         fingerprint=model_fingerprint(loaded, tokenizer_fingerprint(load_tokenizer(model))),
         shape=kv_shape(loaded),
@@ -76,6 +78,6 @@ def describe_model(model: str, cache: CacheOptions, dtype: torch.dtype, *, socke
         disk_bytes=cache.disk_bytes,
         host_bytes=free_bytes(torch.device("cpu")) // 4 if cache.host_bytes is None else cache.host_bytes,
         device_bytes=cache.device_bytes or 0,
-        secret=secrets.token_hex(32),
+        secret=new_secret(),
         socket_folder=socket_folder,
     )

@@ -298,7 +298,7 @@ def test_rates_are_numbers() -> None:
 @contextlib.contextmanager
 def two_servers(tmp_path: Path, model: Path) -> Any:
     """Serve a stub of vLLM alone, and the real front end over a stub of vLLM."""
-    blocks = Setup(replace(make_served(tmp_path), path=str(model)))
+    blocks = Setup(make_served(tmp_path, path=str(model)))
     with http_server(StubServer()) as plain_url, http_server(blocks.app) as blocks_url:
         yield plain_url, blocks_url
 

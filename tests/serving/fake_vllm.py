@@ -24,7 +24,7 @@ class FakeVllm:
     """Stores blocks, and fails a request whose blocks it lacks, as vLLM with the connector does.
 
     blocks: the stored blocks. completions: the bodies of all completion requests.
-    evict: called before the blocks of a request are looked up.
+    evict: called before the blocks of a request are looked up. is_full_attention: it ignores all blocks.
     """
 
     api_key: str = ""
@@ -35,6 +35,7 @@ class FakeVllm:
     store_failure: str = ""
     on_store: Callable[[BlockKey], None] = lambda key: None
     load_failure: str = ""
+    is_full_attention: bool = False
     saw_disconnect: bool = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,7 +60,8 @@ class FakeVllm:
     async def _complete(self, fields: dict[str, Any], receive: Receive, send: Send) -> None:
         request = parse_params(fields.get("kv_transfer_params"), SECRET)
         if fields.get("temperature") == "hot":
-            await send_json(send, 400, {"error": {"message": "temperature is no number", "code": 400}})
+            message = f"temperature is no number in {fields}"  # vLLM quotes requests
+            await send_json(send, 400, {"error": {"message": message, "code": 400}})
             return
         if fields["prompt"][-1] == 0:
             self.saw_disconnect = (await receive())["type"] == "http.disconnect"
@@ -73,7 +75,7 @@ class FakeVllm:
                 self.blocks.add(key := block_key(fields["prompt"]))
                 self.on_store(key)
             reporter.send(request.reply_to, Report(failure=self.store_failure))
-        elif isinstance(request, BlockRequest):
+        elif isinstance(request, BlockRequest) and not self.is_full_attention:
             failure = self._load(fields, request, reporter)
         reporter.close()
         if fields.get("stream"):

@@ -11,21 +11,26 @@ from typing import Any
 import torch
 
 from blockft.inference.block_key import BlockKey, KVShape, num_tokens, token_ids
-from blockft.serving.block_request import BlockRequest, ReplyAddress, block_params, block_salt
-from blockft.serving.served_model import ServedModel
+from blockft.serving.block_request import BlockRequest, ReplyAddress, block_params, block_salt, new_secret
+from blockft.serving.served_model import ServedModel, list_files
 
 SHAPE = KVShape(num_layers=3, num_kv_heads=2, head_size=4, dtype="float32")
 PAGE_LEN = 4
-SECRET = "a secret"
+SECRET = new_secret()
 NOWHERE = ReplyAddress(socket="/nowhere", id="1")
 
 
 def make_served(
-    folder: Path, shape: KVShape = SHAPE, host_bytes: int = 1 << 20, device_bytes: int = 0
+    folder: Path,
+    shape: KVShape = SHAPE,
+    host_bytes: int = 1 << 20,
+    device_bytes: int = 0,
+    path: str = "out/model",
 ) -> ServedModel:
     """Return a model with two kinds of rotary embeddings, whose cache is in `folder`."""
     return ServedModel(
-        path="out/model",
+        path=path,
+        files=list_files(path),
         name="toy",
         fingerprint="a1b2c3",
         shape=shape,

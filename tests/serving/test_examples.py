@@ -6,7 +6,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ def run_client(url: str, question: str, documents: Path, **environment: str) -> 
 
 
 def test_the_client_prints_the_answer_and_what_was_reused(tmp_path: Path, toy_model: Path) -> None:
-    setup = Setup(replace(make_served(tmp_path), path=str(toy_model)))
+    setup = Setup(make_served(tmp_path, path=str(toy_model)))
     setup.vllm.api_key = "key"
     documents = tmp_path / "documents.jsonl"
     lines = [{"title": "Dogs", "text": "They bark."}, {"text": "Cows moo."}]

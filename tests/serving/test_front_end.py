@@ -4,7 +4,6 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,7 @@ class Setup:
 
 @pytest.fixture
 def setup(tmp_path: Path, toy_model: Path) -> Setup:
-    return Setup(replace(make_served(tmp_path), path=str(toy_model)))
+    return Setup(make_served(tmp_path, path=str(toy_model)))
 
 
 def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -251,7 +250,9 @@ def test_a_bad_request_is_one_sentence_and_asks_vllm_nothing(
 def test_what_vllm_refuses_is_passed_on(setup: Setup) -> None:
     async def test() -> None:
         status, answer = await setup.post(QUESTION | {"temperature": "hot"})
-        assert status == 400 and answer["error"]["message"] == "temperature is no number"
+        message = answer["error"]["message"]
+        assert status == 400 and message.startswith("temperature is no number")
+        assert SECRET[:24] not in message and setup.prompt_completions()[0]["cache_salt"][:24] not in message
         assert (await setup.post(QUESTION | {"model": "other"}))[0] == 404
 
     run(test)
@@ -300,6 +301,23 @@ def test_a_request_whose_blocks_are_always_evicted_fails_alone(setup: Setup, str
         assert len(setup.prompt_completions()) == MAX_ATTEMPTS
         setup.vllm.evict = lambda vllm: None
         assert (await setup.post(QUESTION))[0] == 200
+
+    run(test)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_answer_is_sent_before_the_connector_has_reported(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """vLLM would give full attention without a word if it did not ask the connector."""
+    monkeypatch.setattr("blockft.serving.front_end.REPORT_TIMEOUT_S", 0.05)
+    setup.vllm.is_full_attention = True
+
+    async def test() -> None:
+        status, answer = await setup.post(QUESTION | {"stream": stream})
+        assert status == 500 and "has not reported" in answer["error"]["message"]
+        assert not setup.counters.answers and setup.counters.failures == {"failed": 1}
+        assert (await setup.post(QUESTION | {"mode": "full"}))[0] == 200
 
     run(test)
 

@@ -28,6 +28,21 @@ def test_no_report_is_lost_while_the_reader_is_busy(tmp_path: Path) -> None:
     asyncio.run(test())
 
 
+def test_a_prompt_may_have_many_blocks(tmp_path: Path) -> None:
+    """A datagram has at most 200 KB."""
+    report = Report(sources=["host", "device"] * 50_000, missing=list(range(20_000)))
+
+    async def test() -> None:
+        receiver, reporter = ReportReceiver(tmp_path), Reporter()
+        address, future = receiver.expect()
+        reporter.send(address, report)
+        assert await asyncio.wait_for(future, 30) == report
+        reporter.close()
+        receiver.close()
+
+    asyncio.run(test())
+
+
 def test_a_report_to_a_reader_that_is_gone_is_dropped(tmp_path: Path) -> None:
     reporter = Reporter()
     reporter.send(ReplyAddress(socket=str(tmp_path / "gone.sock"), id="1"), Report())

@@ -1,21 +1,25 @@
 """The worker's half: loads blocks in the background, stores computed blocks, and fails single requests."""
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+from blockft.errors import UserError
 from blockft.inference.block_key import BlockKey
 from blockft.serving.block_request import ReplyAddress, page_slots
 from blockft.serving.head_shard import HeadShard
 from blockft.serving.pages import read_block
 from blockft.serving.report import Report, Reporter
 from blockft.serving.scheduler_half import Load, Save
-from blockft.serving.served_model import ServedModel
+from blockft.serving.served_model import ServedModel, list_files
 from blockft.serving.worker_half import WorkerHalf
 from tests.inference.cached import random_key
 from tests.serving.stubs import PAGE_LEN, SHAPE, OneHeadPages, kv_of, make_layers, make_served
@@ -57,7 +61,7 @@ def open_worker(tmp_path: Path) -> Iterator[Callable[..., Worker]]:
     workers: list[Worker] = []
 
     def open_worker(keys: list[BlockKey], **changes: Any) -> Worker:
-        workers.append(Worker(make_served(tmp_path, **changes), keys))
+        workers.append(Worker(replace(make_served(tmp_path), **changes), keys))
         return workers[-1]
 
     yield open_worker
@@ -142,6 +146,51 @@ def test_a_computed_block_is_stored_for_later_servers(
     assert torch.equal(
         read_block(later.layers, SHAPE, PAGE_LEN, page_slots([7, 3], PAGE_LEN, 0, 5)), kv_of(KEYS[0])
     )
+
+
+def test_an_error_while_a_block_is_read_fails_its_requests_alone(
+    open_worker: Callable[..., Worker], reports: list[Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as too little memory for a long block. With several workers the others would wait for ever."""
+    worker = open_worker([])
+    save = Save(key=KEYS[0], pages=[4, 2], reply_to=ADDRESS)
+    with monkeypatch.context() as patch:
+        patch.setattr("blockft.serving.worker_half.read_block", Mock(side_effect=MemoryError("no memory")))
+        worker.half.save([save])
+        assert reports.pop() == Report(failure="a block could not be stored: no memory")
+        worker.half._gather = lambda part: part
+        with pytest.raises(MemoryError):
+            worker.half.save([save])
+    worker.half._gather = None
+    worker.half.save([save])
+    assert wait_for(reports) == Report()
+
+
+def test_an_entry_that_another_worker_has_written_anew_is_read(
+    open_worker: Callable[..., Worker], reports: list[Report], tmp_path: Path
+) -> None:
+    worker = open_worker(KEYS, host_bytes=0)
+    for file in Path(worker.half._served.folder).rglob("*.safetensors"):
+        file.write_bytes(bytes(file.stat().st_size))
+    assert worker.load(make_load())[1]
+    for key in KEYS:
+        make_served(tmp_path).open_disk_tiers()[1].write(key, kv_of(key))
+    assert worker.load(make_load(request_id="b")) == ({"b"}, set())
+
+
+def test_a_model_that_was_exported_again_since_its_fingerprint_is_refused(
+    open_worker: Callable[..., Worker], tmp_path: Path
+) -> None:
+    file = tmp_path / "model" / "model.safetensors"
+    file.parent.mkdir()
+    for content in ("old", "new"):
+        file.write_text(content)
+        os.utime(file, ns=(1, 1 if content == "old" else 2))
+        if content == "old":
+            changes = {"path": str(file.parent), "files": list_files(str(file.parent))}
+            open_worker([], **changes)
+    with pytest.raises(UserError, match=r"model\.safetensors has changed while the server started"):
+        open_worker([], **changes)
 
 
 def test_a_block_that_overflows_is_not_stored(
