@@ -9,14 +9,13 @@ Shapes: B batch, T query tokens, S key tokens, H query heads, K key/value heads,
 
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from blockft.attention.layout import AttentionMetadata
 from blockft.attention.mask import KeyRanges, build_dense_mask, build_range_mask_mod, tile_occupancy
-from blockft.attention.rotate_queries import CachedAttention
 
 FLEX_TILE_LEN = 128
 """Side of a tile of FlexAttention's block-sparse mask, in tokens."""
@@ -150,6 +149,23 @@ def block_flex(
     return out_BHTD.transpose(1, 2).contiguous(), None
 
 
+class LayerAttention(Protocol):
+    """The attention of one forward pass, which every layer calls."""
+
+    def attend(
+        self,
+        layer: int,
+        q_BHTD: torch.Tensor,
+        keys_BKTD: torch.Tensor,
+        values_BKTD: torch.Tensor,
+        scaling: float,
+        window: int | None,
+        /,
+    ) -> torch.Tensor:
+        """Return the attention output: (B, T, H, D)."""
+        ...
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def block_cached(
     module: torch.nn.Module,
@@ -160,10 +176,12 @@ def block_cached(
     *,
     scaling: float,
     sliding_window: int | None = None,
-    cached_attention: CachedAttention | None = None,
+    cached_attention: LayerAttention | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Return the attention of final blocks over cached blocks: (B, T, H, D) and None.
+
+    `cached_attention` computes it: `CachedAttention`, or `ScaledContextAttention` of an evaluation.
 
     Without `cached_attention` it is `block_sdpa`. It is never compiled: the layer's index would be compiled
     in as a constant, which gives a kernel per layer.

@@ -28,7 +28,7 @@ from blockft.cli.options import (
     path_option,
 )
 from blockft.config.bounds import MAX_PAGE_SAMPLES, MAX_PORT, MAX_PROCESSES, MAX_SEED
-from blockft.config.choices import DType, Format, Metric, Mode
+from blockft.config.choices import DType, Format, MethodName, Metric, Mode
 from blockft.errors import INTERRUPTED, USER_ERROR, ReportedError
 from blockft.printable import print_text
 
@@ -505,6 +505,10 @@ def evaluate(
     format: Annotated[
         Format | None, typer.Option(help="RECIPE_OR_DATA is data of this format. Default: samples.")
     ] = None,
+    method: Annotated[
+        MethodName | None,
+        typer.Option(help="Compute block mode by this method instead of the block cache."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report instead of a table.")] = False,
 ) -> None:
     """Answer held-out questions in both modes and score the answers.
@@ -513,14 +517,29 @@ def evaluate(
     evaluation.
 
     \b
+    Methods are baselines that need no training. They read and write no cached
+    block, and take options as settings:
+      mask             the block mask alone; positions are re-encoded
+      local-positions  every block keeps the positions 0 to n - 1
+      recompute        a share of the context tokens is computed again over all
+                       blocks: eval.method.share (0 to 1), .tokens (first,
+                       deviation), .layer (of the deviation)
+      shared-start     every block is encoded behind the first tokens of the
+                       prompt: eval.method.start_tokens
+      ape              temperature and scale of attention to the context:
+                       eval.method.temperature, .scale, .start_tokens
+
+    \b
     Examples:
       blockft eval out/model recipe.yaml
       blockft eval out/model hotpotqa eval.max_samples=100 --modes block
       blockft eval out/model questions.jsonl --format musique
+      blockft eval out/model recipe.yaml --method recompute eval.method.share=0.2
     """
     from blockft.config.recipe import is_recipe, load_recipe
 
     changes = [*(overrides or ()), *([f"eval.modes=[{modes}]"] if modes is not None else [])]
+    changes += [f"eval.method.name={method}"] if method is not None else []
     if format is None and is_recipe(target):
         settings = load_recipe(target, changes)  # before the slow imports: it finds most mistakes
     else:

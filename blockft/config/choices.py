@@ -45,6 +45,23 @@ class Mode(StrEnum):
     full = "full"
 
 
+class MethodName(StrEnum):
+    """Computation of block mode without fine-tuning."""
+
+    mask = "mask"
+    local_positions = "local-positions"
+    recompute = "recompute"
+    shared_start = "shared-start"
+    ape = "ape"
+
+
+class RecomputedTokens(StrEnum):
+    """Context tokens that are recomputed: the first of each block, or those that differ most."""
+
+    first = "first"
+    deviation = "deviation"
+
+
 class Order(StrEnum):
     """Order of the documents of a prompt by relevance."""
 

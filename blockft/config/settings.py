@@ -39,12 +39,14 @@ from blockft.config.choices import (
     DType,
     Format,
     GradientCheckpointing,
+    MethodName,
     Mode,
     Objective,
     Optimizer,
     Order,
     Positions,
     Quantization,
+    RecomputedTokens,
     Response,
     Retriever,
     Role,
@@ -920,6 +922,90 @@ class TrainSettings(Settings):
     report_to: list[Text] = Field(default=["none"], description="Trackers: `none`, `wandb`, `tensorboard`.")
 
 
+METHOD_OPTIONS = {
+    MethodName.mask: (),
+    MethodName.local_positions: (),
+    MethodName.recompute: ("share", "tokens", "layer"),
+    MethodName.shared_start: ("start_tokens",),
+    MethodName.ape: ("temperature", "scale", "start_tokens"),
+}
+"""The options that each method takes."""
+
+
+class MethodSettings(Settings):
+    """How `blockft eval` computes block mode without the block cache: a baseline that needs no training."""
+
+    name: MethodName = Field(
+        description=(
+            "`mask`: the block mask alone, positions re-encoded. `local-positions`: every block keeps the "
+            "positions 0 to n - 1, as in Prompt Cache. `recompute`: some context tokens are computed again "
+            "over all blocks, as in CacheBlend. `shared-start`: every block is encoded behind the first "
+            "tokens of the prompt. `ape`: attention to the context with a temperature and a scale."
+        )
+    )
+    share: Annotated[float, BeforeValidator(_refuse_bool)] = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description=(
+            "`recompute`: share of the context tokens behind the first block that are computed again. 0 is "
+            "block mode, 1 is full mode."
+        ),
+    )
+    tokens: RecomputedTokens = Field(
+        default=RecomputedTokens.first,
+        description=(
+            "`recompute`: which tokens. `first`: the first ones of each block. `deviation`: those whose keys "
+            "and values in one layer differ most between block and full mode."
+        ),
+    )
+    layer: Annotated[int, BeforeValidator(_parse_int)] = Field(
+        default=1,
+        ge=1,
+        le=MAX_BLOCKS,
+        description=(
+            "`recompute` with `tokens: deviation`: the layer, counted from 0. Layer 0 has no deviation."
+        ),
+    )
+    start_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS), BeforeValidator(_parse_int)] | None = Field(
+        default=None,
+        description=(
+            "`shared-start`, `ape`: how many first tokens of the first block stand before every other block. "
+            "The final block reads them once. null is the whole first block for `shared-start` and 0 for "
+            "`ape`."
+        ),
+    )
+    temperature: Annotated[float, BeforeValidator(_refuse_bool)] = Field(
+        default=0.9,
+        ge=0.01,
+        le=100,
+        description=(
+            "`ape`: temperature of attention to the context, without a shared start. Choose it and the scale "
+            "on held-out questions."
+        ),
+    )
+    scale: Annotated[float, BeforeValidator(_refuse_bool)] = Field(
+        default=0.9,
+        ge=0,
+        le=100,
+        description=(
+            "`ape`: factor of the logarithm of the context's weight. 1 with temperature 1 is block mode."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _check_options(self) -> "MethodSettings":
+        """Refuse options of another method."""
+        taken = METHOD_OPTIONS[self.name]
+        for option in MethodSettings.model_fields:
+            if option in self.model_fields_set and option not in ("name", *taken):
+                takes = f"takes {', '.join(taken)}" if taken else "takes no options"
+                raise _rule(f"has {option}, but the method {self.name} {takes}")
+        if "layer" in self.model_fields_set and self.tokens is not RecomputedTokens.deviation:
+            raise _rule("has a layer, which only tokens: deviation compares")
+        return self
+
+
 class EvalSettings(Settings):
     """Which questions `blockft eval` asks."""
 
@@ -941,6 +1027,17 @@ class EvalSettings(Settings):
         description="Largest number of questions, taken from the sources in turn. null asks all.",
     )
     batch_size: BatchSize = Field(default=32, description="Questions answered together.")
+    method: MethodSettings | None = Field(
+        default=None,
+        description="How block mode is computed. null is the block cache; other methods are baselines.",
+    )
+
+    @model_validator(mode="after")
+    def _check_method(self) -> "EvalSettings":
+        """Refuse a method that nothing is computed with."""
+        if self.method and Mode.block not in self.modes:
+            raise _rule("has a method, which computes block mode, but modes lacks block")
+        return self
 
 
 class Recipe(Settings):

@@ -16,9 +16,12 @@ from blockft.data.chat_template import TemplateMismatch
 from blockft.data.fit import PromptTooLong
 from blockft.data.sample import SKIP_REMEDY, Sample
 from blockft.digest import DIGEST, digest_json
+from blockft.evaluation.methods import Method, MethodBatch
 from blockft.evaluation.metrics import is_yes_no
 from blockft.evaluation.report import ALL, Prediction
+from blockft.inference.answer import PartialAnswer
 from blockft.inference.engine import AttentionMode, Engine
+from blockft.inference.text_stream import TextStream
 
 GROUP_FIELDS = ("type", "level")
 """Fields of a sample's metadata whose values form groups of the report."""
@@ -125,6 +128,37 @@ def answer_batch(
     return [
         AnswerRecord(index, answer.text, answer.num_blocks, answer.prompt_tokens, len(answer.ids))
         for index, answer in zip(batch, answers, strict=True)
+    ]
+
+
+def answer_batch_by_method(
+    engine: Engine,
+    prompts: Sequence[Blocks],
+    batch: Batch,
+    *,
+    mode: AttentionMode,
+    max_new_tokens: int,
+    method: Method,
+) -> list[AnswerRecord]:
+    """Answer the prompts of a batch greedily by masked forward passes, without the block cache.
+
+    Block mode is computed as the method says; full mode does not depend on it.
+    """
+    blocks = [prompts[i] if mode == "block" else [[*chain.from_iterable(prompts[i])]] for i in batch]
+    forward = MethodBatch(engine.model, blocks, method if mode == "block" else Method())
+    partial_answers = [PartialAnswer(TextStream(engine.tokenizer), engine.eos_token_ids) for _ in blocks]
+    next_ids = forward.prefill().argmax(dim=-1).tolist()
+    for step in range(1, max_new_tokens + 1):
+        for partial, token in zip(partial_answers, next_ids, strict=True):
+            partial.append(token, 0)
+        if all(partial.finished for partial in partial_answers) or step == max_new_tokens:
+            break
+        next_ids = forward.decode_step(next_ids).argmax(dim=-1).tolist()
+    for partial in partial_answers:
+        partial.stream.close()
+    return [
+        AnswerRecord(index, partial.stream.text.strip(), len(prompt), sum(map(len, prompt)), len(partial.ids))
+        for index, partial, prompt in zip(batch, partial_answers, blocks, strict=True)
     ]
 
 

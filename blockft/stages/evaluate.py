@@ -3,8 +3,8 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import reduce
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial, reduce
 from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
@@ -17,14 +17,16 @@ from rich.table import Column, Table
 from blockft.config.choices import (
     BadRecordPolicy,
     Format,
+    MethodName,
     Mode,
     Positions,
+    RecomputedTokens,
     Response,
     Retriever,
     TooLongPolicy,
 )
 from blockft.config.recipe import build_recipe, find_recipe, is_recipe, load_recipe
-from blockft.config.settings import Recipe, Source
+from blockft.config.settings import METHOD_OPTIONS, MethodSettings, Recipe, Source
 from blockft.console import PlainConsole
 from blockft.data.files import COMPRESSION_SUFFIXES, RECORD_SUFFIXES
 from blockft.data.sample import SKIP_REMEDY, Sample, sample_to_record
@@ -36,12 +38,15 @@ from blockft.errors import UserError, check_type, warn
 from blockft.evaluation.answer_questions import (
     TOO_LONG,
     AnswerFile,
+    AnswerRecord,
     EncodedQuestions,
     answer_batch,
+    answer_batch_by_method,
     build_predictions,
     encode_questions,
     plan_batches,
 )
+from blockft.evaluation.methods import Method
 from blockft.evaluation.metrics import METRICS
 from blockft.evaluation.report import DIFFERENCE, Prediction, build_report
 from blockft.evaluation.report_render import draw_scores, format_score, report_markdown
@@ -143,7 +148,18 @@ def _evaluate(model: str, recipe: Recipe, out: LockedFolder) -> dict[str, Any]:
     cache = CacheOptions(host_bytes=0) if torch.cuda.is_available() else None
     # an export holds its own template; that of the recipe belongs to the model of the recipe
     template = recipe.model.chat_template if model == recipe.model.path else None
-    with Engine.load(model, revision=revision, dtype=dtype, chat_template=template, cache=cache) as engine:
+    method = recipe.eval and recipe.eval.method
+    with Engine.load(
+        model,
+        revision=revision,
+        dtype=dtype,
+        chat_template=template,
+        cache=cache,
+        # a method takes no GPU memory for blocks
+        rotate="keys" if method else "auto",
+    ) as engine:
+        if method:
+            _check_method(method, engine)
         if recipe.data.positions is Positions.local and uses_reencoded_positions(engine.model.config):
             _remark("data.positions=local has no effect: the model was not trained with local positions")
         questions = _encode(engine, samples, recipe)
@@ -154,6 +170,55 @@ def _evaluate(model: str, recipe: Recipe, out: LockedFolder) -> dict[str, Any]:
         except KeyboardInterrupt:
             _remark("interrupted: run the same command again to resume")
             raise
+
+
+def _check_method(method: MethodSettings, engine: Engine) -> None:
+    """Check that a method suits the model; report on stderr if it contradicts the training.
+
+    Raises:
+        UserError: the model has no layer `method.layer`.
+    """
+    config = engine.model.config
+    compares_layer = method.name is MethodName.recompute and method.tokens is RecomputedTokens.deviation
+    if compares_layer and method.layer >= config.num_hidden_layers:
+        raise UserError(
+            f"eval.method.layer is {method.layer}, but the model has the layers 0 to "
+            f"{config.num_hidden_layers - 1}: set eval.method.layer to one of them"
+        )
+    if method.name is not MethodName.local_positions and not uses_reencoded_positions(config):
+        _remark(f"the model was trained with local positions, but the method {method.name} re-encodes them")
+
+
+def build_method(settings: MethodSettings) -> Method:
+    """Return the computation that `eval.method` names. Options of other methods have their neutral values."""
+    match settings.name:
+        case MethodName.mask:
+            return Method()
+        case MethodName.local_positions:
+            return Method(reencoded=False)
+        case MethodName.recompute:
+            return Method(
+                recomputed_share=settings.share,
+                recomputed_tokens=settings.tokens.value,
+                deviation_layer=settings.layer,
+            )
+        case MethodName.shared_start:
+            return Method(start_tokens=settings.start_tokens)
+        case MethodName.ape:
+            return Method(
+                temperature=settings.temperature,
+                scale=settings.scale,
+                start_tokens=settings.start_tokens or 0,
+            )
+
+
+def _describe_method(settings: MethodSettings | None) -> dict[str, Any]:
+    """Return what the report says about the computation of block mode."""
+    name, options = "method of block mode", "options of the method"
+    if settings is None:
+        return {name: "block cache", options: None}
+    taken = METHOD_OPTIONS[settings.name]
+    return {name: settings.name.value, options: settings.model_dump(mode="json", include={*taken}) or None}
 
 
 def evaluation_recipe(
@@ -362,7 +427,8 @@ def _options(
         "revision": revision,
         "model fingerprint": model_fingerprint(engine.model),
         "tokenizer fingerprint": tokenizer_fingerprint(engine.tokenizer),
-        "positions of blocks": "reencoded" if uses_reencoded_positions(engine.model.config) else "local",
+        **_describe_method(settings.method),
+        "positions of blocks": "reencoded" if _reencodes(settings.method, engine) else "local",
         "dtype": str(engine.model.dtype).removeprefix("torch."),
         "device": engine.model.device.type,
         "output limit, tokens": settings.max_new_tokens,
@@ -381,6 +447,12 @@ def _options(
         "blockft": __version__,
         **{name: version(name) for name in ("torch", "transformers")},
     }
+
+
+def _reencodes(method: MethodSettings | None, engine: Engine) -> bool:
+    if method:
+        return method.name is not MethodName.local_positions
+    return uses_reencoded_positions(engine.model.config)
 
 
 def _describe_source(source: Source, dense_model: str) -> dict[str, Any]:
@@ -430,6 +502,9 @@ def _answer(
     """
     assert recipe.eval
     samples, max_new_tokens = questions.samples, recipe.eval.max_new_tokens
+    answer: Callable[..., list[AnswerRecord]] = answer_batch
+    if recipe.eval.method:
+        answer = partial(answer_batch_by_method, method=build_method(recipe.eval.method))
     path, batches = folder / f"answers-{mode}.jsonl", plan_batches(samples, recipe.eval.batch_size)
     answers = AnswerFile(path, batches, f"{evaluation} {mode}")
     if answers.damaged_line:
@@ -441,9 +516,7 @@ def _answer(
     remaining = answers.remaining_batches
     with progress(f"{mode} mode", sum(map(len, remaining)), unit="answer") as advance:
         for batch in remaining:
-            answers.add(
-                answer_batch(engine, questions.prompts, batch, mode=mode, max_new_tokens=max_new_tokens)
-            )
+            answers.add(answer(engine, questions.prompts, batch, mode=mode, max_new_tokens=max_new_tokens))
             advance(len(batch))
     return build_predictions(samples, answers.records, max_new_tokens)
 

@@ -37,7 +37,7 @@ def settings_models(model: type[BaseModel] = Recipe) -> set[type[BaseModel]]:
 
 def test_every_setting_has_a_description() -> None:
     models = settings_models()
-    assert len(models) == 12
+    assert len(models) == 13
     for model in models:
         assert model.__doc__
         for name, field in model.model_fields.items():

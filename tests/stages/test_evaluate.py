@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from blockft.cli.commands import app
+from blockft.config.choices import MethodName
 from blockft.config.recipe import build_recipe
 from blockft.config.settings import PromptSettings, Recipe
 from blockft.errors import UserError
@@ -491,3 +494,119 @@ def test_questions_of_any_fields_are_evaluated_with_the_trained_wording(toy: Pat
     samples, dropped = read_questions(recipe)
     assert [sample.answers for sample in samples] == [("fox",)] and dropped == {"no answer": 1}
     assert recipe.eval and Path(recipe.eval.output_dir).name.endswith("-q")
+
+
+CITIES = [("Vithumouth", "Brosuk"), ("Leithein", "Karode"), ("Pawick", "Sulorn"), ("Tagrith", "Mevan")]
+
+
+@pytest.fixture(scope="module")
+def demo_questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a file of questions about invented cities, which the demo's model answers with names."""
+    path = tmp_path_factory.mktemp("cities") / "questions.jsonl"
+    documents = [f"The mayor of {city} is {mayor}.\n" for city, mayor in CITIES]
+    lines = []
+    for number, (city, mayor) in enumerate(CITIES):
+        content = ["Answer from the documents:\n", *documents[: number + 1], f"What is the mayor of {city}?"]
+        message = {"role": "user", "content": content}
+        record = {
+            "id": city,
+            "source": "cities",
+            "messages": [message],
+            "response": mayor,
+            "answers": [mayor],
+        }
+        lines.append(json.dumps(record) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
+def answer_cities(questions: Path, out: Path, *overrides: str) -> dict[str, Any]:
+    """Return the answers of the demo's model in each mode, and the options of the report."""
+    settings = (f"eval.output_dir={out}", "eval.max_new_tokens=4", "eval.batch_size=3", *overrides)
+    report = evaluate(MODEL, str(questions), overrides=settings)
+    lines = {mode: (out / f"predictions-{mode}.jsonl").read_text().splitlines() for mode in report["modes"]}
+    answers = {mode: [json.loads(line)["answer"] for line in found] for mode, found in lines.items()}
+    assert all(any(found) for found in answers.values())
+    return {"options": report["options"], "lines": lines, **answers}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ["name=mask"],
+        ["name=recompute", "share=0.0"],
+        ["name=recompute", "share=0.0", "tokens=deviation"],
+        ["name=shared-start", "start_tokens=0"],
+        ["name=ape", "temperature=1.0", "scale=1.0"],
+    ],
+    ids=" ".join,
+)
+def test_methods_without_effect_answer_as_the_block_cache(
+    demo_questions: Path, tmp_path: Path, method: list[str]
+) -> None:
+    expected = answer_cities(demo_questions, tmp_path / "cache")
+    got = answer_cities(demo_questions, tmp_path / "method", *(f"eval.method.{option}" for option in method))
+    assert got["lines"] == expected["lines"]
+    assert got["block"] != got["full"]
+    assert expected["options"]["method of block mode"] == "block cache"
+    options = {
+        "name": got["options"]["method of block mode"],
+        **(got["options"]["options of the method"] or {}),
+    }
+    assert {f"{option}={value}" for option, value in options.items()} >= {*method}
+
+
+def test_every_method_is_evaluated_by_its_command(demo_questions: Path, tmp_path: Path) -> None:
+    answers = {}
+    for name in MethodName:
+        out = tmp_path / name
+        arguments = [MODEL, str(demo_questions), f"eval.output_dir={out}", "eval.max_new_tokens=4"]
+        result = CliRunner().invoke(app, ["eval", *arguments, "--method", name, "--json"])
+        assert result.exit_code == 0, result.output
+        options = json.loads(result.stdout)["options"]
+        assert options["method of block mode"] == name
+        assert options["positions of blocks"] == ("local" if name == "local-positions" else "reencoded")
+        answers[name] = (out / "predictions-block.jsonl").read_text()
+    assert answers[MethodName.local_positions] != answers[MethodName.mask]
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("tokens", ["first", "deviation"])
+def test_recomputation_of_all_tokens_answers_as_full_mode(
+    demo_questions: Path, tmp_path: Path, tokens: str
+) -> None:
+    method = ["eval.method.name=recompute", "eval.method.share=1", f"eval.method.tokens={tokens}"]
+    got = answer_cities(demo_questions, tmp_path / "out", *method)
+    assert got["block"] == got["full"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["share=0.2"], r"eval\.method\.name"),
+        (["name=mask", "share=0.2"], r"eval\.method.* has share, but the method mask takes no options"),
+        (["name=ape", "share=0.2"], r"has share, but the method ape takes temperature, scale, start_tokens"),
+        (["name=recompute", "layer=1"], r"has a layer, which only tokens: deviation compares"),
+        (["name=recompute", "share=1.5"], r"eval\.method\.share"),
+        (["name=recompute", "share=nan"], r"eval\.method\.share"),
+        (["name=ape", "temperature=0"], r"eval\.method\.temperature"),
+        (
+            ["name=recompute", "tokens=deviation", "layer=2"],
+            r"layer is 2, but the model has the layers 0 to 1",
+        ),
+        (["name=sinks"], r"eval\.method\.name"),
+    ],
+    ids=" ".join,
+)
+def test_options_that_a_method_does_not_take_are_refused(
+    toy: Path, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    settings = [f"eval.output_dir={tmp_path / 'out'}", *(f"eval.method.{override}" for override in overrides)]
+    with pytest.raises(UserError, match=message):
+        evaluate(str(toy / "model"), str(toy / "questions.jsonl"), overrides=settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_method_without_block_mode_is_refused(toy: Path) -> None:
+    with pytest.raises(UserError, match="has a method, which computes block mode, but modes lacks block"):
+        run(toy, "no-block", "eval.method.name=mask", "eval.modes=[full]")
