@@ -11,7 +11,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -135,21 +135,10 @@ class BlockFrontEnd:
         computed = await computer.compute_missing(encoded.context, scope, encoded.model)
         failure = ""
         for _ in range(MAX_ATTEMPTS):
-            address, report = computer.receiver.expect()
-            usage = self._usage(encoded, computed, report)
-            sender = AnswerSender(send, usage, partial(_confirm, encoded, report), is_chat=is_chat)
-            try:
-                content = json.dumps(self._completion(encoded, address)).encode()
-                inner_scope = with_request(scope, "POST", COMPLETIONS, content)
-                await self._app(inner_scope, replay(content, receive), sender)
-                if sender.failure is None:
-                    if sender.is_complete:
-                        await usage()  # a stream may report no usage, and its answer counts too
-                    return
-                failed = await _wait_for(report)
-            finally:
-                computer.receiver.forget(address)
-            failure = failed.failure or sender.failure
+            failed = await self._ask_vllm(encoded, computed, computer.receiver, scope, receive, send)
+            if failed is None:
+                return
+            failure = failed.failure
             if not failed.missing:
                 break
             self._counters.count_failure("missing")
@@ -158,6 +147,33 @@ class BlockFrontEnd:
             computed |= await computer.compute(missing, scope, encoded.model)
         self._counters.count_failure("failed")
         await send_error(send, 500, f"the request failed: {failure}", "InternalServerError")
+
+    async def _ask_vllm(
+        self,
+        encoded: EncodedRequest,
+        computed: set[BlockKey],
+        receiver: ReportReceiver,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> Report | None:
+        """Send vLLM's response to a request on. Return why it has failed, if nothing was sent."""
+        address, report = receiver.expect()
+        usage = self._usage(encoded, computed, report)
+        confirm = partial(_confirm, encoded, report)
+        sender = AnswerSender(send, usage, confirm, is_chat=encoded.request.is_chat)
+        content = json.dumps(self._completion(encoded, address)).encode()
+        try:
+            inner_scope = with_request(scope, "POST", COMPLETIONS, content)
+            await self._app(inner_scope, replay(content, receive), sender)
+            if sender.failure is not None:
+                failed = await _wait_for(report)
+                return replace(failed, failure=failed.failure or sender.failure)
+            if sender.is_complete:
+                await usage()  # a stream may report no usage, and its answer counts too
+            return None
+        finally:
+            receiver.forget(address)
 
     def _open_computer(self) -> BlockComputer:
         receiver = ReportReceiver(Path(self._served.socket_folder))

@@ -15,6 +15,8 @@ from blockft.serving.block_request import (
     block_params,
     block_salt,
     encode_salt,
+    hide_secrets,
+    new_secret,
     page_slots,
     parse_params,
 )
@@ -59,3 +61,13 @@ def test_slots_are_those_of_the_tokens_of_a_prompt(pages: list[int], page_len: i
     stop = data.draw(st.integers(start, 6 * page_len))
     every = [page * page_len + token for page in pages for token in range(page_len)]
     assert page_slots(pages, page_len, start, stop).tolist() == every[start:stop]
+
+
+def test_a_response_shows_no_secret_and_no_salt() -> None:
+    """Errors of vLLM quote requests, possibly cut off."""
+    secret, salt = new_secret(), block_salt(SECRET, (3, 4))
+    content = f'{{"secret": "{secret}", "salt": "{salt[:40]}...", "model": "blockft-1b"}}'.encode()
+    hidden = hide_secrets(content)
+    assert len(hidden) == len(content)
+    assert secret[:24] not in hidden.decode() and salt[:24] not in hidden.decode()
+    assert b"blockft-1b" in hidden
