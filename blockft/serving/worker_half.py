@@ -31,6 +31,9 @@ from blockft.serving.supported_engine import check_backend
 IDLE_WAIT_S = 0.005
 """How long a step without tokens waits for blocks. Otherwise the engine would use a core to wait."""
 
+START_WAIT_S = 0.001
+"""How long a step waits for the loads that it starts. Blocks in memory come in time, and spare a step."""
+
 _log = logging.getLogger("blockft.serving")
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
@@ -93,6 +96,7 @@ class WorkerHalf:
 
     def load(self, loads: Sequence[Load], *, is_idle: bool) -> None:
         """Start loads, and write the blocks of earlier loads that are on the host now."""
+        started = []
         for load in loads:
             if load.refusal:
                 self._fail(load, Report(failure=load.refusal))
@@ -100,9 +104,12 @@ class WorkerHalf:
                 self._opened.touch(load.keys)
                 self._write(load, LoadedBlocks(tiers=[Tier.device] * len(load.keys)))
             else:
-                self._loading[self._opened.load(load.keys)] = load
+                started.append(self._opened.load(load.keys))
+                self._loading[started[-1]] = load
         if is_idle and not self._finished and not self._writing:
             wait([*self._loading], IDLE_WAIT_S, FIRST_COMPLETED)
+        else:
+            wait(started, START_WAIT_S)
         for future in [future for future in self._loading if future.done()]:
             self._end_load(self._loading.pop(future), future)
         if is_idle and self._writing:

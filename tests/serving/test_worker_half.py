@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 from unittest.mock import Mock
 
@@ -15,6 +16,7 @@ from torch.testing import assert_close
 from blockft.errors import UserError
 from blockft.inference.block_key import BlockKey
 from blockft.serving.block_request import ReplyAddress, page_slots
+from blockft.serving.block_store import BlockStore
 from blockft.serving.head_shard import HeadShard
 from blockft.serving.pages import read_block
 from blockft.serving.report import Report, Reporter
@@ -94,6 +96,31 @@ def test_blocks_of_both_kinds_are_loaded_into_pages(
     assert reports == [Report(sources=["disk", "disk", "disk"])]
     worker.load(make_load(start=9, request_id="b"))
     assert reports[1:] == [Report(sources=["device", "device", "host"])]
+
+
+def test_blocks_in_memory_are_ready_in_the_step_that_asks_for_them(
+    open_worker: Callable[..., Worker], reports: list[Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other requests are computed in this step. A second step would delay the first token."""
+    worker = open_worker(KEYS)
+    worker.load(make_load())
+    monkeypatch.setattr("blockft.serving.worker_half.START_WAIT_S", 60)
+    worker.half.load([make_load(request_id="b"), make_load(request_id="c")], is_idle=False)
+    assert worker.half.take_finished() == {"b", "c"}
+    assert [report.sources for report in reports[1:]] == [["host"] * 3] * 2
+
+
+def test_a_step_with_tokens_does_not_wait_for_a_slow_load(
+    open_worker: Callable[..., Worker], reports: list[Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, is_released = open_worker(KEYS), Event()
+    load_now = BlockStore._load
+    monkeypatch.setattr(BlockStore, "_load", lambda self, keys: is_released.wait(60) and load_now(self, keys))
+    worker.half.load([make_load()], is_idle=False)
+    worker.half.load([], is_idle=False)
+    assert not worker.half.take_finished() and not reports
+    is_released.set()
+    assert "a" in worker.load(make_load(request_id="b"))[0]
 
 
 def test_a_missing_block_fails_its_request_alone(
