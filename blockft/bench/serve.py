@@ -5,6 +5,7 @@ no request fails and p95 of the time to first token (TTFT) is within the limit.
 """
 
 import asyncio
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -29,6 +30,9 @@ MAX_DOUBLINGS = 12
 
 LATE_SHARE = 0.05
 """Share of the limit by which the benchmark may send its requests too late without a warning."""
+
+BUSY_SHARE = 0.25
+"""Share of the cores that other work may use at the start without a warning."""
 
 MIN_REQUESTS = 5
 """Fewest requests on average at a rate of the search."""
@@ -97,7 +101,7 @@ def bench_serve(
         UserError: a server cannot be started or reached, or fails every request of the warm-up; a file cannot
             be written.
     """
-    measured = []
+    measured, load_average = [], _read_load()
     for target, running in servers:
         with running as start_s:
             figures = asyncio.run(_measure(target, workload, plan))
@@ -112,12 +116,24 @@ def bench_serve(
             "method": " ".join(METHOD.split()),
             "workload": asdict(workload.options),
             "plan": asdict(plan),
+            "load_average": load_average,
             "summary": summary,
             "servers": measured,
         },
     )
     if png:
         save_figure(draw_serve(model, measured, plan.ttft_limit_ms), png)
+
+
+def _read_load() -> float:
+    """Return the load average of the last minute, and warn if the machine is busy."""
+    load, num_cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > BUSY_SHARE * num_cores:
+        warn(
+            f"the load average is {load:.1f} on {num_cores} cores before a server starts, so that the times "
+            "are not those of the servers alone: end other work first"
+        )
+    return load
 
 
 async def _measure(target: Target, workload: Workload, plan: ServePlan) -> dict[str, Any]:

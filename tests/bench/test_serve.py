@@ -292,6 +292,17 @@ def test_rates_are_numbers() -> None:
             parse_rates(text)
 
 
+@pytest.mark.parametrize("load", [0.9, 1.1])
+def test_a_busy_machine_is_named_and_recorded(
+    load: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other work delays clients and servers by times that differ from run to run."""
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    assert serve._read_load() == load
+    assert ("the load average is 1.1 on 4 cores" in capsys.readouterr().err) == (load > 1)
+
+
 # Whole runs
 
 
@@ -318,6 +329,7 @@ def test_two_running_servers_are_compared(tmp_path: Path, model: Path) -> None:
     result = json.loads(out.read_text())
     plain, blocks = result["servers"]
     assert (plain["kind"], blocks["kind"]) == ("plain", "blocks")
+    assert result["load_average"] >= 0
     assert result["workload"]["corpus_size"] == 9 and result["plan"]["rates"] == [10, 20]
     assert blocks["warmup"]["num_requests"] == 6
     sources = blocks["warmup"]["block_sources"]
