@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "inference": {"data", "model", "attention", "digest", "inputs", "units", "errors"},
     "training": LIBRARY | FOLDERS | {"inputs", "printable", "digest", "units", "errors", "version"},
     "evaluation": LIBRARY | {"markdown", "printable", "outputs", "digest", "errors"},
-    "serving": LIBRARY | {"errors"},
+    "serving": LIBRARY | {"inputs", "errors"},
     "page": {"data", "inputs", "printable", "units", "errors", "version"},
     "bench": LIBRARY | {"training"} | SUPPORT,
     "stages": LIBRARY | {"page", "bench", "training", "evaluation", "serving", "config"} | SUPPORT,
