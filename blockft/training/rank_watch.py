@@ -17,6 +17,7 @@ import atexit
 import codecs
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -152,7 +153,8 @@ class RankWatch:
         try:
             yield
         except BaseException as error:
-            with self._ending:  # from here on the watching thread does not end this process
+            # from here on the watching thread does not end this process
+            with _sigterm_ignored(), self._ending:
                 raised = self.report(error)
             if raised is error:
                 raise
@@ -461,6 +463,22 @@ def watching_hosts(place: RankPlace) -> Iterator[RankWatch]:
     watch = RankWatch(place, timeout_s=60 * read_timeout_minutes())
     with watch.watching():
         yield watch
+
+
+@contextmanager
+def _sigterm_ignored() -> Iterator[None]:
+    """Ignore SIGTERM, which a launcher sends to all ranks when one has ended: they must still name it.
+
+    This rank ends by itself in a few seconds.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if handler is None else handler)
 
 
 class _LostRank(Exception):

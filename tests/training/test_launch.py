@@ -388,7 +388,7 @@ def test_a_killed_rank_ends_the_run_and_is_named(toy: Path, launcher: str, rank:
     killed_at = time.monotonic()
     output = process.communicate()[0]
     assert process.returncode != 0 and time.monotonic() - killed_at < 60
-    assert f"blockft: rank {rank} on " in output and "it was killed" in output
+    assert f"blockft: rank {rank} on " in output and "it was killed" in output, output
 
 
 def start_faulty(
