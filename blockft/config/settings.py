@@ -865,7 +865,8 @@ class TrainSettings(Settings):
         default=None,
         description=(
             "Compile the model's layers. Faster steps, but the first one takes up to a minute longer. null is"
-            " yes on a GPU, except with ZeRO-3. Compiled code is kept in `$XDG_CACHE_HOME/blockft`."
+            " yes on a GPU, except with ZeRO-3, where true is an error. Compiled code is kept in "
+            "`$XDG_CACHE_HOME/blockft`."
         ),
     )
     gradient_checkpointing: GradientCheckpointing = Field(

@@ -1,6 +1,8 @@
 """The inputs of forward passes that rotate queries, and the CUDA graphs that read them."""
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,6 +84,7 @@ class GraphInputs:
 
     def capture(self, forward: Callable[[], torch.Tensor]) -> None:
         """Record the kernels of a pass, after two runs that compile and allocate everything."""
+        # PyTorch's own stream for captures belongs to the first GPU that captured in this process
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -89,7 +92,11 @@ class GraphInputs:
                 forward()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # calls of other threads, such as allocations, do not end the capture
+        with (
+            _no_garbage_collection(),
+            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+        ):
             self.logits = forward()
         self.graph = graph
 
@@ -116,6 +123,18 @@ class GraphInputs:
             views[name] = buffer[start:end].view(shape)
             start = end
         return views
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Collect no garbage inside: another graph that is destroyed during a capture would end the capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _program_bounds(lengths: np.ndarray, num_programs: int, final_len: int) -> np.ndarray:

@@ -269,16 +269,19 @@ def own_optimizer_states(optimizer: Any) -> None:
     """Give the states of an optimizer memory of their own after shards were loaded from mapped files.
 
     States on the CPU would otherwise be part of the files, which could not be removed. When ZeRO-3 loads a
-    universal checkpoint, parameter groups share one step counter, which would advance once per group.
+    universal checkpoint, parameter groups share one step counter, which would advance once per group. A
+    universal checkpoint leaves step counters on the CPU, and a fused optimizer needs them beside the weights.
     """
     import torch
 
     while hasattr(optimizer, "optimizer"):  # accelerate and DeepSpeed wrap the optimizer
         optimizer = optimizer.optimizer
-    for state in optimizer.state.values():
+    is_fused = any(group.get("fused") for group in optimizer.param_groups)
+    for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if torch.is_tensor(value) and (value.device.type == "cpu" or name == "step"):
-                state[name] = value.clone()
+                device = parameter.device if name == "step" and is_fused else value.device
+                state[name] = value.to(device, copy=True)
 
 
 # --- DeepSpeed checkpoints: names of files, and another number of processes

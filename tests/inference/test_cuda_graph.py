@@ -1,5 +1,6 @@
 """Rotated queries on a GPU: Triton kernels, CUDA graphs and asynchronous copies change no answer."""
 
+import gc
 import random
 from itertools import chain
 from pathlib import Path
@@ -69,6 +70,24 @@ def test_graphs_change_no_logit(name: str) -> None:
     # a graph pads its questions, so its programs may share the context differently
     assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
     assert torch.equal(logits[1], logits[2])
+
+
+def test_a_graph_is_captured_while_others_are_garbage() -> None:
+    """A graph that is destroyed during a capture would end it: garbage is collected before or after."""
+    model = build_model("llama", "block_cached").cuda()
+    prompts = random_prompts(random.Random(3), (60, 3))
+    answers = []
+    thresholds = gc.get_threshold()
+    gc.set_threshold(1)  # collect at nearly every allocation
+    try:
+        for _ in range(4):
+            engine = make_engine(model, "queries")
+            engine.eos_token_ids = set()
+            engine.cycle = engine  # type: ignore[attr-defined]  # garbage as soon as the next engine exists
+            answers.append(engine.generate_ids(prompts, max_new_tokens=NUM_NEW)[0].ids)
+    finally:
+        gc.set_threshold(*thresholds)
+    assert answers == answers[:1] * 4
 
 
 def test_blocks_from_every_tier_give_the_same_answers(toy_model: Path, tmp_path: Path) -> None:

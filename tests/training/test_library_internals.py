@@ -259,6 +259,17 @@ def test_states_that_were_loaded_from_a_file_do_not_hold_it(tmp_path: Path) -> N
     assert str(path) not in Path("/proc/self/maps").read_text()
 
 
+@pytest.mark.parametrize(("fused", "expected"), [(True, "meta"), (False, "cpu")])
+def test_the_steps_of_a_fused_optimizer_are_beside_the_weights(fused: bool, expected: str) -> None:
+    """A universal checkpoint leaves them on the CPU. The device without data stands for a GPU."""
+    weight = torch.nn.Parameter(torch.ones(4, device="meta"))
+    optimizer = torch.optim.AdamW([weight])
+    optimizer.param_groups[0]["fused"] = fused
+    optimizer.state[weight] = {"step": torch.tensor(3.0), "exp_avg": torch.ones(4, device="meta")}
+    own_optimizer_states(optimizer)
+    assert optimizer.state[weight]["step"].device.type == expected
+
+
 class Doubling(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 2 * x
