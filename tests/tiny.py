@@ -77,11 +77,19 @@ def build_model(name: str, attention: str = "block_sdpa") -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation=attention).eval()
 
 
-def random_layout(rng: random.Random, num_tokens: int, num_blocks: int, num_final: int = 1) -> Layout:
+def random_layout(
+    rng: random.Random,
+    num_tokens: int,
+    num_blocks: int,
+    num_final: int = 1,
+    *,
+    local_sees_first: bool = False,
+) -> Layout:
     """Return blocks of random lengths whose sum is `num_tokens`."""
     starts = [0, *sorted(rng.sample(range(1, num_tokens), num_blocks - 1))]
     ends = [*starts[1:], num_tokens]
-    return Layout(tuple(end - start for start, end in zip(starts, ends, strict=True)), num_final)
+    lengths = tuple(end - start for start, end in zip(starts, ends, strict=True))
+    return Layout(lengths, num_final, local_sees_first)
 
 
 def random_ids(rng: random.Random, num_tokens: int) -> torch.Tensor:

@@ -16,7 +16,12 @@ Index = Any  # an int or an integer tensor
 
 
 def may_attend(
-    q: Index, k: Index, example_ids: torch.Tensor, block_ids: torch.Tensor, is_final: torch.Tensor
+    q: Index,
+    k: Index,
+    example_ids: torch.Tensor,
+    block_ids: torch.Tensor,
+    is_final: torch.Tensor,
+    is_copy: torch.Tensor,
 ) -> torch.Tensor:
     """Return whether token `q` may attend to token `k` (Ma et al. 2025, figure 2).
 
@@ -29,10 +34,19 @@ def may_attend(
                             # # # # # .
                             # # # # # #
 
-    `q` and `k` are indices into the three (T,) tensors. They broadcast against each other.
+        lengths (1, 2, 2) with a copy (c) of the first block:
+
+                            # . . . . .
+                       c    . # . . . .       a copy and the block after it are one block;
+                            . # # . . .       a final block does not see the copy
+                            . # # # . .
+                            # . # # # .
+                            # . # # # #
+
+    `q` and `k` are indices into the four (T,) tensors. They broadcast against each other.
     """
     same_block = block_ids[q] == block_ids[k]
-    reads_context = is_final[q] & ~is_final[k]
+    reads_context = is_final[q] & ~is_final[k] & ~is_copy[k]
     allowed: torch.Tensor = (q >= k) & (example_ids[q] == example_ids[k]) & (same_block | reads_context)
     return allowed
 
@@ -52,11 +66,12 @@ def build_mask_mod(
     """
     num_tokens = metadata.example_ids.shape[1]
     example_ids, block_ids = metadata.example_ids.flatten(), metadata.block_ids.flatten()
-    is_final, position_ids = metadata.is_final.flatten(), metadata.position_ids.flatten()
+    is_final, is_copy = metadata.is_final.flatten(), metadata.is_copy.flatten()
+    position_ids = metadata.position_ids.flatten()
 
     def mask_mod(b: Index, h: Index, q: Index, k: Index) -> torch.Tensor:
         q, k = b * num_tokens + first_query + q, b * num_tokens + k
-        allowed = may_attend(q, k, example_ids, block_ids, is_final)
+        allowed = may_attend(q, k, example_ids, block_ids, is_final, is_copy)
         return allowed if window is None else allowed & within_window(q, k, position_ids, window)
 
     return mask_mod
@@ -88,18 +103,20 @@ class KeyRanges:
 
     ::
 
-        block lengths   (2, 2, 2)        (2, 2, 2) with two final blocks
-        first_keys      0 0 2 2 0 0      0 0 0 0 0 0
-        last_queries    5 5 5 5 5 5      5 5 3 3 5 5
+        block lengths   (2, 2, 2)        (2, 2, 2) with two final blocks        (1, 2, 2) with a copy
+        first_keys      0 0 2 2 0 0      0 0 0 0 0 0                            0 1 1 1 0 0
+        last_queries    5 5 5 5 5 5      5 5 3 3 5 5                            5 3 5 5 5 5
 
     `context_ends` holds, for tokens of final blocks, the index after the last local block of the example,
     and for other tokens the start of the example. `block_starts` holds the first token of each token's block.
+    `is_copy` is that of the metadata.
     """
 
     first_keys: torch.Tensor
     last_queries: torch.Tensor
     context_ends: torch.Tensor
     block_starts: torch.Tensor
+    is_copy: torch.Tensor
 
     @classmethod
     def of_metadata(cls, metadata: AttentionMetadata) -> "KeyRanges":
@@ -110,9 +127,10 @@ class KeyRanges:
         context_ends, _ = _run_bounds(2 * metadata.example_ids + is_final)
         return cls(
             first_keys=torch.where(is_final, example_starts, block_starts),
-            last_queries=torch.where(is_final, block_ends, example_ends),
+            last_queries=torch.where(is_final | metadata.is_copy, block_ends, example_ends),
             context_ends=context_ends,
             block_starts=block_starts,
+            is_copy=metadata.is_copy,
         )
 
 
@@ -164,24 +182,28 @@ def tile_occupancy(
 def _tile_occupancy_of_ranges(ranges: KeyRanges, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the occupancy from the ranges alone, in time that grows with T. The CPU does not wait for it.
 
-    A query sees one range of keys, or two: the local blocks of its example, and its own final block.
+    A query sees one range of keys, or two: the local blocks of its example without copies, and its own block.
     """
     num_rows, num_tokens = ranges.first_keys.shape
     device, num_tiles = ranges.first_keys.device, -(-num_tokens // tile)
     q = torch.arange(num_tokens, dtype=torch.int32, device=device)
-    # for each tile of queries: how many ranges start in a tile of keys, minus those that end before it
-    changes = torch.zeros(num_rows, num_tiles * (num_tiles + 1), dtype=torch.int32, device=device)
     offsets = q // tile * (num_tiles + 1)
-    has_context = (ranges.first_keys < ranges.context_ends).int()
-    for first, last, count in (
-        (ranges.first_keys, ranges.context_ends - 1, has_context),
-        (ranges.block_starts, q.expand(num_rows, -1), torch.ones_like(has_context)),
-    ):
+    padding = (0, -num_tokens % tile)
+
+    def tiles_in_ranges(first: torch.Tensor, last: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        # for each tile of queries: how many ranges start in a tile of keys, minus those that end before it
+        changes = torch.zeros(num_rows, num_tiles * (num_tiles + 1), dtype=torch.int32, device=device)
         changes.scatter_add_(1, (offsets + first // tile).long(), count)
         changes.scatter_add_(1, (offsets + last // tile + 1).long(), -count)
-    any_allowed = changes.view(num_rows, num_tiles, -1).cumsum(dim=2)[:, :, :-1] > 0
+        return changes.view(num_rows, num_tiles, -1).cumsum(dim=2)[:, :, :-1] > 0
+
+    has_context = (ranges.first_keys < ranges.context_ends).int()
+    in_context = tiles_in_ranges(ranges.first_keys, ranges.context_ends - 1, has_context)
+    # a context starts and ends with tokens that are no copies: a tile of copies alone lies inside of it
+    is_copied_tile = F.pad(ranges.is_copy, padding, value=True).view(num_rows, 1, num_tiles, tile).all(dim=3)
+    in_block = tiles_in_ranges(ranges.block_starts, q.expand(num_rows, -1), torch.ones_like(has_context))
+    any_allowed = in_context & ~is_copied_tile | in_block
     # all pairs satisfy a chain of inequalities if its extreme pairs do
-    padding = (0, -num_tokens % tile)
     first_keys = F.pad(ranges.first_keys, padding, value=num_tokens).view(num_rows, num_tiles, tile)
     last_queries = F.pad(ranges.last_queries, padding, value=-1).view(num_rows, num_tiles, tile)
     starts = torch.arange(num_tiles, device=device) * tile
@@ -225,10 +247,19 @@ def _tile_occupancy_in_window(
     return any_allowed, all_allowed
 
 
-def example_mask(block_lengths: Sequence[int], num_final: int = 1, window: int | None = None) -> torch.Tensor:
+def example_mask(
+    block_lengths: Sequence[int],
+    num_final: int = 1,
+    window: int | None = None,
+    *,
+    local_sees_first: bool = False,
+) -> torch.Tensor:
     """Build the (T, T) bool mask of one example, true where the row's token may attend to the column's.
+
+    With `local_sees_first` the tokens are those of a row, with copies of the first block.
 
     Raises:
         ValueError: see `Layout`.
     """
-    return build_dense_mask(build_metadata([Layout(tuple(block_lengths), num_final)]), window)[0, 0]
+    layout = Layout(tuple(block_lengths), num_final, local_sees_first)
+    return build_dense_mask(build_metadata([layout]), window)[0, 0]

@@ -4,7 +4,7 @@ Shapes: T tokens of an example.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NoReturn
 
@@ -73,9 +73,12 @@ class Example:
         """The token ids of each block."""
         return np.split(self.input_ids, np.cumsum(self.block_lengths)[:-1])
 
-    def layout_in_mode(self, mode: str) -> Layout:
-        """Return the layout in mode `block` or `full`."""
-        return {"block": self.layout, "full": self.layout.full()}[mode]
+    def layout_in_mode(self, mode: str, *, local_sees_first: bool = False) -> Layout:
+        """Return the layout in mode `block` or `full`. `local_sees_first` is an option of `Layout`."""
+        if mode == "full":
+            return self.layout.full()
+        assert mode == "block"
+        return replace(self.layout, local_sees_first=True) if local_sees_first else self.layout
 
 
 class Encoder:

@@ -185,6 +185,7 @@ class MethodBatch:
             example_ids=torch.zeros_like(last),
             block_ids=last,
             is_final=torch.ones_like(last, dtype=torch.bool),
+            is_copy=torch.zeros_like(last, dtype=torch.bool),
         )
         self._num_tokens = self._num_tokens + 1
         self._metadata = self._metadata.concatenate(columns)

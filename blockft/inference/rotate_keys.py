@@ -157,6 +157,7 @@ def _next_columns(starts: torch.Tensor, lengths: torch.Tensor, is_final: bool) -
         example_ids=torch.where(is_token, 0, PADDING),
         block_ids=torch.full_like(index, int(is_final)),
         is_final=is_token & is_final,
+        is_copy=torch.zeros_like(is_token),
     )
 
 

@@ -27,7 +27,7 @@ from blockft.inputs import check_folder, check_path, shorten
 from blockft.model.decoder_layers import compile_layers, rotary_embeddings
 from blockft.model.fingerprint import model_fingerprint
 from blockft.model.fused_linear import fuse_projections
-from blockft.model.supported import head_size, uses_reencoded_positions
+from blockft.model.supported import head_size, local_sees_first, uses_reencoded_positions
 
 ATTENTION = "block_cached"
 """The attention backend that computes blocks and reads cached ones."""
@@ -126,6 +126,10 @@ class BlockRunner:
         if rotate not in get_args(Rotate):
             raise UserError(f"rotate is {rotate!r}, allowed are {', '.join(get_args(Rotate))}")
         _check_backend(model)
+        if local_sees_first(model.config):
+            raise UserError(
+                f"{name} was trained with local_sees_first true, which cached blocks do not have yet"
+            )
         self.model = model
         self._rotaries, self._reencoded = rotary_embeddings(model), uses_reencoded_positions(model.config)
         self._is_cuda, self._is_compiled = model.device.type == "cuda", compile

@@ -61,7 +61,7 @@ SUPPORTED_EXPORT_VALUES: dict[str, tuple[Any, ...]] = {
     "version": (1,),
     "position_scheme": ("reencoded", "local"),
     "sink_tokens": (0,),
-    "local_sees_first": (False,),
+    "local_sees_first": (False, True),
     "documents_in": ("system", "user"),
     "order": ("ascending", "descending", "shuffled", "given"),
 }
@@ -278,6 +278,15 @@ def block_attention_config(config: PreTrainedConfig) -> Mapping[str, Any]:
             if field not in entry:
                 raise UserError(f"{name} has a prompt, but no {field}")
     return entry
+
+
+def local_sees_first(config: PreTrainedConfig) -> bool:
+    """Return whether local blocks see the first block, as the model was trained (see `Layout`).
+
+    Raises:
+        UserError: see `block_attention_config`.
+    """
+    return bool(block_attention_config(config).get("local_sees_first", False))
 
 
 def uses_reencoded_positions(config: PreTrainedConfig) -> bool:

@@ -13,7 +13,7 @@ from blockft.inference.runner import CacheOptions, kv_shape
 from blockft.model.decoder_layers import attention_windows, rotary_embeddings
 from blockft.model.fingerprint import model_fingerprint
 from blockft.model.load import adapter_base_model, load_model, load_tokenizer, parse_dtype
-from blockft.model.supported import uses_reencoded_positions
+from blockft.model.supported import local_sees_first, uses_reencoded_positions
 from blockft.serving.block_request import new_secret
 from blockft.serving.launch import check_options, run_server
 from blockft.serving.served_model import ServedModel, list_files
@@ -52,6 +52,10 @@ def describe_model(model: str, cache: CacheOptions, dtype: torch.dtype, *, socke
         raise UserError(f"{model} is an adapter, whose blocks are not served: export the merged model")
     files = list_files(model)
     loaded = load_model(model, backend="cached", dtype=dtype)
+    if local_sees_first(loaded.config):
+        raise UserError(
+            f"{model} was trained with local_sees_first true, which blockft serve does not have yet"
+        )
     if not uses_reencoded_positions(loaded.config):
         raise UserError(
             f"{model} was trained with position_scheme local, blockft serve supports reencoded: use blockft "

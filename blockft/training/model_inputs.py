@@ -22,14 +22,15 @@ def build_model_inputs(
     prefix = "full_" if full else ""
     metadata = AttentionMetadata(
         position_ids=row[f"{prefix}position_ids"],
-        example_ids=row["example_ids"],
+        example_ids=row[f"{prefix}example_ids"],
         block_ids=row[f"{prefix}block_ids"],
         is_final=row[f"{prefix}is_final"],
+        is_copy=row[f"{prefix}is_copy"],
     )
     return {
-        "input_ids": row["input_ids"],
+        "input_ids": row[f"{prefix}input_ids"],
         "position_ids": metadata.position_ids,
         "block_masks": AttentionMasks(metadata).build(config._attn_implementation, attention_windows(config)),
-        "logits_to_keep": row["logits_to_keep"],
+        "logits_to_keep": row[f"{prefix}logits_to_keep"],
         "use_cache": False,
     }

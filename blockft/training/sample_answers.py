@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blockft.attention.layout import Layout, build_metadata
+from blockft.attention.layout import Layout, build_metadata, token_indices
 from blockft.data.collate import pad_num_labels
 from blockft.data.encoder import Example
 from blockft.training.model_inputs import build_model_inputs
@@ -103,7 +103,8 @@ class SampleAnswers:
     """Answers prompts with the model in training, greedily, every `steps` steps.
 
     An answer has at most `max_new_tokens` tokens, and fewer if its prompt leaves less space in a row. It ends
-    at the first of `end_ids`. `reencoded` is an option of `build_metadata`.
+    at the first of `end_ids`. `reencoded` is an option of `build_metadata`, and `local_sees_first` one of
+    `Layout`.
     """
 
     def __init__(
@@ -118,11 +119,15 @@ class SampleAnswers:
         row_len: int,
         pad_id: int,
         reencoded: bool,
+        local_sees_first: bool = False,
     ) -> None:
         self.steps, self._prompts, self._tokenizer = steps, prompts, tokenizer
         self._modes, self._end_ids = modes, end_ids
         self._row_len, self._pad_id, self._reencoded = row_len, pad_id, reencoded
-        self._spaces = [min(max_new_tokens, row_len - len(prompt.ids)) for prompt in prompts]
+        self._local_sees_first = local_sees_first
+        # an answer has equal space in all modes
+        longest = [max(self._layout(prompt, mode).num_row_tokens for mode in modes) for prompt in prompts]
+        self._spaces = [min(max_new_tokens, row_len - num_tokens) for num_tokens in longest]
 
     @torch.no_grad()
     def answer(
@@ -199,14 +204,20 @@ class SampleAnswers:
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
+    def _layout(self, prompt: SamplePrompt, mode: str, space: int = 0) -> Layout:
+        """Return the layout of a prompt with space for its answer."""
+        lengths = (*prompt.local_lengths, len(prompt.question_ids) + space)
+        layout = Layout(lengths, local_sees_first=self._local_sees_first)
+        return layout.full() if mode == "full" else layout
+
     def _build_rows(self, num_ranks: int) -> list[_Row]:
         """Return the rows, a multiple of the number of ranks: each prompt in each mode, in the first row with
         enough space."""
         packed: list[list[tuple[int, str]]] = []
         free: list[int] = []
         for number, prompt in enumerate(self._prompts):
-            needed = len(prompt.ids) + self._spaces[number]
             for mode in self._modes:
+                needed = self._layout(prompt, mode, self._spaces[number]).num_row_tokens
                 index = next((i for i, tokens in enumerate(free) if tokens >= needed), len(free))
                 if index == len(free):
                     packed.append([])
@@ -221,11 +232,12 @@ class SampleAnswers:
         items, layouts, start = [], [], 0
         for number, mode in row:
             prompt, space = self._prompts[number], self._spaces[number]
-            ids_T[0, start : start + len(prompt.ids)] = torch.tensor(prompt.ids)
-            layout = Layout((*prompt.local_lengths, len(prompt.question_ids) + space))
-            layouts.append(layout.full() if mode == "full" else layout)
-            items.append(_Item(number, mode, start + len(prompt.ids), space))
-            start += layout.num_tokens
+            layout = self._layout(prompt, mode)
+            end = start + layout.num_row_tokens
+            ids_T[0, start:end] = torch.tensor(prompt.ids)[token_indices([layout])]
+            layouts.append(self._layout(prompt, mode, space))
+            items.append(_Item(number, mode, end, space))
+            start = end + space
         metadata = build_metadata(layouts, self._row_len, reencoded=self._reencoded)
         return _Row(
             items,
@@ -235,6 +247,7 @@ class SampleAnswers:
                 "example_ids": metadata.example_ids,
                 "block_ids": metadata.block_ids,
                 "is_final": metadata.is_final,
+                "is_copy": metadata.is_copy,
                 # as many as a row of training may have, because compiled code has fixed shapes
                 "logits_to_keep": torch.zeros(pad_num_labels(len(row)), dtype=torch.long),
             },

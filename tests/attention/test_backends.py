@@ -49,10 +49,19 @@ def random_batch(seed: int, row_len: int) -> AttentionMetadata:
     rng = random.Random(seed)
     rows = [
         build_metadata(
-            [random_layout(rng, rng.randint(9, row_len // 3), rng.randint(3, 6), rng.randint(1, 3))] * 2,
+            [
+                random_layout(
+                    rng,
+                    rng.randint(9, row_len // 4),
+                    rng.randint(3, 6),
+                    rng.randint(1, 3),
+                    local_sees_first=has_copies,
+                )
+            ]
+            * 2,
             row_len,
         )
-        for _ in range(2)
+        for has_copies in (False, True)
     ]
     return AttentionMetadata(
         *(torch.cat(parts) for parts in zip(*(row.as_tuple() for row in rows), strict=True))

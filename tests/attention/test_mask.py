@@ -1,11 +1,12 @@
 """Masks follow the rule of Block-Attention: as drawn, by brute force, in tiles, and with windows."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
-from blockft.attention.layout import PADDING, AttentionMetadata, Layout, build_metadata
+from blockft.attention.layout import PADDING, AttentionMetadata, Layout, build_metadata, token_indices
 from blockft.attention.mask import (
     KeyRanges,
     build_dense_mask,
@@ -31,6 +32,59 @@ def test_masks_look_as_drawn_in_the_documentation() -> None:
         # # # # # #
     """)
     assert torch.equal(example_mask((2, 2, 2)), expected)
+
+
+def test_a_local_block_sees_a_copy_of_the_first_block() -> None:
+    expected = parse_picture("""
+        # . . . . . . .
+        . # . . . . . .
+        . # # . . . . .
+        . . . # . . . .
+        . . . # # . . .
+        . . . # # # . .
+        # . # . # # # .
+        # . # . # # # #
+    """)
+    assert torch.equal(example_mask((1, 1, 2, 2), local_sees_first=True), expected)
+
+
+def test_a_copy_ends_at_the_position_before_its_block() -> None:
+    layout = Layout((2, 1, 2, 2, 1), 2, local_sees_first=True)
+    metadata = build_metadata([layout, Layout((3, 4))], 22)
+    assert (layout.num_tokens, layout.num_copies, layout.num_row_tokens) == (8, 2, 12)
+    first = [0, 1, 0, 1, 2, 1, 2, 3, 4, 5, 6, 5]
+    assert metadata.position_ids.tolist() == [[*first, *range(7), 0, 1, 2]]
+    assert metadata.block_ids.tolist() == [
+        [0, 0, 1, 1, 1, 2, 2, 2, 2, 3, 3, 4, *[5] * 3, *[6] * 4, *[-1] * 3]
+    ]
+    assert metadata.is_copy.nonzero()[:, 1].tolist() == [2, 3, 5, 6]
+    assert token_indices([layout, Layout((3, 4))]).tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4, *range(5, 15)]
+
+
+@pytest.mark.parametrize("lengths", [(5,), (2, 3), (2, 3, 1, 1)])
+def test_prompts_of_at_most_one_local_block_have_no_copies(lengths: tuple[int, ...]) -> None:
+    num_final = max(1, len(lengths) - 1)
+    layout, plain = Layout(lengths, num_final, local_sees_first=True), Layout(lengths, num_final)
+    for found, expected in (
+        (layout, plain),
+        (layout.full(), plain.full()),
+        (replace(plain.full(), local_sees_first=True), plain.full()),
+    ):
+        assert found.num_row_tokens == expected.num_tokens
+        for ids, wanted in zip(
+            build_metadata([found]).as_tuple(), build_metadata([expected]).as_tuple(), strict=True
+        ):
+            assert torch.equal(ids, wanted)
+
+
+def test_the_full_mode_of_blocks_that_see_the_first_has_no_copies() -> None:
+    assert Layout((2, 3, 2, 1), 2, local_sees_first=True).full() == Layout((5, 2, 1), 2)
+
+
+def test_copies_without_reencoded_positions_are_refused() -> None:
+    with pytest.raises(ValueError, match="re-encoded"):
+        build_metadata([Layout((2, 3, 2), local_sees_first=True)], reencoded=False)
+    build_metadata([Layout((2, 3), local_sees_first=True)], reencoded=False)
 
 
 def test_questions_that_share_a_context_do_not_attend_to_each_other() -> None:
@@ -74,19 +128,20 @@ def test_masks_of_random_rows_match_the_definition(seed: int) -> None:
     layouts = []
     for _ in range(3):
         num_blocks = rng.randint(1, 5)
-        layouts.append(random_layout(rng, rng.randint(5, 15), num_blocks, rng.randint(1, num_blocks)))
-    metadata = build_metadata(layouts, row_len=50)
+        num_final = rng.randint(1, num_blocks)
+        sees_first = bool(seed % 2)
+        layouts.append(
+            random_layout(rng, rng.randint(5, 15), num_blocks, num_final, local_sees_first=sees_first)
+        )
+    row_len = sum(layout.num_row_tokens for layout in layouts) + 4
+    metadata = build_metadata(layouts, row_len)
     mask = build_dense_mask(metadata)[0, 0]
-    example, block, final = (
-        v[0].tolist() for v in (metadata.example_ids, metadata.block_ids, metadata.is_final)
-    )
-    for q in range(50):
-        for k in range(50):
-            allowed = k <= q and example[q] == example[k] and (block[q] == block[k] or final[q] > final[k])
-            assert mask[q, k] == allowed
-            assert mask[q, k] == may_attend(
-                q, k, metadata.example_ids[0], metadata.block_ids[0], metadata.is_final[0]
-            )
+    _, example, block, final, copy = (ids[0].tolist() for ids in metadata.as_tuple())
+    for q in range(row_len):
+        for k in range(row_len):
+            is_read = block[q] == block[k] or final[q] and not final[k] and not copy[k]
+            assert mask[q, k] == (k <= q and example[q] == example[k] and is_read)
+            assert mask[q, k] == may_attend(q, k, *(ids[0] for ids in metadata.as_tuple()[1:]))
 
 
 def test_full_mode_is_causal_for_each_of_several_questions() -> None:
@@ -119,13 +174,16 @@ def random_rows(rng: random.Random, num_rows: int, row_len: int) -> AttentionMet
     """Return rows of random examples: one question or several, in block mode or full mode, with padding."""
     rows = []
     for _ in range(num_rows):
-        layouts, left = [], row_len
+        layouts, left, has_copies = [], row_len, rng.random() < 0.5
         while (length := rng.randint(1, 17)) <= left and rng.random() < 0.9:
             num_blocks = rng.randint(1, min(length, 6))
-            layout = random_layout(rng, length, num_blocks, rng.randint(1, num_blocks))
-            layouts.append(rng.choice((layout, layout.full())))
-            left -= length
-        rows.append(build_metadata(layouts, row_len, reencoded=rng.random() < 0.8))
+            num_final = rng.randint(1, num_blocks)
+            layout = random_layout(rng, length, num_blocks, num_final, local_sees_first=has_copies)
+            layout = rng.choice((layout, layout, layout.full()))
+            if layout.num_row_tokens <= left:
+                layouts.append(layout)
+                left -= layout.num_row_tokens
+        rows.append(build_metadata(layouts, row_len, reencoded=has_copies or rng.random() < 0.8))
     ids = zip(*(row.as_tuple() for row in rows), strict=True)
     return AttentionMetadata(*(torch.cat(parts) for parts in ids))
 

@@ -104,7 +104,7 @@ WORDING = {"instruction": "Read.", "document": "{text}", "question": "{question}
         ({"version": 9}, r"has version 9 \(allowed: 1\)"),
         ({"version": "1"}, "has version '1'"),
         ({"sink_tokens": 4}, r"has sink_tokens 4 \(allowed: 0\)"),
-        ({"local_sees_first": True}, r"has local_sees_first True \(allowed: False\)"),
+        ({"local_sees_first": "yes"}, r"has local_sees_first 'yes' \(allowed: False, True\)"),
         ({"position_scheme": "sideways"}, "has position_scheme 'sideways'"),
         ({"documents_in": "tool"}, r"has documents_in 'tool' \(allowed: system, user\)"),
         ({"order": ["given"]}, "has order"),

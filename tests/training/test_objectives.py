@@ -29,6 +29,9 @@ def make_examples(num_examples: int) -> list[Example]:
     return examples
 
 
+METADATA = ("position_ids", "example_ids", "block_ids", "is_final", "is_copy")
+
+
 def build_rows(
     examples: list[Example], modes: Sequence[str] = ("block", "full"), **options: Any
 ) -> RowDataset:
@@ -45,9 +48,7 @@ def loss_and_gradient(row_len: int) -> tuple[torch.Tensor, torch.Tensor]:
     num_labels = sum(int((row["labels"] != IGNORE_INDEX).sum()) for row in rows)
     total = torch.zeros(())
     for row in rows:
-        metadata = AttentionMetadata(
-            row["position_ids"], row["example_ids"], row["block_ids"], row["is_final"]
-        )
+        metadata = AttentionMetadata(*(row[n] for n in METADATA))
         outputs = model(
             input_ids=row["input_ids"],
             position_ids=metadata.position_ids,
@@ -76,9 +77,7 @@ def test_logits_of_label_tokens_alone_give_the_usual_loss() -> None:
         ids, labels = (torch.from_numpy(x.astype(np.int64)) for x in (example.input_ids, example.labels))
         for mode in ("block", "full") if example.has_local_blocks else ("full",):
             rows = build_rows([example], [mode], row_len=len(ids))
-            metadata = AttentionMetadata(
-                *(rows[0][n] for n in ("position_ids", "example_ids", "block_ids", "is_final"))
-            )
+            metadata = AttentionMetadata(*(rows[0][n] for n in METADATA))
             logits = model(
                 input_ids=ids[None], position_ids=metadata.position_ids, block_masks=AttentionMasks(metadata)
             ).logits[0]
