@@ -21,7 +21,7 @@ from blockft.bench.benchmark_model import load_benchmark_config, load_benchmark_
 from blockft.bench.measurement import measure_copy_bandwidth, measure_ms, write_measurement
 from blockft.console import PlainConsole
 from blockft.errors import UserError
-from blockft.inference.block_key import BlockKey, block_key
+from blockft.inference.block_key import BlockKey
 from blockft.inference.runner import BlockRunner, CacheOptions, kv_shape
 from blockft.inputs import shorten
 from blockft.model.masked_forward import masked_logits
@@ -60,8 +60,8 @@ class Prompt:
         context = ids[: len(ids) - question_len].astype("<i4")
         self.blocks = [context[i : i + block_len] for i in range(0, len(context), block_len)]
 
-    def keys(self) -> list[BlockKey]:
-        return [block_key(block) for block in self.blocks]
+    def keys(self, runner: BlockRunner) -> list[BlockKey]:
+        return runner.context_keys(self.blocks)
 
     @property
     def layout(self) -> Layout:
@@ -265,9 +265,9 @@ def measure_cached(runner: BlockRunner, prompt: Prompt, tier: str, warmups: int,
     store = runner.block_cache
 
     def prefill() -> int:
-        result = runner.prefill([prompt.keys()], [prompt.question], 1)
+        result = runner.prefill([prompt.keys(runner)], [prompt.question], 1)
         tiers = [hit.tier.value for hit in result.hits.values()]
-        assert tiers == ([] if tier == "none" else [tier] * len(set(prompt.keys()))), tiers
+        assert tiers == ([] if tier == "none" else [tier] * len(set(prompt.keys(runner)))), tiers
         return int(result.logits[0].argmax())
 
     def clear_nearer_tiers() -> None:
@@ -278,19 +278,19 @@ def measure_cached(runner: BlockRunner, prompt: Prompt, tier: str, warmups: int,
 
     clear_nearer_tiers()
     if tier != "none":
-        runner.prefill_blocks(prompt.keys())
+        runner.prefill_blocks(prompt.keys(runner))
         store.flush()
         # a lookup moves blocks that are on the disk alone into the nearer tiers
-        runner.prefill([prompt.keys()], [prompt.question], 1)
+        runner.prefill([prompt.keys(runner)], [prompt.question], 1)
     return measure_ms(prefill, warmups, runs, before=clear_nearer_tiers)
 
 
 def measure_bare_copy(runner: BlockRunner, prompt: Prompt, warmups: int, runs: int) -> dict[str, Any]:
     """Measure the copy of the host tier's blocks to the device, one copy per block, and nothing else."""
     store = runner.block_cache
-    runner.prefill_blocks(prompt.keys())
+    runner.prefill_blocks(prompt.keys(runner))
     store.load({})
-    blocks = [store.on_host(key) for key in dict.fromkeys(prompt.keys())]
+    blocks = [store.on_host(key) for key in dict.fromkeys(prompt.keys(runner))]
     num_values = sum(map(torch.Tensor.numel, blocks))
     target = torch.empty(num_values, dtype=blocks[0].dtype, device=runner.model.device)
 
@@ -323,7 +323,7 @@ def measure_agreement(
     The error of the masked forward pass of another backend shows how much of it is rounding.
     """
     expected = masked["sdpa"]
-    others = {"cached": runner.prefill([prompt.keys()], [prompt.question], 1).logits[0].float()}
+    others = {"cached": runner.prefill([prompt.keys(runner)], [prompt.question], 1).logits[0].float()}
     others |= {f"masked_{name}": logits for name, logits in masked.items() if name != "sdpa"}
     errors = {
         f"{name}_to_masked_sdpa": float((logits - expected).norm() / expected.norm())

@@ -34,7 +34,8 @@ class Method:
     reencoded          whether blocks stand at their positions in the prompt, or all at positions 0..n-1. The
                        second is what Prompt Cache does (arXiv 2311.04934), with one position for all blocks.
     start_tokens       this many first tokens of the first block (all for None) stand before every other
-                       block while it is encoded. The final block reads them once. See `_build_row`.
+                       block while it is encoded. The final block reads them once. See `_build_row`. None is
+                       the block mode of a model that was trained with `local_sees_first`.
     temperature        see `ScaledContextAttention`; shared start tokens are not scaled
     scale              see `ScaledContextAttention`
     recomputed_share   the share of context tokens, without the first block, that are computed again over the
@@ -55,7 +56,6 @@ class Method:
 
     def __post_init__(self) -> None:
         assert self.reencoded or self.start_tokens == 0, "positions before a block at position 0"
-        assert self.start_tokens == 0 or self.recomputed_share == 0, "full mode has no copies"
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,10 @@ def _build_row(prompt: Sequence[Sequence[int]], method: Method) -> _Row:
     metadata = build_metadata([Layout(tuple(lengths))], reencoded=method.reencoded)
     if start:
         num_copies = metadata.block_ids.clamp(max=num_local - 1)
-        metadata = replace(metadata, position_ids=metadata.position_ids - len(start) * num_copies)
+        is_copy = torch.ones_like(metadata.is_copy)
+        is_copy[:, [*context, *range(len(ids) - len(prompt[-1]), len(ids))]] = False
+        position_ids = metadata.position_ids - len(start) * num_copies
+        metadata = replace(metadata, position_ids=position_ids, is_copy=is_copy)
     return _Row(
         ids=ids,
         metadata=metadata,
@@ -179,7 +182,8 @@ class MethodBatch:
 
     def decode_step(self, next_ids: Sequence[int]) -> torch.Tensor:
         """Append one token to every final block and return its logits: (B, vocabulary)."""
-        last = self._metadata.block_ids.amax(dim=1, keepdim=True)
+        final_ids = self._metadata.block_ids.where(self._metadata.is_final, PADDING)
+        last = final_ids.amax(dim=1, keepdim=True)
         columns = AttentionMetadata(
             position_ids=self._num_tokens[:, None],
             example_ids=torch.zeros_like(last),
@@ -231,8 +235,8 @@ class MethodBatch:
         return cache
 
     def _full_mode(self) -> AttentionMetadata:
-        """Return the metadata of the same tokens as one block."""
-        is_token = self._metadata.example_ids != PADDING
+        """Return the metadata of the same tokens as one block, without the copies of the start."""
+        is_token = (self._metadata.example_ids != PADDING) & ~self._metadata.is_copy
         return replace(self._metadata, block_ids=torch.where(is_token, 0, self._metadata.block_ids))
 
     def _choose(self, rows: Sequence[_Row], encoded: DynamicCache) -> list[set[int]]:

@@ -8,14 +8,16 @@
     layers.0     (n, 2, K, D): for each token the keys, then the values, of the first layer
     layers.1     ...
 
-n tokens, K key/value heads, D head size. The header has a checksum per layer. Model and token ids determine
-the rest of the header, so a reader knows every byte that it must find. Files are not mapped into memory,
-because a mapped file that shrinks kills the process with a signal.
+n tokens, K key/value heads, D head size. The header has a checksum per layer. The entry of a block that sees
+the first block of its prompt names the entry of the first block. Model, token ids and this name determine the
+rest of the header, so a reader knows every byte that it must find. Files are not mapped into memory, because
+a mapped file that shrinks kills the process with a signal.
 """
 
 import errno
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +28,15 @@ from typing import Any, BinaryIO
 import torch
 import xxhash
 
-from blockft.inference.block_key import ID_BYTES, BlockKey, KVShape, key_digest, num_tokens
+from blockft.inference.block_key import (
+    ID_BYTES,
+    BlockKey,
+    KVShape,
+    first_digest,
+    key_digest,
+    num_tokens,
+    tokens_digest,
+)
 
 VERSION = 1
 """Version of the format of entries and of their folder. Other versions are never read."""
@@ -35,6 +45,9 @@ SUFFIX = ".safetensors"
 
 _PAGE = 4096
 _CHECKSUM = xxhash.xxh3_128_hexdigest
+_DIGEST = re.compile("[0-9a-f]{32}")
+_FIRST_BLOCK = "first block"
+"""The entry of the header that names the first block which the block sees."""
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """Names of the allowed types in safetensors."""
 
@@ -82,8 +95,9 @@ def write_entry(file: BinaryIO, model: CacheModel, key: BlockKey, kv: torch.Tens
     assert kv.shape == (model.num_layers, *model.layer_shape(num_tokens(key))), tuple(kv.shape)
     assert kv.dtype == model.torch_dtype, kv.dtype
     layers = [_as_bytes(layer) for layer in kv.contiguous()]
-    header = _header(model, key_digest(key), num_tokens(key), [_CHECKSUM(layer) for layer in layers])
-    for part in (memoryview(header), memoryview(key), *layers):
+    metadata = _expected_metadata(model, key_digest(key), first_digest(key))
+    header = _header(model, metadata, num_tokens(key), [_CHECKSUM(layer) for layer in layers])
+    for part in (memoryview(header), memoryview(key.tokens), *layers):
         while part:
             part = part[file.write(part) :]
 
@@ -92,7 +106,11 @@ class EntryReader:
     """An open entry, which stays readable if its file is replaced or removed. Threads may share it.
 
     After `close`, every read opens the file again, and raises FileNotFoundError if the file was replaced.
-    key, status: the block, and the status of the file when it was opened.
+
+    tokens        the token ids of the block, as in its key
+    num_tokens    the number of its tokens
+    first_digest  the digest of the key of the first block that it sees; "" if it sees itself alone
+    status        of the file when it was opened
 
     Raises:
         FileNotFoundError: there is no entry.
@@ -106,11 +124,12 @@ class EntryReader:
         try:
             self.status = os.fstat(self._file.fileno())
             self._header = self._read_header(self._file.fileno())
-            self.key, self._checksums = self._verify_header(self._file.fileno())
+            self.tokens, self.first_digest, self._checksums = self._verify_header(self._file.fileno())
         except BaseException:
             self.close()
             raise
-        self._layers_offset = _token_ids_offset(model) + len(self.key)
+        self.num_tokens = len(self.tokens) // ID_BYTES
+        self._layers_offset = _token_ids_offset(model) + len(self.tokens)
 
     def __enter__(self) -> "EntryReader":
         return self
@@ -133,7 +152,7 @@ class EntryReader:
             DamagedEntry: they are not what was written. The content of `out` is then undefined.
             OSError: they cannot be read.
         """
-        shape = self.model.layer_shape(num_tokens(self.key))
+        shape = self.model.layer_shape(self.num_tokens)
         if out is None:
             out = torch.empty(shape, dtype=self.model.torch_dtype)
         assert out.shape == shape and out.dtype == self.model.torch_dtype and out.is_contiguous()
@@ -166,25 +185,29 @@ class EntryReader:
         self._read(handle, memoryview(header), 0)
         return bytes(header)
 
-    def _verify_header(self, handle: int) -> tuple[BlockKey, list[str]]:
-        """Return the block and the checksums of its layers."""
+    def _verify_header(self, handle: int) -> tuple[bytes, str, list[str]]:
+        """Return the block's tokens, the digest of its first block, and the checksums of its layers."""
         size, name = self.status.st_size, self.path.name.removesuffix(SUFFIX)
         metadata = _metadata(self._header)
-        for field, expected in _expected_metadata(self.model, name).items():
+        first = metadata.get(_FIRST_BLOCK, "")
+        if _FIRST_BLOCK in metadata and not (isinstance(first, str) and _DIGEST.fullmatch(first)):
+            raise self._damaged(f"its {_FIRST_BLOCK} is {first!r}, expected is the name of an entry")
+        expected_metadata = _expected_metadata(self.model, name, first)
+        for field, expected in expected_metadata.items():
             if metadata.get(field) != expected:
                 raise self._damaged(f"its {field} is {metadata.get(field)!r}, expected is {expected!r}")
         length = self.model.num_tokens(size)
         if not length:
             raise self._damaged(f"no block has a file of {size} bytes")
-        key = bytearray(length * ID_BYTES)
-        self._read(handle, memoryview(key), len(self._header))
+        tokens = bytearray(length * ID_BYTES)
+        self._read(handle, memoryview(tokens), len(self._header))
         checksums = str(metadata.get("checksums")).split()
-        if key_digest(bytes(key)) != name:
+        if tokens_digest(bytes(tokens), first) != name:
             raise self._damaged("its token ids do not match its name")
-        expected_header = _header(self.model, name, length, checksums)
+        expected_header = _header(self.model, expected_metadata, length, checksums)
         if len(checksums) != self.model.num_layers or self._header != expected_header:
             raise self._damaged("its header does not match its content")
-        return bytes(key), checksums
+        return bytes(tokens), first, checksums
 
     def _damaged(self, reason: str) -> DamagedEntry:
         return DamagedEntry(reason, self.status)
@@ -201,8 +224,10 @@ def _as_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().view(torch.uint8).reshape(-1).numpy().data
 
 
-def _expected_metadata(model: CacheModel, name: str) -> dict[str, str]:
-    return {"format": f"blockft block {VERSION}", "model": model.fingerprint, "block": name}
+def _expected_metadata(model: CacheModel, name: str, first: str) -> dict[str, str]:
+    """Return what the header says about a block. `first` is the digest of its first block, or ""."""
+    metadata = {"format": f"blockft block {VERSION}", "model": model.fingerprint, "block": name}
+    return metadata | ({_FIRST_BLOCK: first} if first else {})
 
 
 def _metadata(header: bytes) -> dict[str, Any]:
@@ -213,18 +238,18 @@ def _metadata(header: bytes) -> dict[str, Any]:
     return metadata if isinstance(metadata, dict) else {}
 
 
-def _header(model: CacheModel, name: str, num_tokens: int, checksums: Sequence[str]) -> bytes:
+def _header(model: CacheModel, metadata: dict[str, str], num_tokens: int, checksums: Sequence[str]) -> bytes:
     """Return the bytes before the token ids: the header's length and the header."""
-    text = _json(model, name, num_tokens, checksums)
+    text = _json(model, metadata, num_tokens, checksums)
     length = _token_ids_offset(model) - 8
     return length.to_bytes(8, "little") + text.encode().ljust(length)
 
 
-def _json(model: CacheModel, name: str, num_tokens: int, checksums: Sequence[str]) -> str:
+def _json(model: CacheModel, metadata: dict[str, str], num_tokens: int, checksums: Sequence[str]) -> str:
     dtype, shape, layer_bytes = _DTYPES[model.dtype], model.layer_shape(num_tokens), model.layer_bytes
     start, end = 0, num_tokens * ID_BYTES
     header: dict[str, Any] = {
-        "__metadata__": _expected_metadata(model, name) | {"checksums": " ".join(checksums)},
+        "__metadata__": metadata | {"checksums": " ".join(checksums)},
         "token_ids": {"dtype": "I32", "shape": [num_tokens], "data_offsets": [start, end]},
     }
     for layer in range(model.num_layers):
@@ -237,5 +262,5 @@ def _json(model: CacheModel, name: str, num_tokens: int, checksums: Sequence[str
 def _token_ids_offset(model: CacheModel) -> int:
     """Return the offset of the token ids: after the longest possible header, at the start of a page."""
     digest = _CHECKSUM(b"")
-    longest = _json(model, digest, 2**31, [digest] * model.num_layers)
+    longest = _json(model, _expected_metadata(model, digest, digest), 2**31, [digest] * model.num_layers)
     return -(-(8 + len(longest)) // _PAGE) * _PAGE

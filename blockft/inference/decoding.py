@@ -4,7 +4,6 @@ import time
 from collections.abc import Generator, Sequence
 
 from blockft.inference.answer import Answer, PartialAnswer, build_answer
-from blockft.inference.block_key import block_key
 from blockft.inference.rotate_queries import CacheInvalidated
 from blockft.inference.runner import BlockRunner
 from blockft.inference.sampling import Sampler
@@ -28,7 +27,7 @@ def decode_batch(
         UserError: see `BlockRunner.prefill`.
     """
     start = time.perf_counter()
-    contexts = [[block_key(block) for block in prompt[:-1]] for prompt in prompts]
+    contexts = [runner.context_keys(prompt[:-1]) for prompt in prompts]
     finals = [[*prompt[-1]] for prompt in prompts]
     prefill = runner.prefill(contexts, finals, num_new)
     batch, hits, next_ids = prefill.batch, prefill.hits, sampler(prefill.logits).tolist()

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from blockft.errors import UserError
-from blockft.inference.block_key import BlockKey, key_digest, num_tokens
+from blockft.inference.block_key import BlockKey, first_digest, key_digest, num_tokens
 from blockft.inference.cache_entry import SUFFIX, CacheModel, DamagedEntry, EntryReader, write_entry
 from blockft.inference.cache_folder import MODEL, ByteCount, CacheFolder
 from blockft.units import format_bytes
@@ -106,7 +106,8 @@ class DiskTier:
         except OSError as error:
             self._warn_unreadable(path, error)
             return None
-        assert entry.key == key, "two blocks have the same digest"
+        is_same = (entry.tokens, entry.first_digest) == (key.tokens, first_digest(key))
+        assert is_same, "two blocks have the same digest"
         self._touch(entry.status, entry.touch)
         if not keep_open:
             entry.close()
@@ -260,7 +261,7 @@ class DiskEntry:
 
     @property
     def num_tokens(self) -> int:
-        return num_tokens(self._entry.key)
+        return self._entry.num_tokens
 
     def read_layer(self, index: int, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return the keys and values of a layer, (n, 2, K, D), in `out` if it is given.

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from blockft.data.chat_template import ChatTemplate
 from blockft.data.encoder import Encoder
 from blockft.data.fit import fit_prompt
 from blockft.data.rag_prompt import Document, RagPrompt, rag_prompt_of_export
@@ -19,14 +20,14 @@ from blockft.data.sample import RecordError, Sample
 from blockft.data.tokenizer import tokenizer_fingerprint
 from blockft.errors import UserError, check_type
 from blockft.inference.answer import Answer, PartialAnswer
-from blockft.inference.block_key import BlockKey, block_key
+from blockft.inference.block_key import BlockKey, num_first, num_tokens
 from blockft.inference.decoding import decode_batch
 from blockft.inference.runner import BlockRunner, CacheOptions, Rotate
 from blockft.inference.sampling import Sampler
 from blockft.inference.text_stream import TextStream
 from blockft.inputs import check_path
 from blockft.model.load import load_model, load_tokenizer, parse_device
-from blockft.model.supported import block_attention_config, check_token_ids
+from blockft.model.supported import block_attention_config, check_token_ids, local_sees_first
 
 AttentionMode = Literal["block", "full"]
 """`block`: local blocks attend to themselves and come from the cache. `full`: plain causal attention."""
@@ -367,21 +368,33 @@ class Engine:
         """Return the keys of the local blocks of a prompt over these documents: the instruction's and theirs.
 
         Raises:
-            UserError: a document has as many tokens as the model has positions, or more; or the model has no
-                wording for documents.
+            UserError: a document has as many tokens as the model has positions, or more; the model has no
+                wording for documents; or the keys depend on the other documents of a prompt.
         """
         if self.prompt is None:
             raise UserError(OWN_WORDING)
+        # the template's markup is not a block of the instruction, but it is before the documents, too
+        has_first = bool(self.prompt.instruction or ChatTemplate(self.tokenizer).start)
+        if local_sees_first(self.model.config) and not has_first:
+            raise UserError(
+                "the model was trained with local_sees_first, and its prompts have no instruction: every "
+                "block depends on the first document of its prompt, so blocks are computed when a prompt "
+                "needs them, and not in advance"
+            )
         messages, meta = self.prompt.build("?", documents, "documents")
         prompt = Sample(id="documents", source="documents", messages=messages, response="", meta=meta)
         with self._open():
             *blocks, _ = self._encoder.encode_prompt(prompt)
-        if (longest := max(map(len, blocks), default=0)) >= self._num_positions:
-            raise UserError(
-                f"a document has {longest} tokens, the model has {self._num_positions} positions: shorten it"
-            )
         self._check_ids(blocks)
-        return [block_key(block) for block in blocks]
+        keys = self.runner.context_keys(blocks)
+        for key in keys:
+            if num_first(key) + num_tokens(key) >= self._num_positions:
+                after = f" after a first block of {num_first(key)}" if key.first else ""
+                raise UserError(
+                    f"a document has {num_tokens(key)} tokens{after}, the model has {self._num_positions} "
+                    "positions: shorten it"
+                )
+        return keys
 
     def _check_ids(self, blocks: Sequence[Sequence[int]]) -> None:
         for block in blocks:

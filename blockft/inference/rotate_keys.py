@@ -7,6 +7,7 @@ D head size.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -15,7 +16,7 @@ from blockft.attention.backends import AttentionMasks
 from blockft.attention.layout import PADDING, AttentionMetadata, Layout, build_metadata
 from blockft.attention.rope import RotaryEmbedding
 from blockft.errors import UserError
-from blockft.inference.block_key import BlockKey, num_tokens, token_ids
+from blockft.inference.block_key import BlockKey, first_ids, num_first, num_tokens, token_ids
 from blockft.units import format_count
 
 
@@ -26,7 +27,8 @@ def prefill_blocks(
     """Compute each distinct block independently, several per forward pass of at most `max_tokens` tokens.
 
     A longer block gets its own pass. Yields each block's keys (at positions 0..n-1) and values:
-    (L, n, 2, K, D), in memory that is not overwritten later.
+    (L, n, 2, K, D), in memory that is not overwritten later. A block that sees a first block is computed
+    right after it, and the first block is not yielded.
 
     The tokens of other blocks in the pass do not change a bit of a block. Their number may change its
     rounding, because matrix products of another size add in another order.
@@ -63,19 +65,31 @@ def _are_finite(layers: Sequence[torch.Tensor]) -> bool:
 
 
 def _prefill_group(model: PreTrainedModel, group: Sequence[BlockKey]) -> list[torch.Tensor]:
-    """Return the keys and values (2, K, T, D) of each layer for blocks that share a forward pass."""
-    # as an example of its own, a block has positions 0..n-1 and attends to nothing else
-    metadata = build_metadata([Layout((num_tokens(key),)) for key in group]).to(model.device)
-    ids = torch.tensor([[token for key in group for token in token_ids(key)]], device=model.device)
+    """Return the keys and values (2, K, T, D) of each layer for blocks that share a forward pass.
+
+    The blocks see the same first block, which the pass computes once, at the positions before 0::
+
+        first a b, blocks c d e | f g      ids       a  b c d e f g
+                                           position -2 -1 0 1 2 0 1
+    """
+    first, lengths = first_ids(group[0]), [num_tokens(key) for key in group]
+    if first:
+        # every block continues the first one as a question continues a shared context
+        layouts = [Layout((len(first), *lengths), num_final=len(lengths))]
+    else:
+        # as an example of its own, a block has positions 0..n-1 and attends to nothing else
+        layouts = [Layout((length,)) for length in lengths]
+    metadata = build_metadata(layouts).to(model.device)
+    ids = [*first, *chain.from_iterable(map(token_ids, group))]
     cache = DynamicCache()
     model.base_model(
-        input_ids=ids,
-        position_ids=metadata.position_ids,
+        input_ids=torch.tensor([ids], device=model.device),
+        position_ids=metadata.position_ids - len(first),
         block_masks=AttentionMasks(metadata),
         past_key_values=cache,
         use_cache=True,
     )
-    return [torch.stack((keys[0], values[0])) for keys, values, *_ in cache]
+    return [torch.stack((keys[0], values[0]))[:, :, len(first) :] for keys, values, *_ in cache]
 
 
 def _split_group(
@@ -193,12 +207,19 @@ def _concatenate(
 
 
 def _groups(keys: Iterable[BlockKey], max_tokens: int) -> Iterator[list[BlockKey]]:
-    """Yield blocks in order, in groups of at most `max_tokens` tokens. A longer block is its own group."""
-    group: list[BlockKey] = []
+    """Yield blocks in groups that see the same first block, if any, with at most `max_tokens` tokens.
+
+    A longer block is its own group. The first block counts once in each group. Blocks that see the same first
+    block keep their order.
+    """
+    by_first: dict[bytes, list[BlockKey]] = {}
     for key in keys:
-        if group and sum(map(num_tokens, group)) + num_tokens(key) > max_tokens:
-            yield group
-            group = []
-        group.append(key)
-    if group:
+        by_first.setdefault(key.first, []).append(key)
+    for same_first in by_first.values():
+        group: list[BlockKey] = []
+        for key in same_first:
+            if group and num_first(key) + sum(map(num_tokens, group)) + num_tokens(key) > max_tokens:
+                yield group
+                group = []
+            group.append(key)
         yield group

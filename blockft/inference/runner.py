@@ -11,13 +11,14 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from blockft.attention.cached_context import TILE_PADDING
 from blockft.errors import UserError, check_type
 from blockft.inference.block_cache import BlockCache, CacheHit, DamagedBlocks
-from blockft.inference.block_key import BlockKey, KVShape
+from blockft.inference.block_key import BlockKey, KVShape, context_keys
 from blockft.inference.device_tier import DeviceTier, free_bytes, use_device
 from blockft.inference.disk_tier import CacheModel, DiskTier
 from blockft.inference.host_tier import HostTier
@@ -126,12 +127,9 @@ class BlockRunner:
         if rotate not in get_args(Rotate):
             raise UserError(f"rotate is {rotate!r}, allowed are {', '.join(get_args(Rotate))}")
         _check_backend(model)
-        if local_sees_first(model.config):
-            raise UserError(
-                f"{name} was trained with local_sees_first true, which cached blocks do not have yet"
-            )
         self.model = model
         self._rotaries, self._reencoded = rotary_embeddings(model), uses_reencoded_positions(model.config)
+        self._local_sees_first = local_sees_first(model.config)
         self._is_cuda, self._is_compiled = model.device.type == "cuda", compile
         cache = cache or CacheOptions()
         rotates_queries = rotate == "queries" or rotate == "auto" and self._is_cuda
@@ -163,6 +161,10 @@ class BlockRunner:
             fuse_projections(model)
         if compile:
             compile_layers(model)
+
+    def context_keys(self, blocks: Sequence[Sequence[int] | np.ndarray]) -> list[BlockKey]:
+        """Return the keys of a prompt's local blocks, given by their token ids, as the model was trained."""
+        return context_keys(blocks, local_sees_first=self._local_sees_first)
 
     def prefill(
         self, contexts: Sequence[Sequence[BlockKey]], finals: Sequence[Sequence[int]], num_new: int

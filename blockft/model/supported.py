@@ -269,6 +269,11 @@ def block_attention_config(config: PreTrainedConfig) -> Mapping[str, Any]:
                 f"{name} has {field} {entry[field]!r} (allowed: {', '.join(map(str, allowed))}): "
                 "use the version of blockft that wrote it"
             )
+    if entry.get("local_sees_first") and entry.get("position_scheme") == "local":
+        raise UserError(
+            f"{name} has local_sees_first true with position_scheme local, but no position is left before a "
+            "block that starts at 0: train with reencoded positions"
+        )
     if "prompt" in entry:
         texts, wording = ("instruction", "document", "question"), entry["prompt"]
         has_texts = isinstance(wording, dict) and sorted(wording) == sorted(texts)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from blockft.inference.block_key import BlockKey, block_key
+from blockft.inference.block_key import BlockKey, context_keys
 
 _MARK = "blockft-"
 _SECRET = re.compile(rb"blockft-[0-9a-f]{16,}")
@@ -49,8 +49,12 @@ class BlockRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeRequest:
-    """A prompt that is one block, to be computed and stored."""
+    """A prompt that is one block, to be computed and stored. Its first `first_len` tokens are not stored.
 
+    They are those of the first block, if the block sees it.
+    """
+
+    first_len: int = 0
     reply_to: ReplyAddress
 
 
@@ -76,7 +80,10 @@ def block_salt(secret: str, lengths: Sequence[int], client_salt: str = "") -> st
 
 
 def encode_salt(secret: str) -> str:
-    """Return the cache salt of a prompt that is one block."""
+    """Return the cache salt of a prompt that is one block.
+
+    Blocks that see the same first block share its pages, which hold what plain causal attention gives.
+    """
     return block_salt(secret, ())
 
 
@@ -84,7 +91,7 @@ def block_params(secret: str, request: BlockRequest | EncodeRequest) -> dict[str
     """Return the parameters of a request for the connector. `parse_params` is the inverse."""
     params = {"secret": secret, "socket": request.reply_to.socket, "id": request.reply_to.id}
     if isinstance(request, EncodeRequest):
-        return params | {"encode": True}
+        return params | {"encode": True, "first_len": request.first_len}
     return params | {"lengths": list(request.lengths), "salt": request.salt}
 
 
@@ -96,13 +103,16 @@ def parse_params(params: Any, secret: str) -> BlockRequest | EncodeRequest | Non
         return None
     reply_to = ReplyAddress(socket=params["socket"], id=params["id"])
     if params.get("encode"):
-        return EncodeRequest(reply_to=reply_to)
+        return EncodeRequest(first_len=params["first_len"], reply_to=reply_to)
     return BlockRequest(lengths=tuple(params["lengths"]), salt=params["salt"], reply_to=reply_to)
 
 
-def block_keys(prompt: Sequence[int], lengths: Sequence[int]) -> list[BlockKey]:
-    """Return the keys of a prompt's local blocks, from the token ids of the prompt."""
-    return [block_key(prompt[start:end]) for start, end in pairwise(accumulate(lengths, initial=0))]
+def block_keys(
+    prompt: Sequence[int], lengths: Sequence[int], *, local_sees_first: bool = False
+) -> list[BlockKey]:
+    """Return the keys of a prompt's local blocks, from the token ids of the prompt; see `context_keys`."""
+    blocks = [prompt[start:end] for start, end in pairwise(accumulate(lengths, initial=0))]
+    return context_keys(blocks, local_sees_first=local_sees_first)
 
 
 def page_slots(pages: Sequence[int], page_len: int, start: int, stop: int) -> torch.Tensor:

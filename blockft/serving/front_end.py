@@ -20,7 +20,7 @@ from blockft.data.sample import RecordError
 from blockft.errors import UserError
 from blockft.inference.answer import NOT_CACHED
 from blockft.inference.block_cache import Tier
-from blockft.inference.block_key import BlockKey, block_key, num_tokens
+from blockft.inference.block_key import BlockKey, context_keys, num_tokens
 from blockft.serving.answer_sender import AnswerSender, Usage
 from blockft.serving.asgi import (
     Application,
@@ -65,18 +65,15 @@ _log = logging.getLogger("blockft.serving")
 class EncodedRequest:
     """A request with the token ids of its blocks; in full mode a prompt is one block.
 
-    model: the name of the model, and the largest number of tokens of a prompt and its answer.
+    model: the name of the model. max_len: the largest number of tokens of a prompt and its answer.
+    context: the keys of the local blocks, which are loaded. There are none in full mode.
     """
 
     request: PromptRequest
     blocks: Sequence[Sequence[int]]
+    context: Sequence[BlockKey]
     model: str
     max_len: int
-
-    @property
-    def context(self) -> list[BlockKey]:
-        """The keys of the local blocks, which are loaded. There are none in full mode."""
-        return [block_key(ids) for ids in self.blocks[:-1]] if self.request.mode == "block" else []
 
 
 class BlockFrontEnd:
@@ -130,7 +127,7 @@ class BlockFrontEnd:
         models = await self._list_models(scope)  # vLLM refuses clients that may not ask
         request = parse_prompt_request(body, self._encoder.prompt, is_chat=is_chat)
         blocks = await self._encoder.encode(request.sample)
-        encoded = _check_request(request, blocks, models)
+        encoded = _check_request(request, blocks, models, self._served.local_sees_first)
         computer = self._computer = self._computer or self._open_computer()
         computed = await computer.compute_missing(encoded.context, scope, encoded.model)
         failure = ""
@@ -237,7 +234,10 @@ class BlockFrontEnd:
 
 
 def _check_request(
-    request: PromptRequest, blocks: Sequence[Sequence[int]], models: dict[str, int]
+    request: PromptRequest,
+    blocks: Sequence[Sequence[int]],
+    models: dict[str, int],
+    local_sees_first: bool,
 ) -> EncodedRequest:
     """Return a request with its blocks.
 
@@ -255,7 +255,9 @@ def _check_request(
             f"the prompt has {num_prompt} tokens and its answer up to {num_new}, the server takes "
             f"{models[model]} together: use fewer documents or fewer new tokens"
         )
-    return EncodedRequest(request=request, blocks=blocks, model=model, max_len=models[model])
+    local = blocks[:-1] if request.mode == "block" else []
+    context = context_keys(local, local_sees_first=local_sees_first)
+    return EncodedRequest(request=request, blocks=blocks, context=context, model=model, max_len=models[model])
 
 
 async def _confirm(encoded: EncodedRequest, report: asyncio.Future[Report]) -> str:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable
 
 from blockft.errors import UserError
-from blockft.inference.block_key import BlockKey, num_tokens, token_ids
+from blockft.inference.block_key import BlockKey, first_ids, num_first, num_tokens, token_ids
 from blockft.serving.asgi import Application, Response, Scope, call, with_request
 from blockft.serving.block_request import EncodeRequest, block_params, encode_salt, hide_secrets
 from blockft.serving.metrics import Counters
@@ -72,10 +72,10 @@ class BlockComputer:
 
     async def _compute(self, key: BlockKey, scope: Scope, model: str) -> None:
         address, report = self.receiver.expect()
-        params = block_params(self._secret, EncodeRequest(reply_to=address))
+        params = block_params(self._secret, EncodeRequest(first_len=num_first(key), reply_to=address))
         body = {
             "model": model,
-            "prompt": token_ids(key),
+            "prompt": first_ids(key) + token_ids(key),
             "max_tokens": 1,
             "temperature": 0,
             "cache_salt": encode_salt(self._secret),

@@ -134,6 +134,14 @@ def read_block(
     return torch.stack(kv)
 
 
+def move_keys(kv_Ln2KD: torch.Tensor, rotaries: Sequence[RotaryEmbedding], distance: int) -> torch.Tensor:
+    """Return keys and values with their keys `distance` positions later."""
+    moved = kv_Ln2KD.clone()
+    for kv_n2KD, rotary in zip(moved, rotaries, strict=True):
+        kv_n2KD[:, 0] = rotary.shift(kv_n2KD[:, 0], distance)
+    return moved
+
+
 class PageLayout:
     """Where the keys and values of a page's tokens lie in a page.
 

@@ -4,6 +4,7 @@ An exception in a hook of the scheduler ends the whole server. Everything that m
 therefore left to the worker, which fails this one request.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +41,10 @@ class Load:
 
 @dataclass(frozen=True, kw_only=True)
 class Save:
-    """A block to read from its pages after the forward pass."""
+    """A block to read from its pages after the forward pass.
+
+    pages  of the first block that the block sees, and of the block after it
+    """
 
     key: BlockKey
     pages: list[int]
@@ -60,7 +64,7 @@ class SchedulerHalf:
     """Tells vLLM's scheduler how many tokens of a prompt are cached, and plans the work of the workers."""
 
     def __init__(self, served: ServedModel) -> None:
-        self._secret = served.secret
+        self._secret, self._local_sees_first = served.secret, served.local_sees_first
         self._reporter = Reporter()
         self._requests: dict[str, BlockRequest | EncodeRequest] = {}
         self._encode_pages: dict[str, list[int]] = {}
@@ -101,7 +105,8 @@ class SchedulerHalf:
             return
         if num_external:
             self._has_loads.add(request.request_id)
-            self._loads.append(_plan_load(request, block_request, pages, num_external))
+            load = _plan_load(request, block_request, pages, num_external, self._local_sees_first)
+            self._loads.append(load)
         elif request.request_id not in self._has_loads:
             sources = [Tier.device.value] * len(block_request.lengths)
             self._reporter.send(block_request.reply_to, Report(sources=sources))
@@ -112,9 +117,10 @@ class SchedulerHalf:
         saves = []
         for id, pages in list(self._encode_pages.items()):
             request, encode_request = self._vllm_requests[id], self._requests[id]
+            assert isinstance(encode_request, EncodeRequest)
             num_tokens = scheduler_output.num_scheduled_tokens.get(id, 0)
             if num_tokens and request.num_computed_tokens + num_tokens >= request.num_prompt_tokens:
-                key = block_key(request.prompt_token_ids)
+                key = _key_to_save(request.prompt_token_ids, encode_request)
                 saves.append(Save(key=key, pages=pages, reply_to=encode_request.reply_to))
                 del self._encode_pages[id]
         loads, self._loads = self._loads, []
@@ -144,12 +150,22 @@ class SchedulerHalf:
                 self._encode_pages[id] += new_pages[0]
 
 
-def _plan_load(request: Any, block_request: BlockRequest, pages: list[int], num_external: int) -> Load:
-    refusal = _refusal(request, block_request)
+def _key_to_save(prompt: Sequence[int], encode_request: EncodeRequest) -> BlockKey:
+    first_len = encode_request.first_len
+    return block_key(prompt[first_len:], prompt[:first_len])
+
+
+def _plan_load(
+    request: Any, block_request: BlockRequest, pages: list[int], num_external: int, local_sees_first: bool
+) -> Load:
+    refusal, keys = _refusal(request, block_request), list[BlockKey]()
+    if not refusal:
+        prompt, lengths = request.prompt_token_ids, block_request.lengths
+        keys = block_keys(prompt, lengths, local_sees_first=local_sees_first)
     loaded_len = request.num_prompt_tokens - 1 if refusal else block_request.context_len
     return Load(
         request_id=request.request_id,
-        keys=[] if refusal else block_keys(request.prompt_token_ids, block_request.lengths),
+        keys=keys,
         pages=pages,
         start=loaded_len - num_external,
         reply_to=block_request.reply_to,

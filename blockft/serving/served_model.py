@@ -41,6 +41,7 @@ class ServedModel:
         shape: the shape of the keys and values of a token.
         frequencies: the different rotary embeddings: radians per position, (R / 2,) each.
         layer_frequencies: the index in `frequencies` for each layer.
+        local_sees_first: whether local blocks see the first block of their prompt.
         vocab_size: the number of token ids for which the model has an embedding.
         folder: the cache folder.
         disk_bytes: largest size of the folder; None sets no limit.
@@ -57,6 +58,7 @@ class ServedModel:
     shape: KVShape
     frequencies: tuple[tuple[float, ...], ...]
     layer_frequencies: tuple[int, ...]
+    local_sees_first: bool
     vocab_size: int
     folder: str
     disk_bytes: int | None

@@ -16,13 +16,20 @@ import torch
 from blockft.attention.rope import RotaryEmbedding
 from blockft.errors import first_line
 from blockft.inference.block_cache import Tier
-from blockft.inference.block_key import BlockKey, num_tokens
+from blockft.inference.block_key import BlockKey, num_first, num_tokens
 from blockft.inference.device_tier import DeviceTier
 from blockft.serving.block_request import ReplyAddress, page_slots
 from blockft.serving.block_store import BlockStore, LoadedBlocks
 from blockft.serving.device_work import BackgroundStream, DeviceWork
 from blockft.serving.head_shard import HeadShard
-from blockft.serving.pages import WHOLE, AttentionLayer, PageLayout, read_block, write_blocks
+from blockft.serving.pages import (
+    WHOLE,
+    AttentionLayer,
+    PageLayout,
+    move_keys,
+    read_block,
+    write_blocks,
+)
 from blockft.serving.report import Report, Reporter
 from blockft.serving.scheduler_half import Load, Save
 from blockft.serving.served_model import ServedModel
@@ -152,8 +159,11 @@ class WorkerHalf:
         return self._store
 
     def _save(self, save: Save) -> None:
-        slots = page_slots(save.pages, self._page_len, 0, num_tokens(save.key))
+        start = num_first(save.key)
+        slots = page_slots(save.pages, self._page_len, start, start + num_tokens(save.key))
         kv = read_block(self._layers, self._shape, self._page_len, slots)
+        if start:  # a stored block has positions 0..n-1
+            kv = move_keys(kv, self._rotaries, -start)
         if self._gather is not None:
             kv = self._shard.join(self._gather(kv), self._served.shape.num_kv_heads)
         if self._shard.worker == 0:

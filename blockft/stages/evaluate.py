@@ -55,7 +55,7 @@ from blockft.inference.runner import CacheOptions
 from blockft.inputs import check_path
 from blockft.model.fingerprint import model_fingerprint
 from blockft.model.load import load_config, parse_dtype
-from blockft.model.supported import block_attention_config, uses_reencoded_positions
+from blockft.model.supported import block_attention_config, local_sees_first, uses_reencoded_positions
 from blockft.outputs import LockedFolder, atomic_folder, check_absent, resumable_folder, save_figure
 from blockft.printable import print_text
 from blockft.progress import progress, track
@@ -176,9 +176,12 @@ def _check_method(method: MethodSettings, engine: Engine) -> None:
     """Check that a method suits the model; report on stderr if it contradicts the training.
 
     Raises:
-        UserError: the model has no layer `method.layer`.
+        UserError: the model has no layer `method.layer`, or was trained so that local blocks see the first
+            block, which the method would change.
     """
     config = engine.model.config
+    if local_sees_first(config):
+        _check_method_sees_first(method)
     compares_layer = method.name is MethodName.recompute and method.tokens is RecomputedTokens.deviation
     if compares_layer and method.layer >= config.num_hidden_layers:
         raise UserError(
@@ -189,15 +192,39 @@ def _check_method(method: MethodSettings, engine: Engine) -> None:
         _remark(f"the model was trained with local positions, but the method {method.name} re-encodes them")
 
 
-def build_method(settings: MethodSettings) -> Method:
-    """Return the computation that `eval.method` names. Options of other methods have their neutral values."""
+def _check_method_sees_first(method: MethodSettings) -> None:
+    """Refuse a method that hides the first block from local blocks, for a model that was trained to see it.
+
+    Raises:
+        UserError: it does.
+    """
+    if method.name is MethodName.local_positions:
+        raise UserError(
+            "eval.method.name is local-positions, but the model was trained with local_sees_first, and no "
+            "position is left for the first block before a block at 0: choose mask, recompute, shared-start "
+            "or ape"
+        )
+    if method.start_tokens is not None:
+        raise UserError(
+            f"eval.method.start_tokens is {method.start_tokens}, but the model was trained with "
+            "local_sees_first, so that every block sees the whole first block: remove it"
+        )
+
+
+def build_method(settings: MethodSettings, *, local_sees_first: bool = False) -> Method:
+    """Return the computation that `eval.method` names. Options of other methods have their neutral values.
+
+    local_sees_first: the model was trained so that local blocks see the first block.
+    """
+    start_tokens = None if local_sees_first else 0
     match settings.name:
         case MethodName.mask:
-            return Method()
+            return Method(start_tokens=start_tokens)
         case MethodName.local_positions:
             return Method(reencoded=False)
         case MethodName.recompute:
             return Method(
+                start_tokens=start_tokens,
                 recomputed_share=settings.share,
                 recomputed_tokens=settings.tokens.value,
                 deviation_layer=settings.layer,
@@ -208,7 +235,7 @@ def build_method(settings: MethodSettings) -> Method:
             return Method(
                 temperature=settings.temperature,
                 scale=settings.scale,
-                start_tokens=settings.start_tokens or 0,
+                start_tokens=settings.start_tokens or start_tokens,
             )
 
 
@@ -429,6 +456,7 @@ def _options(
         "tokenizer fingerprint": tokenizer_fingerprint(engine.tokenizer),
         **_describe_method(settings.method),
         "positions of blocks": "reencoded" if _reencodes(settings.method, engine) else "local",
+        **({"blocks see the first block": True} if local_sees_first(engine.model.config) else {}),
         "dtype": str(engine.model.dtype).removeprefix("torch."),
         "device": engine.model.device.type,
         "output limit, tokens": settings.max_new_tokens,
@@ -504,7 +532,9 @@ def _answer(
     samples, max_new_tokens = questions.samples, recipe.eval.max_new_tokens
     answer: Callable[..., list[AnswerRecord]] = answer_batch
     if recipe.eval.method:
-        answer = partial(answer_batch_by_method, method=build_method(recipe.eval.method))
+        sees_first = local_sees_first(engine.model.config)
+        method = build_method(recipe.eval.method, local_sees_first=sees_first)
+        answer = partial(answer_batch_by_method, method=method)
     path, batches = folder / f"answers-{mode}.jsonl", plan_batches(samples, recipe.eval.batch_size)
     answers = AnswerFile(path, batches, f"{evaluation} {mode}")
     if answers.damaged_line:

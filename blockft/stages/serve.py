@@ -52,10 +52,6 @@ def describe_model(model: str, cache: CacheOptions, dtype: torch.dtype, *, socke
         raise UserError(f"{model} is an adapter, whose blocks are not served: export the merged model")
     files = list_files(model)
     loaded = load_model(model, backend="cached", dtype=dtype)
-    if local_sees_first(loaded.config):
-        raise UserError(
-            f"{model} was trained with local_sees_first true, which blockft serve does not have yet"
-        )
     if not uses_reencoded_positions(loaded.config):
         raise UserError(
             f"{model} was trained with position_scheme local, blockft serve supports reencoded: use blockft "
@@ -77,6 +73,7 @@ def describe_model(model: str, cache: CacheOptions, dtype: torch.dtype, *, socke
         shape=kv_shape(loaded),
         frequencies=tuple(distinct),
         layer_frequencies=tuple(map(distinct.index, frequencies)),
+        local_sees_first=local_sees_first(loaded.config),
         vocab_size=loaded.config.vocab_size,
         folder=str(Path(str(cache.folder)).absolute()),
         disk_bytes=cache.disk_bytes,

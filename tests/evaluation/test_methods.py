@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from transformers import DynamicCache, PreTrainedModel
 
 from blockft.attention.backends import AttentionMasks
-from blockft.attention.layout import Layout, build_metadata
+from blockft.attention.layout import Layout, build_metadata, token_indices
 from blockft.evaluation.methods import Method, MethodBatch
 from blockft.inference.block_key import block_key
 from blockft.inference.rotate_keys import RotatedKeysBatch, prefill_blocks
@@ -25,8 +25,11 @@ every_model = pytest.mark.parametrize("name", CONFIGS)
 Prompt = list[list[int]]
 
 
-def build(name: str) -> PreTrainedModel:
-    return build_model(name, "block_cached")
+def build(name: str, *, local_sees_first: bool = False) -> PreTrainedModel:
+    model = build_model(name, "block_cached")
+    if local_sees_first:
+        model.config.block_attention = {"version": 1, "local_sees_first": True}
+    return model
 
 
 def random_prompts(name: str, *, first_len: int = 1) -> list[Prompt]:
@@ -88,6 +91,21 @@ def test_local_positions_are_those_of_a_model_that_was_trained_with_them(name: s
 
 
 @every_model
+def test_a_whole_shared_start_is_block_mode_of_a_model_that_sees_the_first_block(name: str) -> None:
+    """Alone, with attention that is scaled by 1, and where no token or every token is computed again."""
+    model, prompts = build(name, local_sees_first=True), random_prompts(name, first_len=6)
+    block, full = (reference_logits(model, prompts, mode) for mode in ("block", "full"))
+    mask = Method(start_tokens=None)
+    assert_equal(method_logits(model, prompts, mask), block)
+    assert_equal(method_logits(model, prompts, replace(mask, temperature=1 + 1e-9)), block)
+    for tokens in ("first", "deviation"):
+        for share, expected in [(0, block), (1, full)]:
+            method = replace(mask, recomputed_share=share, recomputed_tokens=tokens)
+            assert_equal(method_logits(model, prompts, method), expected)
+    assert not torch.allclose(block, reference_logits(build(name), prompts), atol=1e-3)
+
+
+@every_model
 @pytest.mark.parametrize("tokens", ["first", "deviation"])
 def test_recomputation_of_nothing_is_block_mode_and_of_everything_full_mode(name: str, tokens: str) -> None:
     model, prompts = build(name), random_prompts(name)
@@ -97,16 +115,18 @@ def test_recomputation_of_nothing_is_block_mode_and_of_everything_full_mode(name
 
 
 @torch.inference_mode()
-def recomputed_logits(model: PreTrainedModel, prompt: Prompt, chosen: list[int]) -> torch.Tensor:
+def recomputed_logits(
+    model: PreTrainedModel, prompt: Prompt, chosen: list[int], *, local_sees_first: bool = False
+) -> torch.Tensor:
     """Return the last logits after the chosen context tokens are recomputed one by one, in order."""
     ids = list(chain.from_iterable(prompt))
-    layout = Layout(tuple(map(len, prompt)))
-    encoded = encode(model, ids, build_metadata([layout]))
+    layout = Layout(tuple(map(len, prompt)), local_sees_first=local_sees_first)
+    encoded = encode_block_mode(model, ids, layout)
     again: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     full = build_metadata([layout.full()])
     for token in [*chosen, *range(layout.context_len, len(ids))]:
         cache = DynamicCache()
-        for layer, (keys, values, *_) in enumerate(encoded):
+        for layer, (keys, values) in enumerate(encoded):
             keys, values = keys[:, :, :token].clone(), values[:, :, :token].clone()
             for index, layers in again.items():
                 keys[:, :, index], values[:, :, index] = layers[layer]
@@ -124,6 +144,16 @@ def recomputed_logits(model: PreTrainedModel, prompt: Prompt, chosen: list[int])
     return logits
 
 
+def encode_block_mode(
+    model: PreTrainedModel, ids: list[int], layout: Layout
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return the keys and values of each layer for the tokens of a prompt, without copies."""
+    metadata = build_metadata([layout])
+    cache = encode(model, [ids[index] for index in token_indices([layout])], metadata)
+    kept = ~metadata.is_copy[0]
+    return [(keys[:, :, kept], values[:, :, kept]) for keys, values, *_ in cache]
+
+
 def encode(model: PreTrainedModel, ids: list[int], metadata: object) -> DynamicCache:
     cache = DynamicCache()
     model(
@@ -137,9 +167,11 @@ def encode(model: PreTrainedModel, ids: list[int], metadata: object) -> DynamicC
 
 
 @every_model
-def test_first_tokens_of_blocks_are_recomputed_over_all_blocks(name: str) -> None:
-    model, prompts = build(name), random_prompts(name)
-    got = method_logits(model, prompts, Method(recomputed_share=0.3))[:, 0]
+@pytest.mark.parametrize("sees_first", [False, True])
+def test_first_tokens_of_blocks_are_recomputed_over_all_blocks(name: str, sees_first: bool) -> None:
+    model, prompts = build(name, local_sees_first=sees_first), random_prompts(name)
+    method = Method(start_tokens=None if sees_first else 0, recomputed_share=0.3)
+    got = method_logits(model, prompts, method)[:, 0]
     for row, prompt in zip(got, prompts, strict=True):
         starts = [sum(map(len, prompt[:block])) for block in range(len(prompt))]
         ranked = [
@@ -149,25 +181,26 @@ def test_first_tokens_of_blocks_are_recomputed_over_all_blocks(name: str) -> Non
             if index < len(prompt[block])
         ]
         chosen = sorted(ranked[: round(0.3 * len(ranked))])
-        assert_equal(row, recomputed_logits(model, prompt, chosen))
+        assert_equal(row, recomputed_logits(model, prompt, chosen, local_sees_first=sees_first))
 
 
 @every_model
-def test_the_tokens_that_deviate_most_are_recomputed(name: str) -> None:
-    model, prompts = build(name), random_prompts(name)
-    method = Method(recomputed_share=0.2, recomputed_tokens="deviation")
+@pytest.mark.parametrize("sees_first", [False, True])
+def test_the_tokens_that_deviate_most_are_recomputed(name: str, sees_first: bool) -> None:
+    model, prompts = build(name, local_sees_first=sees_first), random_prompts(name)
+    start_tokens = None if sees_first else 0
+    method = Method(start_tokens=start_tokens, recomputed_share=0.2, recomputed_tokens="deviation")
     got = method_logits(model, prompts, method)[:, 0]
     for row, prompt in zip(got, prompts, strict=True):
-        ids, layout = list(chain.from_iterable(prompt)), Layout(tuple(map(len, prompt)))
+        ids = list(chain.from_iterable(prompt))
+        layout = Layout(tuple(map(len, prompt)), local_sees_first=sees_first)
         with torch.inference_mode():
-            block, full = (
-                [*encode(model, ids, build_metadata([some]))][1][:2] for some in (layout, layout.full())
-            )
+            block, full = (encode_block_mode(model, ids, some)[1] for some in (layout, layout.full()))
         squares = torch.stack([(a - b).square().sum(dim=(0, 1, 3)) for a, b in zip(block, full, strict=True)])
         first = len(prompt[0])
         deviation = squares.sum(dim=0)[first : max(first, layout.context_len)]
         chosen = (deviation.topk(round(0.2 * len(deviation))).indices + first).sort().values.tolist()
-        assert_equal(row, recomputed_logits(model, prompt, chosen))
+        assert_equal(row, recomputed_logits(model, prompt, chosen, local_sees_first=sees_first))
 
 
 @torch.inference_mode()

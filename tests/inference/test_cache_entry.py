@@ -6,12 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from blockft.inference.block_key import key_digest, num_tokens, token_ids
+from blockft.inference.block_key import block_key, first_digest, key_digest, num_tokens, token_ids
 from blockft.inference.cache_entry import CacheModel, DamagedEntry, EntryReader
 from tests.inference.cached import OTHER, TOY, check_file, kv_of, random_key, write_file
 
 KEY = random_key(0)
 NAME = f"{key_digest(KEY)}.safetensors"
+BEHIND_FIRST = block_key(token_ids(KEY), first=[7, 8, 9])
 
 
 @pytest.fixture
@@ -20,17 +21,30 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / NAME
 
 
+@pytest.fixture
+def path_behind_first(tmp_path: Path) -> Path:
+    """The entry of a block that sees a first block."""
+    path = tmp_path / f"{key_digest(BEHIND_FIRST)}.safetensors"
+    write_file(path, BEHIND_FIRST)
+    return path
+
+
 @pytest.mark.parametrize("model", [TOY, OTHER], ids=lambda model: model.dtype)
+@pytest.mark.parametrize("first", [[], [7], [*range(3000)]], ids=len)
 @pytest.mark.parametrize("length", [1, 5, 700])
-def test_reading_gives_what_was_written(tmp_path: Path, model: CacheModel, length: int) -> None:
-    key = random_key(length, length)
+def test_reading_gives_what_was_written(
+    tmp_path: Path, model: CacheModel, length: int, first: list[int]
+) -> None:
+    """The size of an entry does not depend on the first block that its block sees."""
+    key = block_key(token_ids(random_key(length, length)), first)
     path = tmp_path / f"{key_digest(key)}.safetensors"
     write_file(path, key, model)
     size = path.stat().st_size
     assert size == model.entry_bytes(length) and model.num_tokens(size) == length
     assert model.num_tokens(size + 1) == model.num_tokens(size - 1) == model.num_tokens(0) == 0
     with EntryReader(path, model) as entry:
-        assert entry.key == key and num_tokens(entry.key) == length
+        assert entry.tokens == key.tokens and entry.num_tokens == length == num_tokens(key)
+        assert entry.first_digest == first_digest(key)
         for index, layer in enumerate(kv_of(key, model)):
             assert torch.equal(entry.read_layer(index), layer)
             out = torch.full_like(layer, 7)
@@ -55,8 +69,10 @@ def test_strided_views_are_written_correctly(tmp_path: Path) -> None:
         assert torch.equal(entry.read_layer(1), kv[1])
 
 
-def test_a_flipped_bit_is_found_in_every_byte(path: Path) -> None:
+@pytest.mark.parametrize("entry", ["path", "path_behind_first"])
+def test_a_flipped_bit_is_found_in_every_byte(entry: str, request: pytest.FixtureRequest) -> None:
     """In the length, the header, its padding, the token ids and every layer."""
+    path = request.getfixturevalue(entry)
     content = path.read_bytes()
     for offset in range(len(content)):
         damaged = bytearray(content)
@@ -66,6 +82,30 @@ def test_a_flipped_bit_is_found_in_every_byte(path: Path) -> None:
             check_file(path)
     path.write_bytes(content)
     check_file(path)
+
+
+@pytest.mark.parametrize("name", ['""', '"7"', f'"{"A" * 32}"', f'"{"0" * 32}"', "null", "7", '["a"]', "{}"])
+def test_an_entry_that_names_another_first_block_is_damaged(path_behind_first: Path, name: str) -> None:
+    path, found = path_behind_first, f'"{first_digest(BEHIND_FIRST)}"'.encode()
+    content = path.read_bytes()
+    assert content.count(found) == 1
+    start = content.index(found)
+    rest = content[start + len(found) : 4096].rstrip()
+    header = (content[:start] + name.encode() + rest).ljust(4096)
+    path.write_bytes(header + content[4096:])
+    with pytest.raises(DamagedEntry):
+        check_file(path)
+
+
+def test_an_entry_of_the_same_tokens_behind_another_first_block_is_damaged(
+    path: Path, path_behind_first: Path
+) -> None:
+    behind, alone = path_behind_first.read_bytes(), path.read_bytes()
+    path.write_bytes(behind)
+    path_behind_first.write_bytes(alone)
+    for swapped in (path, path_behind_first):
+        with pytest.raises(DamagedEntry):
+            check_file(swapped)
 
 
 def test_a_file_with_another_length_is_damaged(path: Path) -> None:

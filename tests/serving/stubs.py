@@ -26,6 +26,7 @@ def make_served(
     host_bytes: int = 1 << 20,
     device_bytes: int = 0,
     path: str = "out/model",
+    local_sees_first: bool = False,
 ) -> ServedModel:
     """Return a model with two kinds of rotary embeddings, whose cache is in `folder`."""
     return ServedModel(
@@ -36,6 +37,7 @@ def make_served(
         shape=shape,
         frequencies=((1.0, 0.01), (0.5, 0.002)),
         layer_frequencies=(0, 1, 0),
+        local_sees_first=local_sees_first,
         vocab_size=50_000,
         folder=str(folder / "cache"),
         disk_bytes=None,
