@@ -34,8 +34,11 @@ LATE_SHARE = 0.05
 BUSY_SHARE = 0.25
 """Share of the cores that other work may use at the start without a warning."""
 
-MIN_REQUESTS = 5
-"""Fewest requests on average at a rate of the search."""
+MIN_REQUESTS = 21
+"""Fewest requests at a rate. The p95 of fewer requests is the slowest one, which one accident decides."""
+
+MIN_RATE_SHARE = 0.25
+"""The search ends at rates that give fewer than this share of `MIN_REQUESTS` in the time of a rate."""
 
 LABELS = {"plain": ("vLLM alone", "tab:orange"), "blocks": ("vLLM with blocks", "tab:blue")}
 """Name and colour of each kind of server."""
@@ -46,6 +49,7 @@ Times count from the planned arrival. A failed request counts as slower than eve
 A rate holds if no request fails and p95 of the time to first token is within the limit. The search doubles
 the first rate until a rate does not hold (or halves it until one does). Then it tries the geometric mean of
 the largest rate that holds and the smallest one that does not.
+A rate with fewer than 21 requests in its time gets more time: p95 would be the slowest request.
 At a rate both servers get the same prompts at the same times. No prompt is asked twice. The times of two
 rates differ by a factor only.
 Where a server holds slightly more than it can answer for ever, its queue stays within the limit for the
@@ -62,7 +66,7 @@ class ServePlan:
     rates           requests per second to measure; none searches for the largest rate that holds
     first_rate      where the search begins
     num_bisections  further rates between the largest that holds and the smallest that does not
-    seconds         how long requests arrive at each rate
+    seconds         how long requests arrive at each rate; longer at rates with few requests
     ttft_limit_ms   limit for p95 of the TTFT
     num_warmups     requests before the measurement: first over the whole corpus, then by Zipf's law
     num_single      requests that are asked one at a time
@@ -151,7 +155,7 @@ async def _measure(target: Target, workload: Workload, plan: ServePlan) -> dict[
             alone = summarize(await client.run_closed_loop(single, 1, advance))
 
         async def measure_rate(rate: float) -> dict[str, Any]:
-            times = workload.arrival_times(rate, plan.seconds)
+            times = workload.arrival_times(rate, plan.seconds, min_number=MIN_REQUESTS)
             # a prompt that was asked before would be a prefix that every server knows
             prompts = workload.prompts(len(times), stream=_STREAM_RATES + round(1e6 * rate))
             figures = await _measure_rate(client, name, rate, prompts, times)
@@ -196,7 +200,7 @@ async def _measure_rates(measure: Callable[[float], Any], plan: ServePlan) -> li
     first_holds = await holds(rate)
     factor = 2.0 if first_holds else 0.5
     for _ in range(MAX_DOUBLINGS):
-        if rate * factor * plan.seconds < MIN_REQUESTS:
+        if rate * factor * plan.seconds < MIN_RATE_SHARE * MIN_REQUESTS:
             break
         if await holds(rate * factor) != first_holds:
             break
@@ -252,7 +256,8 @@ def print_tables(
     table = Table(
         *("server", "requests/s", "requests", "failed", "TTFT", "whole answer", "reused"),
         title=f"{model}: p50 / p95 / p99 in ms",
-        caption="times from the planned arrival to the first token, and to the end of the answer",
+        caption="times from the planned arrival to the first token, and to the end of the answer; p95 of up "
+        "to 20 requests and p99 of up to 100 are the slowest request",
     )
     for figures in measured:
         name = LABELS[figures["kind"]][0]

@@ -19,6 +19,10 @@ from blockft.errors import UserError, first_line
 
 PERCENTILES = (50, 95, 99)
 
+KEEPALIVE_S = 2.0
+"""How long a connection without a request is kept. Servers close theirs, most of them after 5 seconds, and a
+request that is sent at the same moment fails."""
+
 ServerKind = Literal["plain", "blocks"]
 
 
@@ -78,7 +82,9 @@ class LoadClient:
             ) from error
         self._target, self._answer_len, self._timeout_s = target, answer_len, timeout_s
         # a request must never wait for a connection of another one
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+        limits = httpx2.Limits(
+            max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEPALIVE_S
+        )
         self._client = openai.AsyncOpenAI(
             base_url=target.url,
             api_key=target.api_key,

@@ -89,15 +89,16 @@ class Workload:
         whole = [self._prompt([k % corpus_size for k in range(start, start + size)], rng) for start in starts]
         return [*whole, *self.prompts(number - len(whole), stream=0)]
 
-    def arrival_times(self, rate: float, seconds: float) -> list[float]:
+    def arrival_times(self, rate: float, seconds: float, *, min_number: int = 0) -> list[float]:
         """Return the arrival times of a Poisson process in seconds.
 
-        The times of another rate are the same, divided by the rate.
+        The times of another rate are the same, divided by the rate. A rate that gives fewer than `min_number`
+        requests in `seconds` gets more time.
         """
         rng = np.random.default_rng([self.options.seed, 3])
         times: list[float] = []
         time = rng.exponential() / rate
-        while time < seconds:
+        while time < seconds or len(times) < min_number:
             times.append(float(time))
             time += rng.exponential() / rate
         return times

@@ -106,7 +106,7 @@ def bench_train(
     model = load_benchmark_model(model_or_shape, config, copies=4 if lora_r is None else 1).train()
     if lora_r is not None:
         add_adapter(model, {"r": lora_r, "lora_alpha": 2 * lora_r}, seed=0)
-    samples = _random_samples(row_len // sample_len, sample_len, num_documents, model.config.vocab_size)
+    samples = random_samples(row_len // sample_len, sample_len, num_documents, model.config.vocab_size)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
     variants = list_variants(model.device, lora_r)
@@ -185,7 +185,7 @@ def _print_table(
     PlainConsole().print(table)
 
 
-def _random_samples(num_samples: int, sample_len: int, num_documents: int, vocab_size: int) -> list[Example]:
+def random_samples(num_samples: int, sample_len: int, num_documents: int, vocab_size: int) -> list[Example]:
     """Return random samples: equal documents, then a question and an answer of `ANSWER_LEN` each."""
     rng = np.random.default_rng(0)
     boundaries = np.linspace(0, sample_len - 2 * ANSWER_LEN, num_documents + 1).astype(int)

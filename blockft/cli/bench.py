@@ -289,7 +289,10 @@ def bench_serve(
         int, typer.Option(min=0, max=MAX_BISECTIONS, help="Rates between the last two of the search.")
     ] = 3,
     seconds: Annotated[
-        float, typer.Option(min=1, max=MAX_SERVE_SECONDS, help="Time of each rate, in seconds.")
+        float,
+        typer.Option(
+            min=1, max=MAX_SERVE_SECONDS, help="Time of each rate, in seconds; more below 21 requests."
+        ),
     ] = 20.0,
     ttft_limit_ms: Annotated[
         float, typer.Option(min=1, max=MAX_FLOAT, help="Limit for p95 of the time to first token.")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from blockft.bench import serve
+from blockft.bench import serve, serve_client
 from blockft.bench.serve import ServePlan, best_rate, summarize_servers
 from blockft.bench.serve_client import LoadClient, Outcome, Target, is_within, summarize
 from blockft.bench.serve_workload import ServePrompt, Workload, WorkloadOptions
@@ -111,6 +111,17 @@ def test_arrivals_are_those_of_another_rate_in_other_units(workload: Workload) -
     assert max(gaps) > 3 / 10 > 1 / 10 > min(gaps)
 
 
+def test_a_slow_rate_gets_more_time_until_its_p95_is_not_the_slowest_request(workload: Workload) -> None:
+    times = workload.arrival_times(0.5, 10, min_number=serve.MIN_REQUESTS)
+    assert len(times) == serve.MIN_REQUESTS and times[-1] > 10
+    assert times[:3] == workload.arrival_times(0.5, 10)[:3]
+    assert workload.arrival_times(50, 10, min_number=serve.MIN_REQUESTS) == workload.arrival_times(50, 10)
+    for number in (serve.MIN_REQUESTS - 1, serve.MIN_REQUESTS):
+        figures = summarize([answered(seconds) for seconds in range(number)])
+        is_slowest = figures["ttft_ms"]["p95"] == 1000 * (number - 1)
+        assert is_slowest == (number < serve.MIN_REQUESTS)
+
+
 # The open loop
 
 
@@ -179,6 +190,21 @@ def test_times_count_from_the_planned_arrival_also_while_the_server_stalls() -> 
     for outcome, planned in zip(outcomes, [0, 0.1, 0.2, 0.3, 0.4], strict=True):
         assert 0.95 - planned < outcome.ttft_s <= outcome.end_to_end_s
         assert outcome.prompt_tokens == 10 and outcome.reused_tokens == 4
+
+
+def test_an_idle_connection_is_not_used_when_a_server_may_close_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that closes an idle connection while a request is sent on it makes the request fail."""
+    monkeypatch.setattr(serve_client, "KEEPALIVE_S", 0.1)
+    ports = list[int]()
+
+    class Recorder(StubServer):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["path"] == "/v1/completions":
+                ports.append(scope["client"][1])
+            await super().__call__(scope, receive, send)
+
+    assert not [outcome.failure for outcome in ask(Recorder(), [0, 0.02, 0.5]) if outcome.failure]
+    assert ports[2] not in ports[:2]
 
 
 def test_every_failure_is_counted_with_its_reason() -> None:
