@@ -9,7 +9,7 @@ from blockft.errors import UserError
 from blockft.inference.device_tier import free_bytes
 from blockft.model.load import load_config, load_model, parse_device
 from blockft.model.random_model import SHAPES, build_random_model, load_shape_config, weight_bytes
-from blockft.units import format_bytes
+from blockft.units import format_memory
 
 
 def is_shape(model_or_shape: str) -> bool:
@@ -50,8 +50,8 @@ def load_benchmark_model(
         if needed > (free := free_bytes(place)):
             extra = f" with {copies - 1} more numbers per weight" if copies > 1 else ""
             raise UserError(
-                f"the weights of {model_or_shape}{extra} take {format_bytes(needed)} in {dtype_name}, but "
-                f"only {format_bytes(free)} are free on the {place.type}: choose a smaller model"
+                f"the weights of {model_or_shape}{extra} take {format_memory(needed)} in {dtype_name}, but "
+                f"only {format_memory(free)} are free on the {place.type}: choose a smaller model"
             )
     if is_shape(model_or_shape):
         return build_random_model(config, device=device, dtype=dtype)

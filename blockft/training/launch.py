@@ -212,7 +212,8 @@ def _report_kill(exit_code: int) -> None:
 def _launcher_command(num_gpus: int, hosts: Hosts | None) -> list[str]:
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank"]
     if hosts is None:
-        command += ["--master_port", str(find_free_port())]
+        # without an option DeepSpeed reads /job/hostfile, and starts the run on the hosts that it names
+        command += ["--hostfile", os.devnull, "--master_port", str(find_free_port())]
         if visible := _visible_gpus():
             return [*command, "--include", f"localhost:{','.join(visible[:num_gpus])}"]
         return [*command, "--num_gpus", str(num_gpus)]

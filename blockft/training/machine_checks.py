@@ -22,7 +22,7 @@ from blockft.printable import print_text
 from blockft.training.distributed import use_cpu
 from blockft.training.library_internals import SHARED_MEMORY
 from blockft.training.preflight import MAX_CLOCK_SKEW_S, Check
-from blockft.units import format_bytes, format_count
+from blockft.units import format_bytes, format_count, format_memory
 
 MIN_FREE_BYTES = 2**30
 """Free bytes that a folder of outputs or caches should have."""
@@ -119,10 +119,10 @@ def _check_gpu_memory() -> str:
     for index, (free_bytes, total_bytes) in enumerate(free):
         if total_bytes - free_bytes > USED_SHARE * total_bytes:
             raise UserError(
-                f"GPU {index} has {format_bytes(free_bytes)} of {format_bytes(total_bytes)} free: end the "
+                f"GPU {index} has {format_memory(free_bytes)} of {format_memory(total_bytes)} free: end the "
                 "process that uses it (nvidia-smi), or choose others with CUDA_VISIBLE_DEVICES"
             )
-    return f"{format_bytes(min(bytes_free for bytes_free, _ in free))} are free on every GPU"
+    return f"{format_memory(min(bytes_free for bytes_free, _ in free))} are free on every GPU"
 
 
 def _check_backend() -> str:
@@ -231,9 +231,9 @@ def check_shared_memory(folder: Path) -> str:
     size = shutil.disk_usage(folder).total
     if size < MIN_SHARED_BYTES:
         raise UserError(
-            f"{folder} has only {format_bytes(size)}: start the container with --shm-size=8g or --ipc=host"
+            f"{folder} has only {format_memory(size)}: start the container with --shm-size=8g or --ipc=host"
         )
-    return f"{folder} has {format_bytes(size)}"
+    return f"{folder} has {format_memory(size)}"
 
 
 def _check_clock(folder: Path) -> str:

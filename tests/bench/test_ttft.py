@@ -179,7 +179,7 @@ def test_without_a_terminal_each_length_is_a_line_on_stderr(
 def test_weights_that_exceed_the_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark_model, "free_bytes", lambda device: 1000)
     for target in ("tiny", str(save_model(tmp_path / "model"))):
-        with pytest.raises(UserError, match=r"the weights of .* take .* kB in .*, but only 1.0 kB are free"):
+        with pytest.raises(UserError, match=r"the weights of .* take .* KiB in .*, but only 1000 B are free"):
             bench_ttft(target, **ARGUMENTS)
 
 

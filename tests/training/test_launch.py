@@ -17,7 +17,8 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from deepspeed.launcher.runner import parse_inclusion_exclusion
+from deepspeed.launcher import runner
+from deepspeed.launcher.runner import fetch_hostfile, parse_inclusion_exclusion
 from typer import Exit
 
 from blockft.cli import commands as cli_commands
@@ -243,6 +244,17 @@ def test_the_gpus_that_the_environment_names_are_used(
     assert "CUDA_VISIBLE_DEVICES" not in launch._prepare_launch([], None)[1]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert "--include" not in launch._launcher_command(num_gpus, None)
+
+
+def test_a_hostfile_that_nobody_named_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's default hostfile would start the run on other hosts, for which nothing was checked."""
+    default = tmp_path / "hostfile"
+    default.write_text("node7 slots=8\n")
+    assert fetch_hostfile(str(default)) == {"node7": 8}
+    monkeypatch.setattr(runner, "DLTS_HOSTFILE", str(default))
+    _, _, *options = launch._launcher_command(2, None)
+    arguments = runner.parse_args([*options[1:], "train.py"])
+    assert arguments.hostfile != str(default) and fetch_hostfile(arguments.hostfile) is None
 
 
 def test_a_gpu_that_is_not_named_by_its_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,8 +54,19 @@ def test_folders_that_cannot_be_used_are_named(tmp_path: Path) -> None:
 
 def test_small_shared_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine_checks.shutil, "disk_usage", lambda path: SimpleNamespace(total=2**26))
-    with pytest.raises(UserError, match=r"has only 67.1 MB: start the container with --shm-size=8g"):
+    with pytest.raises(UserError, match=r"has only 64.0 MiB: start the container with --shm-size=8g"):
         machine_checks.check_shared_memory(tmp_path)
+
+
+def test_memory_is_shown_in_the_units_of_the_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine_checks, "use_cpu", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    memory = next(check for check in build_machine_checks([]) if check.name == "GPU memory")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (79 * 2**30, 80 * 2**30))
+    assert memory.run() == "79.0 GiB are free on every GPU"
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (2 * 2**30, 80 * 2**30))
+    with pytest.raises(UserError, match=r"GPU 0 has 2.0 GiB of 80.0 GiB free"):
+        memory.run()
 
 
 def test_a_gpu_that_torch_does_not_see_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,14 @@
 """Measures `blockft train` on one GPU: the recipe's samples, random weights of a known shape, a few steps.
 
-python train_speed.py SHAPE NAME --data FOLDER --recipe FILE --tokenizer FOLDER --code FOLDER --out FOLDER
-    [--steps N] [key=value ...]
+usage: python data/results/code/train_speed.py --save SHAPE FOLDER TOKENIZER
+       python data/results/code/train_speed.py SHAPE NAME --models FOLDER --data FOLDER --recipe FILE
+           --code FOLDER --out FOLDER [--steps N] [key=value ...]
 
 Writes OUT/NAME.json: tokens without padding per second of each step, losses, peak memory, the command. The
-weights are drawn on the GPU and saved once, under --models. `--code` is the folder of the package to measure, so
-that two commits can be measured on one card. `--prepare FILE` starts the imports at once, and the run when FILE
-exists: several measurements then follow each other without waiting for imports.
+first command draws the weights on the GPU and saves them: FOLDER is the folder SHAPE of --models. `--code` is
+the folder of the package to measure, so that two commits can be measured on one card. `--prepare FILE` starts
+the imports at once, and the run when FILE exists: several measurements then follow each other without waiting
+for imports.
 """
 
 import argparse
@@ -51,7 +53,11 @@ def save_model(shape: str, folder: Path, tokenizer: Path) -> None:
 
 
 def used_mib() -> int:
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    """Return the memory in use on the card of this process, in MiB; 0 without a GPU."""
+    if not shutil.which("nvidia-smi"):
+        return 0
+    card = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    command = ["nvidia-smi", "-i", card, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0])
 
 
@@ -66,9 +72,8 @@ def main() -> None:
     parser.add_argument("shape")
     parser.add_argument("name")
     parser.add_argument("overrides", nargs="*")
-    for option in ("--data", "--recipe", "--tokenizer", "--code", "--out"):
+    for option in ("--models", "--data", "--recipe", "--code", "--out"):
         parser.add_argument(option, type=Path, required=True)
-    parser.add_argument("--models", type=Path, default=Path("/tmp/train-speed"))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmups", type=int, default=3)
     parser.add_argument("--timeout", type=int, default=180)
