@@ -61,6 +61,10 @@ class Layout:
         """The number of copies of the first block."""
         return max(0, len(self.local_lengths) - 1) if self.local_sees_first else 0
 
+    def has_copy(self, block: int) -> bool:
+        """Return whether a copy of the first block stands before the block of this index."""
+        return 0 < block <= self.num_copies
+
     @property
     def local_lengths(self) -> tuple[int, ...]:
         return self.block_lengths[: -self.num_final]
@@ -129,16 +133,11 @@ def token_indices(layouts: Sequence[Layout]) -> torch.Tensor:
     for layout in layouts:
         first = torch.arange(start, start + layout.block_lengths[0])
         for index, length in enumerate(layout.block_lengths):
-            if _has_copy(layout, index):
+            if layout.has_copy(index):
                 indices.append(first)
             indices.append(torch.arange(start, start + length))
             start += length
     return torch.cat(indices) if indices else torch.zeros(0, dtype=torch.int64)
-
-
-def _has_copy(layout: Layout, block: int) -> bool:
-    """Return whether a copy of the first block stands before a block."""
-    return 0 < block <= layout.num_copies
 
 
 def build_metadata(
@@ -173,7 +172,7 @@ def build_metadata(
         example_ids[start : start + layout.num_row_tokens] = example
         position = 0
         for index, length in enumerate(layout.block_lengths):
-            copy_len = layout.block_lengths[0] if _has_copy(layout, index) else 0
+            copy_len = layout.block_lengths[0] if layout.has_copy(index) else 0
             tokens = slice(start, start + copy_len + length)
             if index >= num_local:
                 position = layout.context_len

@@ -54,25 +54,48 @@ class LayoutArrays:
         return self.block_lengths[self.is_final]
 
     @property
+    def num_local(self) -> Counts:
+        """The number of local blocks of each layout: (N,)."""
+        num_local: Counts = self.num_blocks - self.num_final
+        return num_local
+
+    @property
+    def first_lengths(self) -> Counts:
+        """The length of the first block of each layout: (N,)."""
+        first_lengths: Counts = self.block_lengths[np.cumsum(self.num_blocks) - self.num_blocks]
+        return first_lengths
+
+    @property
+    def copy_lens(self) -> Counts:
+        """The tokens of all copies of the first block, if local blocks see it: (N,); see `Layout`."""
+        copy_lens: Counts = self.first_lengths * np.maximum(self.num_local - 1, 0)
+        return copy_lens
+
+    @property
     def num_tokens(self) -> Counts:
-        """The number of tokens of each layout: (N,)."""
+        """The number of tokens of each layout without copies: (N,)."""
         ends = np.concatenate([[0], np.cumsum(self.block_lengths)])
         num_tokens: Counts = np.diff(ends[np.concatenate([[0], np.cumsum(self.num_blocks)])])
         return num_tokens
 
 
 def count_pairs(
-    layouts: LayoutArrays, window: int | None = None, *, reencoded: bool = True
+    layouts: LayoutArrays,
+    window: int | None = None,
+    *,
+    reencoded: bool = True,
+    local_sees_first: bool = False,
 ) -> tuple[Counts, Counts]:
     """Return the number of allowed pairs of each layout in block mode and in full mode: (N,) and (N,).
 
     A pair is a query and a key that `may_attend` and, with a sliding window, `within_window` allow.
-    `reencoded` is an option of `build_metadata`.
+    `reencoded` is an option of `build_metadata`, and `local_sees_first` one of `Layout`: the pairs of copies
+    are then counted, too.
     """
     num_layouts = len(layouts.num_blocks)
     final, local = layouts.final_lengths, layouts.local_lengths
     final_of = np.repeat(np.arange(num_layouts), layouts.num_final)
-    local_of = np.repeat(np.arange(num_layouts), layouts.num_blocks - layouts.num_final)
+    local_of = np.repeat(np.arange(num_layouts), layouts.num_local)
 
     def total(counts: Counts, of: Counts) -> Counts:
         # sums of float64 are exact up to 2**53
@@ -89,6 +112,12 @@ def count_pairs(
     else:
         block_reads = total(_pairs_with_each_local(layouts, context, window), final_of)
     block = own + total(_pairs_of_block(local, window), local_of) + block_reads
+    if local_sees_first:
+        is_after_first = np.diff(local_of, prepend=-1) == 0
+        copies, readers = layouts.first_lengths[local_of], local[is_after_first]
+        copies, local_of = copies[is_after_first], local_of[is_after_first]
+        of_copies = _pairs_of_block(copies, window) + _pairs_with_earlier(readers, copies, 0, window)
+        block = block + total(of_copies, local_of)
     return block, full
 
 
@@ -99,7 +128,7 @@ def _pairs_with_each_local(layouts: LayoutArrays, context: Counts, window: int) 
     """
     final, local = layouts.final_lengths, layouts.local_lengths
     layout_of = np.repeat(np.arange(len(context)), layouts.num_final)
-    num_local = layouts.num_blocks - layouts.num_final
+    num_local = layouts.num_local
     num_read = num_local[layout_of]
     # every pair of a final block and a local block of the same layout
     reader = np.repeat(np.arange(len(final)), num_read)

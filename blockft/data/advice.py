@@ -80,12 +80,17 @@ class RowFill:
 
 
 def list_item_lengths(
-    columns: ExampleColumns, mixture: Mixture, modes: Sequence[str], seed: int
-) -> NDArray[np.int64]:
-    """Return the number of tokens of each item of the first epoch. An item is an example in one mode."""
+    columns: ExampleColumns, mixture: Mixture, modes: Sequence[str], seed: int, *, local_sees_first: bool
+) -> tuple[NDArray[np.int64], int]:
+    """Return the number of tokens that each item of the first epoch takes in a row, and how many are copied.
+
+    An item is an example in one mode. `local_sees_first` is an option of `Layout`.
+    """
     drawn = mixture.draw(np.arange(len(columns.lengths)), columns.sources, seed, epoch=0)
-    items, _ = list_example_modes(columns.has_local_blocks[drawn], modes)
-    return columns.lengths[drawn[items]]
+    items, is_block = list_example_modes(columns.has_local_blocks[drawn], modes)
+    examples = drawn[items]
+    lengths = columns.row_lengths(examples, is_block, local_sees_first=local_sees_first)
+    return lengths, int((lengths - columns.lengths[examples]).sum())
 
 
 def try_row_lengths(lengths: ArrayLike, row_len: int) -> list[RowFill]:

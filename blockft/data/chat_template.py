@@ -152,7 +152,12 @@ class ChatTemplate:
         return self._markup_of_roles(("user", "assistant"), for_generation=False).markup[-1]
 
     def render(
-        self, messages: Sequence[Message], documents: Collection[int], response: str | None = None
+        self,
+        messages: Sequence[Message],
+        documents: Collection[int],
+        response: str | None = None,
+        *,
+        join_start: bool = False,
     ) -> RenderedPrompt:
         """Render a prompt with its generation prompt, split into blocks.
 
@@ -163,6 +168,9 @@ class ChatTemplate:
         consists of a single text is one block. Example::
 
             <|im_start|>user\\n | Answer. | doc 0 | doc 1 | Question?<|im_end|>\\n<|im_start|>assistant\\n
+
+        With `join_start`, the markup at the start and the block after it are one block, unless that block is
+        a document or the last one.
 
         Raises:
             TemplateMismatch: the template refuses the roles or fails, changes their order, changes a text
@@ -182,7 +190,7 @@ class ChatTemplate:
         # a template that cannot be trained is asked with its own generation prompt
         prompt_end = "" if isinstance(around_response, UserError) else around_response.prompt_end
         markup = (*template.markup[:-1], template.markup[-1] + prompt_end)
-        blocks = _assign_markup(markup, contents, documents)
+        blocks = _assign_markup(markup, contents, documents, join_start)
         if response is None or isinstance(around_response, UserError):
             return RenderedPrompt(blocks, "", "")
         (stripped,) = _strip_blocks((response,), *around_response.strip)
@@ -380,7 +388,7 @@ class ChatTemplate:
 
 
 def _assign_markup(
-    markup: Sequence[str], contents: Sequence[Content], documents: Collection[int]
+    markup: Sequence[str], contents: Sequence[Content], documents: Collection[int], join_start: bool
 ) -> tuple[Block, ...]:
     """Return the blocks of a prompt with its markup; see `ChatTemplate.render`."""
     blocks: list[list[TextPart]] = []
@@ -402,6 +410,9 @@ def _assign_markup(
     blocks[-1].append(TextPart(markup[-1], is_markup=True))
     if not documents and sum(map(bool, chain.from_iterable(contents))) == 1:
         return (tuple(chain.from_iterable(blocks)),)
+    first_text = next((i for i, text in enumerate(chain.from_iterable(contents)) if text), None)
+    if join_start and blocks[0][0].is_markup and len(blocks) > 2 and first_text not in documents:
+        blocks[:2] = [blocks[0] + blocks[1]]
     return tuple(map(tuple, blocks))
 
 

@@ -36,7 +36,8 @@ Respond = Callable[[Iterable[Sample], SourceStatistics], Iterable[Sample]]
 class EncodeOptions:
     """How the samples of a source are encoded.
 
-    row_len: the number of tokens that an example may have.
+    row_len: the number of tokens that an example may take in a row.
+    local_sees_first: rows hold copies of the first block, see `Layout` and `Encoder`.
     trim: a sample that is too long loses its least relevant documents; otherwise it is dropped.
     skip_bad: drop a sample that the template or the tokenizer changes, instead of raising.
     splitting: (max_blocks, min_block_tokens) for formats that mark no blocks.
@@ -46,6 +47,7 @@ class EncodeOptions:
     """
 
     row_len: int
+    local_sees_first: bool
     trim: bool
     skip_bad: bool
     splitting: tuple[int, int] | None
@@ -83,7 +85,14 @@ def encode_frame(frame: Frame, encoder: Encoder, options: EncodeOptions, respond
             kept.append(encoded)
     examples = [encoded.example for encoded in kept if encoded.example]
     if options.shared_context:
-        examples = [*merge_shared_contexts(iter(examples), options.row_len, options.max_questions)]
+        examples = [
+            *merge_shared_contexts(
+                iter(examples),
+                options.row_len,
+                options.max_questions,
+                local_sees_first=options.local_sees_first,
+            )
+        ]
     for example in examples:
         example_statistics.add(example)
     kept_lines = (
@@ -164,6 +173,7 @@ def _encode(samples: Sequence[Sample], encoder: Encoder, options: EncodeOptions)
             skip_bad=options.skip_bad,
             split=split,
             drop_unsplit=options.drop_unsplit,
+            local_sees_first=options.local_sees_first,
         )
 
 

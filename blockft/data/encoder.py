@@ -69,6 +69,11 @@ class Example:
         return self.layout != self.layout.full()
 
     @property
+    def copy_len(self) -> int:
+        """The tokens that copies of the first block add in block mode, if local blocks see it."""
+        return replace(self.layout, local_sees_first=True).num_row_tokens - len(self)
+
+    @property
     def blocks(self) -> list[NDArray[np.int32]]:
         """The token ids of each block."""
         return np.split(self.input_ids, np.cumsum(self.block_lengths)[:-1])
@@ -88,12 +93,15 @@ class Encoder:
     Text from data never becomes an added token. Exception: samples that are already templated contain their
     control tokens, and need no chat template.
 
+    With `local_sees_first`, the first block of a prompt holds the instruction: the markup at the start of the
+    prompt is joined with the block after it (see `ChatTemplate.render`). No token id changes.
+
     Raises:
         UserError: the tokenizer has no `tokenizers` backend.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._name = tokenizer.name_or_path
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, local_sees_first: bool = False) -> None:
+        self._name, self._local_sees_first = tokenizer.name_or_path, local_sees_first
         self._tokenizer = tokenizer
         self._plain = PlainTokenizer(tokenizer)
         self._templated = TemplatedTokenizer(tokenizer)
@@ -194,7 +202,9 @@ class Encoder:
 
     def _render(self, sample: Sample, response: str | None) -> RenderedPrompt:
         try:
-            return self._template.render(sample.messages, sample.documents, response)
+            return self._template.render(
+                sample.messages, sample.documents, response, join_start=self._local_sees_first
+            )
         except TemplateMismatch as error:
             raise TemplateMismatch(f"sample {sample.id} of {sample.source}: {error}", error.reason) from error
 

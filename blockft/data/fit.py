@@ -25,13 +25,15 @@ class EncodedSample:
     """A sample after splitting and trimming, with its example, or with the reason why it was dropped.
 
     A sample that is too long has the example of the last attempt to trim it. A sample that the chat template
-    or the tokenizer changes (`is_mismatch`), or that does not split, has no example.
+    or the tokenizer changes (`is_mismatch`), or that does not split, has no example. `row_tokens` is the
+    number of tokens that the example takes in a row.
     """
 
     sample: Sample
     example: Example | None
     drop_reason: str = ""
     is_mismatch: bool = False
+    row_tokens: int = 0
 
 
 def encode_samples(
@@ -43,15 +45,17 @@ def encode_samples(
     skip_bad: bool = False,
     split: Callable[[Sample], Sample] | None = None,
     drop_unsplit: bool = False,
+    local_sees_first: bool = False,
 ) -> list[EncodedSample]:
     """Encode samples to train on, one `EncodedSample` per sample, in order.
 
     Args:
-        row_len: the number of tokens that an example may have.
+        row_len: the number of tokens that an example may take in a row.
         trim: a sample that is too long loses its least relevant documents; otherwise it is dropped.
         skip_bad: drop a sample that the template or the tokenizer changes, instead of raising.
         split: splits the prompt of a sample into blocks, for formats that mark none.
         drop_unsplit: drop a sample whose prompt is one block after splitting.
+        local_sees_first: rows hold copies of the first block, see `Layout`.
 
     Raises:
         TemplateMismatch: the template or the tokenizer changes a text; the message names the sample.
@@ -59,7 +63,7 @@ def encode_samples(
     trainable = [sample for sample in samples if sample.response.strip()]
     encoded = iter(_encode_each(trainable, encoder, split, drop_unsplit))
     return [
-        _fit_sample(*next(encoded), encoder, row_len, trim, skip_bad)
+        _fit_sample(*next(encoded), encoder, row_len, trim, skip_bad, local_sees_first)
         if sample.response.strip()
         else EncodedSample(sample, None, "no response")
         for sample in samples
@@ -148,15 +152,18 @@ def _fit_sample(
     row_len: int,
     trim: bool,
     skip_bad: bool,
+    local_sees_first: bool,
 ) -> EncodedSample:
-    while isinstance(example, Example) and len(example) > row_len:
+    while isinstance(example, Example):
+        row_tokens = len(example) + (example.copy_len if local_sees_first else 0)
+        if row_tokens <= row_len:
+            return EncodedSample(sample, example, row_tokens=row_tokens)
         trimmed = trim_document(sample, keep_evidence=True) if trim else None
         if trimmed is None:
             is_unranked = trim and sample.documents and not sample.meta.get("relevance")
-            return EncodedSample(sample, example, UNRANKED if is_unranked else TOO_LONG)
+            reason = UNRANKED if is_unranked else TOO_LONG
+            return EncodedSample(sample, example, reason, row_tokens=row_tokens)
         ((sample, example),) = _encode_each([trimmed], encoder)
-    if isinstance(example, Example):
-        return EncodedSample(sample, example)
     if example is None:
         return EncodedSample(sample, None, UNSPLIT)
     if not skip_bad:

@@ -49,7 +49,7 @@ MANIFEST = "manifest.json"
 EXAMPLES = "examples"
 """Folder of the files of examples."""
 
-VERSION = 3
+VERSION = 4
 """Version of the format of the folder. Other versions are never read."""
 
 FILES = "files"
@@ -68,6 +68,7 @@ _SCHEMA = pa.schema(
         "num_labels": pa.int32(),
         "num_blocks": pa.int32(),
         "has_local_blocks": pa.bool_(),
+        "copy_len": pa.int32(),
         "max_token_id": pa.int32(),
         # the example
         "input_ids": pa.list_(pa.int32()),
@@ -87,6 +88,7 @@ class ExampleColumns:
     num_labels        number of label tokens
     num_blocks        number of blocks
     has_local_blocks  whether block mode differs from full mode
+    copy_lens         tokens that copies of the first block add in block mode, if local blocks see it
     max_token_ids     largest token id
     sources           index of the source
     """
@@ -95,6 +97,7 @@ class ExampleColumns:
     num_labels: NDArray[np.int64]
     num_blocks: NDArray[np.int64]
     has_local_blocks: NDArray[np.bool_]
+    copy_lens: NDArray[np.int64]
     max_token_ids: NDArray[np.int64]
     sources: NDArray[np.int64]
 
@@ -115,9 +118,20 @@ class ExampleColumns:
             num_labels=column("num_labels"),
             num_blocks=column("num_blocks"),
             has_local_blocks=column("has_local_blocks"),
+            copy_lens=column("copy_len"),
             max_token_ids=column("max_token_id"),
             sources=sources,
         )
+
+    def row_lengths(
+        self, examples: NDArray[np.int64], is_block: NDArray[np.bool_], *, local_sees_first: bool
+    ) -> NDArray[np.int64]:
+        """Return the number of tokens that items take in a row, copies of the first block included.
+
+        An item is an example in block mode or in full mode. `local_sees_first` is an option of `Layout`.
+        """
+        lengths = self.lengths[examples]
+        return lengths + np.where(is_block, self.copy_lens[examples], 0) if local_sees_first else lengths
 
 
 class Examples(Sequence[Example], Dataset[Example]):
@@ -337,6 +351,7 @@ def examples_to_batch(examples: Sequence[Example]) -> pa.RecordBatch:
         pa.array([example.num_labels for example in examples], pa.int32()),
         pa.array([len(example.block_lengths) for example in examples], pa.int32()),
         pa.array([example.has_local_blocks for example in examples], pa.bool_()),
+        pa.array([example.copy_len for example in examples], pa.int32()),
         pa.array([int(example.input_ids.max()) for example in examples], pa.int32()),
         _list_array([example.input_ids for example in examples]),
         _list_array(spans),

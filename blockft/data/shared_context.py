@@ -8,7 +8,11 @@ from blockft.data.encoder import Example
 
 
 def merge_shared_contexts(
-    examples: Iterator[Example], row_len: int, max_questions: int | None = None
+    examples: Iterator[Example],
+    row_len: int,
+    max_questions: int | None = None,
+    *,
+    local_sees_first: bool = False,
 ) -> Iterator[Example]:
     """Merge consecutive examples with the same local blocks, as long as the merged example fits in a row.
 
@@ -16,7 +20,8 @@ def merge_shared_contexts(
 
         A B Q1  A B Q2  A C Q3   ->   A B Q1 Q2  A C Q3
 
-    A merged example has at most `max_questions` questions; None sets no limit.
+    A merged example has at most `max_questions` questions; None sets no limit. With `local_sees_first`, it
+    also has the copies of the first block (see `Layout`) once.
     """
     group: list[Example] = []
     group_len = 0
@@ -29,7 +34,7 @@ def merge_shared_contexts(
             continue
         if group:
             yield _merge_examples(group)
-        group, group_len = [example], len(example)
+        group, group_len = [example], len(example) + (example.copy_len if local_sees_first else 0)
     if group:
         yield _merge_examples(group)
 

@@ -87,7 +87,7 @@ class SourceStatistics(RecordCounts):
         if encoded.is_mismatch and len(self.mismatched_samples) < MAX_LISTED:
             self.mismatched_samples.append(f"sample {encoded.sample.id}: {encoded.drop_reason}")
         if encoded.example:
-            length = len(encoded.example)
+            length = encoded.row_tokens
             self.shortest_dropped = min(length, self.shortest_dropped or length)
             self.too_long_lengths[_round_length(length)] += 1
 
@@ -125,9 +125,12 @@ def _describe(encoded: EncodedSample) -> str:
     """Return the id, the size and the question of a dropped sample."""
     sample, example = encoded.sample, encoded.example
     if example:
-        size = (
-            f"{format_count(len(example), 'token')} in {format_count(len(example.block_lengths), 'block')}, "
+        num_copied = encoded.row_tokens - len(example)
+        copies = (
+            f" and {format_count(num_copied, 'token')} in copies of the first block" if num_copied else ""
         )
+        num_blocks = format_count(len(example.block_lengths), "block")
+        size = f"{format_count(len(example), 'token')} in {num_blocks}{copies}, "
     else:
         size = ""
     return f"{sample.id}: {size}{sample.blocks[-1]}"

@@ -18,7 +18,7 @@ Written by blockft {version} after {steps}{loss}.{quantization}
 
 The keys and values of each document of a prompt can be computed once and reused in every prompt that contains
 the document, at any position. The weights have the usual format: without blockft, the model attends fully.
-The entry `block_attention` of `{config_file}` says how prompts are split into blocks.
+The entry `block_attention` of `{config_file}` says how prompts are split into blocks.{sees_first}
 
 ## Usage
 With blockft, in both modes. In block mode the second prompt with a document reuses its keys and values:
@@ -52,6 +52,12 @@ _BLOCKS = (
     'messages=[{"role": "user", "content": blocks}]',
 )
 """The prompt of the usage example and the arguments of `generate`, with or without a wording of documents."""
+
+_SEES_FIRST = """
+
+Each document also attends to the first block of its prompt (the instruction). Its keys and values can be
+reused in prompts that start with the same block."""
+"""What the card says about a model whose local blocks see the first block."""
 
 _LOAD_MODEL = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -104,6 +110,7 @@ def build_model_card(
     is_adapter: bool = False,
     is_quantized: bool = False,
     has_wording: bool = True,
+    local_sees_first: bool = False,
     scores: str = "",
 ) -> str:
     """Return the Markdown of a model card: metadata, loading code, scores, recipe and data manifest.
@@ -119,6 +126,7 @@ def build_model_card(
         is_adapter: the folder holds an adapter without its base model.
         is_quantized: the adapter was trained on quantised weights.
         has_wording: the export records the wording of prompts over documents.
+        local_sees_first: the model was trained so that every block sees the first block of its prompt.
         scores: Markdown with the scores of an evaluation.
     """
     metadata: dict[str, Any] = {"base_model": base.hub_id} if base.hub_id else {}
@@ -141,6 +149,7 @@ def build_model_card(
         steps=format_count(step, "step"),
         # a run may stop before it logs a loss
         loss=f"; the last logged loss is {losses[-1]:.4f}" if losses else "",
+        sees_first=_SEES_FIRST if local_sees_first else "",
         quantization=quantization,
         config_file="block_attention.json" if is_adapter else "config.json",
         library="peft" if is_adapter else "transformers",

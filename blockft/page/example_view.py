@@ -32,12 +32,14 @@ class BlockView:
     kind: what it holds.
     style: the name of its colours; consecutive blocks have different ones.
     start: the index of its first token in the example.
+    has_copy: whether a copy of the first block stands before it in a row.
     """
 
     number: int
     kind: str
     style: str
     start: int
+    has_copy: bool
     num_tokens: int
     num_labels: int
     segments: list[Segment]
@@ -45,13 +47,17 @@ class BlockView:
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleView:
-    """An example; `index` is its number in the prepared folder."""
+    """An example; `index` is its number in the prepared folder.
+
+    num_copied: tokens that copies of the first block add in block mode.
+    """
 
     index: int
     source: str
     sample_ids: tuple[str, ...]
     num_tokens: int
     num_labels: int
+    num_copied: int
     has_local_blocks: bool
     blocks: list[BlockView]
 
@@ -63,8 +69,13 @@ def view_example(
     *,
     index: int,
     source: str,
+    local_sees_first: bool = False,
 ) -> ExampleView:
-    """Return what the page shows of an example, which was encoded from `samples`."""
+    """Return what the page shows of an example, which was encoded from `samples`.
+
+    `local_sees_first` is an option of `Layout`.
+    """
+    layout = example.layout_in_mode("block", local_sees_first=local_sees_first)
     ids, bounds = example.input_ids.tolist(), [0, *accumulate(example.block_lengths)]
     kinds = _block_kinds(example, samples, tokenizer)
     is_label = [False] * len(ids)
@@ -77,6 +88,7 @@ def view_example(
             kind=kind,
             style=style,
             start=start,
+            has_copy=layout.has_copy(number - 1),
             num_tokens=end - start,
             num_labels=sum(is_label[start:end]),
             segments=_segments(ids, is_label, start, end, tokenizer, added_ids),
@@ -91,6 +103,7 @@ def view_example(
         sample_ids=example.sample_ids,
         num_tokens=len(ids),
         num_labels=example.num_labels,
+        num_copied=layout.num_row_tokens - layout.num_tokens,
         has_local_blocks=example.has_local_blocks,
         blocks=blocks,
     )

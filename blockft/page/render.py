@@ -41,6 +41,7 @@ TEMPLATE, STYLE = "inspect.html.jinja", "inspect.css"
 _SHOWN_OPTIONS = (
     "row_len",
     "modes",
+    "local_sees_first",
     "too_long",
     "num_documents",
     "order",
@@ -96,6 +97,8 @@ class Page:
     fill: RowFill
     other_fills: list[RowFill]
     num_items: int
+    num_copied: int
+    copied_share: float
     num_split: int
     examples: Sequence[ExampleView]
     choice: str
@@ -131,7 +134,10 @@ def build_page(prepared: PreparedData, examples: Sequence[ExampleView], *, name:
     manifest, columns = prepared.manifest, prepared.examples.columns
     options = manifest["options"]
     mixture = Mixture.of_options(options)
-    lengths, row_len = list_item_lengths(columns, mixture, options["modes"], seed=0), options["row_len"]
+    lengths, num_copied = list_item_lengths(
+        columns, mixture, options["modes"], seed=0, local_sees_first=options["local_sees_first"]
+    )
+    row_len = options["row_len"]
     rows = plan_rows(lengths, row_len, seed=0, epoch=0)
     fill = RowFill.of_rows(rows, lengths, row_len)
     return Page(
@@ -145,6 +151,8 @@ def build_page(prepared: PreparedData, examples: Sequence[ExampleView], *, name:
         fill=fill,
         other_fills=sorted(_choose_fills(lengths, fill), key=lambda other: other.row_len),
         num_items=len(lengths),
+        num_copied=num_copied,
+        copied_share=num_copied / max(1, int(lengths.sum())),
         num_split=int(columns.has_local_blocks.sum()),
         examples=examples,
         choice=choice,

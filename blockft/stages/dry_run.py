@@ -48,6 +48,7 @@ def print_dry_run(
     for quantity, value in {
         "examples to train on, counted per mode, per epoch": f"{rows.num_items:,}",
         "tokens per epoch": f"{rows.num_tokens:,}",
+        **_describe_copies(plan),
         **_describe_sources(plan),
         "label tokens per epoch": f"{rows.num_labels:,} ({rows.num_labels / rows.num_tokens:.1%})",
         f"rows of {recipe.data.row_len:,} tokens": f"{num_rows:,} per epoch{padding}, {fill.fill:.1%} filled",
@@ -61,6 +62,14 @@ def print_dry_run(
     for warning in list_warnings(plan.manifest, epoch.lengths, fill):
         warn(warning)
     _print_memory(recipe, plan, memory, gpu_bytes)
+
+
+def _describe_copies(plan: RunPlan) -> dict[str, str]:
+    """Return the line about copies of the first block, if rows hold any."""
+    if not (num_copied := plan.rows.num_copied_tokens):
+        return {}
+    share = num_copied / plan.rows.num_tokens
+    return {"copies of first blocks add (data.local_sees_first)": f"{num_copied:,} tokens ({share:.1%})"}
 
 
 def _describe_sources(plan: RunPlan) -> dict[str, str]:

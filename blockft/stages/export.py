@@ -49,6 +49,7 @@ from blockft.outputs import LockedFolder, atomic_folder, check_absent
 from blockft.run_folder import RECIPE, read_data, read_metrics, read_recipe, verify_metrics
 from blockft.stages.compare import read_report
 from blockft.stages.output_folder import lock_output
+from blockft.stages.source_settings import sees_first_block
 from blockft.training.library_internals import check_pickles, consolidate_weights
 from blockft.training.library_warnings import silence_known_warnings
 from blockft.training.plan import BASE_WEIGHTS, QUANTIZATION, WEIGHT_DTYPE
@@ -245,7 +246,7 @@ def _block_attention_entry(checkpoint: Path, recipe: Recipe) -> dict[str, Any]:
         "version": 1,
         "position_scheme": recipe.data.positions.value,
         "sink_tokens": 0,
-        "local_sees_first": False,
+        "local_sees_first": sees_first_block(recipe.data),
     }
     manifest = read_data(checkpoint.parent)
     if not any(source["has_questions"] for source in manifest["sources"] if source["kept"]):
@@ -308,6 +309,7 @@ def _build_card(checkpoint: Path, recipe: Recipe, *, name: str, is_adapter: bool
         is_adapter=is_adapter,
         is_quantized=bool(read_marker(checkpoint)["run_signature"][QUANTIZATION]),
         has_wording="prompt" in _block_attention_entry(checkpoint, recipe),
+        local_sees_first=sees_first_block(recipe.data),
         scores=scores,
         version=__version__,
         step=read_marker(checkpoint)["step"],

@@ -13,6 +13,7 @@ from rich.table import Column, Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from blockft.attention.layout import Layout
 from blockft.attention.mask import example_mask
 from blockft.console import PlainConsole
 from blockft.data.encoder import IGNORE_INDEX, Example
@@ -29,8 +30,12 @@ NUM_SAMPLES = 8
 BLOCK_COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "red")
 """Terminal colours of consecutive blocks."""
 
-LOCAL_COLOUR, FINAL_COLOUR = "tab:blue", "tab:orange"
-"""Colours of the mask picture: pairs whose query is in a local block, or in a final block."""
+LOCAL_COLOUR, FINAL_COLOUR, COPY_COLOUR = "tab:blue", "tab:orange", "tab:green"
+"""Colours of the mask picture: pairs whose query is in a local block or in a final block, and pairs with a
+copy of the first block."""
+
+COPY_NAME = "copy of block 1"
+"""Name of the copies of the first block in the mask picture."""
 
 MAX_NAMED_BLOCKS = 40
 """With more blocks their names would overlap in the picture; only every n-th block is named."""
@@ -76,19 +81,24 @@ def inspect(
         )
     model = prepared.manifest["model"]
     tokenizer = load_tokenizer(model["path"], model["revision"])
-    example = prepared.examples[index or 0]
+    example, has_copies = prepared.examples[index or 0], _has_copies(prepared)
     if png is not None:
-        save_figure(draw_mask(example), png)
+        save_figure(draw_mask(example, local_sees_first=has_copies), png)
     if html is not None:
         num_samples = NUM_SAMPLES if num_samples is None else num_samples
         _write_page(html, prepared, tokenizer, index, num_samples, seed or 0)
     if as_json:
-        print_text(json.dumps(_describe(example, tokenizer), ensure_ascii=False))
+        print_text(json.dumps(_describe(example, tokenizer, has_copies), ensure_ascii=False))
     elif html is None:
         console = PlainConsole()
-        console.print(_coloured_text(example, tokenizer), soft_wrap=True)
+        console.print(_coloured_text(example, tokenizer, has_copies), soft_wrap=True)
         console.print()
         console.print(_statistics_table(prepared.manifest))
+
+
+def _has_copies(prepared: PreparedData) -> bool:
+    """Return whether rows of the examples in block mode hold copies of the first block, see `Layout`."""
+    return bool(prepared.manifest["options"]["local_sees_first"])
 
 
 def _check_outside(path: Path, folder: Path) -> None:
@@ -134,6 +144,7 @@ def _write_page(
             tokenizer,
             index=i,
             source=paths[prepared.examples.columns.sources[i]],
+            local_sees_first=_has_copies(prepared),
         )
         for i in indices
     ]
@@ -164,26 +175,32 @@ def choose_examples(
     return sorted(int(i) for i in chosen)
 
 
-def draw_mask(example: Example) -> Any:
+def draw_mask(example: Example, *, local_sees_first: bool = False) -> Any:
     """Return a figure of the example's mask: which query token (row) attends to which key token (column).
 
-    Lines separate the blocks, and their names stand at both axes.
+    Lines separate the blocks, and their names stand at both axes. With `local_sees_first` the tokens are
+    those of a row, with copies of the first block.
     """
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    bounds = [0, *accumulate(example.block_lengths)]
-    names = _block_names(len(example.block_lengths), example.num_final)
-    mask = np.asarray(example_mask(example.block_lengths, example.num_final), dtype=int)
-    mask[bounds[-1 - example.num_final] :] *= 2  # 0: no attention, 1: local query, 2: final query
+    layout = example.layout_in_mode("block", local_sees_first=local_sees_first)
+    lengths, names = _name_parts(layout)
+    bounds = [0, *accumulate(lengths)]
+    allowed = example_mask(layout.block_lengths, layout.num_final, local_sees_first=local_sees_first)
+    mask = np.asarray(allowed, dtype=int)
+    # 0: no attention, 1: query in a local block, 2: in a final block, 3: query or key in a copy
+    mask[bounds[-1 - example.num_final] :] *= 2
+    is_copy = np.repeat(np.array(names) == COPY_NAME, lengths)
+    mask[(is_copy[:, None] | is_copy) & (mask > 0)] = 3
     figure = Figure(figsize=(7.5, 7.5), layout="constrained")
     axes = figure.subplots()
     axes.imshow(
         mask,
-        cmap=ListedColormap(["white", LOCAL_COLOUR, FINAL_COLOUR]),
+        cmap=ListedColormap(["white", LOCAL_COLOUR, FINAL_COLOUR, COPY_COLOUR]),
         vmin=0,
-        vmax=2,
+        vmax=3,
         interpolation="nearest",
         extent=(0, bounds[-1], bounds[-1], 0),
     )
@@ -199,18 +216,41 @@ def draw_mask(example: Example) -> Any:
     axes.set_xticks(ticks, labels, rotation=90, fontsize=8)
     axes.set_yticks(ticks, labels, fontsize=8)
     axes.tick_params(length=0)
-    size = f"{format_count(len(example), 'token')} in {format_count(len(names), 'block')}"
-    title = plain_label(f"{example.sample_ids[0]}: {size}")
+    title = plain_label(f"{example.sample_ids[0]}: {_describe_size(example, layout)}")
     axes.set(xlabel="key tokens", ylabel="query tokens", title=title)
     if example.num_final == 1:
         final_label = "the final block attends to all blocks"
     else:
         final_label = "a final block attends to all local blocks and to itself"
     legend = [Patch(color=FINAL_COLOUR, label=final_label)]
+    if layout.num_copies:
+        legend.insert(0, Patch(color=COPY_COLOUR, label="a copy of block 1, seen by the block after it"))
     if len(names) > example.num_final:
         legend.insert(0, Patch(color=LOCAL_COLOUR, label="a block attends to itself"))
     figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False)
     return figure
+
+
+def _name_parts(layout: Layout) -> tuple[list[int], list[str]]:
+    """Return the lengths and the names of the blocks of a row, and of the copies between them."""
+    lengths, names = [], []
+    block_names = _block_names(len(layout.block_lengths), layout.num_final)
+    for index, (length, name) in enumerate(zip(layout.block_lengths, block_names, strict=True)):
+        if layout.has_copy(index):
+            lengths.append(layout.block_lengths[0])
+            names.append(COPY_NAME)
+        lengths.append(length)
+        names.append(name)
+    return lengths, names
+
+
+def _describe_size(example: Example, layout: Layout) -> str:
+    """Return the number of tokens and blocks, and what copies add in block mode."""
+    size = f"{format_count(len(example), 'token')} in {format_count(len(layout.block_lengths), 'block')}"
+    if not layout.num_copies:
+        return size
+    copies = format_count(layout.num_copies, "copy of block 1", "copies of block 1")
+    return f"{size}; {copies} add {format_count(example.copy_len, 'token')} to a row"
 
 
 def _block_names(num_blocks: int, num_final: int) -> list[str]:
@@ -224,28 +264,33 @@ def _decode(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _describe(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _describe(example: Example, tokenizer: PreTrainedTokenizerBase, local_sees_first: bool) -> dict[str, Any]:
+    layout = example.layout_in_mode("block", local_sees_first=local_sees_first)
     return {
         "id": example.sample_ids[0] if len(example.sample_ids) == 1 else list(example.sample_ids),
         "mode": "block" if example.has_local_blocks else "full",
         "blocks": [_decode(block, tokenizer) for block in example.blocks],
         "block_lengths": list(example.block_lengths),
         "num_final": example.num_final,
+        "num_copies": layout.num_copies,
+        "num_row_tokens": layout.num_row_tokens,
         "input_ids": example.input_ids.tolist(),
         "labels": example.labels.tolist(),
     }
 
 
-def _coloured_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
+def _coloured_text(example: Example, tokenizer: PreTrainedTokenizerBase, local_sees_first: bool) -> Text:
     num_blocks = len(example.block_lengths)
-    size = f"{format_count(len(example), 'token')} in {format_count(num_blocks, 'block')}"
+    layout = example.layout_in_mode("block", local_sees_first=local_sees_first)
+    size = _describe_size(example, layout)
     text = Text(printable(f"{', '.join(example.sample_ids)}: {size}\n\n"))
     names = _block_names(num_blocks, example.num_final)
     is_label = np.split(example.labels != IGNORE_INDEX, np.cumsum(example.block_lengths)[:-1])
     for i, (block, block_is_label) in enumerate(zip(example.blocks, is_label, strict=True)):
         is_final = i >= num_blocks - example.num_final
         style = Style(color=BLOCK_COLOURS[i % len(BLOCK_COLOURS)], bold=is_final)
-        text.append(f"[{names[i]}: {format_count(len(block), 'token')}]", Style(dim=True))
+        after = " after a copy of block 1" if layout.has_copy(i) else ""
+        text.append(f"[{names[i]}: {format_count(len(block), 'token')}{after}]", Style(dim=True))
         # the labels of a block are its last tokens
         labels_start = len(block) - int(block_is_label.sum())
         text.append(printable(_decode(block[:labels_start], tokenizer)), style)

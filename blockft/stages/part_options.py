@@ -25,12 +25,12 @@ from blockft.stages.source_kind import holds_questions, is_split
 READ_VERSION = 1
 """Version of the code that reads sources: a change of what it reads needs another number."""
 
-ENCODE_VERSION = 1
+ENCODE_VERSION = 2
 """Version of the code that encodes samples: a change of its results needs another number."""
 
 _NOT_READING = (
-    "output_dir cache_dir sources row_len modes positions num_copies too_long num_workers splitting teacher "
-    "mixture dense_model"
+    "output_dir cache_dir sources row_len modes positions local_sees_first num_copies too_long num_workers "
+    "splitting teacher mixture dense_model"
 )
 """Settings of `data` that do not decide which samples are read. All others do, also those to come."""
 
@@ -139,6 +139,7 @@ def encode_options(source: Source, data: DataSettings) -> EncodeOptions:
     splitting, splits = data.splitting, is_split(source)
     return EncodeOptions(
         row_len=data.row_len,
+        local_sees_first=data.local_sees_first,
         trim=data.too_long is TooLongPolicy.trim,
         skip_bad=data.on_bad_record is BadRecordPolicy.skip,
         splitting=(splitting.max_blocks, splitting.min_block_tokens) if splits else None,

@@ -30,7 +30,9 @@ def print_summary(recipe: Recipe) -> None:
     prepared = load_prepared(Path(data.output_dir))
     mixture = read_mixture(recipe, prepared.manifest)
     columns = prepared.examples.columns
-    item_lengths = list_item_lengths(columns, mixture, data.modes, recipe.train.seed)
+    item_lengths, num_copied = list_item_lengths(
+        columns, mixture, data.modes, recipe.train.seed, local_sees_first=data.local_sees_first
+    )
     rows = plan_rows(item_lengths, data.row_len, recipe.train.seed, epoch=0)
     batch_rows = recipe.train.batch_rows
     num_padded = len(rows.complete_last_batch(batch_rows))
@@ -38,6 +40,8 @@ def print_summary(recipe: Recipe) -> None:
         f", padded to {num_padded:,} (train.batch_rows is {batch_rows})" if num_padded > len(rows) else ""
     )
     fill = RowFill.of_rows(rows, item_lengths, data.row_len)
+    share = num_copied / max(1, int(item_lengths.sum()))
+    copies = f" ({share:.1%} of the tokens are copies of first blocks)" if num_copied else ""
     num_examples, num_split = len(columns.lengths), int(columns.has_local_blocks.sum())
     console = PlainConsole()
     sources = prepared.manifest["sources"]
@@ -52,7 +56,7 @@ def print_summary(recipe: Recipe) -> None:
     console.print(
         f"{data.output_dir}: {format_count(num_examples, 'example')}, {num_split:,} of them "
         f"split into blocks; an epoch has {format_count(len(rows), 'row')} of {data.row_len:,} tokens, "
-        f"{fill.fill:.1%} filled{padding}",
+        f"{fill.fill:.1%} filled{copies}{padding}",
         soft_wrap=True,
     )
     for warning in list_warnings(prepared.manifest, item_lengths, fill):

@@ -33,10 +33,11 @@ from blockft.model.load import (
 )
 from blockft.model.lora import add_adapter
 from blockft.model.nf4_linear import check_bitsandbytes
-from blockft.model.supported import check_token_ids, head_size
+from blockft.model.supported import check_token_ids, head_size, local_sees_first
 from blockft.outputs import check_absent
 from blockft.run_folder import RECIPE, verify_metrics
 from blockft.stages.mixture_settings import read_mixture
+from blockft.stages.source_settings import sees_first_block
 from blockft.training.deepspeed_config import (
     check_deepspeed_config,
     find_own_optimizer,
@@ -272,6 +273,12 @@ def warn_of_settings(recipe: Recipe, plan: RunPlan) -> None:
     """Warn of settings of `train` that have no effect, and of steps that are fewer than `train.max_steps`."""
     for sentence in list_settings_without_effect(recipe):
         warn(sentence)
+    has_block_mode = Mode.block in recipe.data.modes
+    if has_block_mode and local_sees_first(plan.model.config) and not recipe.data.local_sees_first:
+        warn(
+            f"{recipe.model.path} was trained with local_sees_first true, and this run trains block mode "
+            "without it: set data.local_sees_first=true to keep what the model has learned"
+        )
     _warn_if_epochs_end_first(recipe, plan)
 
 
@@ -367,13 +374,23 @@ def _check_prepared(
             raise UserError(
                 f"train.teacher {settings.teacher} and {recipe.model.path} have different tokenizers"
             )
+    found = prepared.manifest["options"]["local_sees_first"]
+    if Mode.block in data.modes and found != data.local_sees_first:
+        raise UserError(
+            f"{data.output_dir} was prepared with data.local_sees_first {str(found).lower()}, which decides "
+            f"the first block, but this recipe has {str(data.local_sees_first).lower()}: prepare again with "
+            "another data.output_dir"
+        )
     columns = prepared.examples.columns
     check_token_ids([int(columns.max_token_ids.max())], vocab_size, f"an example of {data.output_dir}")
-    longest = int(columns.lengths.max())
+    has_copies = sees_first_block(data)
+    lengths = columns.lengths + columns.copy_lens if has_copies else columns.lengths
+    longest = int(lengths.max())
     if longest > data.row_len:
+        copies = ", copies of its first block included (data.local_sees_first)" if has_copies else ""
         raise UserError(
-            f"data.row_len is {data.row_len}, but {data.output_dir} holds an example of {longest} tokens: "
-            "raise data.row_len, or prepare again"
+            f"data.row_len is {data.row_len}, but {data.output_dir} holds an example of {longest} tokens"
+            f"{copies}: raise data.row_len, or prepare again"
         )
     if (copies := prepared.manifest["options"].get("num_copies", 1)) > 1 and settings.num_eval_examples:
         raise UserError(
@@ -402,6 +419,7 @@ def _build_rows(
         seed=settings.seed,
         pad_id=choose_pad_id(tokenizer),
         reencoded=data.positions is Positions.reencoded,
+        local_sees_first=data.local_sees_first,
     )
     modes = [mode.value for mode in data.modes]
     is_distillation = settings.objective is Objective.distill
@@ -431,6 +449,7 @@ def _count_batch_flops(
         prepared.examples.layouts(),
         prepared.examples.columns.num_labels,
         reencoded=recipe.data.positions is Positions.reencoded,
+        local_sees_first=recipe.data.local_sees_first,
     )
     return rows.sum_by_batch(block, full)
 
@@ -447,6 +466,7 @@ def _list_signature_settings(recipe: Recipe) -> dict[str, Any]:
         "data.row_len": data.row_len,
         "data.modes": [mode.value for mode in data.modes],
         "data.positions": data.positions.value,
+        "data.local_sees_first": data.local_sees_first,
         "train.batch_rows": settings.batch_rows,
         "train.seed": settings.seed,
         "train.objective": settings.objective.value,

@@ -179,6 +179,7 @@ def _build_sample_answers(
         row_len=recipe.data.row_len,
         pad_id=choose_pad_id(tokenizer),
         reencoded=recipe.data.positions is Positions.reencoded,
+        local_sees_first=recipe.data.local_sees_first,
     )
 
 

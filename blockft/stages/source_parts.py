@@ -54,7 +54,7 @@ class SourceParts:
 
     def __init__(self, data: DataSettings, cache: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         self._data, self._cache = data, cache
-        self._encoder = Encoder(tokenizer)
+        self._encoder = Encoder(tokenizer, local_sees_first=data.local_sees_first)
         self._tokenizer = identify_tokenizer(tokenizer)
         self._contents = [SourceContent(source) for source in data.sources]
         uses_dense = any(source.retriever is Retriever.dense for source in data.sources)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, islice, repeat, zip_longest
 
-from blockft.config.choices import BadRecordPolicy, Format, Order, Retriever
+from blockft.config.choices import BadRecordPolicy, Format, Mode, Order, Retriever
 from blockft.config.settings import DataSettings, MixtureSettings, PromptSettings, Source, SplittingSettings
 from blockft.data.constructed import ConstructedSize
 from blockft.data.fields import format_fields
@@ -52,6 +52,11 @@ def check_copies(data: DataSettings) -> None:
         )
 
 
+def sees_first_block(data: DataSettings) -> bool:
+    """Return whether local blocks see the first block in training, which changes block mode alone."""
+    return data.local_sees_first and Mode.block in data.modes
+
+
 def settings_without_effect(data: DataSettings) -> list[str]:
     """Return one sentence for every changed setting that has no effect on `data.sources`.
 
@@ -72,6 +77,8 @@ def settings_without_effect(data: DataSettings) -> list[str]:
             has_effect, reason = has_questions, "all of them already contain their documents"
         elif section == "data.splitting":
             has_effect, reason = splits, "none of them has chats or instructions to split"
+        elif key == "data.local_sees_first":
+            has_effect, reason = sees_first_block(data), "data.modes lacks block"
         elif key == "data.mixture.temperature":
             has_effect, reason = len(data.sources) > 1, "there is only one source"
         elif name == "dense_model":

@@ -1,7 +1,8 @@
 """Model arithmetic of training: the floating point operations of examples, which utilization is based on.
 
 Counted are the matrix products of the forward and backward pass that the model itself needs: the linear
-layers at each token, attention at each allowed pair of tokens, and the head at each label. Not counted are
+layers at each token, attention at each allowed pair of tokens, and the head at each label. Copies of the
+first block (see `Layout`) are counted like other tokens, because the run computes them. Not counted are
 padding, recomputation by gradient checkpointing, masked pairs, the optimizer, and the forward pass of a
 teacher. An addition and a multiplication are two operations.
 
@@ -68,18 +69,27 @@ class ModelFlops:
         return cls(per_token, _count_linear(base.get_output_embeddings(), FROZEN), dict(per_pair))
 
     def count(
-        self, layouts: LayoutArrays, num_labels: NDArray[np.int64], *, reencoded: bool = True
+        self,
+        layouts: LayoutArrays,
+        num_labels: NDArray[np.int64],
+        *,
+        reencoded: bool = True,
+        local_sees_first: bool = False,
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the operations of training on each example in block mode and in full mode: (N,) and (N,).
 
         `num_labels` (N,) counts the label tokens of each example. `reencoded` is an option of
-        `build_metadata`.
+        `build_metadata`, and `local_sees_first` one of `Layout`.
         """
         # a batch of a large model has more operations than int64 can count
         linear = float(self.per_token) * layouts.num_tokens + float(self.per_label) * num_labels
         block, full = linear.copy(), linear.copy()
+        if local_sees_first:
+            block += float(self.per_token) * layouts.copy_lens
         for window, per_pair in self.per_pair.items():
-            block_pairs, full_pairs = count_pairs(layouts, window, reencoded=reencoded)
+            block_pairs, full_pairs = count_pairs(
+                layouts, window, reencoded=reencoded, local_sees_first=local_sees_first
+            )
             block += float(per_pair) * block_pairs
             full += float(per_pair) * full_pairs
         return block, full

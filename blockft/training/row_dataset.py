@@ -24,7 +24,7 @@ class Epoch:
 
     examples  the index of the example of each item
     is_block  whether each item is in block mode
-    lengths   the number of tokens of each item
+    lengths   the number of tokens that each item takes in a row, copies of the first block included
     rows      the rows of item indices, a multiple of the rows of a batch
     """
 
@@ -60,12 +60,19 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
         pad_id: int,
         mixture: Mixture | None = None,
         reencoded: bool = True,
+        local_sees_first: bool = False,
         with_full: bool = False,
     ) -> None:
         self._examples, self._columns = examples, columns
         self._row_len, self._batch_rows = row_len, batch_rows
+        self._local_sees_first = local_sees_first
         self._collate = partial(
-            collate_row, row_len=row_len, pad_id=pad_id, reencoded=reencoded, with_full=with_full
+            collate_row,
+            row_len=row_len,
+            pad_id=pad_id,
+            reencoded=reencoded,
+            local_sees_first=local_sees_first,
+            with_full=with_full,
         )
         self.epochs = [self._plan_epoch(chosen, mixture, modes, seed, epoch) for epoch in range(epochs)]
         self._ends = np.cumsum([len(epoch.rows) for epoch in self.epochs])
@@ -82,7 +89,7 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
             chosen = mixture.draw(chosen, self._columns.sources[chosen], seed, epoch)
         places, is_block = list_example_modes(self._columns.has_local_blocks[chosen], modes)
         examples = chosen[places]
-        lengths = self._columns.lengths[examples]
+        lengths = self._columns.row_lengths(examples, is_block, local_sees_first=self._local_sees_first)
         rows = plan_rows(lengths, self._row_len, seed, epoch).complete_last_batch(self._batch_rows)
         return Epoch(examples, is_block, lengths, rows)
 
@@ -119,8 +126,13 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens of the first epoch, padding excluded."""
-        return int(self.epochs[0].lengths.sum())
+        """Number of tokens of the first epoch, padding and copies of the first block excluded."""
+        return int(self._columns.lengths[self.epochs[0].examples].sum())
+
+    @property
+    def num_copied_tokens(self) -> int:
+        """Number of tokens in copies of the first block in the first epoch."""
+        return int(self.epochs[0].lengths.sum()) - self.num_tokens
 
     @property
     def num_labels(self) -> int:
@@ -137,7 +149,8 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
         epoch = self.epochs[0]
         sources = self._columns.sources[epoch.examples]
         num_items = np.bincount(sources, minlength=num_sources)
-        num_tokens = np.bincount(sources, weights=epoch.lengths, minlength=num_sources)
+        lengths = self._columns.lengths[epoch.examples]
+        num_tokens = np.bincount(sources, weights=lengths, minlength=num_sources)
         return [(int(items), int(tokens)) for items, tokens in zip(num_items, num_tokens, strict=True)]
 
     def sum_by_batch(self, block: NDArray[Any], full: NDArray[Any]) -> NDArray[Any]:
@@ -154,6 +167,6 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
         return np.concatenate(sums).reshape(-1, self._batch_rows).sum(axis=1)
 
     def list_batch_tokens(self) -> list[int]:
-        """Return the number of tokens of each batch, padding excluded, in training order."""
+        """Return the number of tokens of each batch in training order, without padding and copies."""
         batch_tokens: list[int] = self.sum_by_batch(self._columns.lengths, self._columns.lengths).tolist()
         return batch_tokens

@@ -1,4 +1,7 @@
-"""Training speed: real tokens (without padding) per second, utilization of the cards, and the time left."""
+"""Training speed: real tokens per second, utilization of the cards, and the time left.
+
+Padding and copies of the first block (see `Layout`) are no real tokens.
+"""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -13,7 +16,7 @@ from numpy.typing import NDArray
 class Speed:
     """The speed of some steps.
 
-    tokens_per_s  of all ranks together, padding excluded
+    tokens_per_s  real tokens of all ranks together
     utilization   model arithmetic over the peak of the cards, or None if the peak is not known
     """
 
@@ -24,7 +27,7 @@ class Speed:
 class Throughput:
     """Measures the speed of the steps since the last measurement.
 
-    batch_tokens: the number of tokens of each step's batch, padding excluded; step 1 comes first.
+    batch_tokens: the number of real tokens of each step's batch; step 1 comes first.
     batch_flops: the model arithmetic of each step's batch, see `ModelFlops`.
     peak_flops: the peak of the cards of all ranks in operations a second, or None if it is not known.
     """

@@ -1,6 +1,7 @@
 """The counted pairs are those of the dense mask."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ def make_layouts() -> list[Layout]:
     return layouts
 
 
-def count_in_mask(layout: Layout, window: int | None, reencoded: bool) -> int:
+def count_in_mask(layout: Layout, window: int | None, reencoded: bool = True) -> int:
     return int(build_dense_mask(build_metadata([layout], reencoded=reencoded), window).sum())
 
 
@@ -33,6 +34,18 @@ def test_counted_pairs_are_those_of_the_dense_mask(window: int | None, reencoded
     block, full = count_pairs(LayoutArrays.of(layouts), window, reencoded=reencoded)
     assert block.tolist() == [count_in_mask(layout, window, reencoded) for layout in layouts]
     assert full.tolist() == [count_in_mask(layout.full(), window, reencoded) for layout in layouts]
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 7, 30, 1000])
+def test_pairs_of_copies_are_counted(window: int | None) -> None:
+    layouts = make_layouts()
+    arrays = LayoutArrays.of(layouts)
+    block, full = count_pairs(arrays, window, local_sees_first=True)
+    with_copies = [replace(layout, local_sees_first=True) for layout in layouts]
+    assert block.tolist() == [count_in_mask(layout, window) for layout in with_copies]
+    assert full.tolist() == count_pairs(arrays, window)[1].tolist()
+    num_copied = [layout.num_row_tokens - layout.num_tokens for layout in with_copies]
+    assert arrays.copy_lens.tolist() == num_copied and any(num_copied)
 
 
 def test_no_layouts_and_very_long_ones_are_counted() -> None:

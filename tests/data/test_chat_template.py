@@ -23,9 +23,14 @@ START, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 
 
 def render_blocks(
-    messages: list[Message], documents: tuple[int, ...] = (), chat_template: str = CHATML
+    messages: list[Message],
+    documents: tuple[int, ...] = (),
+    chat_template: str = CHATML,
+    *,
+    join_start: bool = False,
 ) -> list[str]:
-    return block_texts(ChatTemplate(toy_tokenizer(chat_template)).render(messages, documents).blocks)
+    template = ChatTemplate(toy_tokenizer(chat_template))
+    return block_texts(template.render(messages, documents, join_start=join_start).blocks)
 
 
 def user(*content: str) -> Message:
@@ -41,6 +46,32 @@ def test_leading_markup_is_a_block_of_its_own() -> None:
         "Two.\n\n",
         f"Who?{END}",
     ]
+
+
+def test_leading_markup_can_be_joined_with_the_instruction() -> None:
+    sample = rag_sample()
+    found = render_blocks([*sample.messages], sample.documents, join_start=True)
+    assert found == [f"{START}Answer.\n\n", "One.\n\n", "Two.\n\n", f"Who?{END}"]
+    system = [Message(role="system", content=("Read.", "doc")), user("Who?")]
+    found = render_blocks(system, (1,), join_start=True)
+    assert found == ["<|im_start|>system\nRead.", "doc", f"<|im_end|>\n{START}", f"Who?{END}"]
+
+
+@pytest.mark.parametrize(
+    ("content", "documents"),
+    [(("doc", "Who?"), (0,)), (("Who?",), ()), (("", "Who?"), ()), (("", "doc", "Who?"), (1,))],
+)
+def test_leading_markup_is_not_joined_with_a_document_or_the_final_block(
+    content: tuple[str, ...], documents: tuple[int, ...]
+) -> None:
+    found = render_blocks([user(*content)], documents, join_start=True)
+    assert found == render_blocks([user(*content)], documents)
+
+
+def test_a_template_that_starts_with_the_text_joins_nothing() -> None:
+    template = "{% for m in messages %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    found = render_blocks([user("Read.", "Rest.", "Who?")], (), template, join_start=True)
+    assert found == ["Read.", "Rest.", "Who?<|im_end|>\n"]
 
 
 def test_a_prompt_without_local_blocks_is_one_block() -> None:

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from blockft.attention.layout import build_metadata
-from blockft.data.collate import LABEL_MULTIPLE, collate_row
+from blockft.data.collate import LABEL_MULTIPLE, MODEL_INPUTS, collate_row
 from blockft.data.encoder import IGNORE_INDEX, Encoder, Example
 from blockft.data.shared_context import merge_shared_contexts
 from tests.data.toys import rag_sample
@@ -37,14 +37,55 @@ def test_metadata_of_full_mode_can_be_added(encoder: Encoder, reencoded: bool) -
     chosen = [(a, "full"), (b, "full"), (a, "block")]
     row = collate_row(chosen, 256, pad_id=0, reencoded=reencoded, with_full=True)
     alone = collate_row([(example, "full") for example, _ in chosen], 256, pad_id=0)
-    for name in ("position_ids", "block_ids", "is_final"):
+    for name in MODEL_INPUTS:
         assert torch.equal(row[f"full_{name}"], alone[name])
     assert torch.equal(row["example_ids"], alone["example_ids"])
+    assert torch.equal(row["shift_labels"], alone["shift_labels"])
     real = row["shift_labels"] != IGNORE_INDEX
     of_examples = row["example_ids"][0, row["logits_to_keep"][real]]
     assert torch.equal(row["is_block_mode"][real], of_examples == 2)
     assert of_examples.eq(2).any() and of_examples.lt(2).any()
     assert not row["is_block_mode"][~real].any()
+
+
+def test_a_row_holds_copies_of_the_first_block_without_labels(encoder: Encoder) -> None:
+    a, b = encoder.encode([rag_sample(), rag_sample("Which?", ("Other.",))])
+    row = collate_row([(a, "block"), (b, "full"), (b, "block")], 256, pad_id=7, local_sees_first=True)
+    ids: list[int] = []
+    is_copy: list[bool] = []
+    labels: list[int] = []
+    for example, mode in ((a, "block"), (b, "full"), (b, "block")):
+        own = np.split(example.labels, np.cumsum(example.block_lengths)[:-1])
+        for number, (block, block_labels) in enumerate(zip(example.blocks, own, strict=True)):
+            if mode == "block" and 0 < number < len(own) - 1:
+                ids += example.blocks[0].tolist()
+                is_copy += [True] * len(example.blocks[0])
+                labels += [IGNORE_INDEX] * len(example.blocks[0])
+            ids += block.tolist()
+            is_copy += [False] * len(block)
+            labels += block_labels.tolist()
+    padding = 256 - len(ids)
+    assert row["input_ids"][0].tolist() == ids + [7] * padding
+    assert row["is_copy"][0].tolist() == is_copy + [False] * padding and any(is_copy)
+    assert row["labels"][0].tolist() == labels + [IGNORE_INDEX] * padding
+    plain = collate_row([(a, "block"), (b, "full"), (b, "block")], 256, pad_id=7)
+    assert torch.equal(row["shift_labels"], plain["shift_labels"])
+    real = ~row["is_copy"][0] & (row["example_ids"][0] >= 0)
+    for name in ("input_ids", "position_ids", "example_ids", "is_final", "labels"):
+        assert torch.equal(row[name][0, real], plain[name][0, : int(real.sum())])
+
+
+def test_a_row_in_full_mode_can_be_added_to_a_row_with_copies(encoder: Encoder) -> None:
+    a, b = encoder.encode([rag_sample(), rag_sample("Which?", ("Other.",))])
+    chosen = [(a, "block"), (b, "full")]
+    row = collate_row(chosen, 256, pad_id=0, local_sees_first=True, with_full=True)
+    alone = collate_row([(a, "full"), (b, "full")], 256, pad_id=0)
+    assert row["is_copy"].any()
+    for name in MODEL_INPUTS:
+        assert torch.equal(row[f"full_{name}"], alone[name])
+    real = row["shift_labels"] != IGNORE_INDEX
+    label_ids = row["full_input_ids"][0, row["full_logits_to_keep"][real] + 1]
+    assert torch.equal(label_ids, row["shift_labels"][real])
 
 
 def test_logits_to_keep_are_the_positions_before_the_labels(encoder: Encoder) -> None:

@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from blockft.data.encoder import IGNORE_INDEX, Encoder
-from blockft.data.fit import encode_samples
+from blockft.data.fit import EncodedSample, encode_samples
 from blockft.data.sample import Message
 from blockft.data.shared_context import merge_shared_contexts
 from blockft.data.tokenizer import PlainTokenizer, tokenizer_fingerprint
@@ -115,6 +115,37 @@ def test_a_sample_longer_than_a_row_is_dropped_or_trimmed(encoder: Encoder) -> N
     for trim, why in ((False, "too long"), (True, "too long, documents without relevance")):
         (outcome,) = encode_samples([unranked], encoder, gold_len, trim=trim)
         assert outcome.drop_reason == why
+
+
+def test_copies_of_the_first_block_count_into_the_length_of_a_sample() -> None:
+    encoder = Encoder(toy_tokenizer(), local_sees_first=True)
+    meta = {"documents": [1, 2, 3], "relevance": [1, 0.5, 0]}
+    sample = rag_sample(documents=("gold", "x y", "z"), meta=meta)
+    (example,) = encoder.encode([sample])
+    needed = len(example) + 3 * example.block_lengths[0]
+    assert example.copy_len == 3 * example.block_lengths[0] > 0
+
+    def fit(row_len: int, *, trim: bool = False, local_sees_first: bool = True) -> EncodedSample:
+        (found,) = encode_samples([sample], encoder, row_len, trim=trim, local_sees_first=local_sees_first)
+        return found
+
+    assert (fit(needed).drop_reason, fit(needed).row_tokens) == ("", needed)
+    assert (fit(needed - 1).drop_reason, fit(needed - 1).row_tokens) == ("too long", needed)
+    assert fit(len(example), local_sees_first=False).drop_reason == ""
+    assert fit(needed - 1, trim=True).sample.blocks == ("Answer.\n\n", "gold", "x y", "Who?")
+
+
+def test_questions_share_a_context_with_its_copies_once() -> None:
+    encoder = Encoder(toy_tokenizer(), local_sees_first=True)
+    samples = [rag_sample("Who?"), rag_sample("Which one?"), rag_sample("Hm?")]
+    examples = encoder.encode([replace(s, id=str(i)) for i, s in enumerate(samples)])
+    (merged,) = merge_shared_contexts(iter(examples), row_len=1000, local_sees_first=True)
+    row_len = merged.layout_in_mode("block", local_sees_first=True).num_row_tokens
+    assert row_len == len(merged) + examples[0].copy_len
+    for fitting, number in ((row_len, 1), (row_len - 1, 2)):
+        found = list(merge_shared_contexts(iter(examples), fitting, local_sees_first=True))
+        assert len(found) == number
+    assert len(list(merge_shared_contexts(iter(examples), row_len - 1))) == 1
 
 
 def test_questions_with_the_same_context_share_it(encoder: Encoder) -> None:

@@ -245,6 +245,30 @@ def test_markup_never_becomes_part_of_a_document_block(name: str) -> None:
 
 
 @every_family
+def test_joined_leading_markup_changes_the_first_block_and_no_token_id(name: str) -> None:
+    r = reading(name)
+    joining = Encoder(r.tokenizer, local_sees_first=True)
+
+    @few
+    @given(chats(name))
+    def holds(sample: Sample) -> None:
+        (example,), (joined,) = r.encoder.encode([sample]), joining.encode([sample])
+        assert joined.input_ids.tolist() == example.input_ids.tolist()
+        assert joined.label_spans == example.label_spans
+        rendered = r.template.render(sample.messages, sample.documents, sample.response)
+        first, *rest = example.block_lengths
+        if joined.block_lengths != example.block_lengths:
+            assert joined.block_lengths == (first + rest[0], *rest[1:]) and len(rest) > 1
+            assert all(part.is_markup for part in rendered.blocks[0])
+            text = rendered.blocks[1][0].text
+            assert text not in {sample.blocks[number] for number in sample.documents if number == 0}
+        ids = [[*map(int, block)] for block in joining.encode_prompt(sample)]
+        assert ids[:-1] == [block.tolist() for block in joined.blocks[:-1]]
+
+    holds()
+
+
+@every_family
 def test_text_from_data_never_becomes_an_added_token(name: str) -> None:
     r = reading(name)
 

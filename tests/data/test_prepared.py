@@ -161,7 +161,7 @@ def test_a_damaged_folder_is_never_read(damage: str, tmp_path: Path, encoder: En
 
 def test_a_folder_of_another_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text(dump_with_digest({"version": 2}))
-    with pytest.raises(UserError, match="has version 2 of the format, this blockft reads version 3"):
+    with pytest.raises(UserError, match="has version 2 of the format, this blockft reads version 4"):
         load_prepared(tmp_path)
     # prepare may replace it
     (tmp_path / "examples").mkdir()

@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from blockft.data.encoder import IGNORE_INDEX
+from blockft.model.masked_forward import masked_logits
 from blockft.training.model_inputs import build_model_inputs
 from blockft.training.objectives import DistillationTargets, distill_loss, label_loss
 from tests.tiny import build_model
@@ -70,11 +72,12 @@ def logits_of(model: PreTrainedModel, row: Mapping[str, torch.Tensor], *, full: 
     return logits
 
 
-def test_the_loss_does_not_depend_on_packing() -> None:
+@pytest.mark.parametrize("local_sees_first", [False, True])
+def test_the_loss_does_not_depend_on_packing(local_sees_first: bool) -> None:
     """The model in full mode teaches itself in block mode; all examples in both modes are one batch."""
     model, examples, losses = build_model("llama"), make_examples(12), []
-    for row_len in (32, 64, 300):
-        rows = build_rows(examples, row_len=row_len, with_full=True)
+    for row_len in (96, 150, 600) if local_sees_first else (32, 64, 300):
+        rows = build_rows(examples, row_len=row_len, with_full=True, local_sees_first=local_sees_first)
         num_labels = sum(int((row["labels"] != IGNORE_INDEX).sum()) for row in rows)
         total = torch.zeros(())
         for row in rows:
@@ -88,3 +91,21 @@ def test_the_loss_does_not_depend_on_packing() -> None:
     for loss, gradient in losses[1:]:
         assert_close(loss, losses[0][0], rtol=1e-5, atol=0)
         assert_close(gradient, losses[0][1], rtol=1e-5, atol=1e-5)
+
+
+def test_the_teacher_in_full_mode_sees_no_copies() -> None:
+    """Its logits at each label are those of the example alone in full mode."""
+    model, examples = build_model("llama"), [e for e in make_examples(12) if e.has_local_blocks]
+    rows = [*build_rows(examples, row_len=150, with_full=True, local_sees_first=True)]
+    assert any(row["is_copy"].any() for row in rows)
+    for row in rows:
+        assert not row["full_is_copy"].any()
+        labels = row["shift_labels"]
+        teacher = logits_of(model, row, full=True)[0, labels != IGNORE_INDEX]
+        example_ids = row["example_ids"][0, row["logits_to_keep"][labels != IGNORE_INDEX]]
+        for number in example_ids.unique().tolist():
+            in_row = row["full_input_ids"][0, row["full_example_ids"][0] == number].numpy()
+            (example,) = [e for e in examples if np.array_equal(e.input_ids, in_row)]
+            alone = masked_logits(model, example.input_ids, [example.layout.full()])
+            places = np.flatnonzero(example.labels != IGNORE_INDEX) - 1
+            assert_close(teacher[example_ids == number], alone[places], rtol=1e-5, atol=1e-5)

@@ -1,6 +1,7 @@
 """The counted operations are those that torch counts, and those of a plain loop over layouts."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -84,9 +85,11 @@ def test_layers_below_the_first_adapter_have_no_backward_pass() -> None:
     assert flops.per_token * NUM_TOKENS + flops.per_label * NUM_LABELS == linear + unneeded * NUM_TOKENS
 
 
-@pytest.mark.parametrize("reencoded", [True, False])
+@pytest.mark.parametrize(("reencoded", "sees_first"), [(True, False), (False, False), (True, True)])
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_operations_of_examples_are_those_of_a_plain_loop(name: str, reencoded: bool) -> None:
+def test_operations_of_examples_are_those_of_a_plain_loop(
+    name: str, reencoded: bool, sees_first: bool
+) -> None:
     rng = random.Random(1)
     layouts = [random_layout(rng, rng.randint(9, 50), rng.randint(1, 8)) for _ in range(30)]
     num_labels = [rng.randint(0, 5) for _ in layouts]
@@ -101,9 +104,12 @@ def test_operations_of_examples_are_those_of_a_plain_loop(name: str, reencoded: 
             int(build_dense_mask(build_metadata([layout], reencoded=reencoded), window).sum())
             for window in layer_windows(model.config)
         )
-        return 6 * in_layers * layout.num_tokens + 6 * head * labels + 12 * 4 * head_dim * pairs
+        return 6 * in_layers * layout.num_row_tokens + 6 * head * labels + 12 * 4 * head_dim * pairs
 
-    block, full = flops.count(LayoutArrays.of(layouts), np.array(num_labels), reencoded=reencoded)
+    block, full = flops.count(
+        LayoutArrays.of(layouts), np.array(num_labels), reencoded=reencoded, local_sees_first=sees_first
+    )
+    layouts = [replace(layout, local_sees_first=sees_first) for layout in layouts]
     pairs = list(zip(layouts, num_labels, strict=True))
     assert block.tolist() == [count(layout, labels) for layout, labels in pairs]
     assert full.tolist() == [count(layout.full(), labels) for layout, labels in pairs]

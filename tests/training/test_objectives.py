@@ -41,10 +41,10 @@ def build_rows(
     return RowDataset(examples, columns, np.arange(len(examples)), modes, **options)
 
 
-def loss_and_gradient(row_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+def loss_and_gradient(row_len: int, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return loss and gradient of all examples in both modes: one batch, summed over its rows."""
     model, examples = build_model("llama"), make_examples(12)
-    rows = build_rows(examples, row_len=row_len)
+    rows = build_rows(examples, row_len=row_len, **options)
     num_labels = sum(int((row["labels"] != IGNORE_INDEX).sum()) for row in rows)
     total = torch.zeros(())
     for row in rows:
@@ -65,6 +65,58 @@ def test_the_loss_does_not_depend_on_packing() -> None:
     loss, gradient = loss_and_gradient(row_len=32)
     for row_len in (64, 300):
         other_loss, other_gradient = loss_and_gradient(row_len)
+        assert_close(other_loss, loss, rtol=1e-5, atol=0)
+        assert_close(other_gradient, gradient, rtol=1e-5, atol=1e-5)
+
+
+def plain_row(example: Example) -> tuple[list[int], list[int], list[list[bool]]]:
+    """Return ids, positions and mask of an example whose local blocks see a copy of the first, in lists."""
+    ids, positions, blocks, copies = [], [], [], []
+    first, position = example.blocks[0].tolist(), 0
+    for number, block in enumerate(example.blocks):
+        is_final = number == len(example.blocks) - 1
+        copy = first if number and not is_final else []
+        ids += copy + block.tolist()
+        positions += range(position - len(copy), position + len(block))
+        blocks += [(number, is_final)] * (len(copy) + len(block))
+        copies += [True] * len(copy) + [False] * len(block)
+        position += len(block)
+    mask = [
+        [k <= q and (blocks[q] == blocks[k] or blocks[q][1] and not copies[k]) for k in range(len(ids))]
+        for q in range(len(ids))
+    ]
+    return ids, positions, mask
+
+
+def test_blocks_that_see_the_first_have_the_loss_of_a_plain_dense_mask() -> None:
+    """The expected loss is that of an unmodified model, whose mask and copies the test writes out."""
+    examples = make_examples(12)
+    plain, gradients, losses = build_model("llama", attention="eager"), [], []
+    for example in examples:
+        ids, positions, mask = plain_row(example)
+        forbidden = ~torch.tensor(mask)[None, None]
+        logits = plain(
+            input_ids=torch.tensor([ids]),
+            position_ids=torch.tensor([positions]),
+            attention_mask=torch.zeros(forbidden.shape).masked_fill(forbidden, float("-inf")),
+        ).logits[0]
+        labels = torch.from_numpy(example.labels[-example.num_labels or len(ids) :].astype(np.int64))
+        start = len(ids) - len(labels) - 1
+        losses.append(torch.nn.functional.cross_entropy(logits[start:-1], labels, reduction="none"))
+    expected = torch.cat(losses).mean()
+    expected.backward()
+    gradients = plain.base_model.embed_tokens.weight.grad
+    for row_len in (96, 150, 600):
+        loss, gradient = loss_and_gradient(row_len, modes=["block"], local_sees_first=True)
+        assert_close(loss, expected.detach(), rtol=1e-5, atol=0)
+        assert_close(gradient, gradients, rtol=1e-5, atol=1e-5)
+    assert abs(loss_and_gradient(600, modes=["block"])[0] - expected) > 1e-3
+
+
+def test_the_loss_with_copies_does_not_depend_on_packing() -> None:
+    loss, gradient = loss_and_gradient(96, local_sees_first=True)
+    for row_len in (150, 600):
+        other_loss, other_gradient = loss_and_gradient(row_len, local_sees_first=True)
         assert_close(other_loss, loss, rtol=1e-5, atol=0)
         assert_close(other_gradient, gradient, rtol=1e-5, atol=1e-5)
 

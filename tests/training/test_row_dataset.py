@@ -30,27 +30,46 @@ def test_every_epoch_holds_every_example_once_per_mode_in_full_batches(batch_row
         rows[len(rows)]
 
 
+@pytest.mark.parametrize("sees_first", [False, True])
 @pytest.mark.parametrize("modes", [["block", "full"], ["full", "block"], ["block"], ["full"]])
-def test_the_rows_are_those_of_a_plain_loop(modes: list[str]) -> None:
+def test_the_rows_are_those_of_a_plain_loop(modes: list[str], sees_first: bool) -> None:
     examples = make_examples(40)
-    rows = build_rows(examples, modes, row_len=64, batch_rows=4, epochs=3, seed=5)
+    row_len = 96 if sees_first else 64
+    rows = build_rows(
+        examples, modes, row_len=row_len, batch_rows=4, epochs=3, seed=5, local_sees_first=sees_first
+    )
     items = [
         (example, mode) for example in examples for mode in (modes if example.has_local_blocks else ["full"])
     ]
     groups = [int(mode == "full") for _, mode in items]  # of the only source
-    lengths = [len(example) for example, _ in items]
+    lengths = [
+        example.layout_in_mode(mode, local_sees_first=sees_first).num_row_tokens for example, mode in items
+    ]
     expected = []
     for epoch in range(3):
-        packed = pack_plainly(lengths, 64, 5, epoch)
+        packed = pack_plainly(lengths, row_len, 5, epoch)
         packed += [[] for _ in range(-len(packed) % 4)]
         expected += [
-            collate_row([items[i] for i in row], 64, 0, groups=[groups[i] for i in row]) for row in packed
+            collate_row(
+                [items[i] for i in row],
+                row_len,
+                0,
+                groups=[groups[i] for i in row],
+                local_sees_first=sees_first,
+            )
+            for row in packed
         ]
     assert len(rows) == len(expected)
     for i, tensors in enumerate(expected):
         row = rows[i]
         assert row.keys() == tensors.keys() and all(torch.equal(row[name], tensors[name]) for name in row)
-    assert rows.num_tokens == sum(lengths) and rows.num_items == len(items)
+    num_tokens = sum(len(example) for example, _ in items)
+    assert rows.num_tokens == num_tokens and rows.num_items == len(items)
+    assert rows.num_copied_tokens == sum(lengths) - num_tokens
+    assert bool(rows.num_copied_tokens) == (sees_first and "block" in modes)
+    real = [int(((row["example_ids"] >= 0) & ~row["is_copy"]).sum()) for row in expected]
+    assert rows.list_batch_tokens() == [sum(real[i : i + 4]) for i in range(0, len(real), 4)]
+    assert rows.count_by_source(1) == [(len(items), num_tokens)]
     assert rows.num_labels == sum(example.num_labels for example, _ in items)
 
 
