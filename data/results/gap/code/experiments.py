@@ -13,6 +13,7 @@ class Evaluation:
     `recomputed` is the share of context tokens that are computed once more. `choice` selects them: the
     `first` of their blocks, or those whose values `changed` most. `best` documents are read a second time, in
     the order of the attention of the first reading (`arrange_documents`); 0 for a single reading.
+    `first_stride` is the `document_stride` of the first reading alone.
     """
 
     mode: str
@@ -20,6 +21,7 @@ class Evaluation:
     recomputed: float = 0.0
     choice: str = "first"
     best: int = 0
+    first_stride: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
