@@ -4,7 +4,7 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from blockft.serving.asgi import Message, Send, send_json
+from blockft.serving.asgi import Message, Send, error_body, send_json
 from blockft.serving.block_request import hide_secrets
 from blockft.serving.completion_format import ChatFormat
 
@@ -22,6 +22,7 @@ class AnswerSender:
 
     usage: returns what the answer's usage says about blocks.
     confirm: returns why the answer must not be sent, or "". It is called before the first byte.
+    explain: returns why vLLM failed an answer whose first part was sent, or "" if only vLLM knows.
     """
 
     def __init__(
@@ -29,15 +30,16 @@ class AnswerSender:
         send: Send,
         usage: Callable[[], Awaitable[Usage]],
         confirm: Callable[[], Awaitable[str]],
+        explain: Callable[[], Awaitable[str]],
         *,
         is_chat: bool,
     ) -> None:
-        self._send, self._usage, self._confirm = send, usage, confirm
+        self._send, self._usage, self._confirm, self._explain = send, usage, confirm, explain
         self._chat = ChatFormat() if is_chat else None
         self._start: Message = {}
         self._body = b""
         self._is_stream = False
-        self._has_sent = False
+        self._has_sent = self._has_failed = False
         self.failure: str | None = None
         self.is_complete = False
 
@@ -92,7 +94,7 @@ class AnswerSender:
                 await self._send(self._start)
         body = b"".join(b"data: %s\n\n" % line for line in lines)
         if body or is_last:
-            self.is_complete = is_last
+            self.is_complete = is_last and not self._has_failed
             await self._send({"type": "http.response.body", "body": body, "more_body": not is_last})
 
     async def _convert(self, data: bytes) -> list[bytes]:
@@ -101,11 +103,21 @@ class AnswerSender:
             return [data]  # [DONE]
         chunk = json.loads(data)
         if "choices" not in chunk:
-            return [hide_secrets(data)]  # an error
+            return [await self._error_event(data)]
         if chunk.get("usage"):
             await self._add_usage(chunk)
         chunks = self._chat.chunks(chunk) if self._chat else [chunk]
         return [json.dumps(chunk).encode() for chunk in chunks]
+
+    async def _error_event(self, data: bytes) -> bytes:
+        """Return the event that ends a stream with an error."""
+        self._has_failed = True
+        reason = await self._explain()
+        return (
+            json.dumps(error_body(500, reason, "InternalServerError")).encode()
+            if reason
+            else hide_secrets(data)
+        )
 
     async def _add_usage(self, answer: dict[str, Any]) -> None:
         usage = await self._usage()

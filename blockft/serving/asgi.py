@@ -133,5 +133,9 @@ async def send_json(send: Send, status: int, value: Any, headers: Iterable[tuple
 
 async def send_error(send: Send, status: int, message: str, kind: str = "BadRequestError") -> None:
     """Send an error as vLLM does."""
-    error = {"message": message, "type": kind, "param": None, "code": status}
-    await send_json(send, status, {"error": error})
+    await send_json(send, status, error_body(status, message, kind))
+
+
+def error_body(status: int, message: str, kind: str, param: str | None = None) -> dict[str, Any]:
+    """Return an error as vLLM words it. param: the field that is wrong."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}

@@ -21,6 +21,7 @@ from blockft.errors import UserError
 from blockft.inference.answer import NOT_CACHED
 from blockft.inference.block_cache import Tier
 from blockft.inference.block_key import BlockKey, context_keys, num_tokens
+from blockft.inputs import shorten
 from blockft.serving.answer_sender import AnswerSender, Usage
 from blockft.serving.asgi import (
     Application,
@@ -31,6 +32,7 @@ from blockft.serving.asgi import (
     Scope,
     Send,
     call,
+    error_body,
     read_body,
     replay,
     send_error,
@@ -41,14 +43,17 @@ from blockft.serving.block_request import BlockRequest, ReplyAddress, block_para
 from blockft.serving.metrics import Counters, PrometheusCounters
 from blockft.serving.missing_blocks import BlockComputer, RequestRefused
 from blockft.serving.prompt_encoder import PromptEncoder
-from blockft.serving.prompt_request import PromptRequest, is_prompt_request, parse_prompt_request
-from blockft.serving.report import Report, ReportReceiver
+from blockft.serving.prompt_request import PromptRequest, parse_prompt_request, prompt_field
+from blockft.serving.report import ExpectedReports, Report, ReportReceiver
 from blockft.serving.served_model import ServedModel
 
 SERVED_MODEL_VARIABLE = "BLOCKFT_SERVED_MODEL"
 """The environment variable with the path of the file of the served model."""
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+
+OWN_DOCUMENTS = ("/rerank", "/score")
+"""Ends of paths of vLLM whose requests have documents that are no blocks of a prompt."""
 
 MAX_BODY_BYTES = 64 << 20
 
@@ -57,6 +62,9 @@ MAX_ATTEMPTS = 3
 
 REPORT_TIMEOUT_S = 5
 """How long an answer waits for the report on its blocks, which the connector sends before the first token."""
+
+FAILURE_TIMEOUT_S = 1
+"""How long a failure of vLLM waits for a report of its reason, if the first report told of no failure."""
 
 _log = logging.getLogger("blockft.serving")
 
@@ -97,7 +105,7 @@ class BlockFrontEnd:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        if scope["type"] != "http" or scope["method"] != "POST" or path not in (COMPLETIONS, CHAT):
+        if not _may_have_prompt(scope) or path.endswith(OWN_DOCUMENTS):
             await self._app(scope, receive, send)
             return
         try:
@@ -108,11 +116,11 @@ class BlockFrontEnd:
             await send_error(send, 413, f"the request is larger than {MAX_BODY_BYTES >> 20} MiB")
             return
         body = _parse_object(content)
-        if body is None or not is_prompt_request(body):
+        if body is None or prompt_field(body) is None:
             await self._app(scope, replay(content, receive), send)
             return
         try:
-            await self._answer(body, scope, receive, send, is_chat=path == CHAT)
+            await self._answer(body, path, scope, receive, send)
         except (UserError, RecordError) as error:
             self._counters.count_failure("refused")
             await send_error(send, 400, " ".join(str(error).split()))
@@ -121,11 +129,16 @@ class BlockFrontEnd:
             await send_json(send, refused.response.status, refused.response.json())
 
     async def _answer(
-        self, body: dict[str, Any], scope: Scope, receive: Receive, send: Send, *, is_chat: bool
+        self, body: dict[str, Any], path: str, scope: Scope, receive: Receive, send: Send
     ) -> None:
         """Answer a request, or raise its error before anything is sent."""
         models = await self._list_models(scope)  # vLLM refuses clients that may not ask
-        request = parse_prompt_request(body, self._encoder.prompt, is_chat=is_chat)
+        if path not in (COMPLETIONS, CHAT):
+            raise UserError(
+                f"{shorten(repr(path))} gives full attention and would ignore {prompt_field(body)}: send the "
+                f"request to {CHAT} or {COMPLETIONS}"
+            )
+        request = parse_prompt_request(body, self._encoder.prompt, is_chat=path == CHAT)
         blocks = await self._encoder.encode(request.sample)
         encoded = _check_request(request, blocks, models, self._served.local_sees_first)
         computer = self._computer = self._computer or self._open_computer()
@@ -155,22 +168,31 @@ class BlockFrontEnd:
         send: Send,
     ) -> Report | None:
         """Send vLLM's response to a request on. Return why it has failed, if nothing was sent."""
-        address, report = receiver.expect()
-        usage = self._usage(encoded, computed, report)
-        confirm = partial(_confirm, encoded, report)
-        sender = AnswerSender(send, usage, confirm, is_chat=encoded.request.is_chat)
+        address, reports = receiver.expect()
+        usage = self._usage(encoded, computed, reports.first)
+        confirm = partial(_confirm, encoded, reports.first)
+        explain = partial(self._explain, encoded, reports)
+        sender = AnswerSender(send, usage, confirm, explain, is_chat=encoded.request.is_chat)
         content = json.dumps(self._completion(encoded, address)).encode()
         try:
             inner_scope = with_request(scope, "POST", COMPLETIONS, content)
             await self._app(inner_scope, replay(content, receive), sender)
             if sender.failure is not None:
-                failed = await _wait_for(report)
+                failed = await _wait_for_failure(encoded, reports)
                 return replace(failed, failure=failed.failure or sender.failure)
             if sender.is_complete:
                 await usage()  # a stream may report no usage, and its answer counts too
             return None
         finally:
             receiver.forget(address)
+
+    async def _explain(self, encoded: EncodedRequest, reports: ExpectedReports) -> str:
+        """Return why vLLM failed a request whose answer has begun, or "" if the connector did not fail it."""
+        failed = await _wait_for_failure(encoded, reports)
+        self._counters.count_failure("failed")
+        if failed.missing:
+            return f"{len(failed.missing)} of its blocks were evicted while it was answered: ask again"
+        return failed.failure
 
     def _open_computer(self) -> BlockComputer:
         receiver = ReportReceiver(Path(self._served.socket_folder))
@@ -233,6 +255,14 @@ class BlockFrontEnd:
         }
 
 
+def _may_have_prompt(scope: Scope) -> bool:
+    """Return whether the body of a request may be a JSON object with a prompt of blocks. A form has none."""
+    if scope["type"] != "http" or scope["method"] != "POST":
+        return False
+    content_type = next((value for name, value in scope["headers"] if name.lower() == b"content-type"), b"")
+    return not content_type.lower().startswith(b"multipart/")
+
+
 def _check_request(
     request: PromptRequest,
     blocks: Sequence[Sequence[int]],
@@ -247,8 +277,8 @@ def _check_request(
     """
     model = request.sampling.get("model") or next(iter(models))
     if model not in models:
-        error = {"message": f"The model `{model}` does not exist.", "type": "NotFoundError", "code": 404}
-        raise RequestRefused(Response(404, json.dumps({"error": error}).encode()))
+        error = error_body(404, f"The model `{model}` does not exist.", "NotFoundError", "model")
+        raise RequestRefused(Response(404, json.dumps(error).encode()))
     num_prompt, num_new = sum(map(len, blocks)), request.sampling.get("max_tokens") or 1
     if num_prompt + num_new > models[model]:
         raise UserError(
@@ -273,6 +303,19 @@ async def _wait_for(report: asyncio.Future[Report]) -> Report:
         return await asyncio.wait_for(asyncio.shield(report), REPORT_TIMEOUT_S)
     except TimeoutError:
         _log.warning("the connector has not reported on a request")
+        return Report()
+
+
+async def _wait_for_failure(encoded: EncodedRequest, reports: ExpectedReports) -> Report:
+    """Return the report on why vLLM failed a request, or an empty one if the connector did not fail it."""
+    if not encoded.context:
+        return Report()
+    first = await _wait_for(reports.first)
+    if first.is_failure:
+        return first
+    try:
+        return await asyncio.wait_for(asyncio.shield(reports.failed), FAILURE_TIMEOUT_S)
+    except TimeoutError:
         return Report()
 
 

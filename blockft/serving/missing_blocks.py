@@ -71,7 +71,7 @@ class BlockComputer:
         return task
 
     async def _compute(self, key: BlockKey, scope: Scope, model: str) -> None:
-        address, report = self.receiver.expect()
+        address, reports = self.receiver.expect()
         params = block_params(self._secret, EncodeRequest(first_len=num_first(key), reply_to=address))
         body = {
             "model": model,
@@ -87,7 +87,7 @@ class BlockComputer:
             response = await call(self._app, own_scope, content)
             if response.status != 200:
                 raise RequestRefused(Response(response.status, hide_secrets(response.body)))
-            stored = await asyncio.wait_for(report, STORE_TIMEOUT_S)
+            stored = await asyncio.wait_for(reports.first, STORE_TIMEOUT_S)
         except TimeoutError:
             raise UserError("a block of the prompt was computed, but not stored: ask again") from None
         finally:

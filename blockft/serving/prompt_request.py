@@ -53,19 +53,20 @@ class PromptRequest:
     sampling: Mapping[str, Any]
 
 
-def is_prompt_request(body: Mapping[str, Any]) -> bool:
-    """Return whether blockft words and tokenizes the prompt of a request. vLLM itself answers all others.
+def prompt_field(body: Mapping[str, Any]) -> str | None:
+    """Return the field for which blockft words and tokenizes the prompt of a request, or None without one.
 
-    It does if there are documents, a question or blocks, if a message is a list of block texts, or if the
-    mode is given.
+    These are documents, a question, blocks, the mode, and messages with a list of block texts. vLLM itself
+    answers all other requests.
     """
-    if not body.keys().isdisjoint(("documents", "question", "blocks", "mode")):
-        return True
+    if given := [name for name in ("documents", "question", "blocks", "mode") if name in body]:
+        return f"'{given[0]}'"
     messages = body.get("messages")
     if messages is None or not is_list(messages):
-        return False
+        return None
     contents: list[Any] = [m.get("content") for m in messages if isinstance(m, Mapping)]
-    return any(is_list(content) and any(isinstance(part, str) for part in content) for content in contents)
+    has_blocks = any(is_list(c) and any(isinstance(part, str) for part in c) for c in contents)
+    return "the block texts of 'messages'" if has_blocks else None
 
 
 def parse_prompt_request(

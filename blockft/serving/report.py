@@ -40,6 +40,23 @@ class Report:
     missing: Sequence[int] = field(default=())
     failure: str = ""
 
+    @property
+    def is_failure(self) -> bool:
+        """Whether the request fails."""
+        return bool(self.missing or self.failure)
+
+
+@dataclass(frozen=True)
+class ExpectedReports:
+    """The first report on a request, and the first one that says that the request fails.
+
+    These differ if one of several workers lacks a block, and if a request loads its blocks again after a
+    preemption.
+    """
+
+    first: asyncio.Future[Report]
+    failed: asyncio.Future[Report]
+
 
 class Reporter:
     """Sends reports from a thread: a socket takes only few datagrams while its reader is busy."""
@@ -73,19 +90,20 @@ class ReportReceiver:
 
     def __init__(self, folder: Path) -> None:
         self.path = str(folder / f"{os.getpid()}-{id(self):x}.sock")
-        self._expected: dict[str, asyncio.Future[Report]] = {}
+        self._expected: dict[str, ExpectedReports] = {}
         self._num_requests = 0
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
         self._socket.bind(self.path)
         asyncio.get_running_loop().add_reader(self._socket.fileno(), self._receive)
 
-    def expect(self) -> tuple[ReplyAddress, asyncio.Future[Report]]:
-        """Return a new address, and the future of the first report that arrives there."""
+    def expect(self) -> tuple[ReplyAddress, ExpectedReports]:
+        """Return a new address, and the reports that will arrive there."""
         self._num_requests += 1
         address = ReplyAddress(socket=self.path, id=str(self._num_requests))
-        future = self._expected[address.id] = asyncio.get_running_loop().create_future()
-        return address, future
+        loop = asyncio.get_running_loop()
+        expected = self._expected[address.id] = ExpectedReports(loop.create_future(), loop.create_future())
+        return address, expected
 
     def forget(self, address: ReplyAddress) -> None:
         """Ignore all later reports to an address."""
@@ -101,6 +119,10 @@ class ReportReceiver:
         with suppress(BlockingIOError):
             while True:
                 fields = json.loads(zlib.decompress(self._socket.recv(_MAX_BYTES)))
-                future = self._expected.get(fields.pop("id"))
-                if future is not None and not future.done():
-                    future.set_result(Report(**fields))
+                expected = self._expected.get(fields.pop("id"))
+                if expected is None:
+                    continue
+                report = Report(**fields)
+                for future in (expected.first, *([expected.failed] if report.is_failure else [])):
+                    if not future.done():
+                        future.set_result(report)

@@ -25,6 +25,8 @@ class FakeVllm:
 
     blocks: the stored blocks. completions: the bodies of all completion requests.
     evict: called before the blocks of a request are looked up. is_full_attention: it ignores all blocks.
+    late_reports: sent after the report that all blocks of a request were loaded. The request then fails, a
+        stream after its first part.
     """
 
     api_key: str = ""
@@ -35,6 +37,8 @@ class FakeVllm:
     store_failure: str = ""
     on_store: Callable[[BlockKey], None] = lambda key: None
     load_failure: str = ""
+    late_reports: list[Report] = field(default_factory=list)
+    full_mode_failure: str = ""
     is_full_attention: bool = False
     saw_disconnect: bool = False
 
@@ -68,7 +72,7 @@ class FakeVllm:
             await send_json(send, 200, None)  # as vLLM does
             return
         reporter = Reporter()
-        failure = ""
+        failure, is_late = "", False
         if isinstance(request, EncodeRequest):
             await asyncio.sleep(0.01)
             if not self.store_failure:
@@ -77,9 +81,15 @@ class FakeVllm:
             reporter.send(request.reply_to, Report(failure=self.store_failure))
         elif isinstance(request, BlockRequest) and not self.is_full_attention:
             failure = self._load(fields, request, reporter)
+            if not failure and self.late_reports:
+                is_late, failure = True, "Internal server error"
+                while self.late_reports:
+                    reporter.send(request.reply_to, self.late_reports.pop(0))
+        elif request is None:
+            failure = self.full_mode_failure
         reporter.close()
         if fields.get("stream"):
-            await self._stream(fields, failure, send)
+            await self._stream(fields, failure, send, is_late=is_late)
         elif failure:
             await send_json(send, 500, {"error": {"message": failure, "code": 500}})
         else:
@@ -95,10 +105,12 @@ class FakeVllm:
         reporter.send(request.reply_to, report)
         return "Internal server error" if missing or self.load_failure else ""
 
-    async def _stream(self, fields: dict[str, Any], failure: str, send: Send) -> None:
+    async def _stream(self, fields: dict[str, Any], failure: str, send: Send, *, is_late: bool) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         events: list[Any] = [{"error": {"message": failure, "code": 500}}]
+        if is_late:
+            events.insert(0, _chunk([{"index": 0, "text": "be", "finish_reason": None}]))
         if not failure:
             texts = [("be", None), ("low\n\n", None), ("", "stop")]
             events = [_chunk([{"index": 0, "text": text, "finish_reason": end}]) for text, end in texts]

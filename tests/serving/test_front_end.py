@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -9,10 +10,13 @@ from typing import Any
 
 import pytest
 
+from blockft.data.encoder import Encoder
+from blockft.data.sample import Sample
 from blockft.inference.block_key import BlockKey, block_key, token_ids
 from blockft.serving.block_request import BlockRequest, block_salt, parse_params
-from blockft.serving.front_end import CHAT, COMPLETIONS, MAX_ATTEMPTS, BlockFrontEnd
+from blockft.serving.front_end import CHAT, COMPLETIONS, MAX_ATTEMPTS, REPORT_TIMEOUT_S, BlockFrontEnd
 from blockft.serving.prompt_encoder import PromptEncoder
+from blockft.serving.report import Report
 from blockft.serving.served_model import ServedModel
 from tests.serving.fake_vllm import LEAVE, MAX_LEN, Client, FakeVllm
 from tests.serving.stubs import SECRET, make_served
@@ -128,6 +132,36 @@ def test_vllm_gets_the_ids_of_the_engine_and_the_limits_of_blocks(setup: Setup) 
     run(test)
 
 
+def test_no_request_waits_for_the_tokens_of_a_large_prompt(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A document of 60 MB takes half a minute."""
+    monkeypatch.setattr("blockft.serving.prompt_encoder.LARGE_PROMPT_CHARS", 500)
+    is_waiting, may_end, encode = threading.Event(), threading.Event(), Encoder.encode_prompt
+
+    def encode_slowly(encoder: Encoder, sample: Sample) -> list[list[int]]:
+        if sum(map(len, sample.blocks)) >= 500:
+            is_waiting.set()
+            assert may_end.wait(30)
+        return encode(encoder, sample)
+
+    monkeypatch.setattr(Encoder, "encode_prompt", encode_slowly)
+
+    async def test() -> None:
+        large = asyncio.create_task(setup.post({"documents": ["moo " * 125], "question": "?"}))
+        try:
+            assert await asyncio.to_thread(is_waiting.wait, 30)
+            async with asyncio.timeout(20):
+                assert (await setup.post(QUESTION))[0] == 200
+            assert not large.done()
+        finally:
+            may_end.set()
+        status, answer = await large
+        assert status == 400 and "use fewer documents" in answer["error"]["message"]
+
+    run(test)
+
+
 def test_an_answer_that_ignores_end_tokens_does_not_stop_at_them(setup: Setup) -> None:
     async def test() -> None:
         await setup.post(QUESTION | {"ignore_eos": True, "stop_token_ids": [7]})
@@ -184,9 +218,62 @@ def test_requests_without_blocks_go_to_vllm_unchanged(setup: Setup, body: Any) -
     run(test)
 
 
-def test_other_paths_go_to_vllm(setup: Setup) -> None:
+BLOCK_MESSAGES = {"messages": CHAT_BLOCKS["messages"]}
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/invocations", "/v1/messages", "/v1/responses", "/v1/chat/completions/batch", "/tokenize", "/new"],
+)
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (QUESTION, "'documents'"),
+        ({"blocks": ["a", "b"], "prompt": ""}, "'blocks'"),
+        ({"prompt": "a", "mode": "block"}, "'mode'"),
+        (BLOCK_MESSAGES, "the block texts of 'messages'"),
+    ],
+)
+def test_a_path_that_would_ignore_blocks_refuses_them(
+    setup: Setup, path: str, body: dict[str, Any], field: str
+) -> None:
+    """vLLM ignores fields that it does not know, and answers with full attention over the question alone."""
+
     async def test() -> None:
-        assert (await setup.post(QUESTION, "/v1/responses"))[1] == {"is_from_vllm": True}
+        status, answer = await setup.post(body, path)
+        assert status == 400 and f"'{path}' gives full attention and would ignore {field}" in str(answer)
+        assert "send the request to /v1/chat/completions or /v1/completions" in answer["error"]["message"]
+        assert not setup.vllm.others and setup.counters.failures == {"refused": 1}
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/responses", {"input": "Who barks?"}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": [{"type": "text", "text": "?"}]}]}),
+        ("/v1/rerank", {"query": "Who barks?", "documents": DOCUMENTS}),
+        ("/v1/load_lora_adapter", b""),
+    ],
+)
+def test_other_paths_go_to_vllm_unchanged(setup: Setup, path: str, body: Any) -> None:
+    async def test() -> None:
+        assert (await setup.post(body, path))[1] == {"is_from_vllm": True}
+        ((_, content),) = setup.vllm.others
+        assert content == (body if isinstance(body, bytes) else json.dumps(body).encode())
+
+    run(test)
+
+
+def test_a_form_is_not_read_as_a_prompt(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of sound are larger than prompts."""
+    monkeypatch.setattr("blockft.serving.front_end.MAX_BODY_BYTES", 10)
+
+    async def test() -> None:
+        form = {"headers": {"Content-Type": "multipart/form-data; boundary=x"}}
+        status, answer = await setup.post(b"a" * 1000, "/v1/audio/transcriptions", **form)
+        assert (status, answer) == (200, {"is_from_vllm": True})
 
     run(test)
 
@@ -253,7 +340,10 @@ def test_what_vllm_refuses_is_passed_on(setup: Setup) -> None:
         message = answer["error"]["message"]
         assert status == 400 and message.startswith("temperature is no number")
         assert SECRET[:24] not in message and setup.prompt_completions()[0]["cache_salt"][:24] not in message
-        assert (await setup.post(QUESTION | {"model": "other"}))[0] == 404
+        status, answer = await setup.post(QUESTION | {"model": "other"})
+        message = "The model `other` does not exist."
+        error = {"message": message, "type": "NotFoundError", "param": "model", "code": 404}
+        assert (status, answer) == (404, {"error": error})  # as vLLM's own
 
     run(test)
 
@@ -301,6 +391,56 @@ def test_a_request_whose_blocks_are_always_evicted_fails_alone(setup: Setup, str
         assert len(setup.prompt_completions()) == MAX_ATTEMPTS
         setup.vllm.evict = lambda vllm: None
         assert (await setup.post(QUESTION))[0] == 200
+
+    run(test)
+
+
+LATE = [Report(sources=["host"] * 5), Report(missing=[1, 3])]
+"""Another worker, or a load after a preemption, lacks two blocks."""
+
+
+def test_a_block_that_is_missing_after_the_first_report_is_computed_again(setup: Setup) -> None:
+    async def test() -> None:
+        await setup.post(QUESTION)
+        setup.vllm.late_reports = [*LATE]
+        status, answer = await setup.post(QUESTION)
+        assert status == 200
+        assert answer["usage"]["block_attention"]["sources"] == {"host": 3, "computed": 2}
+        assert setup.counters.failures == {"missing": 1}
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("report", "reason"),
+    [
+        (LATE[1], "2 of its blocks were evicted while it was answered: ask again"),
+        (Report(failure="its blocks could not be loaded: the disk is gone"), "the disk is gone"),
+        (Report(), "Internal server error"),
+    ],
+)
+def test_an_answer_that_fails_after_its_first_part_ends_with_the_reason(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, report: Report, reason: str
+) -> None:
+    """What was sent cannot be repeated."""
+    monkeypatch.setattr("blockft.serving.front_end.FAILURE_TIMEOUT_S", 0.05)
+
+    async def test() -> None:
+        setup.vllm.late_reports = [report]
+        status, events = await setup.post(QUESTION | {"stream": True})
+        assert status == 200 and reason in json.loads(events[-2])["error"]["message"]
+        assert json.loads(events[1])["choices"][0]["delta"]["content"] == "be" and events[-1] == b"[DONE]"
+        assert not setup.counters.answers and setup.counters.failures == {"failed": 1}
+
+    run(test)
+
+
+def test_a_failure_in_full_mode_waits_for_no_report(setup: Setup) -> None:
+    async def test() -> None:
+        setup.vllm.full_mode_failure = "the engine is dead"
+        async with asyncio.timeout(REPORT_TIMEOUT_S / 2):
+            status, answer = await setup.post(QUESTION | {"mode": "full"})
+        assert status == 500 and "the engine is dead" in answer["error"]["message"]
 
     run(test)
 

@@ -19,7 +19,7 @@ def test_no_report_is_lost_while_the_reader_is_busy(tmp_path: Path) -> None:
             reporter.send(address, Report(missing=[number]))
         assert time.monotonic() - begun < 1
         time.sleep(0.1)  # the event loop is busy
-        reports = await asyncio.wait_for(asyncio.gather(*(future for _, future in expected)), 30)
+        reports = await asyncio.wait_for(asyncio.gather(*(reports.first for _, reports in expected)), 30)
         assert [report.missing for report in reports] == [[number] for number in range(200)]
         reporter.close()
         receiver.close()
@@ -34,9 +34,30 @@ def test_a_prompt_may_have_many_blocks(tmp_path: Path) -> None:
 
     async def test() -> None:
         receiver, reporter = ReportReceiver(tmp_path), Reporter()
-        address, future = receiver.expect()
+        address, reports = receiver.expect()
         reporter.send(address, report)
-        assert await asyncio.wait_for(future, 30) == report
+        assert await asyncio.wait_for(reports.first, 30) == report
+        reporter.close()
+        receiver.close()
+
+    asyncio.run(test())
+
+
+def test_a_failure_that_is_reported_later_is_kept(tmp_path: Path) -> None:
+    """Of two workers the second one may lack a block, and a request loads again after a preemption."""
+
+    async def test() -> None:
+        receiver, reporter = ReportReceiver(tmp_path), Reporter()
+        address, reports = receiver.expect()
+        for report in (
+            Report(sources=["host"]),
+            Report(sources=["disk"]),
+            Report(missing=[0]),
+            Report(failure="a"),
+        ):
+            reporter.send(address, report)
+        assert (await asyncio.wait_for(reports.failed, 30)).missing == [0]
+        assert reports.first.result().sources == ["host"]
         reporter.close()
         receiver.close()
 
@@ -53,11 +74,11 @@ def test_a_reader_that_does_not_read_costs_the_reports_alone(tmp_path: Path) -> 
     async def test() -> None:
         receiver, reporter = ReportReceiver(tmp_path), Reporter()
         reporter._socket.settimeout(0.01)
-        address, first = receiver.expect()
+        address, reports = receiver.expect()
         for _ in range(100):
             reporter.send(address, Report(failure="a"))
         reporter.close()  # while the event loop is busy
-        assert (await asyncio.wait_for(first, 30)).failure == "a"
+        assert (await asyncio.wait_for(reports.first, 30)).failure == "a"
         receiver.close()
 
     asyncio.run(test())

@@ -67,7 +67,7 @@ class Reference:
 
 def main() -> None:
     options, vllm_options = parse_arguments()
-    model, device = str(options.model), torch.device(options.device)
+    model, device = str(options.model), options.device
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -152,7 +152,7 @@ def shuffle_documents(seed: int, chat: Chat) -> Chat:
 
 
 def answer_by_engine(
-    model: str, device: torch.device, folder: Path, orders: dict[str, list[Chat]], max_new_tokens: int
+    model: str, device: str, folder: Path, orders: dict[str, list[Chat]], max_new_tokens: int
 ) -> dict[tuple[str, str], list[Reference]]:
     """Return the prompts with the engine's answers, by order of the documents and mode."""
     found = {}
