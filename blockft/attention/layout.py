@@ -54,16 +54,16 @@ class Layout:
     @property
     def num_row_tokens(self) -> int:
         """The number of tokens that the example takes in a row: its tokens and the copies."""
-        return self.num_tokens + self.num_copies * self.block_lengths[0]
+        return self.num_tokens + self.num_first_copies * self.block_lengths[0]
 
     @property
-    def num_copies(self) -> int:
+    def num_first_copies(self) -> int:
         """The number of copies of the first block."""
         return max(0, len(self.local_lengths) - 1) if self.local_sees_first else 0
 
     def has_copy(self, block: int) -> bool:
         """Return whether a copy of the first block stands before the block of this index."""
-        return 0 < block <= self.num_copies
+        return 0 < block <= self.num_first_copies
 
     @property
     def local_lengths(self) -> tuple[int, ...]:
@@ -159,7 +159,7 @@ def build_metadata(
     row_len = num_tokens if row_len is None else row_len
     if num_tokens > row_len:
         raise ValueError(f"examples of {num_tokens} tokens do not fit into a row of {row_len}")
-    if not reencoded and any(layout.num_copies for layout in layouts):
+    if not reencoded and any(layout.num_first_copies for layout in layouts):
         raise ValueError("copies of the first block need re-encoded positions")
     position_ids = torch.zeros(row_len, dtype=torch.int64)
     example_ids = torch.full((row_len,), PADDING, dtype=torch.int32)

@@ -27,7 +27,7 @@ def masked_logits(
     ids = torch.as_tensor(ids)
     if local_sees_first(model.config):
         layouts = [replace(layout, local_sees_first=True) for layout in layouts]
-    if any(layout.num_copies for layout in layouts):
+    if any(layout.num_first_copies for layout in layouts):
         sources = token_indices(layouts)
         is_copy = build_metadata(layouts).is_copy[0]
         kept = torch.arange(len(ids))[-logits_to_keep:] if isinstance(logits_to_keep, int) else logits_to_keep

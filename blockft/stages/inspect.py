@@ -223,7 +223,7 @@ def draw_mask(example: Example, *, local_sees_first: bool = False) -> Any:
     else:
         final_label = "a final block attends to all local blocks and to itself"
     legend = [Patch(color=FINAL_COLOUR, label=final_label)]
-    if layout.num_copies:
+    if layout.num_first_copies:
         legend.insert(0, Patch(color=COPY_COLOUR, label="a copy of block 1, seen by the block after it"))
     if len(names) > example.num_final:
         legend.insert(0, Patch(color=LOCAL_COLOUR, label="a block attends to itself"))
@@ -247,9 +247,9 @@ def _name_parts(layout: Layout) -> tuple[list[int], list[str]]:
 def _describe_size(example: Example, layout: Layout) -> str:
     """Return the number of tokens and blocks, and what copies add in block mode."""
     size = f"{format_count(len(example), 'token')} in {format_count(len(layout.block_lengths), 'block')}"
-    if not layout.num_copies:
+    if not layout.num_first_copies:
         return size
-    copies = format_count(layout.num_copies, "copy of block 1", "copies of block 1")
+    copies = format_count(layout.num_first_copies, "copy of block 1", "copies of block 1")
     return f"{size}; {copies} add {format_count(example.copy_len, 'token')} to a row"
 
 
@@ -272,7 +272,7 @@ def _describe(example: Example, tokenizer: PreTrainedTokenizerBase, local_sees_f
         "blocks": [_decode(block, tokenizer) for block in example.blocks],
         "block_lengths": list(example.block_lengths),
         "num_final": example.num_final,
-        "num_copies": layout.num_copies,
+        "num_first_copies": layout.num_first_copies,
         "num_row_tokens": layout.num_row_tokens,
         "input_ids": example.input_ids.tolist(),
         "labels": example.labels.tolist(),

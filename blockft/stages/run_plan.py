@@ -254,8 +254,11 @@ def _warn_of_long_examples(recipe: Recipe, prepared: PreparedData, num_positions
 
 
 def list_settings_without_effect(recipe: Recipe) -> list[str]:
-    """Return one sentence for every changed setting of `train` that has no effect in this recipe."""
+    """Return one sentence for every changed setting that has no effect on a run of this recipe."""
     settings, fields = recipe.train, TrainSettings.model_fields
+    found = []
+    if recipe.data.local_sees_first and not sees_first_block(recipe.data):
+        found.append("data.local_sees_first has no effect: data.modes lacks block")
     names = ("sample_steps", "num_sample_prompts", "sample_max_new_tokens")
     changed = [name for name in names if getattr(settings, name) != fields[name].default]
     if settings.num_eval_examples == 0:
@@ -265,12 +268,15 @@ def list_settings_without_effect(recipe: Recipe) -> list[str]:
         reason = "train.sample_steps is null"
         changed.remove("sample_steps")
     else:
-        return []
-    return [f"train.{name} has no effect: {reason}" for name in changed]
+        changed, reason = [], ""
+    return found + [f"train.{name} has no effect: {reason}" for name in changed]
 
 
 def warn_of_settings(recipe: Recipe, plan: RunPlan) -> None:
-    """Warn of settings of `train` that have no effect, and of steps that are fewer than `train.max_steps`."""
+    """Warn of settings that have no effect, of a model that was trained otherwise, and of missing steps.
+
+    Steps are missing if they are fewer than `train.max_steps`.
+    """
     for sentence in list_settings_without_effect(recipe):
         warn(sentence)
     has_block_mode = Mode.block in recipe.data.modes

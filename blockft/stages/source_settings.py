@@ -77,8 +77,6 @@ def settings_without_effect(data: DataSettings) -> list[str]:
             has_effect, reason = has_questions, "all of them already contain their documents"
         elif section == "data.splitting":
             has_effect, reason = splits, "none of them has chats or instructions to split"
-        elif key == "data.local_sees_first":
-            has_effect, reason = sees_first_block(data), "data.modes lacks block"
         elif key == "data.mixture.temperature":
             has_effect, reason = len(data.sources) > 1, "there is only one source"
         elif name == "dense_model":

@@ -51,7 +51,7 @@ def test_a_local_block_sees_a_copy_of_the_first_block() -> None:
 def test_a_copy_ends_at_the_position_before_its_block() -> None:
     layout = Layout((2, 1, 2, 2, 1), 2, local_sees_first=True)
     metadata = build_metadata([layout, Layout((3, 4))], 22)
-    assert (layout.num_tokens, layout.num_copies, layout.num_row_tokens) == (8, 2, 12)
+    assert (layout.num_tokens, layout.num_first_copies, layout.num_row_tokens) == (8, 2, 12)
     first = [0, 1, 0, 1, 2, 1, 2, 3, 4, 5, 6, 5]
     assert metadata.position_ids.tolist() == [[*first, *range(7), 0, 1, 2]]
     assert metadata.block_ids.tolist() == [

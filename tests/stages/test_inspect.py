@@ -74,6 +74,54 @@ def test_wrong_arguments_are_refused(make_recipe: Make, tmp_path: Path) -> None:
         inspect(out, png=tmp_path / "none" / "mask.png")
 
 
+def test_copies_of_the_first_block_are_shown(
+    make_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = prepare(make_recipe(local_sees_first=True))
+    example = load_prepared(out).examples[3]
+    first = example.block_lengths[0]
+    capsys.readouterr()
+    inspect(out, index=3, as_json=True)
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["blocks"][:2] == ["<|im_start|>user\nAnswer.\n\n", "Fox 1.\n\n"]
+    assert (shown["num_first_copies"], shown["num_row_tokens"]) == (2, len(example) + 2 * first)
+    inspect(out, index=3)
+    text = capsys.readouterr().out
+    assert f"in 4 blocks; 2 copies of block 1 add {2 * first} tokens to a row" in text
+    assert text.count("after a copy of block 1]") == 2
+    page = tmp_path / "page.html"
+    inspect(out, html=page)
+    html = page.read_text()
+    assert "itself and to a copy of the first block" in html and "after a copy of block 1" in html
+    assert f"copies of block 1 add {2 * first} tokens" in html and "data.local_sees_first" in html
+
+
+def test_data_without_copies_show_none(
+    make_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = prepare(make_recipe())
+    capsys.readouterr()
+    inspect(out, index=3, as_json=True)
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["num_first_copies"], shown["num_row_tokens"]) == (0, len(shown["input_ids"]))
+    inspect(out, index=3)
+    inspect(out, html=tmp_path / "page.html")
+    assert "copy" not in capsys.readouterr().out and "copy of" not in (tmp_path / "page.html").read_text()
+
+
+def test_the_mask_picture_shows_copies_in_a_colour_of_their_own(make_recipe: Make) -> None:
+    example = load_prepared(prepare(make_recipe(local_sees_first=True))).examples[3]
+    axes = draw_mask(example, local_sees_first=True).axes[0]
+    names = ["block 1", "copy of block 1", "block 2", "copy of block 1", "block 3", "final block"]
+    assert [label.get_text() for label in reversed(axes.get_xticklabels())] == names
+    drawn, first = axes.images[0].get_array(), example.block_lengths[0]
+    assert drawn.shape == (len(example) + 2 * first,) * 2
+    assert (drawn[first : 2 * first, first] == 3).all() and (drawn[2 * first, first : 2 * first] == 3).all()
+    assert not drawn[-1, first : 2 * first].any() and drawn[-1, 0] == 2 and drawn[0, 0] == 1
+    (legend,) = axes.figure.legends
+    assert "a copy of block 1, seen by the block after it" in [t.get_text() for t in legend.get_texts()]
+
+
 def test_the_mask_picture_names_its_blocks(make_recipe: Make) -> None:
     examples = load_prepared(prepare(make_recipe())).examples
     axes = draw_mask(examples[3]).axes[0]

@@ -8,6 +8,7 @@ import torch
 from blockft.config.recipe import load_recipe
 from blockft.errors import UserError
 from blockft.model.checkpoint import complete_checkpoints
+from blockft.stages.prepare import prepare
 from blockft.stages.run_plan import build_plan
 from tests.commands import logged
 from tests.gpu_runs import (
@@ -15,6 +16,7 @@ from tests.gpu_runs import (
     FLOAT32,
     LORA,
     REFERENCE,
+    SETTINGS,
     TOLERANCE,
     ToyRuns,
     check_losses,
@@ -46,6 +48,20 @@ def test_a_gpu_trains_in_bfloat16_with_flex_by_default(toy: ToyRuns) -> None:
 def test_flex_gives_the_losses_and_gradients_of_the_dense_reference(toy: ToyRuns, dtype: str) -> None:
     run = toy.train(dtype, "model.attention=flex", *EAGER)
     check_losses(run, toy.train(dtype, *REFERENCE), TOLERANCE[dtype])
+
+
+@DTYPES
+@pytest.mark.parametrize("objective", ["sft", "distill"])
+def test_copies_of_the_first_block_give_the_losses_of_the_dense_reference(
+    toy: ToyRuns, dtype: str, objective: str
+) -> None:
+    settings = (f"data.output_dir={toy.folder}/copies", "data.local_sees_first=true")
+    if not (toy.folder / "copies").exists():
+        prepare(load_recipe(str(toy.recipe), [*SETTINGS, *settings]))
+    overrides = (dtype, *settings, f"train.objective={objective}")
+    run = toy.train(*overrides, "model.attention=flex", *COMPILED)
+    losses, expected = logged(run), logged(toy.train(*overrides, *REFERENCE))
+    assert losses == pytest.approx(expected, rel=TOLERANCE[dtype], abs=1e-6)
 
 
 def test_bfloat16_differs_from_float32_by_its_rounding_only(toy: ToyRuns) -> None:
