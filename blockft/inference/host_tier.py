@@ -1,6 +1,7 @@
 """The host tier: keys and values of blocks in memory. The least recently used blocks are evicted."""
 
 import logging
+import threading
 from collections import OrderedDict
 
 import torch
@@ -15,6 +16,7 @@ class HostTier:
     """Blocks as (L, n, 2, K, D) tensors on the CPU, with a total size of at most `max_bytes`.
 
     A block that is larger than that is not kept. A warning says so once, unless `max_bytes` is 0.
+    Several threads may use the tier.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -23,6 +25,7 @@ class HostTier:
         self.num_evicted = 0
         self._blocks: OrderedDict[BlockKey, torch.Tensor] = OrderedDict()
         self._has_warned = max_bytes == 0
+        self._lock = threading.Lock()
 
     def __contains__(self, key: BlockKey) -> bool:
         return key in self._blocks
@@ -33,13 +36,24 @@ class HostTier:
 
     def get(self, key: BlockKey) -> torch.Tensor | None:
         """Return a block, or None if it is not in the tier. The block counts as used."""
-        kv = self._blocks.get(key)
-        if kv is not None:
-            self._blocks.move_to_end(key)
-        return kv
+        with self._lock:
+            kv = self._blocks.get(key)
+            if kv is not None:
+                self._blocks.move_to_end(key)
+            return kv
 
     def put(self, key: BlockKey, kv: torch.Tensor) -> None:
         """Insert a block without copying it."""
+        with self._lock:
+            self._put(key, kv)
+
+    def clear(self) -> None:
+        """Drop all blocks."""
+        with self._lock:
+            self._blocks.clear()
+            self.used_bytes = 0
+
+    def _put(self, key: BlockKey, kv: torch.Tensor) -> None:
         if key in self._blocks:
             return
         if kv.nbytes > self.max_bytes:
@@ -56,8 +70,3 @@ class HostTier:
             self.num_evicted += 1
         self._blocks[key] = kv
         self.used_bytes += kv.nbytes
-
-    def clear(self) -> None:
-        """Drop all blocks."""
-        self._blocks.clear()
-        self.used_bytes = 0

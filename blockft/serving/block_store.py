@@ -29,7 +29,7 @@ class LoadedBlocks:
 
 
 class BlockStore:
-    """The host and disk tiers of a server, used by one background thread.
+    """The host and disk tiers of a server. One background thread uses the disk tiers.
 
     num_workers: the number of workers of the server. Each has a host tier, and they share its size.
     pin_memory: keep blocks in pinned memory, from which a GPU copies in the background.
@@ -39,9 +39,9 @@ class BlockStore:
     """
 
     def __init__(self, served: ServedModel, *, num_workers: int = 1, pin_memory: bool = False) -> None:
-        host = HostTier(served.host_bytes // num_workers)
+        self._host = HostTier(served.host_bytes // num_workers)
         self._caches = tuple(
-            BlockCache(served.shape, host=host, disk=disk, pin_memory=pin_memory)
+            BlockCache(served.shape, host=self._host, disk=disk, pin_memory=pin_memory)
             for disk in served.open_disk_tiers()
         )
         self._vllm_cache = self._caches[1]
@@ -49,11 +49,21 @@ class BlockStore:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="blockft-store")
 
     def load(self, keys: Sequence[BlockKey]) -> Future[LoadedBlocks]:
-        """Load blocks in the background."""
-        return self._thread.submit(self._load, keys)
+        """Load blocks in the background.
+
+        Blocks that are all in memory are loaded at once: they do not wait for reads and writes of the disk.
+        """
+        found = [self._host.get(key) for key in keys]
+        blocks = [kv for kv in found if kv is not None]
+        if len(blocks) < len(keys):
+            return self._thread.submit(self._load, keys)
+        self.touch(keys)
+        loaded = Future[LoadedBlocks]()
+        loaded.set_result(LoadedBlocks(blocks=blocks, tiers=[Tier.host] * len(blocks)))
+        return loaded
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
-        """Count blocks as used, in the background, because the device has them."""
+        """Count blocks as used on the host and on disk, in the background: a nearer place had them."""
         for cache in self._caches:
             self._thread.submit(cache.touch, {*keys})
 

@@ -1,7 +1,11 @@
 """The host tier keeps its budget and evicts the least recently used blocks."""
 
 import logging
+import random
+import time
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +47,32 @@ def test_random_uses_match_a_queue_with_a_budget(uses: list[tuple[str, BlockKey,
         assert [key for key in KEYS if key in tier] == [key for key in KEYS if key in queue]
         assert tier.used_bytes == sum(map(len, queue.values())) <= 10
         assert tier.num_blocks == len(queue) and tier.num_evicted == evicted
+
+
+class SlowBlocks(OrderedDict[BlockKey, torch.Tensor]):
+    """Another thread runs between the steps of a use."""
+
+    def get(self, key: BlockKey, default: Any = None) -> Any:
+        found = super().get(key, default)
+        time.sleep(1e-4)
+        return found
+
+
+def test_threads_may_use_a_tier_while_blocks_are_evicted() -> None:
+    tier, kv = HostTier(10), block(4)
+    tier._blocks = SlowBlocks()
+
+    def use(seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(200):
+            key = rng.choice(KEYS)
+            tier.put(key, kv)
+            found = tier.get(key)
+            assert found is None or found is kv
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(use, range(4)))
+    assert tier.used_bytes == 4 * tier.num_blocks <= 10
 
 
 def test_a_block_above_the_budget_is_not_kept_and_costs_one_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -149,7 +149,22 @@ def test_a_prompt_that_is_too_long_and_an_unknown_model_are_named(server: Server
 
 
 PROMPT = {"blocks": ["The mayor of Oslo is Ann.\n", "Who is the mayor?"], "max_tokens": 2}
-WRONG = (None, True, -1, 1e308, math.nan, math.inf, "text", "\ud800", [], [[]], {}, {"a": 1}, [None], 10**40)
+WRONG: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    1e308,
+    math.nan,
+    math.inf,
+    "text",
+    "\ud800",
+    [],
+    [[]],
+    {},
+    {"a": 1},
+    [None],
+    10**40,
+)
 FIELDS = (
     *("blocks", "messages", "documents", "question", "mode", "model", "max_tokens", "temperature", "top_p"),
     *("top_k", "seed", "n", "stop", "stop_token_ids", "logprobs", "logit_bias", "min_tokens", "cache_salt"),

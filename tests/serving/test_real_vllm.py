@@ -203,8 +203,7 @@ def test_two_workers_share_the_heads(server: Server, folder: Path, chats: list[C
         assert check(both, in_mode("block", chats[30:]))["computed"]
     finally:
         both.stop()
-    options = ("--no-enable-prefix-caching", "--max-model-len", "512")
-    one = start_server(folder, folder / "cache", *options)
+    one = start_server(folder, folder / "cache", "--no-enable-prefix-caching", "--max-model-len", "512")
     try:
         assert check(one, in_mode("block", chats)).keys() == {"disk", "host"}
     finally:
@@ -299,7 +298,12 @@ FAMILIES: dict[str, Any] = {
 def test_other_families_and_rope_types_answer_as_the_masked_forward(family: str, tmp_path: Path) -> None:
     """Prompts of 100 to 200 tokens, some of whose blocks are longer than the sliding window."""
     tokenizer = save_tokenizer(tmp_path / "model")
-    size = {"hidden_size": 128, "head_dim": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    size: dict[str, Any] = {
+        "hidden_size": 128,
+        "head_dim": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
     size |= {"vocab_size": 272, "pad_token_id": tokenizer.pad_token_id, "initializer_range": 0.1}
     config = FAMILIES[family](SIZE | size)
     config.eos_token_id, config.bos_token_id = tokenizer.eos_token_id, None

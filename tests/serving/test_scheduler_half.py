@@ -71,7 +71,7 @@ def test_a_request_of_others_is_full_attention(half: SchedulerHalf, params: Any)
     assert not plan.loads and not plan.saves and not plan.is_idle
 
 
-REFUSED = {
+REFUSED: dict[str, dict[str, Any]] = {
     "final block": {"prompt": PROMPT[:15]},
     "no token": {"lengths": (5, 0, 6)},
     "cache salt": {"salt": "another"},
@@ -85,10 +85,11 @@ REFUSED = {
 def test_a_request_that_would_be_full_attention_fails_while_it_is_loaded(
     half: SchedulerHalf, reason: str
 ) -> None:
-    request = block_request("a", **{"prompt": PROMPT, "lengths": LENGTHS} | REFUSED[reason])
+    fields: dict[str, Any] = {"prompt": PROMPT, "lengths": LENGTHS}
+    request = block_request("a", **fields | REFUSED[reason])
     half.add_request(request)
     num_external, is_async = half.num_cached_tokens(request, 4)
-    assert num_external == request.num_prompt_tokens - 5 and is_async
+    assert num_external is not None and num_external == request.num_prompt_tokens - 5 and is_async
     half.allocate(request, [7, 3, 9, 1], num_external)
     (load,) = half.plan_step(step()).loads
     assert reason in load.refusal and load.start == 4

@@ -93,8 +93,9 @@ def ask(server: Server, chats: list[Chat], rng: random.Random, record: Record) -
         with suppress(openai.APITimeoutError):
             client.completions.create(model="", prompt="", extra_body={"messages": chat}, max_tokens=100)
     elif kind == "stream":
+        messages: Any = chat  # lists of block texts, which the client does not know
         chunks = server.client.chat.completions.create(
-            model="", messages=chat, max_tokens=NUM_NEW, temperature=0, stream=True
+            model="", messages=messages, max_tokens=NUM_NEW, temperature=0, stream=True
         )
         texts = (chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
         record.texts.append((chat, "".join(texts)))

@@ -160,7 +160,7 @@ def _install(monkeypatch: pytest.MonkeyPatch, installed: dict[str, str]) -> None
             raise importlib.metadata.PackageNotFoundError(name)
         return installed[name]
 
-    monkeypatch.setattr(supported_engine.importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.metadata, "version", version)
 
 
 def test_the_documented_versions_are_the_tested_ones() -> None:

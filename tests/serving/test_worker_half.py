@@ -72,8 +72,8 @@ def open_worker(tmp_path: Path) -> Iterator[Callable[..., Worker]]:
 
 
 def make_load(start: int = 0, **changes: Any) -> Load:
-    fields = {"request_id": "a", "keys": KEYS, "pages": [7, 3, 9, 1, 12], "start": start, "reply_to": ADDRESS}
-    return Load(**fields | changes)
+    load = Load(request_id="a", keys=KEYS, pages=[7, 3, 9, 1, 12], start=start, reply_to=ADDRESS)
+    return replace(load, **changes)
 
 
 def wait_for(reports: list[Report]) -> Report:
@@ -108,6 +108,23 @@ def test_blocks_in_memory_are_ready_in_the_step_that_asks_for_them(
     worker.half.load([make_load(request_id="b"), make_load(request_id="c")], is_idle=False)
     assert worker.half.take_finished() == {"b", "c"}
     assert [report.sources for report in reports[1:]] == [["host"] * 3] * 2
+
+
+def test_blocks_in_memory_do_not_wait_for_the_disk(
+    open_worker: Callable[..., Worker], reports: list[Report]
+) -> None:
+    """A slow disk, or a long write, would delay the requests that need no disk at all."""
+    worker, may_end = open_worker(KEYS), Event()
+    worker.load(make_load())
+    reports.clear()
+    copied, key = Mock(wait=lambda: may_end.wait(30)), random_key(9, 3)
+    stuck = worker.half._opened.insert(key, kv_of(key), copied)
+    try:
+        assert worker.load(make_load(request_id="b")) == ({"b"}, set())
+        assert reports == [Report(sources=["host"] * 3)] and not stuck.done()
+    finally:
+        may_end.set()
+    assert stuck.result(30) == ""
 
 
 def test_a_step_with_tokens_does_not_wait_for_a_slow_load(
