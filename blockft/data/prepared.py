@@ -14,6 +14,7 @@ give the same bytes.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -140,15 +141,21 @@ class Examples(Sequence[Example], Dataset[Example]):
     Opening them reads the columns and no token ids.
 
     num_shards: the number of shards of each source.
+
+    Raises:
+        UserError: a file has become shorter since it was opened: a read beyond its end would be fatal.
     """
 
     def __init__(self, folder: Path, num_shards: Sequence[int]) -> None:
+        self._files: list[tuple[Path, os.stat_result]] = []
         self._batches: list[pa.RecordBatch] = []
         self._batch_files: list[int] = []
         batch_sources: list[int] = []
         for number, source in enumerate(np.repeat(np.arange(len(num_shards)), num_shards).tolist()):
             # the batches keep the memory map; the file itself is closed, so that their number has no limit
-            with pa.memory_map(str(folder / _examples_name(number))) as file:
+            path = folder / _examples_name(number)
+            with pa.memory_map(str(path)) as file:
+                self._files.append((path, path.stat()))
                 reader = pa.ipc.open_file(file)
                 batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
             self._batches += batches
@@ -174,6 +181,7 @@ class Examples(Sequence[Example], Dataset[Example]):
             raise IndexError(f"example {index} of {len(self)}")
         index %= len(self)
         number = int(np.searchsorted(self._ends, index, side="right"))
+        self._check_size(self._batch_files[number])
         batch = self._batches[number]
         row = int(index - self._ends[number] + batch.num_rows)
         spans = batch.column("label_spans")[row].as_py()
@@ -184,6 +192,20 @@ class Examples(Sequence[Example], Dataset[Example]):
             num_final=batch.column("num_final")[row].as_py(),
             sample_ids=tuple(batch.column("sample_ids")[row].as_py()),
         )
+
+    def _check_size(self, number: int) -> None:
+        path, opened = self._files[number]
+        try:
+            found = path.stat()
+        except OSError:
+            return  # a file that was removed stays mapped
+        if (found.st_dev, found.st_ino) != (opened.st_dev, opened.st_ino):
+            return  # so does a file that was replaced
+        if found.st_size < opened.st_size:
+            raise UserError(
+                f"{path} was cut to {found.st_size} bytes instead of {opened.st_size} while it was read: run "
+                "blockft prepare again with --overwrite, and continue a run with --resume"
+            )
 
     def layouts(self) -> LayoutArrays:
         """Return the layouts of all examples, without the token ids."""

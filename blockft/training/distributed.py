@@ -128,7 +128,9 @@ def init_distributed(watch: RankWatch | None = None) -> None:
         deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
         if use_cpu():
             atexit.register(_destroy_process_group)
-        dist.barrier()  # from here on every rank has opened the shared memory of every other rank
+        # NCCL would guess the device of a rank alone, and print a warning that it has guessed
+        devices = None if use_cpu() else [torch.cuda.current_device()]
+        dist.barrier(device_ids=devices)  # from here on every rank has opened the shared memory of the others
     if use_cpu():
         unlink_shared_memory()
 

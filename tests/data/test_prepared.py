@@ -159,6 +159,22 @@ def test_a_damaged_folder_is_never_read(damage: str, tmp_path: Path, encoder: En
         load_prepared(tmp_path)
 
 
+def test_examples_that_are_cut_while_they_are_mapped_are_an_error(tmp_path: Path, encoder: Encoder) -> None:
+    """A read of what is no longer there would end the process with SIGBUS, without a word."""
+    write_folder(tmp_path, encoder, [[rag_sample("Question?", ("doc",))]], documents_in="user")
+    examples = load_prepared(tmp_path).examples
+    expected, file = examples[0].input_ids.tolist(), tmp_path / EXAMPLES_FILE
+    content = file.read_bytes()
+    file.rename(tmp_path / "old")
+    file.write_bytes(b"new")
+    assert examples[0].input_ids.tolist() == expected, "another file of the same name is not the mapped one"
+    (tmp_path / "old").rename(file)
+    os.truncate(file, 100)
+    with pytest.raises(UserError, match=rf"00000.arrow was cut to 100 bytes instead of {len(content)} while"):
+        examples[0]
+    file.unlink()
+
+
 def test_a_folder_of_another_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text(dump_with_digest({"version": 2}))
     with pytest.raises(UserError, match="has version 2 of the format, this blockft reads version 4"):

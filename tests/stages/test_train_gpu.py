@@ -1,5 +1,7 @@
 """Training on one GPU: the fast paths give the losses of the reference, and faults end in one sentence."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,17 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> ToyRuns:
 def test_a_gpu_trains_in_bfloat16_with_flex_by_default(toy: ToyRuns) -> None:
     plan = build_plan(load_recipe(str(toy.recipe), ["data.row_len=512"]), 1)
     assert (plan.backend, str(plan.dtype)) == ("flex", "torch.bfloat16")
+
+
+def test_a_rank_alone_names_its_device_to_nccl() -> None:
+    """A warning that the device was guessed would be the first line of every run."""
+    code = (
+        "from blockft.training.distributed import init_distributed, set_worker_environment; "
+        "set_worker_environment(); init_distributed()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "uessing device" not in done.stdout + done.stderr
 
 
 @DTYPES
