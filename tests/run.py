@@ -47,6 +47,14 @@ def save_model(folder: Path, **size: float) -> Path:
     return folder
 
 
+def write_block_attention(model: Path, **fields: Any) -> Path:
+    """Write into the config of a saved model how it was trained, as an export does. Returns its folder."""
+    file = model / "config.json"
+    config = json.loads(file.read_text()) | {"block_attention": {"version": 1, **fields}}
+    file.write_text(json.dumps(config))
+    return model
+
+
 def save_samples(path: Path, num_samples: int, seed: int = 0) -> Path:
     """Write questions whose answer is a digit in one of two to four documents."""
     rng = random.Random(seed)

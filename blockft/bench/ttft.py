@@ -25,6 +25,7 @@ from blockft.inference.block_key import BlockKey
 from blockft.inference.runner import BlockRunner, CacheOptions, kv_shape
 from blockft.inputs import shorten
 from blockft.model.masked_forward import masked_logits
+from blockft.model.supported import local_sees_first
 from blockft.outputs import check_writable, plain_label, save_figure
 from blockft.printable import print_text
 from blockft.progress import is_enabled, progress
@@ -136,6 +137,7 @@ def bench_ttft(
             "parameters": model.num_parameters(),
             "block_len": block_len,
             "question_len": question_len,
+            "local_sees_first": local_sees_first(config),
             "warmups": warmups,
             "runs": runs,
             "compiled": compile,

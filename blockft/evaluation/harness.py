@@ -31,6 +31,7 @@ from blockft.errors import UserError
 from blockft.evaluation.loglikelihood import Ids, LoglikelihoodRequest, compute_loglikelihoods
 from blockft.inference.engine import AttentionMode, Engine
 from blockft.model.load import parse_dtype
+from blockft.model.supported import local_sees_first
 from blockft.printable import print_text
 
 BLOCK_START = "\x1e"
@@ -87,6 +88,7 @@ class BlockLM(LM):
         )
         self._mode, self._delimiter = mode, delimiter
         self._batch_size, self._max_new_tokens = min(map(int, sizes.values())), max_gen_toks
+        self._joins_start = local_sees_first(self._engine.model.config)
         self._tokenizer = self._engine.tokenizer
         self._plain, self._templated = PlainTokenizer(self._tokenizer), TemplatedTokenizer(self._tokenizer)
         control = control_token_ids(self._tokenizer)
@@ -108,7 +110,8 @@ class BlockLM(LM):
         """Render a chat as `generate` does, and mark the blocks.
 
         User turns start a block, and are split at delimiters. Without a generation prompt, the last message
-        is the start of the answer.
+        is the start of the answer. If the model was trained so that local blocks see the first block, the
+        markup at the start belongs to the block after it, as in training (see `Encoder`).
 
         Raises:
             UserError: a message has an unknown role, or the template changes a message, so that the prompt
@@ -131,6 +134,8 @@ class BlockLM(LM):
                 else:
                     blocks[-1] += text
             blocks[-1] += rest
+            if self._joins_start and messages[0].role == "user" and len(blocks) > 2:
+                blocks[:2] = [blocks[0] + blocks[1]]
             if "".join(blocks).replace(TOKEN_BREAK, "") == rendered:
                 return BLOCK_START + BLOCK_START.join(blocks)
         raise UserError(

@@ -108,7 +108,7 @@ class Engine:
         default_prompt = rag_prompt_of_export(trained) if trained else RagPrompt(order="given")
         self.prompt = prompt or default_prompt
         self._num_positions = model.config.max_position_embeddings
-        self._encoder = Encoder(tokenizer)
+        self._encoder = Encoder(tokenizer, local_sees_first=local_sees_first(model.config))
         configured = model.generation_config.eos_token_id
         configured_ids = configured if isinstance(configured, list) else [configured]
         self.eos_token_ids = {*configured_ids, *self._encoder.end_token_ids} - {None}

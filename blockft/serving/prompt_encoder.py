@@ -30,7 +30,10 @@ class PromptEncoder:
         trained = block_attention_config(load_config(served.path))
         self.prompt = rag_prompt_of_export(trained) if trained else RagPrompt(order="given")
         self._vocab_size = served.vocab_size
-        self._encoder, self._large_encoder = (Encoder(load_tokenizer(served.path)) for _ in range(2))
+        encoders = (
+            Encoder(load_tokenizer(served.path), local_sees_first=served.local_sees_first) for _ in range(2)
+        )
+        self._encoder, self._large_encoder = encoders
         self.end_token_ids: Sequence[int] = sorted(self._encoder.end_token_ids)
         served.check_files()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="blockft-encode")

@@ -22,7 +22,7 @@ from blockft.data.rag_prompt import Document
 from blockft.data.request import parse_document, unknown_corpus_fields
 from blockft.data.sample import RecordError
 from blockft.errors import UserError, warn
-from blockft.inference.block_key import BlockKey, key_digest
+from blockft.inference.block_key import BlockKey, key_digest, num_first
 from blockft.inference.cache_entry import CacheModel, DamagedEntry, EntryReader
 from blockft.inference.cache_folder import CacheFolder, EntryInfo
 from blockft.inference.disk_tier import DiskTier
@@ -101,7 +101,7 @@ def build_cache(model: str, corpus: Path, cache: CacheArguments) -> None:
             warn(f"{corpus} has fields without an effect (documents): {format_fields(unknown)}")
         options = cache.options()
         digests: set[str] = set()
-        num_encoded = 0
+        num_encoded = first_len = 0
         with Engine.load(model, cache=options) as engine:
             disk = engine.runner.block_cache.disk
             assert disk
@@ -110,6 +110,7 @@ def build_cache(model: str, corpus: Path, cache: CacheArguments) -> None:
             with progress("encode", num_bytes, unit=BYTE) as advance:
                 for keys, num_line_bytes in _new_blocks(engine, opened, digests):
                     num_encoded += engine.runner.prefill_blocks(keys)
+                    first_len = max([first_len, *map(num_first, keys)])
                     engine.flush()
                     if disk.statistics.entries_lost:
                         raise UserError(
@@ -118,6 +119,12 @@ def build_cache(model: str, corpus: Path, cache: CacheArguments) -> None:
                         )
                     advance(num_line_bytes)
     print_text(f"{format_count(len(digests), 'block')} in {cache.folder}, {num_encoded:,} of them new")
+    if first_len:
+        print_text(
+            f"the documents see the instruction of the model's prompts ({first_len} tokens): prompts with "
+            "another instruction do not find them",
+            file=sys.stderr,
+        )
     if num_evicted := disk.statistics.entries_evicted:
         if num_missing := len(digests - disk.digests()):
             raise UserError(

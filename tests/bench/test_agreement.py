@@ -13,7 +13,7 @@ from blockft.inference.answer import Answer
 from blockft.inference.engine import Engine
 from blockft.stages.bench import bench_agreement
 from blockft.stages.evaluate import evaluation_recipe
-from tests.run import save_model, save_samples
+from tests.run import save_model, save_samples, write_block_attention
 
 
 @pytest.fixture
@@ -44,6 +44,14 @@ def test_cached_blocks_give_the_answers_of_the_masked_forward_pass(
     assert result["num_equal_with_another_kernel"] == 4
     assert (result["dtype"], result["max_new_tokens"]) == ("float32", 5)
     assert capsys.readouterr().out.startswith("4 of 4 greedy answers")
+
+
+def test_blocks_that_see_the_first_block_are_compared_with_a_masked_forward_pass_of_such_blocks(
+    model: str,
+) -> None:
+    write_block_attention(Path(model), local_sees_first=True)
+    result = compare(model, 5, max_new_tokens=40)
+    assert (result["num_equal"], result["num_equal_with_another_kernel"]) == (5, 5)
 
 
 def test_local_positions_are_compared_with_a_masked_forward_pass_of_local_positions(model: str) -> None:

@@ -17,7 +17,7 @@ from blockft.bench.measurement import measure_ms
 from blockft.bench.ttft import Prompt, bench_ttft, derived_figures, draw_ttft, parse_lengths, parse_tiers
 from blockft.errors import UserError
 from blockft.model.random_model import SHAPES, build_random_model, load_shape_config, weight_bytes
-from tests.run import save_model
+from tests.run import save_model, write_block_attention
 
 ARGUMENTS: dict[str, Any] = {
     "lengths": [200, 72],
@@ -74,6 +74,16 @@ def test_the_json_holds_provenance_arguments_and_figures(measured: Path) -> None
         assert figures["ttft_saved_percent"] == pytest.approx(saved)
         assert figures["ratio_to_floor"] == pytest.approx(figures["host_ms"]["median"] / figures["floor_ms"])
     assert (measured / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("sees_first", [True, False])
+def test_blocks_are_measured_as_the_model_was_trained(tmp_path: Path, sees_first: bool) -> None:
+    """The logits over cached blocks are those of the masked forward pass of the same model."""
+    model = write_block_attention(save_model(tmp_path / "model"), local_sees_first=sees_first)
+    bench_ttft(str(model), **ARGUMENTS | {"lengths": [72], "tiers": ["host", "none"], "out": tmp_path / "t"})
+    result = json.loads((tmp_path / "t").read_text())
+    assert result["local_sees_first"] is sees_first
+    assert result["agreement"][0]["cached_to_masked_sdpa"] < 1e-5
 
 
 def test_the_folder_of_the_disk_tier_is_removed(measured: Path) -> None:

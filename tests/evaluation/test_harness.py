@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from torch.testing import assert_close
 
 from blockft.attention.backends import AttentionMasks
 from blockft.attention.layout import Layout, build_metadata
+from blockft.data.sample import Message, Sample
 from blockft.errors import UserError
-from tests.run import save_model
+from blockft.model.masked_forward import masked_logits
+from tests.run import save_model, write_block_attention
 
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("lm_eval is not installed (pip install 'blockft[lm-eval]')", allow_module_level=True)
@@ -134,6 +137,49 @@ def test_few_shot_examples_are_blocks(models: dict[str, BlockLM], monkeypatch: p
     monkeypatch.setattr(loglikelihood, "ROW_TOKENS", 10)
     again = model.loglikelihood(requests, disable_tqdm=True)
     assert_close(torch.tensor(again), torch.tensor(scores), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def sees_first(tmp_path_factory: pytest.TempPathFactory) -> BlockLM:
+    """A model that was trained so that local blocks see the first block."""
+    folder = save_model(tmp_path_factory.mktemp("sees-first"), initializer_range=0.5)
+    write_block_attention(folder, local_sees_first=True)
+    return BlockLM(str(folder), mode="block", device="cpu", batch_size=4)
+
+
+def test_few_shot_examples_see_the_first_block_if_the_model_was_trained_so(
+    models: dict[str, BlockLM], sees_first: BlockLM
+) -> None:
+    """Two answers share the context; the likeliest answer is that of the engine over cached blocks."""
+    requests = pairs(*((SHOTS, answer) for answer in (" Oslo", " Riga")))
+    scores = sees_first.loglikelihood(requests, disable_tqdm=True)
+    for (_, answer), (total, _) in zip((r.args for r in requests), scores, strict=True):
+        blocks = sees_first._encode(SHOTS, answer)
+        ids, layout = [*chain.from_iterable(blocks)], Layout(tuple(map(len, blocks)), local_sees_first=True)
+        log_probs = masked_logits(sees_first._engine.model, ids, [layout]).log_softmax(-1)
+        found = log_probs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[-len(answer) :]
+        assert total == pytest.approx(float(found.detach().sum()), abs=1e-4)
+    others = models["block"].loglikelihood(requests, disable_tqdm=True)
+    assert all(abs(a[0] - b[0]) > 1e-3 for a, b in zip(scores, others, strict=True))
+    until = pairs((SHOTS, {"until": [], "max_gen_toks": 1}), kind="generate_until")
+    (answer,) = sees_first.generate_until(until, disable_tqdm=True)
+    ((_, is_greedy),) = sees_first.loglikelihood(pairs((SHOTS, answer)), disable_tqdm=True)
+    assert is_greedy or not answer.strip()
+
+
+def test_the_first_block_of_a_chat_holds_the_markup_if_the_model_was_trained_so(
+    models: dict[str, BlockLM], sees_first: BlockLM
+) -> None:
+    chat = [{"role": "user", "content": "Capitals.\n\nPeru?\n\nNorway?"}]
+    texts = ("Capitals.", "\n\nPeru?", "\n\nNorway?")
+    sample = Sample(id="x", source="x", messages=(Message(role="user", content=texts),), response="")
+    rest = ["\n\nPeru?", "\n\nNorway?<|end|><|assistant|>"]
+    for model, start in ((models["block"], ["<|user|>", "Capitals."]), (sees_first, ["<|user|>Capitals."])):
+        assert model.apply_chat_template(chat).split(BLOCK_START) == ["", *start, *rest]
+        engine = model._engine
+        assert [engine.tokenizer.decode(ids) for ids in engine.encode(sample, 1)] == [*start, *rest]
+    question = [{"role": "user", "content": "Norway?"}]
+    assert sees_first.apply_chat_template(question) == models["block"].apply_chat_template(question)
 
 
 def test_a_message_that_spells_markup_is_split_at_its_own_place(models: dict[str, BlockLM]) -> None:

@@ -1,6 +1,7 @@
 """Models whose local blocks see the first block: the cache holds what was trained, and never mixes."""
 
 import random
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from blockft.attention.cached_context import TILE_PADDING
 from blockft.attention.layout import Layout
+from blockft.data.rag_prompt import Document
 from blockft.errors import UserError
 from blockft.inference.block_key import BlockKey, block_key, context_keys, first_digest, key_digest
 from blockft.inference.cache_entry import SUFFIX, EntryReader
@@ -26,7 +28,8 @@ from blockft.inference.runner import Rotate, kv_shape
 from blockft.model.decoder_layers import rotary_embeddings
 from blockft.model.fingerprint import model_fingerprint
 from blockft.model.masked_forward import masked_logits
-from tests.inference.engines import ROTATE, Prompt, keep_only_disk, make_engine, options
+from tests.inference.engines import PROMPT, ROTATE, Prompt, keep_only_disk, make_engine, options
+from tests.run import save_model, write_block_attention
 from tests.tiny import CONFIGS, build_model, random_ids, random_layout
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -319,3 +322,64 @@ def test_a_stream_goes_on_after_another_request_took_its_blocks(rotate: Rotate) 
         except StopIteration as end:
             answer = end.value
     assert answer.ids == greedy(model, prompt)
+
+
+# prompts over documents
+
+DOCUMENTS = [Document(title="T", text=f"document {number}") for number in range(3)]
+BARE_TEMPLATE = """
+{%- for message in messages %}{{ message.content }}
+{%- if message.role == 'assistant' %}<|end|>{% endif %}{% endfor %}
+{%- if add_generation_prompt %}<|assistant|>{% endif %}"""
+"""A template without markup before the first text."""
+
+
+def save_trained_model(folder: Path, **size: float) -> Path:
+    return write_block_attention(save_model(folder, **size), local_sees_first=True)
+
+
+def test_documents_are_computed_in_advance_behind_the_instruction(tmp_path: Path) -> None:
+    """Requests with documents and chats of block texts find them; another instruction does not."""
+    path = save_trained_model(tmp_path)
+    with Engine.load(path, device="cpu", prompt=PROMPT) as engine:
+        keys = engine.document_keys(DOCUMENTS)
+        assert engine.runner.prefill_blocks(keys) == 4
+        assert [key.first for key in keys] == [b"", *[keys[0].tokens] * 3]
+        documents = [{"title": d.title, "text": d.text} for d in reversed(DOCUMENTS)]
+        answer = engine.generate(documents=documents, question="?", max_new_tokens=1)
+        assert answer.sources == {"host": 4}
+        chat = [{"role": "user", "content": ["Read.\n", "T document 1\n", "?"]}]
+        assert engine.generate(messages=chat, max_new_tokens=1).sources == {"host": 2}
+        chat[0]["content"] = ["Read!\n", "T document 1\n", "?"]
+        assert engine.generate(messages=chat, max_new_tokens=1).sources == {"computed": 2}
+
+
+def test_without_an_instruction_the_markup_is_the_first_block(tmp_path: Path) -> None:
+    prompt = replace(PROMPT, instruction="")
+    with Engine.load(save_trained_model(tmp_path), device="cpu", prompt=prompt) as engine:
+        keys = engine.document_keys(DOCUMENTS)
+        assert [key.first for key in keys] == [b"", *[keys[0].tokens] * 3]
+
+
+def test_documents_that_would_be_the_first_block_are_not_computed_in_advance(tmp_path: Path) -> None:
+    """Every other document of a prompt would depend on the one that comes first."""
+    path, template = save_trained_model(tmp_path), tmp_path / "bare.jinja"
+    template.write_text(BARE_TEMPLATE)
+    prompt = replace(PROMPT, instruction="")
+    with Engine.load(path, device="cpu", prompt=prompt, chat_template=str(template)) as engine:
+        with pytest.raises(UserError, match="every block depends on the first document"):
+            engine.document_keys(DOCUMENTS)
+        documents = [{"title": d.title, "text": d.text} for d in DOCUMENTS]
+        assert engine.generate(documents=documents, question="?", max_new_tokens=1).sources == {"computed": 3}
+    with Engine.load(path, device="cpu", prompt=PROMPT, chat_template=str(template)) as engine:
+        assert len(engine.document_keys(DOCUMENTS)) == 4
+
+
+def test_a_document_must_fit_behind_the_first_block(tmp_path: Path) -> None:
+    path = save_trained_model(tmp_path, max_position_embeddings=40)
+    with Engine.load(path, device="cpu", prompt=PROMPT) as engine:
+        assert engine.document_keys([Document(title="", text="x" * 30)])
+        with pytest.raises(
+            UserError, match="a document has 34 tokens after a first block of 7, the model has 40"
+        ):
+            engine.document_keys([Document(title="", text="x" * 33)])

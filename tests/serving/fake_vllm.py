@@ -27,9 +27,11 @@ class FakeVllm:
     evict: called before the blocks of a request are looked up. is_full_attention: it ignores all blocks.
     late_reports: sent after the report that all blocks of a request were loaded. The request then fails, a
         stream after its first part.
+    local_sees_first: as in the served model.
     """
 
     api_key: str = ""
+    local_sees_first: bool = False
     blocks: set[BlockKey] = field(default_factory=set)
     completions: list[dict[str, Any]] = field(default_factory=list)
     others: list[tuple[Scope, bytes]] = field(default_factory=list)
@@ -76,7 +78,8 @@ class FakeVllm:
         if isinstance(request, EncodeRequest):
             await asyncio.sleep(0.01)
             if not self.store_failure:
-                self.blocks.add(key := block_key(fields["prompt"]))
+                tokens, first_len = fields["prompt"], request.first_len
+                self.blocks.add(key := block_key(tokens[first_len:], tokens[:first_len]))
                 self.on_store(key)
             reporter.send(request.reply_to, Report(failure=self.store_failure))
         elif isinstance(request, BlockRequest) and not self.is_full_attention:
@@ -97,7 +100,7 @@ class FakeVllm:
 
     def _load(self, fields: dict[str, Any], request: BlockRequest, reporter: Reporter) -> str:
         self.evict(self)
-        keys = block_keys(fields["prompt"], request.lengths)
+        keys = block_keys(fields["prompt"], request.lengths, local_sees_first=self.local_sees_first)
         missing = [index for index, key in enumerate(keys) if key not in self.blocks]
         report = Report(sources=["host"] * len(keys))
         if missing or self.load_failure:

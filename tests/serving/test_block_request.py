@@ -1,12 +1,13 @@
 """Parameters of requests, salts, keys and slots: what the front end and the connector agree on."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockft.inference.block_key import token_ids
+from blockft.inference.block_key import block_key, token_ids
 from blockft.serving.block_request import (
     BlockRequest,
     EncodeRequest,
@@ -25,7 +26,10 @@ from tests.serving.stubs import NOWHERE, SECRET
 REQUEST = BlockRequest(lengths=(3, 4), salt=block_salt(SECRET, (3, 4)), reply_to=NOWHERE)
 
 
-@pytest.mark.parametrize("request_", [REQUEST, EncodeRequest(reply_to=ReplyAddress(socket="s", id="9"))])
+ENCODE = EncodeRequest(reply_to=ReplyAddress(socket="s", id="9"))
+
+
+@pytest.mark.parametrize("request_", [REQUEST, ENCODE, replace(ENCODE, first_len=7)])
 def test_parameters_are_read_back(request_: BlockRequest | EncodeRequest) -> None:
     assert parse_params(block_params(SECRET, request_), SECRET) == request_
 
@@ -52,7 +56,9 @@ def test_a_salt_is_that_of_its_block_limits_its_client_and_its_server_alone() ->
 
 def test_the_keys_of_a_prompt_are_those_of_its_local_blocks() -> None:
     keys = block_keys([5, 6, 7, 8, 9, 10], (2, 1))
-    assert [token_ids(key) for key in keys] == [[5, 6], [7]]
+    assert [token_ids(key) for key in keys] == [[5, 6], [7]] and not any(key.first for key in keys)
+    seeing = block_keys([5, 6, 7, 8, 9, 10], (2, 1), local_sees_first=True)
+    assert seeing == [block_key([5, 6]), block_key([7], [5, 6])]
 
 
 @given(st.permutations(range(6)), st.integers(1, 5), st.data())

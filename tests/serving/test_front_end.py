@@ -12,8 +12,8 @@ import pytest
 
 from blockft.data.encoder import Encoder
 from blockft.data.sample import Sample
-from blockft.inference.block_key import BlockKey, block_key, token_ids
-from blockft.serving.block_request import BlockRequest, block_salt, parse_params
+from blockft.inference.block_key import BlockKey, block_key, first_ids, num_first, token_ids
+from blockft.serving.block_request import BlockRequest, block_keys, block_salt, parse_params
 from blockft.serving.front_end import CHAT, COMPLETIONS, MAX_ATTEMPTS, REPORT_TIMEOUT_S, BlockFrontEnd
 from blockft.serving.prompt_encoder import PromptEncoder
 from blockft.serving.report import Report
@@ -50,7 +50,8 @@ class Setup:
     """A front end over a fake vLLM. Blocks that vLLM stores appear in the cache folder."""
 
     def __init__(self, served: ServedModel) -> None:
-        self.served, self.counters, self.vllm = served, FakeCounters(), FakeVllm()
+        self.served, self.counters = served, FakeCounters()
+        self.vllm = FakeVllm(local_sees_first=served.local_sees_first)
         self.vllm.on_store = self._write
         self.app = BlockFrontEnd(self.vllm, served, self.counters)
 
@@ -158,6 +159,31 @@ def test_no_request_waits_for_the_tokens_of_a_large_prompt(
             may_end.set()
         status, answer = await large
         assert status == 400 and "use fewer documents" in answer["error"]["message"]
+
+    run(test)
+
+
+def test_blocks_that_see_the_first_block_are_computed_behind_it(tmp_path: Path, toy_model: Path) -> None:
+    """vLLM gets the tokens of both, and the number of those that are not stored."""
+    setup = Setup(make_served(tmp_path, path=str(toy_model), local_sees_first=True))
+
+    async def test() -> None:
+        _, answer = await setup.post(CHAT_BLOCKS)
+        (body,) = setup.prompt_completions()
+        params = parse_params(body["kv_transfer_params"], SECRET)
+        assert isinstance(params, BlockRequest)
+        context = block_keys(body["prompt"], params.lengths, local_sees_first=True)
+        assert setup.vllm.blocks == {*context}
+        encoded = [body for body in setup.vllm.completions if body["kv_transfer_params"].get("encode")]
+        assert sorted((one["prompt"], one["kv_transfer_params"]["first_len"]) for one in encoded) == sorted(
+            (first_ids(key) + token_ids(key), num_first(key)) for key in context
+        )
+        assert answer["usage"]["block_attention"]["sources"] == {"computed": len(context)}
+        _, again = await setup.post(CHAT_BLOCKS)
+        assert again["usage"]["block_attention"]["sources"] == {"host": len(context)}
+        other = {"messages": [{"role": "system", "content": "Moo."}, *CHAT_BLOCKS["messages"]]}
+        _, moved = await setup.post(other)
+        assert set(moved["usage"]["block_attention"]["sources"]) == {"computed"}
 
     run(test)
 

@@ -6,6 +6,7 @@ Slow: vLLM takes about a minute to start.
 import json
 import os
 import random
+import shutil
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from transformers.models.qwen3 import Qwen3Config
 from blockft.attention.layout import Layout
 from blockft.inference.engine import Engine
 from blockft.model.masked_forward import masked_logits
-from tests.run import save_tokenizer
+from tests.run import save_tokenizer, write_block_attention
 from tests.serving.real_server import (
     MODEL,
     NUM_NEW,
@@ -210,6 +211,62 @@ def test_two_workers_share_the_heads(server: Server, folder: Path, chats: list[C
         one.stop()
 
 
+def test_blocks_that_see_the_first_block_answer_as_the_engine(folder: Path, chats: list[Chat]) -> None:
+    """Cold, warm, with documents in another order, behind another instruction, and after a restart.
+
+    The later server computes in chunks, has few pages and no memory for blocks.
+    """
+    model, chats = folder / "sees-first", chats[:30]
+    write_block_attention(shutil.copytree(MODEL, model), local_sees_first=True)
+    reference_here = partial(reference, path=model)
+    differences = [abs(reference_here(chat)[1][0] - reference(chat)[1][0]) for chat in chats]
+    assert sum(difference > 10 * TOLERANCE for difference in differences) > len(chats) / 3
+    engine, _ = reference_models(model)
+    prompts = [{"messages": chat} for chat in chats]
+    answers = engine.generate_batch(prompts, max_new_tokens=NUM_NEW)
+    ends = engine.eos_token_ids
+    assert [answer.ids for answer in answers] == [
+        tuple(id for id in reference_here(chat)[0] if id not in ends) for chat in chats
+    ]
+    check_here, cache = partial(check, path=model), folder / "sees-first-cache"
+    server = start_server(folder, cache, "--max-model-len", "512", model=model)
+    try:
+        num_blocks = sum(answer.num_blocks - 1 for answer in answers)
+        cold = check_here(server, in_mode("block", chats))
+        assert cold["computed"] > 30 and cold.total() == num_blocks
+        warm = check_here(server, in_mode("block", chats))
+        assert not warm["computed"] and warm["device"] and warm["host"]
+        assert not check_here(server, in_mode("block", shuffled(chats)))["computed"]
+        others = [[message | {"content": ["Read.\n", *message["content"][1:]]}] for (message,) in chats[:10]]
+        assert check_here(server, in_mode("block", others))["computed"] > 20
+        mixed = [*in_mode("block", shuffled(chats)), *in_mode("full", chats), *in_mode("block", others)]
+        random.Random(0).shuffle(mixed)
+        check_here(server, mixed)
+    finally:
+        server.stop()
+    options = ["--host-bytes", "0B", "--max-model-len", "256", "--num-gpu-blocks-override", "12"]
+    options += ["--max-num-batched-tokens", "32", "--max-num-seqs", "8", "--no-enable-prefix-caching"]
+    later = start_server(folder, cache, *options, model=model)
+    try:
+        assert check_here(later, in_mode("block", shuffled(chats))).keys() == {"disk"}
+        new = [[message | {"content": ["Look.\n", *message["content"][1:]]}] for (message,) in chats[:10]]
+        assert check_here(later, in_mode("block", new))["computed"] > 20
+    finally:
+        later.stop()
+
+
+def test_two_workers_compute_blocks_that_see_the_first_block(folder: Path, chats: list[Chat]) -> None:
+    model = folder / "two-workers"
+    write_block_attention(shutil.copytree(MODEL, model), local_sees_first=True)
+    options = ("--tensor-parallel-size", "2", "--max-model-len", "512")
+    server = start_server(folder, folder / "two-workers-cache", *options, model=model)
+    try:
+        for asked in (chats[:10], chats[:10], shuffled(chats[:10])):
+            check(server, in_mode("block", asked), path=model)
+    finally:
+        server.stop()
+
+
 @pytest.mark.real_data
 def test_a_pretrained_model_answers_as_the_engine(tmp_path: Path) -> None:
     """SmolLM2 on 20 questions of HotpotQA: computed in chunks, preempted, and after a restart."""
@@ -294,8 +351,13 @@ FAMILIES: dict[str, Any] = {
 """Random models by family and RoPE type, with heads of a size that vLLM's CPU backend supports."""
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_other_families_and_rope_types_answer_as_the_masked_forward(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "sees_first"),
+    [*((family, False) for family in FAMILIES), ("gemma3", True), ("phi3-partial", True)],
+)
+def test_other_families_and_rope_types_answer_as_the_masked_forward(
+    family: str, sees_first: bool, tmp_path: Path
+) -> None:
     """Prompts of 100 to 200 tokens, some of whose blocks are longer than the sliding window."""
     tokenizer = save_tokenizer(tmp_path / "model")
     size: dict[str, Any] = {
@@ -309,6 +371,8 @@ def test_other_families_and_rope_types_answer_as_the_masked_forward(family: str,
     config.eos_token_id, config.bos_token_id = tokenizer.eos_token_id, None
     torch.manual_seed(7)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    if sees_first:
+        write_block_attention(tmp_path / "model", local_sees_first=True)
     rng = random.Random(family)
     documents = ["".join(rng.choices("abcdefgh ", k=rng.randint(20, 70))) for _ in range(6)]
     chats = [

@@ -23,8 +23,9 @@ def half(tmp_path: Path) -> Iterator[SchedulerHalf]:
     half.close()
 
 
-def encode_request(id: str, prompt: list[int]) -> Any:
-    return make_request(id, prompt, block_params(SECRET, EncodeRequest(reply_to=NOWHERE)))
+def encode_request(id: str, prompt: list[int], first_len: int = 0) -> Any:
+    encode = EncodeRequest(first_len=first_len, reply_to=NOWHERE)
+    return make_request(id, prompt, block_params(SECRET, encode))
 
 
 @pytest.mark.parametrize(("num_computed", "expected"), [(0, (15, True)), (8, (7, True)), (16, (0, False))])
@@ -46,6 +47,19 @@ def test_a_load_names_the_blocks_and_the_tokens_that_are_missing(half: Scheduler
     assert load.keys == [block_key(PROMPT[:5]), block_key(PROMPT[5:9]), block_key(PROMPT[9:15])]
     assert plan.is_idle
     assert not half.plan_step(step({"a": 5})).loads, "a load is planned once"
+
+
+def test_blocks_that_see_the_first_block_are_loaded_and_saved_with_it(tmp_path: Path) -> None:
+    half = SchedulerHalf(make_served(tmp_path, local_sees_first=True))
+    request, encode = block_request("a", PROMPT, LENGTHS), encode_request("e", PROMPT[:9], first_len=5)
+    half.add_request(request)
+    half.allocate(request, [7, 3, 9, 1], 15)
+    half.add_request(encode)
+    plan = half.plan_step(step({"e": 9}, new={"e": [4, 8, 2]}))
+    first, document = block_key(PROMPT[:5]), block_key(PROMPT[5:9], PROMPT[:5])
+    assert plan.loads[0].keys == [first, document, block_key(PROMPT[9:15], PROMPT[:5])]
+    assert [(save.key, save.pages) for save in plan.saves] == [(document, [4, 8, 2])]
+    half.close()
 
 
 def test_a_preempted_request_is_loaded_again(half: SchedulerHalf) -> None:

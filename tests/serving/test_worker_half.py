@@ -14,11 +14,11 @@ import torch
 from torch.testing import assert_close
 
 from blockft.errors import UserError
-from blockft.inference.block_key import BlockKey
+from blockft.inference.block_key import BlockKey, block_key, token_ids
 from blockft.serving.block_request import ReplyAddress, page_slots
 from blockft.serving.block_store import BlockStore
 from blockft.serving.head_shard import HeadShard
-from blockft.serving.pages import read_block
+from blockft.serving.pages import read_block, write_blocks
 from blockft.serving.report import Report, Reporter
 from blockft.serving.scheduler_half import Load, Save
 from blockft.serving.served_model import ServedModel, list_files
@@ -190,6 +190,26 @@ def test_a_computed_block_is_stored_for_later_servers(
     assert torch.equal(
         read_block(later.layers, SHAPE, PAGE_LEN, page_slots([7, 3], PAGE_LEN, 0, 5)), kv_of(KEYS[0])
     )
+
+
+def test_a_block_that_sees_the_first_block_is_stored_without_it(
+    open_worker: Callable[..., Worker], reports: list[Report], tmp_path: Path
+) -> None:
+    """Its keys move back to the first positions, where the keys of every stored block are."""
+    worker, first_len, key = open_worker([]), 5, block_key(token_ids(KEYS[1]), token_ids(KEYS[0]))
+    pages, served = [4, 2, 9], make_served(tmp_path)
+    blocks = [kv_of(KEYS[0]), kv_of(key)]
+    write_blocks(worker.layers, served.rotaries, blocks, page_slots(pages, PAGE_LEN, 0, first_len + 4))
+    worker.half.save([Save(key=key, pages=pages, reply_to=ADDRESS)])
+    assert wait_for(reports) == Report()
+    _, by_vllm = served.open_disk_tiers()
+    assert key in by_vllm and KEYS[1] not in by_vllm and KEYS[0] not in by_vllm
+    entry = by_vllm.open(key)
+    assert entry is not None
+    with entry:
+        found = torch.stack([entry.read_layer(layer) for layer in range(SHAPE.num_layers)])
+    assert_close(found, kv_of(key), rtol=1e-5, atol=1e-5)
+    assert worker.load(make_load(keys=[KEYS[1]]))[1], "the same tokens behind no first block"
 
 
 def test_an_error_while_a_block_is_read_fails_its_requests_alone(

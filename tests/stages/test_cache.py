@@ -21,7 +21,7 @@ from blockft.stages.cache import build_cache, print_cache_stats, prune_cache, ve
 from blockft.stages.generate import CacheArguments, generate
 from tests.commands import blockft, start_ranks
 from tests.inference.cached import OTHER, TOY, kv_of, random_key
-from tests.run import save_model
+from tests.run import save_model, write_block_attention
 
 SIZE = TOY.entry_bytes(5)
 DAY = 86400
@@ -240,6 +240,30 @@ def test_generate_finds_every_block_of_the_documents(
     generate(str(model), str(source), max_new_tokens=2, as_json=True, cache=on_disk(cache))
     for line in map(json.loads, capsys.readouterr().out.splitlines()):
         assert line["sources"] == {"disk": line["blocks"] - 1}
+
+
+WORDING = {"instruction": "Read.\n", "document": "{title} {text}\n", "question": "{question}"}
+
+
+def test_documents_are_computed_behind_the_instruction_that_the_model_was_trained_with(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The wording of the export has the instruction. A model without the switch finds none of the blocks."""
+    fields = {"prompt": WORDING, "documents_in": "user", "order": "given"}
+    model = write_block_attention(save_model(tmp_path / "model"), local_sees_first=True, **fields)
+    corpus = corpus_of(tmp_path, 5)
+    for new in ("6", "0"):
+        build_cache(str(model), corpus, on_disk(cache))
+        printed_text = capsys.readouterr()
+        assert f"6 blocks in {cache}, {new} of them new" in printed_text.out
+        assert "7 tokens" in printed_text.err and "instruction" in printed_text.err
+    verify_cache(cache, as_json=True)
+    assert printed(capsys) == {"entries": 6, "damaged": [], "removed": False}
+    source = write_lines(tmp_path / "r.jsonl", [{"documents": [document(2), document(0)], "question": "?"}])
+    for local_sees_first, found in [(True, "disk"), (False, "computed")]:
+        write_block_attention(model, local_sees_first=local_sees_first, **fields)
+        generate(str(model), str(source), max_new_tokens=2, as_json=True, cache=on_disk(cache))
+        assert set(printed(capsys)["sources"]) == {found}
 
 
 def test_a_killed_build_resumes(

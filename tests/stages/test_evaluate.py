@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from blockft.stages.evaluate import (
 )
 from tests.commands import Ranks, start_ranks
 from tests.readmes import save_export
-from tests.run import save_model, save_samples
+from tests.run import save_model, save_samples, write_block_attention
 
 ROOT = Path(__file__).parents[2]
 MODEL = "data/demo/model"
@@ -520,10 +521,10 @@ def demo_questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def answer_cities(questions: Path, out: Path, *overrides: str) -> dict[str, Any]:
+def answer_cities(questions: Path, out: Path, *overrides: str, model: str = MODEL) -> dict[str, Any]:
     """Return the answers of the demo's model in each mode, and the options of the report."""
     settings = (f"eval.output_dir={out}", "eval.max_new_tokens=4", "eval.batch_size=3", *overrides)
-    report = evaluate(MODEL, str(questions), overrides=settings)
+    report = evaluate(model, str(questions), overrides=settings)
     lines = {mode: (out / f"predictions-{mode}.jsonl").read_text().splitlines() for mode in report["modes"]}
     answers = {mode: [json.loads(line)["answer"] for line in found] for mode, found in lines.items()}
     assert all(any(found) for found in answers.values())
@@ -554,6 +555,56 @@ def test_methods_without_effect_answer_as_the_block_cache(
         **(got["options"]["options of the method"] or {}),
     }
     assert {f"{option}={value}" for option, value in options.items()} >= {*method}
+
+
+@pytest.fixture(scope="module")
+def sees_first(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of the demo's model, as if it was trained with blocks that see the first block."""
+    folder = tmp_path_factory.mktemp("sees-first") / "model"
+    return str(write_block_attention(shutil.copytree(MODEL, folder), local_sees_first=True))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ["name=mask"],
+        ["name=recompute", "share=0"],
+        ["name=recompute", "share=0", "tokens=deviation"],
+        ["name=shared-start"],
+        ["name=ape", "temperature=1", "scale=1"],
+    ],
+    ids=" ".join,
+)
+def test_methods_encode_blocks_behind_the_first_block_if_the_model_was_trained_so(
+    demo_questions: Path, sees_first: str, tmp_path: Path, method: list[str]
+) -> None:
+    overrides = [f"eval.method.{option}" for option in method]
+    expected = answer_cities(demo_questions, tmp_path / "cache", model=sees_first)
+    got = answer_cities(demo_questions, tmp_path / "method", *overrides, model=sees_first)
+    assert got["lines"] == expected["lines"]
+    assert got["options"]["blocks see the first block"] is True
+    without = answer_cities(demo_questions, tmp_path / "without")
+    assert without["block"] != got["block"] and without["full"] == got["full"]
+    assert "blocks see the first block" not in without["options"]
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (["name=local-positions"], r"eval\.method\.name is local-positions, but the model was trained with"),
+        (["name=shared-start", "start_tokens=4"], r"eval\.method\.start_tokens is 4, but the model"),
+        (["name=shared-start", "start_tokens=0"], r"eval\.method\.start_tokens is 0, but the model"),
+        (["name=ape", "start_tokens=1"], r"eval\.method\.start_tokens is 1, but the model"),
+    ],
+    ids=" ".join,
+)
+def test_methods_that_hide_the_first_block_are_refused_if_the_model_was_trained_to_see_it(
+    demo_questions: Path, sees_first: str, tmp_path: Path, method: list[str], message: str
+) -> None:
+    overrides = [f"eval.method.{option}" for option in method]
+    with pytest.raises(UserError, match=message):
+        answer_cities(demo_questions, tmp_path / "out", *overrides, model=sees_first)
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_method_is_evaluated_by_its_command(demo_questions: Path, tmp_path: Path) -> None:
