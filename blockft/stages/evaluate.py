@@ -162,6 +162,8 @@ def _evaluate(model: str, recipe: Recipe, out: LockedFolder) -> dict[str, Any]:
             _check_method(method, engine)
         if recipe.data.positions is Positions.local and uses_reencoded_positions(engine.model.config):
             _remark("data.positions=local has no effect: the model was not trained with local positions")
+        if recipe.data.local_sees_first and not local_sees_first(engine.model.config):
+            _remark("data.local_sees_first=true has no effect: the model was not trained with it")
         questions = _encode(engine, samples, recipe)
         options = _options(recipe, engine, questions, revision)
         options["records dropped"] = dict(sorted((questions.dropped + Counter(dropped)).items()))
