@@ -31,6 +31,7 @@ import model_file
 from experiments import Evaluation, Experiment
 from llama import SMOLLM2, Llama, Shape, Weights
 from prompts import Prompt, PromptOptions, build_prompt, collate
+from sealed import add_sealed
 from study import ROW_LEN, arrange_documents, evaluate, first_of_blocks, most_changed, train
 
 TOY = Shape(
@@ -73,8 +74,14 @@ class Runner:
             start = model_file.load_flat(arguments.model, self.device)
         self.weights = {"pretrained": start}
         self.weights_folder: Path | None = arguments.weights
-        self.questions = [i for i, q in enumerate(self.data["questions"]) if q["part"] == "validation"]
-        if self.rehearses:
+        self.opened: dict[str, Any] | None = None
+        part = "validation"
+        if arguments.sealed:
+            names = arguments.only.split(",")
+            self.opened = add_sealed(self.data, arguments.sealed, arguments.opened, names)
+            part = "sealed"
+        self.questions = [i for i, q in enumerate(self.data["questions"]) if q["part"] == part]
+        if self.rehearses and not arguments.sealed:
             self.questions = self.questions[::160]
 
     def detokenize(self, ids: list[list[int]]) -> list[str]:
@@ -255,10 +262,11 @@ def add_more_data(data: dict[str, Any], file: Path) -> None:
     data["clozes"] = {(n if n >= 0 else first - n - 1): some for n, some in more["clozes"].items()}
 
 
-def expected_seconds(experiment: Experiment) -> float:
+def expected_seconds(experiment: Experiment, num_questions: int) -> float:
     """What an experiment takes on an H200."""
     # a second reading of three documents is quick, its first reading of ten is not
-    seconds = sum(22.0 if e.best else 15.0 for e in experiment.evaluations.values()) + 1
+    seconds = sum(22.0 if e.best else 15.0 for e in experiment.evaluations.values())
+    seconds = 1 + seconds * num_questions / 1120
     if training := experiment.training:
         step = 0.151 if training.extra_len else 0.117 if training.modes == "full" else 0.103
         if training.modes == "dual":
@@ -277,8 +285,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--only", help="names of the queue's experiments to run, in this order, with commas")
     parser.add_argument("--weights", type=Path, help="folder of kept weights, shared by the cards")
+    parser.add_argument("--sealed", type=Path, help="ask the sealed questions of this file, see sealed.py")
+    parser.add_argument("--opened", type=Path, help="the record of their opening")
     parser.add_argument("--rehearse", action="store_true")
     arguments = parser.parse_args()
+    if (arguments.sealed is None) != (arguments.opened is None) or (arguments.sealed and not arguments.only):
+        parser.error("--sealed needs --opened and --only")
     torch._dynamo.config.recompile_limit = 64
     torch.backends.cuda.matmul.allow_tf32 = True
     queue: list[Experiment] = importlib.import_module(arguments.queue).QUEUE
@@ -293,12 +305,13 @@ def main() -> None:
         "commit": os.environ.get("GAP_COMMIT", ""),
         "command": f"python driver.py {arguments.queue}",
         "rehearsal": runner.rehearses,
+        **({"sealed": runner.opened} if runner.opened else {}),
     }
     log_line("ready", provenance)
     log_line(f"kernels: relative distance {runner.check_kernels():.2e}")
     for experiment in queue:
         start = time.monotonic()
-        if start - START + expected_seconds(experiment) > arguments.seconds:
+        if start - START + expected_seconds(experiment, len(runner.questions)) > arguments.seconds:
             log_line("no time for", experiment.name)
             continue
         log_line(experiment.name)

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import blockft.model.load  # noqa: F401 - registers the backends
@@ -30,6 +31,7 @@ from prompts import (
     recompute,
 )
 from scores import interval, prior_answers, question_type, resampled_mean, word_match
+from sealed import add_sealed, open_sealed, write_file
 from split import Record, split_records
 from study import (
     Training,
@@ -507,3 +509,27 @@ def test_a_paired_interval_is_that_of_differences() -> None:
     assert np.allclose(difference, 0.1)
     low, high = interval(resampled_mean(a))
     assert low < np.mean([*a["x"], *a["y"]]) < high
+
+
+def test_sealed_questions_are_opened_once_and_for_named_models_alone(tmp_path: Path) -> None:
+    data = toy_data()
+    before = [question["documents"] for question in data["questions"]]
+    own = toy_data(3)
+    write_file(own["documents"], [q | {"type": "bridge"} for q in own["questions"]], tmp_path)
+    file, record = tmp_path / "sealed.pt.xz", tmp_path / "opened.json"
+    open_sealed(tmp_path, "a,b", record)
+    with pytest.raises(SystemExit, match="opened already"):
+        open_sealed(tmp_path, "c", record)
+    with pytest.raises(SystemExit, match="does not name c"):
+        add_sealed(data, file, record, ["a", "c"])
+    opened = add_sealed(data, file, record, ["a"])
+    assert opened["models"] == ["a", "b"]
+    assert [question["documents"] for question in data["questions"][: len(before)]] == before
+    added = data["questions"][len(before) :]
+    assert len(added) == 3 and all(question["part"] == "sealed" for question in added)
+    for question, other in zip(added, own["questions"], strict=True):
+        found = [data["documents"][n] for n in question["documents"]]
+        assert all((a == own["documents"][n]).all() for a, n in zip(found, other["documents"], strict=True))
+    file.write_bytes(file.read_bytes() + b"\n")
+    with pytest.raises(SystemExit, match="another file"):
+        add_sealed(data, file, record, ["a"])
