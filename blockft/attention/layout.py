@@ -128,6 +128,9 @@ def token_indices(layouts: Sequence[Layout]) -> torch.Tensor:
 
         layout (2, 1, 2, 2) with local_sees_first:  0 1   0 1 2   0 1 3 4   5 6
     """
+    num_tokens = sum(layout.num_tokens for layout in layouts)
+    if not any(layout.num_first_copies for layout in layouts):
+        return torch.arange(num_tokens)
     indices = []
     start = 0
     for layout in layouts:
@@ -137,7 +140,7 @@ def token_indices(layouts: Sequence[Layout]) -> torch.Tensor:
                 indices.append(first)
             indices.append(torch.arange(start, start + length))
             start += length
-    return torch.cat(indices) if indices else torch.zeros(0, dtype=torch.int64)
+    return torch.cat(indices)
 
 
 def build_metadata(
@@ -181,7 +184,8 @@ def build_metadata(
             position_ids[tokens] = torch.arange(position - copy_len, position + length)
             block_ids[tokens] = block
             is_final[tokens] = index >= num_local
-            is_copy[start : start + copy_len] = True
+            if copy_len:
+                is_copy[start : start + copy_len] = True
             start, block, position = tokens.stop, block + 1, position + length
     position_ids[start:] = torch.arange(row_len - start)
     return AttentionMetadata(

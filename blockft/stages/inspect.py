@@ -216,7 +216,8 @@ def draw_mask(example: Example, *, local_sees_first: bool = False) -> Any:
     axes.set_xticks(ticks, labels, rotation=90, fontsize=8)
     axes.set_yticks(ticks, labels, fontsize=8)
     axes.tick_params(length=0)
-    title = plain_label(f"{example.sample_ids[0]}: {_describe_size(example, layout)}")
+    size, *copies = _describe_size(example, layout).split("; ")
+    title = "\n".join([plain_label(f"{example.sample_ids[0]}: {size}"), *copies])
     axes.set(xlabel="key tokens", ylabel="query tokens", title=title)
     if example.num_final == 1:
         final_label = "the final block attends to all blocks"
@@ -227,7 +228,8 @@ def draw_mask(example: Example, *, local_sees_first: bool = False) -> Any:
         legend.insert(0, Patch(color=COPY_COLOUR, label="a copy of block 1, seen by the block after it"))
     if len(names) > example.num_final:
         legend.insert(0, Patch(color=LOCAL_COLOUR, label="a block attends to itself"))
-    figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False)
+    num_columns = len(legend) if len(legend) < 3 else 1
+    figure.legend(handles=legend, loc="outside lower center", ncols=num_columns, frameon=False)
     return figure
 
 
