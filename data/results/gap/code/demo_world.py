@@ -85,6 +85,7 @@ def settings(work: Path, level_name: str, recipe: str, seed: int) -> list[str]:
         f"train.seed={seed}",
         f"train.max_steps={NUM_STEPS}",
         f"train.save_steps={EARLY_STEPS}",
+        "train.save_total_limit=3",
         f"train.batch_rows={SCENES_PER_STEP}",
         f"eval.sources.0.path={work}/{level.num_towns}/heldout.jsonl",
         f"eval.output_dir={work}/{name}-eval",
