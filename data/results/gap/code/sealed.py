@@ -153,6 +153,10 @@ class Confirmation:
         for path in sorted(out.glob("sealed-*.json")):
             line = json.loads(path.read_text(encoding="utf-8"))
             self.lines.setdefault(path.stem.rsplit("-seed", 1)[0], []).append(line)
+        seeds = {
+            name: [line["name"].rsplit("-seed", 1)[1] for line in some] for name, some in self.lines.items()
+        }
+        assert len(set(map(tuple, seeds.values()))) == 1, f"every recipe needs the same seeds: {seeds}"
 
     def hits(self, recipe: str, mode: str, order: str, metric: str = METRIC) -> NDArray[np.float64]:
         """Hits (seeds, questions) in percent; the mean of the orders for the order `both`."""
