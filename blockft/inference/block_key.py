@@ -41,8 +41,10 @@ def context_keys(
     With `local_sees_first` all blocks but the first see the first. A later block that equals the first sees
     it too, so their keys differ.
     """
-    first = blocks[0] if local_sees_first and len(blocks) else ()
-    return [block_key(ids, first if index else ()) for index, ids in enumerate(blocks)]
+    keys = [block_key(ids) for ids in blocks]
+    if not local_sees_first:
+        return keys
+    return [key._replace(first=keys[0].tokens) if index else key for index, key in enumerate(keys)]
 
 
 def token_ids(key: BlockKey) -> list[int]:

@@ -40,6 +40,9 @@ class Engine:
     prompts is one request. Other requests may run between the tokens of a stream. With `rotate="queries"` the
     stream then recomputes its question and its answer so far, which takes time and changes no answer.
 
+    If the model was trained with `local_sees_first`, a cached block belongs to the first block of its prompt,
+    usually the instruction: prompts with another instruction compute their documents again.
+
     An engine is a context manager that closes itself. Most users open one with `Engine.load`.
 
     Args:

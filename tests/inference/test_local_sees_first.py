@@ -1,5 +1,6 @@
 """Models whose local blocks see the first block: the cache holds what was trained, and never mixes."""
 
+import json
 import random
 from dataclasses import replace
 from itertools import chain
@@ -27,9 +28,11 @@ from blockft.inference.rotate_queries import QueryRotationRunner
 from blockft.inference.runner import Rotate, kv_shape
 from blockft.model.decoder_layers import rotary_embeddings
 from blockft.model.fingerprint import model_fingerprint
+from blockft.model.load import BLOCK_ATTENTION, load_model
+from blockft.model.lora import add_adapter
 from blockft.model.masked_forward import masked_logits
 from tests.inference.engines import PROMPT, ROTATE, Prompt, keep_only_disk, make_engine, options
-from tests.run import save_model, write_block_attention
+from tests.run import save_model, save_tokenizer, write_block_attention
 from tests.tiny import CONFIGS, build_model, random_ids, random_layout
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -383,3 +386,23 @@ def test_a_document_must_fit_behind_the_first_block(tmp_path: Path) -> None:
             UserError, match="a document has 34 tokens after a first block of 7, the model has 40"
         ):
             engine.document_keys([Document(title="", text="x" * 33)])
+
+
+def test_the_entry_of_an_adapter_counts_and_not_that_of_its_base(tmp_path: Path) -> None:
+    prompt, base = random_prompt(random.Random(5), 40, 4), save_model(tmp_path / "base")
+    adapter = tmp_path / "adapter"
+    add_adapter(load_model(str(base), backend="cached", dtype=torch.float32), {}, seed=0).save_pretrained(
+        adapter
+    )
+    save_tokenizer(adapter)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(base)
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    (adapter / BLOCK_ATTENTION).write_text(json.dumps({"version": 1, "local_sees_first": True}))
+    for path, sees_first in ((adapter, True), (base, False)):
+        with Engine.load(path, device="cpu") as engine:
+            assert engine.runner.context_keys(prompt[:-1]) == context_keys(
+                prompt[:-1], local_sees_first=sees_first
+            )
+            (answer,) = engine.generate_ids([prompt], max_new_tokens=NUM_NEW)
+            assert answer.ids == greedy(engine.model, prompt)

@@ -106,6 +106,10 @@ WORDING = {"instruction": "Read.", "document": "{text}", "question": "{question}
         ({"sink_tokens": 4}, r"has sink_tokens 4 \(allowed: 0\)"),
         ({"local_sees_first": "yes"}, r"has local_sees_first 'yes' \(allowed: False, True\)"),
         ({"position_scheme": "sideways"}, "has position_scheme 'sideways'"),
+        (
+            {"position_scheme": "local", "local_sees_first": True},
+            "has local_sees_first true with position_scheme local",
+        ),
         ({"documents_in": "tool"}, r"has documents_in 'tool' \(allowed: system, user\)"),
         ({"order": ["given"]}, "has order"),
         ({"prompt": "{question}"}, "has a prompt that does not have exactly the texts instruction"),

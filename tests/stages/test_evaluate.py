@@ -588,6 +588,16 @@ def test_methods_encode_blocks_behind_the_first_block_if_the_model_was_trained_s
     assert "blocks see the first block" not in without["options"]
 
 
+def test_the_switch_of_a_recipe_does_not_change_a_model_that_was_trained_without_it(
+    demo_questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = answer_cities(demo_questions, tmp_path / "without")
+    assert "local_sees_first" not in capsys.readouterr().err
+    got = answer_cities(demo_questions, tmp_path / "with", "data.local_sees_first=true")
+    assert got["lines"] == expected["lines"] and got["options"] == expected["options"]
+    assert "data.local_sees_first=true has no effect" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize(
     ("method", "message"),
     [
