@@ -12,6 +12,7 @@ from blockft.config.recipe import load_recipe
 from blockft.data.encoder import IGNORE_INDEX, Encoder
 from blockft.data.prepared import PreparedData, load_prepared
 from blockft.errors import UserError
+from blockft.inference.engine import Engine
 from blockft.model.load import load_model, load_tokenizer
 from blockft.model.masked_forward import masked_logits
 from blockft.run_folder import read_metrics, read_sample_answers
@@ -99,6 +100,21 @@ def test_sample_answers_are_those_of_the_export_in_the_masked_forward_pass(folde
             with torch.no_grad():
                 new_ids.append(int(masked_logits(model, ids + new_ids, [layout], 1)[-1].argmax()))
         assert record["answer"] == tokenizer.decode(new_ids, skip_special_tokens=True)
+
+
+def test_the_engine_answers_as_the_run_does(folder: Path) -> None:
+    """The engine splits a request into the blocks of training, and reads them from its cache."""
+    prepared = load_prepared(folder / "data")
+    samples = {sample.id: sample for i in held_out(prepared) for sample in prepared.read_samples(i)}
+    records = [r for r in read_sample_answers(folder / "run") if r["mode"] == "block"]
+    with Engine.load(folder / "export") as engine:
+        for record in [*records, *records]:
+            messages = [
+                {"role": m.role, "content": [*m.content]} for m in samples[record["sample_id"]].messages
+            ]
+            answer = engine.generate(messages=messages, max_new_tokens=4)
+            assert answer.text == record["answer"]
+        assert answer.blocks_reused == len(messages[0]["content"]) - 1
 
 
 def test_an_export_says_that_documents_see_the_first_block(folder: Path) -> None:
