@@ -10,6 +10,9 @@ from blockft.serving.completion_format import ChatFormat
 
 Usage = dict[str, Any]
 
+ABORTED = "vLLM has aborted it, because the server ends or was paused: ask again"
+"""Why an answer that vLLM ends early is not sent. vLLM would give its first tokens with status 200."""
+
 
 class AnswerSender:
     """Receives the messages of vLLM's response to a completion request, and sends them on.
@@ -18,7 +21,7 @@ class AnswerSender:
     or with a stream whose first event is an error. Nothing is sent in this case, `failure` is set, and the
     request may be repeated.
 
-    is_complete: the whole answer was sent.
+    is_complete: the whole answer was sent. has_failed: it failed after its first part was sent.
 
     usage: returns what the answer's usage says about blocks.
     confirm: returns why the answer must not be sent, or "". It is called before the first byte.
@@ -39,7 +42,7 @@ class AnswerSender:
         self._start: Message = {}
         self._body = b""
         self._is_stream = False
-        self._has_sent = self._has_failed = False
+        self._has_sent = self.has_failed = False
         self.failure: str | None = None
         self.is_complete = False
 
@@ -69,7 +72,7 @@ class AnswerSender:
         answer = json.loads(self._body)
         if answer is None:
             return  # the client has left, and vLLM has stopped its request
-        if failure := await self._confirm():
+        if failure := ABORTED if _is_aborted(answer) else await self._confirm():
             self.failure = failure
             return
         await self._add_usage(answer)
@@ -82,10 +85,7 @@ class AnswerSender:
         lines = []
         for event in events:
             data = event.removeprefix(b"data:").strip()
-            if not self._has_sent and data.startswith(b'{"error"'):
-                self.failure = _error_message(data)
-                return
-            if not self._has_sent and (failure := await self._confirm()):
+            if not self._has_sent and (failure := await self._early_failure(data)):
                 self.failure = failure
                 return
             lines += await self._convert(data)
@@ -94,30 +94,37 @@ class AnswerSender:
                 await self._send(self._start)
         body = b"".join(b"data: %s\n\n" % line for line in lines)
         if body or is_last:
-            self.is_complete = is_last and not self._has_failed
+            self.is_complete = is_last and not self.has_failed
             await self._send({"type": "http.response.body", "body": body, "more_body": not is_last})
+
+    async def _early_failure(self, data: bytes) -> str:
+        """Return why a stream must not begin with an event, or ""."""
+        if data.startswith(b'{"error"'):
+            return _error_message(data)
+        if data.startswith(b"{") and _is_aborted(json.loads(data)):
+            return ABORTED
+        return await self._confirm()
 
     async def _convert(self, data: bytes) -> list[bytes]:
         """Return the data of the events for the client."""
         if not data.startswith(b"{"):
             return [data]  # [DONE]
+        if self.has_failed:
+            return []
         chunk = json.loads(data)
-        if "choices" not in chunk:
-            return [await self._error_event(data)]
+        if "choices" not in chunk or _is_aborted(chunk):
+            return [await self._error_event(data, is_error="choices" not in chunk)]
         if chunk.get("usage"):
             await self._add_usage(chunk)
         chunks = self._chat.chunks(chunk) if self._chat else [chunk]
         return [json.dumps(chunk).encode() for chunk in chunks]
 
-    async def _error_event(self, data: bytes) -> bytes:
-        """Return the event that ends a stream with an error."""
-        self._has_failed = True
-        reason = await self._explain()
-        return (
-            json.dumps(error_body(500, reason, "InternalServerError")).encode()
-            if reason
-            else hide_secrets(data)
-        )
+    async def _error_event(self, data: bytes, *, is_error: bool) -> bytes:
+        """Return the event that ends a stream with an error. is_error: vLLM's event is an error."""
+        self.has_failed = True
+        if reason := await self._explain() if is_error else ABORTED:
+            return json.dumps(error_body(500, reason, "InternalServerError")).encode()
+        return hide_secrets(data)
 
     async def _add_usage(self, answer: dict[str, Any]) -> None:
         usage = await self._usage()
@@ -125,6 +132,11 @@ class AnswerSender:
             "prompt_tokens_details": {"cached_tokens": usage["tokens_reused"]},
             "block_attention": usage,
         }
+
+
+def _is_aborted(answer: dict[str, Any]) -> bool:
+    """Return whether vLLM has ended an answer early."""
+    return any(choice.get("finish_reason") == "abort" for choice in answer.get("choices", ()))
 
 
 def _error_message(content: bytes) -> str:

@@ -22,7 +22,7 @@ from blockft.inference.answer import NOT_CACHED
 from blockft.inference.block_cache import Tier
 from blockft.inference.block_key import BlockKey, context_keys, num_tokens
 from blockft.inputs import shorten
-from blockft.serving.answer_sender import AnswerSender, Usage
+from blockft.serving.answer_sender import ABORTED, AnswerSender, Usage
 from blockft.serving.asgi import (
     Application,
     BodyTooLarge,
@@ -171,28 +171,22 @@ class BlockFrontEnd:
         address, reports = receiver.expect()
         usage = self._usage(encoded, computed, reports.first)
         confirm = partial(_confirm, encoded, reports.first)
-        explain = partial(self._explain, encoded, reports)
+        explain = partial(_explain, encoded, reports)
         sender = AnswerSender(send, usage, confirm, explain, is_chat=encoded.request.is_chat)
         content = json.dumps(self._completion(encoded, address)).encode()
         try:
             inner_scope = with_request(scope, "POST", COMPLETIONS, content)
             await self._app(inner_scope, replay(content, receive), sender)
             if sender.failure is not None:
-                failed = await _wait_for_failure(encoded, reports)
+                failed = Report() if sender.failure == ABORTED else await _wait_for_failure(encoded, reports)
                 return replace(failed, failure=failed.failure or sender.failure)
-            if sender.is_complete:
+            if sender.has_failed:
+                self._counters.count_failure("failed")
+            elif sender.is_complete:
                 await usage()  # a stream may report no usage, and its answer counts too
             return None
         finally:
             receiver.forget(address)
-
-    async def _explain(self, encoded: EncodedRequest, reports: ExpectedReports) -> str:
-        """Return why vLLM failed a request whose answer has begun, or "" if the connector did not fail it."""
-        failed = await _wait_for_failure(encoded, reports)
-        self._counters.count_failure("failed")
-        if failed.missing:
-            return f"{len(failed.missing)} of its blocks were evicted while it was answered: ask again"
-        return failed.failure
 
     def _open_computer(self) -> BlockComputer:
         receiver = ReportReceiver(Path(self._served.socket_folder))
@@ -317,6 +311,14 @@ async def _wait_for_failure(encoded: EncodedRequest, reports: ExpectedReports) -
         return await asyncio.wait_for(asyncio.shield(reports.failed), FAILURE_TIMEOUT_S)
     except TimeoutError:
         return Report()
+
+
+async def _explain(encoded: EncodedRequest, reports: ExpectedReports) -> str:
+    """Return why vLLM failed a request whose answer has begun, or "" if the connector did not fail it."""
+    failed = await _wait_for_failure(encoded, reports)
+    if failed.missing:
+        return f"{len(failed.missing)} of its blocks were evicted while it was answered: ask again"
+    return failed.failure
 
 
 def _parse_object(content: bytes) -> dict[str, Any] | None:

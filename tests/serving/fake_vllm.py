@@ -28,6 +28,7 @@ class FakeVllm:
     late_reports: sent after the report that all blocks of a request were loaded. The request then fails, a
         stream after its first part.
     local_sees_first: as in the served model.
+    is_ending: it aborts all requests, and answers with what it has.
     """
 
     api_key: str = ""
@@ -41,6 +42,7 @@ class FakeVllm:
     load_failure: str = ""
     late_reports: list[Report] = field(default_factory=list)
     full_mode_failure: str = ""
+    is_ending: bool = False
     is_full_attention: bool = False
     saw_disconnect: bool = False
 
@@ -96,7 +98,10 @@ class FakeVllm:
         elif failure:
             await send_json(send, 500, {"error": {"message": failure, "code": 500}})
         else:
-            await send_json(send, 200, _completion(fields))
+            answer = _completion(fields)
+            if self.is_ending:
+                answer["choices"][0] |= {"text": "be", "finish_reason": "abort"}
+            await send_json(send, 200, answer)
 
     def _load(self, fields: dict[str, Any], request: BlockRequest, reporter: Reporter) -> str:
         self.evict(self)
@@ -116,6 +121,9 @@ class FakeVllm:
             events.insert(0, _chunk([{"index": 0, "text": "be", "finish_reason": None}]))
         if not failure:
             texts = [("be", None), ("low\n\n", None), ("", "stop")]
+            if self.is_ending:
+                num_tokens = fields.get("min_tokens", 0)  # of those that are computed already
+                texts = [("be", None)] * num_tokens + [("", "abort")]
             events = [_chunk([{"index": 0, "text": text, "finish_reason": end}]) for text, end in texts]
             if (fields.get("stream_options") or {}).get("include_usage"):
                 events.append(_chunk([]) | {"usage": _usage(fields)})

@@ -13,6 +13,7 @@ import pytest
 from blockft.data.encoder import Encoder
 from blockft.data.sample import Sample
 from blockft.inference.block_key import BlockKey, block_key, first_ids, num_first, token_ids
+from blockft.serving.answer_sender import ABORTED
 from blockft.serving.block_request import BlockRequest, block_keys, block_salt, parse_params
 from blockft.serving.front_end import CHAT, COMPLETIONS, MAX_ATTEMPTS, REPORT_TIMEOUT_S, BlockFrontEnd
 from blockft.serving.prompt_encoder import PromptEncoder
@@ -457,6 +458,23 @@ def test_an_answer_that_fails_after_its_first_part_ends_with_the_reason(
         assert status == 200 and reason in json.loads(events[-2])["error"]["message"]
         assert json.loads(events[1])["choices"][0]["delta"]["content"] == "be" and events[-1] == b"[DONE]"
         assert not setup.counters.answers and setup.counters.failures == {"failed": 1}
+
+    run(test)
+
+
+@pytest.mark.parametrize("mode", ["block", "full"])
+def test_an_answer_that_vllm_aborts_is_no_answer(setup: Setup, mode: str) -> None:
+    """While it ends, vLLM gives the tokens that it has, with status 200."""
+
+    async def test() -> None:
+        setup.vllm.is_ending = True
+        for options in ({}, {"stream": True}):
+            status, answer = await setup.post(QUESTION | {"mode": mode} | options)
+            assert status == 500 and f"the request failed: {ABORTED}" in answer["error"]["message"]
+        usage = {"stream_options": {"include_usage": True}}
+        _, events = await setup.post(QUESTION | {"mode": mode, "stream": True, "min_tokens": 1} | usage)
+        assert [json.loads(event).get("error", {}).get("message") for event in events[2:-1]] == [ABORTED]
+        assert not setup.counters.answers and setup.counters.failures == {"failed": 3}
 
     run(test)
 

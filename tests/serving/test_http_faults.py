@@ -262,8 +262,9 @@ def test_a_server_that_is_ended_answers_right_or_fails_and_leaves_no_process(
             except openai.OpenAIError as error:
                 ended.append(type(error).__name__)
                 return
-            if answer.choices[0].token_ids != reference(chat)[0]:
-                wrong.append(chat)
+            choice, expected = answer.choices[0], reference(chat)[0]
+            if choice.token_ids != expected:
+                wrong.append((choice.token_ids, choice.finish_reason, expected))
 
     for chat in chats:
         reference(chat)
