@@ -993,7 +993,8 @@ class MethodSettings(Settings):
         description=(
             "`shared-start`, `ape`: how many first tokens of the first block stand before every other block. "
             "The final block reads them once. null is the whole first block for `shared-start` and 0 for "
-            "`ape`."
+            "`ape`. A model that was trained with `data.local_sees_first` takes null alone: the whole first "
+            "block stands there with every method, and `local-positions` is refused."
         ),
     )
     temperature: Annotated[float, BeforeValidator(_refuse_bool)] = Field(
