@@ -19,9 +19,11 @@ from transformers import PreTrainedModel
 from blockft.attention.layout import Layout
 from blockft.bench.benchmark_model import load_benchmark_config, load_benchmark_model
 from blockft.bench.measurement import measure_copy_bandwidth, measure_ms, write_measurement
+from blockft.bench.reencoding import LABELS as REENCODING_LABELS
+from blockft.bench.reencoding import measure_reencoding
 from blockft.console import PlainConsole
 from blockft.errors import UserError
-from blockft.inference.block_key import BlockKey
+from blockft.inference.block_key import BlockKey, context_keys
 from blockft.inference.runner import BlockRunner, CacheOptions, kv_shape
 from blockft.inputs import shorten
 from blockft.model.masked_forward import masked_logits
@@ -80,6 +82,7 @@ def bench_ttft(
     runs: int,
     folder: Path | None,
     compile: bool,
+    reencoding: bool,
     out: Path | None,
     png: Path | None,
 ) -> None:
@@ -92,6 +95,7 @@ def bench_ttft(
         nearer to the device than the measured one are emptied before each run.
     folder: where the temporary folder of the disk tier is created; None is the system's default.
     compile: compile the layers that read cached blocks (GPU only).
+    reencoding: also measure what it costs to move blocks to their positions (`reencoding_passes`).
 
     Raises:
         UserError: no model or shape has that name, or there is too little memory for it; a length is not
@@ -108,12 +112,16 @@ def bench_ttft(
     measured = [{"length": prompt.length, **derived_figures(prompt, model, bandwidth)} for prompt in prompts]
     with (
         tempfile.TemporaryDirectory(dir=folder, prefix="blockft-ttft-") as disk,
-        progress("measure", (1 + len(tiers)) * sum(lengths), unit="token") as advance,
+        progress("measure", (1 + reencoding + len(tiers)) * sum(lengths), unit="token") as advance,
     ):
         # full prefill first, while no layer is compiled and no cache is filled
         for figures, prompt in zip(measured, prompts, strict=True):
             figures["full_ms"] = measure_full_prefill(model, prompt, warmups, runs)
             advance(prompt.length)
+            if reencoding:
+                keys = context_keys(prompt.blocks, local_sees_first=local_sees_first(config))
+                figures["reencoding"] = measure_reencoding(model, keys, prompt.question, warmups, runs)
+                advance(prompt.length)
         short = [prompt for prompt in prompts if prompt.length <= MAX_AGREEMENT_LEN][-1:]
         masked = [(prompt, masked_logits_by_backend(model, prompt)) for prompt in short]
         cache_bytes = lengths[-1] * kv_shape(model).token_bytes
@@ -129,6 +137,8 @@ def bench_ttft(
             if not is_enabled():
                 print_text(_summary_line(figures), file=sys.stderr, flush=True)
     print_table(model_or_shape, measured)
+    if reencoding:
+        print_reencoding_table(model_or_shape, measured)
     write_measurement(
         out,
         {
@@ -376,6 +386,20 @@ def print_table(model_or_shape: str, measured: Sequence[Mapping[str, Any]]) -> N
         saved = f"{figures['ttft_saved_percent']:.1f} %" if "ttft_saved_percent" in figures else ""
         flops_saved = f"{figures['flops_saved_percent']:.1f} %"
         table.add_row(f"{figures['length']:,}", *times, saved, f"{figures['floor_ms']:.1f}", flops_saved)
+    PlainConsole().print(table)
+
+
+def print_reencoding_table(model_or_shape: str, measured: Sequence[Mapping[str, Any]]) -> None:
+    """Print one row per prompt length: median times in milliseconds, by the way in which blocks move."""
+    table = Table(
+        "tokens",
+        *REENCODING_LABELS.values(),
+        title=f"{model_or_shape}: re-encoding, ms",
+        caption="first pass over blocks on the device, uncompiled; none: blocks stay at positions 0 to n-1",
+    )
+    for figures in measured:
+        times = [f"{figures['reencoding'][name]['median']:.1f}" for name in REENCODING_LABELS]
+        table.add_row(f"{figures['length']:,}", *times)
     PlainConsole().print(table)
 
 

@@ -78,7 +78,7 @@ def bench_ttft(
         str,
         typer.Option(
             metavar="TIER,...",
-            help="Tiers that hold the blocks. Default: device,host,disk,none; on a CPU host,disk,none.",
+            help="Tiers that hold the blocks, or none. Default: device,host,disk; on a CPU host,disk.",
         ),
     ] = "",
     warmups: Warmups = 10,
@@ -87,6 +87,9 @@ def bench_ttft(
         Path | None, path_option(metavar="FOLDER", help="Folder for the files of the disk tier.")
     ] = None,
     compile: Annotated[bool, typer.Option(help="Compile the layers that read cached blocks (GPU).")] = True,
+    reencoding: Annotated[
+        bool, typer.Option(help="Also measure what it costs to move blocks to their positions.")
+    ] = False,
     out: Out = None,
     png: Png = None,
 ) -> None:
@@ -108,6 +111,7 @@ def bench_ttft(
         runs=runs,
         folder=folder,
         compile=compile,
+        reencoding=reencoding,
         out=out,
         png=png,
     )

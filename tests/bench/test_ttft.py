@@ -28,6 +28,7 @@ ARGUMENTS: dict[str, Any] = {
     "runs": 3,
     "folder": None,
     "compile": False,
+    "reencoding": False,
     "out": None,
     "png": None,
 }
