@@ -1,8 +1,9 @@
 """Load models, configurations and tokenizers from folders and from the Hub."""
 
 import copy
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,7 +45,7 @@ from blockft.progress import is_enabled
 from blockft.run_folder import RECIPE
 
 BLOCK_ATTENTION = "block_attention.json"
-"""The file of an adapter's export with the entry `block_attention`, because an adapter has no config.json."""
+"""The file of an adapter with the entry `block_attention`, because an adapter has no config.json."""
 
 ADAPTER_CONFIG = "adapter_config.json"
 """The file that makes a folder the folder of an adapter."""
@@ -126,6 +127,11 @@ def load_config(path: str, revision: str | None = None) -> PreTrainedConfig:
     # transformers finds most contradictions between settings only when it builds the model
     _call(model_path, build_meta_model, config)
     return config
+
+
+def write_adapter_block_attention(folder: Path, entry: Mapping[str, Any]) -> None:
+    """Write the entry `block_attention` into the folder of an adapter, where `load_config` reads it."""
+    (folder / BLOCK_ATTENTION).write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
 
 
 def build_meta_model(config: PreTrainedConfig) -> PreTrainedModel:

@@ -1,6 +1,5 @@
 """`blockft export`: write a plain Hugging Face model folder after checking it against the run."""
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ from blockft.model.checkpoint import (
 )
 from blockft.model.hub import check_push, describe_base_model, push_folder
 from blockft.model.load import (
-    BLOCK_ATTENTION,
     DTYPES,
     adapter_base_model,
     digest_base_weights,
@@ -40,6 +38,7 @@ from blockft.model.load import (
     load_generation_config,
     load_tokenizer,
     parse_dtype,
+    write_adapter_block_attention,
 )
 from blockft.model.lora import load_adapter, open_adapter
 from blockft.model.model_card import build_model_card
@@ -47,6 +46,7 @@ from blockft.model.model_files import write_digests
 from blockft.model.weights import error_prefix, load_weights
 from blockft.outputs import LockedFolder, atomic_folder, check_absent
 from blockft.run_folder import RECIPE, read_data, read_metrics, read_recipe, verify_metrics
+from blockft.stages.block_attention import build_block_attention
 from blockft.stages.compare import read_report
 from blockft.stages.output_folder import lock_output
 from blockft.stages.source_settings import sees_first_block
@@ -205,8 +205,7 @@ def _save_adapter(folder: Path, checkpoint: Path, recipe: Recipe, dtype: torch.d
     adapter = load_adapter(base, checkpoint, consolidate_weights(checkpoint, dtype))
     # peft would also save adapted embeddings of the base model, which has no weights here
     adapter.save_pretrained(str(folder), save_embedding_layers=False)
-    entry = json.dumps(_block_attention_entry(checkpoint, recipe), indent=2)
-    (folder / BLOCK_ATTENTION).write_text(entry + "\n", encoding="utf-8")
+    write_adapter_block_attention(folder, _block_attention_entry(checkpoint, recipe))
 
 
 def _save_model(
@@ -237,26 +236,7 @@ def add_end_tokens(config: GenerationConfig, end_token_ids: Collection[int]) -> 
 
 
 def _block_attention_entry(checkpoint: Path, recipe: Recipe) -> dict[str, Any]:
-    """Return the entry `block_attention` of config.json, which says how prompts are split into blocks.
-
-    It has the wording of prompts over documents only if the prepared data held prompts of that wording. Chats
-    and data with marked blocks have a wording of their own.
-    """
-    entry = {
-        "version": 1,
-        "position_scheme": recipe.data.positions.value,
-        "sink_tokens": 0,
-        "local_sees_first": sees_first_block(recipe.data),
-    }
-    manifest = read_data(checkpoint.parent)
-    if not any(source["has_questions"] for source in manifest["sources"] if source["kept"]):
-        return entry
-    options = manifest["options"]
-    return entry | {
-        "documents_in": options["prompt"]["documents_in"],
-        "order": options["order"],
-        "prompt": {name: options["prompt"][name] for name in ("instruction", "document", "question")},
-    }
+    return build_block_attention(recipe.data, read_data(checkpoint.parent))
 
 
 def _load_all_weights(checkpoint: Path, recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:

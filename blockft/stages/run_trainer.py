@@ -21,6 +21,7 @@ from blockft.model.gradient_checkpointing import checkpoint_layers
 from blockft.model.load import digest_base_weights, load_model, load_tokenizer
 from blockft.model.lora import add_adapter
 from blockft.model.shared_input import share_products
+from blockft.stages.block_attention import build_block_attention
 from blockft.stages.run_plan import choose_pad_id
 from blockft.training.distributed import check_ranks, use_cpu
 from blockft.training.objectives import Distillation
@@ -148,6 +149,7 @@ def _build_run_callback(
         Path(settings.output_dir),
         tokenizer=tokenizer,
         run_signature=run_signature,
+        block_attention=build_block_attention(recipe.data, plan.manifest),
         reference_ids_T=plan.rows[0]["input_ids"][0, :REFERENCE_LEN].clone(),
         save_total_limit=settings.save_total_limit,
         keep_best=settings.keep_best,

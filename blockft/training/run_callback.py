@@ -29,7 +29,7 @@ from blockft.model.checkpoint import (
     remove_old_checkpoints,
     save_reference_logits,
 )
-from blockft.model.load import DTYPES
+from blockft.model.load import DTYPES, write_adapter_block_attention
 from blockft.run_folder import (
     MEASURED,
     METRICS,
@@ -58,11 +58,12 @@ from blockft.training.trainer import BlockTrainer
 class RunCallback(TrainerCallback):
     """Writes `metrics.jsonl`, completes checkpoints, and on SIGINT or SIGTERM saves one and stops the run.
 
-    `run_signature` is stored in every checkpoint's marker. `reference_ids_T` is the text of the reference
-    logits. `unlogged`, `eval_due` and `answers_due` come from the marker of the checkpoint that the run
-    resumes from, see `mark_complete`. The tokenizer is saved here, because a Trainer that has it changes the
-    model's end token. `sample_answers` are written to `sample_answers.jsonl`, printed by `progress_line`, and
-    passed to `show_answers`, if it is set, together with all earlier ones.
+    `run_signature` is stored in every checkpoint's marker. `block_attention` is the entry of the model, which
+    a checkpoint with an adapter holds, because it can be opened as a model. `reference_ids_T` is the text of
+    the reference logits. `unlogged`, `eval_due` and `answers_due` come from the marker of the checkpoint that
+    the run resumes from, see `mark_complete`. The tokenizer is saved here, because a Trainer that has it
+    changes the model's end token. `sample_answers` are written to `sample_answers.jsonl`, printed by
+    `progress_line`, and passed to `show_answers`, if it is set, together with all earlier ones.
     """
 
     trainer: BlockTrainer
@@ -74,6 +75,7 @@ class RunCallback(TrainerCallback):
         *,
         tokenizer: PreTrainedTokenizerBase,
         run_signature: dict[str, Any],
+        block_attention: dict[str, Any],
         reference_ids_T: torch.Tensor,
         save_total_limit: int,
         keep_best: bool,
@@ -87,6 +89,7 @@ class RunCallback(TrainerCallback):
     ) -> None:
         self._run, self._tokenizer = run, tokenizer
         self._run_signature, self._reference_ids_T = run_signature, reference_ids_T
+        self._block_attention = block_attention
         self._save_total_limit, self._keep_best = save_total_limit, keep_best
         self._has_eval_rows, self._eval_steps = has_eval_rows, eval_steps
         self._eval_losses: dict[str, float] = {}
@@ -274,8 +277,10 @@ class RunCallback(TrainerCallback):
                 model.config.save_pretrained(checkpoint)
                 if model.generation_config is not None:
                     model.generation_config.save_pretrained(checkpoint)
+                # a checkpoint with an adapter can be opened as a model
+                if self._run_signature["train.lora"] is not None:
+                    write_adapter_block_attention(checkpoint, self._block_attention)
                 if self._run_signature[QUANTIZATION]:
-                    # the checkpoint can be opened as an adapter
                     write_base_quantization(checkpoint, DTYPES[self._run_signature[WEIGHT_DTYPE]])
                 save_reference_logits(checkpoint, self._reference_ids_T, logits_TV)
                 write_tag(checkpoint, state.global_step)

@@ -13,7 +13,8 @@ from blockft.data.encoder import IGNORE_INDEX, Encoder
 from blockft.data.prepared import PreparedData, load_prepared
 from blockft.errors import UserError
 from blockft.inference.engine import Engine
-from blockft.model.load import load_model, load_tokenizer
+from blockft.model.checkpoint import find_checkpoint
+from blockft.model.load import load_config, load_model, load_tokenizer
 from blockft.model.masked_forward import masked_logits
 from blockft.run_folder import read_metrics, read_sample_answers
 from blockft.stages.export import export
@@ -123,10 +124,14 @@ def test_an_export_says_that_documents_see_the_first_block(folder: Path) -> None
     assert "also attends to the first block" in (folder / "export" / "README.md").read_text()
 
 
-def test_an_adapter_says_it_as_well(folder: Path) -> None:
+def test_an_adapter_and_its_checkpoint_say_it_as_well(folder: Path) -> None:
+    """A checkpoint with an adapter can be opened as a model, without an export."""
     train(folder / "recipe.yaml", folder / "adapter-run", *SETTINGS, "train.lora={r: 2}")
     out = export(folder / "adapter-run", folder / "adapter", adapter_only=True)
     assert json.loads((out / "block_attention.json").read_text())["local_sees_first"] is True
+    checkpoint = find_checkpoint(folder / "adapter-run")
+    entries = [load_config(str(path)).block_attention for path in (checkpoint, out, folder / "export")]
+    assert entries[0] == entries[1] == entries[2]
 
 
 def test_a_run_in_full_mode_alone_has_no_copies_and_says_so(
