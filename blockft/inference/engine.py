@@ -11,7 +11,6 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blockft.data.chat_template import ChatTemplate
 from blockft.data.encoder import Encoder
 from blockft.data.fit import fit_prompt
 from blockft.data.rag_prompt import Document, RagPrompt, rag_prompt_of_export
@@ -376,18 +375,13 @@ class Engine:
         """
         if self.prompt is None:
             raise UserError(OWN_WORDING)
-        # the template's markup is not a block of the instruction, but it is before the documents, too
-        has_first = bool(self.prompt.instruction or ChatTemplate(self.tokenizer).start)
-        if local_sees_first(self.model.config) and not has_first:
+        if local_sees_first(self.model.config) and self._is_first_block_a_document(self.prompt):
             raise UserError(
                 "the model was trained with local_sees_first, and its prompts have no instruction: every "
                 "block depends on the first document of its prompt, so blocks are computed when a prompt "
                 "needs them, and not in advance"
             )
-        messages, meta = self.prompt.build("?", documents, "documents")
-        prompt = Sample(id="documents", source="documents", messages=messages, response="", meta=meta)
-        with self._open():
-            *blocks, _ = self._encoder.encode_prompt(prompt)
+        blocks = self._local_blocks(self.prompt, documents)
         self._check_ids(blocks)
         keys = self.runner.context_keys(blocks)
         for key in keys:
@@ -398,6 +392,19 @@ class Engine:
                     "positions: shorten it"
                 )
         return keys
+
+    def _is_first_block_a_document(self, prompt: RagPrompt) -> bool:
+        """Return whether a prompt has neither an instruction nor markup before its documents."""
+        # the template may remove an instruction of white space
+        blocks = [self._local_blocks(prompt, [Document(title="", text=text)]) for text in ("x", "y")]
+        return blocks[0][:1] != blocks[1][:1]
+
+    def _local_blocks(self, prompt: RagPrompt, documents: Sequence[Document]) -> list[list[int]]:
+        """Return the token ids of the local blocks of a prompt over documents."""
+        messages, meta = prompt.build("?", documents, "documents")
+        sample = Sample(id="documents", source="documents", messages=messages, response="", meta=meta)
+        with self._open():
+            return self._encoder.encode_prompt(sample)[:-1]
 
     def _check_ids(self, blocks: Sequence[Sequence[int]]) -> None:
         for block in blocks:

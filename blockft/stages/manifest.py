@@ -6,6 +6,7 @@ from typing import Any
 from blockft.config.settings import Recipe, Source
 from blockft.data.statistics import ExampleStatistics, SourceStatistics, histogram
 from blockft.stages.source_kind import holds_questions
+from blockft.stages.source_settings import sees_first_block
 from blockft.stages.teacher_settings import teacher_options
 
 NOT_IN_MANIFEST = ("output_dir", "cache_dir", "num_workers", "positions")
@@ -26,6 +27,7 @@ def build_manifest(
     options = recipe.data.model_dump(mode="json")
     for name in NOT_IN_MANIFEST:
         del options[name]
+    options["local_sees_first"] = sees_first_block(recipe.data)
     if recipe.data.teacher:
         options["teacher"] = teacher_options(recipe.data.teacher)
     sources = zip(recipe.data.sources, counts, strict=True)

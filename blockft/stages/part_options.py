@@ -21,6 +21,7 @@ from blockft.data.tokenizer import tokenizer_fingerprint
 from blockft.digest import DamagedFile, digest_files, list_files
 from blockft.errors import UserError
 from blockft.stages.source_kind import holds_questions, is_split
+from blockft.stages.source_settings import sees_first_block
 
 READ_VERSION = 1
 """Version of the code that reads sources: a change of what it reads needs another number."""
@@ -139,7 +140,7 @@ def encode_options(source: Source, data: DataSettings) -> EncodeOptions:
     splitting, splits = data.splitting, is_split(source)
     return EncodeOptions(
         row_len=data.row_len,
-        local_sees_first=data.local_sees_first,
+        local_sees_first=sees_first_block(data),
         trim=data.too_long is TooLongPolicy.trim,
         skip_bad=data.on_bad_record is BadRecordPolicy.skip,
         splitting=(splitting.max_blocks, splitting.min_block_tokens) if splits else None,

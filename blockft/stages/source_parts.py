@@ -29,7 +29,7 @@ from blockft.stages.part_options import (
     read_options,
 )
 from blockft.stages.sample_estimate import CopyProgress, estimate_samples
-from blockft.stages.source_settings import read_source
+from blockft.stages.source_settings import read_source, sees_first_block
 from blockft.stages.teacher_answers import TeacherResponses
 
 Copy = tuple[int, int]
@@ -54,7 +54,7 @@ class SourceParts:
 
     def __init__(self, data: DataSettings, cache: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         self._data, self._cache = data, cache
-        self._encoder = Encoder(tokenizer, local_sees_first=data.local_sees_first)
+        self._encoder = Encoder(tokenizer, local_sees_first=sees_first_block(data))
         self._tokenizer = identify_tokenizer(tokenizer)
         self._contents = [SourceContent(source) for source in data.sources]
         uses_dense = any(source.retriever is Retriever.dense for source in data.sources)

@@ -331,7 +331,7 @@ def test_a_stream_goes_on_after_another_request_took_its_blocks(rotate: Rotate) 
 
 DOCUMENTS = [Document(title="T", text=f"document {number}") for number in range(3)]
 BARE_TEMPLATE = """
-{%- for message in messages %}{{ message.content }}
+{%- for message in messages %}{{ message.content | trim }}
 {%- if message.role == 'assistant' %}<|end|>{% endif %}{% endfor %}
 {%- if add_generation_prompt %}<|assistant|>{% endif %}"""
 """A template without markup before the first text."""
@@ -364,11 +364,17 @@ def test_without_an_instruction_the_markup_is_the_first_block(tmp_path: Path) ->
         assert [key.first for key in keys] == [b"", *[keys[0].tokens] * 3]
 
 
-def test_documents_that_would_be_the_first_block_are_not_computed_in_advance(tmp_path: Path) -> None:
-    """Every other document of a prompt would depend on the one that comes first."""
+@pytest.mark.parametrize("instruction", ["", " \n"])
+def test_documents_that_would_be_the_first_block_are_not_computed_in_advance(
+    tmp_path: Path, instruction: str
+) -> None:
+    """Every other document of a prompt would depend on the one that comes first.
+
+    The template strips messages, so that no block is left of an instruction of white space.
+    """
     path, template = save_trained_model(tmp_path), tmp_path / "bare.jinja"
     template.write_text(BARE_TEMPLATE)
-    prompt = replace(PROMPT, instruction="")
+    prompt = replace(PROMPT, instruction=instruction)
     with Engine.load(path, device="cpu", prompt=prompt, chat_template=str(template)) as engine:
         with pytest.raises(UserError, match="every block depends on the first document"):
             engine.document_keys(DOCUMENTS)

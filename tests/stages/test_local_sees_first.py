@@ -172,6 +172,23 @@ def test_data_that_do_not_fit_are_refused(folder: Path, overrides: list[str], me
     assert "\n" not in str(error.value)
 
 
+def test_data_for_full_mode_alone_are_prepared_without_copies(folder: Path) -> None:
+    """Copies would make samples too long that full mode takes."""
+    row_len = max(load_prepared(folder / "data").examples.columns.lengths)
+    overrides = ["data.modes=[full]", f"data.row_len={row_len}"]
+    folders = [Path(f"{folder}/full-data-{switch}") for switch in (True, False)]
+    for switch, output in zip((True, False), folders, strict=True):
+        settings = [*SETTINGS, f"data.local_sees_first={switch}", f"data.output_dir={output}"]
+        prepare(load_recipe(str(folder / "recipe.yaml"), [*settings, *overrides]))
+    with_switch, without = map(load_prepared, folders)
+    assert len(with_switch.examples) == len(without.examples) == len(load_prepared(folder / "data").examples)
+    assert with_switch.manifest["content_hash"] == without.manifest["content_hash"]
+    assert with_switch.manifest["options"]["local_sees_first"] is False
+    block = load_recipe(str(folder / "recipe.yaml"), [*SETTINGS, f"data.output_dir={folders[0]}"])
+    with pytest.raises(UserError, match=r"prepared with data.local_sees_first false.*recipe has true"):
+        build_plan(block, 1)
+
+
 def test_full_mode_trains_on_data_of_either_kind(folder: Path) -> None:
     overrides = [*SETTINGS, "data.modes=[full]", "data.local_sees_first=false"]
     build_plan(load_recipe(str(folder / "recipe.yaml"), overrides), 1)
