@@ -27,16 +27,29 @@ class RotaryEmbedding:
         A tensor holds a distance for each key; it has the shape of the keys without D, or one that broadcasts
         to it. Keys of any shape (..., D) are allowed.
 
-        Angles are computed in float64, because float32 angles are off by 3e-3 at position 32,000. The
-        rotation is computed in float32. A shift by 0 returns the keys unchanged.
+        The rotation is computed in float32; see `cos_sin` for its angles. A shift by 0 returns the keys
+        unchanged.
         """
         if isinstance(distance, int) and distance == 0:
             return keys_BKSD
-        half = self.inv_freq.shape[0]
-        inv_freq = self.inv_freq.to(keys_BKSD.device)
+        return rotate(keys_BKSD, *self.cos_sin(distance, keys_BKSD.device))
+
+    def cos_sin(
+        self, distance: int | torch.Tensor, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the cosines and sines of a shift by `distance` positions: (..., R / 2) each, in float32.
+
+        Angles are computed in float64, because float32 angles are off by 3e-3 at position 32,000.
+        """
+        inv_freq = self.inv_freq.to(device)
         angles = inv_freq * (distance if isinstance(distance, int) else distance[..., None])
-        cos, sin = angles.cos().float(), angles.sin().float()
-        keys = keys_BKSD.float()
-        low, high, rest = keys[..., :half], keys[..., half : 2 * half], keys[..., 2 * half :]
-        shifted = torch.cat((low * cos - high * sin, high * cos + low * sin, rest), dim=-1)
-        return shifted.to(keys_BKSD.dtype)
+        return angles.cos().float(), angles.sin().float()
+
+
+def rotate(keys_BKSD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Return keys (..., D), rotated in float32 by the angles with these cosines and sines (..., R / 2)."""
+    half = cos.shape[-1]
+    keys = keys_BKSD.float()
+    low, high, rest = keys[..., :half], keys[..., half : 2 * half], keys[..., 2 * half :]
+    rotated = torch.cat((low * cos - high * sin, high * cos + low * sin, rest), dim=-1)
+    return rotated.to(keys_BKSD.dtype)

@@ -119,13 +119,14 @@ class BlockCache:
         """
         if not self.host.max_bytes and self.disk is None:
             return
-        copy, copied = self._copy_to_host(kv)
-        self.host.put(key, copy)
-        if self.disk is not None:
-            self._invalidated.discard(key)
-            while len(self._writes) >= MAX_PENDING_WRITES:
-                self._writes.popleft().result()
-            self._write_later(_write, self.disk, key, copy, copied)
+        self._insert(key, *self._copy_to_host(kv))
+
+    def insert_on_host(self, key: BlockKey, kv: torch.Tensor) -> Future[None] | None:
+        """Insert a block that is on the host, without a copy: `kv` belongs to the cache from now on.
+
+        Return the write to the disk, or None without a disk.
+        """
+        return self._insert(key, kv, None)
 
     def clear(self) -> None:
         """Drop all blocks from the device and host tiers."""
@@ -241,10 +242,23 @@ class BlockCache:
             self._touched |= new
             self._write_later(disk.touch, new)
 
-    def _write_later(self, task: Callable[..., None], *args: Any) -> None:
+    def _insert(
+        self, key: BlockKey, kv: torch.Tensor, copied: torch.cuda.Event | None
+    ) -> Future[None] | None:
+        self.host.put(key, kv)
+        if self.disk is None:
+            return None
+        self._invalidated.discard(key)
+        while len(self._writes) >= MAX_PENDING_WRITES:
+            self._writes.popleft().result()
+        return self._write_later(_write, self.disk, key, kv, copied)
+
+    def _write_later(self, task: Callable[..., None], *args: Any) -> Future[None]:
         while self._writes and self._writes[0].done():
             self._writes.popleft().result()
-        self._writes.append(self._writer.submit(task, *args))
+        write = self._writer.submit(task, *args)
+        self._writes.append(write)
+        return write
 
     def _copy_to_host(self, kv: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         """Return a copy of a block on the host, and the event to wait for before it is read."""

@@ -3,29 +3,29 @@
 Both kinds are right for the model and differ in rounding alone. They share the host tier.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from blockft.inference.block_cache import BlockCache, Tier
 from blockft.inference.block_key import BlockKey
 from blockft.inference.host_tier import HostTier
-from blockft.serving.device_work import DeviceWork
 from blockft.serving.served_model import ServedModel
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedBlocks:
-    """Blocks on the host, (L, n, 2, K, D) each, and the tier of each, in the order of the request.
+    """Blocks on the host, (L, n, 2, K, D) each, and the tier of each.
 
-    missing: the indices of blocks that no tier has. There are no `blocks` then.
+    missing: the blocks that no tier has.
     """
 
-    blocks: Sequence[torch.Tensor] = ()
-    tiers: Sequence[Tier] = ()
-    missing: Sequence[int] = ()
+    blocks: Mapping[BlockKey, torch.Tensor] = field(default_factory=dict)
+    tiers: Mapping[BlockKey, Tier] = field(default_factory=dict)
+    missing: AbstractSet[BlockKey] = frozenset()
 
 
 class BlockStore:
@@ -53,13 +53,12 @@ class BlockStore:
 
         Blocks that are all in memory are loaded at once: they do not wait for reads and writes of the disk.
         """
-        found = [self._host.get(key) for key in keys]
-        blocks = [kv for kv in found if kv is not None]
-        if len(blocks) < len(keys):
+        blocks = {key: kv for key in keys if (kv := self._host.get(key)) is not None}
+        if len(blocks) < len({*keys}):
             return self._thread.submit(self._load, keys)
         self.touch(keys)
         loaded = Future[LoadedBlocks]()
-        loaded.set_result(LoadedBlocks(blocks=blocks, tiers=[Tier.host] * len(blocks)))
+        loaded.set_result(LoadedBlocks(blocks=blocks, tiers=dict.fromkeys(blocks, Tier.host)))
         return loaded
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
@@ -67,13 +66,12 @@ class BlockStore:
         for cache in self._caches:
             self._thread.submit(cache.touch, {*keys})
 
-    def insert(self, key: BlockKey, kv: torch.Tensor, copied: DeviceWork) -> Future[str]:
-        """Insert a block that vLLM computed, (L, n, 2, K, D) on the CPU, in the background.
+    def insert(self, key: BlockKey, kv: torch.Tensor) -> Future[Future[None]]:
+        """Insert a block that vLLM computed, (L, n, 2, K, D) on the host, in the background.
 
-        copied: the work that writes `kv`. The result is "" once the folder has the block, or the reason why
-        the block cannot be used.
+        `kv` belongs to the store from now on. The result is the write to the folder.
         """
-        return self._thread.submit(self._insert, key, kv, copied)
+        return self._thread.submit(self._insert, key, kv)
 
     def close(self) -> None:
         """Wait until the folder has all blocks, then stop the threads."""
@@ -89,22 +87,13 @@ class BlockStore:
             loaded = cache.load(hits)
             blocks |= loaded
             tiers |= {key: hits[key].tier for key in loaded}
-        if missing := [index for index, key in enumerate(keys) if key not in blocks]:
+        if missing := {*keys} - blocks.keys():
             # damaged entries are computed and written anew, possibly by another worker
             for cache in self._caches:
-                cache.revalidate(keys[index] for index in missing)
-            return LoadedBlocks(missing=missing)
-        return LoadedBlocks(blocks=[blocks[key] for key in keys], tiers=[tiers[key] for key in keys])
+                cache.revalidate(missing)
+        return LoadedBlocks(blocks=blocks, tiers=tiers, missing=missing)
 
-    def _insert(self, key: BlockKey, kv: torch.Tensor, copied: DeviceWork) -> str:
-        copied.wait()
-        # a masked value has weight 0, but 0 times infinity is not 0: the block would change other tokens
-        if not bool(kv.isfinite().all()):
-            dtype = str(kv.dtype).removeprefix("torch.")
-            return (
-                f"in {dtype} the model computes values that are not finite for a block of {kv.shape[1]} "
-                "tokens: leave the document out, or serve the model with another dtype"
-            )
-        self._vllm_cache.insert(key, kv)
-        self._vllm_cache.flush()
-        return ""
+    def _insert(self, key: BlockKey, kv: torch.Tensor) -> Future[None]:
+        write = self._vllm_cache.insert_on_host(key, kv)
+        assert write is not None, "the folder is always there"
+        return write

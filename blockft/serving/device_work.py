@@ -49,12 +49,17 @@ class BackgroundStream:
         """Return the work that was enqueued until now."""
         return DeviceWork(self._stream.record_event() if self._stream else None)
 
-    def copy_to_host(self, tensor: torch.Tensor) -> tuple[torch.Tensor, DeviceWork]:
-        """Return a copy of a tensor on the host, in pinned memory for a GPU, and the work that writes it."""
+    def copy_to_host(
+        self, tensor: torch.Tensor, *, is_written: bool = False
+    ) -> tuple[torch.Tensor, DeviceWork]:
+        """Return a copy of a tensor on the host, in pinned memory for a GPU, and the work that writes it.
+
+        is_written: the tensor is complete; the copy does not wait for the current stream.
+        """
         if self._stream is None:
-            return tensor, DeviceWork()
+            return tensor.clone(), DeviceWork()
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        with self.run():
+        with torch.cuda.stream(self._stream) if is_written else self.run():
             copy.copy_(tensor, non_blocking=True)
         tensor.record_stream(self._stream)
         return copy, self.enqueued()

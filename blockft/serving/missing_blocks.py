@@ -2,18 +2,25 @@
 
 import asyncio
 import json
-from collections.abc import Iterable
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
 
 from blockft.errors import UserError
-from blockft.inference.block_key import BlockKey, first_ids, num_first, num_tokens, token_ids
+from blockft.inference.block_key import BlockKey, first_ids, key_digest, num_first, num_tokens, token_ids
 from blockft.serving.asgi import Application, Response, Scope, call, with_request
 from blockft.serving.block_request import EncodeRequest, block_params, encode_salt, hide_secrets
 from blockft.serving.metrics import Counters
-from blockft.serving.report import ReportReceiver
+from blockft.serving.report import Report, ReportReceiver
 from blockft.serving.served_model import ServedModel
 
-STORE_TIMEOUT_S = 60
-"""How long a computed block may take to reach the folder."""
+REPORT_TIMEOUT_S = 60
+"""How long the report on a computed block may take after vLLM's answer."""
+
+IN_MEMORY_S = 60
+"""How long a computed block is looked for in memory alone. The folder has it by then. If memory has lost it
+before, the request that needs it computes it again."""
 
 
 class RequestRefused(Exception):
@@ -25,7 +32,9 @@ class RequestRefused(Exception):
 
 
 class BlockComputer:
-    """Has vLLM compute blocks. Requests that need the same block at the same time wait for one computation.
+    """Has vLLM compute blocks, those of a request together.
+
+    Requests that need the same block at the same time wait for one computation.
 
     Raises:
         UserError: the cache folder cannot be used.
@@ -37,10 +46,12 @@ class BlockComputer:
         self._app, self._path, self._secret, self._counters = app, path, served.secret, counters
         self.receiver = receiver
         self._disk_tiers = served.open_disk_tiers()
-        self._running: dict[BlockKey, asyncio.Task[None]] = {}
+        self._running: dict[BlockKey, asyncio.Future[None]] = {}
+        self._in_memory: OrderedDict[BlockKey, float] = OrderedDict()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     async def compute_missing(self, keys: Iterable[BlockKey], scope: Scope, model: str) -> set[BlockKey]:
-        """Compute the blocks that the folder does not have, and return them.
+        """Compute the blocks that neither memory nor the folder has, and return them.
 
         scope: of the client whose request needs the blocks. Its headers go to vLLM.
 
@@ -49,49 +60,96 @@ class BlockComputer:
             RequestRefused: vLLM refuses the request.
         """
         distinct = list(dict.fromkeys(keys))
-        missing = await asyncio.to_thread(self._find_missing, distinct)
+        self._forget_old()
+        known = self._running.keys() | self._in_memory.keys()
+        missing = await asyncio.to_thread(self._find_missing, [key for key in distinct if key not in known])
         return await self.compute(
             [key for key in distinct if key in missing or key in self._running], scope, model
         )
 
     async def compute(self, keys: Iterable[BlockKey], scope: Scope, model: str) -> set[BlockKey]:
         """Compute blocks, and return them; see `compute_missing`."""
-        tasks = {key: self._running.get(key) or self._start(key, scope, model) for key in dict.fromkeys(keys)}
+        distinct = list(dict.fromkeys(keys))
+        by_first_len = defaultdict[int, list[BlockKey]](list)
+        for key in distinct:
+            if key not in self._running:
+                by_first_len[num_first(key)].append(key)
+        for first_len, new in by_first_len.items():
+            for key in new:
+                self._in_memory.pop(key, None)
+                self._running[key] = future = asyncio.get_running_loop().create_future()
+                future.add_done_callback(partial(self._end, key))
+            self._keep(asyncio.create_task(self._compute(new, first_len, scope, model)))
         # a block goes on if the client of one request leaves: others may wait for it
-        await asyncio.gather(*map(asyncio.shield, tasks.values()))
-        return set(tasks)
+        await asyncio.gather(*(asyncio.shield(self._running[key]) for key in distinct))
+        return set(distinct)
 
     def _find_missing(self, keys: Iterable[BlockKey]) -> set[BlockKey]:
         return {key for key in keys if not any(key in tier for tier in self._disk_tiers)}
 
-    def _start(self, key: BlockKey, scope: Scope, model: str) -> asyncio.Task[None]:
-        task = asyncio.create_task(self._compute(key, scope, model))
-        self._running[key] = task
-        task.add_done_callback(lambda task: (self._running.pop(key), task.cancelled() or task.exception()))
-        return task
+    def _forget_old(self) -> None:
+        now = asyncio.get_running_loop().time()
+        while self._in_memory and next(iter(self._in_memory.values())) < now:
+            self._in_memory.popitem(last=False)
 
-    async def _compute(self, key: BlockKey, scope: Scope, model: str) -> None:
-        address, reports = self.receiver.expect()
-        params = block_params(self._secret, EncodeRequest(first_len=num_first(key), reply_to=address))
+    def _keep(self, task: asyncio.Task[Any]) -> None:
+        """Keep a task until it ends. Its result and its error are of no use."""
+        self._tasks.add(task)
+        task.add_done_callback(lambda task: (self._tasks.discard(task), task.cancelled() or task.exception()))
+
+    def _end(self, key: BlockKey, future: asyncio.Future[None]) -> None:
+        del self._running[key]
+        if not future.cancelled() and future.exception() is None:
+            self._in_memory[key] = asyncio.get_running_loop().time() + IN_MEMORY_S
+            self._counters.count_encoded(num_tokens(key))
+
+    async def _compute(self, keys: Sequence[BlockKey], first_len: int, scope: Scope, model: str) -> None:
+        """Compute blocks, and end those that run."""
+        running = [self._running[key] for key in keys]
+        try:
+            reports = await self._ask_vllm(keys, first_len, scope, model)
+        except asyncio.CancelledError:
+            for future in running:
+                future.cancel()
+            raise
+        except Exception as error:
+            for future in running:
+                future.set_exception(error)
+            return
+        for future, report in zip(running, reports, strict=True):
+            if report.failure:
+                future.set_exception(UserError(report.failure))
+            else:
+                future.set_result(None)
+
+    async def _ask_vllm(
+        self, keys: Sequence[BlockKey], first_len: int, scope: Scope, model: str
+    ) -> list[Report]:
+        """Return the reports on blocks, as soon as they may be used."""
+        digests = [*map(key_digest, keys)]
+        address, expected = self.receiver.expect_blocks(digests)
         body = {
             "model": model,
-            "prompt": first_ids(key) + token_ids(key),
+            "prompt": [first_ids(key) + token_ids(key) for key in keys],
             "max_tokens": 1,
             "temperature": 0,
             "cache_salt": encode_salt(self._secret),
-            "kv_transfer_params": params,
+            "kv_transfer_params": block_params(
+                self._secret, EncodeRequest(first_len=first_len, reply_to=address)
+            ),
         }
         content = json.dumps(body).encode()
+        own_scope = with_request(scope, "POST", self._path, content, only_authorization=True)
+        reports = asyncio.gather(*expected.blocks.values())
+        answer = asyncio.create_task(call(self._app, own_scope, content))
+        self._keep(answer)
         try:
-            own_scope = with_request(scope, "POST", self._path, content, only_authorization=True)
-            response = await call(self._app, own_scope, content)
-            if response.status != 200:
+            await asyncio.wait({answer, reports}, return_when=asyncio.FIRST_COMPLETED)
+            if not reports.done() and (response := await answer).status != 200:
                 raise RequestRefused(Response(response.status, hide_secrets(response.body)))
-            stored = await asyncio.wait_for(reports.first, STORE_TIMEOUT_S)
+            return await asyncio.wait_for(reports, REPORT_TIMEOUT_S)
         except TimeoutError:
             raise UserError("a block of the prompt was computed, but not stored: ask again") from None
         finally:
+            reports.cancel()
             self.receiver.forget(address)
-        if stored.failure:
-            raise UserError(stored.failure)
-        self._counters.count_encoded(num_tokens(key))

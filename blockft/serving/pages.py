@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from blockft.attention.rope import RotaryEmbedding
+from blockft.attention.rope import RotaryEmbedding, rotate
 from blockft.errors import UserError
 from blockft.inference.block_key import KVShape
 from blockft.serving.head_shard import HeadShard
@@ -50,50 +50,71 @@ def write_blocks(
     layers: Sequence[AttentionLayer],
     rotaries: Sequence[RotaryEmbedding],
     blocks: Sequence[torch.Tensor],
+    context_len: int,
     slots: torch.Tensor,
+    shape: KVShape,
     shard: HeadShard = WHOLE,
 ) -> None:
     """Write the last tokens of a context into their slots, with keys at their positions in the prompt.
 
-    blocks: the local blocks of the prompt in order, (L, n, 2, K, D) each, on the host or on the device.
-    shard: which heads of them the pages hold.
-    slots: of the last `len(slots)` tokens of all blocks. The tokens before them are in pages already.
+    blocks: the last local blocks of the prompt in order, (L, n, 2, K, D) each, on the host or on the device.
+    context_len: the number of tokens of all local blocks of the prompt.
+    slots: of the last `len(slots)` tokens of the context. The tokens before them are in pages already.
+    shape: of what the pages hold of a token. shard: which heads of a block that has all heads these are.
     """
     lengths = [block.shape[1] for block in blocks]
-    starts = [0, *itertools.accumulate(lengths)]
-    first = starts[-1] - len(slots)
-    assert first >= 0
+    starts = [*itertools.accumulate(lengths, initial=context_len - sum(lengths))]
+    first = context_len - len(slots)
+    assert starts[0] <= first < starts[1]
     device = layers[0].kv_cache.device
     slots, max_numbers = _to(slots, device), MAX_CHUNK_NUMBERS[device.type]
     token_len = math.prod(blocks[0].shape[3:])
-    needed = [index for index, end in enumerate(starts[1:]) if end > first]
-    for chunk in _block_chunks(needed, lengths, max_numbers // token_len):
+    turns = _turns(rotaries, starts[:-1], device)
+    for chunk in _block_chunks(lengths, max_numbers // token_len):
         begin, end = max(starts[chunk[0]], first), starts[chunk[-1] + 1]
         chunk_slots = slots[begin - first : end - first]
-        # the tokens of one block have the same offset
-        repeats = [1] if len(chunk) == 1 else [lengths[index] for index in chunk]
-        offsets = torch.tensor([starts[index] for index in chunk]).repeat_interleave(torch.tensor(repeats))
-        offsets = _to(offsets[begin - end :, None], device)
+        chunk_turns = _turns_of_tokens(turns, chunk, lengths, end - begin)
         for group, rotary in _layer_groups(rotaries, max_numbers // ((end - begin) * token_len)):
-            parts = [blocks[index][group] for index in chunk]
-            on_device = [shard.take(part.to(device, non_blocking=True)) for part in parts]
-            kv_Gn2KD = torch.cat(on_device, dim=1) if len(chunk) > 1 else on_device[0]
+            parts = [blocks[index][group].to(device, non_blocking=True) for index in chunk]
+            parts = [part if part.shape[3] == shape.num_kv_heads else shard.take(part) for part in parts]
+            kv_Gn2KD = torch.cat(parts, dim=1) if len(chunk) > 1 else parts[0]
             keys_GnKD, values_GnKD = kv_Gn2KD[:, begin - end :].unbind(2)
-            keys_GnKD, values_GnKD = rotary.shift(keys_GnKD, offsets).contiguous(), values_GnKD.contiguous()
+            keys_GnKD = rotate(keys_GnKD, *chunk_turns[rotary]).contiguous()
+            values_GnKD = values_GnKD.contiguous()
             for layer, keys_nKD, values_nKD in zip(layers[group], keys_GnKD, values_GnKD, strict=True):
                 layer.impl.do_kv_cache_update(layer, keys_nKD, values_nKD, layer.kv_cache, chunk_slots)
 
 
-def _block_chunks(indices: Sequence[int], lengths: Sequence[int], max_tokens: int) -> Iterator[Sequence[int]]:
+Turns = dict[RotaryEmbedding, tuple[torch.Tensor, torch.Tensor]]
+"""The cosines and sines by which each rotary embedding turns keys."""
+
+
+def _turns(rotaries: Sequence[RotaryEmbedding], starts: Sequence[int], device: torch.device) -> Turns:
+    """Return the turns of blocks that begin at `starts`: (blocks, R / 2) each."""
+    starts_on_device = _to(torch.tensor(starts), device)
+    return {rotary: rotary.cos_sin(starts_on_device, device) for rotary in dict.fromkeys(rotaries)}
+
+
+def _turns_of_tokens(turns: Turns, chunk: Sequence[int], lengths: Sequence[int], num_last: int) -> Turns:
+    """Return the turns of the last tokens of a chunk's blocks: (n, 1, R / 2) each, or (1, 1, R / 2)."""
+    if len(chunk) == 1:  # the tokens of one block have the same turn
+        index = torch.tensor(chunk)
+    else:
+        index = torch.tensor(chunk).repeat_interleave(torch.tensor([lengths[k] for k in chunk]))[-num_last:]
+    index = _to(index, next(iter(turns.values()))[0].device)
+    return {rotary: (cos[index, None], sin[index, None]) for rotary, (cos, sin) in turns.items()}
+
+
+def _block_chunks(lengths: Sequence[int], max_tokens: int) -> Iterator[Sequence[int]]:
     """Return the blocks in consecutive chunks: at least one block, at most `max_tokens` tokens each."""
     chunk: list[int] = []
     num_tokens = 0
-    for index in indices:
-        if chunk and num_tokens + lengths[index] > max_tokens:
+    for index, length in enumerate(lengths):
+        if chunk and num_tokens + length > max_tokens:
             yield chunk
             chunk, num_tokens = [], 0
         chunk.append(index)
-        num_tokens += lengths[index]
+        num_tokens += length
     if chunk:
         yield chunk
 
@@ -117,21 +138,21 @@ def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def read_block(
+def read_blocks(
     layers: Sequence[AttentionLayer], shape: KVShape, page_len: int, slots: torch.Tensor
 ) -> torch.Tensor:
-    """Return the keys and values in slots: (L, n, 2, K, D) on the device of the pages."""
+    """Return the keys and values in slots (n,), of any number of blocks: (L, n, 2, K, D) on the device."""
     device = layers[0].kv_cache.device
     layouts = [PageLayout(layer, shape, page_len) for layer in layers]
     pages, row = torch.unique(slots // layouts[0].page_len, return_inverse=True)
     pages, row = _to(pages, device), _to(row[:, None, None, None], device)
     column = _to(slots % layouts[0].page_len, device)
     places = {kind: torch.stack(kind, dim=1)[column] for kind in {layout.places for layout in layouts}}
-    kv = [
-        layer.kv_cache[pages].reshape(len(pages), -1)[row, places[layout.places]]
-        for layer, layout in zip(layers, layouts, strict=True)
-    ]
-    return torch.stack(kv)
+    size = (len(layers), *shape.layer_shape(len(slots)))
+    kv_Ln2KD = torch.empty(size, dtype=layers[0].kv_cache.dtype, device=device)
+    for kv_n2KD, layer, layout in zip(kv_Ln2KD, layers, layouts, strict=True):
+        kv_n2KD.copy_(layer.kv_cache[pages].reshape(len(pages), -1)[row, places[layout.places]])
+    return kv_Ln2KD
 
 
 def move_keys(kv_Ln2KD: torch.Tensor, rotaries: Sequence[RotaryEmbedding], distance: int) -> torch.Tensor:

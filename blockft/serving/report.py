@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -31,11 +31,13 @@ _MAX_BYTES = 1 << 20
 class Report:
     """What the connector did for a request.
 
+    block    the digest of a block that vLLM computed, which may be used now; "" if blocks were loaded
     sources  the source of each local block of the prompt, in order: a tier
     missing  the indices of blocks that no tier has; the request has failed
     failure  why the request has failed, as a sentence; "" if it has not
     """
 
+    block: str = ""
     sources: Sequence[str] = ()
     missing: Sequence[int] = field(default=())
     failure: str = ""
@@ -56,6 +58,23 @@ class ExpectedReports:
 
     first: asyncio.Future[Report]
     failed: asyncio.Future[Report]
+
+    def receive(self, report: Report) -> None:
+        for future in (self.first, *([self.failed] if report.is_failure else [])):
+            if not future.done():
+                future.set_result(report)
+
+
+@dataclass(frozen=True)
+class ExpectedBlocks:
+    """The reports on blocks that vLLM computes, by their digests."""
+
+    blocks: Mapping[str, asyncio.Future[Report]]
+
+    def receive(self, report: Report) -> None:
+        future = self.blocks.get(report.block)
+        if future is not None and not future.done():
+            future.set_result(report)
 
 
 class Reporter:
@@ -90,7 +109,7 @@ class ReportReceiver:
 
     def __init__(self, folder: Path) -> None:
         self.path = str(folder / f"{os.getpid()}-{id(self):x}.sock")
-        self._expected: dict[str, ExpectedReports] = {}
+        self._expected: dict[str, ExpectedReports | ExpectedBlocks] = {}
         self._num_requests = 0
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
@@ -99,11 +118,15 @@ class ReportReceiver:
 
     def expect(self) -> tuple[ReplyAddress, ExpectedReports]:
         """Return a new address, and the reports that will arrive there."""
-        self._num_requests += 1
-        address = ReplyAddress(socket=self.path, id=str(self._num_requests))
         loop = asyncio.get_running_loop()
-        expected = self._expected[address.id] = ExpectedReports(loop.create_future(), loop.create_future())
-        return address, expected
+        expected = ExpectedReports(loop.create_future(), loop.create_future())
+        return self._new_address(expected), expected
+
+    def expect_blocks(self, digests: Iterable[str]) -> tuple[ReplyAddress, ExpectedBlocks]:
+        """Return a new address, and the reports on blocks that will arrive there."""
+        loop = asyncio.get_running_loop()
+        expected = ExpectedBlocks({digest: loop.create_future() for digest in digests})
+        return self._new_address(expected), expected
 
     def forget(self, address: ReplyAddress) -> None:
         """Ignore all later reports to an address."""
@@ -122,7 +145,10 @@ class ReportReceiver:
                 expected = self._expected.get(fields.pop("id"))
                 if expected is None:
                     continue
-                report = Report(**fields)
-                for future in (expected.first, *([expected.failed] if report.is_failure else [])):
-                    if not future.done():
-                        future.set_result(report)
+                expected.receive(Report(**fields))
+
+    def _new_address(self, expected: ExpectedReports | ExpectedBlocks) -> ReplyAddress:
+        self._num_requests += 1
+        address = ReplyAddress(socket=self.path, id=str(self._num_requests))
+        self._expected[address.id] = expected
+        return address

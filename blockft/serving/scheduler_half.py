@@ -6,10 +6,11 @@ therefore left to the worker, which fails this one request.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from blockft.inference.block_cache import Tier
-from blockft.inference.block_key import BlockKey, block_key
+from blockft.inference.block_key import BlockKey, block_key, num_tokens
 from blockft.serving.block_request import (
     BlockRequest,
     EncodeRequest,
@@ -37,6 +38,22 @@ class Load:
     start: int
     reply_to: ReplyAddress
     refusal: str = ""
+
+    @property
+    def context_len(self) -> int:
+        """The number of tokens of all local blocks."""
+        return sum(map(num_tokens, self.keys))
+
+    @property
+    def first_needed(self) -> int:
+        """The index of the first block that its pages do not hold yet as a whole."""
+        ends = accumulate(map(num_tokens, self.keys))
+        return next(index for index, end in enumerate(ends) if end > self.start)
+
+    @property
+    def needed_keys(self) -> list[BlockKey]:
+        """The blocks that its pages do not hold yet as a whole. They are the last ones."""
+        return self.keys[self.first_needed :]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,12 @@
 """The connector's half in a worker of vLLM: moves blocks between the block store and the pages.
 
-Blocks are read in a thread. They are copied to a GPU and written into pages on a stream of its own, beside
-the forward passes, which do not use the pages of a request that waits. A request whose blocks cannot be
-loaded fails alone. With several tensor-parallel workers each one loads its own heads.
+Blocks are read in a thread, unless memory has them. They are copied to a GPU and written into pages on a
+stream of its own, beside the forward passes, which do not use the pages of a request that waits. A request
+whose blocks cannot be loaded fails alone. With several tensor-parallel workers each one loads its own heads.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +16,11 @@ import torch
 from blockft.attention.rope import RotaryEmbedding
 from blockft.errors import first_line
 from blockft.inference.block_cache import Tier
-from blockft.inference.block_key import BlockKey, num_first, num_tokens
+from blockft.inference.block_key import BlockKey, key_digest, num_first, num_tokens
 from blockft.inference.device_tier import DeviceTier
-from blockft.serving.block_request import ReplyAddress, page_slots
+from blockft.serving.block_request import page_slots
 from blockft.serving.block_store import BlockStore, LoadedBlocks
+from blockft.serving.computed_blocks import ComputedBlocks
 from blockft.serving.device_work import BackgroundStream, DeviceWork
 from blockft.serving.head_shard import HeadShard
 from blockft.serving.pages import (
@@ -27,7 +28,7 @@ from blockft.serving.pages import (
     AttentionLayer,
     PageLayout,
     move_keys,
-    read_block,
+    read_blocks,
     write_blocks,
 )
 from blockft.serving.report import Report, Reporter
@@ -44,6 +45,14 @@ START_WAIT_S = 0.001
 _log = logging.getLogger("blockft.serving")
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """A load of which some blocks come from the store; `near` are those that it need not load."""
+
+    load: Load
+    near: Mapping[BlockKey, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ class WorkerHalf:
     def __init__(self, served: ServedModel, page_len: int) -> None:
         self._served, self._page_len = served, page_len
         self._reporter = Reporter()
-        self._loading: dict[Future[LoadedBlocks], Load] = {}
+        self._loading: dict[Future[LoadedBlocks], Loading] = {}
         self._writing: list[PendingWrite] = []
         self._finished: set[str] = set()
         self._bad_pages: set[int] = set()
@@ -100,6 +109,7 @@ class WorkerHalf:
         self._store = BlockStore(
             self._served, num_workers=shard.num_workers, pin_memory=device.type == "cuda"
         )
+        self._computed = ComputedBlocks(self._store, device, wait_for_disk=shard.num_workers > 1)
 
     def load(self, loads: Sequence[Load], *, is_idle: bool) -> None:
         """Start loads, and write the blocks of earlier loads that are on the host now."""
@@ -107,12 +117,8 @@ class WorkerHalf:
         for load in loads:
             if load.refusal:
                 self._fail(load, Report(failure=load.refusal))
-            elif self._device_tier is not None and all(key in self._device_tier for key in load.keys):
-                self._opened.touch(load.keys)
-                self._write(load, LoadedBlocks(tiers=[Tier.device] * len(load.keys)))
-            else:
-                started.append(self._opened.load(load.keys))
-                self._loading[started[-1]] = load
+            elif future := self._start(load):
+                started.append(future)
         if is_idle and not self._finished and not self._writing:
             wait([*self._loading], IDLE_WAIT_S, FIRST_COMPLETED)
         else:
@@ -124,13 +130,15 @@ class WorkerHalf:
 
     def save(self, saves: Sequence[Save]) -> None:
         """Read blocks from their pages, and store them in the background."""
-        for save in saves:
-            try:
-                self._save(save)
-            except Exception as error:  # such as too little memory: the block's requests fail alone
-                if self._gather is not None:
-                    raise  # the other workers wait for the heads of this one
-                self._report_unsaved(save.reply_to, error)
+        if not saves:
+            return
+        try:
+            self._save(saves)
+        except Exception as error:  # such as too little memory: the requests of these blocks fail alone
+            if self._gather is not None:
+                raise  # the other workers wait for the heads of this one
+            for save in saves:
+                self._report_unsaved(save, error)
 
     def take_finished(self) -> set[str]:
         """Return the requests whose loads have ended, well or not, since the last call."""
@@ -150,6 +158,7 @@ class WorkerHalf:
     def close(self) -> None:
         """Wait until the folder has all blocks."""
         if self._store is not None:
+            self._computed.close()
             self._store.close()
         self._reporter.close()
 
@@ -158,62 +167,111 @@ class WorkerHalf:
         assert self._store is not None
         return self._store
 
-    def _save(self, save: Save) -> None:
-        start = num_first(save.key)
-        slots = page_slots(save.pages, self._page_len, start, start + num_tokens(save.key))
-        kv = read_block(self._layers, self._shape, self._page_len, slots)
-        if start:  # a stored block has positions 0..n-1
-            kv = move_keys(kv, self._rotaries, -start)
+    def _save(self, saves: Sequence[Save]) -> None:
+        slots = []
+        for save in saves:
+            start = num_first(save.key)
+            slots.append(page_slots(save.pages, self._page_len, start, start + num_tokens(save.key)))
+        kv = read_blocks(self._layers, self._shape, self._page_len, torch.cat(slots))
         if self._gather is not None:
             kv = self._shard.join(self._gather(kv), self._served.shape.num_kv_heads)
-        if self._shard.worker == 0:
-            future = self._opened.insert(save.key, *self._stream.copy_to_host(kv))
-            future.add_done_callback(partial(self._report_saved, save.reply_to))
+        if self._shard.worker != 0:
+            return
+        blocks = []
+        for save, part in zip(saves, kv.split([*map(len, slots)], dim=1), strict=True):
+            start = num_first(save.key)  # a stored block has positions 0..n-1
+            blocks.append((save.key, move_keys(part, self._rotaries, -start) if start else part))
+        for save, future in zip(saves, self._computed.add(blocks), strict=True):
+            future.add_done_callback(partial(self._report_saved, save))
 
-    def _end_load(self, load: Load, future: Future[LoadedBlocks]) -> None:
+    def _start(self, load: Load) -> Future[LoadedBlocks] | None:
+        """Write the blocks of a load, or start to load those that are not near."""
+        near, far = dict[BlockKey, torch.Tensor](), list[BlockKey]()
+        for key in dict.fromkeys(load.needed_keys):
+            if self._is_in_device_tier(key):
+                continue
+            kv = self._computed.get(key)
+            if kv is None:
+                far.append(key)
+            else:
+                near[key] = kv
+        if not far:
+            self._opened.touch(load.needed_keys)
+            self._write(load, near, {})
+            return None
+        future = self._opened.load(far)
+        self._loading[future] = Loading(load, near)
+        return future
+
+    def _end_load(self, loading: Loading, future: Future[LoadedBlocks]) -> None:
+        load = loading.load
         try:
             loaded = future.result()
         except Exception as error:  # the request fails with it, and no other request
             self._fail_with(load, error)
             return
         if loaded.missing:
-            self._fail(load, Report(missing=loaded.missing))
-        else:
-            self._write(load, loaded)
+            self._fail(load, Report(missing=[i for i, key in enumerate(load.keys) if key in loaded.missing]))
+            return
+        blocks = {**loading.near, **loaded.blocks}
+        if all(key in blocks or self._is_in_device_tier(key) for key in load.needed_keys):
+            self._write(load, blocks, loaded.tiers)
+        else:  # the device tier has evicted a block meanwhile
+            self._start(load)
 
-    def _write(self, load: Load, loaded: LoadedBlocks) -> None:
-        """Start to write the blocks of a load into its pages."""
+    def _write(
+        self, load: Load, blocks: Mapping[BlockKey, torch.Tensor], tiers: Mapping[BlockKey, Tier]
+    ) -> None:
+        """Start to write the needed blocks of a load into its pages. The device tier has all but `blocks`."""
         try:
-            sources = _sources(load, self._device_tier, loaded.tiers)
-            slots = page_slots(load.pages, self._page_len, load.start, sum(map(num_tokens, load.keys)))
+            sources = self._sources(load, blocks, tiers)
+            slots = page_slots(load.pages, self._page_len, load.start, load.context_len)
             with self._stream.run():
-                blocks, shard = self._through_device_tier(load.keys, loaded.blocks)
-                write_blocks(self._layers, self._rotaries, blocks, slots, shard)
+                used = self._through_device_tier(load.needed_keys, blocks)
+                write_blocks(
+                    self._layers, self._rotaries, used, load.context_len, slots, self._shape, self._shard
+                )
         except Exception as error:  # the request fails with it, and no other request
             self._stream.enqueued().wait()  # its pages go to other requests
             self._fail_with(load, error)
             return
         # the blocks stay in memory until the device has read them
-        self._writing.append(PendingWrite(load, sources, self._stream.enqueued(), blocks))
+        self._writing.append(PendingWrite(load, sources, self._stream.enqueued(), used + [*blocks.values()]))
+
+    def _is_in_device_tier(self, key: BlockKey) -> bool:
+        return self._device_tier is not None and key in self._device_tier
 
     def _through_device_tier(
-        self, keys: Sequence[BlockKey], blocks: Sequence[torch.Tensor]
-    ) -> tuple[Sequence[torch.Tensor], HeadShard]:
-        """Return the blocks from the device tier, into which the new ones are copied, if they fit there.
+        self, keys: Sequence[BlockKey], blocks: Mapping[BlockKey, torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Return blocks, if they fit there from the device tier, into which the new ones are copied.
 
-        The second result says which of their heads this worker needs.
+        The tier has the heads of this worker alone.
         """
         tier, distinct = self._device_tier, dict.fromkeys(keys)
         if tier is None or sum(map(num_tokens, distinct)) > tier.num_slots:
-            return blocks, self._shard
-        new = {key: kv for key, kv in zip(keys, blocks, strict=False) if key not in tier}
-        with tier.add([*new], distinct):
-            for key, kv in new.items():
-                on_device = kv.to(tier.cache_LS2KD.device, non_blocking=True)
+            return [tier.block(key) if tier is not None and key in tier else blocks[key] for key in keys]
+        new = [key for key in distinct if key not in tier]
+        with tier.add(new, distinct):
+            for key in new:
+                on_device = blocks[key].to(tier.cache_LS2KD.device, non_blocking=True)
                 tier.block(key).copy_(self._shard.take(on_device))
         for key in distinct:
             tier.slot(key)  # counts as used
-        return [tier.block(key) for key in keys], WHOLE
+        return [tier.block(key) for key in keys]
+
+    def _sources(
+        self, load: Load, blocks: Mapping[BlockKey, torch.Tensor], tiers: Mapping[BlockKey, Tier]
+    ) -> list[str]:
+        """Return where each block came from. Blocks before `load.start` were in pages already."""
+        sources = [Tier.device.value] * len(load.keys)
+        for index in range(load.first_needed, len(load.keys)):
+            key = load.keys[index]
+            if self._is_in_device_tier(key):
+                continue
+            on_device = key not in tiers and blocks[key].is_cuda
+            sources[index] = (Tier.device if on_device else tiers.get(key, Tier.host)).value
+        return sources
 
     def _fail_with(self, load: Load, error: Exception) -> None:
         _log.error(f"the blocks of request {load.request_id} could not be loaded", exc_info=error)
@@ -224,28 +282,19 @@ class WorkerHalf:
         self._bad_pages.update(load.pages[load.start // self._page_len :])
         self._reporter.send(load.reply_to, report)
 
-    def _report_saved(self, reply_to: ReplyAddress, future: Future[str]) -> None:
+    def _report_saved(self, save: Save, future: Future[str]) -> None:
         if error := future.exception():
-            self._report_unsaved(reply_to, error)
+            self._report_unsaved(save, error)
         else:
-            self._reporter.send(reply_to, Report(failure=future.result()))
+            self._reporter.send(save.reply_to, Report(block=key_digest(save.key), failure=future.result()))
 
-    def _report_unsaved(self, reply_to: ReplyAddress, error: BaseException) -> None:
+    def _report_unsaved(self, save: Save, error: BaseException) -> None:
         _log.error("a block could not be stored", exc_info=error)
-        self._reporter.send(reply_to, Report(failure=f"a block could not be stored: {first_line(error)}"))
+        failure = f"a block could not be stored: {first_line(error)}"
+        self._reporter.send(save.reply_to, Report(block=key_digest(save.key), failure=failure))
 
 
 def _on_device(rotaries: Sequence[RotaryEmbedding], device: torch.device) -> list[RotaryEmbedding]:
     """Return the rotary embeddings on a device, so that no shift waits for a copy. Equal layers share one."""
     moved = {id(rotary): RotaryEmbedding(rotary.inv_freq.to(device)) for rotary in rotaries}
     return [moved[id(rotary)] for rotary in rotaries]
-
-
-def _sources(load: Load, device_tier: DeviceTier | None, tiers: Sequence[Tier]) -> list[str]:
-    """Return where each block came from. Blocks before `load.start` were in pages already."""
-    sources, end = [], 0
-    for key, tier in zip(load.keys, tiers, strict=True):
-        end += num_tokens(key)
-        is_on_device = end <= load.start or (device_tier is not None and key in device_tier)
-        sources.append(Tier.device.value if is_on_device else tier.value)
-    return sources

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from blockft.inference.block_key import BlockKey, block_key
+from blockft.inference.block_key import BlockKey, block_key, key_digest
 from blockft.serving.asgi import Message, Receive, Scope, Send, read_body, send_json
 from blockft.serving.block_request import BlockRequest, EncodeRequest, block_keys, parse_params
 from blockft.serving.report import Report, Reporter
@@ -24,6 +24,7 @@ class FakeVllm:
     """Stores blocks, and fails a request whose blocks it lacks, as vLLM with the connector does.
 
     blocks: the stored blocks. completions: the bodies of all completion requests.
+    fails_to_store: which blocks have the store_failure.
     evict: called before the blocks of a request are looked up. is_full_attention: it ignores all blocks.
     late_reports: sent after the report that all blocks of a request were loaded. The request then fails, a
         stream after its first part.
@@ -38,6 +39,7 @@ class FakeVllm:
     others: list[tuple[Scope, bytes]] = field(default_factory=list)
     evict: Callable[["FakeVllm"], None] = lambda self: None
     store_failure: str = ""
+    fails_to_store: Callable[[BlockKey], bool] = lambda key: True
     on_store: Callable[[BlockKey], None] = lambda key: None
     load_failure: str = ""
     late_reports: list[Report] = field(default_factory=list)
@@ -71,7 +73,7 @@ class FakeVllm:
             message = f"temperature is no number in {fields}"  # vLLM quotes requests
             await send_json(send, 400, {"error": {"message": message, "code": 400}})
             return
-        if fields["prompt"][-1] == 0:
+        if fields["prompt"][-1] == 0:  # never for a list of prompts
             self.saw_disconnect = (await receive())["type"] == "http.disconnect"
             await send_json(send, 200, None)  # as vLLM does
             return
@@ -79,11 +81,14 @@ class FakeVllm:
         failure, is_late = "", False
         if isinstance(request, EncodeRequest):
             await asyncio.sleep(0.01)
-            if not self.store_failure:
-                tokens, first_len = fields["prompt"], request.first_len
-                self.blocks.add(key := block_key(tokens[first_len:], tokens[:first_len]))
-                self.on_store(key)
-            reporter.send(request.reply_to, Report(failure=self.store_failure))
+            for ids in fields["prompt"]:
+                key = block_key(ids[request.first_len :], ids[: request.first_len])
+                failure = self.store_failure if self.fails_to_store(key) else ""
+                if not failure:
+                    self.blocks.add(key)
+                    self.on_store(key)
+                reporter.send(request.reply_to, Report(block=key_digest(key), failure=failure))
+            failure = ""
         elif isinstance(request, BlockRequest) and not self.is_full_attention:
             failure = self._load(fields, request, reporter)
             if not failure and self.late_reports:

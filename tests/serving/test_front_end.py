@@ -527,6 +527,65 @@ def test_a_block_that_cannot_be_stored_refuses_its_requests(setup: Setup) -> Non
     run(test)
 
 
+def test_the_missing_blocks_of_a_prompt_are_one_request(setup: Setup) -> None:
+    """vLLM computes them in one step, if they fit there."""
+
+    async def test() -> None:
+        assert (await setup.post(QUESTION))[0] == 200
+        encoded, asked = setup.vllm.completions
+        assert len(encoded["prompt"]) == 5
+        assert sum(encoded["prompt"], []) == asked["prompt"][: sum(map(len, encoded["prompt"]))]
+
+    run(test)
+
+
+def test_computed_blocks_need_no_folder(setup: Setup) -> None:
+    """The folder gets a block later than memory has it, or cannot be written."""
+
+    async def test() -> None:
+        setup.vllm.on_store = lambda key: None
+        for sources in ({"computed": 5}, {"host": 5}):
+            status, answer = await setup.post(QUESTION)
+            assert status == 200 and answer["usage"]["block_attention"]["sources"] == sources
+        assert setup.counters.num_encoded == 5
+
+    run(test)
+
+
+def test_a_block_is_looked_for_in_the_folder_again_after_a_time(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blockft.serving.missing_blocks.IN_MEMORY_S", 0)
+
+    async def test() -> None:
+        await setup.post(QUESTION)
+        for key in [*setup.vllm.blocks]:
+            setup.evict(key)
+        assert (await setup.post(QUESTION))[0] == 200
+        assert setup.counters.num_encoded == 10 and not setup.counters.failures
+
+    run(test)
+
+
+def test_one_block_that_cannot_be_stored_refuses_its_requests_alone(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another request waits for another block of the same computation."""
+    monkeypatch.setattr("blockft.serving.missing_blocks.IN_MEMORY_S", 0)
+
+    async def test() -> None:
+        await setup.post({"blocks": ["Cows moo.", "a"]}, COMPLETIONS)
+        (bad,) = setup.vllm.blocks
+        setup.evict(bad)
+        setup.vllm.store_failure, setup.vllm.fails_to_store = "not finite", lambda key: key == bad
+        prompts = [["Dogs.", "Cows moo.", "a"], ["Dogs.", "a"]]
+        answers = await asyncio.gather(*(setup.post({"blocks": p}, COMPLETIONS) for p in prompts))
+        assert [status for status, _ in answers] == [400, 200]
+        assert setup.counters.num_encoded == 2
+
+    run(test)
+
+
 def test_requests_at_the_same_time_compute_a_block_once(setup: Setup) -> None:
     async def test() -> None:
         answers = await asyncio.gather(*(setup.post(QUESTION) for _ in range(8)))

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,21 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from blockft.attention.rope import RotaryEmbedding
+from blockft.attention.rope import rotate
 from blockft.errors import UserError
 from blockft.inference.block_key import KVShape
 from blockft.serving.block_request import page_slots
-from blockft.serving.pages import MAX_CHUNK_NUMBERS, PageLayout, read_block, write_blocks
+from blockft.serving.pages import MAX_CHUNK_NUMBERS, PageLayout, read_blocks, write_blocks
 from blockft.serving.served_model import ServedModel
 from tests.inference.cached import random_key
 from tests.serving.stubs import BACKENDS, PAGE_LEN, SHAPE, kv_of, make_layers, make_served
+
+
+def write(layers: list[Any], served: ServedModel, blocks: list[torch.Tensor], slots: torch.Tensor) -> None:
+    """Write the blocks that have tokens in `slots`."""
+    ends = list(accumulate(block.shape[1] for block in blocks))
+    needed = [block for block, end in zip(blocks, ends, strict=True) if end > ends[-1] - len(slots)]
+    write_blocks(layers, served.rotaries, needed, ends[-1], slots, served.shape)
 
 
 @pytest.mark.parametrize("start", [0, 3, 4, 9, 13])
@@ -26,9 +34,9 @@ def test_blocks_are_written_at_their_positions(backend: type[Any], start: int, t
     served, layers = make_served(tmp_path), make_layers(backend)
     keys = [random_key(seed, length) for seed, length in enumerate((5, 4, 6))]
     blocks, pages = [kv_of(key) for key in keys], random.Random(start).sample(range(16), 4)
-    write_blocks(layers, served.rotaries, blocks, page_slots(pages, PAGE_LEN, start, 15))
+    write(layers, served, blocks, page_slots(pages, PAGE_LEN, start, 15))
     expected = shifted_to(served, blocks, (0, 5, 9))
-    found = read_block(layers, SHAPE, PAGE_LEN, page_slots(pages, PAGE_LEN, 0, 15))
+    found = read_blocks(layers, SHAPE, PAGE_LEN, page_slots(pages, PAGE_LEN, 0, 15))
     assert_close(found[:, start:], expected[:, start:], rtol=1e-6, atol=1e-6)
     assert bool((found[:, :start] == -1).all()), "tokens before `start` stay"
     assert sum(int((layer.kv_cache != -1).sum()) for layer in layers) == expected[:, start:].numel()
@@ -43,8 +51,8 @@ def test_chunks_of_any_size_give_the_same_pages(
     monkeypatch.setitem(MAX_CHUNK_NUMBERS, "cpu", max_numbers)
     served = replace(make_served(tmp_path), layer_frequencies=(0, 0, 1))
     layers, blocks = make_layers(), [kv_of(random_key(seed, length)) for seed, length in enumerate((5, 4, 6))]
-    write_blocks(layers, served.rotaries, blocks, page_slots([7, 2, 9, 4], PAGE_LEN, start, 15))
-    found = read_block(layers, SHAPE, PAGE_LEN, page_slots([7, 2, 9, 4], PAGE_LEN, 0, 15))
+    write(layers, served, blocks, page_slots([7, 2, 9, 4], PAGE_LEN, start, 15))
+    found = read_blocks(layers, SHAPE, PAGE_LEN, page_slots([7, 2, 9, 4], PAGE_LEN, 0, 15))
     assert torch.equal(found[:, start:], shifted_to(served, blocks, (0, 5, 9))[:, start:])
     assert bool((found[:, :start] == -1).all()), "tokens before `start` stay"
 
@@ -52,17 +60,15 @@ def test_chunks_of_any_size_give_the_same_pages(
 def test_a_chunk_on_a_cpu_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A large temporary tensor costs more for its memory than for its numbers."""
     monkeypatch.setitem(MAX_CHUNK_NUMBERS, "cpu", 2 * 6 * 8)
-    shift, sizes = RotaryEmbedding.shift, list[int]()
+    sizes = list[int]()
 
-    def record(rotary: RotaryEmbedding, keys: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+    def record(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         sizes.append(keys.numel())
-        return shift(rotary, keys, distance)
+        return rotate(keys, cos, sin)
 
-    monkeypatch.setattr(RotaryEmbedding, "shift", record)
+    monkeypatch.setattr("blockft.serving.pages.rotate", record)
     blocks = [kv_of(random_key(seed, length)) for seed, length in enumerate((5, 4, 6))]
-    write_blocks(
-        make_layers(), make_served(tmp_path).rotaries, blocks, page_slots([7, 2, 9, 4], PAGE_LEN, 0, 15)
-    )
+    write(make_layers(), make_served(tmp_path), blocks, page_slots([7, 2, 9, 4], PAGE_LEN, 0, 15))
     assert sum(sizes) == 15 * 8 * SHAPE.num_layers and max(sizes) <= 2 * 6 * 8
 
 
@@ -83,7 +89,7 @@ def test_what_a_backend_wrote_is_read_exactly(backend: type[Any], dtype: str) ->
     slots = page_slots([6, 0, 9], PAGE_LEN, 0, 11)
     for index, layer in enumerate(layers):
         layer.impl.do_kv_cache_update(layer, *kv[index].unbind(1), layer.kv_cache, slots)
-    assert torch.equal(read_block(layers, shape, PAGE_LEN, slots), kv)
+    assert torch.equal(read_blocks(layers, shape, PAGE_LEN, slots), kv)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -93,7 +99,7 @@ def test_pages_of_the_scheduler_may_be_several_pages_of_the_backend(backend: typ
     slots = page_slots([3], 2 * PAGE_LEN, 0, 7)
     for index, layer in enumerate(layers):
         layer.impl.do_kv_cache_update(layer, *kv[index].unbind(1), layer.kv_cache, slots)
-    assert torch.equal(read_block(layers, SHAPE, 2 * PAGE_LEN, slots), kv)
+    assert torch.equal(read_blocks(layers, SHAPE, 2 * PAGE_LEN, slots), kv)
     assert bool((layers[0].kv_cache[6:8] != -1).any()) and bool((layers[0].kv_cache[:6] == -1).all())
 
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 from typing import Any
 from unittest.mock import Mock
 
@@ -14,11 +14,13 @@ import torch
 from torch.testing import assert_close
 
 from blockft.errors import UserError
-from blockft.inference.block_key import BlockKey, block_key, token_ids
+from blockft.inference.block_key import BlockKey, block_key, key_digest, num_tokens, token_ids
+from blockft.inference.disk_tier import DiskTier
 from blockft.serving.block_request import ReplyAddress, page_slots
 from blockft.serving.block_store import BlockStore
+from blockft.serving.computed_blocks import ComputedBlocks
 from blockft.serving.head_shard import HeadShard
-from blockft.serving.pages import read_block, write_blocks
+from blockft.serving.pages import read_blocks, write_blocks
 from blockft.serving.report import Report, Reporter
 from blockft.serving.scheduler_half import Load, Save
 from blockft.serving.served_model import ServedModel, list_files
@@ -28,6 +30,7 @@ from tests.serving.stubs import PAGE_LEN, SHAPE, OneHeadPages, kv_of, make_layer
 
 KEYS = [random_key(seed, length) for seed, length in enumerate((5, 4, 6))]
 ADDRESS = ReplyAddress(socket="s", id="7")
+SAVED = Report(block=key_digest(KEYS[0]))
 
 
 class Worker:
@@ -89,7 +92,7 @@ def test_blocks_of_both_kinds_are_loaded_into_pages(
 ) -> None:
     worker = open_worker(KEYS)
     assert worker.load(make_load()) == ({"a"}, set())
-    found = read_block(worker.layers, SHAPE, PAGE_LEN, page_slots([7, 3, 9, 1], PAGE_LEN, 0, 15))
+    found = read_blocks(worker.layers, SHAPE, PAGE_LEN, page_slots([7, 3, 9, 1], PAGE_LEN, 0, 15))
     values = torch.cat([kv_of(key) for key in KEYS], dim=1)[:, :, 1]
     assert_close(found[:, :, 1], values)
     assert_close(found[:, :5], kv_of(KEYS[0]), rtol=1e-6, atol=1e-6)
@@ -117,14 +120,13 @@ def test_blocks_in_memory_do_not_wait_for_the_disk(
     worker, may_end = open_worker(KEYS), Event()
     worker.load(make_load())
     reports.clear()
-    copied, key = Mock(wait=lambda: may_end.wait(30)), random_key(9, 3)
-    stuck = worker.half._opened.insert(key, kv_of(key), copied)
+    stuck = worker.half._opened._thread.submit(may_end.wait, 30)
     try:
         assert worker.load(make_load(request_id="b")) == ({"b"}, set())
         assert reports == [Report(sources=["host"] * 3)] and not stuck.done()
     finally:
         may_end.set()
-    assert stuck.result(30) == ""
+    assert stuck.result(30)
 
 
 def test_a_step_with_tokens_does_not_wait_for_a_slow_load(
@@ -178,17 +180,16 @@ def test_a_computed_block_is_stored_for_later_servers(
     open_worker: Callable[..., Worker], reports: list[Report], tmp_path: Path
 ) -> None:
     worker = open_worker([])
-    slots = page_slots([4, 2], PAGE_LEN, 0, 5)
-    for index, layer in enumerate(worker.layers):
-        layer.impl.do_kv_cache_update(layer, *kv_of(KEYS[0])[index].unbind(1), layer.kv_cache, slots)
+    write_pages(worker, KEYS[0], [4, 2])
     worker.half.save([Save(key=KEYS[0], pages=[4, 2], reply_to=ADDRESS)])
-    assert wait_for(reports) == Report()
+    assert wait_for(reports) == SAVED
+    worker.half.close()
     by_blockft, by_vllm = make_served(tmp_path).open_disk_tiers()
     assert KEYS[0] in by_vllm and KEYS[0] not in by_blockft
     later = open_worker([])
     assert later.load(make_load(keys=[KEYS[0]])) == ({"a"}, set())
     assert torch.equal(
-        read_block(later.layers, SHAPE, PAGE_LEN, page_slots([7, 3], PAGE_LEN, 0, 5)), kv_of(KEYS[0])
+        read_blocks(later.layers, SHAPE, PAGE_LEN, page_slots([7, 3], PAGE_LEN, 0, 5)), kv_of(KEYS[0])
     )
 
 
@@ -199,9 +200,12 @@ def test_a_block_that_sees_the_first_block_is_stored_without_it(
     worker, first_len, key = open_worker([]), 5, block_key(token_ids(KEYS[1]), token_ids(KEYS[0]))
     pages, served = [4, 2, 9], make_served(tmp_path)
     blocks = [kv_of(KEYS[0]), kv_of(key)]
-    write_blocks(worker.layers, served.rotaries, blocks, page_slots(pages, PAGE_LEN, 0, first_len + 4))
+    write_blocks(
+        worker.layers, served.rotaries, blocks, 9, page_slots(pages, PAGE_LEN, 0, first_len + 4), SHAPE
+    )
     worker.half.save([Save(key=key, pages=pages, reply_to=ADDRESS)])
-    assert wait_for(reports) == Report()
+    assert wait_for(reports) == Report(block=key_digest(key))
+    worker.half.close()
     _, by_vllm = served.open_disk_tiers()
     assert key in by_vllm and KEYS[1] not in by_vllm and KEYS[0] not in by_vllm
     entry = by_vllm.open(key)
@@ -209,7 +213,110 @@ def test_a_block_that_sees_the_first_block_is_stored_without_it(
     with entry:
         found = torch.stack([entry.read_layer(layer) for layer in range(SHAPE.num_layers)])
     assert_close(found, kv_of(key), rtol=1e-5, atol=1e-5)
-    assert worker.load(make_load(keys=[KEYS[1]]))[1], "the same tokens behind no first block"
+    assert open_worker([]).load(make_load(keys=[KEYS[1]]))[1], "the same tokens behind no first block"
+
+
+def write_pages(worker: Worker, key: BlockKey, pages: list[int]) -> None:
+    """Write what vLLM has computed for a prompt that is one block."""
+    slots = page_slots(pages, PAGE_LEN, 0, num_tokens(key))
+    for index, layer in enumerate(worker.layers):
+        layer.impl.do_kv_cache_update(layer, *kv_of(key)[index].unbind(1), layer.kv_cache, slots)
+
+
+def test_computed_blocks_are_used_before_the_folder_has_them(
+    open_worker: Callable[..., Worker], reports: list[Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pages have other contents by then. A cold prompt would wait for the disk otherwise."""
+    worker, may_write = open_worker([], host_bytes=0), Event()
+    write = DiskTier.write
+    monkeypatch.setattr(DiskTier, "write", lambda *args: may_write.wait(60) and write(*args))
+    for key, pages in zip(KEYS, ([4, 2], [5], [6, 8]), strict=True):
+        write_pages(worker, key, pages)
+    saves = zip(KEYS, ([4, 2], [5], [6, 8]), strict=True)
+    worker.half.save([Save(key=key, pages=pages, reply_to=ADDRESS) for key, pages in saves])
+    for layer in worker.layers:
+        layer.kv_cache.fill_(-1)
+    assert {wait_for(reports).block for _ in KEYS} == {*map(key_digest, KEYS)}
+    for number in range(2):
+        assert worker.load(make_load(request_id=str(number))) == ({str(number)}, set())
+        assert reports.pop() == Report(sources=["host"] * 3)
+    found = read_blocks(worker.layers, SHAPE, PAGE_LEN, page_slots([7, 3, 9, 1], PAGE_LEN, 0, 15))
+    assert_close(found[:, :, 1], torch.cat([kv_of(key)[:, :, 1] for key in KEYS], dim=1))
+    may_write.set()
+    worker.half.close()
+    assert open_worker([]).load(make_load()) == ({"a"}, set())
+    assert reports == [Report(sources=["disk"] * 3)]
+
+
+def test_the_blocks_of_a_step_are_read_at_once(
+    open_worker: Callable[..., Worker], reports: list[Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, calls = open_worker([]), Mock(side_effect=read_blocks)
+    monkeypatch.setattr("blockft.serving.worker_half.read_blocks", calls)
+    saves = [Save(key=key, pages=[4, 2], reply_to=ADDRESS) for key in KEYS]
+    worker.half.save(saves)
+    assert {wait_for(reports).block for _ in KEYS} == {*map(key_digest, KEYS)}
+    calls.assert_called_once()
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_a_block_that_overflows_is_never_used_and_spares_the_blocks_of_its_step(
+    open_worker: Callable[..., Worker], reports: list[Report], number: float
+) -> None:
+    worker = open_worker([])
+    write_pages(worker, KEYS[0], [4, 2])
+    write_pages(worker, KEYS[1], [5])
+    worker.layers[2].kv_cache[5, 1, 3, 1, 3] = number
+    saves = [
+        Save(key=key, pages=pages, reply_to=ADDRESS) for key, pages in ((KEYS[0], [4, 2]), (KEYS[1], [5]))
+    ]
+    worker.half.save(saves)
+    failures = {report.block: report.failure for report in (wait_for(reports), wait_for(reports))}
+    assert not failures[key_digest(KEYS[0])] and "not finite" in failures[key_digest(KEYS[1])]
+    assert worker.load(make_load(keys=KEYS[:2]))[1] and reports.pop() == Report(missing=[1])
+    assert worker.load(make_load(keys=KEYS[:1], request_id="b")) == ({"b"}, set())
+
+
+def test_a_step_waits_while_too_many_blocks_wait_for_their_copy(
+    open_worker: Callable[..., Worker], reports: list[Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device would run out of memory otherwise."""
+    monkeypatch.setattr("blockft.serving.computed_blocks.MAX_WAITING_BYTES", SHAPE.block_bytes(KEYS[0]))
+    worker, may_copy, ended = open_worker([]), Event(), Event()
+    copy = ComputedBlocks._copy
+    monkeypatch.setattr(ComputedBlocks, "_copy", lambda *args: may_copy.wait(60) and copy(*args))
+
+    def save_twice() -> None:
+        for key in (KEYS[0], KEYS[1]):
+            worker.half.save([Save(key=key, pages=[4, 2], reply_to=ADDRESS)])
+        worker.half.save([Save(key=KEYS[2], pages=[4, 2], reply_to=ADDRESS)])
+        ended.set()
+
+    thread = Thread(target=save_twice)
+    thread.start()
+    assert {wait_for(reports).block, wait_for(reports).block} == {key_digest(KEYS[0]), key_digest(KEYS[1])}
+    assert not ended.wait(0.2), "the third block waits for the first two"
+    may_copy.set()
+    thread.join(30)
+    assert ended.is_set() and wait_for(reports).block == key_digest(KEYS[2])
+
+
+def test_several_workers_use_a_block_when_the_folder_has_it(
+    open_worker: Callable[..., Worker], reports: list[Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other workers read it there."""
+    worker, may_write = open_worker([]), Event()
+    worker.half.close()
+    worker.half.use_layers(
+        worker.layers, HeadShard(num_workers=2), lambda part: torch.cat((part, part), dim=3)
+    )
+    write = DiskTier.write
+    monkeypatch.setattr(DiskTier, "write", lambda *args: may_write.wait(60) and write(*args))
+    worker.half.save([Save(key=KEYS[0], pages=[4, 2], reply_to=ADDRESS)])
+    time.sleep(0.2)
+    assert not reports
+    may_write.set()
+    assert wait_for(reports) == SAVED
 
 
 def test_an_error_while_a_block_is_read_fails_its_requests_alone(
@@ -219,15 +326,15 @@ def test_an_error_while_a_block_is_read_fails_its_requests_alone(
     worker = open_worker([])
     save = Save(key=KEYS[0], pages=[4, 2], reply_to=ADDRESS)
     with monkeypatch.context() as patch:
-        patch.setattr("blockft.serving.worker_half.read_block", Mock(side_effect=MemoryError("no memory")))
+        patch.setattr("blockft.serving.worker_half.read_blocks", Mock(side_effect=MemoryError("no memory")))
         worker.half.save([save])
-        assert reports.pop() == Report(failure="a block could not be stored: no memory")
+        assert reports.pop() == replace(SAVED, failure="a block could not be stored: no memory")
         worker.half._gather = lambda part: part
         with pytest.raises(MemoryError):
             worker.half.save([save])
     worker.half._gather = None
     worker.half.save([save])
-    assert wait_for(reports) == Report()
+    assert wait_for(reports) == SAVED
 
 
 def test_an_entry_that_another_worker_has_written_anew_is_read(
@@ -291,10 +398,41 @@ def test_the_device_tier_gives_blocks_that_host_and_disk_have_lost(
     pages, reversed_keys = [8, 2, 5], [KEYS[2], KEYS[1]]
     assert worker.load(make_load(keys=reversed_keys, pages=pages, request_id="b")) == ({"b"}, set())
     assert reports[1:] == [Report(sources=["disk", "disk"]), Report(sources=["device", "device"])]
-    found = read_block(worker.layers, SHAPE, PAGE_LEN, page_slots(pages, PAGE_LEN, 0, 10))
+    found = read_blocks(worker.layers, SHAPE, PAGE_LEN, page_slots(pages, PAGE_LEN, 0, 10))
     assert_close(found[:, :, 1], torch.cat([kv_of(key)[:, :, 1] for key in reversed_keys], dim=1))
     assert_close(found[:, :6], kv_of(KEYS[2]), rtol=1e-6, atol=1e-6)
     assert worker.load(make_load(keys=KEYS[:1], request_id="c"))[1], "it was evicted"
+
+
+def test_only_blocks_that_the_device_tier_lacks_are_loaded(
+    open_worker: Callable[..., Worker], reports: list[Report]
+) -> None:
+    worker = open_worker(KEYS, device_bytes=20 * SHAPE.token_bytes, host_bytes=0)
+    worker.load(make_load(keys=KEYS[:2]))
+    for key in KEYS[:2]:
+        for tier in worker.half._served.open_disk_tiers():
+            tier._path(key).unlink(missing_ok=True)
+    assert worker.load(make_load(request_id="b")) == ({"b"}, set())
+    assert reports[1:] == [Report(sources=["device", "device", "disk"])]
+
+
+def test_a_block_that_the_device_tier_evicts_during_a_load_is_loaded_too(
+    open_worker: Callable[..., Worker], reports: list[Report]
+) -> None:
+    worker = open_worker(KEYS, device_bytes=11 * SHAPE.token_bytes, host_bytes=0)
+    worker.load(make_load(keys=KEYS[:1]))
+    start = worker.half._opened.load
+    with pytest.MonkeyPatch.context() as patch:
+
+        def load_and_evict(keys: Sequence[BlockKey]) -> Any:
+            if worker.half._is_in_device_tier(KEYS[0]):
+                worker.half._device_tier.drop(KEYS[0])
+            return start(keys)
+
+        patch.setattr(worker.half._opened, "load", load_and_evict)
+        assert worker.load(make_load(keys=KEYS[:2], request_id="b")) == ({"b"}, set())
+    found = read_blocks(worker.layers, SHAPE, PAGE_LEN, page_slots([7, 3, 9], PAGE_LEN, 0, 9))
+    assert_close(found[:, :, 1], torch.cat([kv_of(key)[:, :, 1] for key in KEYS[:2]], dim=1))
 
 
 def test_prompts_longer_than_the_device_tier_are_loaded_without_it(
@@ -304,7 +442,7 @@ def test_prompts_longer_than_the_device_tier_are_loaded_without_it(
     for source in ("disk", "host"):
         assert worker.load(make_load()) == ({"a"}, set())
         assert reports.pop() == Report(sources=[source] * 3)
-    found = read_block(worker.layers, SHAPE, PAGE_LEN, page_slots([7, 3, 9, 1], PAGE_LEN, 0, 15))
+    found = read_blocks(worker.layers, SHAPE, PAGE_LEN, page_slots([7, 3, 9, 1], PAGE_LEN, 0, 15))
     assert_close(found[:, :, 1], torch.cat([kv_of(key)[:, :, 1] for key in KEYS], dim=1))
 
 
@@ -315,7 +453,7 @@ def test_each_worker_loads_its_heads(
     slots = page_slots([7, 3, 9, 1], PAGE_LEN, 0, 15)
     whole = open_worker(KEYS)
     whole.load(make_load())
-    expected = read_block(whole.layers, SHAPE, PAGE_LEN, slots)
+    expected = read_blocks(whole.layers, SHAPE, PAGE_LEN, slots)
     for number in range(2):
         worker = open_worker([], device_bytes=device_bytes)
         shard = HeadShard(worker=number, num_workers=2)
@@ -324,7 +462,7 @@ def test_each_worker_loads_its_heads(
         worker.half.use_layers(worker.layers, shard)
         for _ in range(2):  # from the host, then from the device tier
             assert worker.load(make_load()) == ({"a"}, set())
-            found = read_block(worker.layers, shard.local_shape(SHAPE), PAGE_LEN, slots)
+            found = read_blocks(worker.layers, shard.local_shape(SHAPE), PAGE_LEN, slots)
             assert torch.equal(found, expected[..., number : number + 1, :])
     assert len(reports) == 3, "the first worker alone reports"
 
@@ -346,10 +484,10 @@ def test_a_block_is_stored_from_the_heads_of_all_workers(
 
         worker.half.use_layers(layers, shard, gather)
         worker.half.save([Save(key=KEYS[0], pages=[4, 2], reply_to=ADDRESS)])
-    assert wait_for(reports) == Report() and not reports
+    assert wait_for(reports) == SAVED and not reports
     later = open_worker([])
     assert later.load(make_load(keys=[KEYS[0]])) == ({"a"}, set())
-    assert torch.equal(read_block(later.layers, SHAPE, PAGE_LEN, page_slots([7, 3], PAGE_LEN, 0, 5)), kv)
+    assert torch.equal(read_blocks(later.layers, SHAPE, PAGE_LEN, page_slots([7, 3], PAGE_LEN, 0, 5)), kv)
 
 
 @pytest.mark.gpu  # streams and pinned memory exist on a GPU alone
@@ -361,7 +499,7 @@ def test_a_gpu_loads_and_stores_beside_its_forward_passes(
     slots, key = page_slots([7, 3, 9, 1], PAGE_LEN, 0, 15), random_key(9, 6)
     on_cpu, worker = open_worker(KEYS), open_worker([], device_bytes=device_bytes)
     on_cpu.load(make_load())
-    expected = read_block(on_cpu.layers, SHAPE, PAGE_LEN, slots)
+    expected = read_blocks(on_cpu.layers, SHAPE, PAGE_LEN, slots)
     worker.half.close()
     worker.layers = make_layers(device="cuda")
     worker.half.use_layers(worker.layers)
@@ -370,7 +508,7 @@ def test_a_gpu_loads_and_stores_beside_its_forward_passes(
         for layer in worker.layers:
             layer.kv_cache.fill_(-1)
         assert worker.load(make_load()) == ({"a"}, set())
-        found = read_block(worker.layers, SHAPE, PAGE_LEN, slots)
+        found = read_blocks(worker.layers, SHAPE, PAGE_LEN, slots)
         assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-5)
     for index, layer in enumerate(worker.layers):
         keys, values = kv_of(key)[index].cuda().unbind(1)
@@ -381,8 +519,8 @@ def test_a_gpu_loads_and_stores_beside_its_forward_passes(
     worker.half.save([Save(key=key, pages=[4, 2], reply_to=ADDRESS)])
     for layer in worker.layers:
         layer.kv_cache.fill_(-1)
-    assert wait_for(reports) == Report()
+    assert wait_for(reports) == Report(block=key_digest(key))
     assert on_cpu.load(make_load(keys=[key])) == ({"a"}, set())
     assert torch.equal(
-        read_block(on_cpu.layers, SHAPE, PAGE_LEN, page_slots([7, 3], PAGE_LEN, 0, 6)), kv_of(key)
+        read_blocks(on_cpu.layers, SHAPE, PAGE_LEN, page_slots([7, 3], PAGE_LEN, 0, 6)), kv_of(key)
     )

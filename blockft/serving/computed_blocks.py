@@ -1,0 +1,134 @@
+"""Blocks that vLLM has computed, until the folder has them.
+
+A block may be used as soon as its numbers are checked, from the tensor into which it was read from its pages.
+Its copy to the host and its entry in the folder follow in the background.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+import torch
+
+from blockft.inference.block_cache import MAX_PENDING_WRITES
+from blockft.inference.block_key import BlockKey
+from blockft.serving.block_store import BlockStore
+from blockft.serving.device_work import BackgroundStream, DeviceWork
+
+MAX_WAITING_BYTES = 2 << 30
+"""Size of the blocks that may wait for their copy to the host. A step with more blocks waits for copies, so
+that the memory of the device does not fill up."""
+
+Block = tuple[BlockKey, torch.Tensor]
+
+
+class ComputedBlocks:
+    """Blocks (L, n, 2, K, D) on the device, then on the host, until the store has written them to the folder.
+
+    wait_for_disk: report a block only when it is in the folder, because other workers read it there.
+    """
+
+    def __init__(self, store: BlockStore, device: torch.device, *, wait_for_disk: bool = False) -> None:
+        self._store, self._wait_for_disk = store, wait_for_disk
+        self._stream = BackgroundStream(device)
+        self._blocks: dict[BlockKey, torch.Tensor] = {}
+        self._waiting: deque[tuple[int, Future[str]]] = deque()
+        # a check never waits for the copies of earlier blocks, for which memory has to be found
+        self._checker = ThreadPoolExecutor(1, thread_name_prefix="blockft-check")
+        self._copier = ThreadPoolExecutor(1, thread_name_prefix="blockft-copy")
+        self._writes: deque[Future[None]] = deque()
+
+    def get(self, key: BlockKey) -> torch.Tensor | None:
+        """Return a block that may be used, on the device or on the host, or None."""
+        return self._blocks.get(key)
+
+    def add(self, blocks: Sequence[Block]) -> list[Future[str]]:
+        """Add blocks that the current stream of the device writes, and that nothing overwrites.
+
+        A result is "" once the block may be used, or the reason why it cannot be used.
+        """
+        self._limit_waiting()
+        peaks, checked = self._stream.copy_to_host(torch.stack([_peak(kv) for _, kv in blocks]))
+        reports, copies = ([Future[str]() for _ in blocks] for _ in range(2))
+        self._waiting.extend(zip((kv.nbytes for _, kv in blocks), copies, strict=True))
+        self._checker.submit(self._check, blocks, peaks, checked, reports, copies)
+        return reports
+
+    def close(self) -> None:
+        """Wait until the store has all blocks."""
+        self._checker.shutdown()
+        self._copier.shutdown()
+
+    def _limit_waiting(self) -> None:
+        """Wait until the blocks that wait for their copy are few."""
+        while self._waiting and self._waiting[0][1].done():
+            self._waiting.popleft()
+        while sum(num_bytes for num_bytes, _ in self._waiting) > MAX_WAITING_BYTES:
+            self._waiting.popleft()[1].exception()
+
+    def _check(
+        self,
+        blocks: Sequence[Block],
+        peaks: torch.Tensor,
+        checked: DeviceWork,
+        reports: Sequence[Future[str]],
+        copies: Sequence[Future[str]],
+    ) -> None:
+        try:
+            checked.wait()
+            is_finite = peaks.isfinite().tolist()
+        except (
+            Exception
+        ) as error:  # such as an error of the device: nobody may wait for these blocks for ever
+            for future in (*reports, *copies):
+                future.set_exception(error)
+            return
+        for (key, kv), is_usable, report, copied in zip(blocks, is_finite, reports, copies, strict=True):
+            if not is_usable:
+                copied.set_result("")
+                report.set_result(_overflow(kv))
+                continue
+            self._blocks[key] = kv
+            if not self._wait_for_disk:
+                report.set_result("")
+            self._copier.submit(self._copy, key, kv, report, copied)
+
+    def _copy(self, key: BlockKey, kv: torch.Tensor, report: Future[str], copied: Future[str]) -> None:
+        """Copy a block to the host and give it to the store."""
+        try:
+            on_host, work = self._stream.copy_to_host(kv, is_written=True)
+            work.wait()
+            self._blocks[key] = on_host
+            copied.set_result("")
+            while (
+                len(self._writes) >= MAX_PENDING_WRITES // 2
+            ):  # the store must not wait, because it also loads
+                self._writes.popleft().exception()
+            written = self._store.insert(key, on_host).result()
+            self._writes.append(written)
+            written.add_done_callback(partial(self._end, key, report))
+        except Exception as error:  # such as too little memory
+            self._blocks.pop(key, None)
+            for future in (copied, report):
+                if not future.done():
+                    future.set_exception(error)
+
+    def _end(self, key: BlockKey, report: Future[str], written: Future[None]) -> None:
+        self._blocks.pop(key, None)
+        if not report.done():
+            report.set_result("")
+
+
+def _peak(kv: torch.Tensor) -> torch.Tensor:
+    """Return a number that is finite if all numbers of a block are, without a copy of the block."""
+    return torch.linalg.vector_norm(kv, ord=float("inf"))
+
+
+def _overflow(kv: torch.Tensor) -> str:
+    # a masked value has weight 0, but 0 times infinity is not 0: the block would change other tokens
+    dtype = str(kv.dtype).removeprefix("torch.")
+    return (
+        f"in {dtype} the model computes values that are not finite for a block of {kv.shape[1]} tokens: "
+        "leave the document out, or serve the model with another dtype"
+    )
