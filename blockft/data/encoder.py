@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from blockft.attention.layout import Layout
 from blockft.data.chat_template import Block, ChatTemplate, RenderedPrompt, TemplateMismatch, TextPart
 from blockft.data.sample import Sample
+from blockft.data.token_cache import TokenCache
 from blockft.data.tokenizer import PlainTokenizer, TemplatedTokenizer, control_token_ids, encode_markup
 from blockft.errors import UserError
 
@@ -96,15 +97,24 @@ class Encoder:
     With `local_sees_first`, the first block of a prompt holds the instruction: the markup at the start of the
     prompt is joined with the block after it (see `ChatTemplate.render`). No token id changes.
 
+    `cache_bytes` is the memory for the ids of texts that are encoded again and again.
+
     Raises:
         UserError: the tokenizer has no `tokenizers` backend.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, local_sees_first: bool = False) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, local_sees_first: bool = False, cache_bytes: int = 0
+    ) -> None:
         self._name, self._local_sees_first = tokenizer.name_or_path, local_sees_first
         self._tokenizer = tokenizer
         self._plain = PlainTokenizer(tokenizer)
         self._templated = TemplatedTokenizer(tokenizer)
+        self._encode_plain = self._plain.encode_arrays
+        self._encode_templated_texts = self._templated.encode_arrays
+        if cache_bytes:
+            self._encode_plain = TokenCache(self._plain.encode_arrays, cache_bytes // 2).encode
+            self._encode_templated_texts = TokenCache(self._templated.encode_arrays, cache_bytes // 2).encode
         self._markup_ids: dict[str, TokenIds] = {}
         self._ending_ids: dict[str, TokenIds] = {}
 
@@ -216,7 +226,7 @@ class Encoder:
         parts = {part for prompt in prompts for block in prompt.blocks for part in block}
         parts |= {prompt.answer for prompt in prompts}
         texts = [part.text for part in parts if not part.is_markup]
-        plain = dict(zip(texts, self._plain.encode_arrays(texts), strict=True))
+        plain = dict(zip(texts, self._encode_plain(texts), strict=True))
         return {
             part: _token_array(self._encode_markup(part.text)) if part.is_markup else plain[part.text]
             for part in parts
@@ -259,7 +269,7 @@ class Encoder:
         return ids
 
     def _templated_ids(self, blocks: Sequence[str]) -> list[TokenIds]:
-        all_ids = self._templated.encode(list(blocks))
+        all_ids = [ids.tolist() for ids in self._encode_templated_texts(blocks)]
         for ids, text in zip(all_ids, blocks, strict=True):
             if not ids:
                 self._fail_without_tokens(text)

@@ -97,9 +97,14 @@ class TemplatedTokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._backend = Tokenizer.from_str(json.dumps(_without_automatic_additions(tokenizer)))
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text."""
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return [ids.tolist() for ids in self.encode_arrays(texts)]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """Return the token ids of each text as an array."""
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
 
 def encode_markup(text: str, tokenizer: PreTrainedTokenizerBase, plain: PlainTokenizer) -> list[int]:

@@ -57,6 +57,9 @@ OWN_DOCUMENTS = ("/rerank", "/score")
 
 MAX_BODY_BYTES = 64 << 20
 
+MAX_CLIENTS = 1000
+"""Clients whose models are known: a server without keys takes any."""
+
 MAX_ATTEMPTS = 3
 """How often a request is sent to vLLM if its blocks are evicted while it waits."""
 
@@ -102,6 +105,7 @@ class BlockFrontEnd:
         self._counters = counters or PrometheusCounters()
         self._encoder = PromptEncoder(self._served)
         self._computer: BlockComputer | None = None
+        self._models: dict[tuple[bytes, ...], dict[str, int]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
@@ -195,13 +199,22 @@ class BlockFrontEnd:
     async def _list_models(self, scope: Scope) -> dict[str, int]:
         """Return the names of the models of the server, and their largest number of tokens.
 
+        vLLM is asked once for each client, because a server keeps its models and its keys.
+
         Raises:
             RequestRefused: vLLM does not answer this client.
         """
-        response = await call(self._app, with_request(scope, "GET", "/v1/models", only_authorization=True))
-        if response.status != 200:
-            raise RequestRefused(response)
-        return {model["id"]: model["max_model_len"] for model in response.json()["data"]}
+        own_scope = with_request(scope, "GET", "/v1/models", only_authorization=True)
+        client = tuple(value for name, value in own_scope["headers"] if name.lower() == b"authorization")
+        if client not in self._models:
+            response = await call(self._app, own_scope)
+            if response.status != 200:
+                raise RequestRefused(response)
+            if len(self._models) >= MAX_CLIENTS:
+                self._models.clear()
+            models = response.json()["data"]
+            self._models[client] = {model["id"]: model["max_model_len"] for model in models}
+        return self._models[client]
 
     def _completion(self, encoded: EncodedRequest, address: ReplyAddress) -> dict[str, Any]:
         """Return the body of the completion request to vLLM."""

@@ -95,7 +95,12 @@ class BlockComputer:
     def _keep(self, task: asyncio.Task[Any]) -> None:
         """Keep a task until it ends. Its result and its error are of no use."""
         self._tasks.add(task)
-        task.add_done_callback(lambda task: (self._tasks.discard(task), task.cancelled() or task.exception()))
+        task.add_done_callback(self._drop)
+
+    def _drop(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # asyncio would log it otherwise
 
     def _end(self, key: BlockKey, future: asyncio.Future[None]) -> None:
         del self._running[key]
@@ -144,7 +149,8 @@ class BlockComputer:
         answer = asyncio.create_task(call(self._app, own_scope, content))
         self._keep(answer)
         try:
-            await asyncio.wait({answer, reports}, return_when=asyncio.FIRST_COMPLETED)
+            waiting: set[asyncio.Future[Any]] = {answer, reports}
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             if not reports.done() and (response := await answer).status != 200:
                 raise RequestRefused(Response(response.status, hide_secrets(response.body)))
             return await asyncio.wait_for(reports, REPORT_TIMEOUT_S)

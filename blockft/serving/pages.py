@@ -10,7 +10,7 @@ Shapes: n tokens, L layers, G layers of a group, K key/value heads, D head size.
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -67,7 +67,7 @@ def write_blocks(
     first = context_len - len(slots)
     assert starts[0] <= first < starts[1]
     device = layers[0].kv_cache.device
-    slots, max_numbers = _to(slots, device), MAX_CHUNK_NUMBERS[device.type]
+    slots, max_numbers = to_device(slots, device), MAX_CHUNK_NUMBERS[device.type]
     token_len = math.prod(blocks[0].shape[3:])
     turns = _turns(rotaries, starts[:-1], device)
     for chunk in _block_chunks(lengths, max_numbers // token_len):
@@ -79,20 +79,21 @@ def write_blocks(
             parts = [part if part.shape[3] == shape.num_kv_heads else shard.take(part) for part in parts]
             kv_Gn2KD = torch.cat(parts, dim=1) if len(chunk) > 1 else parts[0]
             keys_GnKD, values_GnKD = kv_Gn2KD[:, begin - end :].unbind(2)
-            keys_GnKD = rotate(keys_GnKD, *chunk_turns[rotary]).contiguous()
+            keys_GnKD = rotate(keys_GnKD, *chunk_turns[id(rotary)]).contiguous()
             values_GnKD = values_GnKD.contiguous()
             for layer, keys_nKD, values_nKD in zip(layers[group], keys_GnKD, values_GnKD, strict=True):
                 layer.impl.do_kv_cache_update(layer, keys_nKD, values_nKD, layer.kv_cache, chunk_slots)
 
 
-Turns = dict[RotaryEmbedding, tuple[torch.Tensor, torch.Tensor]]
-"""The cosines and sines by which each rotary embedding turns keys."""
+Turns = dict[int, tuple[torch.Tensor, torch.Tensor]]
+"""The cosines and sines by which each rotary embedding, named by its `id`, turns keys."""
 
 
 def _turns(rotaries: Sequence[RotaryEmbedding], starts: Sequence[int], device: torch.device) -> Turns:
     """Return the turns of blocks that begin at `starts`: (blocks, R / 2) each."""
-    starts_on_device = _to(torch.tensor(starts), device)
-    return {rotary: rotary.cos_sin(starts_on_device, device) for rotary in dict.fromkeys(rotaries)}
+    starts_on_device = to_device(torch.tensor(starts), device)
+    distinct = {id(rotary): rotary for rotary in rotaries}
+    return {kind: rotary.cos_sin(starts_on_device, device) for kind, rotary in distinct.items()}
 
 
 def _turns_of_tokens(turns: Turns, chunk: Sequence[int], lengths: Sequence[int], num_last: int) -> Turns:
@@ -101,8 +102,8 @@ def _turns_of_tokens(turns: Turns, chunk: Sequence[int], lengths: Sequence[int],
         index = torch.tensor(chunk)
     else:
         index = torch.tensor(chunk).repeat_interleave(torch.tensor([lengths[k] for k in chunk]))[-num_last:]
-    index = _to(index, next(iter(turns.values()))[0].device)
-    return {rotary: (cos[index, None], sin[index, None]) for rotary, (cos, sin) in turns.items()}
+    index = to_device(index, next(iter(turns.values()))[0].device)
+    return {kind: (cos[index, None], sin[index, None]) for kind, (cos, sin) in turns.items()}
 
 
 def _block_chunks(lengths: Sequence[int], max_tokens: int) -> Iterator[Sequence[int]]:
@@ -131,7 +132,7 @@ def _layer_groups(
             start = end
 
 
-def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return a small tensor on the device, without waiting for the work that runs there."""
     if device.type == "cpu":
         return tensor
@@ -145,8 +146,8 @@ def read_blocks(
     device = layers[0].kv_cache.device
     layouts = [PageLayout(layer, shape, page_len) for layer in layers]
     pages, row = torch.unique(slots // layouts[0].page_len, return_inverse=True)
-    pages, row = _to(pages, device), _to(row[:, None, None, None], device)
-    column = _to(slots % layouts[0].page_len, device)
+    pages, row = to_device(pages, device), to_device(row[:, None, None, None], device)
+    column = to_device(slots % layouts[0].page_len, device)
     places = {kind: torch.stack(kind, dim=1)[column] for kind in {layout.places for layout in layouts}}
     size = (len(layers), *shape.layer_shape(len(slots)))
     kv_Ln2KD = torch.empty(size, dtype=layers[0].kv_cache.dtype, device=device)
@@ -161,6 +162,19 @@ def move_keys(kv_Ln2KD: torch.Tensor, rotaries: Sequence[RotaryEmbedding], dista
     for kv_n2KD, rotary in zip(moved, rotaries, strict=True):
         kv_n2KD[:, 0] = rotary.shift(kv_n2KD[:, 0], distance)
     return moved
+
+
+class PageStrides(NamedTuple):
+    """Distances in a layer's pages, counted in numbers: to the next page, token, head and number of a head,
+    and from keys to values. start: of the first key of a page.
+    """
+
+    page: int
+    token: int
+    value: int
+    head: int
+    dim: int
+    start: int
 
 
 class PageLayout:
@@ -191,6 +205,26 @@ class PageLayout:
         if kind not in self._known:
             self._known[kind] = tuple(_find_places(layer, size, part).to(device) for part in (0, 1))
         self.places = self._known[kind]
+
+    def strides(self, cache: torch.Tensor) -> "PageStrides | None":
+        """Return the strides of a layer's pages, or None if they have no strides."""
+        places_n2KD = torch.stack([part.cpu() for part in self.places], dim=1)
+        offsets_n2KD = torch.zeros_like(places_n2KD)
+        for index, stride in zip(
+            torch.unravel_index(places_n2KD, cache.shape[1:]), cache.stride()[1:], strict=True
+        ):
+            offsets_n2KD += index * stride
+        start = int(offsets_n2KD[0, 0, 0, 0])
+        expected, found = torch.full_like(offsets_n2KD, start), []
+        for axis, size in enumerate(offsets_n2KD.shape):
+            along = offsets_n2KD.movedim(axis, 0).reshape(size, -1)[:, 0]
+            found.append(int(along[-1] - along[0]) // max(size - 1, 1))
+            shape = [size if other == axis else 1 for other in range(4)]
+            expected += found[-1] * torch.arange(size).reshape(shape)
+        if not torch.equal(offsets_n2KD, expected):
+            return None
+        token, value, head, dim = found
+        return PageStrides(cache.stride(0), token, value, head, dim, start)
 
 
 def _find_places(layer: AttentionLayer, size: tuple[int, int, int], part: int) -> torch.Tensor:

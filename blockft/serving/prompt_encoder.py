@@ -15,6 +15,10 @@ LARGE_PROMPT_CHARS = 1 << 20
 """Characters from which a prompt is large. It takes a third of a second or more, and up to half a minute."""
 
 
+TOKEN_CACHE_BYTES = 256 << 20
+"""Memory for the token ids of documents: of 50,000 documents of 512 tokens."""
+
+
 class PromptEncoder:
     """The wording and the tokenizer of a model. Prompts are encoded by one thread, one after the other.
 
@@ -30,10 +34,12 @@ class PromptEncoder:
         trained = block_attention_config(load_config(served.path))
         self.prompt = rag_prompt_of_export(trained) if trained else RagPrompt(order="given")
         self._vocab_size = served.vocab_size
-        encoders = (
-            Encoder(load_tokenizer(served.path), local_sees_first=served.local_sees_first) for _ in range(2)
+        self._encoder, self._large_encoder = (
+            Encoder(
+                load_tokenizer(served.path), local_sees_first=served.local_sees_first, cache_bytes=cache_bytes
+            )
+            for cache_bytes in (TOKEN_CACHE_BYTES, 0)
         )
-        self._encoder, self._large_encoder = encoders
         self.end_token_ids: Sequence[int] = sorted(self._encoder.end_token_ids)
         served.check_files()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="blockft-encode")

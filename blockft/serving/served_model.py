@@ -47,6 +47,7 @@ class ServedModel:
         disk_bytes: largest size of the folder; None sets no limit.
         host_bytes: size of the host tier.
         device_bytes: size of the device tier, beside vLLM's pages; 0 for none.
+        page_writer: torch or triton: what writes blocks into pages on a GPU.
         secret: known to the processes of the server only. It marks the requests of the front end.
         socket_folder: a private folder for sockets.
     """
@@ -64,6 +65,7 @@ class ServedModel:
     disk_bytes: int | None
     host_bytes: int
     device_bytes: int
+    page_writer: str
     secret: str
     socket_folder: str
 

@@ -131,6 +131,22 @@ def check_backend(layers: Sequence[Any]) -> None:
             )
 
 
+def graph_hint(cudagraph_mode: str) -> str:
+    """Return why the first token takes longer than it needs on a GPU, or "".
+
+    cudagraph_mode: the mode for which vLLM captures CUDA graphs. The prefill of a final block is short, so
+    that launching its kernels takes longer than running them. vLLM replaces FULL by FULL_DECODE_ONLY if the
+    attention backend cannot capture prefill steps and the model is not compiled.
+    """
+    if cudagraph_mode not in ("NONE", "FULL_DECODE_ONLY"):
+        return ""
+    return (
+        f"vLLM runs prefill steps without CUDA graphs (cudagraph_mode {cudagraph_mode}), which can double "
+        "the time to the first token of cached prompts: leave out --enforce-eager, --compilation-config, or "
+        """add --compilation-config '{"mode":0,"cudagraph_mode":"FULL"}'"""
+    )
+
+
 def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
 

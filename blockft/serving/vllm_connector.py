@@ -3,6 +3,7 @@
 vLLM creates one object in its scheduler and one in its worker. This is the only module that imports vLLM.
 """
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,15 +19,16 @@ from vllm.distributed.parallel_state import get_tp_group
 from blockft.serving.head_shard import HeadShard
 from blockft.serving.scheduler_half import SchedulerHalf, StepPlan
 from blockft.serving.served_model import ServedModel
-from blockft.serving.supported_engine import check_engine, check_pages
+from blockft.serving.supported_engine import check_engine, check_pages, graph_hint
 from blockft.serving.worker_half import WorkerHalf
 
 SERVED_MODEL = "served_model"
 """The key of the connector's configuration that holds the path of the file of the served model."""
 
-
 HEAD_DIM = 3
 """The dimension of the heads of a block, (L, n, 2, K, D)."""
+
+_log = logging.getLogger("blockft.serving")
 
 
 @dataclass
@@ -50,7 +52,7 @@ class BlockConnector(KVConnectorBase_V1):
         check_engine(vllm_config, served)
         if kv_cache_config is not None:
             check_pages(kv_cache_config)
-        self._layers_by_name = vllm_config.compilation_config.static_forward_context
+        self._compilation = vllm_config.compilation_config
         self._scheduler = SchedulerHalf(served) if role is KVConnectorRole.SCHEDULER else None
         self._worker = None
         if role is KVConnectorRole.WORKER:
@@ -83,7 +85,11 @@ class BlockConnector(KVConnectorBase_V1):
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         names = sorted(kv_caches, key=_layer_index)
-        layers, group = [self._layers_by_name[name] for name in names], get_tp_group()
+        layers_by_name = self._compilation.static_forward_context
+        layers, group = [layers_by_name[name] for name in names], get_tp_group()
+        hint = graph_hint(self._compilation.cudagraph_mode.name) if layers[0].kv_cache.is_cuda else ""
+        if hint and group.rank_in_group == 0:
+            _log.warning(hint)
         shard = HeadShard(worker=group.rank_in_group, num_workers=group.world_size)
         gather = partial(group.all_gather, dim=HEAD_DIM) if group.world_size > 1 else None
         self._in_worker.use_layers(layers, shard, gather)

@@ -102,6 +102,7 @@ class WorkerHalf:
         device = layers[0].kv_cache.device
         self._rotaries = _on_device(self._served.rotaries, device)
         self._stream = BackgroundStream(device)
+        self._write_pages = self._page_writer()
         self._device_tier = None
         if self._served.device_bytes:
             bytes_of_worker = self._served.device_bytes // shard.num_workers
@@ -167,6 +168,18 @@ class WorkerHalf:
         assert self._store is not None
         return self._store
 
+    def _page_writer(self) -> Callable[[Sequence[torch.Tensor], int, torch.Tensor], None]:
+        """Return the function that writes blocks into pages; see `write_blocks`."""
+        if self._served.page_writer == "triton":
+            from blockft.serving.page_writer import PageWriter
+
+            writer = PageWriter(self._layers, self._rotaries, self._shape, self._page_len, self._shard)
+            writer.warm_up()
+            return writer.write
+        return lambda blocks, context_len, slots: write_blocks(
+            self._layers, self._rotaries, blocks, context_len, slots, self._shape, self._shard
+        )
+
     def _save(self, saves: Sequence[Save]) -> None:
         slots = []
         for save in saves:
@@ -228,9 +241,7 @@ class WorkerHalf:
             slots = page_slots(load.pages, self._page_len, load.start, load.context_len)
             with self._stream.run():
                 used = self._through_device_tier(load.needed_keys, blocks)
-                write_blocks(
-                    self._layers, self._rotaries, used, load.context_len, slots, self._shape, self._shard
-                )
+                self._write_pages(used, load.context_len, slots)
         except Exception as error:  # the request fails with it, and no other request
             self._stream.enqueued().wait()  # its pages go to other requests
             self._fail_with(load, error)

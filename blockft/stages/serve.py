@@ -1,5 +1,6 @@
 """`blockft serve`: serve a model with vLLM, with cached blocks."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +22,8 @@ from blockft.serving.supported_engine import check_version
 from blockft.stages.generate import CacheArguments
 from blockft.units import format_count
 
+PAGE_WRITER_VARIABLE = "BLOCKFT_PAGE_WRITER"
+
 
 def serve(model: str, *, cache: CacheArguments, dtype: str = "auto", options: Sequence[str] = ()) -> int:
     """Start vLLM's server, wait for its end, and return its exit code.
@@ -40,6 +43,18 @@ def serve(model: str, *, cache: CacheArguments, dtype: str = "auto", options: Se
         for tier, kind in zip(served.open_disk_tiers(), ("blockft", "vLLM"), strict=True):
             notify(f"{format_count(len(tier.digests()), 'block')} by {kind} in {served.folder}")
         return run_server(served, Path(folder), options)
+
+
+def page_writer() -> str:
+    """Return what writes blocks into pages, from the environment. Triton is not measured yet.
+
+    Raises:
+        UserError: there is no such writer.
+    """
+    name = os.environ.get(PAGE_WRITER_VARIABLE, "torch")
+    if name not in ("torch", "triton"):
+        raise UserError(f"{PAGE_WRITER_VARIABLE} is {name!r}, allowed are torch and triton: change it")
+    return name
 
 
 def describe_model(model: str, cache: CacheOptions, dtype: torch.dtype, *, socket_folder: str) -> ServedModel:
@@ -79,6 +94,7 @@ def describe_model(model: str, cache: CacheOptions, dtype: torch.dtype, *, socke
         disk_bytes=cache.disk_bytes,
         host_bytes=free_bytes(torch.device("cpu")) // 4 if cache.host_bytes is None else cache.host_bytes,
         device_bytes=cache.device_bytes or 0,
+        page_writer=page_writer(),
         secret=new_secret(),
         socket_folder=socket_folder,
     )

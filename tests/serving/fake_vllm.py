@@ -47,6 +47,7 @@ class FakeVllm:
     is_ending: bool = False
     is_full_attention: bool = False
     saw_disconnect: bool = False
+    num_listed: int = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -55,6 +56,7 @@ class FakeVllm:
         if self.api_key and authorization != f"Bearer {self.api_key}":
             await send_json(send, 401, {"error": "Unauthorized"})
         elif scope["path"] == "/v1/models":
+            self.num_listed += 1
             await send_json(send, 200, {"object": "list", "data": [MODEL_ENTRY]})
         else:
             body = await read_body(receive, 1 << 30)

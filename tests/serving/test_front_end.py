@@ -175,10 +175,13 @@ def test_blocks_that_see_the_first_block_are_computed_behind_it(tmp_path: Path, 
         assert isinstance(params, BlockRequest)
         context = block_keys(body["prompt"], params.lengths, local_sees_first=True)
         assert setup.vllm.blocks == {*context}
-        encoded = [body for body in setup.vllm.completions if body["kv_transfer_params"].get("encode")]
-        assert sorted((one["prompt"], one["kv_transfer_params"]["first_len"]) for one in encoded) == sorted(
-            (first_ids(key) + token_ids(key), num_first(key)) for key in context
-        )
+        encoded = [
+            (prompt, body["kv_transfer_params"]["first_len"])
+            for body in setup.vllm.completions
+            if body["kv_transfer_params"].get("encode")
+            for prompt in body["prompt"]
+        ]
+        assert sorted(encoded) == sorted((first_ids(key) + token_ids(key), num_first(key)) for key in context)
         assert answer["usage"]["block_attention"]["sources"] == {"computed": len(context)}
         _, again = await setup.post(CHAT_BLOCKS)
         assert again["usage"]["block_attention"]["sources"] == {"host": len(context)}
@@ -523,6 +526,19 @@ def test_a_block_that_cannot_be_stored_refuses_its_requests(setup: Setup) -> Non
         assert status == 400 and "not finite" in answer["error"]["message"]
         setup.vllm.store_failure = ""
         assert (await setup.post(QUESTION))[0] == 200
+
+    run(test)
+
+
+def test_vllm_lists_its_models_once_for_each_client(setup: Setup) -> None:
+    """Every request with another key is refused by vLLM itself."""
+    setup.vllm.api_key = "key"
+
+    async def test() -> None:
+        for key, status in (("key", 200), ("guess", 401), ("key", 200), ("guess", 401)):
+            headers = {"Authorization": f"Bearer {key}"}
+            assert (await setup.post(QUESTION, headers=headers))[0] == status
+        assert setup.vllm.num_listed == 1
 
     run(test)
 

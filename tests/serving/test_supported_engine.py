@@ -19,6 +19,7 @@ from blockft.serving.supported_engine import (
     check_engine,
     check_pages,
     check_version,
+    graph_hint,
 )
 from tests.serving.stubs import make_layers, make_served
 
@@ -167,3 +168,9 @@ def test_the_documented_versions_are_the_tested_ones() -> None:
     text = (ROOT / "blockft/serving/README.md").read_text(encoding="utf-8")
     pins = re.findall(r"(vllm(?:-cpu)?)==([\w.]+)", text)
     assert dict(pins) == TESTED_VERSIONS and len({*pins}) == len(TESTED_VERSIONS)
+
+
+@pytest.mark.parametrize("mode", ["NONE", "FULL_DECODE_ONLY", "PIECEWISE", "FULL", "FULL_AND_PIECEWISE"])
+def test_a_server_without_graphs_of_prefill_steps_is_told(mode: str) -> None:
+    assert bool(graph_hint(mode)) == (mode in ("NONE", "FULL_DECODE_ONLY"))
+    assert not graph_hint(mode) or f"cudagraph_mode {mode}" in graph_hint(mode)

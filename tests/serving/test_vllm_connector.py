@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import time
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from blockft.errors import UserError
 from blockft.inference.block_key import block_key
 from blockft.serving.block_request import EncodeRequest, block_params, page_slots
-from blockft.serving.pages import read_block
+from blockft.serving.pages import read_blocks
 from tests.serving.stubs import (
     NOWHERE,
     PAGE_LEN,
@@ -120,6 +121,8 @@ def test_a_block_is_stored_and_then_loaded(connector: ModuleType, tmp_path: Path
         layer.impl.do_kv_cache_update(layer, *kv_of(key)[index].unbind(1), layer.kv_cache, slots)
     engine.run(step({"e": 6}, new={"e": [5, 2]}))
     assert engine.scheduler.request_finished(encode, [5, 2]) == (False, None)
+    while key not in make_served(tmp_path).open_disk_tiers()[1]:
+        time.sleep(0.01)
 
     request = block_request("a", [*range(10, 16), 7, 8], [6])
     engine.scheduler.on_new_request(request)
@@ -132,7 +135,7 @@ def test_a_block_is_stored_and_then_loaded(connector: ModuleType, tmp_path: Path
         finished, bad_pages = engine.run(step())
     assert (finished, bad_pages) == ({"a"}, set())
     assert torch.equal(
-        read_block(engine.layers, SHAPE, PAGE_LEN, page_slots([9, 0], PAGE_LEN, 0, 6)), kv_of(key)
+        read_blocks(engine.layers, SHAPE, PAGE_LEN, page_slots([9, 0], PAGE_LEN, 0, 6)), kv_of(key)
     )
     engine.close()
 

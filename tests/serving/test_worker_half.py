@@ -307,9 +307,8 @@ def test_several_workers_use_a_block_when_the_folder_has_it(
     """The other workers read it there."""
     worker, may_write = open_worker([]), Event()
     worker.half.close()
-    worker.half.use_layers(
-        worker.layers, HeadShard(num_workers=2), lambda part: torch.cat((part, part), dim=3)
-    )
+    shard, layers = HeadShard(num_workers=2), make_layers(OneHeadPages)
+    worker.half.use_layers(layers, shard, lambda part: torch.cat((part, part), dim=3))
     write = DiskTier.write
     monkeypatch.setattr(DiskTier, "write", lambda *args: may_write.wait(60) and write(*args))
     worker.half.save([Save(key=KEYS[0], pages=[4, 2], reply_to=ADDRESS)])
