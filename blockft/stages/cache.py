@@ -121,8 +121,8 @@ def build_cache(model: str, corpus: Path, cache: CacheArguments) -> None:
     print_text(f"{format_count(len(digests), 'block')} in {cache.folder}, {num_encoded:,} of them new")
     if first_len:
         print_text(
-            f"the documents see the instruction of the model's prompts ({first_len} tokens): prompts with "
-            "another instruction do not find them",
+            f"the documents see the first block of the model's prompts ({first_len} tokens: the instruction "
+            "and the markup before it): prompts with another first block do not find them",
             file=sys.stderr,
         )
     if num_evicted := disk.statistics.entries_evicted:
