@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -18,9 +19,13 @@ from blockft.serving.served_model import ServedModel
 REPORT_TIMEOUT_S = 60
 """How long the report on a computed block may take after vLLM's answer."""
 
-IN_MEMORY_S = 60
-"""How long a computed block is looked for in memory alone. The folder has it by then. If memory has lost it
-before, the request that needs it computes it again."""
+IN_MEMORY_S = 5
+"""How long a computed block is not looked for in the folder, which gets it later than memory. If memory loses
+it before, the request that needs it computes it again."""
+
+
+MAX_PROMPTS = 64
+"""How many blocks are computed by one request."""
 
 
 class RequestRefused(Exception):
@@ -75,14 +80,18 @@ class BlockComputer:
             if key not in self._running:
                 by_first_len[num_first(key)].append(key)
         for first_len, new in by_first_len.items():
-            for key in new:
-                self._in_memory.pop(key, None)
-                self._running[key] = future = asyncio.get_running_loop().create_future()
-                future.add_done_callback(partial(self._end, key))
-            self._keep(asyncio.create_task(self._compute(new, first_len, scope, model)))
+            for start in range(0, len(new), max_prompts := _max_prompts()):
+                self._start(new[start : start + max_prompts], first_len, scope, model)
         # a block goes on if the client of one request leaves: others may wait for it
         await asyncio.gather(*(asyncio.shield(self._running[key]) for key in distinct))
         return set(distinct)
+
+    def _start(self, keys: Sequence[BlockKey], first_len: int, scope: Scope, model: str) -> None:
+        for key in keys:
+            self._in_memory.pop(key, None)
+            self._running[key] = future = asyncio.get_running_loop().create_future()
+            future.add_done_callback(partial(self._end, key))
+        self._keep(asyncio.create_task(self._compute(keys, first_len, scope, model)))
 
     def _find_missing(self, keys: Iterable[BlockKey]) -> set[BlockKey]:
         return {key for key in keys if not any(key in tier for tier in self._disk_tiers)}
@@ -159,3 +168,8 @@ class BlockComputer:
         finally:
             reports.cancel()
             self.receiver.forget(address)
+
+
+def _max_prompts() -> int:
+    """Return how many prompts a request may have. Newer versions of vLLM have a limit, which may be set."""
+    return max(1, min(MAX_PROMPTS, int(os.environ.get("VLLM_MAX_COMPLETION_PROMPTS", MAX_PROMPTS))))

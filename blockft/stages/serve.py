@@ -36,16 +36,19 @@ def serve(model: str, *, cache: CacheArguments, dtype: str = "auto", options: Se
     """
     cache_options = cache.options()
     torch_dtype = parse_dtype(dtype, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    page_writer = page_writer_of_environment()
     check_options(options)
     check_version()
     with TemporaryDirectory(prefix="blockft-serve-") as folder:
-        served = describe_model(model, cache_options, torch_dtype, socket_folder=folder)
+        served = describe_model(
+            model, cache_options, torch_dtype, socket_folder=folder, page_writer=page_writer
+        )
         for tier, kind in zip(served.open_disk_tiers(), ("blockft", "vLLM"), strict=True):
             notify(f"{format_count(len(tier.digests()), 'block')} by {kind} in {served.folder}")
         return run_server(served, Path(folder), options)
 
 
-def page_writer() -> str:
+def page_writer_of_environment() -> str:
     """Return what writes blocks into pages, from the environment. Triton is not measured yet.
 
     Raises:
@@ -57,7 +60,9 @@ def page_writer() -> str:
     return name
 
 
-def describe_model(model: str, cache: CacheOptions, dtype: torch.dtype, *, socket_folder: str) -> ServedModel:
+def describe_model(
+    model: str, cache: CacheOptions, dtype: torch.dtype, *, socket_folder: str, page_writer: str = "torch"
+) -> ServedModel:
     """Load a model on the CPU once, and return what its server must know about it.
 
     Raises:
@@ -94,7 +99,7 @@ def describe_model(model: str, cache: CacheOptions, dtype: torch.dtype, *, socke
         disk_bytes=cache.disk_bytes,
         host_bytes=free_bytes(torch.device("cpu")) // 4 if cache.host_bytes is None else cache.host_bytes,
         device_bytes=cache.device_bytes or 0,
-        page_writer=page_writer(),
+        page_writer=page_writer,
         secret=new_secret(),
         socket_folder=socket_folder,
     )

@@ -555,6 +555,19 @@ def test_the_missing_blocks_of_a_prompt_are_one_request(setup: Setup) -> None:
     run(test)
 
 
+def test_a_request_has_as_many_blocks_as_vllm_takes_prompts(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_MAX_COMPLETION_PROMPTS", "2")
+
+    async def test() -> None:
+        assert (await setup.post(QUESTION))[0] == 200
+        *encoded, _ = setup.vllm.completions
+        assert sorted(len(body["prompt"]) for body in encoded) == [1, 2, 2]
+
+    run(test)
+
+
 def test_computed_blocks_need_no_folder(setup: Setup) -> None:
     """The folder gets a block later than memory has it, or cannot be written."""
 

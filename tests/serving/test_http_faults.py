@@ -20,6 +20,7 @@ import openai
 import psutil
 import pytest
 
+from blockft.serving.missing_blocks import IN_MEMORY_S
 from tests.serving.real_server import (
     TOLERANCE,
     Chat,
@@ -84,9 +85,15 @@ def assert_lives(server: Server, chats: list[Chat]) -> None:
         time.sleep(0.2)
 
 
+def forget_memory() -> None:
+    """Wait until the front end looks for the latest blocks in the folder."""
+    time.sleep(IN_MEMORY_S + 0.5)
+
+
 def test_damaged_entries_are_computed_again(server: Server, folder: Path, chats: list[Chat]) -> None:
     """Every kind of damage: a flipped bit in each part, a truncated, an empty and a foreign file."""
     check(server, in_mode("block", chats))
+    forget_memory()
     files = sorted((folder / "cache").rglob("*.safetensors"))
     assert len(files) > 20
     content = {file: file.read_bytes() for file in files}
@@ -107,8 +114,10 @@ def test_damaged_entries_are_computed_again(server: Server, folder: Path, chats:
 
 def test_a_folder_that_is_removed_is_made_again(server: Server, folder: Path, chats: list[Chat]) -> None:
     shutil.rmtree(folder / "cache")
+    forget_memory()
     assert check(server, in_mode("block", chats))["computed"] > 10
     assert not check(server, in_mode("block", chats))["computed"]
+    forget_memory()
     assert list((folder / "cache").rglob("*.safetensors"))
 
 

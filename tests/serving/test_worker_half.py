@@ -491,15 +491,18 @@ def test_a_block_is_stored_from_the_heads_of_all_workers(
 
 @pytest.mark.gpu  # streams and pinned memory exist on a GPU alone
 @pytest.mark.parametrize("device_bytes", [0, 20 * SHAPE.token_bytes])
+@pytest.mark.parametrize("page_writer", ["torch", "triton"])
 def test_a_gpu_loads_and_stores_beside_its_forward_passes(
-    open_worker: Callable[..., Worker], reports: list[Report], device_bytes: int
+    open_worker: Callable[..., Worker], reports: list[Report], device_bytes: int, page_writer: str
 ) -> None:
     """The pages of a load are still written by the pass before, which must not overwrite the blocks."""
     slots, key = page_slots([7, 3, 9, 1], PAGE_LEN, 0, 15), random_key(9, 6)
-    on_cpu, worker = open_worker(KEYS), open_worker([], device_bytes=device_bytes)
+    on_cpu = open_worker(KEYS)
+    worker = open_worker([], device_bytes=device_bytes)
     on_cpu.load(make_load())
     expected = read_blocks(on_cpu.layers, SHAPE, PAGE_LEN, slots)
     worker.half.close()
+    worker.half._served = replace(worker.half._served, page_writer=page_writer)
     worker.layers = make_layers(device="cuda")
     worker.half.use_layers(worker.layers)
     for _ in range(3):

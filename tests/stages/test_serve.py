@@ -7,11 +7,12 @@ import pytest
 import torch
 from transformers.models.mistral import MistralConfig, MistralForCausalLM
 
+from blockft.errors import UserError
 from blockft.inference.engine import Engine
 from blockft.inference.runner import CacheOptions
 from blockft.serving.served_model import ServedModel
 from blockft.stages import serve as stage
-from blockft.stages.serve import describe_model
+from blockft.stages.serve import PAGE_WRITER_VARIABLE, describe_model, page_writer_of_environment
 from tests.commands import blockft
 from tests.inference.engines import load_engine, options
 from tests.run import save_model, save_tokenizer
@@ -47,6 +48,16 @@ def test_another_type_has_other_blocks(model: Path, tmp_path: Path) -> None:
     half = describe(model, tmp_path, torch.bfloat16)
     assert half.shape.dtype == "bfloat16"
     assert half.fingerprint != describe(model, tmp_path).fingerprint
+
+
+def test_the_page_writer_is_named_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert page_writer_of_environment() == "torch"
+    for name in ("torch", "triton"):
+        monkeypatch.setenv(PAGE_WRITER_VARIABLE, name)
+        assert page_writer_of_environment() == name
+    monkeypatch.setenv(PAGE_WRITER_VARIABLE, "cuda")
+    with pytest.raises(UserError, match="is 'cuda', allowed are torch and triton"):
+        page_writer_of_environment()
 
 
 @pytest.fixture
