@@ -20,6 +20,7 @@ def copy_tokens(
     """tokens (5, n): the address of a token's keys in the first layer; the distance, in numbers, to the next
     layer and to the token's values; the slot; the block. layers (2, L): the address of a layer's pages; the
     index of its rotary embedding. cos, sin (rotary embeddings, blocks, HALF). Strides are those of pages.
+    The heads of a token begin at a multiple of 16 bytes everywhere, so that loads are wide.
     """
     layer = tl.program_id(1)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -30,7 +31,10 @@ def copy_tokens(
     slot = tl.load(tokens + 3 * num_tokens + token, mask=is_token, other=0)
     block = tl.load(tokens + 4 * num_tokens + token, mask=is_token, other=0)
     pages = tl.load(layers + layer).to(tl.pointer_type(DTYPE))
+    source = tl.multiple_of(source, 16)
+    value_source = tl.multiple_of(source + value_step, 16)
     target = pages + slot // PAGE_LEN * stride_page + slot % PAGE_LEN * stride_token
+    target = tl.multiple_of(target, 16)
     turn = (tl.load(layers + tl.num_programs(1) + layer) * num_blocks + block) * HALF
 
     pair, other, dim = tl.arange(0, PADDED_HALF), 2 * HALF + tl.arange(0, PADDED_REST), tl.arange(0, PADDED)
@@ -52,5 +56,6 @@ def copy_tokens(
         if 2 * HALF < HEAD_SIZE:
             rest = tl.load(keys + other[None, :], mask=is_other, other=0.0)
             tl.store(pages_of_head + other[None, :] * stride_dim, rest, mask=is_other)
-        values = tl.load(keys + value_step[:, None] + dim[None, :], mask=is_dim, other=0.0)
+        values_of_head = value_source[:, None] + head * HEAD_SIZE
+        values = tl.load(values_of_head + dim[None, :], mask=is_dim, other=0.0)
         tl.store(pages_of_head + stride_value + dim[None, :] * stride_dim, values, mask=is_dim)

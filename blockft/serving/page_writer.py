@@ -13,12 +13,15 @@ from blockft.attention.rope import RotaryEmbedding
 from blockft.errors import UserError
 from blockft.inference.block_key import KVShape
 from blockft.serving.head_shard import HeadShard
-from blockft.serving.pages import WHOLE, AttentionLayer, PageLayout, to_device
+from blockft.serving.pages import WHOLE, AttentionLayer, PageLayout, PageStrides, to_device
 
 MAX_STAGED_BYTES = 1 << 29
 """Size of the blocks on the host that are copied to the device before one launch."""
 
 TOKENS_OF_PROGRAM = 16
+
+ALIGNMENT = 16
+"""Bytes to whose multiples the kernel's addresses are aligned."""
 
 
 class PageWriter:
@@ -39,7 +42,8 @@ class PageWriter:
         layouts = {PageLayout(layer, shape, page_len).strides(layer.kv_cache) for layer in layers}
         strides = next(iter(layouts))
         self._rotaries = list({id(rotary): rotary for rotary in rotaries}.values())
-        if len(layouts) != 1 or strides is None or len({r.inv_freq.shape for r in self._rotaries}) != 1:
+        item, num_kinds = shape.torch_dtype.itemsize, len({r.inv_freq.shape for r in self._rotaries})
+        if len(layouts) != 1 or strides is None or num_kinds != 1 or not _is_aligned(strides, shape):
             raise UserError(
                 f"the Triton kernel cannot write pages of {type(layers[0].impl).__name__} for this model: "
                 "set BLOCKFT_PAGE_WRITER to torch"
@@ -47,7 +51,6 @@ class PageWriter:
         self._shape, self._shard, self._strides = shape, shard, strides
         self._page_len = PageLayout(layers[0], shape, page_len).page_len
         self._device = layers[0].kv_cache.device
-        item = shape.torch_dtype.itemsize
         addresses = [layer.kv_cache.data_ptr() + strides.start * item for layer in layers]
         kind_of = {id(rotary): kind for kind, rotary in enumerate(self._rotaries)}
         kinds = [kind_of[id(rotary)] for rotary in rotaries]
@@ -122,12 +125,19 @@ def _describe_tokens(blocks: Sequence[torch.Tensor], slots: torch.Tensor) -> tor
     facts = []
     for block in blocks:
         assert block.stride()[3:] == (block.shape[4], 1), "the heads of a token are contiguous"
+        assert block.data_ptr() % ALIGNMENT == block.stride(2) * block.element_size() % ALIGNMENT == 0
         token_bytes = block.stride(1) * block.element_size()
         facts.append((block.data_ptr(), token_bytes, block.stride(0), block.stride(2)))
     address, token_bytes, layer_step, value_step = torch.tensor(facts).T
     start = len(index) - len(slots)
     described = (address[index] + token * token_bytes[index], layer_step[index], value_step[index])
     return torch.stack([*(part[start:] for part in described), slots.cpu(), index[start:]])
+
+
+def _is_aligned(strides: PageStrides, shape: KVShape) -> bool:
+    """Return whether the heads of a token begin at a multiple of `ALIGNMENT`, in pages and in blocks."""
+    steps = (strides.start, strides.page, strides.token, shape.head_size)
+    return all(step * shape.torch_dtype.itemsize % ALIGNMENT == 0 for step in steps)
 
 
 def _import_kernels() -> ModuleType:

@@ -170,9 +170,13 @@ def test_positions_are_exact_far_from_the_start() -> None:
     check(SHAPE, [30] * 10)
 
 
-def test_pages_without_strides_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("pages", "head_size"), [(ReversedPages("2nKD", 16), 64), (Pages("2nKD", 16), 6), (Pages("K2Dn", 2), 64)]
+)
+def test_pages_without_strides_or_alignment_are_refused(pages: Pages, head_size: int) -> None:
     from blockft.serving.page_writer import PageWriter
 
-    layers = make_layers(SHAPE, ReversedPages("2nKD", 16))
-    with pytest.raises(UserError, match="the Triton kernel cannot write pages of ReversedPages"):
-        PageWriter(layers, make_rotaries(SHAPE, 64), SHAPE, 16)
+    shape = replace(SHAPE, head_size=head_size)
+    layers = make_layers(shape, pages)
+    with pytest.raises(UserError, match=f"the Triton kernel cannot write pages of {type(pages).__name__}"):
+        PageWriter(layers, make_rotaries(shape, head_size), shape, pages.page_len)
