@@ -1,25 +1,25 @@
 """`blockft bench serve`: vLLM with cached blocks compared with vLLM alone, under the same requests.
 
-A server is warmed up first. Then requests are asked one at a time, and then at several rates. A rate holds if
-no request fails and p95 of the time to first token (TTFT) is within the limit.
+A server is asked for new documents, for the same ones, and for the same ones in another order, one request
+at a time. Then it is warmed up, and asked for documents of a corpus, one request at a time and at several
+rates. A rate holds if no request fails and p95 of the time to first token (TTFT) is within the limit.
 """
 
 import asyncio
+import math
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from rich.table import Table
-
-from blockft.bench.measurement import write_measurement
 from blockft.bench.serve_client import LoadClient, Outcome, Target, is_within, summarize
-from blockft.bench.serve_workload import ServePrompt, Workload
-from blockft.console import PlainConsole
+from blockft.bench.serve_report import LABELS, Part, ServeReport, format_ms
+from blockft.bench.serve_workload import DocumentOrder, ServePrompt, Workload
+from blockft.bench.server_process import ServerProcess, wait_for_servers
+from blockft.bench.time_limit import OutOfTime, TimeLimit
 from blockft.errors import UserError, notify, warn
-from blockft.outputs import plain_label, save_figure
 from blockft.progress import progress
 
 WARMUP_CLIENTS = 8
@@ -40,8 +40,14 @@ MIN_REQUESTS = 21
 MIN_RATE_SHARE = 0.25
 """The search ends at rates that give fewer than this share of `MIN_REQUESTS` in the time of a rate."""
 
-LABELS = {"plain": ("vLLM alone", "tab:orange"), "blocks": ("vLLM with blocks", "tab:blue")}
-"""Name and colour of each kind of server."""
+STOP_S = 3.0
+"""How long a server may take to end after its share of the time."""
+
+GRACE_S = 1.0
+"""How long a server that fails requests may take to end, before the benchmark looks whether it has ended."""
+
+KNOWN_PERCENT = 5.0
+"""Share of tokens of new documents that a server may reuse without a warning."""
 
 METHOD = """
 Open loop: requests arrive by a Poisson process and are sent at their times, however many have no answer.
@@ -54,6 +60,9 @@ At a rate both servers get the same prompts at the same times. No prompt is aske
 rates differ by a factor only.
 Where a server holds slightly more than it can answer for ever, its queue stays within the limit for the
 length of the measurement: a longer one gives a smaller rate.
+Prompts over new documents are asked one at a time, each followed by a prompt over the same documents in the
+same order, and by one in another order with another first document. Each has a new question. The first three
+prompts warm up.
 """
 
 _STREAM_SINGLE, _STREAM_RATES = 1, 2
@@ -68,8 +77,9 @@ class ServePlan:
     num_bisections  further rates between the largest that holds and the smallest that does not
     seconds         how long requests arrive at each rate; longer at rates with few requests
     ttft_limit_ms   limit for p95 of the TTFT
+    num_points      prompts over new documents, over the same ones, and over the same ones in another order
     num_warmups     requests before the measurement: first over the whole corpus, then by Zipf's law
-    num_single      requests that are asked one at a time
+    num_single      requests over the corpus that are asked one at a time
     timeout_s       a request without a complete answer after this time has failed
     """
 
@@ -78,112 +88,270 @@ class ServePlan:
     num_bisections: int
     seconds: float
     ttft_limit_ms: float
+    num_points: int
     num_warmups: int
     num_single: int
     timeout_s: float
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts of the measurement of a server."""
+        parts: tuple[Part, ...] = get_args(Part)
+        return parts if self.num_points else parts[1:]
 
-Server = tuple[Target, AbstractContextManager[float]]
-"""A server, and the context in which it runs. The context gives the seconds that its start took."""
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """A server that is measured. Without a process it runs already."""
+
+    target: Target
+    process: ServerProcess | None = None
+
+    @property
+    def name(self) -> str:
+        return LABELS[self.target.kind][0]
 
 
 def bench_serve(
-    model: str,
     workload: Workload,
     plan: ServePlan,
     servers: Sequence[Server],
+    report: ServeReport,
     *,
-    record: Mapping[str, Any],
-    out: Path | None,
+    limit: TimeLimit,
+    start_timeout_s: float,
     png: Path | None,
 ) -> None:
-    """Measure servers one after the other. Print tables, write the figures to `out` and a plot to `png`.
+    """Measure servers one after the other. Print tables, write the report, and draw a plot into `png`.
 
-    record: further entries of the JSON.
+    Processes that are begun already are measured when all of them answer, and run until the end. The others
+    run one after the other. A server that fails does not end the measurement of the next one.
 
     Raises:
-        UserError: a server cannot be started or reached, or fails every request of the warm-up; a file cannot
-            be written.
+        UserError: a server cannot be started or reached, ends, or fails all first requests; a file cannot be
+            written. The figures that were measured are written.
     """
-    measured, load_average = [], _read_load()
-    for target, running in servers:
-        with running as start_s:
-            figures = asyncio.run(_measure(target, workload, plan))
-        measured.append({"kind": target.kind, "url": target.url, "start_s": start_s} | figures)
-    summary = summarize_servers(measured, plan.ttft_limit_ms)
-    print_tables(model, measured, summary, plan.ttft_limit_ms)
-    write_measurement(
-        out,
-        {
-            "model": model,
-            **record,
-            "method": " ".join(METHOD.split()),
-            "workload": asdict(workload.options),
-            "plan": asdict(plan),
-            "load_average": load_average,
-            "summary": summary,
-            "servers": measured,
-        },
-    )
+    errors: dict[str, UserError] = {}
+    try:
+        together = [server for server in servers if server.process and server.process.is_begun]
+        errors |= _wait(together, start_timeout_s, limit.share_end(1), report)
+        for index, server in enumerate(servers):
+            if server.name in errors:
+                continue
+            try:
+                until = limit.share_end(len(servers) - index)
+                _measure_server(server, workload, plan, report, until, start_timeout_s)
+            except UserError as error:
+                errors[server.name] = error
+                report.end(server.target.kind, str(error))
+    finally:
+        for server in servers:
+            report.end(server.target.kind, "the benchmark was stopped")
+            if server.process:
+                server.process.terminate()
+        report.write()
+    report.print()
     if png:
-        save_figure(draw_serve(model, measured, plan.ttft_limit_ms), png)
+        report.draw(png)
+    if errors:
+        reasons = "; ".join(f"{name}: {error}" for name, error in errors.items())
+        written = f"; the figures that were measured are in {report.out}" if report.is_written else ""
+        raise UserError(reasons + written)
 
 
-def _read_load() -> float:
-    """Return the load average of the last minute, and warn if the machine is busy."""
-    load, num_cores = os.getloadavg()[0], os.cpu_count() or 1
-    if load > BUSY_SHARE * num_cores:
-        warn(
-            f"the load average is {load:.1f} on {num_cores} cores before a server starts, so that the times "
-            "are not those of the servers alone: end other work first"
+def _wait(
+    servers: Sequence[Server], timeout_s: float, end: float, report: ServeReport
+) -> dict[str, UserError]:
+    """Wait until servers answer, and return the errors of those that failed."""
+    of_process = {server.process: server for server in servers if server.process}
+    errors = {}
+    for process, error in wait_for_servers(list(of_process), timeout_s, end):
+        server = of_process[process]
+        if error:
+            errors[server.name] = error
+            report.end(server.target.kind, str(error))
+        else:
+            report.servers[server.target.kind]["start_s"] = process.start_s
+            notify(f"{server.name} answers after {process.start_s:.0f} s")
+    return errors
+
+
+def _measure_server(
+    server: Server, workload: Workload, plan: ServePlan, report: ServeReport, until: float, timeout_s: float
+) -> None:
+    """Start a server if it is not begun, measure it until the time `until`, and end it if it was started."""
+    process = server.process
+    is_started_here = process is not None and not process.is_begun
+    try:
+        if process and is_started_here:
+            notify(f"starting {server.name}")
+            process.begin()
+            for error in _wait([server], timeout_s, until, report).values():
+                raise error
+        asyncio.run(_measure_in_time(server, workload, plan, report, until))
+    finally:
+        if process and is_started_here:
+            process.stop(until + STOP_S)
+
+
+async def _measure_in_time(
+    server: Server, workload: Workload, plan: ServePlan, report: ServeReport, until: float
+) -> None:
+    kind, reason = server.target.kind, "the time limit left no time"
+    try:
+        async with asyncio.timeout(None if until == math.inf else until - time.monotonic()):
+            async with LoadClient(server.target, workload.options.answer_len, plan.timeout_s) as client:
+                await _Measurement(server, client, workload, plan, report, until).run()
+            return
+    except OutOfTime as found:
+        reason = str(found)
+    except TimeoutError:
+        pass
+    warn(f"{server.name}: {reason}")
+    report.end(kind, reason)
+
+
+class _Measurement:
+    """The measurement of a running server. The report gets every figure as soon as it is measured."""
+
+    def __init__(
+        self,
+        server: Server,
+        client: LoadClient,
+        workload: Workload,
+        plan: ServePlan,
+        report: ServeReport,
+        until: float,
+    ) -> None:
+        self._server, self._client, self._until = server, client, until
+        self._workload, self._plan, self._report = workload, plan, report
+        self._kind, self._name = server.target.kind, server.name
+
+    async def run(self) -> None:
+        if self._plan.num_points:
+            await self._measure_points()
+        await self._warm_up()
+        single = self._workload.prompts(self._plan.num_single, stream=_STREAM_SINGLE)
+        figures = await self._ask_in_turn(f"ask {self._name} one at a time", single, 1)
+        self._report.keep(self._kind, "one_at_a_time", figures)
+        self._report.servers[self._kind]["rates"] = []
+        await _measure_rates(self._measure_rate, self._plan)
+        self._report.keep(self._kind, "rates", self._report.servers[self._kind]["rates"])
+
+    async def _measure_points(self) -> None:
+        outcomes: dict[DocumentOrder, list[Outcome]] = {}
+        number = self._plan.num_points
+        with progress(f"ask {self._name} for new documents", number + 1, unit="group") as advance:
+            for index, group in enumerate(self._workload.point_prompts(number + 1)):
+                found = {
+                    order: await self._client.run_closed_loop([prompt], 1, _nothing)
+                    for order, prompt in group.items()
+                }
+                advance()
+                answers = [outcome for (outcome,) in found.values()]
+                if index == 0:  # this group warms up
+                    await self._check(answers, "the first prompts")
+                    continue
+                await self._check(answers)
+                for order, (outcome,) in found.items():
+                    outcomes.setdefault(order, []).append(outcome)
+                figures = {order: _summarize_points(one) for order, one in outcomes.items()}
+                self._report.keep(self._kind, "points", figures, is_complete=index == number)
+        if _is_known(figures["new"]):
+            warn(
+                f"{self._name} knew the new documents before, so that the time of new documents is that of "
+                "known ones: set another --seed, or start the server with an empty cache"
+            )
+
+    async def _warm_up(self) -> None:
+        warmups = self._workload.warmup_prompts(self._plan.num_warmups)
+        figures = await self._ask_in_turn(f"warm up {self._name}", warmups, WARMUP_CLIENTS, "the warm-up")
+        self._report.keep(self._kind, "warmup", figures)
+
+    async def _ask_in_turn(
+        self, label: str, prompts: Sequence[ServePrompt], num_clients: int, what: str = ""
+    ) -> dict[str, Any]:
+        with progress(label, len(prompts), unit="request") as advance:
+            outcomes = await self._client.run_closed_loop(prompts, num_clients, advance)
+        await self._check(outcomes, what)
+        return summarize(outcomes)
+
+    async def _measure_rate(self, rate: float) -> dict[str, Any]:
+        times = self._workload.arrival_times(rate, self._plan.seconds, min_number=MIN_REQUESTS)
+        # a prompt that was asked before would be a prefix that every server knows
+        prompts = self._workload.prompts(len(times), stream=_STREAM_RATES + round(1e6 * rate))
+        longest_s, left_s = times[-1] + self._plan.timeout_s, self._until - time.monotonic()
+        if longest_s > left_s:
+            raise OutOfTime(
+                f"{rate:.3g} requests/s would take up to {longest_s:.0f} s with --timeout "
+                f"{self._plan.timeout_s:g}, and the time limit left {max(left_s, 0):.0f} s"
+            )
+        with progress(f"ask {self._name} {rate:.3g} times a second", len(times), unit="request") as advance:
+            outcomes = await self._client.run_open_loop(prompts, times, advance)
+        await self._check(outcomes)
+        figures = {"rate": rate} | summarize(outcomes)
+        figures["is_within_limit"] = is_within(figures, self._plan.ttft_limit_ms)
+        self._describe_rate(figures)
+        rates = [*self._report.servers[self._kind]["rates"], figures]
+        rates.sort(key=lambda one: float(one["rate"]))
+        self._report.keep(self._kind, "rates", rates, is_complete=False)
+        return figures
+
+    def _describe_rate(self, figures: Mapping[str, Any]) -> None:
+        rate = figures["rate"]
+        notify(
+            f"{self._name}, {rate:.3g} requests/s: TTFT p50 {format_ms(figures['ttft_ms']['p50'])}, p95 "
+            f"{format_ms(figures['ttft_ms']['p95'])} ms; {figures['num_failed']} of "
+            f"{figures['num_requests']} failed"
         )
-    return load
+        late_ms = figures["client_late_ms"]["p95"] or 0.0
+        if late_ms > LATE_SHARE * self._plan.ttft_limit_ms:
+            warn(
+                f"at {rate:.3g} requests/s the benchmark itself sent 5 % of its requests {late_ms:.0f} "
+                "ms too late, which counts in their times: leave a core to it, or measure lower rates"
+            )
+
+    async def _check(self, outcomes: Sequence[Outcome], what: str = "") -> None:
+        """Check that the server still runs, if requests have failed.
+
+        what: requests of which at least one must succeed.
+
+        Raises:
+            UserError: the server has ended, does not answer any more, or failed all requests.
+        """
+        failures = [outcome.failure for outcome in outcomes if outcome.failure]
+        if not failures:
+            return
+        is_failing = len(failures) == len(outcomes)
+        process = self._server.process
+        if process:
+            if is_failing:
+                await asyncio.sleep(GRACE_S)
+            process.check("while it was measured")
+        await self._client.find_model()
+        if what and is_failing:
+            raise UserError(f"failed all {len(failures)} requests of {what}: {failures[0]}")
 
 
-async def _measure(target: Target, workload: Workload, plan: ServePlan) -> dict[str, Any]:
-    """Return the figures of one running server."""
-    name = LABELS[target.kind][0]
-    warmups = workload.warmup_prompts(plan.num_warmups)
-    single = workload.prompts(plan.num_single, stream=_STREAM_SINGLE)
-    async with LoadClient(target, workload.options.answer_len, plan.timeout_s) as client:
-        with progress(f"warm up {name}", len(warmups), unit="request") as advance:
-            warmup = summarize(await client.run_closed_loop(warmups, WARMUP_CLIENTS, advance))
-        if warmup["num_failed"] == len(warmups) > 0:
-            (reason, *_) = warmup["failures"]
-            raise UserError(f"{name} failed all {len(warmups)} requests of the warm-up: {reason}")
-        with progress(f"ask {name} one at a time", len(single), unit="request") as advance:
-            alone = summarize(await client.run_closed_loop(single, 1, advance))
-
-        async def measure_rate(rate: float) -> dict[str, Any]:
-            times = workload.arrival_times(rate, plan.seconds, min_number=MIN_REQUESTS)
-            # a prompt that was asked before would be a prefix that every server knows
-            prompts = workload.prompts(len(times), stream=_STREAM_RATES + round(1e6 * rate))
-            figures = await _measure_rate(client, name, rate, prompts, times)
-            late_ms = figures["client_late_ms"]["p95"] or 0.0
-            if late_ms > LATE_SHARE * plan.ttft_limit_ms:
-                warn(
-                    f"at {rate:.3g} requests/s the benchmark itself sent 5 % of its requests {late_ms:.0f} "
-                    "ms too late, which counts in their times: leave a core to it, or measure lower rates"
-                )
-            return {"rate": rate} | figures
-
-        rates = await _measure_rates(measure_rate, plan)
-    for figures in rates:
-        figures["is_within_limit"] = is_within(figures, plan.ttft_limit_ms)
-    return {"warmup": warmup, "one_at_a_time": alone, "rates": rates}
+def _nothing() -> None:
+    pass
 
 
-async def _measure_rate(
-    client: LoadClient, name: str, rate: float, prompts: Sequence[ServePrompt], times: Sequence[float]
-) -> dict[str, Any]:
-    with progress(f"ask {name} {rate:.3g} times a second", len(times), unit="request") as advance:
-        outcomes: list[Outcome] = await client.run_open_loop(prompts, times, advance)
-    figures = summarize(outcomes)
-    notify(
-        f"{name}, {rate:.3g} requests/s: TTFT p50 {_ms(figures['ttft_ms']['p50'])}, "
-        f"p95 {_ms(figures['ttft_ms']['p95'])} ms; {figures['num_failed']} of {len(times)} failed"
-    )
-    return figures
+def _summarize_points(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return the figures of prompts that are asked with others between them, so that no rate follows."""
+    return {
+        name: figure
+        for name, figure in summarize(outcomes).items()
+        if name not in ("duration_s", "answered_per_s", "client_late_ms")
+    }
+
+
+def _is_known(figures: Mapping[str, Any]) -> bool:
+    """Return whether a server had new documents in its caches."""
+    sources = figures["block_sources"]
+    if sources:
+        return bool(sources.keys() - {"computed"})
+    return bool(figures["reused_percent"] > KNOWN_PERCENT)
 
 
 async def _measure_rates(measure: Callable[[float], Any], plan: ServePlan) -> list[dict[str, Any]]:
@@ -214,117 +382,12 @@ async def _measure_rates(measure: Callable[[float], Any], plan: ServePlan) -> li
     return [found[rate] for rate in sorted(found)]
 
 
-# Results
-
-
-def best_rate(figures: Mapping[str, Any]) -> float:
-    """Return the largest measured rate up to which every measured rate holds; 0 if the smallest does not."""
-    best = 0.0
-    for one in figures["rates"]:
-        if not one["is_within_limit"]:
-            break
-        best = one["rate"]
-    return best
-
-
-def summarize_servers(measured: Sequence[Mapping[str, Any]], ttft_limit_ms: float) -> dict[str, Any]:
-    """Return the largest rate that holds and the TTFT without other requests, for each server, and ratios."""
-    rates = {figures["kind"]: best_rate(figures) for figures in measured}
-    single = {figures["kind"]: figures["one_at_a_time"]["ttft_ms"]["p50"] for figures in measured}
-    is_search_open = {
-        figures["kind"]: all(one["is_within_limit"] for one in figures["rates"]) for figures in measured
-    }
-    summary: dict[str, Any] = {
-        "ttft_limit_ms": ttft_limit_ms,
-        "largest_rate": rates,
-        "holds_at_every_rate": is_search_open,
-        "one_at_a_time_ttft_p50_ms": single,
-    }
-    if rates.keys() == {"plain", "blocks"}:
-        if rates["plain"]:
-            summary["rate_ratio"] = rates["blocks"] / rates["plain"]
-        if single["plain"] and single["blocks"]:
-            summary["ttft_share_percent"] = 100 * single["blocks"] / single["plain"]
-    return summary
-
-
-def print_tables(
-    model: str, measured: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], ttft_limit_ms: float
-) -> None:
-    """Print a row for each server and rate, and a row of what follows for each server."""
-    console = PlainConsole()
-    table = Table(
-        *("server", "requests/s", "requests", "failed", "TTFT", "whole answer", "reused"),
-        title=f"{model}: p50 / p95 / p99 in ms",
-        caption="times from the planned arrival to the first token, and to the end of the answer; p95 of up "
-        "to 20 requests and p99 of up to 100 are the slowest request",
-    )
-    for figures in measured:
-        name = LABELS[figures["kind"]][0]
-        rows = [("one at a time", figures["one_at_a_time"])]
-        rows += [(f"{one['rate']:.3g}", one) for one in figures["rates"]]
-        for rate, one in rows:
-            times = [" / ".join(map(_ms, one[kind].values())) for kind in ("ttft_ms", "end_to_end_ms")]
-            counts = [str(one["num_requests"]), str(one["num_failed"])]
-            table.add_row(name, rate, *counts, *times, f"{one['reused_percent']:.0f} %")
-    console.print(table)
-    for figures in measured:
-        kind = figures["kind"]
-        at_least = "at least " if summary["holds_at_every_rate"][kind] else ""
-        console.print(
-            f"{LABELS[kind][0]}: {at_least}{summary['largest_rate'][kind]:.3g} requests/s with p95 of the "
-            f"TTFT within {ttft_limit_ms:g} ms; one request at a time: TTFT "
-            f"{_ms(summary['one_at_a_time_ttft_p50_ms'][kind])} ms",
-            soft_wrap=True,
+def read_load() -> float:
+    """Return the load average of the last minute, and warn if the machine is busy."""
+    load, num_cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > BUSY_SHARE * num_cores:
+        warn(
+            f"the load average is {load:.1f} on {num_cores} cores before a server starts, so that the times "
+            "are not those of the servers alone: end other work first"
         )
-        for reason, number in _failures(figures).items():
-            console.print(f"  {number} failed: {reason}", soft_wrap=True)
-
-
-def _failures(figures: Mapping[str, Any]) -> dict[str, int]:
-    """Return the reasons of failed requests of a server, in the warm-up too, and their numbers."""
-    reasons: dict[str, int] = {}
-    for one in (figures["warmup"], figures["one_at_a_time"], *figures["rates"]):
-        for reason, number in one["failures"].items():
-            reasons[reason] = reasons.get(reason, 0) + number
-    return reasons
-
-
-def draw_serve(model: str, measured: Sequence[Mapping[str, Any]], ttft_limit_ms: float) -> Any:
-    """Return a figure of the TTFT over the rate for each server: p50 dashed, p95 solid."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for figures in measured:
-        label, colour = LABELS[figures["kind"]]
-        for percentile, style in (("p95", "-"), ("p50", "--")):
-            points = [(one["rate"], one["ttft_ms"][percentile]) for one in figures["rates"]]
-            drawn = [(rate, ttft) for rate, ttft in points if ttft is not None]
-            axes.plot(
-                [rate for rate, _ in drawn],
-                [ttft for _, ttft in drawn],
-                marker="o",
-                linestyle=style,
-                color=colour,
-                label=f"{label}, {percentile}",
-            )
-    axes.axhline(ttft_limit_ms, color="grey", linestyle=":", label="limit for p95")
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="requests per second",
-        ylabel="time to first token, ms",
-        title=plain_label(f"Serving {model}"),
-    )
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axes.grid(axis="y", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(frameon=False, loc="outside right upper")
-    return figure
-
-
-def _ms(value: float | None) -> str:
-    return "failed" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+    return load

@@ -95,17 +95,25 @@ class LoadClient:
         self._model = ""
 
     async def __aenter__(self) -> "LoadClient":
+        self._model = await self.find_model()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._client.close()
+
+    async def find_model(self) -> str:
+        """Return the name of the server's model.
+
+        Raises:
+            UserError: the server does not answer.
+        """
         import openai
 
         try:
             models = await self._client.models.list()
         except openai.OpenAIError as error:
             raise UserError(f"{self._target.url} does not list its models: {first_line(error)}") from error
-        self._model = models.data[0].id
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        await self._client.close()
+        return models.data[0].id
 
     async def run_open_loop(
         self, prompts: Sequence[ServePrompt], times: Sequence[float], done: Callable[[], None]

@@ -5,8 +5,9 @@ Everything follows from the seed, so that two servers get the same prompts at th
 
 import itertools
 import string
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -55,6 +56,10 @@ class ServePrompt:
     ids: Sequence[int]
 
 
+DocumentOrder = Literal["new", "same_order", "other_order"]
+"""Documents of a prompt: new ones; those of a prompt before, in the same order or in another one."""
+
+
 class Workload:
     """Draws prompts for a tokenizer.
 
@@ -89,6 +94,26 @@ class Workload:
         whole = [self._prompt([k % corpus_size for k in range(start, start + size)], rng) for start in starts]
         return [*whole, *self.prompts(number - len(whole), stream=0)]
 
+    def point_prompts(self, number: int) -> Iterator[dict[DocumentOrder, ServePrompt]]:
+        """Yield groups of prompts over the same documents, which no other prompt of the workload has.
+
+        The other order has another document first, so that no prefix of the prompt was asked before. A prompt
+        of one document has no other order.
+        """
+        rng = np.random.default_rng([self.options.seed, 4])
+        size = self.options.num_documents
+        for _ in range(number):
+            documents = [self._write(self.options.document_len, rng) for _ in range(size)]
+            group: dict[DocumentOrder, ServePrompt] = {
+                "new": self._join(documents, rng),
+                "same_order": self._join(documents, rng),
+            }
+            if size > 1:
+                first = int(rng.integers(1, size))
+                rest = rng.permutation([index for index in range(size) if index != first]).tolist()
+                group["other_order"] = self._join([documents[index] for index in (first, *rest)], rng)
+            yield group
+
     def arrival_times(self, rate: float, seconds: float, *, min_number: int = 0) -> list[float]:
         """Return the arrival times of a Poisson process in seconds.
 
@@ -104,10 +129,13 @@ class Workload:
         return times
 
     def _prompt(self, documents: Sequence[int], rng: np.random.Generator) -> ServePrompt:
+        return self._join([self._documents[index] for index in documents], rng)
+
+    def _join(self, documents: Sequence[tuple[str, list[int]]], rng: np.random.Generator) -> ServePrompt:
+        """Return a prompt of documents, which are texts with their token ids, and a new question."""
         question, question_ids = self._write(self.options.question_len, rng)
-        chosen = [self._documents[index] for index in documents]
-        ids = [id for _, document_ids in chosen for id in document_ids]
-        return ServePrompt(blocks=[*(text for text, _ in chosen), question], ids=[*ids, *question_ids])
+        ids = [id for _, document_ids in documents for id in document_ids]
+        return ServePrompt(blocks=[*(text for text, _ in documents), question], ids=[*ids, *question_ids])
 
     def _write(self, length: int, rng: np.random.Generator) -> tuple[str, list[int]]:
         """Return a text of random words and its token ids: `length` of them, or slightly fewer."""

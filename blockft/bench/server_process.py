@@ -1,6 +1,7 @@
-"""Start a server for a benchmark, wait until it answers, and end it."""
+"""Start servers for a benchmark, wait until they answer, and end them."""
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ STOP_TIMEOUT_S = 90
 
 POLL_S = 0.5
 NUM_LOG_LINES = 30
-"""Lines of the log that are printed if a server does not start."""
+"""Lines of the log that are printed if a server fails."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,59 +39,108 @@ class ServerCommand:
         return f"http://{self.host}:{self.port}"
 
 
-@contextlib.contextmanager
-def running_server(command: ServerCommand, log: Path, timeout_s: float) -> Iterator[float]:
-    """Run a server while the body runs, and yield the seconds that it took to start.
+class ServerProcess:
+    """A server that a benchmark starts.
 
-    log: the file for its output.
-
-    Raises:
-        UserError: the server ends, or does not answer in time. The end of its log is printed.
+    log: the file for its output. The end of the output is printed if the server fails.
     """
-    begun = time.monotonic()
-    environment = os.environ | dict(command.environment)
-    with log.open("wb") as output:
-        # a session of its own: Ctrl-C ends the benchmark, which ends the server
-        process = subprocess.Popen(
-            command.words, stdout=output, stderr=output, env=environment, start_new_session=True
-        )
-    try:
-        _wait_until_healthy(process, command, log, begun + timeout_s)
-        yield time.monotonic() - begun
-        if process.poll() is not None:
-            _fail(f"the server ended with exit code {process.returncode} while it was measured", log)
-    finally:
-        _stop(process)
 
+    def __init__(self, command: ServerCommand, log: Path) -> None:
+        self.command, self._log = command, log
+        self._process: subprocess.Popen[bytes] | None = None
+        self._begun = 0.0
+        self.start_s: float | None = None
+        """The seconds that the start took; None until the server answers."""
 
-def _wait_until_healthy(
-    process: subprocess.Popen[bytes], command: ServerCommand, log: Path, deadline: float
-) -> None:
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            _fail(f"the server ended with exit code {process.returncode} before it answered", log)
-        # the server is on this machine: a proxy of the environment must not be asked
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with contextlib.suppress(OSError), opener.open(f"{command.url}/health", timeout=5):
+    def begin(self) -> None:
+        """Start the process."""
+        assert self._process is None
+        self._begun = time.monotonic()
+        with self._log.open("wb") as output:
+            # a session of its own: Ctrl-C ends the benchmark, which ends the server
+            self._process = subprocess.Popen(
+                self.command.words,
+                stdout=output,
+                stderr=output,
+                env=os.environ | dict(self.command.environment),
+                start_new_session=True,
+            )
+
+    @property
+    def is_begun(self) -> bool:
+        return self._process is not None
+
+    def poll_start(self) -> bool:
+        """Return whether the server answers.
+
+        Raises:
+            UserError: the process has ended.
+        """
+        if self.start_s is None:
+            self.check("before it answered")
+            # the server is on this machine: a proxy of the environment must not be asked
+            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            with contextlib.suppress(OSError), opener.open(f"{self.command.url}/health", timeout=5):
+                self.start_s = time.monotonic() - self._begun
+        return self.start_s is not None
+
+    def check(self, when: str) -> None:
+        """Check that the process runs; `when` says for the message when it ended.
+
+        Raises:
+            UserError: it has ended.
+        """
+        assert self._process is not None
+        if self._process.poll() is not None:
+            raise self.failure(f"the server ended with exit code {self._process.returncode} {when}")
+
+    def failure(self, message: str) -> UserError:
+        """Print the end of the log, and return an error that points to it."""
+        with self._log.open(encoding="utf-8", errors="replace") as lines:
+            for line in deque(lines, NUM_LOG_LINES):
+                print_text(line.rstrip("\n"), file=sys.stderr)
+        return UserError(f"{message}; the end of its output is above")
+
+    def terminate(self) -> None:
+        """Ask the server to end, and return at once."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    def stop(self, end: float = math.inf) -> None:
+        """End the server with its processes, at the latest at `end`."""
+        if self._process is None:
             return
-        time.sleep(POLL_S)
-    _fail("the server did not answer in time: set a larger --start-timeout", log)
-
-
-def _fail(message: str, log: Path) -> None:
-    with log.open(encoding="utf-8", errors="replace") as lines:
-        for line in deque(lines, NUM_LOG_LINES):
-            print_text(line.rstrip("\n"), file=sys.stderr)
-    raise UserError(f"{message}; the end of its output is above")
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End a server with its processes."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
+        self.terminate()
+        timeout_s = min(STOP_TIMEOUT_S, max(end - time.monotonic(), 0.1))
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_TIMEOUT_S)
-    # processes of the server that did not end by themselves
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+            self._process.wait(timeout_s)
+        # processes of the server that did not end by themselves
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._process = None
+
+
+def wait_for_servers(
+    processes: Sequence[ServerProcess], timeout_s: float, end: float
+) -> Iterator[tuple[ServerProcess, UserError | None]]:
+    """Wait until every server answers or has failed, and yield each one then, with the reason of a failure.
+
+    timeout_s: longest start of a server. `end` is the latest time on the monotonic clock.
+    """
+    end, waiting = min(time.monotonic() + timeout_s, end), list(processes)
+    while waiting:
+        for process in list(waiting):
+            try:
+                if process.poll_start():
+                    waiting.remove(process)
+                    yield process, None
+                elif time.monotonic() >= end:
+                    raise process.failure(
+                        "the server did not answer in time: set a larger --start-timeout or --limit-s"
+                    )
+            except UserError as error:
+                waiting.remove(process)
+                yield process, error
+        if waiting:
+            time.sleep(POLL_S)

@@ -1,5 +1,6 @@
 """`blockft bench`: commands that measure speed and agreement."""
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -308,14 +309,39 @@ def bench_serve(
         ),
     ] = None,
     runs: Annotated[
-        int, typer.Option(min=1, max=MAX_RUNS, help="Requests that are asked one at a time.")
+        int, typer.Option(min=1, max=MAX_RUNS, help="Requests over the corpus, one at a time.")
     ] = 20,
+    points: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=MAX_RUNS,
+            help="Prompts over new documents, as many over the same ones, and in another order. 0: none.",
+        ),
+    ] = 15,
     timeout: Annotated[
         float, typer.Option(min=1, max=MAX_SERVE_SECONDS, help="Seconds after which a request has failed.")
     ] = 60.0,
     start_timeout: Annotated[
         float, typer.Option(min=1, max=MAX_SERVE_SECONDS, help="Longest start of a server, in seconds.")
     ] = 600.0,
+    limit_s: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            max=MAX_SERVE_SECONDS,
+            help="Longest time of the command, in seconds. No rate starts that might not end. Default: none.",
+        ),
+    ] = None,
+    servers_together: Annotated[
+        bool | None,
+        typer.Option(
+            "--servers-together/--servers-in-turn",
+            help="Start both servers at once; each is idle while the other is asked. Default: with "
+            "--kv-cache-memory-bytes, vLLM's size of its pages.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_RUN_SEED, help="Seed of prompts and arrivals.")] = 0,
     dtype: Annotated[
         DType, typer.Option(help="Type of weights and blocks; auto: bfloat16 on a GPU, float32 on a CPU.")
@@ -327,21 +353,38 @@ def bench_serve(
     folder: Annotated[
         Path | None, path_option(metavar="FOLDER", help="Folder for the cache and for random weights.")
     ] = None,
+    model_folder: Annotated[
+        Path | None,
+        path_option(metavar="FOLDER", help="Keep random weights here, or take those that are here."),
+    ] = None,
+    log_folder: Annotated[
+        Path | None, path_option(metavar="FOLDER", help="Keep the logs of the servers in this folder.")
+    ] = None,
     out: Out = None,
     png: Png = None,
 ) -> None:
-    """Compare vLLM with cached blocks with vLLM alone under load.
+    """Compare vLLM with cached blocks with vLLM alone.
 
-    Starts one server after the other, or asks running servers. Requests arrive by a Poisson process. A
-    request that fails counts as slower than every other one. Further options go to vLLM's servers.
+    Measures new documents, known ones and known ones in another order, one request at a time. Then requests
+    arrive by a Poisson process. A request that fails counts as slower than every other one. The JSON file is
+    written again with each figure and says what is missing. Further options go to both of vLLM's servers.
+
+    On a GPU --compilation-config '{"mode":0,"cudagraph_mode":"FULL"}' matters: without CUDA graphs of
+    prefill steps cached prompts take twice as long, and the start needs no compilation. With
+    --kv-cache-memory-bytes both servers share the GPU. --device-bytes keeps blocks in GPU memory. A small
+    --timeout lets more rates fit into --limit-s.
 
     \b
     Examples:
       blockft bench serve llama-3.2-1b --out serve.json --png serve.png
+      blockft bench serve llama-3-8b --limit-s 330 --timeout 15 --device-bytes 16GB --out serve.json \\
+        --kv-cache-memory-bytes 36G --compilation-config '{"mode":0,"cudagraph_mode":"FULL"}'
       blockft bench serve out/model --rates 1,2,4 --blocks-url http://localhost:8000/v1
     """
+    begun = time.monotonic()
     from blockft.bench.serve import ServePlan
     from blockft.bench.serve_workload import WorkloadOptions
+    from blockft.bench.time_limit import TimeLimit
     from blockft.stages.bench_serve import ServerArguments, bench_serve, default_warmups, parse_rates
 
     if warmups is None:
@@ -363,6 +406,7 @@ def bench_serve(
             num_bisections=bisections,
             seconds=seconds,
             ttft_limit_ms=ttft_limit_ms,
+            num_points=points,
             num_warmups=warmups,
             num_single=runs,
             timeout_s=timeout,
@@ -378,7 +422,11 @@ def bench_serve(
             host_bytes=host_bytes,
             device_bytes=device_bytes,
             options=context.args,
+            together=servers_together,
+            model_folder=model_folder,
+            log_folder=log_folder,
         ),
+        limit=TimeLimit(limit_s=limit_s, begun=begun),
         out=out,
         png=png,
     )

@@ -4,6 +4,10 @@ import asyncio
 import contextlib
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -15,10 +19,12 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from blockft.bench import serve, serve_client
-from blockft.bench.serve import ServePlan, best_rate, summarize_servers
+from blockft.bench.serve import ServePlan, Server
 from blockft.bench.serve_client import LoadClient, Outcome, Target, is_within, summarize
+from blockft.bench.serve_report import ServeReport, best_rate, summarize_servers
 from blockft.bench.serve_workload import ServePrompt, Workload, WorkloadOptions
 from blockft.bench.synthetic_source import save_tokenizer, write_source
+from blockft.bench.time_limit import END_S, TimeLimit
 from blockft.data.encoder import Encoder
 from blockft.data.request import parse_request
 from blockft.errors import UserError
@@ -41,6 +47,7 @@ PLAN = ServePlan(
     num_bisections=3,
     seconds=1,
     ttft_limit_ms=500,
+    num_points=2,
     num_warmups=5,
     num_single=3,
     timeout_s=20,
@@ -101,6 +108,28 @@ def test_documents_follow_zipfs_law(workload: Workload) -> None:
     assert len(workload.warmup_prompts(12)) == 12
     uneven = {text for prompt in workload.warmup_prompts(3) for text in prompt.blocks[:-1]}
     assert uneven == set(covering[:12])
+
+
+def test_prompts_over_new_documents_are_followed_by_the_same_documents_in_other_orders(
+    workload: Workload,
+) -> None:
+    groups = list(workload.point_prompts(20))
+    known = {text for prompt in workload.warmup_prompts(5) for text in prompt.blocks}
+    questions = set()
+    for group in groups:
+        new, same, other = (list(group[order].blocks) for order in ("new", "same_order", "other_order"))
+        assert new[:-1] == same[:-1] and sorted(other[:-1]) == sorted(new[:-1])
+        assert other[0] != new[0]
+        assert not known & set(new)
+        known |= set(new)
+        questions |= {new[-1], same[-1], other[-1]}
+    assert len(questions) == 60
+    assert list(workload.point_prompts(20)) == groups
+
+
+def test_one_document_has_no_other_order(tokenizer: PreTrainedTokenizerBase) -> None:
+    (group,) = Workload(tokenizer, replace(OPTIONS, num_documents=1)).point_prompts(1)
+    assert list(group) == ["new", "same_order"]
 
 
 def test_arrivals_are_those_of_another_rate_in_other_units(workload: Workload) -> None:
@@ -309,6 +338,20 @@ def test_ratios_are_between_the_two_servers() -> None:
     summary = summarize_servers(measured, 500)
     assert summary["rate_ratio"] == 4 and summary["ttft_share_percent"] == 12.5
     assert "rate_ratio" not in summarize_servers(measured[:1], 500)
+    assert "rate_ratio" not in summarize_servers(measured, 500, has_all_rates=False)
+    points = [
+        {"kind": kind, "points": {order: {"ttft_ms": {"p50": ttft}} for order, ttft in orders.items()}}
+        for kind, orders in (
+            ("plain", {"new": 200.0, "same_order": 40.0}),
+            ("blocks", {"new": None, "same_order": 50.0}),
+        )
+    ]
+    summary = summarize_servers(points, 500)
+    assert summary["points_percent_of_plain_new"] == {
+        "plain": {"new": 100, "same_order": 20},
+        "blocks": {"new": None, "same_order": 25},
+    }
+    assert summary["largest_rate"] == {"plain": None, "blocks": None}
 
 
 def test_rates_are_numbers() -> None:
@@ -325,7 +368,7 @@ def test_a_busy_machine_is_named_and_recorded(
     """Other work delays clients and servers by times that differ from run to run."""
     monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
     monkeypatch.setattr("os.cpu_count", lambda: 4)
-    assert serve._read_load() == load
+    assert serve.read_load() == load
     assert ("the load average is 1.1 on 4 cores" in capsys.readouterr().err) == (load > 1)
 
 
@@ -349,7 +392,7 @@ def test_two_running_servers_are_compared(tmp_path: Path, model: Path) -> None:
         done = blockft(
             *("bench", "serve", model, *SIZES, "--corpus-size", "9", "--rates", "10,20", "--seconds", "1"),
             *("--plain-url", plain_url, "--blocks-url", blocks_url, "--runs", "3"),
-            *("--ttft-limit-ms", "5000", "--out", out, "--png", png),
+            *("--points", "2", "--ttft-limit-ms", "5000", "--out", out, "--png", png),
         )
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
@@ -365,10 +408,42 @@ def test_two_running_servers_are_compared(tmp_path: Path, model: Path) -> None:
         assert not one["num_failed"] and not other["num_failed"]
     assert blocks["rates"][0]["block_sources"].keys() == {"host"}
     assert blocks["rates"][0]["reused_percent"] == pytest.approx(100 * 36 / 42)
-    assert result["summary"]["rate_ratio"] == 1
+    assert result["summary"]["rate_ratio"] == 1 and result["missing"] == {}
+    for figures in (plain, blocks):
+        assert list(figures["points"]) == ["new", "same_order", "other_order"]
+        assert all(one["num_requests"] == 2 and not one["num_failed"] for one in figures["points"].values())
+    assert [set(one["block_sources"]) for one in blocks["points"].values()] == [
+        {"computed"},
+        {"host"},
+        {"host"},
+    ]
+    assert result["summary"]["points_percent_of_plain_new"]["plain"]["new"] == 100
+    assert "other order" in done.stdout
     assert "vLLM with blocks: at least 20 requests/s with p95 of the TTFT within 5000 ms" in done.stdout
     assert "vLLM alone" in done.stdout
     assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def measure(
+    target: Target,
+    workload: Workload,
+    plan: ServePlan,
+    limit: TimeLimit | None = None,
+    out: Path | None = None,
+) -> ServeReport:
+    """Measure a running server."""
+    report = ServeReport("m", [target.kind], plan.parts, plan.ttft_limit_ms, record={}, out=out)
+    png = out and out.with_suffix(".png")
+    serve.bench_serve(
+        workload,
+        plan,
+        [Server(target=target)],
+        report,
+        limit=limit or TimeLimit(),
+        start_timeout_s=1,
+        png=png,
+    )
+    return report
 
 
 def test_both_servers_get_the_same_prompts_and_none_of_them_twice(model: Path) -> None:
@@ -379,7 +454,7 @@ def test_both_servers_get_the_same_prompts_and_none_of_them_twice(model: Path) -
         server = StubServer()
         with http_server(server) as url:
             target = Target(kind=kind, url=url)  # type: ignore[arg-type]
-            asyncio.run(serve._measure(target, workload, replace(PLAN, rates=(5, 10))))
+            measure(target, workload, replace(PLAN, rates=(5, 10)))
         seen.append(server.bodies)
     plain, blocks = (sorted(bodies, key=lambda body: str(body.get("prompt"))) for bodies in seen)
     encoder = Encoder(load_tokenizer(str(model)))
@@ -398,10 +473,17 @@ def test_a_server_that_fails_every_request_ends_the_benchmark(tmp_path: Path, mo
         await send_json(send, 400, {"error": {"message": "no such [bold]model[/bold]"}})
         return True
 
-    with http_server(StubServer(fail)) as url:
-        done = blockft("bench", "serve", model, *SIZES, "--plain-url", url, "--out", tmp_path / "serve.json")
-    assert done.returncode == 2 and "failed all 134 requests of the warm-up: Error code: 400" in done.stderr
-    assert not (tmp_path / "serve.json").exists()
+    for options, what in (
+        ((), "3 requests of the first prompts"),
+        (("--points", "0"), "134 requests of the warm-up"),
+    ):
+        with http_server(StubServer(fail)) as url:
+            done = blockft(
+                *("bench", "serve", model, *SIZES, "--plain-url", url, "--out", tmp_path / "serve.json"),
+                *options,
+            )
+        assert done.returncode == 2 and f"vLLM alone: failed all {what}: Error code: 400" in done.stderr
+        assert not (tmp_path / "serve.json").exists()
 
 
 REFUSED = [
@@ -416,6 +498,10 @@ REFUSED = [
     (("--api-key-env", "NO_SUCH_VARIABLE"), "not set"),
     (("--python", "/dev/null"), "no program"),
     (("--folder", "/dev/null"), "not a folder"),
+    (("--log-folder", "/dev/null"), "not a folder"),
+    (("--model-folder", "m"), "is a model"),
+    (("--plain-url", "http://localhost:1/v1", "--servers-together"), "there are URLs"),
+    (("--plain-url", "http://localhost:1/v1", "--log-folder", "."), "there are URLs"),
 ]
 
 
@@ -430,12 +516,17 @@ def test_what_cannot_be_measured_is_refused_before_a_server_starts(
 
 FAKE_PYTHON = """#!{python}
 '''Pretend to be the Python of an environment with vLLM.'''
-import json, os, sys
+import json, os, sys, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 words = sys.argv[1:]
 if "--fail" in words:
     sys.exit("first line\\nno [bold]GPU[/bold] is free")
+
+num_asked = 0
+
+def option(name):
+    return words[words.index(name) + 1] if name in words else ""
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -444,6 +535,14 @@ class Handler(BaseHTTPRequestHandler):
         self.send({entry})
 
     def do_POST(self):
+        global num_asked
+        num_asked += 1
+        with open(sys.argv[0] + ".asked", "a") as log:
+            log.write(f"{time.monotonic()} {os.getpid()}\\n")
+        kind = "blocks" if "blockft" in words else "plain"
+        if str(num_asked) == option("--die-after") and kind == option("--die-kind"):
+            os._exit(9)
+        time.sleep(float(option("--answer-s") or 0))
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert ("blocks" in body) == ("blockft" in words), words
         chunk = dict(id="1", object="text_completion", created=1, model="toy")
@@ -464,6 +563,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *arguments):
         pass
 
+time.sleep(float(option("--start-s") or 0))
 with open(sys.argv[0] + ".log", "a") as log:
     log.write(json.dumps([os.getpid(), *words]) + "\\n")
 ThreadingHTTPServer(("127.0.0.1", int(words[words.index("--port") + 1])), Handler).serve_forever()
@@ -472,8 +572,6 @@ ThreadingHTTPServer(("127.0.0.1", int(words[words.index("--port") + 1])), Handle
 
 @pytest.fixture
 def fake_python(tmp_path: Path) -> Path:
-    import sys
-
     path = tmp_path / "python"
     models = {"object": "list", "data": [MODEL_ENTRY]}
     path.write_text(FAKE_PYTHON.replace("{python}", sys.executable).replace("{entry}", repr(models)))
@@ -502,6 +600,198 @@ def test_both_servers_are_started_one_after_the_other_and_ended(
     assert result["vllm_options"] == ["--max-num-seqs", "7"] and result["dtype"] == "float32"
     for server in result["servers"]:
         assert server["start_s"] > 0 and not server["rates"][0]["num_failed"]
+
+
+def fast(fake_python: Path, model: Path, out: Path, *options: object) -> tuple[object, ...]:
+    """Return a command that measures stubs of servers quickly."""
+    return (
+        *("bench", "serve", model, *SIZES, "--python", fake_python, "--rates", "20,40", "--seconds", "1"),
+        *("--points", "2", "--runs", "2", "--warmups", "2", "--out", out, *options),
+    )
+
+
+def started(fake_python: Path) -> list[list[Any]]:
+    """Return the process id and the words of each started server."""
+    return [json.loads(line) for line in Path(f"{fake_python}.log").read_text().splitlines()]
+
+
+def is_alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [("--servers-together",), ("--kv-cache-memory-bytes=1G",), ("--kv_cache_memory_bytes", "1G")]
+)
+def test_servers_that_start_at_once_are_asked_one_after_the_other(
+    tmp_path: Path, model: Path, fake_python: Path, options: tuple[str, ...]
+) -> None:
+    out, logs = tmp_path / "serve.json", tmp_path / "logs"
+    logs.mkdir()
+    done = blockft(*fast(fake_python, model, out, "--start-s", "0.7", "--log-folder", logs, *options))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert result["servers_run_together"] and not result["missing"]
+    lines = [line.split() for line in Path(f"{fake_python}.asked").read_text().splitlines()]
+    pids = [pid for _, pid in lines]
+    plain, blocks = started(fake_python)
+    if "blockft" in plain:
+        plain, blocks = blocks, plain
+    assert pids == sorted(pids, key=[str(plain[0]), str(blocks[0])].index)
+    for words in (plain, blocks):
+        assert not is_alive(words[0])
+        assert ("--gpu-memory-utilization" in words) == (options[0] != "--servers-together")
+    assert {path.name for path in logs.iterdir()} == {"plain.log", "blocks.log"}
+    assert all(server["start_s"] > 0.5 for server in result["servers"])
+
+
+@pytest.mark.parametrize("together", ["--servers-together", "--servers-in-turn"])
+@pytest.mark.parametrize(
+    ("kind", "number", "parts"),
+    [
+        ("blocks", 1, {"points", "warmup", "one_at_a_time", "rates"}),
+        ("blocks", 8, {"points", "warmup", "one_at_a_time", "rates"}),
+        ("plain", 20, {"rates"}),
+    ],
+)
+def test_a_server_that_ends_leaves_the_other_figures(
+    tmp_path: Path,
+    model: Path,
+    fake_python: Path,
+    together: str,
+    kind: str,
+    number: int,
+    parts: set[str],
+) -> None:
+    out = tmp_path / "serve.json"
+    dying = ("--die-kind", kind, "--die-after", str(number))
+    done = blockft(*fast(fake_python, model, out, together, *dying))
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert "ended with exit code 9 while it was measured" in last and f"are in {out}" in last
+    (other,) = {"plain", "blocks"} - {kind}
+    result = json.loads(out.read_text())
+    assert result["missing"].keys() == {kind} and result["missing"][kind].keys() == parts
+    assert all("exit code 9" in reason for reason in result["missing"][kind].values())
+    assert "rate_ratio" not in result["summary"]
+    servers = {server["kind"]: server for server in result["servers"]}
+    assert len(servers[other]["rates"]) == 2 and "missing: " in done.stdout
+    if number == 8:  # the first group warms up, the second is complete, the third is lost
+        assert servers["blocks"]["points"]["new"]["num_requests"] == 1
+    if number == 20:
+        assert servers["plain"]["one_at_a_time"]["num_requests"] == 2 and not servers["plain"]["rates"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_run_leaves_the_figures_and_what_is_missing(
+    tmp_path: Path, model: Path, fake_python: Path, number: signal.Signals
+) -> None:
+    out = tmp_path / "serve.json"
+    words = [sys.executable, "-m", "blockft", *fast(fake_python, model, out, "--answer-s", "0.1")]
+    process = subprocess.Popen([*map(str, words)], stderr=subprocess.PIPE, text=True)
+    while not out.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    result = json.loads(out.read_text())
+    pid = started(fake_python)[0][0]
+    if number == signal.SIGTERM:
+        assert process.returncode == 130 and not is_alive(pid), errors
+    else:
+        os.kill(pid, signal.SIGKILL)
+    reason = "the benchmark was stopped" if number == signal.SIGTERM else "not measured yet"
+    assert result["missing"]["blocks"] == dict.fromkeys(PLAN.parts, reason)
+    assert result["missing"]["plain"]["rates"] == reason
+    (plain,) = result["servers"]
+    assert plain["kind"] == "plain" and plain["points"]["new"]["num_requests"] >= 1
+
+
+def test_a_limit_bounds_the_whole_command(tmp_path: Path, model: Path, fake_python: Path) -> None:
+    """The warm-up would take half a minute. Each server has half of the time that is left."""
+    out = tmp_path / "serve.json"
+    begun = time.monotonic()
+    options = ("--servers-together", "--limit-s", str(END_S + 12), "--answer-s", "0.5")
+    done = blockft(*fast(fake_python, model, out, *options, "--warmups", "400"))
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - begun < END_S + 12 + 3
+    result = json.loads(out.read_text())
+    for kind in ("plain", "blocks"):
+        assert result["missing"][kind]["warmup"] == "the time limit left no time"
+        assert result["missing"][kind].keys() == {"warmup", "one_at_a_time", "rates"}
+    assert [server["points"]["new"]["num_requests"] for server in result["servers"]] == [2, 2]
+    assert not any(is_alive(words[0]) for words in started(fake_python))
+    assert (
+        "missing: vLLM alone, warm-up, one request at a time, rates: the time limit left no time"
+        in done.stdout
+    )
+
+
+def test_a_rate_that_might_not_end_in_time_does_not_start(
+    tmp_path: Path, workload: Workload, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = StubServer()
+    limit = TimeLimit(limit_s=END_S + 10)
+    plan = replace(PLAN, rates=(40, 1), timeout_s=8, num_points=0)  # the slow rate takes some 20 s
+    with http_server(server) as url:
+        report = measure(Target(kind="plain", url=url), workload, plan, limit, tmp_path / "serve.json")
+    assert server.num_asked == plan.num_warmups + plan.num_single
+    assert report.missing["plain"].keys() == {"rates"}
+    assert "1 requests/s would take up to" in report.missing["plain"]["rates"]
+    assert "with --timeout 8" in capsys.readouterr().err
+    assert json.loads((tmp_path / "serve.json").read_text())["summary"]["largest_rate"] == {"plain": None}
+    assert (tmp_path / "serve.png").exists()
+    # a search keeps the rates that it has measured
+    plan = replace(plan, rates=(), first_rate=40, num_bisections=0)
+    with http_server(server) as url:
+        report = measure(Target(kind="plain", url=url), workload, plan, TimeLimit(limit_s=END_S + 12))
+    assert report.servers["plain"]["rates"] and report.missing["plain"].keys() == {"rates"}
+
+
+def test_shares_of_the_time_limit() -> None:
+    limit = TimeLimit(limit_s=END_S + 100)
+    assert limit.share_end(2) == pytest.approx(time.monotonic() + 50, abs=1)
+    assert limit.share_end(1) == pytest.approx(time.monotonic() + 100, abs=1)
+    assert TimeLimit().share_end(2) == math.inf
+    with TimeLimit().interrupting("while it sleeps"):
+        pass
+    with (
+        pytest.raises(UserError, match="--limit-s 10.2 is over while it sleeps"),
+        TimeLimit(limit_s=END_S + 0.2).interrupting("while it sleeps"),
+    ):
+        time.sleep(5)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_a_server_that_knows_the_new_documents_is_named(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workload = Workload(load_tokenizer(str(model)), OPTIONS)
+    plan = replace(PLAN, rates=(20,), num_warmups=0)
+    with two_servers(tmp_path, model) as (_, blocks_url):
+        for is_known in (False, True):
+            report = measure(Target(kind="blocks", url=blocks_url), workload, plan)
+            assert ("knew the new documents before" in capsys.readouterr().err) == is_known
+            sources = report.servers["blocks"]["points"]["new"]["block_sources"]
+            assert sources.keys() == ({"host"} if is_known else {"computed"})
+
+
+def test_random_weights_are_written_once(
+    tmp_path: Path, fake_python: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from blockft.stages import bench_serve as stage
+
+    folder = tmp_path / "weights"
+    assert stage._find_model("tiny", folder, tmp_path) == str(folder)
+    monkeypatch.setattr(stage, "_save_random_model", lambda *_: pytest.fail("the weights are there"))
+    assert stage._find_model("tiny", folder, tmp_path) == str(folder)
+    with pytest.raises(UserError, match="hidden_size 64, the shape llama-3.2-1b has 2048"):
+        stage._find_model("llama-3.2-1b", folder, tmp_path)
+    done = blockft(
+        *fast(fake_python, Path("tiny"), tmp_path / "serve.json", "--model-folder", folder, "--points", "0")
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "serve.json").read_text())["model"] == "tiny"
+    assert all(str(folder) in words for words in started(fake_python))
 
 
 def test_a_server_that_does_not_start_shows_the_end_of_its_output(model: Path, fake_python: Path) -> None:
