@@ -26,7 +26,7 @@ FILES = {
     *("config.json", "generation_config.json", REFERENCE_LOGITS),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
 }
-ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "block_attention.json", "README.md"}
 
 
 def tensors_of(value: Any) -> Iterator[torch.Tensor]:
