@@ -4,6 +4,7 @@ A block may be used as soon as its numbers are checked, from the tensor into whi
 Its copy to the host and its entry in the folder follow in the background.
 """
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,13 +13,15 @@ from functools import partial
 import torch
 
 from blockft.inference.block_cache import MAX_PENDING_WRITES
-from blockft.inference.block_key import BlockKey
+from blockft.inference.block_key import BlockKey, num_tokens
 from blockft.serving.block_store import BlockStore
 from blockft.serving.device_work import BackgroundStream, DeviceWork
 
 MAX_WAITING_BYTES = 2 << 30
 """Size of the blocks that may wait for their copy to the host. A step with more blocks waits for copies, so
 that the memory of the device does not fill up."""
+
+_log = logging.getLogger("blockft.serving")
 
 Block = tuple[BlockKey, torch.Tensor]
 
@@ -51,8 +54,8 @@ class ComputedBlocks:
         self._limit_waiting()
         peaks, checked = self._stream.copy_to_host(torch.stack([_peak(kv) for _, kv in blocks]))
         reports, copies = ([Future[str]() for _ in blocks] for _ in range(2))
-        self._waiting.extend(zip((kv.nbytes for _, kv in blocks), copies, strict=True))
         self._checker.submit(self._check, blocks, peaks, checked, reports, copies)
+        self._waiting.extend(zip((kv.nbytes for _, kv in blocks), copies, strict=True))
         return reports
 
     def close(self) -> None:
@@ -78,21 +81,18 @@ class ComputedBlocks:
         try:
             checked.wait()
             is_finite = peaks.isfinite().tolist()
-        except (
-            Exception
-        ) as error:  # such as an error of the device: nobody may wait for these blocks for ever
-            for future in (*reports, *copies):
-                future.set_exception(error)
-            return
-        for (key, kv), is_usable, report, copied in zip(blocks, is_finite, reports, copies, strict=True):
-            if not is_usable:
-                copied.set_result("")
-                report.set_result(_overflow(kv))
-                continue
-            self._blocks[key] = kv
-            if not self._wait_for_disk:
-                report.set_result("")
-            self._copier.submit(self._copy, key, kv, report, copied)
+            for (key, kv), is_usable, report, copied in zip(blocks, is_finite, reports, copies, strict=True):
+                if not is_usable:
+                    copied.set_result("")
+                    report.set_result(_overflow(kv))
+                    continue
+                self._blocks[key] = kv
+                if not self._wait_for_disk:
+                    report.set_result("")
+                self._copier.submit(self._copy, key, kv, report, copied)
+        except Exception as error:  # such as an error of the device: nobody may wait for ever
+            for (key, _), report, copied in zip(blocks, reports, copies, strict=True):
+                self._lose(key, error, report, copied)
 
     def _copy(self, key: BlockKey, kv: torch.Tensor, report: Future[str], copied: Future[str]) -> None:
         """Copy a block to the host and give it to the store."""
@@ -101,23 +101,33 @@ class ComputedBlocks:
             work.wait()
             self._blocks[key] = on_host
             copied.set_result("")
-            while (
-                len(self._writes) >= MAX_PENDING_WRITES // 2
-            ):  # the store must not wait, because it also loads
+            # the store must not wait, because it also loads
+            while len(self._writes) >= MAX_PENDING_WRITES // 2:
                 self._writes.popleft().exception()
             written = self._store.insert(key, on_host).result()
             self._writes.append(written)
             written.add_done_callback(partial(self._end, key, report))
         except Exception as error:  # such as too little memory
-            self._blocks.pop(key, None)
-            for future in (copied, report):
-                if not future.done():
-                    future.set_exception(error)
+            self._lose(key, error, report, copied)
 
     def _end(self, key: BlockKey, report: Future[str], written: Future[None]) -> None:
+        if error := written.exception():
+            self._lose(key, error, report)
+            return
         self._blocks.pop(key, None)
         if not report.done():
             report.set_result("")
+
+    def _lose(
+        self, key: BlockKey, error: BaseException, report: Future[str], copied: Future[str] | None = None
+    ) -> None:
+        """Forget a block that the folder does not get. A prompt that needs the block computes it again."""
+        self._blocks.pop(key, None)
+        if report.done():  # nobody else tells of this error
+            _log.error(f"the folder does not get a block of {num_tokens(key)} tokens", exc_info=error)
+        for future in (report, copied):
+            if future is not None and not future.done():
+                future.set_exception(error)
 
 
 def _peak(kv: torch.Tensor) -> torch.Tensor:

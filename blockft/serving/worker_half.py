@@ -133,11 +133,15 @@ class WorkerHalf:
         """Read blocks from their pages, and store them in the background."""
         if not saves:
             return
+        others_wait = self._gather is not None
         try:
-            self._save(saves)
+            kv = self._read(saves)
+            others_wait = False
+            if self._shard.worker == 0:
+                self._keep(saves, kv)
         except Exception as error:  # such as too little memory: the requests of these blocks fail alone
-            if self._gather is not None:
-                raise  # the other workers wait for the heads of this one
+            if others_wait:
+                raise  # for the heads of this worker, in the same step
             for save in saves:
                 self._report_unsaved(save, error)
 
@@ -180,18 +184,21 @@ class WorkerHalf:
             self._layers, self._rotaries, blocks, context_len, slots, self._shape, self._shard
         )
 
-    def _save(self, saves: Sequence[Save]) -> None:
+    def _read(self, saves: Sequence[Save]) -> torch.Tensor:
+        """Return the keys and values of blocks, one after the other, with the heads of all workers."""
         slots = []
         for save in saves:
             start = num_first(save.key)
             slots.append(page_slots(save.pages, self._page_len, start, start + num_tokens(save.key)))
         kv = read_blocks(self._layers, self._shape, self._page_len, torch.cat(slots))
-        if self._gather is not None:
-            kv = self._shard.join(self._gather(kv), self._served.shape.num_kv_heads)
-        if self._shard.worker != 0:
-            return
+        if self._gather is None:
+            return kv
+        return self._shard.join(self._gather(kv), self._served.shape.num_kv_heads)
+
+    def _keep(self, saves: Sequence[Save], kv: torch.Tensor) -> None:
+        """Keep blocks that `_read` returned for the requests that need them, and store them."""
         blocks = []
-        for save, part in zip(saves, kv.split([*map(len, slots)], dim=1), strict=True):
+        for save, part in zip(saves, kv.split([num_tokens(save.key) for save in saves], dim=1), strict=True):
             start = num_first(save.key)  # a stored block has positions 0..n-1
             blocks.append((save.key, move_keys(part, self._rotaries, -start) if start else part))
         for save, future in zip(saves, self._computed.add(blocks), strict=True):

@@ -31,6 +31,7 @@ from tests.serving.stubs import PAGE_LEN, SHAPE, OneHeadPages, kv_of, make_layer
 KEYS = [random_key(seed, length) for seed, length in enumerate((5, 4, 6))]
 ADDRESS = ReplyAddress(socket="s", id="7")
 SAVED = Report(block=key_digest(KEYS[0]))
+DISK_TIER = "blockft.inference.disk_tier.DiskTier"
 
 
 class Worker:
@@ -334,6 +335,63 @@ def test_an_error_while_a_block_is_read_fails_its_requests_alone(
     worker.half._gather = None
     worker.half.save([save])
     assert wait_for(reports) == SAVED
+
+
+def test_an_error_after_the_heads_of_all_workers_are_read_fails_its_requests_alone(
+    open_worker: Callable[..., Worker], reports: list[Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No other worker waits by then."""
+    worker, save = open_worker([]), Save(key=KEYS[0], pages=[4, 2], reply_to=ADDRESS)
+    worker.half._gather = lambda part: part
+    with monkeypatch.context() as patch:
+        patch.setattr(ComputedBlocks, "add", Mock(side_effect=MemoryError("no memory")))
+        worker.half.save([save])
+    assert reports.pop() == replace(SAVED, failure="a block could not be stored: no memory")
+    worker.half.save([save])
+    assert wait_for(reports) == SAVED
+
+
+def test_no_step_waits_for_blocks_that_cannot_be_copied(
+    open_worker: Callable[..., Worker], reports: list[Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blockft.serving.computed_blocks.MAX_WAITING_BYTES", 0)
+    worker, save = open_worker([]), Save(key=KEYS[0], pages=[4, 2], reply_to=ADDRESS)
+    computed = worker.half._computed
+    computed._wait_for_disk = True
+    with monkeypatch.context() as patch:
+        patch.setattr(computed._copier, "submit", Mock(side_effect=RuntimeError("no thread")))
+        worker.half.save([save])
+        assert wait_for(reports) == replace(SAVED, failure="a block could not be stored: no thread")
+    assert computed.get(KEYS[0]) is None
+    thread = Thread(target=worker.half.save, args=([save],), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive() and wait_for(reports) == SAVED
+
+
+@pytest.mark.parametrize("wait_for_disk", [False, True])
+@pytest.mark.parametrize("place", ["blockft.serving.block_store.BlockStore.insert", f"{DISK_TIER}.write"])
+def test_a_block_that_is_lost_before_the_folder_has_it_is_told_and_missing(
+    open_worker: Callable[..., Worker],
+    reports: list[Report],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    place: str,
+    wait_for_disk: bool,
+) -> None:
+    """Other workers read it in the folder. Without them it may be used until it is lost."""
+    worker = open_worker([], host_bytes=0)
+    worker.half._computed._wait_for_disk = wait_for_disk
+    with monkeypatch.context() as patch:
+        patch.setattr(place, Mock(side_effect=MemoryError("no memory")))
+        worker.half.save([Save(key=KEYS[0], pages=[4, 2], reply_to=ADDRESS)])
+        failure = "a block could not be stored: no memory" if wait_for_disk else ""
+        assert wait_for(reports) == replace(SAVED, failure=failure)
+        worker.half._computed.close()
+        worker.half._opened._caches[1]._writer.shutdown()
+        worker.half._opened._caches[1]._writes.clear()  # or closing the worker raises the error again
+    assert worker.half._computed.get(KEYS[0]) is None
+    assert ["no memory" in str(record.exc_info) for record in caplog.records] == [True]
 
 
 def test_an_entry_that_another_worker_has_written_anew_is_read(
