@@ -68,6 +68,7 @@ class BlockComputer:
         self._forget_old()
         known = self._running.keys() | self._in_memory.keys()
         missing = await asyncio.to_thread(self._find_missing, [key for key in distinct if key not in known])
+        missing -= self._in_memory.keys()  # other requests have computed these meanwhile
         return await self.compute(
             [key for key in distinct if key in missing or key in self._running], scope, model
         )

@@ -1,6 +1,7 @@
 """The front end over an application that behaves as vLLM's: requests, missing blocks, streams, failures."""
 
 import asyncio
+import itertools
 import json
 import threading
 from collections import Counter
@@ -16,6 +17,7 @@ from blockft.inference.block_key import BlockKey, block_key, first_ids, num_firs
 from blockft.serving.answer_sender import ABORTED
 from blockft.serving.block_request import BlockRequest, block_keys, block_salt, parse_params
 from blockft.serving.front_end import CHAT, COMPLETIONS, MAX_ATTEMPTS, REPORT_TIMEOUT_S, BlockFrontEnd
+from blockft.serving.missing_blocks import BlockComputer
 from blockft.serving.prompt_encoder import PromptEncoder
 from blockft.serving.report import Report
 from blockft.serving.served_model import ServedModel
@@ -620,6 +622,29 @@ def test_requests_at_the_same_time_compute_a_block_once(setup: Setup) -> None:
         answers = await asyncio.gather(*(setup.post(QUESTION) for _ in range(8)))
         assert {status for status, _ in answers} == {200}
         assert setup.counters.num_encoded == 5
+
+    run(test)
+
+
+def test_a_block_that_is_computed_during_a_slow_look_up_is_not_computed_again(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder lacked the block when it was looked for."""
+    find_missing, is_computed, numbers = BlockComputer._find_missing, threading.Event(), itertools.count()
+
+    def find_slowly(self: BlockComputer, keys: Any) -> set[BlockKey]:
+        found = find_missing(self, keys)
+        assert next(numbers) == 0 or is_computed.wait(60)
+        return found
+
+    monkeypatch.setattr(BlockComputer, "_find_missing", find_slowly)
+
+    async def test() -> None:
+        tasks = {asyncio.create_task(setup.post(QUESTION)) for _ in range(2)}
+        (first,), (second,) = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        is_computed.set()
+        sources = [answer["usage"]["block_attention"]["sources"] for _, answer in (await first, await second)]
+        assert sources == [{"computed": 5}, {"host": 5}] and setup.counters.num_encoded == 5
 
     run(test)
 
