@@ -377,8 +377,7 @@ def bench_serve(
     \b
     Examples:
       blockft bench serve llama-3.2-1b --out serve.json --png serve.png
-      blockft bench serve llama-3-8b --limit-s 330 --timeout 15 --device-bytes 16GB --out serve.json \\
-        --kv-cache-memory-bytes 36G --compilation-config '{"mode":0,"cudagraph_mode":"FULL"}'
+      blockft bench serve llama-3-8b --limit-s 330 --device-bytes 16GB --out s.json
       blockft bench serve out/model --rates 1,2,4 --blocks-url http://localhost:8000/v1
     """
     begun = time.monotonic()
