@@ -77,7 +77,7 @@ class ServePlan:
     num_bisections  further rates between the largest that holds and the smallest that does not
     seconds         how long requests arrive at each rate; longer at rates with few requests
     ttft_limit_ms   limit for p95 of the TTFT
-    num_points      prompts over new documents, over the same ones, and over the same ones in another order
+    num_reuse       prompts over new documents, over the same ones, and over the same ones in another order
     num_warmups     requests before the measurement: first over the whole corpus, then by Zipf's law
     num_single      requests over the corpus that are asked one at a time
     timeout_s       a request without a complete answer after this time has failed
@@ -88,7 +88,7 @@ class ServePlan:
     num_bisections: int
     seconds: float
     ttft_limit_ms: float
-    num_points: int
+    num_reuse: int
     num_warmups: int
     num_single: int
     timeout_s: float
@@ -97,7 +97,7 @@ class ServePlan:
     def parts(self) -> tuple[Part, ...]:
         """The parts of the measurement of a server."""
         parts: tuple[Part, ...] = get_args(Part)
-        return parts if self.num_points else parts[1:]
+        return parts if self.num_reuse else parts[1:]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,8 +228,8 @@ class _Measurement:
         self._kind, self._name = server.target.kind, server.name
 
     async def run(self) -> None:
-        if self._plan.num_points:
-            await self._measure_points()
+        if self._plan.num_reuse:
+            await self._measure_reuse()
         await self._warm_up()
         single = self._workload.prompts(self._plan.num_single, stream=_STREAM_SINGLE)
         figures = await self._ask_in_turn(f"ask {self._name} one at a time", single, 1)
@@ -238,9 +238,9 @@ class _Measurement:
         await _measure_rates(self._measure_rate, self._plan)
         self._report.keep(self._kind, "rates", self._report.servers[self._kind]["rates"])
 
-    async def _measure_points(self) -> None:
+    async def _measure_reuse(self) -> None:
         outcomes: dict[DocumentOrder, list[Outcome]] = {}
-        number = self._plan.num_points
+        number = self._plan.num_reuse
         with progress(f"ask {self._name} for new documents", number + 1, unit="group") as advance:
             for index, group in enumerate(self._workload.point_prompts(number + 1)):
                 found = {
@@ -255,8 +255,8 @@ class _Measurement:
                 await self._check(answers)
                 for order, (outcome,) in found.items():
                     outcomes.setdefault(order, []).append(outcome)
-                figures = {order: _summarize_points(one) for order, one in outcomes.items()}
-                self._report.keep(self._kind, "points", figures, is_complete=index == number)
+                figures = {order: _summarize_reuse(one) for order, one in outcomes.items()}
+                self._report.keep(self._kind, "reuse", figures, is_complete=index == number)
         if _is_known(figures["new"]):
             warn(
                 f"{self._name} knew the new documents before, so that the time of new documents is that of "
@@ -337,7 +337,7 @@ def _nothing() -> None:
     pass
 
 
-def _summarize_points(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def _summarize_reuse(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Return the figures of prompts that are asked with others between them, so that no rate follows."""
     return {
         name: figure

@@ -24,11 +24,11 @@ ORDER_LABELS: Mapping[DocumentOrder, str] = {
     "other_order": "other order",
 }
 
-Part = Literal["points", "warmup", "one_at_a_time", "rates"]
+Part = Literal["reuse", "warmup", "one_at_a_time", "rates"]
 """A part of the measurement of a server, in this order."""
 
 PART_LABELS: Mapping[Part, str] = {
-    "points": "prompts over new and known documents",
+    "reuse": "prompts over new and known documents",
     "warmup": "warm-up",
     "one_at_a_time": "one request at a time",
     "rates": "rates",
@@ -68,7 +68,7 @@ class ServeReport:
         return [
             figures
             for figures in self.servers.values()
-            if figures.keys() & {"points", "one_at_a_time"} or figures.get("rates")
+            if figures.keys() & {"reuse", "one_at_a_time"} or figures.get("rates")
         ]
 
     def keep(self, kind: ServerKind, part: Part, figures: Any, *, is_complete: bool = True) -> None:
@@ -109,7 +109,7 @@ class ServeReport:
         if not self.measured:
             return
         summary = self.summary()
-        print_points(self.model, self.measured, summary)
+        print_reuse(self.model, self.measured, summary)
         print_tables(self.model, self.measured, summary, self.ttft_limit_ms)
         console = PlainConsole()
         for kind, parts in self.missing.items():
@@ -152,10 +152,10 @@ def summarize_servers(
         for figures in measured
         if "one_at_a_time" in figures
     }
-    points = {
-        figures["kind"]: {order: one["ttft_ms"]["p50"] for order, one in figures["points"].items()}
+    reuse = {
+        figures["kind"]: {order: one["ttft_ms"]["p50"] for order, one in figures["reuse"].items()}
         for figures in measured
-        if "points" in figures
+        if "reuse" in figures
     }
     summary: dict[str, Any] = {
         "ttft_limit_ms": ttft_limit_ms,
@@ -166,12 +166,12 @@ def summarize_servers(
             if figures.get("rates")
         },
         "one_at_a_time_ttft_p50_ms": single,
-        "points_ttft_p50_ms": points,
+        "reuse_ttft_p50_ms": reuse,
     }
-    if new := points.get("plain", {}).get("new"):
-        summary["points_percent_of_plain_new"] = {
+    if new := reuse.get("plain", {}).get("new"):
+        summary["reuse_percent_of_plain_new"] = {
             kind: {order: ttft and 100 * ttft / new for order, ttft in orders.items()}
-            for kind, orders in points.items()
+            for kind, orders in reuse.items()
         }
     plain, blocks = rates.get("plain"), rates.get("blocks")
     if has_all_rates and plain and blocks is not None:
@@ -181,7 +181,7 @@ def summarize_servers(
     return summary
 
 
-def print_points(model: str, measured: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
+def print_reuse(model: str, measured: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
     """Print a row for each server and order of documents."""
     table = Table(
         "server",
@@ -190,9 +190,9 @@ def print_points(model: str, measured: Sequence[Mapping[str, Any]], summary: Map
         title=f"{model}: one request at a time, p50 / p95 / p99 in ms",
         caption="of new: p50 as a share of what new documents take vLLM alone",
     )
-    shares = summary.get("points_percent_of_plain_new", {})
+    shares = summary.get("reuse_percent_of_plain_new", {})
     for figures in measured:
-        for order, one in figures.get("points", {}).items():
+        for order, one in figures.get("reuse", {}).items():
             share = shares.get(figures["kind"], {}).get(order)
             table.add_row(
                 LABELS[figures["kind"]][0],
@@ -249,7 +249,7 @@ def _failures(figures: Mapping[str, Any]) -> dict[str, int]:
     """Return the reasons of failed requests of a server, in the warm-up too, and their numbers."""
     reasons: dict[str, int] = {}
     single = [figures[part] for part in ("warmup", "one_at_a_time") if part in figures]
-    for one in (*figures.get("points", {}).values(), *single, *figures.get("rates", [])):
+    for one in (*figures.get("reuse", {}).values(), *single, *figures.get("rates", [])):
         for reason, number in one["failures"].items():
             reasons[reason] = reasons.get(reason, 0) + number
     return reasons

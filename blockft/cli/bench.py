@@ -311,7 +311,7 @@ def bench_serve(
     runs: Annotated[
         int, typer.Option(min=1, max=MAX_RUNS, help="Requests over the corpus, one at a time.")
     ] = 20,
-    points: Annotated[
+    reuse_prompts: Annotated[
         int,
         typer.Option(
             min=0,
@@ -405,7 +405,7 @@ def bench_serve(
             num_bisections=bisections,
             seconds=seconds,
             ttft_limit_ms=ttft_limit_ms,
-            num_points=points,
+            num_reuse=reuse_prompts,
             num_warmups=warmups,
             num_single=runs,
             timeout_s=timeout,

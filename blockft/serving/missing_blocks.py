@@ -80,8 +80,9 @@ class BlockComputer:
         for key in distinct:
             if key not in self._running:
                 by_first_len[num_first(key)].append(key)
+        max_prompts = _max_prompts()
         for first_len, new in by_first_len.items():
-            for start in range(0, len(new), max_prompts := _max_prompts()):
+            for start in range(0, len(new), max_prompts):
                 self._start(new[start : start + max_prompts], first_len, scope, model)
         # a block goes on if the client of one request leaves: others may wait for it
         await asyncio.gather(*(asyncio.shield(self._running[key]) for key in distinct))

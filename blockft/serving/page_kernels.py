@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""The Triton kernel that copies blocks into pages and turns their keys; `page_writer` launches it.
+"""The Triton kernel that copies blocks into pages and rotates their keys; `page_writer` launches it.
 
 A program copies some tokens of one layer. Tokens of all blocks of a prompt, and all layers, are one launch.
 mypy ignores this file, because Triton's language has no types.
@@ -35,14 +35,14 @@ def copy_tokens(
     value_source = tl.multiple_of(source + value_step, 16)
     target = pages + slot // PAGE_LEN * stride_page + slot % PAGE_LEN * stride_token
     target = tl.multiple_of(target, 16)
-    turn = (tl.load(layers + tl.num_programs(1) + layer) * num_blocks + block) * HALF
+    angle = (tl.load(layers + tl.num_programs(1) + layer) * num_blocks + block) * HALF
 
     pair, other, dim = tl.arange(0, PADDED_HALF), 2 * HALF + tl.arange(0, PADDED_REST), tl.arange(0, PADDED)
     is_pair = is_token[:, None] & (pair < HALF)[None, :]
     is_other = is_token[:, None] & (other < HEAD_SIZE)[None, :]
     is_dim = is_token[:, None] & (dim < HEAD_SIZE)[None, :]
-    turn_cos = tl.load(cos + turn[:, None] + pair[None, :], mask=is_pair, other=0.0)
-    turn_sin = tl.load(sin + turn[:, None] + pair[None, :], mask=is_pair, other=0.0)
+    turn_cos = tl.load(cos + angle[:, None] + pair[None, :], mask=is_pair, other=0.0)
+    turn_sin = tl.load(sin + angle[:, None] + pair[None, :], mask=is_pair, other=0.0)
 
     for head in range(KV_HEADS):
         keys = source[:, None] + head * HEAD_SIZE

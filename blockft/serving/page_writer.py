@@ -25,7 +25,7 @@ ALIGNMENT = 16
 
 
 class PageWriter:
-    """Copies blocks into the pages of all layers, and turns their keys to their positions.
+    """Copies blocks into the pages of all layers, and rotates their keys to their positions.
 
     Raises:
         UserError: the kernel cannot write the pages of this attention backend or the keys of this model.
@@ -97,8 +97,8 @@ class PageWriter:
         num_tokens = len(slots)
         tokens = to_device(_describe_tokens(blocks, slots), self._device)
         starts_on_device = to_device(torch.tensor(starts), self._device)
-        turns = [rotary.cos_sin(starts_on_device, self._device) for rotary in self._rotaries]
-        cos, sin = (torch.stack(parts) for parts in zip(*turns, strict=True))
+        cos_sin = [rotary.cos_sin(starts_on_device, self._device) for rotary in self._rotaries]
+        cos, sin = (torch.stack(parts) for parts in zip(*cos_sin, strict=True))
         half, head_size = cos.shape[-1], self._shape.head_size
         strides = self._strides
         grid = (-(-num_tokens // TOKENS_OF_PROGRAM), self._shape.num_layers)

@@ -69,41 +69,45 @@ def write_blocks(
     device = layers[0].kv_cache.device
     slots, max_numbers = to_device(slots, device), MAX_CHUNK_NUMBERS[device.type]
     token_len = math.prod(blocks[0].shape[3:])
-    turns = _turns(rotaries, starts[:-1], device)
+    cos_sin = _cos_sin_of_blocks(rotaries, starts[:-1], device)
     for chunk in _block_chunks(lengths, max_numbers // token_len):
         begin, end = max(starts[chunk[0]], first), starts[chunk[-1] + 1]
         chunk_slots = slots[begin - first : end - first]
-        chunk_turns = _turns_of_tokens(turns, chunk, lengths, end - begin)
+        chunk_cos_sin = _cos_sin_of_tokens(cos_sin, chunk, lengths, end - begin)
         for group, rotary in _layer_groups(rotaries, max_numbers // ((end - begin) * token_len)):
             parts = [blocks[index][group].to(device, non_blocking=True) for index in chunk]
             parts = [part if part.shape[3] == shape.num_kv_heads else shard.take(part) for part in parts]
             kv_Gn2KD = torch.cat(parts, dim=1) if len(chunk) > 1 else parts[0]
             keys_GnKD, values_GnKD = kv_Gn2KD[:, begin - end :].unbind(2)
-            keys_GnKD = rotate(keys_GnKD, *chunk_turns[id(rotary)]).contiguous()
+            keys_GnKD = rotate(keys_GnKD, *chunk_cos_sin[id(rotary)]).contiguous()
             values_GnKD = values_GnKD.contiguous()
             for layer, keys_nKD, values_nKD in zip(layers[group], keys_GnKD, values_GnKD, strict=True):
                 layer.impl.do_kv_cache_update(layer, keys_nKD, values_nKD, layer.kv_cache, chunk_slots)
 
 
-Turns = dict[int, tuple[torch.Tensor, torch.Tensor]]
-"""The cosines and sines by which each rotary embedding, named by its `id`, turns keys."""
+CosSin = dict[int, tuple[torch.Tensor, torch.Tensor]]
+"""The cosines and sines by which each rotary embedding, named by its `id`, rotates keys."""
 
 
-def _turns(rotaries: Sequence[RotaryEmbedding], starts: Sequence[int], device: torch.device) -> Turns:
-    """Return the turns of blocks that begin at `starts`: (blocks, R / 2) each."""
+def _cos_sin_of_blocks(
+    rotaries: Sequence[RotaryEmbedding], starts: Sequence[int], device: torch.device
+) -> CosSin:
+    """Return the cosines and sines of blocks that begin at `starts`: (blocks, R / 2) each."""
     starts_on_device = to_device(torch.tensor(starts), device)
     distinct = {id(rotary): rotary for rotary in rotaries}
     return {kind: rotary.cos_sin(starts_on_device, device) for kind, rotary in distinct.items()}
 
 
-def _turns_of_tokens(turns: Turns, chunk: Sequence[int], lengths: Sequence[int], num_last: int) -> Turns:
-    """Return the turns of the last tokens of a chunk's blocks: (n, 1, R / 2) each, or (1, 1, R / 2)."""
-    if len(chunk) == 1:  # the tokens of one block have the same turn
+def _cos_sin_of_tokens(
+    cos_sin: CosSin, chunk: Sequence[int], lengths: Sequence[int], num_last: int
+) -> CosSin:
+    """Return those of the last tokens of a chunk's blocks: (n, 1, R / 2) each, or (1, 1, R / 2)."""
+    if len(chunk) == 1:  # the tokens of one block have the same angles
         index = torch.tensor(chunk)
     else:
         index = torch.tensor(chunk).repeat_interleave(torch.tensor([lengths[k] for k in chunk]))[-num_last:]
-    index = to_device(index, next(iter(turns.values()))[0].device)
-    return {kind: (cos[index, None], sin[index, None]) for kind, (cos, sin) in turns.items()}
+    index = to_device(index, next(iter(cos_sin.values()))[0].device)
+    return {kind: (cos[index, None], sin[index, None]) for kind, (cos, sin) in cos_sin.items()}
 
 
 def _block_chunks(lengths: Sequence[int], max_tokens: int) -> Iterator[Sequence[int]]:

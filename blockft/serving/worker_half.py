@@ -49,10 +49,10 @@ Gather = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Loading:
-    """A load of which some blocks come from the store; `near` are those that it need not load."""
+    """A load of which some blocks come from the store; `in_memory` are those that it need not load."""
 
     load: Load
-    near: Mapping[BlockKey, torch.Tensor]
+    in_memory: Mapping[BlockKey, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -205,22 +205,22 @@ class WorkerHalf:
             future.add_done_callback(partial(self._report_saved, save))
 
     def _start(self, load: Load) -> Future[LoadedBlocks] | None:
-        """Write the blocks of a load, or start to load those that are not near."""
-        near, far = dict[BlockKey, torch.Tensor](), list[BlockKey]()
+        """Write the blocks of a load, or start to load those that memory does not have."""
+        in_memory, to_load = dict[BlockKey, torch.Tensor](), list[BlockKey]()
         for key in dict.fromkeys(load.needed_keys):
             if self._is_in_device_tier(key):
                 continue
             kv = self._computed.get(key)
             if kv is None:
-                far.append(key)
+                to_load.append(key)
             else:
-                near[key] = kv
-        if not far:
+                in_memory[key] = kv
+        if not to_load:
             self._opened.touch(load.needed_keys)
-            self._write(load, near, {})
+            self._write(load, in_memory, {})
             return None
-        future = self._opened.load(far)
-        self._loading[future] = Loading(load, near)
+        future = self._opened.load(to_load)
+        self._loading[future] = Loading(load, in_memory)
         return future
 
     def _end_load(self, loading: Loading, future: Future[LoadedBlocks]) -> None:
@@ -233,7 +233,7 @@ class WorkerHalf:
         if loaded.missing:
             self._fail(load, Report(missing=[i for i, key in enumerate(load.keys) if key in loaded.missing]))
             return
-        blocks = {**loading.near, **loaded.blocks}
+        blocks = {**loading.in_memory, **loaded.blocks}
         if all(key in blocks or self._is_in_device_tier(key) for key in load.needed_keys):
             self._write(load, blocks, loaded.tiers)
         else:  # the device tier has evicted a block meanwhile

@@ -169,8 +169,8 @@ row      [instruction] [copy, document 1] [copy, document 2] [question, answer]
 ```
 
 * The first block is the instruction, with the markup that the template writes before it. Without an
-  instruction it is that markup, and in data with marked blocks the first one. Copies have no labels, and the
-  question does not see them.
+  instruction it is that markup, and in data with marked blocks the first one. In a prompt
+  with a system message it is that message alone. Copies have no labels, and the question does not see them.
 * Accuracy: 1.2 [0.2, 2.2] points more than the same training without the switch, in block mode (three pairs
   of models with equal seeds, SmolLM2-135M, [gap study](../data/results/gap/README.md)).
 * Cost: with an instruction of 32 tokens, 10 documents add 320 tokens to an example in block mode, about a

@@ -47,7 +47,7 @@ PLAN = ServePlan(
     num_bisections=3,
     seconds=1,
     ttft_limit_ms=500,
-    num_points=2,
+    num_reuse=2,
     num_warmups=5,
     num_single=3,
     timeout_s=20,
@@ -340,14 +340,14 @@ def test_ratios_are_between_the_two_servers() -> None:
     assert "rate_ratio" not in summarize_servers(measured[:1], 500)
     assert "rate_ratio" not in summarize_servers(measured, 500, has_all_rates=False)
     points = [
-        {"kind": kind, "points": {order: {"ttft_ms": {"p50": ttft}} for order, ttft in orders.items()}}
+        {"kind": kind, "reuse": {order: {"ttft_ms": {"p50": ttft}} for order, ttft in orders.items()}}
         for kind, orders in (
             ("plain", {"new": 200.0, "same_order": 40.0}),
             ("blocks", {"new": None, "same_order": 50.0}),
         )
     ]
     summary = summarize_servers(points, 500)
-    assert summary["points_percent_of_plain_new"] == {
+    assert summary["reuse_percent_of_plain_new"] == {
         "plain": {"new": 100, "same_order": 20},
         "blocks": {"new": None, "same_order": 25},
     }
@@ -392,7 +392,7 @@ def test_two_running_servers_are_compared(tmp_path: Path, model: Path) -> None:
         done = blockft(
             *("bench", "serve", model, *SIZES, "--corpus-size", "9", "--rates", "10,20", "--seconds", "1"),
             *("--plain-url", plain_url, "--blocks-url", blocks_url, "--runs", "3"),
-            *("--points", "2", "--ttft-limit-ms", "5000", "--out", out, "--png", png),
+            *("--reuse-prompts", "2", "--ttft-limit-ms", "5000", "--out", out, "--png", png),
         )
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
@@ -410,14 +410,14 @@ def test_two_running_servers_are_compared(tmp_path: Path, model: Path) -> None:
     assert blocks["rates"][0]["reused_percent"] == pytest.approx(100 * 36 / 42)
     assert result["summary"]["rate_ratio"] == 1 and result["missing"] == {}
     for figures in (plain, blocks):
-        assert list(figures["points"]) == ["new", "same_order", "other_order"]
-        assert all(one["num_requests"] == 2 and not one["num_failed"] for one in figures["points"].values())
-    assert [set(one["block_sources"]) for one in blocks["points"].values()] == [
+        assert list(figures["reuse"]) == ["new", "same_order", "other_order"]
+        assert all(one["num_requests"] == 2 and not one["num_failed"] for one in figures["reuse"].values())
+    assert [set(one["block_sources"]) for one in blocks["reuse"].values()] == [
         {"computed"},
         {"host"},
         {"host"},
     ]
-    assert result["summary"]["points_percent_of_plain_new"]["plain"]["new"] == 100
+    assert result["summary"]["reuse_percent_of_plain_new"]["plain"]["new"] == 100
     assert "other order" in done.stdout
     assert "vLLM with blocks: at least 20 requests/s with p95 of the TTFT within 5000 ms" in done.stdout
     assert "vLLM alone" in done.stdout
@@ -475,7 +475,7 @@ def test_a_server_that_fails_every_request_ends_the_benchmark(tmp_path: Path, mo
 
     for options, what in (
         ((), "3 requests of the first prompts"),
-        (("--points", "0"), "134 requests of the warm-up"),
+        (("--reuse-prompts", "0"), "134 requests of the warm-up"),
     ):
         with http_server(StubServer(fail)) as url:
             done = blockft(
@@ -606,7 +606,7 @@ def fast(fake_python: Path, model: Path, out: Path, *options: object) -> tuple[o
     """Return a command that measures stubs of servers quickly."""
     return (
         *("bench", "serve", model, *SIZES, "--python", fake_python, "--rates", "20,40", "--seconds", "1"),
-        *("--points", "2", "--runs", "2", "--warmups", "2", "--out", out, *options),
+        *("--reuse-prompts", "2", "--runs", "2", "--warmups", "2", "--out", out, *options),
     )
 
 
@@ -648,8 +648,8 @@ def test_servers_that_start_at_once_are_asked_one_after_the_other(
 @pytest.mark.parametrize(
     ("kind", "number", "parts"),
     [
-        ("blocks", 1, {"points", "warmup", "one_at_a_time", "rates"}),
-        ("blocks", 8, {"points", "warmup", "one_at_a_time", "rates"}),
+        ("blocks", 1, {"reuse", "warmup", "one_at_a_time", "rates"}),
+        ("blocks", 8, {"reuse", "warmup", "one_at_a_time", "rates"}),
         ("plain", 20, {"rates"}),
     ],
 )
@@ -676,7 +676,7 @@ def test_a_server_that_ends_leaves_the_other_figures(
     servers = {server["kind"]: server for server in result["servers"]}
     assert len(servers[other]["rates"]) == 2 and "missing: " in done.stdout
     if number == 8:  # the first group warms up, the second is complete, the third is lost
-        assert servers["blocks"]["points"]["new"]["num_requests"] == 1
+        assert servers["blocks"]["reuse"]["new"]["num_requests"] == 1
     if number == 20:
         assert servers["plain"]["one_at_a_time"]["num_requests"] == 2 and not servers["plain"]["rates"]
 
@@ -703,7 +703,7 @@ def test_a_stopped_run_leaves_the_figures_and_what_is_missing(
     assert result["missing"]["blocks"] == dict.fromkeys(PLAN.parts, reason)
     assert result["missing"]["plain"]["rates"] == reason
     (plain,) = result["servers"]
-    assert plain["kind"] == "plain" and plain["points"]["new"]["num_requests"] >= 1
+    assert plain["kind"] == "plain" and plain["reuse"]["new"]["num_requests"] >= 1
 
 
 def test_a_limit_bounds_the_whole_command(tmp_path: Path, model: Path, fake_python: Path) -> None:
@@ -718,7 +718,7 @@ def test_a_limit_bounds_the_whole_command(tmp_path: Path, model: Path, fake_pyth
     for kind in ("plain", "blocks"):
         assert result["missing"][kind]["warmup"] == "the time limit left no time"
         assert result["missing"][kind].keys() == {"warmup", "one_at_a_time", "rates"}
-    assert [server["points"]["new"]["num_requests"] for server in result["servers"]] == [2, 2]
+    assert [server["reuse"]["new"]["num_requests"] for server in result["servers"]] == [2, 2]
     assert not any(is_alive(words[0]) for words in started(fake_python))
     assert (
         "missing: vLLM alone, warm-up, one request at a time, rates: the time limit left no time"
@@ -731,7 +731,7 @@ def test_a_rate_that_might_not_end_in_time_does_not_start(
 ) -> None:
     server = StubServer()
     limit = TimeLimit(limit_s=END_S + 10)
-    plan = replace(PLAN, rates=(40, 1), timeout_s=8, num_points=0)  # the slow rate takes some 20 s
+    plan = replace(PLAN, rates=(40, 1), timeout_s=8, num_reuse=0)  # the slow rate takes some 20 s
     with http_server(server) as url:
         report = measure(Target(kind="plain", url=url), workload, plan, limit, tmp_path / "serve.json")
     assert server.num_asked == plan.num_warmups + plan.num_single
@@ -771,7 +771,7 @@ def test_a_server_that_knows_the_new_documents_is_named(
         for is_known in (False, True):
             report = measure(Target(kind="blocks", url=blocks_url), workload, plan)
             assert ("knew the new documents before" in capsys.readouterr().err) == is_known
-            sources = report.servers["blocks"]["points"]["new"]["block_sources"]
+            sources = report.servers["blocks"]["reuse"]["new"]["block_sources"]
             assert sources.keys() == ({"host"} if is_known else {"computed"})
 
 
@@ -787,7 +787,15 @@ def test_random_weights_are_written_once(
     with pytest.raises(UserError, match="hidden_size 64, the shape llama-3.2-1b has 2048"):
         stage._find_model("llama-3.2-1b", folder, tmp_path)
     done = blockft(
-        *fast(fake_python, Path("tiny"), tmp_path / "serve.json", "--model-folder", folder, "--points", "0")
+        *fast(
+            fake_python,
+            Path("tiny"),
+            tmp_path / "serve.json",
+            "--model-folder",
+            folder,
+            "--reuse-prompts",
+            "0",
+        )
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "serve.json").read_text())["model"] == "tiny"
