@@ -1,6 +1,7 @@
 """The cost of re-encoding positions alone, as a part of `blockft bench ttft`."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,12 +56,13 @@ def reencoding_passes(
             batch = RotatedKeysBatch(model, rotaries, [keys], blocks, reencoded=reencoded)
             return batch.decode_step([question])[0, -1]
 
+    def rotate_queries() -> torch.Tensor:
+        return runner.start_batch([keys], len(question)).decode_step([question])[0, -1]
+
     return {
-        "no_reencoding_ms": lambda: rotate_keys(False),
-        "rotated_keys_ms": lambda: rotate_keys(True),
-        "rotated_queries_ms": lambda: runner.start_batch([keys], len(question)).decode_step([question])[
-            0, -1
-        ],
+        "no_reencoding_ms": partial(rotate_keys, False),
+        "rotated_keys_ms": partial(rotate_keys, True),
+        "rotated_queries_ms": rotate_queries,
     }
 
 
@@ -69,7 +71,9 @@ def measure_reencoding(
 ) -> dict[str, Any]:
     """Measure the passes of `reencoding_passes`: the times of each, as `measure_ms` returns them."""
     passes = reencoding_passes(model, keys, question)
-    times = {}
-    for name, run in passes.items():
-        times[name] = measure_ms(lambda run=run: int(run().argmax()), warmups, runs)  # type: ignore[misc]
-    return times
+    return {name: measure_ms(partial(_predict, run), warmups, runs) for name, run in passes.items()}
+
+
+def _predict(run: Pass) -> int:
+    """Return the most likely token, for which the host waits until the device has ended."""
+    return int(run().argmax())

@@ -242,7 +242,7 @@ class _Measurement:
         outcomes: dict[DocumentOrder, list[Outcome]] = {}
         number = self._plan.num_reuse
         with progress(f"ask {self._name} for new documents", number + 1, unit="group") as advance:
-            for index, group in enumerate(self._workload.point_prompts(number + 1)):
+            for index, group in enumerate(self._workload.reuse_prompts(number + 1)):
                 found = {
                     order: await self._client.run_closed_loop([prompt], 1, _nothing)
                     for order, prompt in group.items()

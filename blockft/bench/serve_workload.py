@@ -94,7 +94,7 @@ class Workload:
         whole = [self._prompt([k % corpus_size for k in range(start, start + size)], rng) for start in starts]
         return [*whole, *self.prompts(number - len(whole), stream=0)]
 
-    def point_prompts(self, number: int) -> Iterator[dict[DocumentOrder, ServePrompt]]:
+    def reuse_prompts(self, number: int) -> Iterator[dict[DocumentOrder, ServePrompt]]:
         """Yield groups of prompts over the same documents, which no other prompt of the workload has.
 
         The other order has another document first, so that no prefix of the prompt was asked before. A prompt

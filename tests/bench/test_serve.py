@@ -113,7 +113,7 @@ def test_documents_follow_zipfs_law(workload: Workload) -> None:
 def test_prompts_over_new_documents_are_followed_by_the_same_documents_in_other_orders(
     workload: Workload,
 ) -> None:
-    groups = list(workload.point_prompts(20))
+    groups = list(workload.reuse_prompts(20))
     known = {text for prompt in workload.warmup_prompts(5) for text in prompt.blocks}
     questions = set()
     for group in groups:
@@ -124,11 +124,11 @@ def test_prompts_over_new_documents_are_followed_by_the_same_documents_in_other_
         known |= set(new)
         questions |= {new[-1], same[-1], other[-1]}
     assert len(questions) == 60
-    assert list(workload.point_prompts(20)) == groups
+    assert list(workload.reuse_prompts(20)) == groups
 
 
 def test_one_document_has_no_other_order(tokenizer: PreTrainedTokenizerBase) -> None:
-    (group,) = Workload(tokenizer, replace(OPTIONS, num_documents=1)).point_prompts(1)
+    (group,) = Workload(tokenizer, replace(OPTIONS, num_documents=1)).reuse_prompts(1)
     assert list(group) == ["new", "same_order"]
 
 
