@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from blockft.attention.backends import allow_recompiles
+from blockft.attention.backends import COMPILE_OPTIONS, allow_recompiles
 from blockft.attention.rope import RotaryEmbedding
 from blockft.model.supported import rope_parameters
 
@@ -52,4 +52,4 @@ def compile_layers(model: PreTrainedModel) -> None:
     """Compile each decoder layer at its first use. Layers of the same kind share the compiled code."""
     allow_recompiles()
     for layer in model.base_model.get_submodule("layers").children():
-        layer.compile(dynamic=False)
+        layer.compile(**COMPILE_OPTIONS)

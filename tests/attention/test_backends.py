@@ -2,10 +2,14 @@
 
 import random
 from collections.abc import Callable
+from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 import torch
+from torch._inductor import config as inductor_config
+from torch._inductor.graph import GraphLowering
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
@@ -185,3 +189,25 @@ def test_a_larger_limit_of_shapes_stays(before: int, after: int) -> None:
     with config.patch(recompile_limit=before):
         backends.allow_recompiles()
         assert config.recompile_limit == after
+
+
+def test_compiled_code_does_not_depend_on_measured_times(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also that of the backward pass, which PyTorch compiles later and on a GPU in another thread."""
+    is_deterministic: list[bool] = []
+    run = GraphLowering.run
+
+    def record(graph: GraphLowering, *arguments: Any) -> Any:
+        is_deterministic.append(inductor_config.deterministic)
+        return run(graph, *arguments)
+
+    monkeypatch.setattr(GraphLowering, "run", record)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # code that is kept is not compiled again
+    x = torch.ones(3, requires_grad=True)
+    total = backends._compile_once.__wrapped__(lambda x: (x * x).sum())(x)
+    backward = Thread(target=total.backward)
+    backward.start()
+    backward.join()
+    assert is_deterministic == [True, True]
+    assert_close(x.grad, torch.full((3,), 2.0))
