@@ -258,7 +258,7 @@ def _failures(figures: Mapping[str, Any]) -> dict[str, int]:
 def draw_serve(model: str, measured: Sequence[Mapping[str, Any]], ttft_limit_ms: float) -> Any:
     """Return a figure of the TTFT over the rate for each server: p50 dashed, p95 solid."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -276,8 +276,8 @@ def draw_serve(model: str, measured: Sequence[Mapping[str, Any]], ttft_limit_ms:
                 label=f"{label}, {percentile}",
             )
     axes.axhline(ttft_limit_ms, color="grey", linestyle=":", label="limit for p95")
+    axes.set_xscale("log", base=2)
     axes.set(
-        xscale="log",
         yscale="log",
         xlabel="requests per second",
         ylabel="time to first token, ms",
@@ -285,6 +285,7 @@ def draw_serve(model: str, measured: Sequence[Mapping[str, Any]], ttft_limit_ms:
     )
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axis.set_minor_formatter(NullFormatter())
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, loc="outside right upper")
