@@ -323,12 +323,13 @@ class _Measurement:
         if not failures:
             return
         is_failing = len(failures) == len(outcomes)
-        process = self._server.process
-        if process:
-            if is_failing:
-                await asyncio.sleep(GRACE_S)
-            process.check("while it was measured")
-        await self._client.find_model()
+        try:
+            await self._client.find_model()
+        except UserError:
+            if self._server.process:
+                await asyncio.sleep(GRACE_S)  # a process that ends closes its port first
+                self._server.process.check("while it was measured")
+            raise
         if what and is_failing:
             raise UserError(f"failed all {len(failures)} requests of {what}: {failures[0]}")
 
