@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,28 @@ def measure_ms(
         start = time.perf_counter()
         run()
         times_ms.append((time.perf_counter() - start) * 1000)
-    times_ms = times_ms[warmups:]
+    return _summarize(times_ms[warmups:])
+
+
+def measure_device_ms(run: Callable[[], Any], warmups: int, runs: int) -> dict[str, Any]:
+    """Measure the time that the current GPU takes for what `run` queues: the figures of `measure_ms`.
+
+    The GPU is busy with a run that is not measured while the host queues the measured one. Its time is
+    therefore that of the GPU alone, if the host queues a run faster than the GPU runs it: a CUDA graph.
+    """
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times_ms = []
+    for _ in range(warmups + runs):
+        run()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times_ms.append(start.elapsed_time(end))
+    return _summarize(times_ms[warmups:])
+
+
+def _summarize(times_ms: Sequence[float]) -> dict[str, Any]:
     return {
         "median": statistics.median(times_ms),
         "p95": float(np.percentile(times_ms, 95)),

@@ -20,10 +20,10 @@ from blockft.attention.layout import Layout
 from blockft.bench.benchmark_model import load_benchmark_config, load_benchmark_model
 from blockft.bench.measurement import measure_copy_bandwidth, measure_ms, write_measurement
 from blockft.bench.reencoding import LABELS as REENCODING_LABELS
-from blockft.bench.reencoding import measure_reencoding
+from blockft.bench.reencoding import describe_reencoding_times, measure_reencoding
 from blockft.console import PlainConsole
 from blockft.errors import UserError
-from blockft.inference.block_key import BlockKey, context_keys
+from blockft.inference.block_key import BlockKey
 from blockft.inference.runner import BlockRunner, CacheOptions, kv_shape
 from blockft.inputs import shorten
 from blockft.model.masked_forward import masked_logits
@@ -118,10 +118,6 @@ def bench_ttft(
         for figures, prompt in zip(measured, prompts, strict=True):
             figures["full_ms"] = measure_full_prefill(model, prompt, warmups, runs)
             advance(prompt.length)
-            if reencoding:
-                keys = context_keys(prompt.blocks, local_sees_first=local_sees_first(config))
-                figures["reencoding"] = measure_reencoding(model, keys, prompt.question, warmups, runs)
-                advance(prompt.length)
         short = [prompt for prompt in prompts if prompt.length <= MAX_AGREEMENT_LEN][-1:]
         masked = [(prompt, masked_logits_by_backend(model, prompt)) for prompt in short]
         cache_bytes = lengths[-1] * kv_shape(model).token_bytes
@@ -134,11 +130,16 @@ def bench_ttft(
         agreement = [measure_agreement(runner, prompt, logits) for prompt, logits in masked]
         for figures, prompt in zip(measured, prompts, strict=True):
             _add_cached_times(figures, runner, prompt, tiers, warmups, runs, advance)
+            if reencoding:
+                figures["reencoding"] = measure_reencoding(
+                    model, prompt.keys(runner), prompt.question, warmups, runs, is_compiled=compile
+                )
+                advance(prompt.length)
             if not is_enabled():
                 print_text(_summary_line(figures), file=sys.stderr, flush=True)
     print_table(model_or_shape, measured)
     if reencoding:
-        print_reencoding_table(model_or_shape, measured)
+        print_reencoding_table(model_or_shape, measured, model.device)
     write_measurement(
         out,
         {
@@ -153,6 +154,7 @@ def bench_ttft(
             "compiled": compile,
             "copy_bandwidth_gb_s": bandwidth / 1e9,
             "agreement": agreement,
+            **({"reencoding": describe_reencoding_times(model.device)} if reencoding else {}),
             "measured": measured,
         },
     )
@@ -389,13 +391,15 @@ def print_table(model_or_shape: str, measured: Sequence[Mapping[str, Any]]) -> N
     PlainConsole().print(table)
 
 
-def print_reencoding_table(model_or_shape: str, measured: Sequence[Mapping[str, Any]]) -> None:
+def print_reencoding_table(
+    model_or_shape: str, measured: Sequence[Mapping[str, Any]], device: torch.device
+) -> None:
     """Print one row per prompt length: median times in milliseconds, by the way in which blocks move."""
     table = Table(
         "tokens",
         *REENCODING_LABELS.values(),
         title=f"{model_or_shape}: re-encoding, ms",
-        caption="first pass over blocks on the device, uncompiled; none: blocks stay at positions 0 to n-1",
+        caption=describe_reencoding_times(device),
     )
     for figures in measured:
         times = [f"{figures['reencoding'][name]['median']:.1f}" for name in REENCODING_LABELS]

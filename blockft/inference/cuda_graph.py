@@ -83,22 +83,8 @@ class GraphInputs:
             self._copied.record()
 
     def capture(self, forward: Callable[[], torch.Tensor]) -> None:
-        """Record the kernels of a pass, after two runs that compile and allocate everything."""
-        # PyTorch's own stream for captures belongs to the first GPU that captured in this process
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                forward()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # calls of other threads, such as allocations, do not end the capture
-        with (
-            _no_garbage_collection(),
-            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
-        ):
-            self.logits = forward()
-        self.graph = graph
+        """Record the kernels of a pass; see `capture_graph`."""
+        self.graph, self.logits = capture_graph(forward)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         b, t, n = self.size.num_prompts, self.size.num_queries, self.size.num_chunks
@@ -123,6 +109,28 @@ class GraphInputs:
             views[name] = buffer[start:end].view(shape)
             start = end
         return views
+
+
+def capture_graph(forward: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    """Record the kernels of a pass, after two runs that compile and allocate everything.
+
+    Returns the graph, and the pass's result, which every replay overwrites.
+    """
+    # PyTorch's own stream for captures belongs to the first GPU that captured in this process
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            forward()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # calls of other threads, such as allocations, do not end the capture
+    with (
+        _no_garbage_collection(),
+        torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+    ):
+        result = forward()
+    return graph, result
 
 
 @contextmanager

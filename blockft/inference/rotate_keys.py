@@ -2,7 +2,7 @@
 
 This is the reference for `rotate_queries`. It runs on any device and for every supported family.
 Shapes: B prompts of a batch, T query tokens, S key tokens, n tokens of a block, L layers, K key/value heads,
-D head size.
+D head size, R rotated dimensions of a head (R <= D).
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from blockft.attention.backends import AttentionMasks
 from blockft.attention.layout import PADDING, AttentionMetadata, Layout, build_metadata
-from blockft.attention.rope import RotaryEmbedding
+from blockft.attention.rope import RotaryEmbedding, rotate
 from blockft.errors import UserError
 from blockft.inference.block_key import BlockKey, first_ids, num_first, num_tokens, token_ids
 from blockft.units import format_count
@@ -129,14 +129,14 @@ class RotatedKeysBatch:
         if not reencoded:
             self._metadata = replace(self._metadata, position_ids=_local_positions(contexts))
         self._cache = DynamicCache()
-        if longest := int(self._lengths.max()):
-            for layer, rotary in enumerate(rotaries):
-                rows = [
-                    _concatenate(context, blocks, layer, rotary if reencoded else None, longest)
-                    for context in contexts
-                ]
-                keys, values = (torch.stack(tensors) for tensors in zip(*rows, strict=True))
-                self._cache.update(keys, values, layer)
+        if not int(self._lengths.max()):
+            return
+        rotations: dict[int, list[_KeyRotation]] = {}
+        for layer, rotary in enumerate(rotaries):
+            if reencoded and id(rotary) not in rotations:
+                rotations[id(rotary)] = [_key_rotation(context, rotary, model.device) for context in contexts]
+            keys_values = _concatenate(contexts, blocks, layer, rotations.get(id(rotary)))
+            self._cache.update(*keys_values, layer)
 
     @torch.inference_mode()
     def decode_step(self, new_ids: Sequence[Sequence[int]], num_logits: int = 1) -> torch.Tensor:
@@ -182,28 +182,46 @@ def _local_positions(contexts: Sequence[Sequence[BlockKey]]) -> torch.Tensor:
     return torch.tensor([[0] * (longest - len(row)) + row for row in rows], dtype=torch.int64)
 
 
+_KeyRotation = tuple[torch.Tensor, torch.Tensor]
+"""The cosines and sines that move keys to their positions: (S, 1, R / 2) each."""
+
+
+def _key_rotation(context: Sequence[BlockKey], rotary: RotaryEmbedding, device: torch.device) -> _KeyRotation:
+    """Return the rotation of the keys of all blocks of a context but the first, which stays where it is."""
+    lengths = torch.tensor([num_tokens(key) for key in context], dtype=torch.int64)
+    offsets, repeats = lengths.cumsum(0)[:-1].to(device), lengths[1:].to(device)
+    num_moved = int(lengths[1:].sum())
+    cos, sin = (
+        angles.repeat_interleave(repeats, dim=0, output_size=num_moved)[:, None]
+        for angles in rotary.cos_sin(offsets, device)
+    )
+    return cos, sin
+
+
 def _concatenate(
-    context: Sequence[BlockKey],
+    contexts: Sequence[Sequence[BlockKey]],
     blocks: Mapping[BlockKey, torch.Tensor],
     layer: int,
-    rotary: RotaryEmbedding | None,
-    length: int,
+    rotations: Sequence[_KeyRotation] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a layer's keys and values of one context, left padded to `length`: (K, length, D) each.
+    """Return a layer's keys and values of all contexts, left padded: (B, K, S, D) each.
 
-    Keys move to their position in the prompt, unless `rotary` is None.
+    Keys move to their positions in the prompt, unless `rotations` is None.
     """
+    longest = max(sum(map(num_tokens, context)) for context in contexts)
     some_n2KD = next(iter(blocks.values()))[layer]
-    missing = length - sum(map(num_tokens, context))
-    padding = some_n2KD.new_zeros((some_n2KD.shape[2], missing, some_n2KD.shape[3]))
-    keys, values = [padding], [padding]
-    offset = 0
-    for key in context:
-        block_keys, block_values = (tensor.transpose(0, 1) for tensor in blocks[key][layer].unbind(dim=1))
-        keys.append(rotary.shift(block_keys, offset) if rotary else block_keys)
-        values.append(block_values)
-        offset += num_tokens(key)
-    return torch.cat(keys, dim=1), torch.cat(values, dim=1)
+    kv_BS2KD = some_n2KD.new_zeros((len(contexts), longest, *some_n2KD.shape[1:]))
+    for b, context in enumerate(contexts):
+        if not context:
+            continue
+        start = longest - sum(map(num_tokens, context))
+        torch.cat([blocks[key][layer] for key in context], out=kv_BS2KD[b, start:])
+        if rotations is not None:
+            # a shift by 0 changes no bit of a key
+            keys_SKD = kv_BS2KD[b, start + num_tokens(context[0]) :, 0]
+            keys_SKD.copy_(rotate(keys_SKD, *rotations[b]))
+    keys, values = kv_BS2KD.permute(2, 0, 3, 1, 4)
+    return keys, values
 
 
 def _groups(keys: Iterable[BlockKey], max_tokens: int) -> Iterator[list[BlockKey]]:

@@ -173,6 +173,9 @@ class RotatedQueriesBatch:
         columns   0 1 2 3 4 5 6 7
         prompt 0  . . . f f f n n      f final block, n decoded, . padding
         prompt 1  . f f f f f n n
+
+    inputs  those of the last step, by which `QueryRotationRunner.run` repeats its forward pass. They keep the
+            buffer of the final blocks alive until the next step.
     """
 
     def __init__(
@@ -184,6 +187,7 @@ class RotatedQueriesBatch:
         self._chunks: list[np.ndarray] = []
         self._query_start = 0
         self._pad_lens: list[int] = []
+        self.inputs: GraphInputs | None = None
 
     @torch.inference_mode()
     def decode_step(
@@ -224,7 +228,7 @@ class RotatedQueriesBatch:
             inputs = runner.inputs(size)
             inputs.fill(new_ids, self._chunks, self._query_start, self._pad_lens, self._context_lens)
             self._query_start += num_queries
-            self._inputs = inputs  # keeps the buffer of the final blocks alive until the next step
+            self.inputs = inputs
             return runner.run(inputs)
 
 

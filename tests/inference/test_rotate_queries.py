@@ -131,7 +131,7 @@ def test_the_cache_and_the_final_blocks_are_padded_for_whole_tiles(monkeypatch: 
     assert query_runner is not None and tier is not None and tier.cache_LS2KD.shape[1] == tier.num_slots + 777
     batch = query_runner.start_batch([[]], 300)
     batch.decode_step([[1, 2, 3]])
-    assert batch._inputs.final_LBS2KD.shape[2] >= 300 + 777
+    assert batch.inputs and batch.inputs.final_LBS2KD.shape[2] >= 300 + 777
 
 
 @pytest.mark.parametrize("name", CONFIGS)
