@@ -28,7 +28,7 @@ from blockft.cli.options import (
     path_option,
 )
 from blockft.config.bounds import MAX_PAGE_SAMPLES, MAX_PORT, MAX_PROCESSES, MAX_SEED
-from blockft.config.choices import DType, Format, MethodName, Metric, Mode
+from blockft.config.choices import DType, Format, MethodName, Metric, Mode, PageWriter
 from blockft.errors import INTERRUPTED, USER_ERROR, ReportedError
 from blockft.printable import print_text
 
@@ -466,6 +466,13 @@ def serve(
     dtype: Annotated[
         DType, typer.Option(help="Type of weights and blocks; auto: bfloat16 on a GPU, float32 on a CPU.")
     ] = DType.auto,
+    page_writer: Annotated[
+        PageWriter,
+        typer.Option(
+            envvar="BLOCKFT_PAGE_WRITER",
+            help="Writes blocks into vLLM's pages; auto: triton on a GPU whose pages suit it, or torch.",
+        ),
+    ] = PageWriter.auto,
 ) -> None:
     """Serve a model with vLLM, reusing cached blocks.
 
@@ -481,7 +488,10 @@ def serve(
     from blockft.stages.serve import serve
 
     arguments = CacheArguments(folder=cache, disk=cache_bytes, host=host_bytes, device=device_bytes)
-    raise typer.Exit(serve(model, cache=arguments, dtype=dtype.value, options=context.args))
+    code = serve(
+        model, cache=arguments, dtype=dtype.value, page_writer=page_writer.value, options=context.args
+    )
+    raise typer.Exit(code)
 
 
 @app.command("eval")

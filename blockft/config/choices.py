@@ -129,6 +129,14 @@ class DType(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class PageWriter(StrEnum):
+    """What a server writes cached blocks into vLLM's pages with; `auto` is `triton` where it fits a GPU."""
+
+    auto = "auto"
+    torch = "torch"
+    triton = "triton"
+
+
 class WeightInit(StrEnum):
     """Origin of the weights that a run starts from."""
 

@@ -24,6 +24,17 @@ class DeviceWork:
         if self._event is not None:
             self._event.synchronize()
 
+    def hold_back_stream(self) -> None:
+        """Let the current stream go on after the work has ended, without waiting."""
+        if self._event is not None:
+            torch.cuda.current_stream().wait_event(self._event)
+
+
+def current_work(device: torch.device) -> DeviceWork:
+    """Return the work that was enqueued on the current stream of a device until now."""
+    is_cuda = device.type == "cuda"
+    return DeviceWork(torch.cuda.current_stream(device).record_event() if is_cuda else None)
+
 
 class BackgroundStream:
     """Runs work in the order in which it is started, while forward passes run on the current stream."""

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 from blockft.attention.rope import RotaryEmbedding
-from blockft.errors import UserError
+from blockft.errors import UserError, first_line
 from blockft.inference.block_key import KVShape
 from blockft.serving.head_shard import HeadShard
 from blockft.serving.pages import WHOLE, AttentionLayer, PageLayout, PageStrides, to_device
@@ -43,10 +43,13 @@ class PageWriter:
         strides = next(iter(layouts))
         self._rotaries = list({id(rotary): rotary for rotary in rotaries}.values())
         item, num_kinds = shape.torch_dtype.itemsize, len({r.inv_freq.shape for r in self._rotaries})
-        if len(layouts) != 1 or strides is None or num_kinds != 1 or not _is_aligned(strides, shape):
+        if len(layouts) != 1 or strides is None:
+            raise UserError(_refusal(layers, "whose numbers do not lie at regular distances"))
+        if num_kinds != 1:
+            raise UserError(_refusal(layers, "of layers that rotate different numbers of dimensions"))
+        if not _is_aligned(strides, shape):
             raise UserError(
-                f"the Triton kernel cannot write pages of {type(layers[0].impl).__name__} for this model: "
-                "set BLOCKFT_PAGE_WRITER to torch"
+                _refusal(layers, f"in which a head does not take a multiple of {ALIGNMENT} bytes")
             )
         self._shape, self._shard, self._strides = shape, shard, strides
         self._page_len = PageLayout(layers[0], shape, page_len).page_len
@@ -117,6 +120,36 @@ class PageWriter:
         )
 
 
+def open_page_writer(
+    choice: str,
+    layers: Sequence[AttentionLayer],
+    rotaries: Sequence[RotaryEmbedding],
+    shape: KVShape,
+    page_len: int,
+    shard: HeadShard = WHOLE,
+) -> tuple[PageWriter | None, str]:
+    """Return the kernel, or None where PyTorch writes the pages (`pages.write_blocks`), and the reason.
+
+    choice: torch, triton, or auto: the kernel on a GPU whose pages suit it, otherwise PyTorch.
+
+    Raises:
+        UserError: the kernel was asked for and cannot be used.
+    """
+    if choice == "torch":
+        return None, "--page-writer torch"
+    try:
+        device = layers[0].kv_cache.device
+        if device.type != "cuda":
+            raise UserError(f"the Triton kernel cannot write pages on a {device.type.upper()}")
+        writer = PageWriter(layers, rotaries, shape, page_len, shard)
+        writer.warm_up()
+    except Exception as error:  # Triton has classes of its own for what it cannot compile
+        if choice == "triton":
+            raise UserError(f"{first_line(error)}: use --page-writer torch") from error
+        return None, first_line(error)
+    return writer, "--page-writer triton" if choice == "triton" else "the pages suit its kernel"
+
+
 def _describe_tokens(blocks: Sequence[torch.Tensor], slots: torch.Tensor) -> torch.Tensor:
     """Return what the kernel needs to know of the last `len(slots)` tokens of blocks: (5, n) int64."""
     lengths = torch.tensor([block.shape[1] for block in blocks])
@@ -132,6 +165,10 @@ def _describe_tokens(blocks: Sequence[torch.Tensor], slots: torch.Tensor) -> tor
     start = len(index) - len(slots)
     described = (address[index] + token * token_bytes[index], layer_step[index], value_step[index])
     return torch.stack([*(part[start:] for part in described), slots.cpu(), index[start:]])
+
+
+def _refusal(layers: Sequence[AttentionLayer], reason: str) -> str:
+    return f"the Triton kernel cannot write pages of {type(layers[0].impl).__name__} {reason}"
 
 
 def _is_aligned(strides: PageStrides, shape: KVShape) -> bool:

@@ -4,7 +4,7 @@ An exception in a hook of the scheduler ends the whole server. Everything that m
 therefore left to the worker, which fails this one request.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -18,6 +18,8 @@ from blockft.serving.block_request import (
     block_keys,
     parse_params,
 )
+from blockft.serving.device_record import DeviceRecord
+from blockft.serving.head_shard import HeadShard
 from blockft.serving.report import Report, Reporter
 from blockft.serving.served_model import ServedModel
 
@@ -29,6 +31,7 @@ class Load:
     keys     the local blocks of the prompt, in order
     pages    the pages of the prompt, in order
     start    the first token of the context that its pages do not hold yet
+    in_step  the request is computed in this step, after the load; otherwise it waits for its load
     refusal  why the request must fail, as a sentence; "" if it need not
     """
 
@@ -37,6 +40,7 @@ class Load:
     pages: list[int]
     start: int
     reply_to: ReplyAddress
+    in_step: bool = False
     refusal: str = ""
 
     @property
@@ -45,15 +49,9 @@ class Load:
         return sum(map(num_tokens, self.keys))
 
     @property
-    def first_needed(self) -> int:
-        """The index of the first block that its pages do not hold yet as a whole."""
-        ends = accumulate(map(num_tokens, self.keys))
-        return next(index for index, end in enumerate(ends) if end > self.start)
-
-    @property
-    def needed_keys(self) -> list[BlockKey]:
+    def needed_keys(self) -> Sequence[BlockKey]:
         """The blocks that its pages do not hold yet as a whole. They are the last ones."""
-        return self.keys[self.first_needed :]
+        return _needed(self.keys, self.start)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,16 +76,26 @@ class StepPlan:
 
 
 class SchedulerHalf:
-    """Tells vLLM's scheduler how many tokens of a prompt are cached, and plans the work of the workers."""
+    """Tells vLLM's scheduler how many tokens of a prompt are cached, and plans the work of the workers.
 
-    def __init__(self, served: ServedModel) -> None:
+    num_workers: the number of workers that share the heads.
+    """
+
+    def __init__(self, served: ServedModel, num_workers: int = 1) -> None:
         self._secret, self._local_sees_first = served.secret, served.local_sees_first
+        shape = HeadShard(num_workers=num_workers).local_shape(served.shape)
+        self._on_device = DeviceRecord(served.device_bytes // num_workers // shape.token_bytes)
+        # with several workers, all but one read computed blocks from the folder
+        self._keeps_computed = num_workers == 1
         self._reporter = Reporter()
         self._requests: dict[str, BlockRequest | EncodeRequest] = {}
         self._encode_pages: dict[str, list[int]] = {}
         self._vllm_requests: dict[str, Any] = {}
+        self._keys: dict[str, list[BlockKey]] = {}
+        self._in_step: set[str] = set()
         self._has_loads: set[str] = set()
         self._loads: list[Load] = []
+        self._running_loads: dict[str, Load] = {}
 
     def add_request(self, request: Any) -> None:
         """Read the parameters of a new request. Parameters of others than the front end are removed."""
@@ -101,10 +109,10 @@ class SchedulerHalf:
         request.skip_reading_prefix_cache = False
 
     def num_cached_tokens(self, request: Any, num_computed: int) -> tuple[int | None, bool]:
-        """Return how many tokens after the first `num_computed` are loaded, and whether in the background.
+        """Return how many tokens after the first `num_computed` are loaded, and whether the request waits.
 
-        A request that must fail is accepted and fails while it is loaded. None means that it waits for ever,
-        until its client leaves.
+        It does not wait if all blocks are on the device. A request that must fail is accepted and fails while
+        it is loaded. None means that it waits for ever, until its client leaves.
         """
         block_request = self._requests.get(request.request_id)
         if not isinstance(block_request, BlockRequest):
@@ -113,7 +121,14 @@ class SchedulerHalf:
             num_failing = request.num_prompt_tokens - 1 - num_computed
             return (num_failing, True) if num_failing > 0 else (None, False)
         num_cached = max(block_request.context_len - num_computed, 0)
-        return num_cached, num_cached > 0
+        if not num_cached:
+            return 0, False
+        keys = self._keys_of(request, block_request)
+        if self._on_device.has_all(_needed(keys, num_computed)):
+            self._in_step.add(request.request_id)
+            return num_cached, False
+        self._in_step.discard(request.request_id)
+        return num_cached, True
 
     def allocate(self, request: Any, pages: list[int], num_external: int) -> None:
         """Plan the load of `num_external` tokens into the pages of a request."""
@@ -122,8 +137,12 @@ class SchedulerHalf:
             return
         if num_external:
             self._has_loads.add(request.request_id)
-            load = _plan_load(request, block_request, pages, num_external, self._local_sees_first)
+            load = self._plan_load(request, block_request, pages, num_external)
             self._loads.append(load)
+            if load.in_step:
+                self._on_device.use(load.needed_keys)
+            elif not load.refusal:
+                self._running_loads[load.request_id] = load
         elif request.request_id not in self._has_loads:
             sources = [Tier.device.value] * len(block_request.lengths)
             self._reporter.send(block_request.reply_to, Report(sources=sources))
@@ -139,18 +158,52 @@ class SchedulerHalf:
             if num_tokens and request.num_computed_tokens + num_tokens >= request.num_prompt_tokens:
                 key = _key_to_save(request.prompt_token_ids, encode_request)
                 saves.append(Save(key=key, pages=pages, reply_to=encode_request.reply_to))
+                if self._keeps_computed:
+                    self._on_device.add_computed(key)
                 del self._encode_pages[id]
         loads, self._loads = self._loads, []
         return StepPlan(loads=loads, saves=saves, is_idle=not scheduler_output.total_num_scheduled_tokens)
 
+    def end_loads(self, finished: Collection[str], bad_pages: Collection[int]) -> None:
+        """Record the blocks of loads that have ended, unless a page of them is bad."""
+        for id in finished:
+            load = self._running_loads.pop(id, None)
+            if load is not None and not {*load.pages} & {*bad_pages}:
+                self._on_device.use(load.needed_keys)
+
     def finish(self, request: Any) -> None:
         """Forget a request."""
-        for known in (self._requests, self._vllm_requests, self._encode_pages):
+        for known in (self._requests, self._vllm_requests, self._encode_pages, self._keys):
             known.pop(request.request_id, None)
-        self._has_loads.discard(request.request_id)
+        for ids in (self._has_loads, self._in_step):
+            ids.discard(request.request_id)
 
     def close(self) -> None:
         self._reporter.close()
+
+    def _keys_of(self, request: Any, block_request: BlockRequest) -> list[BlockKey]:
+        """Return the keys of a request's local blocks. vLLM asks again in every step until it has pages."""
+        id = request.request_id
+        if id not in self._keys:
+            self._keys[id] = block_keys(
+                request.prompt_token_ids, block_request.lengths, local_sees_first=self._local_sees_first
+            )
+        return self._keys[id]
+
+    def _plan_load(
+        self, request: Any, block_request: BlockRequest, pages: list[int], num_external: int
+    ) -> Load:
+        id, refusal = request.request_id, _refusal(request, block_request)
+        loaded_len = request.num_prompt_tokens - 1 if refusal else block_request.context_len
+        return Load(
+            request_id=id,
+            keys=[] if refusal else self._keys_of(request, block_request),
+            pages=pages,
+            start=loaded_len - num_external,
+            reply_to=block_request.reply_to,
+            in_step=id in self._in_step,
+            refusal=refusal,
+        )
 
     def _follow_pages(self, scheduler_output: Any) -> None:
         """Record the pages of prompts that are one block. A long prompt gets them in several steps."""
@@ -172,22 +225,10 @@ def _key_to_save(prompt: Sequence[int], encode_request: EncodeRequest) -> BlockK
     return block_key(prompt[first_len:], prompt[:first_len])
 
 
-def _plan_load(
-    request: Any, block_request: BlockRequest, pages: list[int], num_external: int, local_sees_first: bool
-) -> Load:
-    refusal, keys = _refusal(request, block_request), list[BlockKey]()
-    if not refusal:
-        prompt, lengths = request.prompt_token_ids, block_request.lengths
-        keys = block_keys(prompt, lengths, local_sees_first=local_sees_first)
-    loaded_len = request.num_prompt_tokens - 1 if refusal else block_request.context_len
-    return Load(
-        request_id=request.request_id,
-        keys=keys,
-        pages=pages,
-        start=loaded_len - num_external,
-        reply_to=block_request.reply_to,
-        refusal=refusal,
-    )
+def _needed(keys: Sequence[BlockKey], start: int) -> Sequence[BlockKey]:
+    """Return the last blocks of a context: those that have tokens after its first `start` tokens."""
+    ends = accumulate(map(num_tokens, keys))
+    return keys[next(index for index, end in enumerate(ends) if end > start) :]
 
 
 def _refusal(request: Any, block_request: BlockRequest) -> str:

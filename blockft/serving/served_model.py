@@ -47,7 +47,7 @@ class ServedModel:
         disk_bytes: largest size of the folder; None sets no limit.
         host_bytes: size of the host tier.
         device_bytes: size of the device tier, beside vLLM's pages; 0 for none.
-        page_writer: torch or triton: what writes blocks into pages on a GPU.
+        page_writer: what writes blocks into pages; auto, torch or triton.
         secret: known to the processes of the server only. It marks the requests of the front end.
         socket_folder: a private folder for sockets.
     """

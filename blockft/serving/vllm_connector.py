@@ -53,7 +53,8 @@ class BlockConnector(KVConnectorBase_V1):
         if kv_cache_config is not None:
             check_pages(kv_cache_config)
         self._compilation = vllm_config.compilation_config
-        self._scheduler = SchedulerHalf(served) if role is KVConnectorRole.SCHEDULER else None
+        num_workers = vllm_config.parallel_config.tensor_parallel_size
+        self._scheduler = SchedulerHalf(served, num_workers) if role is KVConnectorRole.SCHEDULER else None
         self._worker = None
         if role is KVConnectorRole.WORKER:
             self._worker = WorkerHalf(served, vllm_config.cache_config.block_size)
@@ -77,6 +78,10 @@ class BlockConnector(KVConnectorBase_V1):
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
         return StepMetadata(self._in_scheduler.plan_step(scheduler_output))
 
+    def update_connector_output(self, connector_output: Any) -> None:
+        finished, bad_pages = connector_output.finished_recving, connector_output.invalid_block_ids
+        self._in_scheduler.end_loads(finished or (), bad_pages or ())
+
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         self._in_scheduler.finish(request)
         return False, None
@@ -99,7 +104,7 @@ class BlockConnector(KVConnectorBase_V1):
         self._in_worker.load(plan.loads, is_idle=plan.is_idle)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Return at once, because a request is computed only after its load."""
+        """Return at once, because the load of a request is enqueued before its forward pass."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
         """Return at once, because a block is read after the last layer."""

@@ -1,11 +1,13 @@
 """The connector's half in a worker of vLLM: moves blocks between the block store and the pages.
 
-Blocks are read in a thread, unless memory has them. They are copied to a GPU and written into pages on a
-stream of its own, beside the forward passes, which do not use the pages of a request that waits. A request
+Blocks on the device are written into pages in the step that computes their request, before its forward pass.
+Other blocks are read in a thread, unless memory has them. They are copied to a GPU and written into pages on
+a stream of its own, beside the forward passes, which do not use the pages of a request that waits. A request
 whose blocks cannot be loaded fails alone. With several tensor-parallel workers each one loads its own heads.
 """
 
 import logging
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
@@ -14,15 +16,16 @@ from functools import partial
 import torch
 
 from blockft.attention.rope import RotaryEmbedding
-from blockft.errors import first_line
+from blockft.errors import first_line, notify
 from blockft.inference.block_cache import Tier
 from blockft.inference.block_key import BlockKey, key_digest, num_first, num_tokens
 from blockft.inference.device_tier import DeviceTier
 from blockft.serving.block_request import page_slots
 from blockft.serving.block_store import BlockStore, LoadedBlocks
 from blockft.serving.computed_blocks import ComputedBlocks
-from blockft.serving.device_work import BackgroundStream, DeviceWork
+from blockft.serving.device_work import BackgroundStream, DeviceWork, current_work
 from blockft.serving.head_shard import HeadShard
+from blockft.serving.page_writer import open_page_writer
 from blockft.serving.pages import (
     WHOLE,
     AttentionLayer,
@@ -76,6 +79,7 @@ class WorkerHalf:
         self._reporter = Reporter()
         self._loading: dict[Future[LoadedBlocks], Loading] = {}
         self._writing: list[PendingWrite] = []
+        self._in_use: deque[tuple[DeviceWork, Sequence[torch.Tensor]]] = deque()
         self._finished: set[str] = set()
         self._bad_pages: set[int] = set()
         self._store: BlockStore | None = None
@@ -114,10 +118,14 @@ class WorkerHalf:
 
     def load(self, loads: Sequence[Load], *, is_idle: bool) -> None:
         """Start loads, and write the blocks of earlier loads that are on the host now."""
+        while self._in_use and self._in_use[0][0].is_done():
+            self._in_use.popleft()
         started = []
         for load in loads:
             if load.refusal:
                 self._fail(load, Report(failure=load.refusal))
+            elif load.in_step:
+                self._load_in_step(load)
             elif future := self._start(load):
                 started.append(future)
         if is_idle and not self._finished and not self._writing:
@@ -150,8 +158,7 @@ class WorkerHalf:
         for pending in [pending for pending in self._writing if pending.work.is_done()]:
             self._writing.remove(pending)
             self._finished.add(pending.load.request_id)
-            if self._shard.worker == 0:
-                self._reporter.send(pending.load.reply_to, Report(sources=pending.sources))
+            self._report_loaded(pending.load, pending.sources)
         finished, self._finished = self._finished, set()
         return finished
 
@@ -174,11 +181,11 @@ class WorkerHalf:
 
     def _page_writer(self) -> Callable[[Sequence[torch.Tensor], int, torch.Tensor], None]:
         """Return the function that writes blocks into pages; see `write_blocks`."""
-        if self._served.page_writer == "triton":
-            from blockft.serving.page_writer import PageWriter
-
-            writer = PageWriter(self._layers, self._rotaries, self._shape, self._page_len, self._shard)
-            writer.warm_up()
+        model = (self._layers, self._rotaries, self._shape, self._page_len, self._shard)
+        writer, reason = open_page_writer(self._served.page_writer, *model)
+        if self._shard.worker == 0:
+            notify(f"{'Triton' if writer else 'PyTorch'} writes cached blocks into pages: {reason}")
+        if writer:
             return writer.write
         return lambda blocks, context_len, slots: write_blocks(
             self._layers, self._rotaries, blocks, context_len, slots, self._shape, self._shard
@@ -204,8 +211,40 @@ class WorkerHalf:
         for save, future in zip(saves, self._computed.add(blocks), strict=True):
             future.add_done_callback(partial(self._report_saved, save))
 
+    def _load_in_step(self, load: Load) -> None:
+        """Write the blocks of a load before the forward pass of this step, which uses them.
+
+        They are on the device. If it has evicted one, the step waits until the block is loaded.
+        """
+        in_memory, to_load = self._find(load)
+        try:
+            loaded = self._opened.load(to_load).result() if to_load else LoadedBlocks()
+        except Exception as error:  # the request fails with it, and no other request
+            self._fail_with(load, error)
+            return
+        if loaded.missing:
+            self._fail_missing(load, loaded)
+            return
+        if not to_load:
+            self._opened.touch(load.needed_keys)
+        self._write(load, {**in_memory, **loaded.blocks}, loaded.tiers)
+
     def _start(self, load: Load) -> Future[LoadedBlocks] | None:
         """Write the blocks of a load, or start to load those that memory does not have."""
+        in_memory, to_load = self._find(load)
+        if not to_load:
+            self._opened.touch(load.needed_keys)
+            self._write(load, in_memory, {})
+            return None
+        future = self._opened.load(to_load)
+        self._loading[future] = Loading(load, in_memory)
+        return future
+
+    def _find(self, load: Load) -> tuple[dict[BlockKey, torch.Tensor], list[BlockKey]]:
+        """Return the needed blocks that were computed just now, and those that the store must load.
+
+        The device tier has the others.
+        """
         in_memory, to_load = dict[BlockKey, torch.Tensor](), list[BlockKey]()
         for key in dict.fromkeys(load.needed_keys):
             if self._is_in_device_tier(key):
@@ -215,13 +254,7 @@ class WorkerHalf:
                 to_load.append(key)
             else:
                 in_memory[key] = kv
-        if not to_load:
-            self._opened.touch(load.needed_keys)
-            self._write(load, in_memory, {})
-            return None
-        future = self._opened.load(to_load)
-        self._loading[future] = Loading(load, in_memory)
-        return future
+        return in_memory, to_load
 
     def _end_load(self, loading: Loading, future: Future[LoadedBlocks]) -> None:
         load = loading.load
@@ -231,7 +264,7 @@ class WorkerHalf:
             self._fail_with(load, error)
             return
         if loaded.missing:
-            self._fail(load, Report(missing=[i for i, key in enumerate(load.keys) if key in loaded.missing]))
+            self._fail_missing(load, loaded)
             return
         blocks = {**loading.in_memory, **loaded.blocks}
         if all(key in blocks or self._is_in_device_tier(key) for key in load.needed_keys):
@@ -242,19 +275,44 @@ class WorkerHalf:
     def _write(
         self, load: Load, blocks: Mapping[BlockKey, torch.Tensor], tiers: Mapping[BlockKey, Tier]
     ) -> None:
-        """Start to write the needed blocks of a load into its pages. The device tier has all but `blocks`."""
+        """Enqueue writes of needed blocks into pages, beside the forward passes or before the next one.
+
+        The device tier has all needed blocks but `blocks`.
+        """
         try:
             sources = self._sources(load, blocks, tiers)
             slots = page_slots(load.pages, self._page_len, load.start, load.context_len)
             with self._stream.run():
                 used = self._through_device_tier(load.needed_keys, blocks)
+                if not load.in_step:
+                    self._write_pages(used, load.context_len, slots)
+            if load.in_step:
+                self._wait_for_device_tier(load.needed_keys, blocks)
                 self._write_pages(used, load.context_len, slots)
         except Exception as error:  # the request fails with it, and no other request
-            self._stream.enqueued().wait()  # its pages go to other requests
+            # its pages go to other requests
+            self._stream.enqueued().wait()
+            current_work(self._layers[0].kv_cache.device).wait()
             self._fail_with(load, error)
             return
         # the blocks stay in memory until the device has read them
-        self._writing.append(PendingWrite(load, sources, self._stream.enqueued(), used + [*blocks.values()]))
+        read = used + [*blocks.values()]
+        if load.in_step:
+            self._in_use.append((current_work(self._layers[0].kv_cache.device), read))
+            self._report_loaded(load, sources)
+        else:
+            self._writing.append(PendingWrite(load, sources, self._stream.enqueued(), read))
+
+    def _wait_for_device_tier(self, keys: Sequence[BlockKey], new: Mapping[BlockKey, torch.Tensor]) -> None:
+        """Let the current stream wait for the copies of blocks into the device tier, which may still run.
+
+        new: blocks that were not there before.
+        """
+        if new:
+            self._stream.enqueued().hold_back_stream()
+        for pending in self._writing:
+            if not {*keys}.isdisjoint(pending.load.needed_keys):
+                pending.work.hold_back_stream()
 
     def _is_in_device_tier(self, key: BlockKey) -> bool:
         return self._device_tier is not None and key in self._device_tier
@@ -283,7 +341,7 @@ class WorkerHalf:
     ) -> list[str]:
         """Return where each block came from. Blocks before `load.start` were in pages already."""
         sources = [Tier.device.value] * len(load.keys)
-        for index in range(load.first_needed, len(load.keys)):
+        for index in range(len(load.keys) - len(load.needed_keys), len(load.keys)):
             key = load.keys[index]
             if self._is_in_device_tier(key):
                 continue
@@ -295,10 +353,18 @@ class WorkerHalf:
         _log.error(f"the blocks of request {load.request_id} could not be loaded", exc_info=error)
         self._fail(load, Report(failure=f"its blocks could not be loaded: {first_line(error)}"))
 
+    def _fail_missing(self, load: Load, loaded: LoadedBlocks) -> None:
+        self._fail(load, Report(missing=[i for i, key in enumerate(load.keys) if key in loaded.missing]))
+
     def _fail(self, load: Load, report: Report) -> None:
-        self._finished.add(load.request_id)
+        if not load.in_step:  # vLLM waits for the end of other loads alone
+            self._finished.add(load.request_id)
         self._bad_pages.update(load.pages[load.start // self._page_len :])
         self._reporter.send(load.reply_to, report)
+
+    def _report_loaded(self, load: Load, sources: list[str]) -> None:
+        if self._shard.worker == 0:
+            self._reporter.send(load.reply_to, Report(sources=sources))
 
     def _report_saved(self, save: Save, future: Future[str]) -> None:
         if error := future.exception():

@@ -1,6 +1,5 @@
 """`blockft serve`: serve a model with vLLM, with cached blocks."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,10 +21,15 @@ from blockft.serving.supported_engine import check_version
 from blockft.stages.generate import CacheArguments
 from blockft.units import format_count
 
-PAGE_WRITER_VARIABLE = "BLOCKFT_PAGE_WRITER"
 
-
-def serve(model: str, *, cache: CacheArguments, dtype: str = "auto", options: Sequence[str] = ()) -> int:
+def serve(
+    model: str,
+    *,
+    cache: CacheArguments,
+    dtype: str = "auto",
+    page_writer: str = "auto",
+    options: Sequence[str] = (),
+) -> int:
     """Start vLLM's server, wait for its end, and return its exit code.
 
     options: of vLLM's server.
@@ -36,7 +40,8 @@ def serve(model: str, *, cache: CacheArguments, dtype: str = "auto", options: Se
     """
     cache_options = cache.options()
     torch_dtype = parse_dtype(dtype, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-    page_writer = page_writer_of_environment()
+    if page_writer == "triton" and not torch.cuda.is_available():
+        raise UserError("--page-writer triton needs a GPU, and there is none here: use auto or torch")
     check_options(options)
     check_version()
     with TemporaryDirectory(prefix="blockft-serve-") as folder:
@@ -48,20 +53,13 @@ def serve(model: str, *, cache: CacheArguments, dtype: str = "auto", options: Se
         return run_server(served, Path(folder), options)
 
 
-def page_writer_of_environment() -> str:
-    """Return what writes blocks into pages, from the environment. Triton is not measured yet.
-
-    Raises:
-        UserError: there is no such writer.
-    """
-    name = os.environ.get(PAGE_WRITER_VARIABLE, "torch")
-    if name not in ("torch", "triton"):
-        raise UserError(f"{PAGE_WRITER_VARIABLE} is {name!r}, allowed are torch and triton: change it")
-    return name
-
-
 def describe_model(
-    model: str, cache: CacheOptions, dtype: torch.dtype, *, socket_folder: str, page_writer: str = "torch"
+    model: str,
+    cache: CacheOptions,
+    dtype: torch.dtype,
+    *,
+    socket_folder: str,
+    page_writer: str = "auto",
 ) -> ServedModel:
     """Load a model on the CPU once, and return what its server must know about it.
 

@@ -43,7 +43,7 @@ def make_served(
         disk_bytes=None,
         host_bytes=host_bytes,
         device_bytes=device_bytes,
-        page_writer="torch",
+        page_writer="auto",
         secret=SECRET,
         socket_folder=str(folder),
     )

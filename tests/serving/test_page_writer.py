@@ -18,6 +18,7 @@ from blockft.errors import UserError
 from blockft.inference.block_key import KVShape
 from blockft.serving.block_request import page_slots
 from blockft.serving.head_shard import HeadShard
+from blockft.serving.page_writer import open_page_writer
 from blockft.serving.pages import read_blocks, write_blocks
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -180,3 +181,17 @@ def test_pages_without_strides_or_alignment_are_refused(pages: Pages, head_size:
     layers = make_layers(shape, pages)
     with pytest.raises(UserError, match=f"the Triton kernel cannot write pages of {type(pages).__name__}"):
         PageWriter(layers, make_rotaries(shape, head_size), shape, pages.page_len)
+
+
+@pytest.mark.gpu  # auto takes the kernel on a GPU alone
+def test_the_kernel_is_chosen_where_it_can_write_the_pages() -> None:
+    shape, pages = replace(SHAPE, head_size=64), Pages("2nKD", 16)
+    rotaries = make_rotaries(shape, 64)
+    for choice, reason in (("auto", "the pages suit its kernel"), ("triton", "--page-writer triton")):
+        writer, found = open_page_writer(choice, make_layers(shape, pages), rotaries, shape, pages.page_len)
+        assert writer is not None and found == reason
+    layers = make_layers(shape, ReversedPages("2nKD", 16))
+    writer, found = open_page_writer("auto", layers, rotaries, shape, pages.page_len)
+    assert writer is None and "ReversedPages whose numbers do not lie at regular distances" in found
+    with pytest.raises(UserError, match="regular distances: use --page-writer torch"):
+        open_page_writer("triton", layers, rotaries, shape, pages.page_len)

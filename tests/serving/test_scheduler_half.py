@@ -10,7 +10,7 @@ import pytest
 from blockft.inference.block_key import block_key
 from blockft.serving.block_request import EncodeRequest, block_params
 from blockft.serving.scheduler_half import SchedulerHalf
-from tests.serving.stubs import NOWHERE, SECRET, block_request, make_request, make_served, step
+from tests.serving.stubs import NOWHERE, SECRET, SHAPE, block_request, make_request, make_served, step
 
 PROMPT = list(range(100, 120))
 LENGTHS = (5, 4, 6)
@@ -47,6 +47,66 @@ def test_a_load_names_the_blocks_and_the_tokens_that_are_missing(half: Scheduler
     assert load.keys == [block_key(PROMPT[:5]), block_key(PROMPT[5:9]), block_key(PROMPT[9:15])]
     assert plan.is_idle
     assert not half.plan_step(step({"a": 5})).loads, "a load is planned once"
+
+
+def test_a_request_whose_blocks_are_on_the_device_does_not_wait(tmp_path: Path) -> None:
+    half = SchedulerHalf(make_served(tmp_path, device_bytes=16 * SHAPE.token_bytes))
+    first, second = (block_request(id, PROMPT, LENGTHS) for id in "ab")
+    half.add_request(first)
+    assert half.num_cached_tokens(first, 0) == (15, True)
+    half.allocate(first, [7, 3, 9, 1], 15)
+    assert [load.in_step for load in half.plan_step(step()).loads] == [False]
+    half.add_request(second)
+    assert half.num_cached_tokens(second, 0) == (15, True), "the first load runs"
+    half.end_loads({"a"}, set())
+    assert half.num_cached_tokens(second, 4) == (11, False)
+    half.allocate(second, [2, 4, 6, 8], 11)
+    (load,) = half.plan_step(step({"b": 5}, new={"b": [2, 4, 6, 8]})).loads
+    assert load.in_step and load.start == 4
+    half.close()
+
+
+def test_blocks_of_a_load_that_failed_are_not_on_the_device(tmp_path: Path) -> None:
+    half = SchedulerHalf(make_served(tmp_path, device_bytes=16 * SHAPE.token_bytes))
+    request = block_request("a", PROMPT, LENGTHS)
+    half.add_request(request)
+    for finished, bad_pages in (({"a"}, {9}), ({"b"}, {2}), (set(), set())):
+        half.num_cached_tokens(request, 0)
+        half.allocate(request, [7, 3, 9, 1], 15)
+        half.end_loads(finished, bad_pages)
+        assert half.num_cached_tokens(request, 0) == (15, True)
+    half.close()
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_blocks_that_were_computed_just_now_are_on_the_device(tmp_path: Path, num_workers: int) -> None:
+    """Of several workers, all but one read them in the folder."""
+    half = SchedulerHalf(make_served(tmp_path), num_workers)
+    request = block_request("a", PROMPT, LENGTHS)
+    half.add_request(request)
+    for start, end in ((0, 5), (5, 9), (9, 15)):
+        assert half.num_cached_tokens(request, 0) == (15, True)
+        encode = encode_request(f"e{start}", PROMPT[start:end])
+        half.add_request(encode)
+        half.plan_step(step({encode.request_id: end - start}, new={encode.request_id: [4, 8]}))
+    assert half.num_cached_tokens(request, 0) == (15, num_workers > 1)
+    half.close()
+
+
+def test_a_request_waits_if_its_blocks_were_evicted_while_it_waited_for_pages(tmp_path: Path) -> None:
+    half = SchedulerHalf(make_served(tmp_path, device_bytes=15 * SHAPE.token_bytes))
+    request, other = block_request("a", PROMPT, LENGTHS), block_request("b", PROMPT[::-1], LENGTHS)
+    for one in (request, other):
+        half.add_request(one)
+        half.num_cached_tokens(one, 0)
+        half.allocate(one, [7, 3, 9, 1], 15)
+        half.end_loads({one.request_id}, set())
+        assert half.num_cached_tokens(one, 0) == (15, False)
+    assert half.num_cached_tokens(request, 0) == (15, True)
+    half.plan_step(step())
+    half.allocate(request, [7, 3, 9, 1], 15)
+    assert not half.plan_step(step()).loads[0].in_step
+    half.close()
 
 
 def test_blocks_that_see_the_first_block_are_loaded_and_saved_with_it(tmp_path: Path) -> None:

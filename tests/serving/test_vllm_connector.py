@@ -15,6 +15,7 @@ import torch
 from blockft.errors import UserError
 from blockft.inference.block_key import block_key
 from blockft.serving.block_request import EncodeRequest, block_params, page_slots
+from blockft.serving.device_record import COMPUTED_S
 from blockft.serving.pages import read_blocks
 from tests.serving.stubs import (
     NOWHERE,
@@ -73,7 +74,7 @@ class Engine:
     """Both halves of the connector, with the layers of a worker."""
 
     def __init__(self, module: ModuleType, folder: Path) -> None:
-        served = make_served(folder)
+        served = make_served(folder, device_bytes=16 * SHAPE.token_bytes)
         served.save(folder / "served.json")
         self.layers = make_layers()
         names = [f"model.layers.{index}.self_attn.attn" for index in range(SHAPE.num_layers)]
@@ -94,7 +95,10 @@ class Engine:
         self.worker.save_kv_layer("model.layers.0.self_attn.attn", None, None)
         self.worker.wait_for_save()
         _, finished = self.worker.get_finished(set())
-        return finished, self.worker.get_block_ids_with_load_errors()
+        bad_pages = self.worker.get_block_ids_with_load_errors()
+        output = SimpleNamespace(finished_recving=finished, invalid_block_ids=bad_pages)
+        self.scheduler.update_connector_output(output)
+        return finished, bad_pages
 
     def close(self) -> None:
         self.scheduler.shutdown()
@@ -126,6 +130,8 @@ def test_a_block_is_stored_and_then_loaded(connector: ModuleType, tmp_path: Path
 
     request = block_request("a", [*range(10, 16), 7, 8], [6])
     engine.scheduler.on_new_request(request)
+    assert engine.scheduler.get_num_new_matched_tokens(request, 0) == (6, False), "it was computed just now"
+    time.sleep(COMPUTED_S)
     assert engine.scheduler.get_num_new_matched_tokens(request, 0) == (6, True)
     engine.scheduler.update_state_after_alloc(request, pages_of(9, 0), 6)
     finished, bad_pages = engine.run(step())
@@ -136,6 +142,15 @@ def test_a_block_is_stored_and_then_loaded(connector: ModuleType, tmp_path: Path
     assert (finished, bad_pages) == ({"a"}, set())
     assert torch.equal(
         read_blocks(engine.layers, SHAPE, PAGE_LEN, page_slots([9, 0], PAGE_LEN, 0, 6)), kv_of(key)
+    )
+
+    other = block_request("b", [*range(10, 16), 5, 8], [6])
+    engine.scheduler.on_new_request(other)
+    assert engine.scheduler.get_num_new_matched_tokens(other, 0) == (6, False), "the device tier has it"
+    engine.scheduler.update_state_after_alloc(other, pages_of(3, 1), 6)
+    assert engine.run(step({"b": 2}, new={"b": [3, 1]})) == (set(), set()), "vLLM waits for no load"
+    assert torch.equal(
+        read_blocks(engine.layers, SHAPE, PAGE_LEN, page_slots([3, 1], PAGE_LEN, 0, 6)), kv_of(key)
     )
     engine.close()
 

@@ -394,6 +394,27 @@ def test_a_block_that_is_lost_before_the_folder_has_it_is_told_and_missing(
     assert ["no memory" in str(record.exc_info) for record in caplog.records] == [True]
 
 
+def test_the_start_says_what_writes_pages_and_why(
+    open_worker: Callable[..., Worker], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only the first of several workers says it."""
+    open_worker([])
+    reason = "the Triton kernel cannot write pages on a CPU"
+    assert capsys.readouterr().err == f"blockft: PyTorch writes cached blocks into pages: {reason}\n"
+    worker = open_worker([], page_writer="torch")
+    assert capsys.readouterr().err.endswith("into pages: --page-writer torch\n")
+    worker.half.close()
+    worker.half.use_layers(make_layers(OneHeadPages), HeadShard(worker=1, num_workers=2))
+    assert not capsys.readouterr().err
+
+
+def test_a_kernel_that_was_asked_for_and_cannot_be_used_ends_the_start(
+    open_worker: Callable[..., Worker],
+) -> None:
+    with pytest.raises(UserError, match="cannot write pages on a CPU: use --page-writer torch"):
+        open_worker([], page_writer="triton")
+
+
 def test_an_entry_that_another_worker_has_written_anew_is_read(
     open_worker: Callable[..., Worker], reports: list[Report], tmp_path: Path
 ) -> None:
@@ -459,6 +480,73 @@ def test_the_device_tier_gives_blocks_that_host_and_disk_have_lost(
     assert_close(found[:, :, 1], torch.cat([kv_of(key)[:, :, 1] for key in reversed_keys], dim=1))
     assert_close(found[:, :6], kv_of(KEYS[2]), rtol=1e-6, atol=1e-6)
     assert worker.load(make_load(keys=KEYS[:1], request_id="c"))[1], "it was evicted"
+
+
+def test_a_load_in_the_step_of_its_request_is_written_at_once(
+    open_worker: Callable[..., Worker], reports: list[Report]
+) -> None:
+    """vLLM waits for the end of other loads alone. An end that it does not expect would end the server."""
+    worker = open_worker(KEYS, device_bytes=20 * SHAPE.token_bytes)
+    worker.load(make_load())
+    pages = [2, 4, 6, 8]
+    worker.half.load([make_load(pages=pages, request_id="b", in_step=True)], is_idle=False)
+    found = read_blocks(worker.layers, SHAPE, PAGE_LEN, page_slots(pages, PAGE_LEN, 0, 15))
+    assert_close(found[:, :, 1], torch.cat([kv_of(key)[:, :, 1] for key in KEYS], dim=1))
+    assert reports[1:] == [Report(sources=["device"] * 3)]
+    assert not worker.half.take_finished() and not worker.half.take_bad_pages()
+
+
+@pytest.mark.parametrize("source", ["host", "disk"])
+def test_a_load_in_a_step_waits_for_blocks_that_the_device_tier_has_evicted(
+    open_worker: Callable[..., Worker],
+    reports: list[Report],
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+) -> None:
+    """The scheduler does not know it. The request would be computed over pages without its blocks."""
+    host_bytes = 1 << 20 if source == "host" else 0
+    worker = open_worker(KEYS, device_bytes=20 * SHAPE.token_bytes, host_bytes=host_bytes)
+    worker.load(make_load())
+    worker.half._device_tier.drop(KEYS[1])
+    load_now = BlockStore._load
+    monkeypatch.setattr(BlockStore, "_load", lambda self, keys: time.sleep(0.1) or load_now(self, keys))
+    pages = [2, 4, 6, 8]
+    worker.half.load([make_load(pages=pages, request_id="b", in_step=True)], is_idle=False)
+    found = read_blocks(worker.layers, SHAPE, PAGE_LEN, page_slots(pages, PAGE_LEN, 0, 15))
+    assert_close(found[:, :, 1], torch.cat([kv_of(key)[:, :, 1] for key in KEYS], dim=1))
+    assert reports[1:] == [Report(sources=["device", source, "device"])]
+    assert not worker.half.take_finished() and not worker.half.take_bad_pages()
+
+
+def test_a_load_in_a_step_fails_its_request_alone_if_a_block_is_lost(
+    open_worker: Callable[..., Worker], reports: list[Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = open_worker(KEYS[:2], device_bytes=20 * SHAPE.token_bytes)
+    load = make_load(start=8, request_id="b", in_step=True)
+    worker.half.load([load], is_idle=False)
+    assert worker.half.take_bad_pages() == {9, 1, 12} and not worker.half.take_finished()
+    monkeypatch.setattr(BlockStore, "load", Mock(side_effect=MemoryError("no memory")))
+    worker.half.load([load], is_idle=False)
+    assert worker.half.take_bad_pages() == {9, 1, 12} and not worker.half.take_finished()
+    failure = "its blocks could not be loaded: no memory"
+    assert reports == [Report(missing=[2]), Report(failure=failure)]
+
+
+def test_computed_blocks_are_written_in_the_step_that_asks_for_them(
+    open_worker: Callable[..., Worker], reports: list[Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They come into the device tier with it."""
+    worker, may_write = open_worker([], host_bytes=0, device_bytes=20 * SHAPE.token_bytes), Event()
+    write = DiskTier.write
+    monkeypatch.setattr(DiskTier, "write", lambda *args: may_write.wait(60) and write(*args))
+    write_pages(worker, KEYS[0], [4, 2])
+    worker.half.save([Save(key=KEYS[0], pages=[4, 2], reply_to=ADDRESS)])
+    assert wait_for(reports) == SAVED
+    load = make_load(keys=KEYS[:1], in_step=True)
+    worker.half.load([load], is_idle=False)
+    found = read_blocks(worker.layers, SHAPE, PAGE_LEN, page_slots([7, 3], PAGE_LEN, 0, 5))
+    assert torch.equal(found, kv_of(KEYS[0])) and KEYS[0] in worker.half._device_tier
+    may_write.set()
 
 
 def test_only_blocks_that_the_device_tier_lacks_are_loaded(
@@ -570,6 +658,16 @@ def test_a_gpu_loads_and_stores_beside_its_forward_passes(
         assert worker.load(make_load()) == ({"a"}, set())
         found = read_blocks(worker.layers, SHAPE, PAGE_LEN, slots)
         assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-5)
+    for _ in range(3):  # a forward pass follows at once
+        torch.cuda._sleep(100_000_000)
+        for layer in worker.layers:
+            layer.kv_cache.fill_(-1)
+        if worker.half._device_tier is not None:  # its copy runs on the other stream
+            worker.half._device_tier.drop(KEYS[1])
+        worker.half.load([make_load(in_step=True)], is_idle=False)
+        found = read_blocks(worker.layers, SHAPE, PAGE_LEN, slots)
+        assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-5)
+    assert not worker.half.take_finished() and not worker.half.take_bad_pages()
     for index, layer in enumerate(worker.layers):
         keys, values = kv_of(key)[index].cuda().unbind(1)
         layer.impl.do_kv_cache_update(

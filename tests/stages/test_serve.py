@@ -7,12 +7,11 @@ import pytest
 import torch
 from transformers.models.mistral import MistralConfig, MistralForCausalLM
 
-from blockft.errors import UserError
 from blockft.inference.engine import Engine
 from blockft.inference.runner import CacheOptions
 from blockft.serving.served_model import ServedModel
 from blockft.stages import serve as stage
-from blockft.stages.serve import PAGE_WRITER_VARIABLE, describe_model, page_writer_of_environment
+from blockft.stages.serve import describe_model
 from tests.commands import blockft
 from tests.inference.engines import load_engine, options
 from tests.run import save_model, save_tokenizer
@@ -50,16 +49,6 @@ def test_another_type_has_other_blocks(model: Path, tmp_path: Path) -> None:
     assert half.fingerprint != describe(model, tmp_path).fingerprint
 
 
-def test_the_page_writer_is_named_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert page_writer_of_environment() == "torch"
-    for name in ("torch", "triton"):
-        monkeypatch.setenv(PAGE_WRITER_VARIABLE, name)
-        assert page_writer_of_environment() == name
-    monkeypatch.setenv(PAGE_WRITER_VARIABLE, "cuda")
-    with pytest.raises(UserError, match="is 'cuda', allowed are torch and triton"):
-        page_writer_of_environment()
-
-
 @pytest.fixture
 def without_vllm(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Accept the version of vLLM; record the options of a server instead of starting it."""
@@ -67,6 +56,24 @@ def without_vllm(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     monkeypatch.setattr(stage, "check_version", lambda: None)
     monkeypatch.setattr(stage, "run_server", lambda served, folder, options: started.append(options) or 5)
     return started
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (["--page-writer", "triton"], {}, "--page-writer triton needs a GPU, and there is none here"),
+        ([], {"BLOCKFT_PAGE_WRITER": "triton"}, "--page-writer triton needs a GPU, and there is none here"),
+        ([], {"BLOCKFT_PAGE_WRITER": "cuda"}, "'cuda' is not one of 'auto', 'torch', 'triton'"),
+        (["--page-writer", "torch"], {"BLOCKFT_PAGE_WRITER": "triton"}, "vLLM is not installed here"),
+    ],
+)
+def test_a_page_writer_that_cannot_be_used_ends_the_start(
+    model: Path, tmp_path: Path, arguments: list[str], environment: dict[str, str], message: str
+) -> None:
+    ended = blockft("serve", model, "--cache", tmp_path / "cache", *arguments, **environment)
+    assert ended.returncode == 2 and message in " ".join(ended.stderr.split())
+    assert not (tmp_path / "cache").exists()
 
 
 def test_vllm_must_be_installed(model: Path, tmp_path: Path) -> None:
