@@ -411,9 +411,21 @@ def _assign_markup(
     if not documents and sum(map(bool, chain.from_iterable(contents))) == 1:
         return (tuple(chain.from_iterable(blocks)),)
     first_text = next((i for i, text in enumerate(chain.from_iterable(contents)) if text), None)
-    if join_start and blocks[0][0].is_markup and len(blocks) > 2 and first_text not in documents:
+    starts_with_markup, first_is_document = blocks[0][0].is_markup, first_text in documents
+    if join_start and markup_joins_first_text(len(blocks), starts_with_markup, first_is_document):
         blocks[:2] = [blocks[0] + blocks[1]]
     return tuple(map(tuple, blocks))
+
+
+def markup_joins_first_text(
+    num_blocks: int, starts_with_markup: bool, first_is_document: bool = False
+) -> bool:
+    """Return whether the block of markup at the start of a prompt is joined with the block after it.
+
+    It is, for a model whose local blocks see the first block, unless the block after it is a document or the
+    last one. The first block then holds the instruction.
+    """
+    return starts_with_markup and num_blocks > 2 and not first_is_document
 
 
 def _strip_blocks(content: Content, before: str | None, after: str | None) -> Content:

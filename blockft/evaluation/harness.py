@@ -24,7 +24,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from blockft.data.chat_template import ChatTemplate
+from blockft.data.chat_template import ChatTemplate, markup_joins_first_text
 from blockft.data.sample import Message, RecordError, parse_role, parse_text
 from blockft.data.tokenizer import PlainTokenizer, TemplatedTokenizer, control_token_ids
 from blockft.errors import UserError
@@ -111,7 +111,7 @@ class BlockLM(LM):
 
         User turns start a block, and are split at delimiters. Without a generation prompt, the last message
         is the start of the answer. If the model was trained so that local blocks see the first block, the
-        markup at the start belongs to the block after it, as in training (see `Encoder`).
+        markup at the start belongs to the block after it, as in training (see `markup_joins_first_text`).
 
         Raises:
             UserError: a message has an unknown role, or the template changes a message, so that the prompt
@@ -134,7 +134,9 @@ class BlockLM(LM):
                 else:
                     blocks[-1] += text
             blocks[-1] += rest
-            if self._joins_start and messages[0].role == "user" and len(blocks) > 2:
+            # the text of another role is a part of the first block already
+            starts_with_markup = messages[0].role == "user"
+            if self._joins_start and markup_joins_first_text(len(blocks), starts_with_markup):
                 blocks[:2] = [blocks[0] + blocks[1]]
             if "".join(blocks).replace(TOKEN_BREAK, "") == rendered:
                 return BLOCK_START + BLOCK_START.join(blocks)

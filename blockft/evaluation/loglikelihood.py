@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from blockft.attention.layout import Layout
 from blockft.errors import UserError
 from blockft.model.masked_forward import masked_logits
-from blockft.model.supported import check_token_ids
+from blockft.model.supported import check_token_ids, local_sees_first
 
 ROW_TOKENS = 4096
 """Requests are scored in rows of about this many tokens."""
@@ -75,7 +75,9 @@ def compute_loglikelihoods(
                 f"a prompt has {num_tokens} tokens, but the model has only {num_positions} positions: "
                 "use fewer few-shot examples"
             )
-    rows = list(_pack_rows(request for request in dict.fromkeys(requests) if request.continuation))
+    different = (request for request in dict.fromkeys(requests) if request.continuation)
+    has_copies = mode == "block" and local_sees_first(model.config)
+    rows = list(_pack_rows(different, has_copies))
     for row in tqdm(rows, disable=not shows_progress):
         scores |= _score_row(model, row, mode)
     return [scores[request] for request in requests]
@@ -111,22 +113,25 @@ def _score_row(model: PreTrainedModel, row: Row, mode: str) -> dict[Loglikelihoo
     return scores
 
 
-def _pack_rows(requests: Iterable[LoglikelihoodRequest]) -> Iterator[Row]:
-    """Pack requests into rows of about `ROW_TOKENS` tokens; requests with the same context share it."""
+def _pack_rows(requests: Iterable[LoglikelihoodRequest], has_copies: bool) -> Iterator[Row]:
+    """Pack requests into rows of about `ROW_TOKENS` tokens; requests with the same context share it.
+
+    With `has_copies`, a row also holds the copies of first blocks (see `Layout`), which count.
+    """
     groups: dict[tuple[Ids, ...], list[LoglikelihoodRequest]] = defaultdict(list)
     for request in requests:
         groups[request.context].append(request)
     row: Row = []
     num_tokens = 0
     for context, members in groups.items():
-        context_len = sum(map(len, context))
         for request in members:
+            layout = Layout((*map(len, context), len(request.final)), local_sees_first=has_copies)
             shares_context = bool(row) and row[-1][0].context == context
-            num_added = len(request.final) + (0 if shares_context else context_len)
+            num_added = len(request.final) if shares_context else layout.num_row_tokens
             if row and num_tokens + num_added > ROW_TOKENS:
                 yield row
                 row, num_tokens = [], 0
-                shares_context, num_added = False, len(request.final) + context_len
+                shares_context, num_added = False, layout.num_row_tokens
             if shares_context:
                 row[-1].append(request)
             else:
