@@ -13,6 +13,7 @@ from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,8 +60,8 @@ class DamagedBlocks(Exception):
 class BlockCache:
     """The tiers of one process. Not safe for several threads at once.
 
-    pin_memory: keep blocks on the host in pinned memory, from which a GPU copies in the background. Default:
-    if there is a device tier on a GPU.
+    empty: returns an empty tensor on the host for a block, of a size and a type. Default: in pinned
+    memory, from which a GPU copies in the background, if there is a device tier on a GPU.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class BlockCache:
         host: HostTier,
         device: DeviceTier | None = None,
         disk: DiskTier | None = None,
-        pin_memory: bool = False,
+        empty: Callable[[Sequence[int], torch.dtype], torch.Tensor] | None = None,
     ) -> None:
         self.shape, self.host, self.device, self.disk = shape, host, device, disk
         self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="blockft-read")
@@ -80,7 +81,7 @@ class BlockCache:
         self._touched: set[BlockKey] = set()
         self._touched_until = 0.0
         self._copy_stream = torch.cuda.Stream() if device is not None and device.cache_LS2KD.is_cuda else None
-        self._pin_memory = pin_memory or self._copy_stream is not None
+        self._empty = empty or partial(_empty, pin_memory=self._copy_stream is not None)
 
     def lookup(self, keys: Iterable[BlockKey]) -> dict[BlockKey, CacheHit]:
         """Return the nearest tier of each block, without blocks that no tier has. They count as used.
@@ -220,9 +221,8 @@ class BlockCache:
         return kv
 
     def empty(self, length: int) -> torch.Tensor:
-        """Return an empty tensor on the host for a block of `length` tokens, pinned if blocks are."""
-        size = (self.shape.num_layers, *self.shape.layer_shape(length))
-        return torch.empty(size, dtype=self.shape.torch_dtype, pin_memory=self._pin_memory)
+        """Return an empty tensor on the host for a block of `length` tokens."""
+        return self._empty((self.shape.num_layers, *self.shape.layer_shape(length)), self.shape.torch_dtype)
 
     def invalidate(self, key: BlockKey) -> None:
         """Ignore a block's entry on the disk until the block is inserted again. The entry may be damaged."""
@@ -290,6 +290,10 @@ class BlockCache:
                 self.invalidate(key)
                 return None
         return kv
+
+
+def _empty(size: Sequence[int], dtype: torch.dtype, *, pin_memory: bool) -> torch.Tensor:
+    return torch.empty(size, dtype=dtype, pin_memory=pin_memory)
 
 
 def _entries(hits: Mapping[BlockKey, CacheHit]) -> dict[BlockKey, DiskEntry]:

@@ -13,6 +13,7 @@ import torch
 
 from blockft.errors import UserError
 from blockft.inference.block_key import BlockKey, KVShape, num_tokens
+from blockft.inference.free_ranges import FreeRanges
 from blockft.units import format_bytes
 
 
@@ -57,7 +58,7 @@ class DeviceTier:
             ) from error
         self.num_evicted = 0
         self._slots: OrderedDict[BlockKey, int] = OrderedDict()
-        self._free = [(0, self.num_slots)]
+        self._free = FreeRanges(self.num_slots)
         self._unwritten: set[BlockKey] = set()
 
     def __contains__(self, key: BlockKey) -> bool:
@@ -110,7 +111,7 @@ class DeviceTier:
         self.check_fits(kept)
         self._unwritten.update(keys)
         for key in keys:
-            while (slot := self._allocate(num_tokens(key))) is None:
+            while (slot := self._free.take(num_tokens(key))) is None:
                 victim = next((other for other in self._slots if other not in kept), None)
                 if victim is None:
                     # all blocks are needed, but no free range is long enough
@@ -125,14 +126,13 @@ class DeviceTier:
     def drop(self, key: BlockKey) -> None:
         """Free the slots of a block."""
         start = self._slots.pop(key)
-        self._free.append((start, num_tokens(key)))
-        self._free = _merge_ranges(self._free)
+        self._free.give_back(start, num_tokens(key))
 
     def clear(self) -> None:
         """Free all slots."""
         self._reclaim()
         self._slots.clear()
-        self._free = [(0, self.num_slots)]
+        self._free = FreeRanges(self.num_slots)
 
     def _reclaim(self) -> None:
         """Free the slots of blocks that were not written because of an exception."""
@@ -142,14 +142,6 @@ class DeviceTier:
         for key in self._slots.keys() & self._unwritten:
             self.drop(key)
         self._unwritten.clear()
-
-    def _allocate(self, length: int) -> int | None:
-        """Return the start of `length` slots from the first free range that is long enough, or None."""
-        for i, (start, size) in enumerate(self._free):
-            if size >= length:
-                self._free[i : i + 1] = [(start + length, size - length)] if size > length else []
-                return start
-        return None
 
     def _compact(self) -> None:
         """Move all blocks to the front. An exception drops all blocks, because one may be partly moved."""
@@ -162,16 +154,7 @@ class DeviceTier:
                 self.cache_LS2KD[:, next_slot : next_slot + length] = moved
                 slots[key] = next_slot
             next_slot += length
-        self._free = [(next_slot, self.num_slots - next_slot)]
-        self._slots = slots
-
-
-def _merge_ranges(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return ranges (start, length) sorted, with adjacent ranges merged."""
-    merged: list[tuple[int, int]] = []
-    for start, size in sorted(ranges):
-        if merged and sum(merged[-1]) == start:
-            merged[-1] = (merged[-1][0], merged[-1][1] + size)
-        else:
-            merged.append((start, size))
-    return merged
+        free = FreeRanges(self.num_slots)
+        if next_slot:
+            free.take(next_slot)
+        self._free, self._slots = free, slots

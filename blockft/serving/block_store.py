@@ -13,6 +13,7 @@ import torch
 from blockft.inference.block_cache import BlockCache, Tier
 from blockft.inference.block_key import BlockKey
 from blockft.inference.host_tier import HostTier
+from blockft.serving.pinned_memory import PinnedMemory
 from blockft.serving.served_model import ServedModel
 
 
@@ -32,7 +33,7 @@ class BlockStore:
     """The host and disk tiers of a server. One background thread uses the disk tiers.
 
     num_workers: the number of workers of the server. Each has a host tier, and they share its size.
-    pin_memory: keep blocks in pinned memory, from which a GPU copies in the background.
+    pin_memory: keep blocks in pinned memory, from which a GPU copies in the background. It is pinned at once.
 
     Raises:
         UserError: the cache folder cannot be used.
@@ -40,8 +41,10 @@ class BlockStore:
 
     def __init__(self, served: ServedModel, *, num_workers: int = 1, pin_memory: bool = False) -> None:
         self._host = HostTier(served.host_bytes // num_workers)
+        self._pinned = PinnedMemory(served.host_bytes // num_workers) if pin_memory else None
+        empty = self._pinned.empty if self._pinned else None
         self._caches = tuple(
-            BlockCache(served.shape, host=self._host, disk=disk, pin_memory=pin_memory)
+            BlockCache(served.shape, host=self._host, disk=disk, empty=empty)
             for disk in served.open_disk_tiers()
         )
         self._vllm_cache = self._caches[1]
@@ -66,6 +69,10 @@ class BlockStore:
         for cache in self._caches:
             self._thread.submit(cache.touch, {*keys})
 
+    def empty(self, length: int) -> torch.Tensor:
+        """Return an empty tensor on the host for a block of `length` tokens; any thread may ask for it."""
+        return self._vllm_cache.empty(length)
+
     def insert(self, key: BlockKey, kv: torch.Tensor) -> Future[Future[None]]:
         """Insert a block that vLLM computed, (L, n, 2, K, D) on the host, in the background.
 
@@ -78,6 +85,8 @@ class BlockStore:
         self._thread.shutdown()
         for cache in self._caches:
             cache.close()
+        if self._pinned:
+            self._pinned.close()
 
     def _load(self, keys: Sequence[BlockKey]) -> LoadedBlocks:
         blocks: dict[BlockKey, torch.Tensor] = {}

@@ -97,7 +97,8 @@ class ComputedBlocks:
     def _copy(self, key: BlockKey, kv: torch.Tensor, report: Future[str], copied: Future[str]) -> None:
         """Copy a block to the host and give it to the store."""
         try:
-            on_host, work = self._stream.copy_to_host(kv, is_written=True)
+            empty = self._store.empty(kv.shape[1])
+            on_host, work = self._stream.copy_to_host(kv, empty, is_written=True)
             work.wait()
             self._blocks[key] = on_host
             copied.set_result("")

@@ -61,15 +61,18 @@ class BackgroundStream:
         return DeviceWork(self._stream.record_event() if self._stream else None)
 
     def copy_to_host(
-        self, tensor: torch.Tensor, *, is_written: bool = False
+        self, tensor: torch.Tensor, copy: torch.Tensor | None = None, *, is_written: bool = False
     ) -> tuple[torch.Tensor, DeviceWork]:
-        """Return a copy of a tensor on the host, in pinned memory for a GPU, and the work that writes it.
+        """Return a copy of a tensor on the host, and the work that writes it.
 
+        copy: the tensor to write, in pinned memory for a GPU. Default: a new one.
         is_written: the tensor is complete; the copy does not wait for the current stream.
         """
+        if copy is None:
+            is_pinned = self._stream is not None
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=is_pinned)
         if self._stream is None:
-            return tensor.clone(), DeviceWork()
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            return copy.copy_(tensor), DeviceWork()
         with torch.cuda.stream(self._stream) if is_written else self.run():
             copy.copy_(tensor, non_blocking=True)
         tensor.record_stream(self._stream)
