@@ -53,8 +53,9 @@ METHOD = """
 Open loop: requests arrive by a Poisson process and are sent at their times, however many have no answer.
 Times count from the planned arrival. A failed request counts as slower than every other one.
 A rate holds if no request fails and p95 of the time to first token is within the limit. The search doubles
-the first rate until a rate does not hold (or halves it until one does). Then it tries the geometric mean of
-the largest rate that holds and the smallest one that does not.
+the first rate until a rate does not hold. If the first does not hold, the search goes down until one does, to
+the rate at which the server has answered or to half the rate, before it doubles. Then it tries the geometric
+mean of the largest rate that holds and the smallest one that does not.
 A rate with fewer than 21 requests in its time gets more time: p95 would be the slowest request.
 At a rate both servers get the same prompts at the same times. No prompt is asked twice. The times of two
 rates differ by a factor only.
@@ -365,22 +366,24 @@ async def _measure_rates(measure: Callable[[float], Any], plan: ServePlan) -> li
         found[rate] = await measure(rate)
         return is_within(found[rate], plan.ttft_limit_ms)
 
-    rate = plan.first_rate
-    first_holds = await holds(rate)
-    factor = 2.0 if first_holds else 0.5
-    for _ in range(MAX_DOUBLINGS):
-        if rate * factor * plan.seconds < MIN_RATE_SHARE * MIN_REQUESTS:
+    rate, low, high = plan.first_rate, 0.0, math.inf  # the largest that holds, the smallest that does not
+    for _ in range(MAX_DOUBLINGS + 1):
+        if await holds(rate):
+            low = rate
+        else:
+            high = rate
+        rate = 2 * low if low else _smaller_rate(found[high])
+        if rate >= high or rate * plan.seconds < MIN_RATE_SHARE * MIN_REQUESTS:
             break
-        if await holds(rate * factor) != first_holds:
-            break
-        rate *= factor
-    if len({is_within(one, plan.ttft_limit_ms) for one in found.values()}) == 1:
-        return [found[rate] for rate in sorted(found)]  # every rate holds, or none
-    low, high = sorted((rate, rate * factor))
-    for _ in range(plan.num_bisections):
+    for _ in range(plan.num_bisections if low and high < math.inf else 0):
         middle = (low * high) ** 0.5
         low, high = (middle, high) if await holds(middle) else (low, middle)
     return [found[rate] for rate in sorted(found)]
+
+
+def _smaller_rate(figures: Mapping[str, Any]) -> float:
+    """Return the rate to measure after one that does not hold: half of it, or less if less was answered."""
+    return min(figures["rate"] / 2, figures["answered_per_s"] or math.inf)
 
 
 def read_load() -> float:

@@ -125,17 +125,12 @@ class ServeReport:
 
 
 def best_rate(figures: Mapping[str, Any]) -> float | None:
-    """Return the largest measured rate up to which every measured rate holds; 0 if the smallest does not.
-
-    None without measured rates.
-    """
-    if not figures.get("rates"):
-        return None
-    best = 0.0
-    for one in figures["rates"]:
+    """Return the largest measured rate up to which all measured rates hold; None if the smallest does not."""
+    best = None
+    for one in figures.get("rates", ()):
         if not one["is_within_limit"]:
             break
-        best = one["rate"]
+        best = float(one["rate"])
     return best
 
 
@@ -174,7 +169,7 @@ def summarize_servers(
             for kind, orders in reuse.items()
         }
     plain, blocks = rates.get("plain"), rates.get("blocks")
-    if has_all_rates and plain and blocks is not None:
+    if has_all_rates and plain and blocks:
         summary["rate_ratio"] = blocks / plain
     if single.get("plain") and single.get("blocks"):
         summary["ttft_share_percent"] = 100 * single["blocks"] / single["plain"]
@@ -228,18 +223,21 @@ def print_tables(
     if table.row_count:
         console.print(table)
     for figures in measured:
-        console.print(_conclusion(figures["kind"], summary, ttft_limit_ms), soft_wrap=True)
+        console.print(_conclusion(figures, summary, ttft_limit_ms), soft_wrap=True)
         for reason, number in _failures(figures).items():
             console.print(f"  {number} failed: {reason}", soft_wrap=True)
 
 
-def _conclusion(kind: ServerKind, summary: Mapping[str, Any], ttft_limit_ms: float) -> str:
+def _conclusion(figures: Mapping[str, Any], summary: Mapping[str, Any], ttft_limit_ms: float) -> str:
     """Return what follows for a server."""
+    kind: ServerKind = figures["kind"]
     rate, single = summary["largest_rate"][kind], summary["one_at_a_time_ttft_p50_ms"]
-    texts = []
+    texts, limit = [], f"with p95 of the TTFT within {ttft_limit_ms:g} ms"
     if rate is not None:
         at_least = "at least " if summary["holds_at_every_rate"][kind] else ""
-        texts.append(f"{at_least}{rate:.3g} requests/s with p95 of the TTFT within {ttft_limit_ms:g} ms")
+        texts.append(f"{at_least}{rate:.3g} requests/s {limit}")
+    elif rates := figures.get("rates"):
+        texts.append(f"no rate was measured {limit}, the smallest was {rates[0]['rate']:.3g} requests/s")
     if kind in single:
         texts.append(f"one request at a time: TTFT {format_ms(single[kind])} ms")
     return f"{LABELS[kind][0]}: {'; '.join(texts) or 'no rate was measured'}"

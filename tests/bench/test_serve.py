@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from blockft.bench import serve, serve_client
 from blockft.bench.serve import ServePlan, Server
 from blockft.bench.serve_client import LoadClient, Outcome, Target, is_within, summarize
-from blockft.bench.serve_report import ServeReport, best_rate, summarize_servers
+from blockft.bench.serve_report import ServeReport, best_rate, print_tables, summarize_servers
 from blockft.bench.serve_workload import ServePrompt, Workload, WorkloadOptions
 from blockft.bench.synthetic_source import save_tokenizer, write_source
 from blockft.bench.time_limit import END_S, TimeLimit
@@ -287,14 +287,21 @@ def test_a_percentile_is_a_measured_value_and_a_failure_is_slower_than_every_ans
     assert summarize([])["ttft_ms"]["p95"] is None
 
 
-def search(capacity: float, plan: ServePlan) -> list[dict[str, Any]]:
+def search(
+    capacity: float, plan: ServePlan, answered_per_s: Callable[[float], float] = lambda rate: rate
+) -> list[dict[str, Any]]:
     """Measure rates of a server that holds every rate up to its capacity."""
     measured = []
 
     async def measure(rate: float) -> dict[str, Any]:
         measured.append(rate)
         p95 = 100.0 if rate <= capacity else 900.0
-        return {"rate": rate, "num_failed": 0, "ttft_ms": {"p95": p95}}
+        return {
+            "rate": rate,
+            "num_failed": 0,
+            "ttft_ms": {"p95": p95},
+            "answered_per_s": answered_per_s(rate),
+        }
 
     rates = asyncio.run(serve._measure_rates(measure, plan))
     assert len(measured) == len(set(measured)) == len(rates)
@@ -308,22 +315,38 @@ def test_the_search_finds_the_largest_rate_within_its_resolution(capacity: float
     rates = search(capacity, replace(PLAN, seconds=100))
     assert [one["rate"] for one in rates] == sorted(one["rate"] for one in rates)
     best = best_rate({"rates": rates})
-    assert best <= capacity < best * 2 ** (1 / 8) * 1.0001
+    assert best is not None and best <= capacity < best * 2 ** (1 / 8) * 1.0001
+
+
+@pytest.mark.parametrize(
+    ("capacity", "answered", "expected"),
+    [
+        (5.2, 5.0, [5, 7.071, 10, 32]),  # the rate at which it answered holds; 10 does not
+        (5.2, 5.5, [2.75, 3.889, 5.5, 32]),  # the rate at which it answered does not hold
+        (5.2, 0.0, [4, 5.657, 8, 16, 32]),  # all requests have failed
+        (20.0, 30.0, [16, 22.627, 32]),
+    ],
+)
+def test_a_search_that_begins_too_high_goes_down_to_what_the_server_answered(
+    capacity: float, answered: float, expected: list[float]
+) -> None:
+    """Halves of the first rate would use the time of a server that answers a sixth of it."""
+    plan = replace(PLAN, first_rate=32, seconds=100, num_bisections=1)
+    rates = search(capacity, plan, lambda rate: min(rate, answered))
+    assert [one["rate"] for one in rates] == pytest.approx(expected, abs=1e-3)
 
 
 def test_the_search_ends_where_every_rate_holds_or_none() -> None:
     assert len(search(math.inf, PLAN)) == serve.MAX_DOUBLINGS + 1
-    assert best_rate({"rates": search(0, PLAN)}) == 0
+    assert best_rate({"rates": search(0, PLAN)}) is None
     assert len(search(0, replace(PLAN, first_rate=6, seconds=1))) == 1
 
 
 def test_given_rates_are_measured_and_the_best_has_no_failing_rate_below() -> None:
     rates = search(3, replace(PLAN, rates=(4, 1, 2, 1)))
     assert [one["rate"] for one in rates] == [1, 2, 4] and best_rate({"rates": rates}) == 2
-    assert (
-        best_rate({"rates": [{"rate": 1, "is_within_limit": False}, {"rate": 2, "is_within_limit": True}]})
-        == 0
-    )
+    failing = {"rate": 1, "is_within_limit": False}
+    assert best_rate({"rates": [failing, {"rate": 2, "is_within_limit": True}]}) is None
 
 
 def test_ratios_are_between_the_two_servers() -> None:
@@ -352,6 +375,19 @@ def test_ratios_are_between_the_two_servers() -> None:
         "blocks": {"new": None, "same_order": 25},
     }
     assert summary["largest_rate"] == {"plain": None, "blocks": None}
+
+
+def test_a_server_that_holds_no_measured_rate_has_no_largest_rate(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It was not measured at a rate of 0, and holds some rate below the smallest one."""
+    rate = summarize([]) | {"rate": 16, "num_requests": 9, "is_within_limit": False}
+    measured: list[dict[str, Any]] = [{"kind": "plain", "rates": [rate]}]
+    print_tables("toy", measured, summarize_servers(measured, 500), 500)
+    line = (
+        "vLLM alone: no rate was measured with p95 of the TTFT within 500 ms, the smallest was 16 requests/s"
+    )
+    assert line in capsys.readouterr().out
 
 
 def test_rates_are_numbers() -> None:
