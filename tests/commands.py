@@ -5,11 +5,13 @@ ranks, and only tests of launchers and of a process's start and end need a new i
 """
 
 import atexit
+import fcntl
 import importlib.util
 import io
 import multiprocessing
 import multiprocessing.connection
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -25,7 +27,7 @@ from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
 from subprocess import CompletedProcess
-from typing import Any
+from typing import IO, Any
 from unittest.mock import patch
 
 import torch
@@ -39,11 +41,33 @@ TIMEOUT_S = 240
 """Limit of each command: many times the usual duration, because machines may be busy."""
 
 
+PORTS = range(15_000, 32_000)
+"""Ports of the tests: below those that systems give to connections and to listeners without a port."""
+
+_reserved_ports: list[IO[bytes]] = []
+"""The files that this process has locked, one per port."""
+
+
 def free_port() -> int:
-    """Return a port of this machine that no process listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """Return a port of this machine that nobody uses, and that no other test gets while this process lives.
+
+    A rank takes its port only after its imports, which last many seconds. A port that the system chooses
+    could be given to another process in this time.
+    """
+    folder = Path(tempfile.gettempdir(), f"blockft-test-ports-{os.getuid()}")
+    folder.mkdir(exist_ok=True)
+    while True:
+        port = secrets.choice(PORTS)
+        lock = (folder / str(port)).open("ab")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with socket.socket() as listener:
+                listener.bind(("", port))
+        except OSError:
+            lock.close()
+            continue
+        _reserved_ports.append(lock)
+        return port
 
 
 def blockft(*arguments: str | Path, cwd: Path = ROOT, **environment: str) -> CompletedProcess[str]:

@@ -42,6 +42,7 @@ def bench_attention(*, row_len: int, num_layouts: int, out: Path | None) -> None
         raise UserError("bench attention needs a GPU: FlexAttention has no backward pass on a CPU")
     torch.backends.cuda.matmul.allow_tf32 = False
     rng = random.Random(0)
+    torch.manual_seed(0)
     measured = []
     cases = [(dtype, index) for dtype in MAX_RELATIVE_ERROR for index in range(num_layouts)]
     for dtype, index in track(cases, "layouts", unit="layout"):

@@ -13,7 +13,7 @@ import torch
 from torch.nn.attention.bias import causal_lower_right
 from transformers import PreTrainedModel
 
-from blockft.attention.backends import AttentionMasks
+from blockft.attention.backends import COMPILE_OPTIONS, AttentionMasks
 from blockft.attention.cached_context import TILE_PADDING
 from blockft.attention.layout import Layout, build_metadata
 from blockft.attention.rope import RotaryEmbedding, rotate
@@ -203,7 +203,7 @@ class _CopyingPass:
         self._block_S = torch.arange(len(blocks)).repeat_interleave(torch.tensor(lengths)).to(device)
         self._copy_LS2KD = blocks[0].new_empty((len(blocks[0]), layout.num_tokens, *blocks[0].shape[2:]))
         self._rotate_in_place = (
-            torch.compile(_rotate_in_place, dynamic=False) if is_compiled else _rotate_in_place
+            torch.compile(_rotate_in_place, **COMPILE_OPTIONS) if is_compiled else _rotate_in_place
         )
 
     def capture(self) -> Pass:

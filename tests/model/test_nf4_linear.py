@@ -95,6 +95,7 @@ def test_a_missing_package_is_named_with_its_extra() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernels_of_a_gpu_give_the_numbers_of_the_reference(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
     weights = quantize(torch.randn(256, 384).to(dtype).cuda())
     decoded = decode_matrix(weights.codes, weights.scales, weights.groups, (256, 384), dtype, dtype)
     assert torch.equal(decoded, dequantize(weights, (256, 384), dtype))

@@ -1,15 +1,16 @@
 """Processes that train on one GPU: killed and resumed, started by the command line, with offload."""
 
+import os
 import signal
-import time
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from blockft.model.checkpoint import complete_checkpoints
-from blockft.run_folder import METRICS
-from tests import commands
-from tests.commands import Ranks, finish, start, start_ranks
+from tests.commands import finish, logged, run_ranks, start
 from tests.gpu_runs import (
     BFLOAT16,
     SETTINGS,
@@ -17,9 +18,12 @@ from tests.gpu_runs import (
     ToyRuns,
     check_losses,
     losses_without_speed,
+    train_here,
 )
 
 pytestmark = pytest.mark.gpu
+
+COMPILED = ("train.torch_compile=true",)
 
 
 @pytest.fixture(scope="module")
@@ -27,27 +31,30 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> ToyRuns:
     return ToyRuns(tmp_path_factory.mktemp("kill-gpu"))
 
 
-def kill_after_step(ranks: Ranks, run: Path, step: int) -> None:
-    """Kill the ranks as soon as the run has logged a step."""
-    while ranks.is_alive():
-        text = (run / METRICS).read_text() if (run / METRICS).exists() else ""
-        if f'"step": {step}, "loss"' in text:
-            ranks.send_signal(signal.SIGKILL)
-            ranks.wait()
-            return
-        time.sleep(0.002)
-    raise AssertionError(f"the run ended before the step: {ranks.output('stderr')}")
+def kill_this_rank_after_step(step: int) -> None:
+    """Let this process kill itself as soon as it has logged a step, before it takes the next one."""
+    from blockft.training import run_callback
+
+    append_lines = run_callback.append_lines
+
+    def append_and_end(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+        records = list(records)
+        append_lines(path, records)
+        if any(record.get("step") == step and "loss" in record for record in records):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run_callback.append_lines = append_and_end
 
 
 def test_a_killed_run_resumes_as_if_never_killed(toy: ToyRuns) -> None:
-    """To every printed digit, with compiled layers, in processes that are not those that were killed."""
-    expected, run = toy.new_run("whole"), toy.new_run("killed")
-    settings = (*SETTINGS, "train.torch_compile=true")
-    commands.train(toy.recipe, expected, *settings)
-    ranks = start_ranks("train", toy.recipe, f"train.output_dir={run}", *settings)
-    kill_after_step(ranks, run, 4)
+    """To every printed digit, with compiled layers, in a process that is not the one that was killed."""
+    expected, run = toy.train(*COMPILED), toy.new_run("killed")
+    before = partial(kill_this_rank_after_step, 4)
+    done = run_ranks("train", toy.recipe, f"train.output_dir={run}", *SETTINGS, *COMPILED, before=before)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert [path.name for path in complete_checkpoints(run)] == ["checkpoint-3"]
-    commands.train(toy.recipe, run, *settings, "--resume")
+    assert logged(run) == logged(expected)[:4]
+    train_here(toy.recipe, run, *COMPILED, resume=True)
     assert losses_without_speed(run) == losses_without_speed(expected)
 
 

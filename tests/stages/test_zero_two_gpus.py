@@ -131,4 +131,8 @@ def test_a_killed_rank_ends_the_run_within_a_minute(toy: TwoGpuRuns) -> None:
 
 
 def is_rank(process: psutil.Process) -> bool:
-    return "RANK" in process.environ()
+    """Return whether a process is a rank; the compilers that a rank starts have its environment, too."""
+    try:
+        return "RANK" in process.environ() and "train" in process.cmdline()
+    except psutil.Error:  # it has just ended
+        return False
