@@ -31,8 +31,9 @@ METHODS: list[dict[str, Any]] = [
     {"name": "local-positions"},
     {"name": "shared-start", "start_tokens": 2},
     {"name": "shared-start"},
-    *({"name": "recompute", "tokens": tokens, "share": share} for tokens in ("first", "deviation") for share in SHARES),
-]  # fmt: skip
+    *({"name": "recompute", "tokens": "first", "share": share} for share in SHARES),
+    *({"name": "recompute", "tokens": "deviation", "share": share} for share in SHARES),
+]
 """`ape` is added with the chosen temperature and scale."""
 
 
@@ -40,7 +41,8 @@ def ask(work: Path, file: str, mode: str, method: dict[str, Any] | None, limit: 
     """Return the hits of the base model on a file of the world: a digit a question."""
     folder = work / "eval"
     shutil.rmtree(folder, ignore_errors=True)
-    overrides = [f"eval.sources.0.path={work}/{file}.jsonl", f"eval.output_dir={folder}", "eval.batch_size=64"]  # fmt: skip
+    overrides = [f"eval.sources.0.path={work}/{file}.jsonl", f"eval.output_dir={folder}"]
+    overrides.append("eval.batch_size=64")
     overrides += [f"eval.method.{key}={value}" for key, value in (method or {}).items()]
     overrides += [f"eval.modes=[{mode}]"] + ([f"eval.max_samples={limit}"] if limit else [])
     blockft.evaluate(MODEL, blockft.load_recipe("demo", overrides))
