@@ -48,8 +48,20 @@ def restore_frequencies(model: PreTrainedModel) -> None:
         setattr(rotary, name, frequencies.to(rotary.get_buffer(name).device, torch.float32))
 
 
-def compile_layers(model: PreTrainedModel) -> None:
-    """Compile each decoder layer at its first use. Layers of the same kind share the compiled code."""
+def compile_layers(model: PreTrainedModel, *, without_hooks: bool = False) -> None:
+    """Compile each decoder layer at its first use. Layers of the same kind share the compiled code.
+
+    `without_hooks` leaves the hooks of a layer outside of the compiled code, as ZeRO-3 needs it: the hooks
+    gather the weights of the layer before its code runs. Modules inside a layer must have no such hooks.
+    """
     allow_recompiles()
-    for layer in model.base_model.get_submodule("layers").children():
-        layer.compile(**COMPILE_OPTIONS)
+    for layer in list_layers(model):
+        if without_hooks:
+            layer.forward = torch.compile(layer.forward, **COMPILE_OPTIONS)
+        else:
+            layer.compile(**COMPILE_OPTIONS)
+
+
+def list_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """Return the decoder layers of a model, in order."""
+    return list(model.base_model.get_submodule("layers").children())

@@ -23,6 +23,7 @@ from blockft.model.checkpoint import (
     read_marker,
     verify_checkpoint,
 )
+from blockft.model.decoder_layers import list_layers
 from blockft.model.load import (
     adapter_base_model,
     build_meta_model,
@@ -43,6 +44,7 @@ from blockft.training.deepspeed_config import (
     find_own_optimizer,
     is_shipped,
     load_deepspeed_config,
+    with_prefetched_layers,
     without_overlap,
     zero_stage,
 )
@@ -188,6 +190,9 @@ def build_plan(recipe: Recipe, num_processes: int, *, on_gpu: bool | None = None
             num_steps=num_steps,
             warmup_steps=settings.warmup_steps,
         )
+    compiles = choose_compile(settings.torch_compile, zero_stage(deepspeed), on_gpu=on_gpu)
+    if compiles and zero_stage(deepspeed) == 3:
+        deepspeed = with_prefetched_layers(deepspeed, _largest_layer(model))
     return RunPlan(
         model=model,
         num_parameters=num_parameters,
@@ -199,7 +204,7 @@ def build_plan(recipe: Recipe, num_processes: int, *, on_gpu: bool | None = None
         mixture=mixture,
         on_gpu=on_gpu,
         backend=backend,
-        compiles=choose_compile(settings.torch_compile, zero_stage(deepspeed), on_gpu=on_gpu),
+        compiles=compiles,
         dtype=dtype,
         deepspeed=deepspeed,
         run_signature={
@@ -235,6 +240,13 @@ def build_training_model(recipe: Recipe) -> tuple[PreTrainedModel | PeftModel, i
     is_quantized = recipe.model.quantization is not None
     adapted = add_adapter(model, recipe.train.lora, seed=recipe.train.seed, is_quantized=is_quantized)
     return adapted, num_parameters
+
+
+def _largest_layer(model: PreTrainedModel | PeftModel) -> int:
+    """Return the number of weights of the largest decoder layer."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, PreTrainedModel)
+    return max(sum(weight.numel() for weight in layer.parameters()) for layer in list_layers(base))
 
 
 def _warn_of_long_examples(recipe: Recipe, prepared: PreparedData, num_positions: int) -> None:

@@ -15,7 +15,7 @@ from blockft.config.settings import Recipe
 from blockft.data.encoder import Encoder
 from blockft.errors import UserError, first_line
 from blockft.model.checkpoint import read_marker
-from blockft.model.decoder_layers import compile_layers
+from blockft.model.decoder_layers import compile_layers, list_layers
 from blockft.model.fingerprint import model_fingerprint
 from blockft.model.gradient_checkpointing import checkpoint_layers
 from blockft.model.load import digest_base_weights, load_model, load_tokenizer
@@ -198,7 +198,9 @@ def _load_model(recipe: Recipe, plan: RunPlan, checkpointing: str) -> PreTrained
         quantize=is_quantized,
     )
     if plan.compiles:
-        compile_layers(model)
+        if plan.zero_stage == 3:
+            _gather_whole_layers(model)
+        compile_layers(model, without_hooks=plan.zero_stage == 3)
     checkpoint_layers(model, checkpointing)
     if recipe.train.lora is None:
         return model
@@ -214,6 +216,16 @@ def _load_model(recipe: Recipe, plan: RunPlan, checkpointing: str) -> PreTrained
     if plan.shares_products:
         share_products(model)
     return adapted
+
+
+def _gather_whole_layers(model: PreTrainedModel) -> None:
+    """Let ZeRO-3 gather all weights of a decoder layer before it, instead of each weight before its module.
+
+    The compiler would stop at each gathered weight inside of a layer.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    set_z3_leaf_modules(model, list({type(layer) for layer in list_layers(model)}))
 
 
 def _cast_adapter(adapted: PeftModel, dtype: torch.dtype) -> None:

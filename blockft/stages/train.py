@@ -276,9 +276,7 @@ def _report_compile(plan: RunPlan) -> None:
     if plan.compiles:
         notify("layers are compiled in the first step (train.torch_compile=false does without)")
     else:
-        notify(
-            "layers are not compiled, because ZeRO-3 gathers their weights one by one (train.torch_compile)"
-        )
+        notify("layers are not compiled under ZeRO-3 (train.torch_compile=true compiles them)")
 
 
 def _print_summary(run: Path, plan: RunPlan, trainer: "BlockTrainer", expected_bytes: float | None) -> None:

@@ -135,6 +135,19 @@ def without_overlap(deepspeed: Mapping[str, Any]) -> dict[str, Any]:
     return {**deepspeed, "zero_optimization": {**zero, "overlap_comm": False}}
 
 
+def with_prefetched_layers(deepspeed: Mapping[str, Any], layer_numel: int) -> dict[str, Any]:
+    """Return the config of ZeRO-3 for layers that are gathered whole, if it leaves the choice to us.
+
+    While a layer computes, the weights of the next one are gathered. The usual size of this prefetch is that
+    of one matrix, so that each layer would wait for most of its weights. `layer_numel` counts the weights of
+    the largest layer.
+    """
+    zero = deepspeed["zero_optimization"]
+    if zero.get("stage3_prefetch_bucket_size", "auto") != "auto":
+        return dict(deepspeed)
+    return {**deepspeed, "zero_optimization": {**zero, "stage3_prefetch_bucket_size": layer_numel}}
+
+
 def zero_stage(deepspeed: Mapping[str, Any]) -> int:
     """Return the ZeRO stage of a DeepSpeed config."""
     return deepspeed.get("zero_optimization", {}).get("stage", 0)

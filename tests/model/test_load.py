@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.testing import assert_close
 from transformers.models.gemma3 import Gemma3TextConfig
 from transformers.models.gpt2 import GPT2Config
@@ -19,6 +20,7 @@ from blockft.errors import UserError
 from blockft.model.decoder_layers import (
     attention_windows,
     compile_layers,
+    list_layers,
     restore_frequencies,
     rotary_embeddings,
 )
@@ -181,7 +183,8 @@ def test_the_windows_of_a_model_are_those_of_its_layers(name: str) -> None:
     assert set(windows) == set(attention_windows(model.config))
 
 
-def test_compiled_layers_give_the_same_logits() -> None:
+@pytest.mark.parametrize("without_hooks", [False, True])
+def test_compiled_layers_give_the_same_logits(without_hooks: bool) -> None:
     model, metadata = build_model("mistral-window"), build_metadata([Layout((3, 4)), Layout((5,))])
     model_inputs = {
         "input_ids": torch.arange(1, 13)[None],
@@ -191,8 +194,24 @@ def test_compiled_layers_give_the_same_logits() -> None:
     masks = [AttentionMasks(metadata).build("block_sdpa", attention_windows(model.config)) for _ in range(2)]
     with torch.no_grad():
         expected = model(**model_inputs, block_masks=masks[0]).logits
-        compile_layers(model)
+        compile_layers(model, without_hooks=without_hooks)
         assert_close(model(**model_inputs, block_masks=masks[1]).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_hooks_of_layers_can_stay_outside_of_their_compiled_code() -> None:
+    """As those of ZeRO-3 do, which gather the weights of a layer."""
+    model, metadata = build_model("llama"), build_metadata([Layout((3, 4))])
+    calls: list[bool] = []
+    for layer in list_layers(model):
+        layer.register_forward_pre_hook(lambda *_: calls.append(torch.compiler.is_compiling()))
+    compile_layers(model, without_hooks=True)
+    counters.clear()
+    masks = AttentionMasks(metadata).build("block_sdpa", attention_windows(model.config))
+    with torch.no_grad():
+        ids_BT = torch.arange(1, 8)[None]
+        model(ids_BT, position_ids=metadata.position_ids, block_masks=masks, use_cache=False)
+    assert calls == [False] * model.config.num_hidden_layers
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
 def test_names_of_types_and_devices_are_parsed() -> None:

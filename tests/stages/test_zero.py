@@ -133,6 +133,18 @@ def test_every_zero_stage_gives_the_same_losses(train_once: TrainOnce, stage: in
         assert_close(logged(run, name), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow  # the compiler takes 20 s for each run
+@pytest.mark.parametrize(("adapter", "kind"), [(False, "full"), (True, "selective")])
+def test_compiled_layers_under_zero3_give_the_losses_of_eager_ones(
+    train_once: TrainOnce, folder: Path, adapter: bool, kind: str
+) -> None:
+    run = folder / f"compiled-{adapter}-{kind}"
+    settings = ("train.torch_compile=true", f"train.gradient_checkpointing={kind}")
+    train(run, "train.deepspeed=zero3", *settings, *([LORA] if adapter else []))
+    for name in LOSSES:
+        assert_close(logged(run, name), logged(train_once(2, adapter), name), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize(("stage", "adapter"), RUNS)
 def test_an_export_gives_the_logits_of_its_run_and_answers(
     train_once: TrainOnce, folder: Path, stage: int, adapter: bool

@@ -57,7 +57,7 @@ def test_two_gpus_give_the_losses_of_one(toy: TwoGpuRuns, stage: int, adapter: t
     check_losses(run, toy.train_on(1, FLOAT32, *adapter, "train.deepspeed=zero0"), TOLERANCE[FLOAT32])
 
 
-@pytest.mark.parametrize(("stage", "compile"), [(1, True), (3, False)])
+@pytest.mark.parametrize(("stage", "compile"), [(1, True), (3, False), (3, True)])
 def test_two_gpus_in_bfloat16_differ_from_one_by_rounding_only(
     toy: TwoGpuRuns, stage: int, compile: bool
 ) -> None:

@@ -11,6 +11,7 @@ from blockft.errors import UserError
 from blockft.training.deepspeed_config import (
     check_deepspeed_config,
     load_deepspeed_config,
+    with_prefetched_layers,
     without_overlap,
     zero_stage,
 )
@@ -34,6 +35,18 @@ def test_one_process_overlaps_no_communication_unless_weights_are_copied(name: s
         assert zero_stage(alone) == zero_stage(config)
     else:
         assert alone == config
+
+
+@pytest.mark.parametrize(
+    ("bucket", "expected"),
+    [({}, 500), ({"stage3_prefetch_bucket_size": "auto"}, 500), ({"stage3_prefetch_bucket_size": 7}, 7)],
+)
+def test_a_layer_is_prefetched_whole_unless_the_config_says_how_much(
+    bucket: dict[str, int | str], expected: int
+) -> None:
+    zero = {"stage": 3, "overlap_comm": True}
+    changed = with_prefetched_layers({"zero_optimization": {**zero, **bucket}}, 500)
+    assert changed == {"zero_optimization": {**zero, "stage3_prefetch_bucket_size": expected}}
 
 
 @pytest.mark.parametrize(
