@@ -33,7 +33,7 @@ class BlockStore:
     """The host and disk tiers of a server. One background thread uses the disk tiers.
 
     num_workers: the number of workers of the server. Each has a host tier, and they share its size.
-    pin_memory: keep blocks in pinned memory, from which a GPU copies in the background. It is pinned at once.
+    pin_memory: keep blocks in pinned memory, from which a GPU copies in the background.
 
     Raises:
         UserError: the cache folder cannot be used.
@@ -41,8 +41,7 @@ class BlockStore:
 
     def __init__(self, served: ServedModel, *, num_workers: int = 1, pin_memory: bool = False) -> None:
         self._host = HostTier(served.host_bytes // num_workers)
-        self._pinned = PinnedMemory(served.host_bytes // num_workers) if pin_memory else None
-        empty = self._pinned.empty if self._pinned else None
+        empty = PinnedMemory(served.host_bytes // num_workers).empty if pin_memory else None
         self._caches = tuple(
             BlockCache(served.shape, host=self._host, disk=disk, empty=empty)
             for disk in served.open_disk_tiers()
@@ -85,8 +84,6 @@ class BlockStore:
         self._thread.shutdown()
         for cache in self._caches:
             cache.close()
-        if self._pinned:
-            self._pinned.close()
 
     def _load(self, keys: Sequence[BlockKey]) -> LoadedBlocks:
         blocks: dict[BlockKey, torch.Tensor] = {}

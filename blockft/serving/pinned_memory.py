@@ -14,14 +14,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from blockft.errors import first_line
 from blockft.inference.free_ranges import FreeRanges
 
 CHUNK_BYTES = 1 << 30
 """Size of the parts in which memory is pinned: a power of 2, as PyTorch pins. Larger blocks have others."""
 
 SPARE_SHARE = 0.125
-"""Memory beyond that of the host tier, as a share of it, and at least a chunk: for blocks that are not in the
-tier yet, or no more."""
+"""Memory beyond that of the host tier, as a share of it: for blocks before and after they are in the tier."""
 
 ALIGNMENT = 4096
 
@@ -37,36 +37,34 @@ def pin(num_bytes: int) -> torch.Tensor:
 
 
 class PinnedMemory:
-    """Memory for the blocks of a host tier of `host_bytes`, pinned in a thread that starts at once.
+    """Memory for the blocks of a host tier of `host_bytes`, which is pinned at once.
 
     Memory is free again when no tensor uses it any more. The device must not read or write it then. Several
     threads may take memory.
+
+    A thread must not pin it later, beside the start of a server: a call of the driver for memory breaks the
+    capture of CUDA graphs in another thread.
 
     pin_chunk: returns a chunk of memory, (n,) uint8.
     """
 
     def __init__(self, host_bytes: int, pin_chunk: Callable[[int], torch.Tensor] = pin) -> None:
         self._pin_chunk = pin_chunk
-        self._chunks: list[torch.Tensor] = []
-        self._free: list[FreeRanges] = []
+        self._chunks = self._pin_chunks(math.ceil(host_bytes * (1 + SPARE_SHARE) / CHUNK_BYTES))
+        self._free = [FreeRanges(chunk.nbytes) for chunk in self._chunks]
         self._returned: deque[Place] = deque()
-        self._lock, self._is_closed = threading.Lock(), False
-        num_chunks = math.ceil((host_bytes + max(SPARE_SHARE * host_bytes, CHUNK_BYTES)) / CHUNK_BYTES)
-        self._thread = threading.Thread(
-            target=self._fill, args=(num_chunks,), name="blockft-pin", daemon=True
-        )
-        self._thread.start()
+        self._lock = threading.Lock()
 
     @property
     def num_bytes(self) -> int:
-        """The memory that is pinned now."""
+        """The size of the memory."""
         return sum(chunk.nbytes for chunk in self._chunks)
 
     def empty(self, size: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Return an empty pinned tensor."""
         num_bytes = math.prod(size) * dtype.itemsize
         place = self._take(-(-num_bytes // ALIGNMENT) * ALIGNMENT)
-        if place is None:  # the memory is not pinned yet, or too scattered
+        if place is None:  # all memory is in use, or what is free is too scattered
             return self._pin_chunk(num_bytes).view(dtype).view(*size)
         memory, start = self._chunks[place[0]], place[1]
         # a tensor keeps the buffer as long as any view of it lives
@@ -74,26 +72,15 @@ class PinnedMemory:
         weakref.finalize(buffer, _give_back, self._returned, place, memory).atexit = False
         return torch.frombuffer(buffer, dtype=dtype).view(*size)
 
-    def close(self) -> None:
-        """Pin no further memory."""
-        self._is_closed = True
-        self._thread.join()
-
-    def _fill(self, num_chunks: int) -> None:
-        for index in range(num_chunks):
-            if self._is_closed:
-                return
-            try:
-                chunk = self._pin_chunk(CHUNK_BYTES)
-            except RuntimeError as error:  # blocks are pinned one by one, as long as there is memory
-                _log.warning(
-                    f"{num_chunks - index} of {num_chunks} GiB for blocks could not be pinned: lower "
-                    f"--host-bytes ({error})"
-                )
-                return
-            with self._lock:
-                self._chunks.append(chunk)
-                self._free.append(FreeRanges(chunk.nbytes))
+    def _pin_chunks(self, number: int) -> list[torch.Tensor]:
+        chunks: list[torch.Tensor] = []
+        try:
+            while len(chunks) < max(number, 1):
+                chunks.append(self._pin_chunk(CHUNK_BYTES))
+        except RuntimeError as error:  # blocks are pinned one by one, as long as there is memory
+            missing = f"{number - len(chunks)} of {number} GiB for blocks"
+            _log.warning(f"{missing} could not be pinned: lower --host-bytes ({first_line(error)})")
+        return chunks
 
     def _take(self, num_bytes: int) -> Place | None:
         with self._lock:

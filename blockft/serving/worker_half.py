@@ -111,6 +111,8 @@ class WorkerHalf:
         if self._served.device_bytes:
             bytes_of_worker = self._served.device_bytes // shard.num_workers
             self._device_tier = DeviceTier(self._shape, device, bytes_of_worker)
+        if device.type == "cuda" and shard.worker == 0:
+            notify("memory for blocks (--host-bytes) is being pinned, which takes a while")
         self._store = BlockStore(
             self._served, num_workers=shard.num_workers, pin_memory=device.type == "cuda"
         )

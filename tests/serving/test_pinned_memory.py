@@ -2,10 +2,7 @@
 
 import gc
 import random
-import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 import torch
@@ -17,19 +14,15 @@ CHUNK = 16 * ALIGNMENT
 
 
 class Chunks:
-    """Gives memory that is not pinned, and counts how often it is asked. may_pin: a chunk waits for it."""
+    """Gives memory that is not pinned, and records how often. There are `number` chunks."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
-        self.may_pin = threading.Event()
-        self.may_pin.set()
-        self.fails = False
+        self.number = 10
 
     def __call__(self, num_bytes: int) -> torch.Tensor:
-        if num_bytes == CHUNK:
-            self.may_pin.wait(30)
-        if self.fails:
-            raise RuntimeError("no memory")
+        if num_bytes == CHUNK and self.sizes.count(CHUNK) == self.number:
+            raise RuntimeError("no memory\nat line 5")
         self.sizes.append(num_bytes)
         return torch.empty(num_bytes, dtype=torch.uint8)
 
@@ -41,11 +34,8 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> Chunks:
 
 
 @pytest.fixture
-def memory(chunks: Chunks) -> Iterator[PinnedMemory]:
-    memory = PinnedMemory(2 * CHUNK, chunks)
-    memory._thread.join()
-    yield memory
-    memory.close()
+def memory(chunks: Chunks) -> PinnedMemory:
+    return PinnedMemory(2 * CHUNK, chunks)
 
 
 def test_memory_is_pinned_once_for_the_host_tier_and_blocks_on_their_way(
@@ -88,41 +78,23 @@ def test_blocks_that_find_no_place_are_pinned_by_themselves(memory: PinnedMemory
     assert [memory.empty((CHUNK,), torch.uint8).shape for _ in range(3)] and len(chunks.sizes) == 5
 
 
-def test_a_block_does_not_wait_until_all_memory_is_pinned(chunks: Chunks) -> None:
-    chunks.may_pin.clear()
-    memory = PinnedMemory(CHUNK, chunks)
-    assert memory.empty((3,), torch.float32).fill_(1).sum() == 3 and chunks.sizes == [12]
-    chunks.may_pin.set()
-    memory._thread.join()
-    assert memory.num_bytes == 2 * CHUNK
-    memory.close()
+def test_there_is_memory_for_blocks_on_their_way_without_a_host_tier(chunks: Chunks) -> None:
+    assert PinnedMemory(0, chunks).num_bytes == CHUNK
 
 
-def test_too_little_memory_is_a_warning_and_blocks_are_pinned_by_themselves(
+def test_too_little_memory_is_a_warning_and_further_blocks_are_pinned_by_themselves(
     chunks: Chunks, caplog: pytest.LogCaptureFixture
 ) -> None:
-    chunks.fails = True
-    memory = PinnedMemory(CHUNK, chunks)
-    memory._thread.join()
-    assert "could not be pinned: lower --host-bytes (no memory)" in caplog.text
-    chunks.fails = False
-    assert memory.empty((4,), torch.uint8).shape == (4,)
-    memory.close()
-
-
-def test_closing_ends_the_thread_after_its_chunk(chunks: Chunks) -> None:
-    chunks.may_pin.clear()
-    memory = PinnedMemory(100 * CHUNK, chunks)
-    threading.Timer(0.1, chunks.may_pin.set).start()
-    memory.close()
-    assert memory.num_bytes <= 2 * CHUNK and not memory._thread.is_alive()
+    chunks.number = 1
+    memory = PinnedMemory(2 * CHUNK, chunks)
+    assert "2 of 3 GiB for blocks could not be pinned: lower --host-bytes (no memory)" in caplog.text
+    blocks = [memory.empty((size,), torch.uint8) for size in (CHUNK // 2, CHUNK - 1)]
+    assert chunks.sizes == [CHUNK, CHUNK - 1] and len(blocks) == 2
 
 
 def test_blocks_outlive_the_memory_object(chunks: Chunks) -> None:
-    memory: Any = PinnedMemory(CHUNK, chunks)
-    memory._thread.join()
+    memory = PinnedMemory(CHUNK, chunks)
     block = memory.empty((CHUNK,), torch.uint8).fill_(5)
-    memory.close()
     del memory
     gc.collect()
     others = [torch.full((CHUNK,), 9, dtype=torch.uint8) for _ in range(8)]
@@ -145,7 +117,6 @@ def test_several_threads_take_and_drop_memory(memory: PinnedMemory) -> None:
 @pytest.mark.gpu  # pinned memory exists beside a GPU alone
 def test_a_gpu_copies_from_and_to_a_part_of_pinned_memory() -> None:
     memory, stream = PinnedMemory(1 << 20), torch.cuda.Stream()
-    memory._thread.join()
     first, second = (memory.empty((1 << 18,), torch.float32) for _ in range(2))
     assert first.is_pinned() and second.is_pinned() and second.data_ptr() != memory._chunks[0].data_ptr()
     second.copy_(torch.arange(1 << 18))
@@ -156,4 +127,3 @@ def test_a_gpu_copies_from_and_to_a_part_of_pinned_memory() -> None:
     stream.synchronize()
     assert not begun.query(), "the copies have not waited for the other stream"
     assert torch.equal(first, second)
-    memory.close()
