@@ -224,6 +224,25 @@ def _share_among_gpus(recipe: Recipe, plan: RunPlan, gpu_bytes: float, kind: str
     return []
 
 
+def suggest_zero2(recipe: Recipe, plan: RunPlan, gpu_bytes: float, kind: str) -> str | None:
+    """Return a sentence if ZeRO-2 also fits, without more recomputation than `kind`, where layers are eager.
+
+    Under ZeRO-2 layers are compiled, which is faster and keeps less, and no weights are gathered.
+    """
+    is_asked_for = plan.compiles or recipe.train.torch_compile is False
+    is_offloading = any(is_offloaded(plan.deepspeed, name) for name in ("offload_optimizer", "offload_param"))
+    if plan.zero_stage != 3 or is_asked_for or is_offloading:
+        return None
+    changed = plan_memory(recipe, _with_deepspeed(recipe, plan, "zero2"))
+    sufficient = changed.choose(gpu_bytes)
+    if sufficient is None or KINDS.index(sufficient) > KINDS.index(kind):
+        return None
+    return (
+        f"train.deepspeed=zero2 fits, too ({format_memory(changed.estimate(sufficient).peak_bytes)} with "
+        f"gradient checkpointing {sufficient}), and compiles the layers, which ZeRO-3 does not"
+    )
+
+
 def warn_of_peak(memory: MemoryPlan, kind: str, measured_bytes: float) -> None:
     """Warn if the measured peak of a run is far above the expected one."""
     if measured_bytes > TOLERANCE * memory.estimate(kind).peak_bytes:

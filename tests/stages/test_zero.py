@@ -108,11 +108,25 @@ def killed(folder: Path) -> Killed:
     return kill_or_reuse
 
 
-def test_one_rank_gives_the_losses_of_two(train_once: TrainOnce, folder: Path) -> None:
-    run = folder / "one-rank"
-    train(run, "train.deepspeed=zero0", num_ranks=1)
+@pytest.fixture(scope="module")
+def one_rank(folder: Path) -> Path:
+    """A run of one rank without ZeRO."""
+    train(folder / "one-rank", "train.deepspeed=zero0", num_ranks=1)
+    return folder / "one-rank"
+
+
+def test_one_rank_gives_the_losses_of_two(train_once: TrainOnce, one_rank: Path) -> None:
     for name in LOSSES:
-        assert_close(logged(run, name), logged(train_once(2, False), name), rtol=1e-5, atol=0)
+        assert_close(logged(one_rank, name), logged(train_once(2, False), name), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_four_ranks_give_the_losses_of_one(one_rank: Path, folder: Path, stage: int) -> None:
+    run = folder / f"four-ranks-{stage}"
+    train(run, f"train.deepspeed=zero{stage}", num_ranks=4)
+    assert read_marker(find_checkpoint(run))["run_signature"]["number of processes"] == 4
+    for name in LOSSES:
+        assert_close(logged(run, name), logged(one_rank, name), rtol=1e-5, atol=0)
 
 
 def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:

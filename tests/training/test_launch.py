@@ -63,6 +63,27 @@ def test_manually_started_hosts_match_single_host_losses(
     assert logged(toy / "nodes") == two_ranks
 
 
+@pytest.mark.slow  # two hosts start ten interpreters
+def test_two_hosts_of_two_ranks_match_the_losses_of_one_rank(toy: Path, tmp_path: Path) -> None:
+    """Under ZeRO-3, where each rank holds a quarter of the weights."""
+    hostfile, port = tmp_path / "hosts", free_port()
+    hostfile.write_text("here slots=2\nthere slots=2\n")
+    arguments = ("blockft", "train", toy / "recipe.yaml", "train.deepspeed=zero3")
+    finish(
+        *(
+            start(
+                *arguments,
+                f"train.output_dir={toy}/four",
+                *node_options(rank, hostfile, port),
+                GLOO_SOCKET_IFNAME="lo",
+            )
+            for rank in (0, 1)
+        )
+    )
+    commands.train(toy / "recipe.yaml", toy / "one", "train.deepspeed=zero0")
+    assert logged(toy / "four") == pytest.approx(logged(toy / "one"), rel=1e-5)
+
+
 def check_agreement(runs: Sequence[Path], data: Sequence[str]) -> None:
     """Check one rank's run folder and data against those of the other."""
     rank = int(os.environ["RANK"])
