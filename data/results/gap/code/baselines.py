@@ -52,7 +52,7 @@ def draw_study(ax: Any, results: Results) -> None:
 
 def draw_demo(ax: Any, path: Path) -> None:
     found = [(label.replace("`", ""), hits) for label, hits in read_scores(path)]
-    # all tokens recomputed are full attention, and the first two tokens are the whole first block there
+    # all tokens recomputed are full attention, and the first block has one token there
     found = [(label, hits) for label, hits in found if not label.endswith(("share 1.0", "start_tokens 2"))]
     found.sort(key=lambda pair: float(np.mean(pair[1])))
     for row, (_, hits) in enumerate(found):
