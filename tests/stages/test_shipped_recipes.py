@@ -164,3 +164,14 @@ def test_the_recipe_of_the_readme_is_the_shipped_one_for_own_data(tmp_path: Path
     shipped = list_recipes()["own-data"].read_text(encoding="utf-8")
     commands = re.findall(r"^#   (blockft .+)$", shipped, flags=re.MULTILINE)
     assert len(commands) == 4 and all(f"\n{command} " in readme for command in commands)
+
+
+PLAIN = {"constructed", "demo", "demo-base", "llama-3.1-8b-paper"}
+"""Recipes whose documents see themselves alone."""
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_a_recipe_for_training_lets_documents_see_the_instruction_or_says_why_not(name: str) -> None:
+    assert load_recipe(name).data.local_sees_first == (name not in PLAIN)
+    comments = [line for line in list_recipes()[name].read_text(encoding="utf-8").splitlines() if "#" in line]
+    assert name not in PLAIN or any("local_sees_first" in line for line in comments)
