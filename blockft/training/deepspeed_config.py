@@ -282,6 +282,8 @@ def _problems(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key} is {found}, it should be true or false"
         elif key in TEXTS and not isinstance(value, str):
             yield f"{key} is {found}, it should be a text"
+    if config.get("compile"):
+        yield "compile has no effect, because the recipe compiles (train.torch_compile): leave it out"
     yield from _checkpoint_problems(config.get("checkpoint", {}), config.get("zero_optimization", {}))
     yield from _auto_problems(config)
     yield from _zero_problems(config.get("zero_optimization", {}), config)

@@ -554,6 +554,7 @@ DEEPSPEED: dict[str, str] = {
     "old pickles": '{"checkpoint": {"checkpoint_serialization": false}}',
     "another writer": '{"checkpoint": {"writer": {"type": "python"}}}',
     "universal checkpoints": '{"checkpoint": {"load_universal": true}}',
+    "another compiler": '{"compile": {"deepcompile": true}}',
     "a local disk": '{"checkpoint": {"use_node_local_storage": true}}',
     "an unknown optimizer": '{"optimizer": {"type": "Nonsense"}}',
     "an optimizer without type": '{"optimizer": {}}',
