@@ -108,7 +108,7 @@ def _watching_ranks(arguments: list[str]) -> AbstractContextManager[object]:
         return nullcontext()
     from blockft.training.rank_watch import watching_ranks
 
-    return watching_ranks()
+    return watching_ranks(has_just_started=True)
 
 
 def _call_command(arguments: list[str]) -> int:

@@ -1,6 +1,6 @@
 """Rank 0's side of the watch over ranks: it learns which ranks live, and tells all which one failed first.
 
-    rank -> rank 0    greeting   hello (rank, host, versions)   ready   error   done
+    rank -> rank 0    greeting   hello (rank, host, its ranks, versions)   ready   error   done
     rank 0 -> rank    greeting   ready (all are)   failed (rank, host, reason, exit code)   done
 
 Every message is a line of JSON. Imports only light modules.
@@ -25,6 +25,10 @@ PROBE_AFTER_S, PROBE_EVERY_S, NUM_PROBES = 10, 5, 4
 
 REPORT_AFTER_S = 20
 """Ranks that are waited for longer than this are named on stderr."""
+
+SIBLING_S = 45
+"""A rank that has not connected for so long after another rank of its host, which started at the same moment,
+has ended. Ranks connect before their slow imports."""
 
 GREETING = b'{"blockft": "watch of ranks"}\n'
 """First line of both sides, by which a rank and rank 0 recognise each other."""
@@ -99,6 +103,8 @@ class RankRelay:
         self._facts = list_package_facts()
         self._peers: dict[socket.socket, _Peer] = {}
         self._missing = set(range(num_ranks))
+        # missing ranks of which another rank of the same host has connected, and when
+        self._siblings: dict[int, tuple[_Peer, float]] = {}
         self._are_connected, self._is_listening, self._is_over = threading.Event(), True, False
         self._failure: RankFailure | None = None
         close_in_children(self._listener)
@@ -187,6 +193,8 @@ class RankRelay:
         twin = next((other for other in self._peers.values() if other.rank == message["rank"]), None)
         peer.rank, peer.host, peer.node = message["rank"], message["host"], message["node"]
         self._missing.discard(peer.rank)
+        for rank in self._missing.intersection(range(peer.node, peer.node + message["num_local"])):
+            self._siblings.setdefault(rank, (peer, time.monotonic()))
         if self._failure:
             self._send(connection, {"failed": asdict(self._failure)})
             return
@@ -210,6 +218,12 @@ class RankRelay:
     def _check_missing(self) -> None:
         """Name the ranks that have not connected: on stderr after a while, as a failure in the end."""
         now = time.monotonic()
+        for rank, (sibling, since) in self._siblings.items():
+            if rank in self._missing and not self._failure and now - since > SIBLING_S:
+                self._missing.discard(rank)  # nobody waits for it any more
+                ended = _Peer(rank=rank, host=sibling.host, node=sibling.node)
+                reason = f"has not connected, but {self._noun} {sibling.rank} of the same host has: it "
+                self._fail(ended, reason + describe_end(None), has_ended=True)
         if self._is_reported and now < self._deadline:
             return
         missing = sorted(self._missing)

@@ -45,13 +45,14 @@ from blockft.training.package_facts import list_package_facts
 from blockft.training.rank_relay import (
     GREETING,
     REPORT_AFTER_S,
+    SIBLING_S,
     RankFailure,
     RankRelay,
     close_in_children,
     describe_end,
     keep_alive,
 )
-from blockft.training.worker_environment import check_worker_environment, read_timeout_minutes
+from blockft.training.worker_environment import check_worker_environment, read_num_local, read_timeout_minutes
 
 CONNECT_S = 10
 """Longest wait for the answer to one attempt to connect."""
@@ -79,7 +80,8 @@ _num_watches = count()
 class RankPlace:
     """A rank, the first rank of its host (`node`), the number of ranks, and the address of the first host.
 
-    Hosts that start their ranks themselves watch each other in the same way; `noun` is then "node".
+    `num_local` ranks of this host start at the same moment, this one included. Hosts that start their ranks
+    themselves watch each other in the same way; `noun` is then "node".
     """
 
     rank: int
@@ -88,10 +90,13 @@ class RankPlace:
     address: str
     port: int
     noun: str = "rank"
+    num_local: int = 1
 
     @classmethod
-    def from_environment(cls) -> "RankPlace":
+    def from_environment(cls, *, has_just_started: bool) -> "RankPlace":
         """Return the place of this process, from the variables that a launcher sets.
+
+        `has_just_started`: this process has done nothing else yet.
 
         Raises:
             UserError: see `check_worker_environment`.
@@ -104,6 +109,7 @@ class RankPlace:
             num_ranks=int(os.environ["WORLD_SIZE"]),
             address=os.environ["MASTER_ADDR"],
             port=int(os.environ["MASTER_PORT"]),
+            num_local=read_num_local() if has_just_started else 1,
         )
 
 
@@ -197,6 +203,8 @@ class RankWatch:
 
         def end() -> None:
             with self._ending:
+                if not is_first_of_host():
+                    time.sleep(REPLY_S)  # the end of this process would be printed in place of the message
                 _print_and_exit(message if is_first_of_host() else "", USER_ERROR)
 
         timer = threading.Timer(seconds, end)
@@ -260,6 +268,11 @@ class RankWatch:
                     f"{self_name} cannot reach {noun} 0, because {reason} at {address}: choose another port "
                     "with --master-port (MASTER_PORT of another launcher)"
                 )
+            if self._place.num_local > 1 and self._place.node == 0 and now - start > SIBLING_S:
+                raise UserError(
+                    f"{self_name} cannot reach {noun} 0 of the same host at {address} ({reason}), which was "
+                    f"started at the same time: it {describe_end(None)}"
+                )
             if now > self._deadline:
                 raise UserError(
                     f"{self_name} cannot reach {noun} 0 at {address} ({reason}): check that the first host "
@@ -308,6 +321,7 @@ class RankWatch:
                 "num_ranks": self._place.num_ranks,
                 "host": socket.gethostname(),
                 "node": self._place.node,
+                "num_local": self._place.num_local,
                 "facts": self._facts,
             }
         )
@@ -428,10 +442,12 @@ _active: RankWatch | None = None
 
 
 @contextmanager
-def watching_ranks() -> Iterator[RankWatch | None]:
+def watching_ranks(*, has_just_started: bool = False) -> Iterator[RankWatch | None]:
     """Watch the other ranks of this run while the context lasts; None if there are none.
 
-    Inside of another such context the watch is that one's.
+    `has_just_started`: this process has done nothing else yet, so that the ranks of a host, which start at
+    the same moment, connect at nearly the same moment. Inside of another such context the watch is that
+    one's.
 
     Raises:
         UserError: a variable of the launcher is wrong, the port of the first host is in use, or another rank
@@ -441,7 +457,7 @@ def watching_ranks() -> Iterator[RankWatch | None]:
     if _active or os.environ.get("WORLD_SIZE", "1") == "1":
         yield _active
         return
-    place = RankPlace.from_environment()
+    place = RankPlace.from_environment(has_just_started=has_just_started)
     watch = _active = RankWatch(place, timeout_s=60 * read_timeout_minutes())
     try:
         with watch.watching():

@@ -41,6 +41,20 @@ def check_worker_environment() -> None:
         raise UserError("RANK is set, but MASTER_ADDR is not: set it to the address of the first host")
 
 
+def read_num_local() -> int:
+    """Return the number of ranks that a launcher starts together on this host; 1 if it does not say.
+
+    torchrun and DeepSpeed say it. A value that contradicts the place of this rank is not theirs.
+    """
+    local_rank, num_ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+    node = int(os.environ["RANK"]) - local_rank
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        value = os.environ.get(name, "")
+        if re.fullmatch(r"\d{1,9}", value, re.ASCII) and local_rank < int(value) <= num_ranks - node:
+            return int(value)
+    return 1
+
+
 def read_timeout_minutes() -> int:
     """Return the time in which all ranks must connect.
 

@@ -45,7 +45,7 @@ def do_nothing() -> None:
 def run_watched(arguments: list[str], work: Callable[[rank_watch.RankWatch], object]) -> int:
     """Do the work of one rank as `blockft train` would: under the watch, inside the command line."""
     distributed.set_worker_environment()
-    with rank_watch.watching_ranks() as watch:
+    with rank_watch.watching_ranks(has_just_started=True) as watch:
         assert watch
         work(watch)
     return 0
@@ -209,6 +209,51 @@ def shorten_waits() -> None:
     rank_watch.read_timeout_minutes = lambda: 0.05
 
 
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_rank_that_is_killed_before_it_connects_ends_the_others(rank: int) -> None:
+    """The others do not wait until the time limit, because the ranks of a host start at the same moment."""
+    ranks = run_ranks(connect_only, before=partial(be_killed_at_once, rank), LOCAL_WORLD_SIZE="3")
+    codes = exit_codes(ranks)
+    assert codes.pop(rank) == -signal.SIGKILL and codes == [2, 2]
+    lines = [line for line in ranks.output("stderr").splitlines() if "it ended without a message" in line]
+    if rank == 0:
+        assert len(lines) == 2 and "cannot reach rank 0 of the same host at 127.0.0.1:" in lines[0]
+    else:
+        (line,) = lines
+        assert line.startswith(f"blockft: rank {rank} on ") and "has not connected, but rank " in line
+
+
+def be_killed_at_once(rank: int) -> None:
+    rank_watch.SIBLING_S = rank_relay.SIBLING_S = 2
+    if is_rank(rank):
+        kill_this_process()
+
+
+@pytest.mark.parametrize("num_local", ["", "1", "2", "many", "4"])
+def test_ranks_that_do_not_start_at_the_same_moment_are_waited_for(num_local: str) -> None:
+    """Where the launcher does not say that a host has both ranks, or where its word cannot be true."""
+    work = partial(start_late, 1, fail_before_connecting)
+    before = partial(connect_late, 1)
+    environment = {"LOCAL_WORLD_SIZE": num_local} if num_local != "2" else {}
+    ranks = run_ranks(work, 2, before, **environment)
+    assert exit_codes(ranks) == [2, 2]
+    assert ranks.output("stderr").count("the disk is full") == 1
+
+
+def connect_late(rank: int) -> None:
+    rank_watch.SIBLING_S = rank_relay.SIBLING_S = 0
+    if is_rank(rank):
+        time.sleep(3)
+
+
+def test_a_later_watch_of_a_process_waits_for_slow_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks of a host are together only at their start: `blockft.train` may be called at any time."""
+    for name, value in (LONELY | {"LOCAL_WORLD_SIZE": "3"}).items():
+        monkeypatch.setenv(name, value)
+    place = rank_watch.RankPlace.from_environment
+    assert (place(has_just_started=True).num_local, place(has_just_started=False).num_local) == (3, 1)
+
+
 def test_a_port_in_use_is_named() -> None:
     with socket.create_server(("", 0)) as server:
         port = str(server.getsockname()[1])
@@ -350,7 +395,7 @@ def test_a_rank_that_fails_while_it_imports_ends_the_others(
 def test_an_unknown_command_or_a_plan_of_a_rank_starts_no_watch(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in LONELY.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(rank_watch, "watching_ranks", raise_internal_error)
+    monkeypatch.setattr(rank_watch, "watching_ranks", lambda **options: raise_internal_error())
     for arguments in (["recipes"], ["train", "demo", "--dry-run"], ["train", "--help"], []):
         with cli._watching_ranks(arguments):
             pass
