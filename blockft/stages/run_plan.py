@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from blockft.config.choices import Mode, Objective, Optimizer, Positions, WeightInit
 from blockft.config.recipe import RECIPES_FOLDER
@@ -133,64 +134,26 @@ def build_plan(recipe: Recipe, num_processes: int, *, on_gpu: bool | None = None
     """Return the plan of a run with `num_processes` processes, without loading weights.
 
     `on_gpu` plans for GPUs or for CPUs; by default for what this machine has.
+
     Raises:
         UserError: recipe, prepared data, model and number of processes do not fit together, or a setting
             cannot be used.
     """
-    data, settings = recipe.data, recipe.train
-    if settings.batch_rows % num_processes:
-        raise UserError(
-            f"train.batch_rows is {settings.batch_rows}, which {num_processes} processes cannot share: "
-            f"make it a multiple of {num_processes}"
-        )
-    _check_objective(recipe)
-    check_trackers(settings.report_to)
-    config = load_config(recipe.model.path, recipe.model.revision)
-    if adapter_base_model(recipe.model.path):
-        raise UserError(
-            f"model.path {recipe.model.path} is an adapter, on which a run cannot be trained and exported: "
-            "merge it into its base model (blockft export without --adapter-only), and train that model"
-        )
+    _check_settings(recipe, num_processes)
+    config = _load_base_config(recipe)
     model, num_parameters = build_training_model(recipe)
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision, recipe.model.chat_template)
-    prepared = load_prepared(Path(data.output_dir))
+    prepared = load_prepared(Path(recipe.data.output_dir))
     _check_prepared(recipe, prepared, tokenizer, config.vocab_size)
     _warn_of_long_examples(recipe, prepared, config.max_position_embeddings)
     mixture = read_mixture(recipe, prepared.manifest)
     rows, eval_rows = _build_rows(recipe, prepared, mixture, tokenizer, num_processes)
-    num_steps = len(rows) // settings.batch_rows
-    num_steps = min(num_steps, settings.max_steps or num_steps)
-    check_schedule(
-        settings.lr_scheduler_type,
-        settings.lr_scheduler_kwargs,
-        learning_rate=settings.learning_rate,
-        warmup_steps=settings.warmup_steps,
-        num_steps=num_steps,
-    )
+    num_steps = _count_steps(recipe.train, rows)
     on_gpu = not use_cpu() if on_gpu is None else on_gpu
     dtype = parse_dtype(recipe.model.dtype, default_dtype(on_gpu=on_gpu))
     backend = choose_backend(recipe.model.attention.value, on_gpu=on_gpu, head_size=head_size(config))
-    deepspeed = load_deepspeed_config(settings.deepspeed, RECIPES_FOLDER / "deepspeed")
-    _check_quantization(recipe, deepspeed)
-    _check_optimizer(recipe, deepspeed)
-    if is_shipped(settings.deepspeed, RECIPES_FOLDER / "deepspeed"):
-        if num_processes == 1:
-            deepspeed = without_overlap(deepspeed)
-    else:
-        check_deepspeed_config(
-            deepspeed,
-            settings.deepspeed,
-            num_processes=num_processes,
-            batch_rows=settings.batch_rows,
-            dtype=dtype,
-            max_grad_norm=settings.max_grad_norm,
-            learning_rate=settings.learning_rate,
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            weight_decay=settings.weight_decay,
-            num_steps=num_steps,
-            warmup_steps=settings.warmup_steps,
-        )
-    compiles = choose_compile(settings.torch_compile, zero_stage(deepspeed), on_gpu=on_gpu)
+    deepspeed = _load_deepspeed(recipe, dtype, num_steps, num_processes)
+    compiles = choose_compile(recipe.train.torch_compile, zero_stage(deepspeed), on_gpu=on_gpu)
     if compiles and zero_stage(deepspeed) == 3:
         deepspeed = with_prefetched_layers(deepspeed, _largest_layer(model))
     return RunPlan(
@@ -225,6 +188,67 @@ def build_plan(recipe: Recipe, num_processes: int, *, on_gpu: bool | None = None
             NUM_PROCESSES: num_processes,
         },
     )
+
+
+def _check_settings(recipe: Recipe, num_processes: int) -> None:
+    """Check what needs neither the model nor the data."""
+    batch_rows = recipe.train.batch_rows
+    if batch_rows % num_processes:
+        raise UserError(
+            f"train.batch_rows is {batch_rows}, which {num_processes} processes cannot share: "
+            f"make it a multiple of {num_processes}"
+        )
+    _check_objective(recipe)
+    check_trackers(recipe.train.report_to)
+
+
+def _load_base_config(recipe: Recipe) -> PreTrainedConfig:
+    """Return the configuration of `model.path`, which must not be an adapter."""
+    config = load_config(recipe.model.path, recipe.model.revision)
+    if adapter_base_model(recipe.model.path):
+        raise UserError(
+            f"model.path {recipe.model.path} is an adapter, on which a run cannot be trained and exported: "
+            "merge it into its base model (blockft export without --adapter-only), and train that model"
+        )
+    return config
+
+
+def _count_steps(settings: TrainSettings, rows: RowDataset) -> int:
+    """Return the number of steps, for which the schedule of the learning rate is checked."""
+    num_steps = len(rows) // settings.batch_rows
+    num_steps = min(num_steps, settings.max_steps or num_steps)
+    check_schedule(
+        settings.lr_scheduler_type,
+        settings.lr_scheduler_kwargs,
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        num_steps=num_steps,
+    )
+    return num_steps
+
+
+def _load_deepspeed(recipe: Recipe, dtype: torch.dtype, num_steps: int, num_processes: int) -> dict[str, Any]:
+    """Return the DeepSpeed config of a run. A file of the user must agree with the recipe."""
+    settings, shipped = recipe.train, RECIPES_FOLDER / "deepspeed"
+    deepspeed = load_deepspeed_config(settings.deepspeed, shipped)
+    _check_quantization(recipe, deepspeed)
+    _check_optimizer(recipe, deepspeed)
+    if is_shipped(settings.deepspeed, shipped):
+        return without_overlap(deepspeed) if num_processes == 1 else deepspeed
+    check_deepspeed_config(
+        deepspeed,
+        settings.deepspeed,
+        num_processes=num_processes,
+        batch_rows=settings.batch_rows,
+        dtype=dtype,
+        max_grad_norm=settings.max_grad_norm,
+        learning_rate=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        weight_decay=settings.weight_decay,
+        num_steps=num_steps,
+        warmup_steps=settings.warmup_steps,
+    )
+    return deepspeed
 
 
 def build_training_model(recipe: Recipe) -> tuple[PreTrainedModel | PeftModel, int]:

@@ -193,8 +193,10 @@ class RankRelay:
         twin = next((other for other in self._peers.values() if other.rank == message["rank"]), None)
         peer.rank, peer.host, peer.node = message["rank"], message["host"], message["node"]
         self._missing.discard(peer.rank)
-        for rank in self._missing.intersection(range(peer.node, peer.node + message["num_local"])):
-            self._siblings.setdefault(rank, (peer, time.monotonic()))
+        num_local = message.get("num_local", 1)  # another version of the package may not say it
+        for rank in self._missing:
+            if peer.node <= rank < peer.node + num_local:
+                self._siblings.setdefault(rank, (peer, time.monotonic()))
         if self._failure:
             self._send(connection, {"failed": asdict(self._failure)})
             return
