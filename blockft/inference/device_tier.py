@@ -97,8 +97,8 @@ class DeviceTier:
             )
 
     @contextmanager
-    def add(self, keys: Sequence[BlockKey], keep: Collection[BlockKey]) -> Iterator[None]:
-        """Allocate slots for new blocks. Blocks outside `keys` and `keep` may be evicted.
+    def add(self, keys: Sequence[BlockKey], keep: Collection[BlockKey]) -> Iterator[list[BlockKey]]:
+        """Allocate slots for new blocks. Blocks outside `keys` and `keep` may be evicted, and are returned.
 
         The body of the `with` statement writes the blocks. They are in the tier after the body ends without
         an exception.
@@ -110,6 +110,7 @@ class DeviceTier:
         kept = {*keys, *keep}
         self.check_fits(kept)
         self._unwritten.update(keys)
+        evicted: list[BlockKey] = []
         for key in keys:
             while (slot := self._free.take(num_tokens(key))) is None:
                 victim = next((other for other in self._slots if other not in kept), None)
@@ -118,9 +119,10 @@ class DeviceTier:
                     self._compact()
                 else:
                     self.drop(victim)
+                    evicted.append(victim)
                     self.num_evicted += 1
             self._slots[key] = slot
-        yield
+        yield evicted
         self._unwritten.clear()
 
     def drop(self, key: BlockKey) -> None:

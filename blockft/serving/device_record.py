@@ -17,8 +17,9 @@ COMPUTED_S = 1.0
 class DeviceRecord:
     """The blocks of the workers' device tiers, and those that were computed just now.
 
-    It follows the rules of the tiers, but may be wrong: free slots may be too scattered for a block. A worker
-    without a block of the record loads the block while its step waits, so that an error costs time alone.
+    It follows the rules of the tiers, but may be wrong for a step or two: a tier whose free slots are too
+    scattered for a block evicts more blocks, of which its worker tells. The step of a worker without a block
+    of the record waits until the block is loaded.
 
     num_slots: tokens in the device tier of a worker; 0 without a tier.
     """
@@ -56,3 +57,10 @@ class DeviceRecord:
         while self._num_used > self._num_slots:
             key, _ = self._in_tier.popitem(last=False)
             self._num_used -= num_tokens(key)
+
+    def drop(self, keys: Iterable[BlockKey]) -> None:
+        """Record blocks that the tier of a worker has evicted, or has never got."""
+        for key in keys:
+            if key in self._in_tier:
+                del self._in_tier[key]
+                self._num_used -= num_tokens(key)

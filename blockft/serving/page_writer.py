@@ -4,6 +4,7 @@ Shapes: n tokens, L layers, K key/value heads, D head size, R rotated dimensions
 """
 
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
@@ -22,6 +23,8 @@ TOKENS_OF_PROGRAM = 16
 
 ALIGNMENT = 16
 """Bytes to whose multiples the kernel's addresses are aligned."""
+
+_log = logging.getLogger("blockft.serving")
 
 
 class PageWriter:
@@ -65,6 +68,7 @@ class PageWriter:
         size = (self._shape.num_layers, *self._shape.layer_shape(1))
         block = torch.zeros(size, dtype=self._shape.torch_dtype, device=self._device)
         self.write([block], 1, torch.zeros(1, dtype=torch.int64))
+        torch.cuda.synchronize(self._device)  # an error of the kernel shows here, and not in a later step
 
     def write(self, blocks: Sequence[torch.Tensor], context_len: int, slots: torch.Tensor) -> None:
         """Write the last tokens of a context; see `pages.write_blocks`."""
@@ -130,7 +134,8 @@ def open_page_writer(
 ) -> tuple[PageWriter | None, str]:
     """Return the kernel, or None where PyTorch writes the pages (`pages.write_blocks`), and the reason.
 
-    choice: torch, triton, or auto: the kernel on a GPU whose pages suit it, otherwise PyTorch.
+    choice: torch, triton, or auto: the kernel on a GPU whose pages suit it, otherwise PyTorch. A kernel that
+        suits the pages and fails, such as one that Triton cannot compile, is also a warning.
 
     Raises:
         UserError: the kernel was asked for and cannot be used.
@@ -146,7 +151,10 @@ def open_page_writer(
     except Exception as error:  # Triton has classes of its own for what it cannot compile
         if choice == "triton":
             raise UserError(f"{first_line(error)}: use --page-writer torch") from error
-        return None, first_line(error)
+        if isinstance(error, UserError):
+            return None, first_line(error)
+        _log.warning("the Triton kernel that writes pages fails, and PyTorch takes longer", exc_info=error)
+        return None, f"the Triton kernel fails ({first_line(error)})"
     return writer, "--page-writer triton" if choice == "triton" else "the pages suit its kernel"
 
 

@@ -22,6 +22,7 @@ from blockft.serving.device_record import DeviceRecord
 from blockft.serving.head_shard import HeadShard
 from blockft.serving.report import Report, Reporter
 from blockft.serving.served_model import ServedModel
+from blockft.serving.unconfirmed_loads import PagePool, UnconfirmedLoads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,24 +79,30 @@ class StepPlan:
 class SchedulerHalf:
     """Tells vLLM's scheduler how many tokens of a prompt are cached, and plans the work of the workers.
 
-    num_workers: the number of workers that share the heads.
+    page_len: the number of tokens in a page. num_workers: the number of workers that share the heads.
     """
 
-    def __init__(self, served: ServedModel, num_workers: int = 1) -> None:
+    def __init__(self, served: ServedModel, page_len: int, num_workers: int = 1) -> None:
         self._secret, self._local_sees_first = served.secret, served.local_sees_first
         shape = HeadShard(num_workers=num_workers).local_shape(served.shape)
         self._on_device = DeviceRecord(served.device_bytes // num_workers // shape.token_bytes)
         # with several workers, all but one read computed blocks from the folder
         self._keeps_computed = num_workers == 1
+        self._unconfirmed = UnconfirmedLoads(page_len)
         self._reporter = Reporter()
         self._requests: dict[str, BlockRequest | EncodeRequest] = {}
         self._encode_pages: dict[str, list[int]] = {}
         self._vllm_requests: dict[str, Any] = {}
         self._keys: dict[str, list[BlockKey]] = {}
         self._in_step: set[str] = set()
+        self._lost: set[str] = set()
         self._has_loads: set[str] = set()
         self._loads: list[Load] = []
         self._running_loads: dict[str, Load] = {}
+
+    def use_pool(self, pool: PagePool) -> None:
+        """Take the pages of vLLM. Until then every request with blocks waits for its load."""
+        self._unconfirmed.use_pool(pool)
 
     def add_request(self, request: Any) -> None:
         """Read the parameters of a new request. Parameters of others than the front end are removed."""
@@ -112,22 +119,27 @@ class SchedulerHalf:
         """Return how many tokens after the first `num_computed` are loaded, and whether the request waits.
 
         It does not wait if all blocks are on the device. A request that must fail is accepted and fails while
-        it is loaded. None means that it waits for ever, until its client leaves.
+        it is loaded. None means that vLLM asks again in the next step: pages of its prefix cache may be those
+        of a load that fails, or the request waits for ever, until its client leaves.
         """
         block_request = self._requests.get(request.request_id)
+        self._in_step.discard(request.request_id)
         if not isinstance(block_request, BlockRequest):
             return 0, False
-        if _refusal(request, block_request):
+        if self._refusal(request, block_request):
             num_failing = request.num_prompt_tokens - 1 - num_computed
             return (num_failing, True) if num_failing > 0 else (None, False)
+        if self._unconfirmed.may_share(request, num_computed):
+            return None, False
         num_cached = max(block_request.context_len - num_computed, 0)
         if not num_cached:
             return 0, False
         keys = self._keys_of(request, block_request)
-        if self._on_device.has_all(_needed(keys, num_computed)):
+        # vLLM gives a token out that it has computed before a preemption, even if the load has failed
+        may_be_in_step = self._unconfirmed.has_pool and not request.num_preemptions
+        if may_be_in_step and self._on_device.has_all(_needed(keys, num_computed)):
             self._in_step.add(request.request_id)
             return num_cached, False
-        self._in_step.discard(request.request_id)
         return num_cached, True
 
     def allocate(self, request: Any, pages: list[int], num_external: int) -> None:
@@ -141,6 +153,7 @@ class SchedulerHalf:
             self._loads.append(load)
             if load.in_step:
                 self._on_device.use(load.needed_keys)
+                self._unconfirmed.add(request, pages, load.start)
             elif not load.refusal:
                 self._running_loads[load.request_id] = load
         elif request.request_id not in self._has_loads:
@@ -150,6 +163,7 @@ class SchedulerHalf:
     def plan_step(self, scheduler_output: Any) -> StepPlan:
         """Return the work of the workers in this step."""
         self._follow_pages(scheduler_output)
+        self._unconfirmed.end_step()
         saves = []
         for id, pages in list(self._encode_pages.items()):
             request, encode_request = self._vllm_requests[id], self._requests[id]
@@ -164,18 +178,26 @@ class SchedulerHalf:
         loads, self._loads = self._loads, []
         return StepPlan(loads=loads, saves=saves, is_idle=not scheduler_output.total_num_scheduled_tokens)
 
-    def end_loads(self, finished: Collection[str], bad_pages: Collection[int]) -> None:
-        """Record the blocks of loads that have ended, unless a page of them is bad."""
+    def end_loads(
+        self, finished: Collection[str], bad_pages: Collection[int], evicted: Collection[BlockKey] = ()
+    ) -> None:
+        """Record the blocks of loads that have ended, unless a page of them is bad.
+
+        evicted: blocks that the device tier of a worker has not any more.
+        """
+        self._lost |= self._unconfirmed.fail(bad_pages)
         for id in finished:
             load = self._running_loads.pop(id, None)
             if load is not None and not {*load.pages} & {*bad_pages}:
                 self._on_device.use(load.needed_keys)
+        self._on_device.drop(evicted)
 
-    def finish(self, request: Any) -> None:
-        """Forget a request."""
+    def finish(self, request: Any, pages: Sequence[int]) -> None:
+        """Forget a request that has ended."""
+        self._unconfirmed.finish(request, pages)
         for known in (self._requests, self._vllm_requests, self._encode_pages, self._keys):
             known.pop(request.request_id, None)
-        for ids in (self._has_loads, self._in_step):
+        for ids in (self._has_loads, self._in_step, self._lost):
             ids.discard(request.request_id)
 
     def close(self) -> None:
@@ -190,10 +212,16 @@ class SchedulerHalf:
             )
         return self._keys[id]
 
+    def _refusal(self, request: Any, block_request: BlockRequest) -> str:
+        """Return why a request must fail, or ""."""
+        if request.request_id in self._lost:
+            return "its blocks could not be loaded before it was preempted"
+        return _refusal(request, block_request)
+
     def _plan_load(
         self, request: Any, block_request: BlockRequest, pages: list[int], num_external: int
     ) -> Load:
-        id, refusal = request.request_id, _refusal(request, block_request)
+        id, refusal = request.request_id, self._refusal(request, block_request)
         loaded_len = request.num_prompt_tokens - 1 if refusal else block_request.context_len
         return Load(
             request_id=id,

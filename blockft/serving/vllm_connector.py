@@ -13,9 +13,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorWorkerMetadata,
 )
 from vllm.distributed.parallel_state import get_tp_group
 
+from blockft.inference.block_key import BlockKey
 from blockft.serving.head_shard import HeadShard
 from blockft.serving.scheduler_half import SchedulerHalf, StepPlan
 from blockft.serving.served_model import ServedModel
@@ -38,6 +40,17 @@ class StepMetadata(KVConnectorMetadata):
     plan: StepPlan
 
 
+@dataclass
+class EvictedBlocks(KVConnectorWorkerMetadata):
+    """What the worker's half tells the scheduler's half after a step: blocks that its device tier lacks."""
+
+    keys: set[BlockKey]
+
+    def aggregate(self, other: "EvictedBlocks") -> "EvictedBlocks":
+        """Return what two workers tell."""
+        return EvictedBlocks(self.keys | other.keys)
+
+
 class BlockConnector(KVConnectorBase_V1):
     """Serves cached blocks to vLLM.
 
@@ -53,11 +66,13 @@ class BlockConnector(KVConnectorBase_V1):
         if kv_cache_config is not None:
             check_pages(kv_cache_config)
         self._compilation = vllm_config.compilation_config
-        num_workers = vllm_config.parallel_config.tensor_parallel_size
-        self._scheduler = SchedulerHalf(served, num_workers) if role is KVConnectorRole.SCHEDULER else None
-        self._worker = None
-        if role is KVConnectorRole.WORKER:
-            self._worker = WorkerHalf(served, vllm_config.cache_config.block_size)
+        page_len = vllm_config.cache_config.block_size
+        self._scheduler = self._worker = None
+        if role is KVConnectorRole.SCHEDULER:
+            num_workers = vllm_config.parallel_config.tensor_parallel_size
+            self._scheduler = SchedulerHalf(served, page_len, num_workers)
+        else:
+            self._worker = WorkerHalf(served, page_len)
 
     def shutdown(self) -> None:
         for half in (self._scheduler, self._worker):
@@ -65,6 +80,9 @@ class BlockConnector(KVConnectorBase_V1):
                 half.close()
 
     # in the scheduler
+
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        self._in_scheduler.use_pool(gpu_block_pool)
 
     def on_new_request(self, request: Any) -> None:
         self._in_scheduler.add_request(request)
@@ -80,10 +98,12 @@ class BlockConnector(KVConnectorBase_V1):
 
     def update_connector_output(self, connector_output: Any) -> None:
         finished, bad_pages = connector_output.finished_recving, connector_output.invalid_block_ids
-        self._in_scheduler.end_loads(finished or (), bad_pages or ())
+        told = connector_output.kv_connector_worker_meta
+        evicted = told.keys if isinstance(told, EvictedBlocks) else ()
+        self._in_scheduler.end_loads(finished or (), bad_pages or (), evicted)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        self._in_scheduler.finish(request)
+        self._in_scheduler.finish(request, block_ids)
         return False, None
 
     # in the worker
@@ -117,6 +137,10 @@ class BlockConnector(KVConnectorBase_V1):
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._in_worker.take_bad_pages()
+
+    def build_connector_worker_meta(self) -> EvictedBlocks | None:
+        evicted = self._in_worker.take_evicted()
+        return EvictedBlocks(evicted) if evicted else None
 
     @property
     def _plan(self) -> StepPlan:

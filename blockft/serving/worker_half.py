@@ -7,6 +7,7 @@ whose blocks cannot be loaded fails alone. With several tensor-parallel workers 
 """
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -45,6 +46,10 @@ IDLE_WAIT_S = 0.005
 START_WAIT_S = 0.001
 """How long a step waits for the loads that it starts. Blocks in memory come in time, and spare a step."""
 
+IN_STEP_WAIT_S = 0.1
+"""How long a step waits for blocks that the device has evicted. All requests wait with it. The front end has
+blocks computed that a slow disk, or a folder that hangs, does not give in this time."""
+
 _log = logging.getLogger("blockft.serving")
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
@@ -82,6 +87,7 @@ class WorkerHalf:
         self._in_use: deque[tuple[DeviceWork, Sequence[torch.Tensor]]] = deque()
         self._finished: set[str] = set()
         self._bad_pages: set[int] = set()
+        self._evicted: set[BlockKey] = set()
         self._store: BlockStore | None = None
 
     def use_layers(
@@ -122,12 +128,12 @@ class WorkerHalf:
         """Start loads, and write the blocks of earlier loads that are on the host now."""
         while self._in_use and self._in_use[0][0].is_done():
             self._in_use.popleft()
-        started = []
+        started, wait_until = [], time.monotonic() + IN_STEP_WAIT_S
         for load in loads:
             if load.refusal:
                 self._fail(load, Report(failure=load.refusal))
             elif load.in_step:
-                self._load_in_step(load)
+                self._load_in_step(load, wait_until)
             elif future := self._start(load):
                 started.append(future)
         if is_idle and not self._finished and not self._writing:
@@ -168,6 +174,11 @@ class WorkerHalf:
         """Return the pages that could not be written since the last call. vLLM fails their requests."""
         bad_pages, self._bad_pages = self._bad_pages, set()
         return bad_pages
+
+    def take_evicted(self) -> set[BlockKey]:
+        """Return the blocks that the device tier has lost, or has never got, since the last call."""
+        evicted, self._evicted = self._evicted, set()
+        return {key for key in evicted if not self._is_in_device_tier(key)}
 
     def close(self) -> None:
         """Wait until the folder has all blocks."""
@@ -213,14 +224,15 @@ class WorkerHalf:
         for save, future in zip(saves, self._computed.add(blocks), strict=True):
             future.add_done_callback(partial(self._report_saved, save))
 
-    def _load_in_step(self, load: Load) -> None:
+    def _load_in_step(self, load: Load, wait_until: float) -> None:
         """Write the blocks of a load before the forward pass of this step, which uses them.
 
-        They are on the device. If it has evicted one, the step waits until the block is loaded.
+        They are on the device. If it has evicted some, the step waits for them, but not longer than until
+        `wait_until`.
         """
         in_memory, to_load = self._find(load)
         try:
-            loaded = self._opened.load(to_load).result() if to_load else LoadedBlocks()
+            loaded = self._load_until(wait_until, to_load) if to_load else LoadedBlocks()
         except Exception as error:  # the request fails with it, and no other request
             self._fail_with(load, error)
             return
@@ -230,6 +242,18 @@ class WorkerHalf:
         if not to_load:
             self._opened.touch(load.needed_keys)
         self._write(load, {**in_memory, **loaded.blocks}, loaded.tiers)
+
+    def _load_until(self, wait_until: float, keys: Sequence[BlockKey]) -> LoadedBlocks:
+        """Return blocks from the store. They are missing if it does not have them in time."""
+        future = self._opened.load(keys)
+        wait([future], max(wait_until - time.monotonic(), 0))
+        if future.done():
+            return future.result()
+        _log.warning(
+            f"{len(keys)} blocks take longer to load than a step may wait ({IN_STEP_WAIT_S} s): they are "
+            "computed again"
+        )
+        return LoadedBlocks(missing={*keys})
 
     def _start(self, load: Load) -> Future[LoadedBlocks] | None:
         """Write the blocks of a load, or start to load those that memory does not have."""
@@ -330,7 +354,8 @@ class WorkerHalf:
         if tier is None or sum(map(num_tokens, distinct)) > tier.num_slots:
             return [tier.block(key) if tier is not None and key in tier else blocks[key] for key in keys]
         new = [key for key in distinct if key not in tier]
-        with tier.add(new, distinct):
+        with tier.add(new, distinct) as evicted:
+            self._evicted.update(evicted)
             for key in new:
                 on_device = blocks[key].to(tier.cache_LS2KD.device, non_blocking=True)
                 tier.block(key).copy_(self._shard.take(on_device))
@@ -359,7 +384,9 @@ class WorkerHalf:
         self._fail(load, Report(missing=[i for i, key in enumerate(load.keys) if key in loaded.missing]))
 
     def _fail(self, load: Load, report: Report) -> None:
-        if not load.in_step:  # vLLM waits for the end of other loads alone
+        if load.in_step:
+            self._evicted.update(load.needed_keys)  # the scheduler believes that the device tier has them
+        else:  # vLLM waits for the end of these loads alone
             self._finished.add(load.request_id)
         self._bad_pages.update(load.pages[load.start // self._page_len :])
         self._reporter.send(load.reply_to, report)

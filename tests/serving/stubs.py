@@ -97,6 +97,16 @@ def make_layers(
     ]
 
 
+class FakePool:
+    """vLLM's pages. evicted: those that its prefix cache has lost."""
+
+    def __init__(self) -> None:
+        self.evicted: set[int] = set()
+
+    def evict_blocks(self, block_ids: set[int]) -> None:
+        self.evicted |= block_ids
+
+
 def kv_of(key: BlockKey, shape: KVShape = SHAPE) -> torch.Tensor:
     """Return keys and values that depend on the block only: (L, n, 2, K, D)."""
     generator = torch.Generator().manual_seed(sum(token_ids(key)))
@@ -119,6 +129,8 @@ def make_request(
         "prompt_token_ids": list(prompt),
         "num_prompt_tokens": len(prompt),
         "num_computed_tokens": num_computed,
+        "num_output_tokens": 0,
+        "num_preemptions": 0,
         "kv_transfer_params": params,
         "cache_salt": salt,
         "lora_request": None,

@@ -64,3 +64,22 @@ def test_a_long_block_evicts_several_short_ones() -> None:
     assert num_tokens(long) == 7
     record.use([long])
     assert record.has_all([long, KEYS[2]]) and not record.has_all([KEYS[0]]) and not record.has_all([KEYS[1]])
+
+
+def test_it_follows_a_tier_whose_free_slots_are_scattered() -> None:
+    """Such a tier evicts more blocks than their lengths say. The worker tells which ones."""
+    keys = [random_key(seed, 3 + seed % 4) for seed in range(12)]
+    tier = DeviceTier(SHAPE, torch.device("cpu"), 20 * SHAPE.token_bytes)
+    record, rng, num_wrong = DeviceRecord(tier.num_slots), random.Random(0), 0
+    for _ in range(300):
+        chosen = rng.sample(keys, rng.randint(1, 3))
+        with tier.add([key for key in chosen if key not in tier], chosen) as evicted:
+            pass
+        for key in chosen:
+            tier.slot(key)
+        record.use(chosen)
+        num_wrong += sum(record.has_all([key]) for key in keys if key not in tier)
+        record.drop(evicted)
+        assert all(key in tier for key in keys if record.has_all([key]))
+        assert record._num_used == sum(map(num_tokens, record._in_tier))
+    assert num_wrong

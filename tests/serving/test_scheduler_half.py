@@ -10,7 +10,17 @@ import pytest
 from blockft.inference.block_key import block_key
 from blockft.serving.block_request import EncodeRequest, block_params
 from blockft.serving.scheduler_half import SchedulerHalf
-from tests.serving.stubs import NOWHERE, SECRET, SHAPE, block_request, make_request, make_served, step
+from tests.serving.stubs import (
+    NOWHERE,
+    PAGE_LEN,
+    SECRET,
+    SHAPE,
+    FakePool,
+    block_request,
+    make_request,
+    make_served,
+    step,
+)
 
 PROMPT = list(range(100, 120))
 LENGTHS = (5, 4, 6)
@@ -18,9 +28,37 @@ LENGTHS = (5, 4, 6)
 
 @pytest.fixture
 def half(tmp_path: Path) -> Iterator[SchedulerHalf]:
-    half = SchedulerHalf(make_served(tmp_path))
+    half = open_half(tmp_path)
     yield half
     half.close()
+
+
+@pytest.fixture
+def device_half(tmp_path: Path) -> Iterator[SchedulerHalf]:
+    """The device tier has place for one prompt."""
+    half = open_half(tmp_path, device_bytes=16 * SHAPE.token_bytes)
+    yield half
+    half.close()
+
+
+def open_half(
+    folder: Path, num_workers: int = 1, pool: FakePool | None = None, **changes: Any
+) -> SchedulerHalf:
+    half = SchedulerHalf(make_served(folder, **changes), PAGE_LEN, num_workers)
+    half.use_pool(pool or FakePool())
+    return half
+
+
+def start_in_step(half: SchedulerHalf, id: str, pages: list[int], final: int = 0, **changes: Any) -> Any:
+    """Plan a request whose blocks are on the device, and return it."""
+    request = block_request(id, [*PROMPT, final], LENGTHS, **changes)
+    half.add_request(request)
+    half._on_device.use(half._keys_of(request, half._requests[id]))
+    assert half.num_cached_tokens(request, 0) == (15, False)
+    half.allocate(request, pages, 15)
+    (load,) = half.plan_step(step({id: 6}, new={id: pages})).loads
+    assert load.in_step
+    return request
 
 
 def encode_request(id: str, prompt: list[int], first_len: int = 0) -> Any:
@@ -50,7 +88,7 @@ def test_a_load_names_the_blocks_and_the_tokens_that_are_missing(half: Scheduler
 
 
 def test_a_request_whose_blocks_are_on_the_device_does_not_wait(tmp_path: Path) -> None:
-    half = SchedulerHalf(make_served(tmp_path, device_bytes=16 * SHAPE.token_bytes))
+    half = open_half(tmp_path, device_bytes=16 * SHAPE.token_bytes)
     first, second = (block_request(id, PROMPT, LENGTHS) for id in "ab")
     half.add_request(first)
     assert half.num_cached_tokens(first, 0) == (15, True)
@@ -67,7 +105,7 @@ def test_a_request_whose_blocks_are_on_the_device_does_not_wait(tmp_path: Path) 
 
 
 def test_blocks_of_a_load_that_failed_are_not_on_the_device(tmp_path: Path) -> None:
-    half = SchedulerHalf(make_served(tmp_path, device_bytes=16 * SHAPE.token_bytes))
+    half = open_half(tmp_path, device_bytes=16 * SHAPE.token_bytes)
     request = block_request("a", PROMPT, LENGTHS)
     half.add_request(request)
     for finished, bad_pages in (({"a"}, {9}), ({"b"}, {2}), (set(), set())):
@@ -81,7 +119,7 @@ def test_blocks_of_a_load_that_failed_are_not_on_the_device(tmp_path: Path) -> N
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_blocks_that_were_computed_just_now_are_on_the_device(tmp_path: Path, num_workers: int) -> None:
     """Of several workers, all but one read them in the folder."""
-    half = SchedulerHalf(make_served(tmp_path), num_workers)
+    half = open_half(tmp_path, num_workers)
     request = block_request("a", PROMPT, LENGTHS)
     half.add_request(request)
     for start, end in ((0, 5), (5, 9), (9, 15)):
@@ -94,7 +132,7 @@ def test_blocks_that_were_computed_just_now_are_on_the_device(tmp_path: Path, nu
 
 
 def test_a_request_waits_if_its_blocks_were_evicted_while_it_waited_for_pages(tmp_path: Path) -> None:
-    half = SchedulerHalf(make_served(tmp_path, device_bytes=15 * SHAPE.token_bytes))
+    half = open_half(tmp_path, device_bytes=15 * SHAPE.token_bytes)
     request, other = block_request("a", PROMPT, LENGTHS), block_request("b", PROMPT[::-1], LENGTHS)
     for one in (request, other):
         half.add_request(one)
@@ -109,8 +147,109 @@ def test_a_request_waits_if_its_blocks_were_evicted_while_it_waited_for_pages(tm
     half.close()
 
 
+def test_pages_of_a_load_in_a_step_are_shared_after_its_result_alone(device_half: SchedulerHalf) -> None:
+    """vLLM's prefix cache has them at once, and other prompts would be computed over them."""
+    half = device_half
+    half.add_request(other := block_request("b", [*PROMPT, 8], LENGTHS))
+    half.add_request(another := block_request("c", [*PROMPT[::-1], 8], LENGTHS))
+    half.add_request(full := make_request("d", PROMPT, None))
+    start_in_step(half, "a", [7, 3, 9, 1, 2, 6])
+    assert half.num_cached_tokens(other, 16) == (None, False)
+    assert half.num_cached_tokens(other, 4) == (None, False), "the first page of the load is enough"
+    assert half.num_cached_tokens(other, 0) == (15, False), "it uses pages of its own"
+    assert half.num_cached_tokens(another, 8) == (7, True), "its pages are others"
+    assert half.num_cached_tokens(full, 4) == (0, False)
+    half.plan_step(step())
+    assert half.num_cached_tokens(other, 16) == (0, False)
+
+
+def test_a_request_that_shares_older_pages_alone_does_not_wait(device_half: SchedulerHalf) -> None:
+    """Such as those of an instruction, which is the first block of many prompts."""
+    half, lengths = device_half, (4, 11)
+    first, second = (
+        block_request(id, [*PROMPT[:4], *range(n, n + 20)], lengths) for id, n in (("a", 1), ("b", 2))
+    )
+    for request in (first, second):
+        half.add_request(request)
+        half._on_device.use(half._keys_of(request, half._requests[request.request_id])[:1])
+    half._on_device.use(half._keys_of(first, half._requests["a"]))
+    assert half.num_cached_tokens(first, 4) == (11, False)
+    half.allocate(first, [7, 3, 9, 1, 2, 6], 11)
+    assert half.num_cached_tokens(second, 4) == (11, True)
+
+
+@pytest.mark.parametrize(("num_output", "evicted"), [(0, {9, 1, 2, 6, 5}), (1, set())])
+def test_pages_of_a_request_that_ends_before_its_first_token_are_evicted(
+    tmp_path: Path, num_output: int, evicted: set[int]
+) -> None:
+    """Such as one whose client has left: vLLM evicts the pages of running requests alone."""
+    half = open_half(tmp_path, pool=(pool := FakePool()), device_bytes=16 * SHAPE.token_bytes)
+    request = block_request("a", PROMPT, LENGTHS)
+    half.add_request(request)
+    half._on_device.use(half._keys_of(request, half._requests["a"]))
+    assert half.num_cached_tokens(request, 8) == (7, False)
+    half.allocate(request, [7, 3, 9, 1, 2], 7)
+    half.plan_step(step({"a": 5}, new={"a": [7, 3, 9, 1, 2]}))
+    request.num_output_tokens = num_output
+    half.finish(request, [7, 3, 9, 1, 2, 6, 5])
+    assert pool.evicted == evicted
+    half.close()
+
+
+def test_a_request_that_is_preempted_before_its_load_fails_fails_too(tmp_path: Path) -> None:
+    """vLLM fails running requests alone, and gives out the token that it has computed over bad pages."""
+    half = open_half(tmp_path, pool=(pool := FakePool()), device_bytes=16 * SHAPE.token_bytes)
+    request = start_in_step(half, "a", [7, 3, 9, 1, 2, 6])
+    half.plan_step(step())
+    half.end_loads((), {9, 1, 2, 6})
+    assert pool.evicted == {9, 1, 2, 6}
+    request.num_preemptions = 1
+    num_external, is_async = half.num_cached_tokens(request, 0)
+    assert (num_external, is_async) == (20, True)
+    half.allocate(request, [4, 5, 8, 10, 11, 12], 20)
+    (load,) = half.plan_step(step()).loads
+    assert "before it was preempted" in load.refusal and not load.in_step
+    half.close()
+
+
+def test_a_load_fails_its_own_request_alone(device_half: SchedulerHalf) -> None:
+    """Later loads may write pages that an ended or preempted request has had before."""
+    half = device_half
+    request = start_in_step(half, "a", [7, 3, 9, 1, 2, 6])
+    for _ in range(2):
+        half.plan_step(step())
+    half.end_loads((), {9})
+    assert half.num_cached_tokens(request, 0) == (15, False)
+
+
+def test_a_preempted_request_waits_for_its_load(device_half: SchedulerHalf) -> None:
+    """If it were preempted again, a token that is computed over bad pages would be given out."""
+    request = start_in_step(device_half, "a", [7, 3, 9, 1, 2, 6])
+    request.num_preemptions = 1
+    assert device_half.num_cached_tokens(request, 0) == (15, True)
+
+
+def test_requests_wait_for_their_loads_without_the_pages_of_vllm(tmp_path: Path) -> None:
+    """They are evicted if a load fails."""
+    half = SchedulerHalf(make_served(tmp_path, device_bytes=16 * SHAPE.token_bytes), PAGE_LEN)
+    request = block_request("a", PROMPT, LENGTHS)
+    half.add_request(request)
+    half._on_device.use(half._keys_of(request, half._requests["a"]))
+    assert half.num_cached_tokens(request, 0) == (15, True)
+    half.close()
+
+
+def test_blocks_that_a_worker_has_evicted_are_not_on_the_device(device_half: SchedulerHalf) -> None:
+    half = device_half
+    request = start_in_step(half, "a", [7, 3, 9, 1, 2, 6])
+    half.plan_step(step())
+    half.end_loads((), (), {block_key(PROMPT[5:9])})
+    assert half.num_cached_tokens(request, 0) == (15, True)
+    assert half.num_cached_tokens(request, 9) == (6, False)
+
+
 def test_blocks_that_see_the_first_block_are_loaded_and_saved_with_it(tmp_path: Path) -> None:
-    half = SchedulerHalf(make_served(tmp_path, local_sees_first=True))
+    half = open_half(tmp_path, local_sees_first=True)
     request, encode = block_request("a", PROMPT, LENGTHS), encode_request("e", PROMPT[:9], first_len=5)
     half.add_request(request)
     half.allocate(request, [7, 3, 9, 1], 15)
@@ -210,6 +349,6 @@ def test_a_finished_request_is_forgotten(half: SchedulerHalf) -> None:
     for request in (block_request("a", PROMPT, LENGTHS), encode_request("e", PROMPT[:10])):
         half.add_request(request)
         half.plan_step(step({"e": 4}, new={"e": [4]}))
-        half.finish(request)
+        half.finish(request, [])
         assert half.num_cached_tokens(request, 0) == (0, False)
         assert not half.plan_step(step({"e": 10}, more={"e": [5]})).saves

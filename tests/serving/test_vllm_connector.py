@@ -22,6 +22,7 @@ from tests.serving.stubs import (
     PAGE_LEN,
     SECRET,
     SHAPE,
+    FakePool,
     block_request,
     kv_of,
     make_layers,
@@ -65,7 +66,8 @@ def connector(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     parallel.get_tp_group = lambda: SimpleNamespace(rank_in_group=0, world_size=1)
     monkeypatch.setitem(sys.modules, PARALLEL_STATE, parallel)
     base: Any = sys.modules[BASE]
-    base.KVConnectorBase_V1, base.KVConnectorMetadata, base.KVConnectorRole = RecordedBase, object, Role
+    base.KVConnectorBase_V1, base.KVConnectorRole = RecordedBase, Role
+    base.KVConnectorMetadata = base.KVConnectorWorkerMetadata = object
     yield importlib.import_module("blockft.serving.vllm_connector")
     del sys.modules["blockft.serving.vllm_connector"]
 
@@ -85,6 +87,8 @@ class Engine:
         config.compilation_config = SimpleNamespace(static_forward_context=context)
         pages = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=FullAttentionSpec())])
         self.scheduler = module.BlockConnector(config, Role.SCHEDULER, pages)
+        self.pool = FakePool()
+        self.scheduler.bind_gpu_block_pool(self.pool)
         self.worker = module.BlockConnector(config, Role.WORKER, pages)
         self.worker.register_kv_caches({name: object() for name in reversed(names)})
 
@@ -96,7 +100,11 @@ class Engine:
         self.worker.wait_for_save()
         _, finished = self.worker.get_finished(set())
         bad_pages = self.worker.get_block_ids_with_load_errors()
-        output = SimpleNamespace(finished_recving=finished, invalid_block_ids=bad_pages)
+        output = SimpleNamespace(
+            finished_recving=finished,
+            invalid_block_ids=bad_pages,
+            kv_connector_worker_meta=self.worker.build_connector_worker_meta(),
+        )
         self.scheduler.update_connector_output(output)
         return finished, bad_pages
 
@@ -152,6 +160,32 @@ def test_a_block_is_stored_and_then_loaded(connector: ModuleType, tmp_path: Path
     assert torch.equal(
         read_blocks(engine.layers, SHAPE, PAGE_LEN, page_slots([3, 1], PAGE_LEN, 0, 6)), kv_of(key)
     )
+    assert engine.scheduler.request_finished(other, [3, 1]) == (False, None)
+    assert engine.pool.evicted == {3, 1}, "it has no token yet"
+    engine.close()
+
+
+def test_the_scheduler_learns_what_a_worker_has_evicted(connector: ModuleType, tmp_path: Path) -> None:
+    engine, keys = Engine(connector, tmp_path), [block_key(range(start, start + 9)) for start in (10, 30)]
+    for key in keys:
+        make_served(tmp_path).open_disk_tiers()[1].write(key, kv_of(key))
+    requests = [block_request(f"{start}", [*range(start, start + 9), 7], [9]) for start in (10, 30)]
+    for request in requests:
+        engine.scheduler.on_new_request(request)
+        assert engine.scheduler.get_num_new_matched_tokens(request, 0) == (9, True)
+        engine.scheduler.update_state_after_alloc(request, pages_of(9, 0, 4), 9)
+        while not engine.run(step())[0]:
+            pass
+    assert engine.scheduler.get_num_new_matched_tokens(requests[1], 0) == (9, False)
+    engine.worker._worker._evicted.add(keys[1])
+    engine.run(step())
+    assert engine.scheduler.get_num_new_matched_tokens(requests[1], 0) == (9, False), "it is in the tier"
+    engine.worker._worker._device_tier.drop(keys[1])
+    engine.worker._worker._evicted.add(keys[1])
+    engine.run(step())
+    assert engine.scheduler.get_num_new_matched_tokens(requests[1], 0) == (9, True)
+    two = connector.EvictedBlocks({keys[0]}).aggregate(connector.EvictedBlocks({keys[1]}))
+    assert two.keys == {*keys}
     engine.close()
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -20,6 +21,7 @@ from blockft.serving.block_request import ReplyAddress, page_slots
 from blockft.serving.block_store import BlockStore
 from blockft.serving.computed_blocks import ComputedBlocks
 from blockft.serving.head_shard import HeadShard
+from blockft.serving.page_writer import open_page_writer
 from blockft.serving.pages import read_blocks, write_blocks
 from blockft.serving.report import Report, Reporter
 from blockft.serving.scheduler_half import Load, Save
@@ -415,6 +417,21 @@ def test_a_kernel_that_was_asked_for_and_cannot_be_used_ends_the_start(
         open_worker([], page_writer="triton")
 
 
+def test_a_kernel_that_fails_is_told_and_replaced(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as without a compiler for Triton. A kernel that was asked for ends the start."""
+    layers = [SimpleNamespace(kv_cache=SimpleNamespace(device=torch.device("cuda")))]
+    error = RuntimeError("Failed to find C compiler\nmore")
+    monkeypatch.setattr("blockft.serving.page_writer.PageWriter", Mock(side_effect=error))
+    writer, reason = open_page_writer("auto", layers, [], SHAPE, 16)
+    assert writer is None and reason == "the Triton kernel fails (Failed to find C compiler)"
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and record.exc_info and record.exc_info[1] is error
+    with pytest.raises(UserError, match=r"^Failed to find C compiler: use --page-writer torch$"):
+        open_page_writer("triton", layers, [], SHAPE, 16)
+
+
 def test_an_entry_that_another_worker_has_written_anew_is_read(
     open_worker: Callable[..., Worker], reports: list[Report], tmp_path: Path
 ) -> None:
@@ -509,7 +526,8 @@ def test_a_load_in_a_step_waits_for_blocks_that_the_device_tier_has_evicted(
     worker.load(make_load())
     worker.half._device_tier.drop(KEYS[1])
     load_now = BlockStore._load
-    monkeypatch.setattr(BlockStore, "_load", lambda self, keys: time.sleep(0.1) or load_now(self, keys))
+    monkeypatch.setattr("blockft.serving.worker_half.IN_STEP_WAIT_S", 60)
+    monkeypatch.setattr(BlockStore, "_load", lambda self, keys: time.sleep(0.2) or load_now(self, keys))
     pages = [2, 4, 6, 8]
     worker.half.load([make_load(pages=pages, request_id="b", in_step=True)], is_idle=False)
     found = read_blocks(worker.layers, SHAPE, PAGE_LEN, page_slots(pages, PAGE_LEN, 0, 15))
@@ -530,6 +548,44 @@ def test_a_load_in_a_step_fails_its_request_alone_if_a_block_is_lost(
     assert worker.half.take_bad_pages() == {9, 1, 12} and not worker.half.take_finished()
     failure = "its blocks could not be loaded: no memory"
     assert reports == [Report(missing=[2]), Report(failure=failure)]
+    assert worker.half.take_evicted() == {*load.needed_keys}, "the scheduler believes the tier has them"
+
+
+def test_a_step_waits_for_a_short_time_for_blocks_that_the_device_tier_has_evicted(
+    open_worker: Callable[..., Worker],
+    reports: list[Report],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A network folder that hangs would stop the requests of all others, for ever."""
+    worker, is_released = open_worker(KEYS, device_bytes=20 * SHAPE.token_bytes, host_bytes=0), Event()
+    load_now = BlockStore._load
+    monkeypatch.setattr(BlockStore, "_load", lambda self, keys: is_released.wait(60) and load_now(self, keys))
+    start = time.monotonic()
+    loads = [make_load(request_id=id, in_step=True, keys=keys) for id, keys in (("b", KEYS), ("c", KEYS[:1]))]
+    worker.half.load(loads, is_idle=False)
+    assert time.monotonic() - start < 30 and not is_released.is_set()
+    assert reports == [Report(missing=[0, 1, 2]), Report(missing=[0])]
+    assert worker.half.take_bad_pages() == {*loads[0].pages} and not worker.half.take_finished()
+    assert ["than a step may wait" in record.message for record in caplog.records] == [True, True]
+    is_released.set()
+    assert worker.load(make_load(request_id="d")) == ({"d"}, set())
+
+
+def test_a_worker_tells_which_blocks_its_device_tier_has_evicted(
+    open_worker: Callable[..., Worker], reports: list[Report]
+) -> None:
+    worker = open_worker(KEYS, device_bytes=11 * SHAPE.token_bytes)
+    worker.load(make_load(keys=KEYS[:2]))
+    assert not worker.half.take_evicted()
+    worker.load(make_load(keys=KEYS[2:], request_id="b"))
+    evicted = worker.half.take_evicted()
+    assert evicted == {key for key in KEYS[:2] if key not in worker.half._device_tier} and evicted
+    assert not worker.half.take_evicted()
+    worker.load(make_load(keys=KEYS[:2], request_id="c"))
+    worker.load(make_load(keys=KEYS[2:], request_id="d"))
+    worker.load(make_load(keys=KEYS[:2], request_id="e"))
+    assert worker.half.take_evicted() == {KEYS[2]}, "the others have come back"
 
 
 def test_computed_blocks_are_written_in_the_step_that_asks_for_them(
