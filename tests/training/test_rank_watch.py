@@ -224,7 +224,7 @@ def test_a_rank_that_is_killed_before_it_connects_ends_the_others(rank: int) -> 
 
 
 def be_killed_at_once(rank: int) -> None:
-    rank_watch.SIBLING_S = rank_relay.SIBLING_S = 2
+    rank_watch.SIBLING_S = rank_relay.SIBLING_S = 6
     if is_rank(rank):
         kill_this_process()
 
