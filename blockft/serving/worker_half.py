@@ -231,17 +231,11 @@ class WorkerHalf:
         `wait_until`.
         """
         in_memory, to_load = self._find(load)
-        try:
-            loaded = self._load_until(wait_until, to_load) if to_load else LoadedBlocks()
-        except Exception as error:  # the request fails with it, and no other request
-            self._fail_with(load, error)
-            return
-        if loaded.missing:
-            self._fail_missing(load, loaded)
-            return
         if not to_load:
             self._opened.touch(load.needed_keys)
-        self._write(load, {**in_memory, **loaded.blocks}, loaded.tiers)
+            self._write(load, in_memory, {})
+        elif loaded := self._take(load, lambda: self._load_until(wait_until, to_load)):
+            self._write(load, {**in_memory, **loaded.blocks}, loaded.tiers)
 
     def _load_until(self, wait_until: float, keys: Sequence[BlockKey]) -> LoadedBlocks:
         """Return blocks from the store. They are missing if it does not have them in time."""
@@ -282,15 +276,23 @@ class WorkerHalf:
                 in_memory[key] = kv
         return in_memory, to_load
 
-    def _end_load(self, loading: Loading, future: Future[LoadedBlocks]) -> None:
-        load = loading.load
+    def _take(self, load: Load, result: Callable[[], LoadedBlocks]) -> LoadedBlocks | None:
+        """Return what the store has loaded. If that is not all, the request of the load fails: None."""
         try:
-            loaded = future.result()
+            loaded = result()
         except Exception as error:  # the request fails with it, and no other request
             self._fail_with(load, error)
-            return
+            return None
         if loaded.missing:
-            self._fail_missing(load, loaded)
+            missing = [index for index, key in enumerate(load.keys) if key in loaded.missing]
+            self._fail(load, Report(missing=missing))
+            return None
+        return loaded
+
+    def _end_load(self, loading: Loading, future: Future[LoadedBlocks]) -> None:
+        load = loading.load
+        loaded = self._take(load, future.result)
+        if loaded is None:
             return
         blocks = {**loading.in_memory, **loaded.blocks}
         if all(key in blocks or self._is_in_device_tier(key) for key in load.needed_keys):
@@ -379,9 +381,6 @@ class WorkerHalf:
     def _fail_with(self, load: Load, error: Exception) -> None:
         _log.error(f"the blocks of request {load.request_id} could not be loaded", exc_info=error)
         self._fail(load, Report(failure=f"its blocks could not be loaded: {first_line(error)}"))
-
-    def _fail_missing(self, load: Load, loaded: LoadedBlocks) -> None:
-        self._fail(load, Report(missing=[i for i, key in enumerate(load.keys) if key in loaded.missing]))
 
     def _fail(self, load: Load, report: Report) -> None:
         if load.in_step:
