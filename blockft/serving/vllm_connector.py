@@ -47,7 +47,7 @@ class EvictedBlocks(KVConnectorWorkerMetadata):
     keys: set[BlockKey]
 
     def aggregate(self, other: "EvictedBlocks") -> "EvictedBlocks":
-        """Return what two workers tell."""
+        """Return the evictions of both workers."""
         return EvictedBlocks(self.keys | other.keys)
 
 

@@ -239,7 +239,7 @@ def suggest_zero2(recipe: Recipe, plan: RunPlan, gpu_bytes: float, kind: str) ->
         return None
     return (
         f"train.deepspeed=zero2 fits, too ({format_memory(changed.estimate(sufficient).peak_bytes)} with "
-        f"gradient checkpointing {sufficient}), and compiles the layers, which ZeRO-3 does not"
+        f"gradient checkpointing {sufficient}), and compiles the layers, as ZeRO-3 does not by default"
     )
 
 
