@@ -18,7 +18,12 @@ from blockft.config.settings import Recipe
 from blockft.console import PlainConsole
 from blockft.errors import check_type, is_first_of_host, notify
 from blockft.folder_lock import FolderLock, reading_folder
-from blockft.model.checkpoint import complete_checkpoints, read_marker, remove_incomplete
+from blockft.model.checkpoint import (
+    complete_checkpoints,
+    read_marker,
+    remove_incomplete,
+    remove_old_checkpoints,
+)
 from blockft.outputs import SharedWriteError, remove_temporary_files, write_errors
 from blockft.run_folder import LOSS_PLOT, METRICS, truncate_metrics, write_data, write_recipe
 from blockft.stages.memory_plan import (
@@ -53,6 +58,7 @@ from blockft.training.loss_plot import save_loss_plot
 from blockft.training.peak_memory import use_expandable_segments
 from blockft.training.plan import RunPlan
 from blockft.training.rank_watch import RankWatch, watching_ranks
+from blockft.training.universal_checkpoint import UNIVERSAL, convert_to_universal, remove_universal
 from blockft.training.wandb_tracking import finish_wandb_run, start_wandb_run
 from blockft.units import format_count, format_memory
 
@@ -81,7 +87,8 @@ def train(recipe: Recipe, *, resume: bool = False, name: str | None = None) -> P
     The folder holds checkpoints, `recipe.yaml`, `data.json`, `metrics.jsonl`, `loss.png` and, if held-out
     prompts were answered, `sample_answers.jsonl`; `export` turns a checkpoint into a model folder. The call
     trains in this process: as one of WORLD_SIZE ranks if a launcher started it, otherwise alone. A run that
-    is already finished is not changed; `loss.png` is drawn if an interruption prevented it.
+    is already finished is not changed; what a kill at its very end prevented is done (old checkpoints are
+    removed, `loss.png` is drawn).
 
     Args:
         recipe: settings of the run; `load_recipe` reads them from a YAML file.
@@ -148,8 +155,6 @@ def _reported_write_errors(run: Path, num_processes: int, *, is_first: bool) -> 
     """Turn a full disk into a message that says how to resume; remove what is incomplete."""
 
     def remove() -> None:
-        from blockft.training.universal_checkpoint import remove_universal
-
         remove_incomplete(run)
         remove_universal(run)
 
@@ -187,7 +192,7 @@ def _train(
     title = run.name if name == run.name else f"{name}/{run.name}"
     if checkpoint and _is_finished(recipe, plan, checkpoint):
         if rank == 0:
-            _complete_run_folder(run, title)
+            _complete_run_folder(recipe, title)
             step = read_marker(checkpoint)["step"]
             message = f"{run} is at step {step} of {plan.num_steps}: nothing is left to do"
             PlainConsole(stderr=True).print(message, soft_wrap=True)
@@ -225,10 +230,14 @@ def _is_finished(recipe: Recipe, plan: RunPlan, checkpoint: Path) -> bool:
     return marker["step"] >= plan.num_steps and not (answers_due or marker["eval_due"])
 
 
-def _complete_run_folder(run: Path, title: str) -> None:
+def _complete_run_folder(recipe: Recipe, title: str) -> None:
     """Remove and write what a run that was killed at its very end did not; a complete one is not changed."""
+    settings, run = recipe.train, Path(recipe.train.output_dir)
     with _reported_write_errors(run, 1, is_first=True):
         remove_temporary_files(run)
+        remove_old_checkpoints(run, settings.save_total_limit, keep_best=settings.keep_best)
+        remove_incomplete(run)
+        remove_universal(run)
         if not (run / LOSS_PLOT).exists():
             save_loss_plot(run, title)
 
@@ -237,9 +246,6 @@ def _run_steps(
     recipe: Recipe, plan: RunPlan, checkpoint: Path | None, *, checkpointing: str, name: str, title: str
 ) -> tuple["BlockTrainer", "RunCallback"]:
     """Train the steps that are left after a checkpoint; all ranks call it. See `build_trainer`."""
-    # DeepSpeed, which this module imports, needs the worker's environment
-    from blockft.training.universal_checkpoint import UNIVERSAL, convert_to_universal, remove_universal
-
     run, is_first = Path(recipe.train.output_dir), os.environ["RANK"] == "0"
     source, is_resharded = checkpoint, check_resharding(plan, checkpoint)
     if is_resharded:

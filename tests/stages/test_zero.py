@@ -32,6 +32,7 @@ from blockft.run_folder import LOSS_PLOT, METRICS, read_metrics
 from blockft.stages.export import export
 from blockft.stages.prepare import prepare
 from blockft.training.library_internals import SHARED_MEMORY
+from blockft.training.universal_checkpoint import UNIVERSAL
 from tests import commands
 from tests.commands import Ranks, all_logged, logged, run_ranks, start_ranks
 from tests.run import toy_recipe
@@ -329,6 +330,17 @@ def test_a_run_that_was_killed_while_it_drew_its_losses_is_completed(folder: Pat
     temporary_path(run / METRICS).write_text("")
     train(run, "train.max_steps=3", "--resume", num_ranks=1)
     assert not list(run.glob(".*"))
+
+
+def test_a_run_that_was_killed_while_it_removed_old_folders_is_completed(folder: Path) -> None:
+    run, settings = folder / "unremoved", ("train.max_steps=3", "train.save_steps=1")
+    train(run, *settings, "train.save_total_limit=3", num_ranks=1)
+    assert len(complete_checkpoints(run)) == 3
+    kept = [path.name for path in run.iterdir() if path.name not in ("checkpoint-1", "checkpoint-2")]
+    (run / "checkpoint-1").rename(run / ".checkpoint-1.removed")
+    (run / UNIVERSAL).mkdir()
+    train(run, *settings, "train.save_total_limit=1", "--resume", num_ranks=1)
+    assert sorted(path.name for path in run.iterdir()) == sorted(kept)
 
 
 def test_a_killed_export_leaves_no_finished_folder(train_once: TrainOnce, folder: Path) -> None:
