@@ -1,9 +1,11 @@
 """Commands that are killed at any moment: the same command then ends well, as if it had never been killed.
 
-Each trial kills a command by SIGKILL at a random moment and runs it again. The moments are seeded.
+Each trial kills a command by SIGKILL, at a random time or before one of its changes of files, and runs it
+again. The slow tests try 20 changes of each command, evenly spaced; BLOCKFT_KILL_POINTS sets another number.
 """
 
 import json
+import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +20,7 @@ from safetensors.numpy import load_file
 from blockft.model.checkpoint import REFERENCE_LOGITS, complete_checkpoints, find_checkpoint
 from blockft.stages.cache import verify_cache
 from tests.commands import all_logged, run_ranks, start_ranks
+from tests.faults.kill_points import KillPoint
 from tests.faults.toy import (
     build_toy,
     cache_command,
@@ -26,6 +29,8 @@ from tests.faults.toy import (
     read_report,
     train_command,
 )
+
+NUM_KILL_POINTS = int(os.environ.get("BLOCKFT_KILL_POINTS", "20"))
 
 TRAINING = ("train.save_steps=2", "train.max_steps=6", "train.num_eval_examples=4", "train.eval_steps=3")
 
@@ -138,13 +143,8 @@ def run_undisturbed(name: str, toy: Path, known: dict[str, tuple[Any, float]]) -
     return known[name]
 
 
-def kill_and_repeat(name: str, toy: Path, out: Path, delay_s: float, rng: random.Random) -> Any:
-    """Kill a command after a delay, run it again until its end, and return its outcome."""
-    verb = VERBS[name]
-    ranks = start_ranks(*verb.arguments(toy, out), num_ranks=verb.num_ranks)
-    time.sleep(delay_s)
-    rng.choice(ranks.processes).kill()  # the other ranks end by themselves, or are killed
-    ranks.wait_or_kill(rng.random())
+def repeat(verb: Verb, toy: Path, out: Path) -> Any:
+    """Run a command again that was killed, until its end, and return its outcome."""
     if verb.outcome in (read_files, read_report, read_taught) and out.exists():
         return verb.read(out, CompletedProcess([], 0, "", ""))  # it was killed after its work was done
     done = run_ranks(*verb.arguments(toy, out), num_ranks=verb.num_ranks)
@@ -153,29 +153,54 @@ def kill_and_repeat(name: str, toy: Path, out: Path, delay_s: float, rng: random
     return verb.read(out, done)
 
 
-def check_kills(name: str, toy: Path, known: dict[str, tuple[Any, float]], seeds: range) -> None:
-    expected, duration_s = run_undisturbed(name, toy, known)
-    for seed in seeds:
+def check_what_is_left(name: str, out: Path) -> None:
+    """Check that a command that was killed and repeated has left no hidden files beside its folder."""
+    if VERBS[name].answers or name == "cache-build":
+        return
+    left = {path.name for path in out.parent.iterdir() if path.name.startswith(".")}
+    # a command that was killed at its very end is not repeated
+    assert not left or out.exists() and left <= {".out.lock", ".out.cache.lock", ".out.partial"}, left
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_a_command_that_is_killed_at_a_random_time_ends_as_if_it_was_never_killed(
+    name: str, toy: Path, undisturbed: dict[str, tuple[Any, float]]
+) -> None:
+    verb, (expected, duration_s) = VERBS[name], run_undisturbed(name, toy, undisturbed)
+    for seed in range(2):
         rng = random.Random(f"{name} {seed}")
         out = toy / "trials" / f"{name}-{seed}" / "out"
         delay_s = rng.uniform(0, 1.05) * duration_s
-        assert kill_and_repeat(name, toy, out, delay_s, rng) == expected, (seed, delay_s)
-        if not VERBS[name].answers and name != "cache-build":
-            left = [path.name for path in out.parent.iterdir() if path.name.startswith(".")]
-            # a command that was killed at its very end is not repeated
-            assert not left or left == [".out.lock"] and out.exists(), left
+        ranks = start_ranks(*verb.arguments(toy, out), num_ranks=verb.num_ranks)
+        time.sleep(delay_s)
+        rng.choice(ranks.processes).kill()  # the other ranks end by themselves, or are killed
+        ranks.wait_or_kill(rng.random())
+        assert repeat(verb, toy, out) == expected, (seed, delay_s)
+        check_what_is_left(name, out)
 
 
+def run_until(point: KillPoint, verb: Verb, toy: Path, out: Path) -> list[str]:
+    """Run a command until it is killed or ends, and return the names of its changes of files up to there."""
+    ranks = start_ranks(*verb.arguments(toy, out), num_ranks=verb.num_ranks, before=point)
+    ranks.processes[0].join()
+    ranks.wait_or_kill(random.Random(point.number).random())
+    return point.log.read_text().splitlines()
+
+
+@pytest.mark.slow  # 160 commands are killed and repeated: five minutes
 @pytest.mark.parametrize("name", VERBS)
-def test_a_killed_command_that_is_repeated_ends_as_if_it_was_never_killed(
+def test_a_command_that_is_killed_before_a_change_of_files_ends_as_if_it_was_never_killed(
     name: str, toy: Path, undisturbed: dict[str, tuple[Any, float]]
 ) -> None:
-    check_kills(name, toy, undisturbed, range(2))
-
-
-@pytest.mark.slow  # 140 commands are killed and repeated: three minutes
-@pytest.mark.parametrize("name", VERBS)
-def test_a_command_that_is_killed_at_any_of_20_moments_ends_as_if_it_was_never_killed(
-    name: str, toy: Path, undisturbed: dict[str, tuple[Any, float]]
-) -> None:
-    check_kills(name, toy, undisturbed, range(20))
+    verb, (expected, _) = VERBS[name], run_undisturbed(name, toy, undisturbed)
+    out, log = toy / "counted" / name / "out", toy / f"{name}.log"
+    num_changes = len(run_until(KillPoint(out.parent, log), verb, toy, out))
+    num_points, num_killed = min(NUM_KILL_POINTS, num_changes), 0
+    for number in [num_changes - i * num_changes // num_points for i in range(num_points)]:
+        out, log = toy / "points" / f"{name}-{number}" / "out", toy / f"{name}-{number}.log"
+        changes = run_until(KillPoint(out.parent, log, number), verb, toy, out)
+        num_killed += len(changes) == number
+        assert repeat(verb, toy, out) == expected, changes[-1]
+        check_what_is_left(name, out)
+    # threads may change files in another order, and a command that ends earlier is not killed
+    assert num_killed >= num_points - 2
