@@ -114,10 +114,10 @@ def test_every_command_can_be_given(path: Path, command: str) -> None:
         targets = [word for word in words if "=" not in word]
         for target in targets:
             assert re.search(rf"^{target}:", read(ROOT / "Makefile"), re.MULTILINE), target
-    elif head in ("bash", "sbatch", "pytest"):
-        assert (ROOT / words[0]).is_file()
     elif head == "python" and words[0] == "-m":
         assert importlib.util.find_spec(words[1])
+    elif head in ("bash", "sbatch", "pytest", "python"):
+        assert (ROOT / words[0]).is_file()
     elif head in ("blockft", "deepspeed"):
         name, parameters = parse(words if head == "blockft" else words[words.index("blockft") + 1 :])
         check_recipe(name, parameters)
