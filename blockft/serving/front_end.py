@@ -69,6 +69,10 @@ REPORT_TIMEOUT_S = 5
 FAILURE_TIMEOUT_S = 1
 """How long a failure of vLLM waits for a report of its reason, if the first report told of no failure."""
 
+END_TIMEOUT_S = 10
+"""How long requests may take to end after vLLM's engine has ended. uvicorn waits for ever by default, and
+requests that the engine has lost never end."""
+
 _log = logging.getLogger("blockft.serving")
 
 
@@ -108,6 +112,7 @@ class BlockFrontEnd:
         self._models: dict[tuple[bytes, ...], dict[str, int]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        _limit_end(scope)
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
         if not _may_have_prompt(scope) or path.endswith(OWN_DOCUMENTS):
             await self._app(scope, receive, send)
@@ -260,6 +265,13 @@ class BlockFrontEnd:
             "tokens_reused": sum(tokens[tier] for tier in Tier),
             "sources": dict(blocks),
         }
+
+
+def _limit_end(scope: Scope) -> None:
+    """Let uvicorn cancel the requests that have not ended some time after the engine."""
+    state = getattr(scope.get("app"), "state", None)
+    if (server := getattr(state, "server", None)) and server.config.timeout_graceful_shutdown is None:
+        server.config.timeout_graceful_shutdown = END_TIMEOUT_S
 
 
 def _may_have_prompt(scope: Scope) -> bool:

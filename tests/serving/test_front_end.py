@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,14 @@ from blockft.data.sample import Sample
 from blockft.inference.block_key import BlockKey, block_key, first_ids, num_first, token_ids
 from blockft.serving.answer_sender import ABORTED
 from blockft.serving.block_request import BlockRequest, block_keys, block_salt, parse_params
-from blockft.serving.front_end import CHAT, COMPLETIONS, MAX_ATTEMPTS, REPORT_TIMEOUT_S, BlockFrontEnd
+from blockft.serving.front_end import (
+    CHAT,
+    COMPLETIONS,
+    END_TIMEOUT_S,
+    MAX_ATTEMPTS,
+    REPORT_TIMEOUT_S,
+    BlockFrontEnd,
+)
 from blockft.serving.missing_blocks import BlockComputer
 from blockft.serving.prompt_encoder import PromptEncoder
 from blockft.serving.report import Report
@@ -480,6 +488,29 @@ def test_an_answer_that_vllm_aborts_is_no_answer(setup: Setup, mode: str) -> Non
         _, events = await setup.post(QUESTION | {"mode": mode, "stream": True, "min_tokens": 1} | usage)
         assert [json.loads(event).get("error", {}).get("message") for event in events[2:-1]] == [ABORTED]
         assert not setup.counters.answers and setup.counters.failures == {"failed": 3}
+
+    run(test)
+
+
+def test_requests_that_the_engine_has_lost_do_not_keep_the_server(setup: Setup) -> None:
+    """uvicorn cancels them. A limit of vLLM itself, and an application that has ended, stay as they are."""
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b""}
+
+    async def send(message: Any) -> None:
+        pass
+
+    async def get(app: Any) -> None:
+        scope = {"type": "http", "method": "GET", "path": "/health", "headers": [], "app": app}
+        await setup.app(scope, receive, send)
+
+    async def test() -> None:
+        for limit, expected in ((None, END_TIMEOUT_S), (3, 3)):
+            config = SimpleNamespace(timeout_graceful_shutdown=limit)
+            await get(SimpleNamespace(state=SimpleNamespace(server=SimpleNamespace(config=config))))
+            assert config.timeout_graceful_shutdown == expected
+        await get(SimpleNamespace())
 
     run(test)
 

@@ -20,6 +20,7 @@ import openai
 import psutil
 import pytest
 
+from blockft.serving.launch import STOP_TIMEOUT_S
 from blockft.serving.missing_blocks import IN_MEMORY_S
 from tests.serving.real_server import (
     TOLERANCE,
@@ -284,7 +285,7 @@ def test_a_server_that_is_ended_answers_right_or_fails_and_leaves_no_process(
     begun.wait()
     time.sleep(0.5)
     server.process.send_signal(signal.SIGTERM)
-    code = server.process.wait(90)
+    code = server.process.wait(STOP_TIMEOUT_S - 10)  # it ends by itself: nobody kills it
     for thread in threads:
         thread.join(60)
     assert not any(thread.is_alive() for thread in threads)
