@@ -145,7 +145,7 @@ def resolve(work: Path, tools: Path, python: str, glibc: str) -> dict[str, str]:
         *("--output-file", work / "pins", work / "requirements"),
     ]
     variables = {key: value for build in SOURCE_ONLY.values() for key, value in build.items()}
-    run(command, "the packages do not fit the host's: see --keep and --without", variables)
+    run(command, "the packages do not fit the host's: see --keep, --without and --glibc", variables)
     pins = (line.split("==") for line in (work / "pins").read_text().splitlines())
     return {normalize(name): version for name, version in pins}
 
