@@ -87,8 +87,8 @@ def train(recipe: Recipe, *, resume: bool = False, name: str | None = None) -> P
     The folder holds checkpoints, `recipe.yaml`, `data.json`, `metrics.jsonl`, `loss.png` and, if held-out
     prompts were answered, `sample_answers.jsonl`; `export` turns a checkpoint into a model folder. The call
     trains in this process: as one of WORLD_SIZE ranks if a launcher started it, otherwise alone. A run that
-    is already finished is not changed; what a kill at its very end prevented is done (old checkpoints are
-    removed, `loss.png` is drawn).
+    is already finished trains no step; if it was killed at its very end, its old checkpoints are removed and
+    `loss.png` is drawn.
 
     Args:
         recipe: settings of the run; `load_recipe` reads them from a YAML file.
@@ -231,7 +231,7 @@ def _is_finished(recipe: Recipe, plan: RunPlan, checkpoint: Path) -> bool:
 
 
 def _complete_run_folder(recipe: Recipe, title: str) -> None:
-    """Remove and write what a run that was killed at its very end did not; a complete one is not changed."""
+    """Remove old checkpoints and draw the losses, if a run with all steps was killed before it did so."""
     settings, run = recipe.train, Path(recipe.train.output_dir)
     with _reported_write_errors(run, 1, is_first=True):
         remove_temporary_files(run)
