@@ -82,18 +82,13 @@ class FolderLock:
             BlockingIOError: another process holds the lock.
         """
         for attempt in count():
-            self._create_parents()
             try:
-                descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o666)
-            except FileNotFoundError:
+                descriptor = self._open()
+            except (FileNotFoundError, FileExistsError):
                 # processes that end remove the folders that they created; /proc takes no files at all
                 if attempt == _MAX_ATTEMPTS:
                     raise
                 continue
-            except PermissionError:
-                if not self._file.exists():
-                    raise
-                descriptor = os.open(self._file, os.O_RDONLY)  # the file of another user can be locked, too
             try:
                 fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
                 with suppress(FileNotFoundError):
@@ -105,6 +100,20 @@ class FolderLock:
                 raise
             os.close(descriptor)
         raise AssertionError
+
+    def _open(self) -> int:
+        """Return the descriptor of the lock file, which is created with the folders above it.
+
+        Raises:
+            FileNotFoundError, FileExistsError: a folder was removed meanwhile, or cannot be created.
+        """
+        self._create_parents()
+        try:
+            return os.open(self._file, os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError:
+            if not self._file.exists():
+                raise
+            return os.open(self._file, os.O_RDONLY)  # the file of another user can be locked, too
 
     def _create_parents(self) -> None:
         parent = self.folder.parent
@@ -168,6 +177,7 @@ class FolderLock:
                 self._file.unlink()
         os.close(self._descriptor)
         _descriptors.remove(self._descriptor)
+        self._descriptor = -1  # another lock may get the same number
         self._remove_created()
         return is_last
 

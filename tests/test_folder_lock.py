@@ -8,7 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,9 +91,9 @@ def compete(folder: Path, counter: Path, rounds: int) -> None:
     while rounds:
         try:
             with lock_folder(folder, "blockft test"):
-                count = int(counter.read_text())
+                number = int(counter.read_text())
                 time.sleep(0.001)
-                counter.write_text(str(count + 1))
+                counter.write_text(str(number + 1))
             rounds -= 1
         except FolderInUse:
             time.sleep(0.001)
@@ -109,6 +113,77 @@ def test_no_two_processes_hold_a_lock_whose_file_comes_and_goes(tmp_path: Path) 
         assert process.exitcode == 0
     assert counter.read_text() == "200"
     assert not list(tmp_path.rglob(".*.lock"))
+
+
+class Interruption:
+    """Lets something happen once, just before one of this process's calls of the system, counted from 0."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int, happen: Callable[[], object]) -> None:
+        self._left, self._happen = number, happen
+        for name in ("mkdir", "stat", "open", "unlink", "rmdir"):
+            monkeypatch.setattr(os, name, self._watch(getattr(os, name)))
+        monkeypatch.setattr(fcntl, "flock", self._watch(fcntl.flock))
+
+    @property
+    def has_happened(self) -> bool:
+        return self._left < 0
+
+    def _watch(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def count_and_call(*arguments: Any, **options: Any) -> Any:
+            self._left -= 1
+            if self._left == -1:
+                self._happen()
+            return call(*arguments, **options)
+
+        return count_and_call
+
+
+class Other:
+    """Another process: its lock of a folder comes and goes, comes and stays, or was there and goes."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self._folder, self._kind = folder, kind
+        self._lock = FolderLock(folder, "blockft test") if kind == "was there and goes" else None
+
+    def act(self) -> None:
+        with suppress(FolderInUse):
+            if self._lock is None:
+                self._lock = FolderLock(self._folder, "blockft test")
+            if self._kind != "comes and stays":
+                self.end()
+
+    def end(self) -> None:
+        if self._lock:
+            self._lock.release()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kind", ["comes and goes", "comes and stays", "was there and goes"])
+def test_another_process_between_any_two_steps_of_a_lock(kind: str, shared: bool, tmp_path: Path) -> None:
+    """The lock is taken or refused as in use; no file of it is left."""
+    outcomes = set()
+    for number in count():
+        root = tmp_path / str(number)
+        root.mkdir()
+        folder = root / "new" / "deep" / "folder"
+        other = Other(folder, kind)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            interruption = Interruption(monkeypatch, number, other.act)
+            try:
+                lock = FolderLock(folder, "blockft test", shared=shared)
+            except FolderInUse:
+                outcomes.add("refused")
+            else:
+                outcomes.add("taken")
+                with pytest.raises(FolderInUse):
+                    try_to_lock(folder)
+                lock.release()
+        other.end()
+        assert not [path for path in root.rglob("*") if not path.is_dir()]
+        if not interruption.has_happened:
+            break
+    assert number > 10
+    assert outcomes == ({"taken"} if kind == "comes and goes" else {"taken", "refused"})
 
 
 def test_a_lock_without_a_readable_holder_is_refused_without_details(tmp_path: Path) -> None:
