@@ -1,5 +1,9 @@
-"""The Triton kernels compute what `attend_reference` computes."""
+"""The Triton kernels compute what `attend_reference` computes.
 
+Without a GPU the kernels run in Triton's interpreter: see `tests/test_triton_interpreter.py`.
+"""
+
+import os
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +15,17 @@ from blockft.attention.cached_context import TILE_PADDING
 from blockft.attention.rotate_queries import attend_reference
 from tests.attention.cases import Case, make_case
 
-pytestmark = pytest.mark.gpu
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
 
-LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+pytestmark = [] if IS_INTERPRETED else pytest.mark.gpu
+
+H100 = SimpleNamespace(shared_memory_per_block_optin=232448, multi_processor_count=132)
+
+HALF = torch.float16 if IS_INTERPRETED else torch.bfloat16
+"""The interpreter multiplies the bits of bfloat16 as if they were integers."""
+
+LIMITS = {torch.float32: 1e-4, HALF: 2e-2}
 """The largest error relative to the norm of the output, by type."""
 
 HEAD_SIZES = [{"head_size": 64}, {"head_size": 96}, {"head_size": 128}, {"head_size": 256}]
@@ -29,6 +41,13 @@ SHAPES = {
     "long blocks": {"max_len": 900, "max_query_start": 300},
 }
 """Further shapes. Each one compiles the kernels once or twice."""
+
+
+@pytest.fixture(autouse=True)
+def tiles_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter compute with the tiles of an H100."""
+    if IS_INTERPRETED:
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H100)
 
 
 def relative_error(case: Case, device: torch.device, dtype: torch.dtype, **options: Any) -> float:
@@ -48,8 +67,9 @@ def relative_error(case: Case, device: torch.device, dtype: torch.dtype, **optio
 
 
 def check(dtype: torch.dtype, **shape: Any) -> None:
-    for seed in range(3):
-        error = relative_error(make_case(seed, **{"max_len": 200} | shape), torch.device("cuda"), dtype)
+    defaults = {"max_len": 70, "num_prompts": 2} if IS_INTERPRETED else {"max_len": 200}
+    for seed in range(1 if IS_INTERPRETED else 3):
+        error = relative_error(make_case(seed, **defaults | shape), DEVICE, dtype)
         assert error < LIMITS[dtype]
 
 
@@ -81,9 +101,7 @@ def test_tiles_fit_the_shared_memory(
     for head_size in (64, 96, 128, 256):
         for half in (head_size // 2, head_size // 4):
             for num_rows in (4, 256):
-                tiles = triton_launch.choose_tile_config(
-                    num_rows, head_size, half, dtype, torch.device("cuda")
-                )
+                tiles = triton_launch.choose_tile_config(num_rows, head_size, half, dtype, DEVICE)
                 used_bytes = (tiles.num_stages * tiles.keys + tiles.rows) * 2 * head_size * dtype.itemsize
                 assert used_bytes < shared_bytes
 
@@ -101,13 +119,13 @@ def test_kernels_match_the_reference_with_the_tiles_for_smaller_gpus(num_queries
 
     case = make_case(0, max_len=200, head_size=64, num_queries=num_queries)
     for tiles in {*FEW_ROWS_TILES, *MANY_ROWS_TILES}:
-        error = relative_error(case, torch.device("cuda"), torch.bfloat16, tiles=tiles)
-        assert error < LIMITS[torch.bfloat16]
+        error = relative_error(case, DEVICE, HALF, tiles=tiles)
+        assert error < LIMITS[HALF]
 
 
 @pytest.mark.parametrize("head_size", [64, 96, 128])
 def test_new_keys_and_values_are_written_into_their_columns(head_size: int) -> None:
-    check_append(head_size, torch.device("cuda"))
+    check_append(head_size, DEVICE)
 
 
 def check_append(head_size: int, device: torch.device) -> None:

@@ -1,6 +1,6 @@
 """The Triton kernel writes what the reference writes.
 
-Without a GPU the kernel runs in Triton's interpreter: TRITON_INTERPRET=1 pytest FILE.
+Without a GPU the kernel runs in Triton's interpreter: see `tests/test_triton_interpreter.py`.
 """
 
 import os
