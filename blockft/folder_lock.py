@@ -111,9 +111,10 @@ class FolderLock:
         try:
             return os.open(self._file, os.O_RDWR | os.O_CREAT, 0o666)
         except PermissionError:
-            if not self._file.exists():
-                raise
-            return os.open(self._file, os.O_RDONLY)  # the file of another user can be locked, too
+            if self._file.exists():
+                return os.open(self._file, os.O_RDONLY)  # the file of another user can be locked, too
+            # that file may have been removed just now
+            return os.open(self._file, os.O_RDWR | os.O_CREAT, 0o666)
 
     def _create_parents(self) -> None:
         parent = self.folder.parent

@@ -8,16 +8,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from blockft.errors import UserError
 from blockft.folder_lock import FolderInUse, FolderLock, lock_folder, reading_folder
+from tests.faults.interruption import Interruption
 
 FORKED = """
 import os, sys, time
@@ -115,29 +115,6 @@ def test_no_two_processes_hold_a_lock_whose_file_comes_and_goes(tmp_path: Path) 
     assert not list(tmp_path.rglob(".*.lock"))
 
 
-class Interruption:
-    """Lets something happen once, just before one of this process's calls of the system, counted from 0."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int, happen: Callable[[], object]) -> None:
-        self._left, self._happen = number, happen
-        for name in ("mkdir", "stat", "open", "unlink", "rmdir"):
-            monkeypatch.setattr(os, name, self._watch(getattr(os, name)))
-        monkeypatch.setattr(fcntl, "flock", self._watch(fcntl.flock))
-
-    @property
-    def has_happened(self) -> bool:
-        return self._left < 0
-
-    def _watch(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def count_and_call(*arguments: Any, **options: Any) -> Any:
-            self._left -= 1
-            if self._left == -1:
-                self._happen()
-            return call(*arguments, **options)
-
-        return count_and_call
-
-
 class Other:
     """Another process: its lock of a folder comes and goes, comes and stays, or was there and goes."""
 
@@ -167,8 +144,7 @@ def test_another_process_between_any_two_steps_of_a_lock(kind: str, shared: bool
         root.mkdir()
         folder = root / "new" / "deep" / "folder"
         other = Other(folder, kind)
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            interruption = Interruption(monkeypatch, number, other.act)
+        with Interruption(number, other.act) as interruption:
             try:
                 lock = FolderLock(folder, "blockft test", shared=shared)
             except FolderInUse:
@@ -224,3 +200,24 @@ def test_a_folder_without_permission_to_write_is_refused_with_that_reason(
     # the lock file of another user
     (tmp_path / ".folder.lock").write_text("")
     try_to_lock(tmp_path / "folder")
+
+
+def test_the_lock_file_of_another_user_is_removed_between_any_two_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_file, lock_file = os.open, tmp_path / ".folder.lock"
+
+    def open_own_file(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_CREAT and lock_file.exists():
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return open_file(path, flags, mode)
+
+    for number in count():
+        lock_file.touch()
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "open", open_own_file)
+            with Interruption(number, partial(lock_file.unlink, missing_ok=True)) as interruption:
+                try_to_lock(tmp_path / "folder")
+        if not interruption.has_happened:
+            break
+    assert number > 5
