@@ -43,6 +43,9 @@ VERSION = 1
 
 SUFFIX = ".safetensors"
 
+REMOVED = (errno.ENOENT, errno.ESTALE)
+"""Numbers of the errors of reading an entry that another process, or (ESTALE) another host, has removed."""
+
 _PAGE = 4096
 _CHECKSUM = xxhash.xxh3_128_hexdigest
 _DIGEST = re.compile("[0-9a-f]{32}")
@@ -53,11 +56,7 @@ _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 class DamagedEntry(Exception):
-    """An entry cannot be used, and its block must be computed again. status: of the file that was read."""
-
-    def __init__(self, reason: str, status: os.stat_result) -> None:
-        super().__init__(reason)
-        self.status = status
+    """An entry cannot be used, and its block must be computed again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +159,7 @@ class EntryReader:
         with self._opened() as handle:
             self._read(handle, content, self._layers_offset + index * len(content))
         if _CHECKSUM(content) != self._checksums[index]:
-            raise self._damaged(f"layer {index} has changed since it was written")
+            raise DamagedEntry(f"layer {index} has changed since it was written")
         return out
 
     def verify(self) -> None:
@@ -191,33 +190,43 @@ class EntryReader:
         metadata = _metadata(self._header)
         first = metadata.get(_FIRST_BLOCK, "")
         if _FIRST_BLOCK in metadata and not (isinstance(first, str) and _DIGEST.fullmatch(first)):
-            raise self._damaged(f"its {_FIRST_BLOCK} is {first!r}, expected is the name of an entry")
+            raise DamagedEntry(f"its {_FIRST_BLOCK} is {first!r}, expected is the name of an entry")
         expected_metadata = _expected_metadata(self.model, name, first)
         for field, expected in expected_metadata.items():
             if metadata.get(field) != expected:
-                raise self._damaged(f"its {field} is {metadata.get(field)!r}, expected is {expected!r}")
+                raise DamagedEntry(f"its {field} is {metadata.get(field)!r}, expected is {expected!r}")
         length = self.model.num_tokens(size)
         if not length:
-            raise self._damaged(f"no block has a file of {size} bytes")
+            raise DamagedEntry(f"no block has a file of {size} bytes")
         tokens = bytearray(length * ID_BYTES)
         self._read(handle, memoryview(tokens), len(self._header))
         checksums = str(metadata.get("checksums")).split()
         if tokens_digest(bytes(tokens), first) != name:
-            raise self._damaged("its token ids do not match its name")
+            raise DamagedEntry("its token ids do not match its name")
         expected_header = _header(self.model, expected_metadata, length, checksums)
         if len(checksums) != self.model.num_layers or self._header != expected_header:
-            raise self._damaged("its header does not match its content")
+            raise DamagedEntry("its header does not match its content")
         return bytes(tokens), first, checksums
-
-    def _damaged(self, reason: str) -> DamagedEntry:
-        return DamagedEntry(reason, self.status)
 
     def _read(self, handle: int, buffer: memoryview, offset: int) -> None:
         while buffer:
             num_read = os.preadv(handle, [buffer], offset)
             if not num_read:
-                raise self._damaged("it is truncated")
+                raise DamagedEntry("it is truncated")
             buffer, offset = buffer[num_read:], offset + num_read
+
+
+def find_damage(path: Path, model: CacheModel) -> str | None:
+    """Read and verify a whole entry. Return why it cannot be used, or None if it can or is not there."""
+    try:
+        with EntryReader(path, model) as entry:
+            entry.verify()
+    except DamagedEntry as error:
+        return str(error)
+    except OSError as error:
+        if error.errno not in REMOVED:
+            return f"it cannot be read ({error.strerror})"
+    return None
 
 
 def _as_bytes(tensor: torch.Tensor) -> memoryview:

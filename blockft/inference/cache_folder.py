@@ -20,15 +20,19 @@ import secrets
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import xxhash
 
 from blockft.errors import UserError
-from blockft.inference.cache_entry import SUFFIX, VERSION, CacheModel
+from blockft.inference.cache_entry import SUFFIX, VERSION, CacheModel, find_damage
 
 FORMAT, MODEL, LOCK, TEMPORARY = "format.json", "model.json", ".lock", ".tmp"
+
+MAX_ATTEMPTS = 10
+"""How often folders are created and files are written while other processes remove the folders."""
 
 _FORMAT = {"format": "blockft cache", "version": VERSION}
 
@@ -79,10 +83,10 @@ class CacheFolder:
         try:
             found = _parse(file.read_bytes())
         except FileNotFoundError:
-            names = {path.name for path in self.path.iterdir()} if self.path.exists() else set()
-            if FORMAT in names:  # another process has just created it
+            others = {path.name for path in _list_folder(self.path)} - {LOCK, TEMPORARY}
+            if file.exists():  # another process has just created it
                 return self.exists()
-            if names - {LOCK, TEMPORARY}:
+            if others:
                 raise UserError(
                     f"{self.path} has files but no {FORMAT}: give a cache or a new folder"
                 ) from None
@@ -105,6 +109,20 @@ class CacheFolder:
             UserError: see `exists`.
             OSError: the folder cannot be written.
         """
+        for attempt in count(1):
+            try:
+                return self._create_model_folder(model)
+            except (FileNotFoundError, FileExistsError):
+                if attempt == MAX_ATTEMPTS:
+                    raise
+        raise AssertionError
+
+    def _create_model_folder(self, model: CacheModel) -> Path:
+        """Create the folder of a model once.
+
+        Raises:
+            FileNotFoundError, FileExistsError: a folder was removed meanwhile, or cannot be created.
+        """
         folder = self.path / model.fingerprint
         if self.exists() and self._read_model(folder) == model:
             return folder
@@ -121,12 +139,18 @@ class CacheFolder:
     def models(self) -> dict[str, CacheModel]:
         """Return the models by fingerprint.
 
+        A folder without a file of its model and without entries is left out: another process is creating it.
+
         Raises:
             UserError: the file of a model is missing or damaged.
         """
         models = {}
         for folder in self._model_folders():
+            # the first entry is written after the file of its model
+            is_new = not (folder / MODEL).exists() and not any(self.entries(folder.name))
             model = self._read_model(folder)
+            if model is None and (is_new or not folder.exists()):
+                continue
             if model is None:
                 raise UserError(
                     f"{folder / MODEL} is missing or damaged: use the cache with its model or delete {folder}"
@@ -139,7 +163,11 @@ class CacheFolder:
         for folder in self._model_folders():
             if fingerprint not in (None, folder.name):
                 continue
-            with os.scandir(folder) as files:
+            try:
+                scanned = os.scandir(folder)
+            except FileNotFoundError:  # another process has removed it
+                continue
+            with scanned as files:
                 for file in files:
                     if file.name.endswith(SUFFIX):
                         with suppress(FileNotFoundError):  # another process has removed it
@@ -205,22 +233,24 @@ class CacheFolder:
         byte_count.write(sum(e.num_bytes for e in all_entries) - sum(e.num_bytes for e in removed))
         return removed
 
-    def remove(self, path: Path, status: os.stat_result) -> bool:
-        """Remove an entry, unless its file was replaced since `status`. Return whether it was removed."""
-        with self.locked() as byte_count:
-            try:
-                if not os.path.samestat(path.stat(), status):
-                    return False
-            except FileNotFoundError:
-                return False
-            path.unlink()
-            if (used := byte_count.read()) is not None:
-                byte_count.write(used - status.st_size)
-            return True
+    def remove_damaged(self, path: Path, model: CacheModel) -> None:
+        """Remove an entry that was found damaged, unless another process has replaced it since.
+
+        It is verified again while no process can replace it. A new file may have the inode of the old one.
+
+        Raises:
+            OSError: the lock or the entry cannot be written.
+        """
+        with self.locked() as byte_count, suppress(FileNotFoundError):
+            num_bytes = path.stat().st_size
+            if find_damage(path, model):
+                path.unlink()
+                if (used := byte_count.read()) is not None:
+                    byte_count.write(used - num_bytes)
 
     def _model_folders(self) -> list[Path]:
         return sorted(
-            folder for folder in self.path.iterdir() if folder.is_dir() and folder.name != TEMPORARY
+            folder for folder in _list_folder(self.path) if folder.is_dir() and folder.name != TEMPORARY
         )
 
     def _read_model(self, folder: Path) -> CacheModel | None:
@@ -254,7 +284,7 @@ class CacheFolder:
 
     def _remove_abandoned(self) -> None:
         """Remove the temporary files of killed processes, which are not locked."""
-        for temporary in (self.path / TEMPORARY).glob("*"):
+        for temporary in _list_folder(self.path / TEMPORARY):
             # OSError: its writer is alive, it was renamed, or it belongs to another user
             with suppress(OSError), temporary.open("r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -264,6 +294,14 @@ class CacheFolder:
         with self.temporary_file() as (temporary, file):
             file.write((json.dumps(fields, indent=2) + "\n").encode())
             temporary.replace(path)
+
+
+def _list_folder(folder: Path) -> list[Path]:
+    """Return the paths in a folder; none if there is no folder."""
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
 
 
 def _parse(text: bytes) -> dict[str, Any]:

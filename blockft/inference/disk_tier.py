@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import torch
 
 from blockft.errors import UserError
 from blockft.inference.block_key import BlockKey, first_digest, key_digest, num_tokens
-from blockft.inference.cache_entry import SUFFIX, CacheModel, DamagedEntry, EntryReader, write_entry
-from blockft.inference.cache_folder import MODEL, ByteCount, CacheFolder
+from blockft.inference.cache_entry import REMOVED, SUFFIX, CacheModel, DamagedEntry, EntryReader, write_entry
+from blockft.inference.cache_folder import MAX_ATTEMPTS, MODEL, ByteCount, CacheFolder
 from blockft.units import format_bytes
 
 __all__ = ["CacheModel", "DamagedEntry", "DiskEntry", "DiskStatistics", "DiskTier"]
@@ -159,8 +160,17 @@ class DiskTier:
 
     def _write(self, path: Path, key: BlockKey, kv: torch.Tensor, num_bytes: int) -> bool:
         """Return whether the entry was written. It was not if another process wrote it first."""
-        if not (self._model_folder / MODEL).exists():  # the folder was emptied, or its disk is back
-            self._folder.create_model_folder(self._model)
+        for attempt in count(1):
+            if not (self._model_folder / MODEL).exists():  # the folder was emptied, or its disk is back
+                self._folder.create_model_folder(self._model)
+            try:
+                return self._write_once(path, key, kv, num_bytes)
+            except (FileNotFoundError, FileExistsError):  # the folder was emptied meanwhile
+                if attempt == MAX_ATTEMPTS:
+                    raise
+        raise AssertionError
+
+    def _write_once(self, path: Path, key: BlockKey, kv: torch.Tensor, num_bytes: int) -> bool:
         with self._folder.temporary_file() as (temporary, file):
             write_entry(file, self._model, key, kv)
             # Some file systems report a full disk only on close. This closes a copy and keeps the lock.
@@ -205,12 +215,14 @@ class DiskTier:
             f"blockft cache verify {self._folder.path} finds all of them",
         )
         try:
-            self._folder.remove(path, error.status)
+            self._folder.remove_damaged(path, self._model)
+        except FileNotFoundError:
+            pass  # another process has removed the whole folder
         except OSError as unwritable:
             self._warn_unwritable(unwritable)
 
     def _warn_unreadable(self, path: Path, error: OSError) -> None:
-        if error.errno not in (errno.ENOENT, errno.ESTALE):  # evicted, or (ESTALE) evicted by another host
+        if error.errno not in REMOVED:
             self._warn_once(
                 "read", f"{path} cannot be read ({error.strerror}): such blocks are computed again"
             )
@@ -281,6 +293,6 @@ class DiskEntry:
             raise
         except OSError as error:
             self._tier._warn_unreadable(self._entry.path, error)
-            raise DamagedEntry(str(error.strerror), self._entry.status) from error
+            raise DamagedEntry(str(error.strerror)) from error
         self._tier._count(bytes_read=layer.nbytes)
         return layer

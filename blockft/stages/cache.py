@@ -23,7 +23,7 @@ from blockft.data.request import parse_document, unknown_corpus_fields
 from blockft.data.sample import RecordError
 from blockft.errors import UserError, warn
 from blockft.inference.block_key import BlockKey, key_digest, num_first
-from blockft.inference.cache_entry import CacheModel, DamagedEntry, EntryReader
+from blockft.inference.cache_entry import CacheModel, find_damage
 from blockft.inference.cache_folder import CacheFolder, EntryInfo
 from blockft.inference.disk_tier import DiskTier
 from blockft.inference.engine import Engine
@@ -262,11 +262,11 @@ def verify_cache(folder: Path, *, remove: bool = False, as_json: bool = False) -
         entries = [entry for name in models for entry in cache.entries(name)]
         with progress("verify", sum(entry.num_bytes for entry in entries), unit=BYTE) as advance:
             for entry in entries:
-                damage = _find_damage(entry, models[entry.fingerprint])
-                if damage:
-                    damaged.append({"path": str(entry.path), "reason": str(damage)})
+                model = models[entry.fingerprint]
+                if reason := find_damage(entry.path, model):
+                    damaged.append({"path": str(entry.path), "reason": reason})
                     if remove:
-                        cache.remove(entry.path, damage.status)
+                        cache.remove_damaged(entry.path, model)
                 advance(entry.num_bytes)
     if as_json:
         print_text(json.dumps({"entries": len(entries), "damaged": damaged, "removed": remove}))
@@ -277,19 +277,6 @@ def verify_cache(folder: Path, *, remove: bool = False, as_json: bool = False) -
         print_text(f"{checked}, {len(damaged):,} damaged{' and removed' if remove else ''}")
     if damaged and not remove:
         raise UserError(f"{len(damaged)} of {len(entries)} entries in {folder} are damaged: add --remove")
-
-
-def _find_damage(entry: EntryInfo, model: CacheModel) -> DamagedEntry | None:
-    try:
-        with EntryReader(entry.path, model) as opened:
-            opened.verify()
-    except DamagedEntry as error:
-        return error
-    except OSError as error:
-        if not entry.path.exists():  # another process evicted it
-            return None
-        return DamagedEntry(f"it cannot be read ({error.strerror})", entry.path.stat())
-    return None
 
 
 # cache prune

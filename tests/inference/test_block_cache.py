@@ -220,7 +220,7 @@ def test_a_damaged_entry_that_cannot_be_removed_is_ignored_afterwards(
     def refuse(*_: object) -> bool:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("blockft.inference.cache_folder.CacheFolder.remove", refuse)
+    monkeypatch.setattr("blockft.inference.cache_folder.CacheFolder.remove_damaged", refuse)
     assert not cache.load(cache.lookup(KEYS[:1]))
     assert path_of(folder, KEYS[0]).exists() and not cache.lookup(KEYS[:1])
     assert len(warnings.records) == 2 and "blocks stay in memory only" in warnings.text

@@ -278,7 +278,7 @@ def test_damaged_entries_in_a_read_only_folder_do_not_change_answers(
     def refuse(*_: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    for name in ("remove", "temporary_file"):
+    for name in ("remove_damaged", "temporary_file"):
         monkeypatch.setattr(CacheFolder, name, refuse)
     engine = load_engine(toy_model, rotate, options(folder, host=host))
     for _ in range(2):
