@@ -3,10 +3,13 @@
 Tensor suffixes: T tokens of the reference text, N positions whose logits are stored, V vocabulary.
 """
 
+import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ from blockft.digest import (
     verify_files,
 )
 from blockft.errors import UserError
-from blockft.folder_lock import FolderInUse, lock_folder
+from blockft.folder_lock import FolderInUse, lock_folder, reading_folder
 from blockft.model.masked_forward import masked_logits
 from blockft.outputs import apply_umask, write_atomic
 
@@ -45,6 +48,9 @@ _LOGITS_STEP = 8
 
 _FILES = "files"
 """Key of the marker: size and digest of every other file of the checkpoint."""
+
+_MAX_ATTEMPTS, _RETRY_S = 100, 0.01
+"""How often, and after which pause in seconds, a reader tries to lock a checkpoint that its run locks."""
 
 _REMOVED = ".removed"
 """Suffix of the hidden name under which a checkpoint is deleted, so that no part of it counts as one."""
@@ -173,7 +179,7 @@ def _damaged(checkpoint: Path, error: DamagedFile) -> UserError:
 def _is_whole(checkpoint: Path) -> bool:
     try:
         _verify(checkpoint)
-    except (DamagedFile, UserError):
+    except (DamagedFile, UserError, FileNotFoundError):  # FileNotFoundError: its run removes it
         return False
     return True
 
@@ -187,21 +193,44 @@ def _check_name(checkpoint: Path, step: int) -> None:
         )
 
 
-def _list_checkpoints(run: Path) -> list[Path]:
-    """Return all checkpoints of a run, complete and incomplete, oldest first. Files are passed over."""
-    folders = (path for path in run.glob("checkpoint-*") if path.is_dir())
-    numbered = ((_NAME.fullmatch(path.name), path) for path in folders)
-    return [path for _, path in sorted((int(match[1]), path) for match, path in numbered if match)]
+def _list_checkpoints(run: Path) -> dict[Path, bool]:
+    """Return all checkpoints of a run, oldest first, and whether each is complete. Files are passed over."""
+    while True:
+        matches = ((_NAME.fullmatch(path.name), path) for path in run.glob("checkpoint-*"))
+        numbered = sorted((int(match[1]), path) for match, path in matches if match)
+        is_complete = {path: (path / MARKER).is_file() for _, path in numbered if path.is_dir()}
+        # a run that goes on removes old checkpoints, each with its marker at once, and has newer ones
+        if all(os.path.lexists(path) for _, path in numbered):
+            return is_complete
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
-    return [path for path in _list_checkpoints(run) if (path / MARKER).is_file()]
+    return [path for path, is_complete in _list_checkpoints(run).items() if is_complete]
 
 
 def incomplete_checkpoints(run: Path) -> list[Path]:
     """Return the incomplete checkpoints of a run, oldest first."""
-    return [path for path in _list_checkpoints(run) if not (path / MARKER).is_file()]
+    return [path for path, is_complete in _list_checkpoints(run).items() if not is_complete]
+
+
+def _read_markers(run: Path) -> dict[Path, dict[str, Any]]:
+    """Return the markers of the complete checkpoints of a run, oldest first.
+
+    Raises:
+        UserError: a marker is damaged; see `read_marker`.
+    """
+    while True:
+        markers: dict[Path, dict[str, Any]] = {}
+        for checkpoint in complete_checkpoints(run):
+            try:
+                markers[checkpoint] = read_with_digest(checkpoint / MARKER)
+            except DamagedFile as error:
+                if checkpoint.is_dir():
+                    raise _damaged(checkpoint, error) from error
+                break  # the run has removed it
+        else:
+            return markers
 
 
 def check_markers(run: Path) -> None:
@@ -212,14 +241,14 @@ def check_markers(run: Path) -> None:
     Raises:
         UserError: a marker is missing or damaged, or is that of another step.
     """
-    newest = _list_checkpoints(run)[-1:]
-    if lost := [path for path in incomplete_checkpoints(run) if path not in newest]:
+    checkpoints = list(_list_checkpoints(run).items())
+    if lost := [path for path, is_complete in checkpoints[:-1] if not is_complete]:
         raise UserError(
             f"{lost[0]} has lost its {MARKER}, without which it cannot be verified: restore that file, or "
             "remove the checkpoint to resume without it"
         )
-    for checkpoint in complete_checkpoints(run):
-        _check_name(checkpoint, read_marker(checkpoint)["step"])
+    for checkpoint, marker in _read_markers(run).items():
+        _check_name(checkpoint, marker["step"])
 
 
 def remove_incomplete(run: Path) -> list[str]:
@@ -253,7 +282,7 @@ def best_checkpoint(run: Path) -> Path | None:
 
     The loss is that of the block mode, if the run evaluates it.
     """
-    losses_by_mode = {path: read_marker(path)["eval_losses"] for path in complete_checkpoints(run)}
+    losses_by_mode = {path: marker["eval_losses"] for path, marker in _read_markers(run).items()}
     losses = {
         path: by_mode["block"] if "block" in by_mode else by_mode["full"]
         for path, by_mode in losses_by_mode.items()
@@ -281,6 +310,32 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Path:
     raise UserError(
         f"no checkpoint of {path} was evaluated, so there is no best one: set train.num_eval_examples"
     )
+
+
+@contextmanager
+def reading_checkpoint(path: Path, action: str, *, best: bool = False) -> Iterator[Path]:
+    """Yield the checkpoint that `find_checkpoint` finds; a run that goes on keeps it meanwhile.
+
+    `action` is what this process does, for example "blockft export".
+
+    Raises:
+        UserError: see `find_checkpoint`.
+        FolderInUse: another process writes the checkpoint.
+    """
+    with ExitStack() as stack:
+        for attempt in count(1):
+            checkpoint = find_checkpoint(path, best=best)
+            try:
+                stack.enter_context(reading_folder(checkpoint, action))
+            except FolderInUse:  # the run is removing the checkpoint, and has newer ones
+                if attempt == _MAX_ATTEMPTS:
+                    raise
+                time.sleep(_RETRY_S)
+                continue
+            if (checkpoint / MARKER).is_file():
+                break
+            stack.close()  # the run has removed it before it was locked
+        yield checkpoint
 
 
 def remove_old_checkpoints(run: Path, num_kept: int, *, keep_best: bool) -> None:

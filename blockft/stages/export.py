@@ -16,16 +16,15 @@ from blockft.data.prepared import FILES
 from blockft.errors import UserError, check_type, warn
 from blockft.evaluation.report import ALL
 from blockft.evaluation.report_render import TITLES, format_score
-from blockft.folder_lock import reading_folder
 from blockft.inputs import check_path
 from blockft.markdown import code_span, markdown_table
 from blockft.model.base_quantization import read_base_quantization, write_base_quantization
 from blockft.model.checkpoint import (
     MARKER,
-    find_checkpoint,
     incomplete_checkpoints,
     load_reference_logits,
     read_marker,
+    reading_checkpoint,
     verify_checkpoint,
 )
 from blockft.model.hub import check_push, describe_base_model, push_folder
@@ -108,14 +107,12 @@ def export(
         check_absent(output_dir, "choose another folder")
         if push is not None:
             check_push(push)
-        checkpoint = find_checkpoint(run, best=best)
-        for incomplete in incomplete_checkpoints(run):
-            warn(f"{incomplete} is incomplete (it has no {MARKER}) and is skipped")
-        # a run that goes on keeps the checkpoint meanwhile
-        with reading_folder(checkpoint, "blockft export"):
+        with reading_checkpoint(run, "blockft export", best=best) as checkpoint:
+            for incomplete in incomplete_checkpoints(run):
+                warn(f"{incomplete} is incomplete (it has no {MARKER}) and is skipped")
             _export(
                 out,
-                find_checkpoint(checkpoint),
+                checkpoint,
                 dtype=dtype,
                 adapter_only=adapter_only,
                 shard_bytes=parse_bytes(max_shard_size),

@@ -2,11 +2,15 @@
 
 import os
 import shutil
+import time
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
 
 from blockft.errors import UserError
+from blockft.folder_lock import FolderInUse, FolderLock
 from blockft.model.checkpoint import (
     MARKER,
     add_evaluation,
@@ -14,12 +18,16 @@ from blockft.model.checkpoint import (
     check_markers,
     complete_checkpoints,
     digest_own_files,
+    find_checkpoint,
+    incomplete_checkpoints,
     mark_complete,
     read_marker,
+    reading_checkpoint,
     remove_incomplete,
     remove_old_checkpoints,
     verify_checkpoint,
 )
+from tests.faults.interruption import Interruption
 
 
 def save_checkpoint(run: Path, step: int, num_ranks: int = 1, **eval_losses: float) -> Path:
@@ -206,3 +214,86 @@ def test_checkpoints_that_were_moved_elsewhere_may_be_links(tmp_path: Path) -> N
     remove_old_checkpoints(run, 1, keep_best=False)
     assert sorted(path.name for path in run.iterdir()) == ["checkpoint-4", "checkpoint-8", "checkpoint-9"]
     assert (tmp_path / "moved-2" / MARKER).is_file() and (tmp_path / "moved-6").is_dir()
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_a_run_that_goes_on_removes_a_checkpoint_between_any_two_steps_of_a_reader(
+    best: bool, tmp_path: Path
+) -> None:
+    """The reader gets a checkpoint that stays, the newest or best one of before or after the removal."""
+    found = set()
+    for number in count():
+        run = tmp_path / str(number)
+        save_checkpoint(run, 2, block=0.5)
+
+        def go_on(run: Path = run) -> None:
+            save_checkpoint(run, 4, block=0.4)
+            remove_old_checkpoints(run, 1, keep_best=True)
+
+        with (
+            Interruption(number, go_on) as interruption,
+            reading_checkpoint(run, "blockft export", best=best) as checkpoint,
+        ):
+            verify_checkpoint(checkpoint)
+            found.add(checkpoint.name)
+        assert not [path for path in run.iterdir() if path.name.startswith(".")]
+        if not interruption.has_happened:
+            break
+    assert found == {"checkpoint-2", "checkpoint-4"}
+
+
+def test_the_first_rank_removes_a_checkpoint_between_any_two_steps_of_the_check_of_another(
+    tmp_path: Path,
+) -> None:
+    """The first rank of a run that is already finished does not wait for the others."""
+    template = tmp_path / "template"
+    for step in (2, 4, 6):
+        save_checkpoint(template, step)
+    for number in count():
+        run = tmp_path / str(number)
+        shutil.copytree(template, run)
+        with Interruption(number, partial(remove_old_checkpoints, run, 1, keep_best=False)) as interruption:
+            check_markers(run)
+            assert find_checkpoint(run).name == "checkpoint-6" and not incomplete_checkpoints(run)
+        if not interruption.has_happened:
+            break
+    assert number > 5
+
+
+def test_a_checkpoint_that_its_run_locks_to_remove_it_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removed = save_checkpoint(tmp_path, 2)
+    lock = FolderLock(removed, "blockft train")
+
+    def go_on(_: float) -> None:
+        save_checkpoint(tmp_path, 4)
+        shutil.rmtree(removed)
+        lock.release()
+
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    with pytest.raises(FolderInUse), reading_checkpoint(tmp_path, "blockft export"):
+        pass
+    monkeypatch.setattr(time, "sleep", go_on)
+    with reading_checkpoint(tmp_path, "blockft export") as checkpoint:
+        assert checkpoint.name == "checkpoint-4"
+
+
+def test_a_run_removes_another_checkpoint_between_any_two_steps_of_the_report_of_a_damaged_one(
+    tmp_path: Path,
+) -> None:
+    template = tmp_path / "template"
+    for step in (2, 4):
+        save_checkpoint(template, step)
+    (template / "checkpoint-4" / "latest").unlink()
+    for number in count():
+        run = tmp_path / str(number)
+        shutil.copytree(template, run)
+        with (
+            Interruption(number, partial(remove_old_checkpoints, run, 1, keep_best=False)) as interruption,
+            pytest.raises(UserError, match="checkpoint-4 is damaged"),
+        ):
+            verify_checkpoint(run / "checkpoint-4")
+        if not interruption.has_happened:
+            break
+    assert number > 5
