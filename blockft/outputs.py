@@ -135,28 +135,40 @@ def atomic_folder(out: LockedFolder) -> Iterator[Path]:
 def _move_into_place(temporary: Path, out: LockedFolder) -> None:
     """Rename a folder to `out`, where only the initial folder may be, which is removed."""
     try:
-        if not os.path.lexists(out.path):
-            if not _renameat2(temporary, out.path, _NO_REPLACE):
-                temporary.rename(out.path)
-            return
-        if out.is_initial(out.path):
-            if not _renameat2(temporary, out.path, _EXCHANGE):
-                old = temporary.with_name(f"{temporary.name}{OLD}")
-                out.path.rename(old)  # if this process is killed now, the next writer moves it back
-                temporary.rename(out.path)
-                shutil.rmtree(old, ignore_errors=True)
-                return
-            if out.is_initial(temporary):
-                return
-            _renameat2(temporary, out.path, _EXCHANGE)  # it was replaced between the two checks
-    except FileExistsError:
-        pass
+        try:
+            is_moved = _move_if_allowed(temporary, out)
+        except FileNotFoundError:  # another process has removed the initial folder just now
+            is_moved = _move_if_allowed(temporary, out)
     except OSError as error:
         raise UserError(f"{out.name} cannot be written: {error.strerror}") from error
-    raise UserError(
-        f"{out.name} was created by another process in the meantime, so nothing was written: choose another "
-        "folder"
-    )
+    if not is_moved:
+        raise UserError(
+            f"{out.name} was created by another process in the meantime, so nothing was written: choose "
+            "another folder"
+        )
+
+
+def _move_if_allowed(temporary: Path, out: LockedFolder) -> bool:
+    """Rename a folder to `out` unless something else than the initial folder is there."""
+    if not os.path.lexists(out.path):
+        try:
+            if not _renameat2(temporary, out.path, _NO_REPLACE):
+                temporary.rename(out.path)
+        except FileExistsError:
+            return False
+        return True
+    if not out.is_initial(out.path):
+        return False
+    if not _renameat2(temporary, out.path, _EXCHANGE):
+        old = temporary.with_name(f"{temporary.name}{OLD}")
+        out.path.rename(old)  # if this process is killed now, the next writer moves it back
+        temporary.rename(out.path)
+        shutil.rmtree(old, ignore_errors=True)
+        return True
+    if out.is_initial(temporary):
+        return True
+    _renameat2(temporary, out.path, _EXCHANGE)  # it was replaced between the two checks
+    return False
 
 
 def temporary_path(path: Path) -> Path:

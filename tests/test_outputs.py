@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from blockft.outputs import (
     save_figure,
     write_atomic,
 )
+from tests.faults.interruption import Interruption
 
 
 @contextmanager
@@ -130,6 +132,34 @@ def test_only_the_folder_that_was_there_at_the_start_is_replaced(
         (out / "precious").touch()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in out.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_the_old_folder_is_removed_between_any_two_steps_of_its_replacement(
+    tmp_path: Path, can_exchange: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was written takes its place nevertheless."""
+    rename = outputs._renameat2 if can_exchange else lambda *_: False
+    for number in count():
+        out = tmp_path / str(number) / "out"
+        out.mkdir(parents=True)
+        (out / "old").touch()
+
+        def remove(out: Path = out) -> None:
+            if (out / "old").exists():
+                shutil.rmtree(out)
+
+        with lock_output_folder(out, "blockft test") as locked, ExitStack() as stack:
+            draft = stack.enter_context(atomic_folder(locked))
+            (draft / "new").touch()
+            with Interruption(number, remove) as interruption:
+                monkeypatch.setattr(outputs, "_renameat2", interruption.watch(rename))
+                stack.close()
+        assert [path.name for path in out.parent.iterdir()] == ["out"]
+        assert [path.name for path in out.iterdir()] == ["new"]
+        if not interruption.has_happened:
+            break
+    assert number > 3
 
 
 def test_a_folder_that_a_killed_writer_moved_away_comes_back(tmp_path: Path) -> None:

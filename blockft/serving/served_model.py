@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,8 +25,9 @@ def list_files(folder: str) -> tuple[FileVersion, ...]:
     """Return the files of a model's folder. There are none if the model is on the Hub."""
     found = []
     for path in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else ():
-        status = path.stat()
-        found.append((path.name, status.st_size, status.st_mtime_ns))
+        with suppress(FileNotFoundError):  # it was removed meanwhile, or is a link that leads nowhere
+            status = path.stat()
+            found.append((path.name, status.st_size, status.st_mtime_ns))
     return tuple(found)
 
 

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from threading import Event, Thread
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from blockft.serving.report import Report, Reporter
 from blockft.serving.scheduler_half import Load, Save
 from blockft.serving.served_model import ServedModel, list_files
 from blockft.serving.worker_half import WorkerHalf
+from tests.faults.interruption import Interruption
 from tests.inference.cached import random_key
 from tests.serving.stubs import PAGE_LEN, SHAPE, OneHeadPages, kv_of, make_layers, make_served
 
@@ -442,6 +444,16 @@ def test_an_entry_that_another_worker_has_written_anew_is_read(
     for key in KEYS:
         make_served(tmp_path).open_disk_tiers()[1].write(key, kv_of(key))
     assert worker.load(make_load(request_id="b")) == ({"b"}, set())
+
+
+def test_a_file_of_a_model_is_removed_while_they_are_listed(tmp_path: Path) -> None:
+    for number in count():
+        (tmp_path / "config.json").touch()
+        with Interruption(number, (tmp_path / "config.json").unlink) as interruption:
+            assert {name for name, *_ in list_files(str(tmp_path))} <= {"config.json"}
+        if not interruption.has_happened:
+            break
+    assert number > 1
 
 
 def test_a_model_that_was_exported_again_since_its_fingerprint_is_refused(
