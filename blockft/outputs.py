@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -36,7 +36,9 @@ OLD = ".old"
 """Further suffix of the hidden folder to which a replaced folder is moved."""
 
 PARTIAL = ".partial"
-"""Suffix of the hidden folder in which a resumable folder is written."""
+"""Suffix of the hidden folder in which a resumable folder is written.
+
+As a further suffix of a temporary path: a resumable folder that is of no use once the output is complete."""
 
 SIGNATURE = "signature.json"
 """File of a resumable folder: the settings that decide its content."""
@@ -111,11 +113,13 @@ def check_absent(path: Path, remedy: str) -> None:
 
 
 @contextmanager
-def atomic_folder(out: LockedFolder) -> Iterator[Path]:
+def atomic_folder(out: LockedFolder, partial: Path | None = None) -> Iterator[Path]:
     """Yield a temporary folder and rename it to `out` at the end; on an error nothing is left.
 
     The temporary folder is hidden and lies beside `out`, so that the rename is atomic. It replaces what was
     at `out` when `out` was locked, and nothing else.
+
+    partial: a folder of `resumable_folder`, which is removed as soon as `out` is complete.
 
     Raises:
         UserError: the disk is full, the folder cannot be written, or `out` was created or replaced in the
@@ -127,9 +131,23 @@ def atomic_folder(out: LockedFolder) -> Iterator[Path]:
             temporary.mkdir()
             yield temporary
             apply_umask(temporary)
-            _move_into_place(temporary, out)
+            with _removed_at_end(partial, out.path) if partial else nullcontext():
+                _move_into_place(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _removed_at_end(partial: Path, path: Path) -> Iterator[None]:
+    """Remove a resumable folder of `path` at the end; on an error it stays."""
+    # if this process is killed now, the next writer moves it back, or removes it if `path` is complete
+    moved = partial.rename(f"{temporary_path(path)}{PARTIAL}")
+    try:
+        yield
+    except BaseException:
+        moved.rename(partial)
+        raise
+    shutil.rmtree(moved, ignore_errors=True)
 
 
 def _move_into_place(temporary: Path, out: LockedFolder) -> None:
@@ -206,12 +224,17 @@ def _renameat2(source: Path, target: Path, flags: int) -> bool:
 def _remove_remains(path: Path) -> None:
     """Remove the temporary folders of killed writers of `path`, which this process has locked.
 
-    A writer that was killed while it replaced `path` has moved the old folder away: it is moved back.
+    A writer that was killed while it replaced `path` has moved the old folder away: it is moved back. So is
+    the resumable folder of a writer that was killed before `path` was complete.
     """
     for old in _find_temporary(path, TEMPORARY + OLD):
         if not os.path.lexists(path):
             old.rename(path)
         shutil.rmtree(old, ignore_errors=True)
+    for moved in _find_temporary(path, TEMPORARY + PARTIAL):
+        if not os.path.lexists(path):
+            moved.rename(_partial_path(path))
+        shutil.rmtree(moved, ignore_errors=True)
     for temporary in _find_temporary(path):
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -275,19 +298,23 @@ def apply_umask(folder: Path) -> None:
 def resumable_folder(out: LockedFolder, signature: Mapping[str, Any]) -> Iterator[Path]:
     """Yield a hidden folder beside `out` that survives an interruption; the same call finds it again.
 
-    `signature` holds every setting that decides what is written there. The folder is removed at the end, when
-    `out` is complete, and stays on any error.
+    `signature` holds every setting that decides what is written there. The folder stays until `atomic_folder`
+    has completed `out`.
 
     Raises:
         UserError: the folder has another signature or files without one, or it cannot be written.
     """
-    partial = out.path.with_name(f".{out.path.name}{PARTIAL}")
+    partial = _partial_path(out.path)
     remedy = f"free some space, then resume {out.name} with the same command"
     with write_errors(partial, name=out.name, remedy=lambda: remedy):
         partial.mkdir(exist_ok=True)
         _check_signature(partial, json.loads(json.dumps(dict(signature))))
         yield partial
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial_path(path: Path) -> Path:
+    """Return the path of the resumable folder of `path`."""
+    return path.with_name(f".{path.name}{PARTIAL}")
 
 
 def _check_signature(partial: Path, expected: dict[str, Any]) -> None:

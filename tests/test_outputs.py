@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import count
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from blockft.outputs import (
     write_atomic,
 )
 from tests.faults.interruption import Interruption
+from tests.faults.kill_points import KillPoint
 
 
 @contextmanager
@@ -43,6 +45,8 @@ def resuming(out: Path, signature: dict[str, Any]) -> Iterator[Path]:
     """Own a folder and write it so that an interruption can be resumed."""
     with lock_output_folder(out, "blockft test") as locked, resumable_folder(locked, signature) as partial:
         yield partial
+        with atomic_folder(locked, partial) as draft:
+            (draft / "new").touch()
 
 
 WRITER = """
@@ -237,7 +241,49 @@ def test_a_resumable_folder_is_found_again_by_a_call_with_the_same_signature(tmp
         pass
     with resuming(out, signature) as partial:
         assert (partial / "kept").read_text() == "x"
-    assert not list(out.parent.iterdir())
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_a_resumable_folder_stays_if_the_output_cannot_be_put_into_place(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="created by another process"), resuming(out, {}) as partial:
+        (partial / "kept").touch()
+        out.mkdir()
+    with lock_output_folder(out, "blockft test"):
+        assert sorted(path.name for path in partial.iterdir()) == ["kept", SIGNATURE]
+
+
+def resume_until(point: KillPoint, out: Path) -> None:
+    """Write a resumable folder until this process is killed."""
+    point()
+    with resuming(out, {}) as partial:
+        (partial / "kept").touch()
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_resumable_folder_is_kept_or_removed_by_the_next_writer_after_any_kill(
+    tmp_path: Path, can_exchange: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not can_exchange:
+        monkeypatch.setattr(outputs, "_renameat2", lambda *_: False)
+    outcomes = []
+    for number in count(1):
+        folder, log = tmp_path / f"{number}", tmp_path / f"{number}.log"
+        point, out = KillPoint(folder, log, number), folder / "out"
+        process = get_context("fork").Process(target=resume_until, args=(point, out))
+        process.start()
+        process.join()
+        with lock_output_folder(out, "blockft test"):
+            pass
+        outcomes.append({path.relative_to(folder).as_posix() for path in folder.rglob("*")})
+        if process.exitcode != -signal.SIGKILL:
+            assert process.exitcode == 0
+            break
+    complete = [names for names in outcomes if "out" in names]
+    kept = [names for names in outcomes if ".out.partial/kept" in names]
+    assert len(complete) >= 4 and all(names == {"out", "out/new"} for names in complete)
+    assert len(kept) >= 3 and all(".out.partial/signature.json" in names for names in kept)
+    assert outcomes == [*outcomes[: -len(complete) - len(kept)], *kept, *complete]
 
 
 def test_a_resumable_folder_with_a_damaged_signature_is_refused(tmp_path: Path) -> None:

@@ -509,7 +509,7 @@ def _answer_and_report(
             for mode in dict.fromkeys(recipe.eval.modes)
         }
         report = build_report(model, predictions, options)
-        _write(out, report, predictions)
+        _write(out, partial, report, predictions)
     return report
 
 
@@ -553,7 +553,10 @@ def _answer(
     return build_predictions(samples, answers.records, max_new_tokens)
 
 
-def _write(out: LockedFolder, report: dict[str, Any], predictions: Mapping[str, list[Prediction]]) -> None:
+def _write(
+    out: LockedFolder, answers: Path, report: dict[str, Any], predictions: Mapping[str, list[Prediction]]
+) -> None:
+    """Write the report, and remove the folder of the answers that were stored for a resumption."""
     modes = report["modes"]
     figure = draw_scores(
         {report["model"]: modes},
@@ -561,7 +564,7 @@ def _write(out: LockedFolder, report: dict[str, Any], predictions: Mapping[str, 
         PLOTTED_METRIC,
         title=f"Evaluation of {report['model']}",
     )
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, answers) as folder:
         (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         (folder / "report.md").write_text(report_markdown(report), encoding="utf-8")
         save_figure(figure, folder / "report.png")
