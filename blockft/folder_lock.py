@@ -232,3 +232,12 @@ def reading_folder(folder: Path, action: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def remove_unused_locks(parent: Path, pattern: str) -> None:
+    """Remove the lock files that killed processes left of the folders in `parent` that match a glob."""
+    for file in parent.glob(f".{pattern}.lock"):
+        folder = parent / file.name.removeprefix(".").removesuffix(".lock")
+        # a lock file that no other process holds is removed when its lock is released
+        with suppress(FolderInUse), reading_folder(folder, "blockft"):
+            pass

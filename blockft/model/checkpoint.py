@@ -33,7 +33,7 @@ from blockft.digest import (
     verify_files,
 )
 from blockft.errors import UserError
-from blockft.folder_lock import FolderInUse, lock_folder, reading_folder
+from blockft.folder_lock import FolderInUse, lock_folder, reading_folder, remove_unused_locks
 from blockft.model.masked_forward import masked_logits
 from blockft.outputs import apply_umask, write_atomic
 
@@ -254,6 +254,8 @@ def check_markers(run: Path) -> None:
 def remove_incomplete(run: Path) -> list[str]:
     """Delete the incomplete checkpoints of a run, so that no later save mixes its shards with old ones.
 
+    The lock files that killed processes left of checkpoints are deleted, too.
+
     Returns the names of those that an interrupted save left.
     """
     incomplete = incomplete_checkpoints(run)
@@ -261,6 +263,7 @@ def remove_incomplete(run: Path) -> list[str]:
         _remove(checkpoint)
     for removed in run.glob(f".checkpoint-*{_REMOVED}"):
         _delete(removed)
+    remove_unused_locks(run, "checkpoint-*")
     return [checkpoint.name for checkpoint in incomplete]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from blockft.errors import UserError
-from blockft.folder_lock import FolderInUse, FolderLock
+from blockft.folder_lock import FolderInUse, FolderLock, reading_folder
 from blockft.model.checkpoint import (
     MARKER,
     add_evaluation,
@@ -78,6 +78,15 @@ def test_only_incomplete_checkpoints_are_removed(tmp_path: Path) -> None:
     remove_incomplete(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-mine"]
     assert complete_checkpoints(tmp_path) == [complete]
+
+
+def test_lock_files_that_killed_processes_left_of_checkpoints_are_removed(tmp_path: Path) -> None:
+    read = save_checkpoint(tmp_path, 2)
+    for name in (".checkpoint-1.lock", ".checkpoint-2.lock", ".checkpoint-3.lock", ".mine.lock"):
+        (tmp_path / name).touch()
+    with reading_folder(read, "blockft export"):
+        remove_incomplete(tmp_path)
+        assert sorted(path.name for path in tmp_path.glob(".*")) == [".checkpoint-2.lock", ".mine.lock"]
 
 
 def test_an_older_checkpoint_without_a_marker_is_refused(tmp_path: Path) -> None:
