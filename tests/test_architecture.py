@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 LIBRARY = {"attention", "data", "model", "inference"}
 PRINTING = {"console", "markdown", "printable"}
 FOLDERS = {"folder_lock", "outputs", "run_folder"}
-SUPPORT = PRINTING | FOLDERS | {"inputs", "progress", "digest", "units", "errors", "version"}
+SUPPORT = PRINTING | FOLDERS | {"hub_access", "inputs", "progress", "digest", "units", "errors", "version"}
 MAY_IMPORT = {
     "printable": set(),
     "console": {"printable"},
@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "errors": {"printable"},
     "file_content": {"errors"},
     "version": set(),
+    "hub_access": {"errors"},
     "hub_kernels": set(),
     "inputs": {"errors"},
     "config": {"inputs", "errors"},
@@ -31,9 +32,19 @@ MAY_IMPORT = {
     "run_folder": {"outputs", "digest", "errors"},
     "progress": {"console", "printable", "units", "errors"},
     "attention": {"errors"},
-    "data": {"attention", "file_content", "outputs", "digest", "inputs", "units", "errors"},
+    "data": {"attention", "file_content", "hub_access", "outputs", "digest", "inputs", "units", "errors"},
     "model": FOLDERS
-    | {"file_content", "inputs", "markdown", "attention", "progress", "digest", "units", "errors"},
+    | {
+        "file_content",
+        "hub_access",
+        "inputs",
+        "markdown",
+        "attention",
+        "progress",
+        "digest",
+        "units",
+        "errors",
+    },
     "inference": {"data", "model", "attention", "digest", "inputs", "units", "errors"},
     "training": LIBRARY | FOLDERS | {"inputs", "printable", "digest", "units", "errors", "version"},
     "evaluation": LIBRARY | {"markdown", "printable", "outputs", "digest", "errors"},

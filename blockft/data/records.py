@@ -12,6 +12,7 @@ from blockft.data.sample import RecordError
 from blockft.data.tables import TABLE_SUFFIXES, read_table
 from blockft.errors import UserError, first_line
 from blockft.file_content import check_content
+from blockft.hub_access import check_hub, http_library
 
 PARQUET_ROWS = 1000
 """Number of parquet rows that are converted to records at a time."""
@@ -103,11 +104,12 @@ def read_hub(
     """
     import datasets
 
-    hub_errors = (OSError, ValueError, datasets.exceptions.DatasetsError)
+    hub_errors = (OSError, ValueError, datasets.exceptions.DatasetsError, http_library().HTTPError)
     if split is None:
         raise UserError(
             f"source {path} does not exist here; for a dataset on the Hub, name its split as well"
         )
+    check_hub(f"source {path}")
     options = {} if revision is None else {"revision": revision}
     try:
         records = iter(datasets.load_dataset(path, name, split=split, streaming=True, **options))

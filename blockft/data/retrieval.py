@@ -1,5 +1,6 @@
 """Retrieval: rank the documents of questions by a search, and find distractors with it."""
 
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from blockft.data.qa_formats import Question
 from blockft.data.rag_prompt import Document
 from blockft.errors import UserError
+from blockft.hub_access import check_hub
 
 BATCH_QUESTIONS = 256
 """Number of questions scored together."""
@@ -78,6 +80,8 @@ def dense_indexer(model: str) -> Indexer:
             "retriever: dense needs sentence-transformers, which is not installed: "
             "pip install 'blockft[dense]'"
         ) from error
+    if not os.path.isdir(model):
+        check_hub(f"data.dense_model {model}")
     try:
         encoder = SentenceTransformer(model)
     except (OSError, ValueError) as error:

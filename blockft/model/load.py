@@ -26,6 +26,7 @@ from blockft.attention.backends import BACKENDS
 from blockft.digest import digest_files, digest_json, digest_names
 from blockft.errors import UserError, first_line
 from blockft.file_content import check_content, load_json
+from blockft.hub_access import check_hub
 from blockft.inputs import read_text
 from blockft.model.base_quantization import read_base_quantization, round_linears
 from blockft.model.checkpoint import MARKER
@@ -409,9 +410,11 @@ def _find_config(path: str, revision: str | None) -> Path | None:
 
 
 def _check_path(path: str) -> None:
-    """Refuse a path that is neither a folder nor looks like a Hub id, and the folder of a run."""
-    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
-        raise UserError(f"model {path!r} is neither a folder nor an id on the Hub (owner/name)")
+    """Refuse a path that is neither a folder nor a Hub id that can be asked for, and the folder of a run."""
+    if not Path(path).is_dir():
+        if path.startswith((".", "/", "~")) or path.count("/") != 1:
+            raise UserError(f"model {path!r} is neither a folder nor an id on the Hub (owner/name)")
+        check_hub(f"model {path!r}")
     if (Path(path) / RECIPE).is_file() and not (Path(path) / "config.json").exists():
         raise UserError(f"{path} is a run, not a model: export it with blockft export {path} FOLDER")
 

@@ -28,6 +28,7 @@ from blockft.digest import (
     verify_files,
 )
 from blockft.errors import UserError, is_first_of_host
+from blockft.hub_access import http_library
 from blockft.model.checkpoint import MARKER
 from blockft.model.weights import digest_weights
 
@@ -137,7 +138,11 @@ def _download(hub_id: str, name: str, revision: str | None) -> str | None:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-    except (OSError, ValueError):  # no such repository or revision, which opening the model reports
+    except (
+        OSError,
+        ValueError,
+        http_library().HTTPError,
+    ):  # no such repository or revision, which opening the model reports
         return None
 
 

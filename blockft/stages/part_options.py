@@ -20,6 +20,7 @@ from blockft.data.sources import find_source_files
 from blockft.data.tokenizer import tokenizer_fingerprint
 from blockft.digest import DamagedFile, digest_files, list_files
 from blockft.errors import UserError
+from blockft.hub_access import http_library
 from blockft.stages.source_kind import holds_questions, is_split
 from blockft.stages.source_settings import sees_first_block
 
@@ -203,13 +204,12 @@ def _digest_paths(paths: Sequence[Path], name: str) -> list[list[str]]:
 
 def _find_revision(kind: str, name: str) -> str | None:
     """Return the commit of a dataset or model on the Hub, or None if the Hub does not say."""
-    import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HFValidationError
 
     try:
         found = HfApi().repo_info(name, repo_type=kind, timeout=10)
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, httpx.HTTPError, OSError):
+    except (http_library().HTTPError, HFValidationError, OSError):
         return None  # reading the source reports what is wrong
     return found.sha
 
