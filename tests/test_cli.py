@@ -59,8 +59,13 @@ ROOT = Path(__file__).parents[1]
         (("export", "no/such", "out/x"), "no/such"),
         (("export", "no/such", "out/x", "--dtype", "int8"), "'auto', 'float32', 'bfloat16'"),
         (("config", "demmo"), "did you mean demo"),
+        (("config", "trian"), "neither a section (model, data, train, eval) nor a recipe"),
+        (("config", "trian"), "did you mean train?"),
         (("config", "demo", "--schema"), "prints one thing"),
+        (("train", "demo", "--num-gpu", "2"), "(see blockft train --help)"),
+        (("trian", "demo"), "(see blockft --help)"),
         (("cache", "biuld"), "build"),
+        (("cache", "stats"), "(see blockft cache stats --help)"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -135,6 +140,8 @@ def test_help_of_a_command_shows_examples_that_parse(
     monkeypatch.setenv("COLUMNS", "80")
     done = blockft(*command, "--help")
     assert done.returncode == 0, done.stderr
+    usage = done.stdout.partition("\n\n")[0].partition("Usage: blockft ")[2].removeprefix(" ".join(command))
+    assert usage == usage.upper() and "[[" not in usage and "...}" not in usage
     examples = re.findall(r"^ +blockft (.+)$", done.stdout.partition("Arguments:")[0], flags=re.MULTILINE)
     assert examples or command == ("recipes",)
     for example in examples:

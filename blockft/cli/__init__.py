@@ -127,7 +127,8 @@ def _call_command(arguments: list[str]) -> int:
     try:
         return commands.parse_and_run(arguments)
     except usage_error as error:
-        raise UserError(f"{error.format_message()} (see blockft --help)") from error
+        command = error.ctx.command_path if error.ctx else "blockft"
+        raise UserError(f"{error.format_message()} (see {command} --help)") from error
     except typer.Abort:
         return INTERRUPTED
     except MemoryError as error:

@@ -149,7 +149,7 @@ def bench_prepare(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RECIPE]", parser=parse_name, help="A recipe. Default: a synthetic source of questions."
+            metavar="RECIPE", parser=parse_name, help="A recipe. Default: a synthetic source of questions."
         ),
     ] = None,
     overrides: Overrides = None,

@@ -16,7 +16,10 @@ def cache_build(
     model: ModelName,
     corpus: Annotated[
         Path,
-        path_argument(help='JSON lines {"title": ..., "text": ...} or strings; - reads standard input.'),
+        path_argument(
+            metavar="CORPUS",
+            help='JSON lines {"title": ..., "text": ...} or strings; - reads standard input.',
+        ),
     ],
     folder: Annotated[
         Path, path_option("--cache", metavar="FOLDER", help="Folder of the cache; created if missing.")

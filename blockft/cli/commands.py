@@ -102,7 +102,7 @@ def prepare(
 
 @app.command()
 def inspect(
-    folder: Annotated[Path, path_argument(help="A folder that `blockft prepare` wrote.")],
+    folder: Annotated[Path, path_argument(metavar="FOLDER", help="A folder that `blockft prepare` wrote.")],
     index: Annotated[
         int | None, typer.Option(help="Number of the example, from 0. Default: 0; of --html: none.")
     ] = None,
@@ -319,7 +319,7 @@ def export(
         Path,
         path_argument(metavar="RUN_OR_CHECKPOINT", help="The folder of a run, or one checkpoint of it."),
     ],
-    out: Annotated[Path, path_argument(help="The folder to write; it must not exist.")],
+    out: Annotated[Path, path_argument(metavar="OUT", help="The folder to write; it must not exist.")],
     dtype: Annotated[
         DType, typer.Option(help="Type of the saved weights; auto is the type of the run.")
     ] = DType.auto,
@@ -568,7 +568,7 @@ def evaluate(
 @app.command()
 def compare(
     reports: Annotated[
-        list[Path], path_argument(metavar="REPORT...", help="Folders of reports, or report.json files.")
+        list[Path], path_argument(metavar="REPORT", help="Folders of reports, or report.json files.")
     ],
     metric: Annotated[Metric, typer.Option(help="The score to compare.")] = Metric.substring_match,
     as_json: AsJson = False,
@@ -593,7 +593,7 @@ def doctor(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RECIPE]",
+            metavar="RECIPE",
             parser=parse_name,
             help="Also check the data, model and folders of this recipe.",
         ),
@@ -663,7 +663,7 @@ def config(
     recipe_or_section: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RECIPE_OR_SECTION]",
+            metavar="RECIPE_OR_SECTION",
             parser=parse_name,
             help="A recipe to print with all its settings, or a section whose settings are listed.",
         ),

@@ -1,10 +1,12 @@
 """`blockft config`: list the settings or one section, print a resolved recipe, or print the JSON Schema."""
 
+import difflib
+import os
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from blockft.config.recipe import dump_recipe, load_recipe
+from blockft.config.recipe import dump_recipe, is_recipe, list_recipes, load_recipe
 from blockft.config.reference import (
     Section,
     Setting,
@@ -19,6 +21,17 @@ from blockft.printable import print_text
 
 MAX_WIDTH = 100
 """Longest line of the list of settings, in characters."""
+
+
+def _unknown_name_message(name: str) -> str:
+    """Return the message about a name that is neither a recipe nor a section."""
+    sections, recipes = list(Recipe.model_fields), list(list_recipes())
+    close = difflib.get_close_matches(name, [*sections, *recipes], n=1)
+    suggestion = f"; did you mean {close[0]}?" if close else ""
+    return (
+        f"{name!r} is neither a section ({', '.join(sections)}) nor a recipe: a file or one of "
+        f"{', '.join(recipes)}{suggestion}"
+    )
 
 
 def print_config(
@@ -49,6 +62,8 @@ def print_config(
 
         print_text(recipes_readme(), end="")
     elif recipe_or_section is not None and not is_section:
+        if not is_recipe(recipe_or_section) and not os.path.exists(recipe_or_section):
+            raise UserError(_unknown_name_message(recipe_or_section))
         resolved = load_recipe(recipe_or_section, overrides)
         print_text(resolved.model_dump_json(indent=2) if as_json else dump_recipe(resolved).rstrip("\n"))
     elif as_json:
