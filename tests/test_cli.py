@@ -56,6 +56,7 @@ ROOT = Path(__file__).parents[1]
         (("compare", "no/such"), "blockft eval"),
         (("compare", "no/such", "--metric", "bleu"), "token_f1"),
         (("inspect", "no/such"), "blockft prepare"),
+        (("inspect", "recipes"), "recipes is no prepared folder, or an incomplete one"),
         (("export", "no/such", "out/x"), "no/such"),
         (("export", "no/such", "out/x", "--dtype", "int8"), "'auto', 'float32', 'bfloat16'"),
         (("config", "demmo"), "did you mean demo"),

@@ -265,7 +265,8 @@ def verify_prepared(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is no folder of prepared examples: write it with blockft prepare RECIPE")
     if not (folder / MANIFEST).exists():
         raise UserError(
-            f"{folder} is incomplete (it has no {MANIFEST}): run blockft prepare again with --overwrite"
+            f"{folder} is no prepared folder, or an incomplete one (it has no {MANIFEST}): write it with "
+            "blockft prepare RECIPE --overwrite"
         )
     try:
         manifest = read_with_digest(folder / MANIFEST)
