@@ -28,6 +28,9 @@ from blockft.errors import UserError
 _MAX_ATTEMPTS = 1000
 """How often the creation of a lock file is tried while other processes remove its folder."""
 
+_HOLDER_S = 1.0
+"""How long the name of a holder is waited for, which it writes just after it has taken the lock."""
+
 _NOT_SUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 
@@ -142,15 +145,22 @@ class FolderLock:
 
     def _describe_holder(self) -> str:
         """Return a message about the process that holds the lock."""
+        use, deadline = self._read_holder(), time.monotonic() + _HOLDER_S
+        while use is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+            use = self._read_holder()
+        return f"{self._name} is {use or 'in use by another process'}: wait for it, or choose another folder"
+
+    def _read_holder(self) -> str | None:
+        """Return what the holder of the lock does; None if the lock file does not say it."""
         try:
             holder = json.loads(self._file.read_text(encoding="utf-8"))
-            use = (
+            return (
                 f"being {holder['use']} by process {holder['process']} on host {holder['host']} since "
                 f"{holder['since']} ({holder['command']})"
             )
         except (OSError, ValueError, TypeError, KeyError):  # its holder is just writing it
-            use = "in use by another process"
-        return f"{self._name} is {use}: wait for it, or choose another folder"
+            return None
 
     def share(self) -> None:
         """Let other processes take the lock with `shared`, for example the other ranks of a run.

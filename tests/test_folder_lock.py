@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from functools import partial
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from blockft import folder_lock
 from blockft.errors import UserError
 from blockft.folder_lock import FolderInUse, FolderLock, lock_folder, reading_folder
 from tests.faults.interruption import Interruption
@@ -26,8 +28,14 @@ from blockft.folder_lock import lock_folder
 with lock_folder(Path(sys.argv[1]), "blockft test"):
     if not os.fork():  # the child closes the lock before it runs on
         print("forked", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 """
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is refused does not wait for the name of the holder."""
+    monkeypatch.setattr(folder_lock, "_HOLDER_S", 0)
 
 
 def try_to_lock(folder: Path) -> None:
@@ -134,6 +142,7 @@ class Other:
             self._lock.release()
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("kind", ["comes and goes", "comes and stays", "was there and goes"])
 def test_another_process_between_any_two_steps_of_a_lock(kind: str, shared: bool, tmp_path: Path) -> None:
@@ -162,6 +171,20 @@ def test_another_process_between_any_two_steps_of_a_lock(kind: str, shared: bool
     assert outcomes == ({"taken"} if kind == "comes and goes" else {"taken", "refused"})
 
 
+def test_a_holder_that_has_not_written_its_name_yet_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_lock, "_HOLDER_S", 600)
+    lock = FolderLock(tmp_path / "folder", "blockft test")
+    writer = threading.Timer(0.1, lock.write_holder, ["written"])
+    writer.start()
+    with pytest.raises(FolderInUse, match=f"being written by process {os.getpid()} .*blockft test"):
+        try_to_lock(tmp_path / "folder")
+    writer.join()
+    lock.release()
+
+
+@pytest.mark.usefixtures("impatient")
 def test_a_lock_without_a_readable_holder_is_refused_without_details(tmp_path: Path) -> None:
     for content in ("", "{", "[]", '{"use": "written"}'):
         with lock_folder(tmp_path / "folder", "blockft test"):
