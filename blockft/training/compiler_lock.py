@@ -28,7 +28,7 @@ REPORT_AFTER_S = 3
 UNDECIDED_S = 600
 """Age at which a lock that no process here has open is abandoned, on a file system that grants no leases."""
 
-_create_lock, _remove_lock = FileBaton.try_acquire, FileBaton.release
+_create_lock = FileBaton.try_acquire
 
 _timers: dict[str, threading.Timer] = {}
 """For each lock that this process holds, the timer of the message that it compiles."""
@@ -69,9 +69,17 @@ def _acquire(self: FileBaton) -> bool:
 
 
 def _release(self: FileBaton) -> None:
+    """Remove the lock file, and close it afterwards.
+
+    torch closes it first. Another process may then take it for abandoned and remove it, so that this process
+    would remove the lock of a third one.
+    """
     if timer := _timers.pop(self.lock_file_path, None):
         timer.cancel()
-    _remove_lock(self)
+    os.remove(self.lock_file_path)
+    if self.fd is not None:
+        os.close(self.fd)
+        self.fd = None
 
 
 def _remove_abandoned(path: Path) -> bool:
@@ -79,7 +87,8 @@ def _remove_abandoned(path: Path) -> bool:
     # one process at a time: otherwise the second one would remove the new lock of the first one
     with suppress(FileNotFoundError), _guard(path.parent):
         if _is_abandoned(path):
-            time.sleep(0.1)  # an owner that has finished closes its file just before it removes it
+            # an owner without `_release` that has finished closes its file just before it removes it
+            time.sleep(0.1)
             if _is_abandoned(path):
                 path.unlink()
                 return True

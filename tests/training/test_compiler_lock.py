@@ -20,7 +20,7 @@ import sys, time
 from torch.utils.file_baton import FileBaton
 assert FileBaton(sys.argv[1]).try_acquire()
 print("compiling", flush=True)
-time.sleep(60)
+time.sleep(3600)
 """
 
 
@@ -40,6 +40,18 @@ def start_owner(lock: Path) -> subprocess.Popen[bytes]:
     return owner
 
 
+def report_to_event(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Return an event that is set when a lock has been reported on stderr."""
+    has_reported, notify = threading.Event(), compiler_lock.notify
+
+    def notify_and_tell(message: str) -> None:
+        notify(message)
+        has_reported.set()
+
+    monkeypatch.setattr(compiler_lock, "notify", notify_and_tell)
+    return has_reported
+
+
 def test_the_lock_of_a_killed_process_is_removed(lock: Path, capsys: pytest.CaptureFixture[str]) -> None:
     owner = start_owner(lock)
     owner.send_signal(signal.SIGKILL)
@@ -55,10 +67,12 @@ def test_a_living_process_is_waited_for_and_reported(
     lock: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiler_lock, "REPORT_AFTER_S", 0.3)
+    has_reported = report_to_event(monkeypatch)
     owner, baton = start_owner(lock), FileBaton(str(lock))
     waiter = threading.Thread(target=baton.try_acquire)
     waiter.start()
-    time.sleep(1)
+    assert has_reported.wait(600)
+    time.sleep(0.5)  # there is no second report
     assert waiter.is_alive() and lock.exists()
     message = capsys.readouterr().err
     assert message.count("\n") == 1
@@ -68,7 +82,7 @@ def test_a_living_process_is_waited_for_and_reported(
     )
     owner.kill()
     owner.wait()
-    waiter.join(timeout=10)
+    waiter.join(timeout=600)
     assert baton.fd is not None and "removed" in capsys.readouterr().err
     baton.release()
 
@@ -118,18 +132,37 @@ def test_ranks_that_find_an_abandoned_lock_compile_one_after_the_other(lock: Pat
     assert log.read_text() == "start\nend\n" * 20 and not lock.exists()
 
 
-@pytest.mark.parametrize(("seconds", "is_reported"), [(0.0, False), (1.0, True)])
 def test_a_slow_compilation_of_this_process_is_reported(
-    seconds: float,
-    is_reported: bool,
-    lock: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    lock: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiler_lock, "REPORT_AFTER_S", 0.3)
+    monkeypatch.setattr(compiler_lock, "REPORT_AFTER_S", 0.1)
+    has_reported, baton = report_to_event(monkeypatch), FileBaton(str(lock))
+    assert baton.try_acquire()
+    assert has_reported.wait(600)
+    baton.release()
+    assert "blockft: compiling cpu_adam, which takes" in capsys.readouterr().err
+
+
+def test_a_compilation_that_has_ended_is_not_reported(
+    lock: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler_lock, "REPORT_AFTER_S", 3600)
     baton = FileBaton(str(lock))
     assert baton.try_acquire()
-    time.sleep(seconds)
+    timer = compiler_lock._timers[str(lock)]
     baton.release()
-    time.sleep(0.5)
-    assert ("blockft: compiling cpu_adam, which takes" in capsys.readouterr().err) is is_reported
+    timer.join(600)
+    assert not timer.is_alive() and capsys.readouterr().err == ""
+
+
+def test_an_owner_has_its_lock_open_until_it_is_removed(lock: Path) -> None:
+    """Otherwise another process would remove it as abandoned, and the owner that of a third one."""
+    baton = FileBaton(str(lock))
+    assert baton.try_acquire()
+    assert not compiler_lock._is_abandoned(lock)
+    descriptor = baton.fd
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "close", lambda closed: pytest.fail("closed first") if lock.exists() else None)
+        baton.release()
+    assert descriptor is not None and baton.fd is None and not lock.exists()
+    os.close(descriptor)
