@@ -43,8 +43,8 @@ MIN_RATE_SHARE = 0.25
 STOP_S = 3.0
 """How long a server may take to end after its share of the time."""
 
-GRACE_S = 1.0
-"""How long a server that fails requests may take to end, before the benchmark looks whether it has ended."""
+GRACE_S = 10.0
+"""How long a server that no longer answers may take to end, so that its exit code can be named."""
 
 KNOWN_PERCENT = 5.0
 """Share of tokens of new documents that a server may reuse without a warning."""
@@ -327,9 +327,11 @@ class _Measurement:
         try:
             await self._client.find_model()
         except UserError:
-            if self._server.process:
-                await asyncio.sleep(GRACE_S)  # a process that ends closes its port first
-                self._server.process.check("while it was measured")
+            if self._server.process:  # a process that ends closes its port first
+                end = time.monotonic() + GRACE_S
+                while time.monotonic() < end:
+                    self._server.process.check("while it was measured")
+                    await asyncio.sleep(0.1)
             raise
         if what and is_failing:
             raise UserError(f"failed all {len(failures)} requests of {what}: {failures[0]}")

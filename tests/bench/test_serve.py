@@ -13,12 +13,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from blockft.bench import serve, serve_client
+from blockft.bench import serve, serve_client, time_limit
 from blockft.bench.serve import ServePlan, Server
 from blockft.bench.serve_client import LoadClient, Outcome, Target, is_within, summarize
 from blockft.bench.serve_report import ServeReport, best_rate, print_tables, summarize_servers
@@ -31,7 +32,7 @@ from blockft.errors import UserError
 from blockft.model.load import load_tokenizer
 from blockft.serving.asgi import Receive, Scope, Send, read_body, send_json
 from blockft.stages.bench_serve import default_warmups, parse_rates
-from tests.commands import blockft
+from tests.commands import TIMEOUT_S, blockft, free_port, wait_until
 from tests.run import save_model
 from tests.serving.fake_vllm import MODEL, MODEL_ENTRY
 from tests.serving.http_server import http_server
@@ -50,8 +51,16 @@ PLAN = ServePlan(
     num_reuse=2,
     num_warmups=5,
     num_single=3,
-    timeout_s=20,
+    timeout_s=600,
 )
+
+
+@pytest.fixture(autouse=True)
+def long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a benchmark and a server wait for may take minutes in a test."""
+    monkeypatch.setattr(serve, "GRACE_S", 600)
+    for module in ("front_end", "missing_blocks"):
+        monkeypatch.setattr(f"blockft.serving.{module}.REPORT_TIMEOUT_S", 600)
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +173,9 @@ class StubServer:
         if scope["path"] == "/v1/models":
             await send_json(send, 200, {"object": "list", "data": [MODEL_ENTRY]})
             return
+        self.bodies.append(json.loads(await read_body(receive, 1 << 30)))
         self.num_asked += 1
         number = self.num_asked
-        self.bodies.append(json.loads(await read_body(receive, 1 << 30)))
         if self.respond is None or not await self.respond(number, send):
             await stream(send)
 
@@ -197,7 +206,7 @@ async def stream(send: Send, num_tokens: int = 3, end: bool = True) -> None:
 PROMPT = ServePrompt(blocks=["a", "b"], ids=[1, 2])
 
 
-def ask(server: StubServer, times: Sequence[float], timeout_s: float = 20) -> list[Outcome]:
+def ask(server: StubServer, times: Sequence[float], timeout_s: float = 600) -> list[Outcome]:
     async def run(url: str) -> list[Outcome]:
         async with LoadClient(Target(kind="plain", url=url), 3, timeout_s) as client:
             return await client.run_open_loop([PROMPT] * len(times), times, lambda: None)
@@ -232,8 +241,16 @@ def test_an_idle_connection_is_not_used_when_a_server_may_close_it(monkeypatch: 
                 ports.append(scope["client"][1])
             await super().__call__(scope, receive, send)
 
-    assert not [outcome.failure for outcome in ask(Recorder(), [0, 0.02, 0.5]) if outcome.failure]
-    assert ports[2] not in ports[:2]
+    async def ask_after_a_pause(url: str) -> list[Outcome]:
+        async with LoadClient(Target(kind="plain", url=url), 3, 600) as client:
+            outcomes = await client.run_closed_loop([PROMPT] * 2, 1, lambda: None)
+            await asyncio.sleep(0.5)
+            return outcomes + await client.run_closed_loop([PROMPT], 1, lambda: None)
+
+    with http_server(Recorder()) as url:
+        outcomes = asyncio.run(ask_after_a_pause(url))
+    assert not [outcome.failure for outcome in outcomes if outcome.failure]
+    assert len(ports) == 3 and ports[2] not in ports[:2]
 
 
 def test_every_failure_is_counted_with_its_reason() -> None:
@@ -245,12 +262,15 @@ def test_every_failure_is_counted_with_its_reason() -> None:
         elif number == 3:
             await stream(send, end=False)
         elif number == 4:
-            await asyncio.sleep(5)
-        elif number == 5:
             raise ConnectionResetError
-        return number <= 5
+        return number <= 4
 
-    outcomes = ask(StubServer(fail), [0.1 * number for number in range(7)], timeout_s=2)
+    async def hang(number: int, send: Send) -> bool:
+        await asyncio.sleep(3600)
+        return True
+
+    outcomes = ask(StubServer(fail), [0.1 * number for number in range(6)])
+    outcomes += ask(StubServer(hang), [0], timeout_s=2)
     figures = summarize(outcomes)
     assert figures["num_requests"] == 7 and figures["num_failed"] == 5
     reasons = "\n".join(figures["failures"])
@@ -262,7 +282,7 @@ def test_every_failure_is_counted_with_its_reason() -> None:
 
 def test_a_server_that_is_not_there_is_one_sentence() -> None:
     async def run() -> None:
-        async with LoadClient(Target(kind="plain", url="http://127.0.0.1:9/v1"), 3, 5):
+        async with LoadClient(Target(kind="plain", url=f"http://127.0.0.1:{free_port()}/v1"), 3, 600):
             raise AssertionError
 
     with pytest.raises(UserError, match="does not list its models"):
@@ -428,7 +448,18 @@ def test_two_running_servers_are_compared(tmp_path: Path, model: Path) -> None:
         done = blockft(
             *("bench", "serve", model, *SIZES, "--corpus-size", "9", "--rates", "10,20", "--seconds", "1"),
             *("--plain-url", plain_url, "--blocks-url", blocks_url, "--runs", "3"),
-            *("--reuse-prompts", "2", "--ttft-limit-ms", "5000", "--out", out, "--png", png),
+            *(
+                "--reuse-prompts",
+                "2",
+                "--ttft-limit-ms",
+                "600000",
+                "--timeout",
+                "600",
+                "--out",
+                out,
+                "--png",
+                png,
+            ),
         )
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
@@ -455,7 +486,7 @@ def test_two_running_servers_are_compared(tmp_path: Path, model: Path) -> None:
     ]
     assert result["summary"]["reuse_percent_of_plain_new"]["plain"]["new"] == 100
     assert "other order" in done.stdout
-    assert "vLLM with blocks: at least 20 requests/s with p95 of the TTFT within 5000 ms" in done.stdout
+    assert "vLLM with blocks: at least 20 requests/s with p95 of the TTFT within 600000 ms" in done.stdout
     assert "vLLM alone" in done.stdout
     assert png.read_bytes().startswith(b"\x89PNG")
 
@@ -552,14 +583,14 @@ def test_what_cannot_be_measured_is_refused_before_a_server_starts(
 
 FAKE_PYTHON = """#!{python}
 '''Pretend to be the Python of an environment with vLLM.'''
-import json, os, sys, time
+import json, os, sys, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 words = sys.argv[1:]
 if "--fail" in words:
     sys.exit("first line\\nno [bold]GPU[/bold] is free")
 
-num_asked = 0
+num_asked, lock = 0, threading.Lock()
 
 def option(name):
     return words[words.index(name) + 1] if name in words else ""
@@ -572,13 +603,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         global num_asked
-        num_asked += 1
-        with open(sys.argv[0] + ".asked", "a") as log:
-            log.write(f"{time.monotonic()} {os.getpid()}\\n")
+        with lock:
+            num_asked += 1
+            number = num_asked
+            with open(sys.argv[0] + ".asked", "a") as log:
+                log.write(f"{time.monotonic()} {os.getpid()}\\n")
         kind = "blocks" if "blockft" in words else "plain"
-        if str(num_asked) == option("--die-after") and kind == option("--die-kind"):
+        if str(number) == option("--die-after") and kind == option("--die-kind"):
             os._exit(9)
-        time.sleep(float(option("--answer-s") or 0))
+        if number > int(option("--hang-after") or 10**9):
+            time.sleep(3600)
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert ("blocks" in body) == ("blockft" in words), words
         chunk = dict(id="1", object="text_completion", created=1, model="toy")
@@ -642,7 +676,8 @@ def fast(fake_python: Path, model: Path, out: Path, *options: object) -> tuple[o
     """Return a command that measures stubs of servers quickly."""
     return (
         *("bench", "serve", model, *SIZES, "--python", fake_python, "--rates", "20,40", "--seconds", "1"),
-        *("--reuse-prompts", "2", "--runs", "2", "--warmups", "2", "--out", out, *options),
+        *("--reuse-prompts", "2", "--runs", "2", "--warmups", "2", "--timeout", "600", "--out", out),
+        *options,
     )
 
 
@@ -722,13 +757,13 @@ def test_a_stopped_run_leaves_the_figures_and_what_is_missing(
     tmp_path: Path, model: Path, fake_python: Path, number: signal.Signals
 ) -> None:
     out = tmp_path / "serve.json"
-    words = [sys.executable, "-m", "blockft", *fast(fake_python, model, out, "--answer-s", "0.1")]
+    # after a group that warms up, and another one
+    hanging = fast(fake_python, model, out, "--hang-after", "6")
+    words = [sys.executable, "-m", "blockft", *hanging]
     process = subprocess.Popen([*map(str, words)], stderr=subprocess.PIPE, text=True)
-    while not out.exists():
-        assert process.poll() is None
-        time.sleep(0.02)
+    wait_until(out.exists, lambda: process.poll() is None)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=TIMEOUT_S)
     result = json.loads(out.read_text())
     pid = started(fake_python)[0][0]
     if number == signal.SIGTERM:
@@ -742,14 +777,30 @@ def test_a_stopped_run_leaves_the_figures_and_what_is_missing(
     assert plain["kind"] == "plain" and plain["reuse"]["new"]["num_requests"] >= 1
 
 
-def test_a_limit_bounds_the_whole_command(tmp_path: Path, model: Path, fake_python: Path) -> None:
-    """The warm-up would take half a minute. Each server has half of the time that is left."""
+def test_a_limit_bounds_the_whole_command(
+    tmp_path: Path, model: Path, fake_python: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The warm-up would never end. Each server has half of the time that is left, which then ends."""
+    limits: list[tuple[float, asyncio.Timeout]] = []
+
+    def begin(delay: float) -> asyncio.Timeout:
+        limits.append((delay, asyncio.timeout(delay)))
+        return limits[-1][1]
+
+    warm_up = serve._Measurement._warm_up
+
+    async def end_time_and_warm_up(measurement: serve._Measurement) -> None:
+        limits[-1][1].reschedule(asyncio.get_running_loop().time() + 0.5)
+        await warm_up(measurement)
+
+    monkeypatch.setattr(serve, "asyncio", SimpleNamespace(**vars(asyncio) | {"timeout": begin}))
+    monkeypatch.setattr(serve._Measurement, "_warm_up", end_time_and_warm_up)
     out = tmp_path / "serve.json"
-    begun = time.monotonic()
-    options = ("--servers-together", "--limit-s", str(END_S + 12), "--answer-s", "0.5")
-    done = blockft(*fast(fake_python, model, out, *options, "--warmups", "400"))
+    options = ("--servers-together", "--limit-s", str(END_S + 2000), "--hang-after", "9")
+    done = blockft(*fast(fake_python, model, out, *options))
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - begun < END_S + 12 + 3
+    first, second = (delay for delay, _ in limits)
+    assert 0 < first < 1000 < second < 2000
     result = json.loads(out.read_text())
     for kind in ("plain", "blocks"):
         assert result["missing"][kind]["warmup"] == "the time limit left no time"
@@ -763,30 +814,39 @@ def test_a_limit_bounds_the_whole_command(tmp_path: Path, model: Path, fake_pyth
 
 
 def test_a_rate_that_might_not_end_in_time_does_not_start(
-    tmp_path: Path, workload: Workload, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, workload: Workload, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = StubServer()
-    limit = TimeLimit(limit_s=END_S + 10)
-    plan = replace(PLAN, rates=(40, 1), timeout_s=8, num_reuse=0)  # the slow rate takes some 20 s
+    limit = TimeLimit(limit_s=END_S + 500)
+    plan = replace(PLAN, rates=(40, 1), timeout_s=600, num_reuse=0)
     with http_server(server) as url:
         report = measure(Target(kind="plain", url=url), workload, plan, limit, tmp_path / "serve.json")
     assert server.num_asked == plan.num_warmups + plan.num_single
     assert report.missing["plain"].keys() == {"rates"}
     assert "1 requests/s would take up to" in report.missing["plain"]["rates"]
-    assert "with --timeout 8" in capsys.readouterr().err
+    assert "with --timeout 600" in capsys.readouterr().err
     assert json.loads((tmp_path / "serve.json").read_text())["summary"]["largest_rate"] == {"plain": None}
     assert (tmp_path / "serve.png").exists()
-    # a search keeps the rates that it has measured
-    plan = replace(plan, rates=(), first_rate=40, num_bisections=0)
+    # a search keeps the rates that it has measured: here the time is over when the first one is
+    server = StubServer()
+
+    def read_clock() -> float:
+        is_over = server.num_asked > plan.num_warmups + plan.num_single
+        return time.monotonic() + 1000 * is_over
+
+    monkeypatch.setattr(serve, "time", SimpleNamespace(monotonic=read_clock))
+    plan = replace(plan, rates=(), first_rate=40, num_bisections=0, ttft_limit_ms=1e6)
     with http_server(server) as url:
-        report = measure(Target(kind="plain", url=url), workload, plan, TimeLimit(limit_s=END_S + 12))
-    assert report.servers["plain"]["rates"] and report.missing["plain"].keys() == {"rates"}
+        report = measure(Target(kind="plain", url=url), workload, plan, TimeLimit(limit_s=END_S + 900))
+    (rate,) = report.servers["plain"]["rates"]
+    assert rate["rate"] == 40 and report.missing["plain"].keys() == {"rates"}
 
 
-def test_shares_of_the_time_limit() -> None:
-    limit = TimeLimit(limit_s=END_S + 100)
-    assert limit.share_end(2) == pytest.approx(time.monotonic() + 50, abs=1)
-    assert limit.share_end(1) == pytest.approx(time.monotonic() + 100, abs=1)
+def test_shares_of_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = TimeLimit(limit_s=END_S + 100, begun=1000)
+    with monkeypatch.context() as patched:
+        patched.setattr(time_limit, "time", SimpleNamespace(monotonic=lambda: 1000.0))
+        assert limit.share_end(2) == 1050 and limit.share_end(1) == 1100
     assert TimeLimit().share_end(2) == math.inf
     with TimeLimit().interrupting("while it sleeps"):
         pass
@@ -794,7 +854,7 @@ def test_shares_of_the_time_limit() -> None:
         pytest.raises(UserError, match="--limit-s 10.2 is over while it sleeps"),
         TimeLimit(limit_s=END_S + 0.2).interrupting("while it sleeps"),
     ):
-        time.sleep(5)
+        time.sleep(600)
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 

@@ -228,16 +228,22 @@ def test_without_a_gpu_there_is_no_device_tier() -> None:
         parse_tiers("device")
 
 
-def test_warmups_and_the_before_function_are_not_measured() -> None:
+def test_warmups_and_the_before_function_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
     def run() -> None:
         calls.append("run")
-        time.sleep(0.05 if len(calls) <= 4 else 0.001)
+        now[0] += 0.05 if len(calls) <= 4 else 0.002
 
-    times = measure_ms(run, warmups=2, runs=5, before=lambda: calls.append("before") or time.sleep(0.03))
+    def prepare() -> None:
+        calls.append("before")
+        now[0] += 0.03
+
+    times = measure_ms(run, warmups=2, runs=5, before=prepare)
     assert calls == ["before", "run"] * 7
-    assert times["runs"] == 5 and 1 <= times["median"] <= times["p95"] < 25
+    assert times["runs"] == 5 and times["median"] == pytest.approx(2) and times["p95"] == pytest.approx(2)
 
 
 def test_the_plot_labels_each_measured_time() -> None:
