@@ -21,10 +21,11 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import chdir, redirect_stderr, redirect_stdout
+from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import IO, Any
@@ -37,15 +38,30 @@ from blockft.run_folder import MEASURED, read_metrics
 
 ROOT = Path(__file__).parents[1]
 
-TIMEOUT_S = 240
-"""Limit of each command: many times the usual duration, because machines may be busy."""
+TIMEOUT_S = 900
+"""Limit of each command and of each wait. It only ends what hangs: a machine may be slow for a while."""
 
+
+OTHERS_S = 300
+"""How long the other ranks of a command may take to end when one has failed."""
 
 PORTS = range(15_000, 32_000)
 """Ports of the tests: below those that systems give to connections and to listeners without a port."""
 
 _reserved_ports: list[IO[bytes]] = []
 """The files that this process has locked, one per port."""
+
+
+def wait_until(condition: Callable[[], object], is_running: Callable[[], bool] = lambda: True) -> None:
+    """Wait until a condition holds, while something runs that will bring it about."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        may_come = is_running()
+        if condition():
+            return
+        assert may_come, "what was waited for has ended too early"
+        assert time.monotonic() < deadline, f"nothing has happened within {TIMEOUT_S} s"
+        time.sleep(0.01)
 
 
 def free_port() -> int:
@@ -139,9 +155,10 @@ class Ranks:
     def send_signal(self, number: int) -> None:
         """Send a signal to every rank that is alive."""
         for process in self.processes:
+            assert process.pid
             if process.is_alive():
-                assert process.pid
-                os.kill(process.pid, number)
+                with suppress(ProcessLookupError):  # it has just ended
+                    os.kill(process.pid, number)
 
     def wait_or_kill(self, patience_s: float) -> None:
         """Kill the ranks that are alive after some time, and wait for all of them."""
@@ -153,25 +170,26 @@ class Ranks:
             process.join()
 
     def wait(self) -> CompletedProcess[str]:
-        """Wait for all ranks; when one fails the others are killed, as a launcher does.
+        """Wait for all ranks, and kill those that have not ended in time.
 
         The exit code is that of the first rank that failed, or 0.
         """
         deadline, code = time.monotonic() + TIMEOUT_S, 0
         waiting = {process.sentinel: process for process in self.processes}
         while waiting:
-            ended = multiprocessing.connection.wait(list(waiting), timeout=deadline - time.monotonic())
+            left_s = max(0, deadline - time.monotonic())
+            ended = multiprocessing.connection.wait(list(waiting), timeout=left_s)
             for sentinel in ended:
                 process = waiting.pop(sentinel)
                 process.join()
                 if not code and process.exitcode:
                     code = process.exitcode
                     # the others may be saving a checkpoint, or may wait for the failed rank forever
-                    deadline = time.monotonic() + 60
+                    deadline = time.monotonic() + OTHERS_S
             if not ended:
                 self.send_signal(signal.SIGKILL)
                 code = code or -signal.SIGKILL
-                deadline = time.monotonic() + 60
+                deadline = time.monotonic() + TIMEOUT_S
         return CompletedProcess([], code, self.output("stdout"), self.output("stderr"))
 
 
@@ -209,19 +227,31 @@ def _modules_of_the_warm_process() -> list[str]:
     return ["tests.fork_server", __name__]
 
 
+def _variables_of_the_warm_process() -> dict[str, str]:
+    accelerator = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
+    return {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **accelerator}
+
+
+def warm_context() -> ForkServerContext:
+    """Return a context whose processes are forked from the warm process, which is started if there is none.
+
+    A process has a single fork server, so that all tests use this one, in whatever order they run.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_modules_of_the_warm_process())
+    with chdir(ROOT), patch.dict(os.environ, _variables_of_the_warm_process()):
+        # it takes the directory and the variables of this moment
+        forkserver.ensure_running()
+    return context
+
+
 def fork_ranks(function: Callable[[], None], *, num_ranks: int = 1, **environment: str) -> Ranks:
     """Call a function, of a module or a partial of one, on ranks forked from a warm process.
 
     A single rank has no launcher's variables in its environment, like a process started from a shell.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_modules_of_the_warm_process())
-    accelerator = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
-    added = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **accelerator}
-    ranks = Ranks([], free_port())
-    with chdir(ROOT), patch.dict(os.environ, added):
-        # the warm process takes the directory and the variables of this moment
-        forkserver.ensure_running()
+    context, ranks = warm_context(), Ranks([], free_port())
+    with chdir(ROOT), patch.dict(os.environ, _variables_of_the_warm_process()):
         for rank in range(num_ranks):
             variables: dict[str, str] = dict(os.environ) | environment
             if num_ranks > 1:

@@ -1,21 +1,17 @@
 """Two commands at once on one folder: exactly one works, the other is refused before it writes anything."""
 
-import importlib
 import json
 import shutil
-import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
-from typing import Any
 
 import psutil
 import pytest
 
 from blockft.model.checkpoint import complete_checkpoints
 from blockft.stages.cache import verify_cache
-from tests.commands import all_logged, run_ranks, start_ranks
+from tests.commands import all_logged, run_ranks, start_ranks, wait_until
 from tests.faults.toy import (
     build_toy,
     cache_command,
@@ -24,33 +20,27 @@ from tests.faults.toy import (
     read_report,
     train_command,
 )
-
-PAUSE_S = 1.0
+from tests.hold import Hold
 
 TRAINING = ("train.save_steps=2", "train.max_steps=4", "train.deepspeed=zero0")
 
 Arguments = Sequence[str | Path]
+Holds = Callable[[str], Hold]
 
 
-def pause(module: str, function: str) -> None:
-    """Make a function of this process wait before it works: the folder is locked by then."""
-    stage = importlib.import_module(module)
-    work = getattr(stage, function)
-
-    def wait_and_work(*arguments: Any, **options: Any) -> Any:
-        time.sleep(PAUSE_S)
-        return work(*arguments, **options)
-
-    setattr(stage, function, wait_and_work)
-
-
-PAUSES = {
-    "prepare": partial(pause, "blockft.stages.prepare", "_prepare"),
-    "train": partial(pause, "blockft.stages.train", "_train"),
-    "export": partial(pause, "blockft.stages.export", "_export"),
-    "eval": partial(pause, "blockft.stages.evaluate", "_evaluate"),
+WORK = {
+    "prepare": "blockft.stages.prepare:_prepare",
+    "train": "blockft.stages.train:_train",
+    "export": "blockft.stages.export:_export",
+    "eval": "blockft.stages.evaluate:_evaluate",
 }
-"""Where each command holds its lock."""
+"""The function of each command that works while the command holds its lock."""
+
+
+@pytest.fixture
+def holds(tmp_path_factory: pytest.TempPathFactory) -> Holds:
+    """A function that returns a hold of a command before its work: the folder is locked by then."""
+    return lambda command: Hold(tmp_path_factory.mktemp("hold"), WORK[command])
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +62,19 @@ def eval_command(toy: Path, out: Path) -> list[str | Path]:
     return ["eval", toy / "export", toy / "recipe.yaml", f"eval.output_dir={out}"]
 
 
-def race(first: Arguments, second: Arguments) -> tuple[CompletedProcess[str], CompletedProcess[str]]:
-    """Run two commands at once; return the one that worked, then the other, which must be refused."""
-    ranks = [start_ranks(*arguments, before=PAUSES[str(arguments[0])]) for arguments in (first, second)]
+def race(
+    hold: Hold, first: Arguments, second: Arguments
+) -> tuple[CompletedProcess[str], CompletedProcess[str]]:
+    """Run two commands at once; return the one that worked, then the other, which must be refused.
+
+    The one that has the lock works when the other one has ended.
+    """
+    ranks = [start_ranks(*arguments, before=hold) for arguments in (first, second)]
+    wait_until(lambda: hold.num_reached == 2 or not all(each.is_alive() for each in ranks))
+    hold.release()
     worked, refused = sorted((each.wait() for each in ranks), key=lambda done: done.returncode)
     assert worked.returncode == 0, worked.stderr
-    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
     return worked, refused
 
 
@@ -90,32 +87,32 @@ def hidden(folder: Path) -> list[str]:
     return [path.name for path in folder.rglob(".*")]
 
 
-def test_two_trainings_in_one_folder(toy: Path, tmp_path: Path) -> None:
+def test_two_trainings_in_one_folder(toy: Path, tmp_path: Path, holds: Holds) -> None:
     """The second one names the folder by another path."""
     (tmp_path / "link").symlink_to(tmp_path)
     paths = tmp_path / "run", tmp_path / "link" / ".." / tmp_path.name / "run"
-    _, refused = race(*(short_training(toy, path) for path in paths))
+    _, refused = race(holds("train"), *(short_training(toy, path) for path in paths))
     check_refused(refused, "train")
     assert all_logged(tmp_path / "run") == all_logged(toy / "run") and not hidden(tmp_path)
 
 
-def test_two_resumes_of_one_run(toy: Path, tmp_path: Path) -> None:
+def test_two_resumes_of_one_run(toy: Path, tmp_path: Path, holds: Holds) -> None:
     run = tmp_path / "run"
     shutil.copytree(toy / "run", run)
     shutil.rmtree(run / "checkpoint-4")
-    _, refused = race(*[short_training(toy, run, "--resume")] * 2)
+    _, refused = race(holds("train"), *[short_training(toy, run, "--resume")] * 2)
     check_refused(refused, "train")
     assert all_logged(run) == all_logged(toy / "run") and not hidden(tmp_path)
 
 
 @pytest.mark.slow  # other races of the same lock
-def test_a_training_on_two_ranks_beside_one_on_one_rank(toy: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    two = start_ranks(*short_training(toy, run), num_ranks=2, before=PAUSES["train"])
-    while not (tmp_path / ".run.lock").exists():
-        time.sleep(0.01)
+def test_a_training_on_two_ranks_beside_one_on_one_rank(toy: Path, tmp_path: Path, holds: Holds) -> None:
+    run, hold = tmp_path / "run", holds("train")
+    two = start_ranks(*short_training(toy, run), num_ranks=2, before=hold)
+    hold.wait_until_reached(two.is_alive, num_processes=2)
     refused = run_ranks(*short_training(toy, run))
     check_refused(refused, "train")
+    hold.release()
     assert refused.returncode == 2 and two.wait().returncode == 0
     assert len(all_logged(run)) == len(all_logged(toy / "run")) and not hidden(tmp_path)
 
@@ -125,12 +122,11 @@ def test_a_run_is_owned_until_its_last_rank_has_ended(toy: Path, tmp_path: Path)
     run = tmp_path / "run"
     ranks = start_ranks(
         *short_training(
-            toy, run, "train.max_steps=1000", "train.num_train_epochs=1000", "train.save_steps=1000"
+            toy, run, "train.max_steps=10000", "train.num_train_epochs=10000", "train.save_steps=10000"
         ),
         num_ranks=2,
     )
-    while not (run / "metrics.jsonl").exists():
-        time.sleep(0.01)
+    wait_until((run / "metrics.jsonl").exists, ranks.is_alive)
     first, second = ranks.processes
     assert second.pid
     psutil.Process(second.pid).suspend()
@@ -146,79 +142,80 @@ def test_a_run_is_owned_until_its_last_rank_has_ended(toy: Path, tmp_path: Path)
 
 
 @pytest.mark.slow  # other races of the same lock
-def test_an_export_beside_the_training_of_its_run(toy: Path, tmp_path: Path) -> None:
+def test_an_export_beside_the_training_of_its_run(toy: Path, tmp_path: Path, holds: Holds) -> None:
     """The run keeps the checkpoint that is being exported, and removes it later."""
-    run, out = tmp_path / "run", tmp_path / "model"
+    run, out, hold = tmp_path / "run", tmp_path / "model", holds("export")
     shutil.copytree(toy / "run", run)
     shutil.rmtree(run / "checkpoint-4")
-    exporting = start_ranks("export", run, out, before=PAUSES["export"])
-    while not (run / ".checkpoint-2.lock").exists():
-        time.sleep(0.01)
+    exporting = start_ranks("export", run, out, before=hold)
+    hold.wait_until_reached(exporting.is_alive)
+    assert (run / ".checkpoint-2.lock").exists()
     resumed = run_ranks(*short_training(toy, run, "train.save_total_limit=1", "--resume"))
     assert resumed.returncode == 0, resumed.stderr
     assert [path.name for path in complete_checkpoints(run)] == ["checkpoint-2", "checkpoint-4"]
+    hold.release()
     assert exporting.wait().returncode == 0
     assert "after 2 steps" in (out / "README.md").read_text() and not hidden(tmp_path)
 
 
 @pytest.mark.parametrize("more", [(), ("--overwrite",)])
-def test_two_prepares_of_one_folder(toy: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+def test_two_prepares_of_one_folder(toy: Path, tmp_path: Path, holds: Holds, more: tuple[str, ...]) -> None:
     out = tmp_path / "data"
     if more:
         shutil.copytree(toy / "data", out)
-    _, refused = race(*[prepare_command(toy, out, *more)] * 2)
+    _, refused = race(holds("prepare"), *[prepare_command(toy, out, *more)] * 2)
     check_refused(refused, "prepare")
     assert read_files(out) == read_files(toy / "data") and not hidden(tmp_path)
 
 
-def test_a_folder_that_appears_while_prepare_works_stays(toy: Path, tmp_path: Path) -> None:
+def test_a_folder_that_appears_while_prepare_works_stays(toy: Path, tmp_path: Path, holds: Holds) -> None:
     for was_there in (False, True):
-        out = tmp_path / str(was_there)
+        out, hold = tmp_path / str(was_there), holds("prepare")
         if was_there:
             out.mkdir()  # an empty folder may be replaced, but not the file that appears in it
-        ranks = start_ranks(*prepare_command(toy, out), before=PAUSES["prepare"])
-        while not (tmp_path / f".{was_there}.lock").exists():
-            time.sleep(0.01)
-        time.sleep(PAUSE_S / 2)
+        ranks = start_ranks(*prepare_command(toy, out), before=hold)
+        hold.wait_until_reached(ranks.is_alive)
         out.mkdir(exist_ok=True)
         (out / "precious").touch()
+        hold.release()
         done = ranks.wait()
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
         assert [path.name for path in out.iterdir()] == ["precious"] and not hidden(tmp_path)
 
 
 @pytest.mark.slow  # other races of the same lock
-def test_prepare_beside_a_training_on_its_data(toy: Path, tmp_path: Path) -> None:
-    data, run = tmp_path / "data", tmp_path / "run"
+def test_prepare_beside_a_training_on_its_data(toy: Path, tmp_path: Path, holds: Holds) -> None:
+    data, run, hold = tmp_path / "data", tmp_path / "run", holds("train")
     shutil.copytree(toy / "data", data)
     on_data = f"data.output_dir={data}"
-    training = start_ranks(*short_training(toy, run, on_data), before=PAUSES["train"])
-    while not (tmp_path / ".data.lock").exists():
-        time.sleep(0.01)
+    training = start_ranks(*short_training(toy, run, on_data), before=hold)
+    hold.wait_until_reached(training.is_alive)
     refused = run_ranks(*prepare_command(toy, data, "--overwrite"))
     check_refused(refused, "train", use="read")
+    hold.release()
     assert training.wait().returncode == 0
-    preparing = start_ranks(*prepare_command(toy, data, "--overwrite"), before=PAUSES["prepare"])
-    while not (tmp_path / ".data.lock").exists():
-        time.sleep(0.01)
+    hold = holds("prepare")
+    preparing = start_ranks(*prepare_command(toy, data, "--overwrite"), before=hold)
+    hold.wait_until_reached(preparing.is_alive)
     refused = run_ranks(*short_training(toy, tmp_path / "run2", on_data))
     check_refused(refused, "prepare")
+    hold.release()
     assert preparing.wait().returncode == 0
     assert read_files(data) == read_files(toy / "data") and not hidden(tmp_path)
     assert all_logged(run) == all_logged(toy / "run") and not (tmp_path / "run2").exists()
 
 
 @pytest.mark.slow  # other races of the same lock
-def test_two_exports_to_one_folder(toy: Path, tmp_path: Path) -> None:
-    _, refused = race(*[["export", toy / "run", tmp_path / "export"]] * 2)
+def test_two_exports_to_one_folder(toy: Path, tmp_path: Path, holds: Holds) -> None:
+    _, refused = race(holds("export"), *[["export", toy / "run", tmp_path / "export"]] * 2)
     check_refused(refused, "export")
     assert read_files(tmp_path / "export") == read_files(toy / "export") and not hidden(tmp_path)
 
 
 @pytest.mark.slow  # other races of the same lock
-def test_two_evaluations_into_one_folder(toy: Path, tmp_path: Path) -> None:
+def test_two_evaluations_into_one_folder(toy: Path, tmp_path: Path, holds: Holds) -> None:
     assert run_ranks(*eval_command(toy, tmp_path / "alone")).returncode == 0
-    _, refused = race(*[eval_command(toy, tmp_path / "eval")] * 2)
+    _, refused = race(holds("eval"), *[eval_command(toy, tmp_path / "eval")] * 2)
     check_refused(refused, "eval")
     assert read_report(tmp_path / "eval") == read_report(tmp_path / "alone") and not hidden(tmp_path)
 

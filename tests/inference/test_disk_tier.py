@@ -11,7 +11,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from multiprocessing import get_context
+from itertools import count
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,17 @@ from blockft.inference.block_key import BlockKey, block_key, key_digest, num_tok
 from blockft.inference.cache_entry import CacheModel
 from blockft.inference.cache_folder import TEMPORARY, CacheFolder
 from blockft.inference.disk_tier import DamagedEntry, DiskTier
+from tests.commands import TIMEOUT_S, warm_context
 from tests.inference.cached import OTHER, TOY, check_file, kv_of, random_key
 
 KEYS = [random_key(seed) for seed in range(12)]
 SIZE = TOY.entry_bytes(num_tokens(KEYS[0]))
 
-processes = get_context("forkserver")
-processes.set_forkserver_preload(["tests.inference.test_disk_tier"])
+
+@pytest.fixture
+def processes() -> ForkServerContext:
+    """What starts processes quickly."""
+    return warm_context()
 
 
 def path_of(folder: Path, key: BlockKey, model: CacheModel = TOY) -> Path:
@@ -456,12 +461,12 @@ def write_at_once(folder: Path, key: BlockKey, barrier: Any, results: Any) -> No
     results.put((tier.statistics.entries_written, holds(tier, key)))
 
 
-def test_two_processes_may_write_the_same_block(folder: Path) -> None:
+def test_two_processes_may_write_the_same_block(folder: Path, processes: ForkServerContext) -> None:
     results, barrier = processes.Queue(), processes.Barrier(2)
     key = random_key(0, 20_000)
     for _ in range(2):
         processes.Process(target=write_at_once, args=(folder, key, barrier, results)).start()
-    outcomes = [results.get(timeout=60) for _ in range(2)]
+    outcomes = [results.get(timeout=TIMEOUT_S) for _ in range(2)]
     assert sorted(outcomes) == [(0, True), (1, True)]
     assert used_bytes(folder) == stored_bytes(folder) == TOY.entry_bytes(20_000)
 
@@ -476,17 +481,19 @@ def write_forever(folder: Path, seed: int, started: Any) -> None:
         tier.write(block_key([rng.randrange(50_000)] * length), kv[:, :length])
 
 
-def test_sigkill_while_writing_leaves_no_damaged_entry(folder: Path) -> None:
+def test_sigkill_while_writing_leaves_no_damaged_entry(folder: Path, processes: ForkServerContext) -> None:
     rng = random.Random(0)
     num_temporary = 0
-    for seed in range(12):
+    for seed in count():
+        if seed >= 12 and num_temporary or seed == 500:
+            break
         started = processes.Event()
         writers = [
             processes.Process(target=write_forever, args=(folder, 2 * seed + i, started)) for i in (0, 1)
         ]
         for writer in writers:
             writer.start()
-        assert started.wait(60)
+        assert started.wait(TIMEOUT_S)
         time.sleep(rng.uniform(0, 0.1))
         for writer in writers:
             assert writer.pid
@@ -508,7 +515,11 @@ def use_randomly(folder: Path, seed: int, seconds: float, results: Any) -> None:
     tier = DiskTier(folder, TOY, max_bytes=20 * SIZE)
     num_right, num_pruned = 0, 0
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
+
+    def has_done_enough() -> bool:
+        return num_right > 10 and num_pruned + tier.statistics.entries_evicted > 1
+
+    while time.monotonic() < end or not has_done_enough():
         key = KEYS[rng.randrange(12)] if rng.random() < 0.5 else random_key(rng.randrange(12, 60))
         if rng.random() < 0.02:
             cache = CacheFolder(folder)
@@ -523,14 +534,16 @@ def use_randomly(folder: Path, seed: int, seconds: float, results: Any) -> None:
 
 
 @pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])
-def test_eight_processes_using_one_folder_randomly_lose_no_entry(folder: Path, seconds: float) -> None:
+def test_eight_processes_using_one_folder_randomly_lose_no_entry(
+    folder: Path, processes: ForkServerContext, seconds: float
+) -> None:
     results = processes.Queue()
     workers = [
         processes.Process(target=use_randomly, args=(folder, seed, seconds, results)) for seed in range(8)
     ]
     for worker in workers:
         worker.start()
-    outcomes = [results.get(timeout=seconds + 60) for _ in workers]
+    outcomes = [results.get(timeout=seconds + TIMEOUT_S) for _ in workers]
     for worker in workers:
         worker.join()
         assert worker.exitcode == 0

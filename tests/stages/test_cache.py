@@ -20,6 +20,7 @@ from blockft.inference.runner import BlockRunner
 from blockft.stages.cache import build_cache, print_cache_stats, prune_cache, verify_cache
 from blockft.stages.generate import CacheArguments, generate
 from tests.commands import blockft, start_ranks
+from tests.hold import Hold
 from tests.inference.cached import OTHER, TOY, kv_of, random_key
 from tests.run import save_model, write_block_attention
 
@@ -270,12 +271,11 @@ def test_a_killed_build_resumes(
     model: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     corpus = corpus_of(tmp_path, 1500)
-    process = start_ranks("cache", "build", model, corpus, "--cache", cache)
-    deadline = time.monotonic() + 60
-    while num_entries(cache) < 100 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    hold = Hold(tmp_path / "hold", "blockft.inference.disk_tier:DiskTier.write", call=120)
+    process = start_ranks("cache", "build", model, corpus, "--cache", cache, before=hold)
+    hold.wait_until_reached(process.is_alive)
     process.send_signal(signal.SIGKILL)
-    assert process.wait().returncode == -signal.SIGKILL, "the build ended before it was killed"
+    assert process.wait().returncode == -signal.SIGKILL
     kept = num_entries(cache)
     verify_cache(cache, remove=False, as_json=True)
     capsys.readouterr()

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from blockft.stages.evaluate import (
     read_questions,
 )
 from tests.commands import Ranks, start_ranks
+from tests.hold import Hold
 from tests.readmes import save_export
 from tests.run import save_model, save_samples, write_block_attention
 
@@ -274,16 +274,17 @@ def test_a_killed_evaluation_resumes_and_gives_the_report_of_an_uninterrupted_on
     command = ["eval", MODEL, tmp_path / "world" / "heldout.jsonl", "eval.max_samples=48"]
     command += ["eval.batch_size=4", "eval.max_new_tokens=4"]
 
-    def start(out: str) -> Ranks:
-        return start_ranks(*command, f"eval.output_dir={tmp_path / out}")
+    def start(out: str, before: Hold | None = None) -> Ranks:
+        return start_ranks(*command, f"eval.output_dir={tmp_path / out}", before=before)
 
-    process = start("killed")
+    # after the twelve batches of block mode and three of full mode
+    hold = Hold(tmp_path / "hold", "blockft.evaluation.answer_questions:AnswerFile.add", call=16)
+    process = start("killed", hold)
+    hold.wait_until_reached(process.is_alive)
     kept = tmp_path / ".killed.partial" / "answers-full.jsonl"
-    while process.is_alive() and not (kept.is_file() and kept.stat().st_size):
-        time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait().returncode == -signal.SIGKILL and not (tmp_path / "killed").exists()
-    assert 0 < len(kept.read_bytes().splitlines()) < 48
+    assert len(kept.read_bytes().splitlines()) == 12
     for out in ("killed", "uninterrupted"):
         done = start(out).wait()
         assert done.returncode == 0, done.stderr

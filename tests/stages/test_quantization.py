@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import time
 from pathlib import Path
 from unittest.mock import patch
 
@@ -26,6 +25,7 @@ from blockft.stages.prepare import prepare
 from blockft.stages.run_plan import build_plan, check_run
 from tests import gpu_runs
 from tests.commands import all_logged, logged, run_ranks, start_ranks, train
+from tests.hold import Hold
 from tests.run import toy_recipe
 from tests.stages.test_checkpoint_files import count_trained, shard_bytes
 
@@ -193,11 +193,13 @@ def test_a_killed_run_resumes_as_if_never_killed(folder: Path, kind: str, stage:
     names = [f"{state}-{kind}-{stage}" for state in ("whole", "killed")]
     whole, killed = (folder / name for name in names)
     train(folder / "recipe.yaml", whole, *settings, num_ranks=2)
-    ranks = start_ranks("train", folder / "recipe.yaml", f"train.output_dir={killed}", *settings, num_ranks=2)
-    while ranks.is_alive():
-        if (killed / METRICS).exists() and '"step": 5, "loss"' in (killed / METRICS).read_text():
-            break
-        time.sleep(0.005)
+    hold = Hold(
+        folder / f"hold-{kind}-{stage}", "blockft.training.run_callback:RunCallback.on_step_end", call=6
+    )
+    arguments = ("train", folder / "recipe.yaml", f"train.output_dir={killed}", *settings)
+    ranks = start_ranks(*arguments, num_ranks=2, before=hold)
+    hold.wait_until_reached(ranks.is_alive, num_processes=2)
+    assert '"step": 5, "loss"' in (killed / METRICS).read_text()
     ranks.send_signal(signal.SIGKILL)
     ranks.wait()
     train(folder / "recipe.yaml", killed, *settings, "--resume", num_ranks=2)

@@ -3,32 +3,33 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
+from math import ceil
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
 import pytest
 
-from tests.commands import free_port
+from tests.commands import free_port, run_ranks, start_ranks, wait_until
 from tests.endpoint import Reply, completion, endpoint, error
+from tests.hold import Hold
 from tests.readmes import DEMO_MODEL
 from tests.stages.test_prepare import files
 
 NUM_KILLS = 3
 CONCURRENCY = 3
-TIMEOUT_S = 600
 
 TWO_THREADS = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
-"""Environment of the processes that hold the model, one of which runs at a time."""
+"""Environment of the server that holds the model."""
 
 FAULTS = (
     Reply(status=429, body=error("slow down"), headers={"Retry-After": "0.2"}),
@@ -51,6 +52,8 @@ class Teacher:
     model: Path
     sources: tuple[str, ...]
     options: str
+    batch_size: int
+    """Number of questions that are asked together without a server."""
 
 
 def demo_teacher(folder: Path) -> Teacher:
@@ -73,8 +76,7 @@ def demo_teacher(folder: Path) -> Teacher:
     asked, gold = "max_samples: 200, response: teacher", "skip_samples: 200"
     sources = tuple(f"{{format: fid, path: {questions}, {options}}}" for options in (asked, gold))
     wording = '{instruction: "Answer from the documents:", document: "\\n{text}", question: "\\n{question}"}'
-    # one question at a time: the model is so fast that prepare could end before it is killed
-    return Teacher(DEMO_MODEL, sources, f"max_new_tokens: 24, batch_size: 1, prompt: {wording}")
+    return Teacher(DEMO_MODEL, sources, f"max_new_tokens: 24, batch_size: 1, prompt: {wording}", 1)
 
 
 def smollm2_teacher(folder: Path) -> Teacher:
@@ -90,7 +92,7 @@ def smollm2_teacher(folder: Path) -> Teacher:
         f"{{format: alpaca, path: {data}/alpaca_en_demo.json, max_samples: 160, response: teacher}}",
         f"{{format: alpaca, path: {data}/alpaca_en_demo.json, skip_samples: 160, max_samples: 9}}",
     )
-    return Teacher(model, sources, "max_new_tokens: 5, batch_size: 8")
+    return Teacher(model, sources, "max_new_tokens: 5, batch_size: 8", 8)
 
 
 @pytest.fixture(
@@ -119,6 +121,14 @@ def recipe(teacher: Teacher, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url):
+            return True
+    except OSError:
+        return False
+
+
 @contextmanager
 def real_server(model: Path) -> Iterator[str]:
     """Run `transformers serve`, which the package transformers ships; yields its address."""
@@ -131,23 +141,15 @@ def real_server(model: Path) -> Iterator[str]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        for _ in range(TIMEOUT_S):
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
-                    break
-            except OSError:
-                assert server.poll() is None, "the server has ended"
-                time.sleep(1)
+        wait_until(lambda: answers(f"http://127.0.0.1:{port}/health"), lambda: server.poll() is None)
         yield f"http://127.0.0.1:{port}/v1/chat/completions"
     finally:
         server.kill()
         server.wait()
 
 
-def start(recipe: Path, out: Path, *settings: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "blockft", "prepare", str(recipe), f"data.output_dir={out}", *settings]
-    environment = os.environ | TWO_THREADS
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+def command(recipe: Path, out: Path, *settings: str) -> list[str | Path]:
+    return ["prepare", recipe, f"data.output_dir={out}", *settings]
 
 
 def count_answers(out: Path) -> int:
@@ -157,24 +159,23 @@ def count_answers(out: Path) -> int:
 
 def finish(recipe: Path, out: Path, *settings: str) -> int:
     """Run prepare to its end, and return the number of answers that it asked for."""
-    done = start(recipe, out, *settings)
-    _, stderr = done.communicate(timeout=TIMEOUT_S)
-    assert done.returncode == 0, stderr
+    done = run_ranks(*command(recipe, out, *settings))
+    assert done.returncode == 0, done.stderr
     assert count_answers(out) == 200
-    (number,) = re.findall(r"teacher: (\d+) new answers?", stderr)
+    (number,) = re.findall(r"teacher: (\d+) new answers?", done.stderr)
     return int(number)
 
 
-def kill_and_finish(recipe: Path, out: Path, *settings: str) -> int:
+def kill_and_finish(recipe: Path, out: Path, *settings: str, batch_size: int = 1) -> int:
     """Kill prepare at three moments, then run it to its end; return the answers asked for in the last run."""
-    for number in range(1, NUM_KILLS + 1):
-        process = start(recipe, out, *settings)
-        deadline = time.monotonic() + TIMEOUT_S
-        while count_answers(out) < 50 * number and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert process.poll() is None, process.communicate()[1]
-        process.kill()
-        process.communicate()
+    for number in range(NUM_KILLS):
+        # before more than 50 answers are written
+        call = ceil(50 / batch_size) + 1
+        hold = Hold(out.with_name(f"hold-{number}"), "blockft.data.teacher_answers:AnswersFile.add", call)
+        ranks = start_ranks(*command(recipe, out, *settings), before=hold)
+        hold.wait_until_reached(ranks.is_alive)
+        ranks.send_signal(signal.SIGKILL)
+        assert ranks.wait().returncode == -signal.SIGKILL
     assert 150 <= count_answers(out) < 200 and not out.exists()
     return finish(recipe, out, *settings)
 
@@ -186,10 +187,10 @@ def outcome(out: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow  # a model answers 400 questions on a CPU: SmolLM2 in three minutes
 def test_a_local_teacher_that_is_killed_three_times_gives_the_same_bytes(
-    recipe: Path, tmp_path: Path
+    recipe: Path, teacher: Teacher, tmp_path: Path
 ) -> None:
     assert finish(recipe, tmp_path / "undisturbed") == 200
-    before = kill_and_finish(recipe, tmp_path / "killed")
+    before = kill_and_finish(recipe, tmp_path / "killed", batch_size=teacher.batch_size)
     assert 0 < before <= 50, "no answered question is asked again"
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "undisturbed")
 
@@ -217,7 +218,7 @@ def test_a_real_server_with_faults_and_kills_gives_the_same_bytes(
                 return FAULTS[(number // 2 + before) % len(FAULTS)]
             return forward(body, before)
 
-        options = (f"data.teacher.concurrency={CONCURRENCY}", "data.teacher.timeout_s=120")
+        options = (f"data.teacher.concurrency={CONCURRENCY}", "data.teacher.timeout_s=900")
         with endpoint(forward, takes_body=True) as server:
             settings = (*options, f"data.teacher.base_url={server.base_url}")
             assert finish(recipe, tmp_path / "undisturbed", *settings) == 200

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from blockft.training.library_internals import SHARED_MEMORY
 from blockft.training.universal_checkpoint import UNIVERSAL
 from tests import commands
 from tests.commands import Ranks, all_logged, logged, run_ranks, start_ranks
+from tests.hold import Hold
 from tests.run import toy_recipe
 from tests.stages.test_checkpoint_files import count_trained, shard_bytes
 
@@ -48,6 +48,8 @@ LORA = "train.lora={r: 8, lora_alpha: 16}"
 RUNS = [(stage, adapter) for adapter in (False, True) for stage in (1, 2, 3)]
 LOSSES = ("loss", "loss_block", "loss_full", "loss_source_0", "eval_loss_block", "eval_loss_full")
 
+ON_STEP_END = "blockft.training.run_callback:RunCallback.on_step_end"
+
 TrainOnce = Callable[[int, bool], Path]
 Killed = Callable[[int], Path]
 
@@ -57,19 +59,20 @@ def train(run: Path, *overrides: str, num_ranks: int = 2) -> None:
     commands.train(run.parent / "recipe.yaml", run, *SETTINGS, *overrides, num_ranks=num_ranks)
 
 
-def start(run: Path, stage: int) -> Ranks:
-    recipe, zero = run.parent / "recipe.yaml", f"train.deepspeed=zero{stage}"
-    return start_ranks("train", recipe, f"train.output_dir={run}", *SETTINGS, zero, num_ranks=2)
+def start(run: Path, stage: int, step: int) -> tuple[Ranks, Hold]:
+    """Start a run on two ranks, and return when both are held in a step, and have logged the one before."""
+    recipe, zero, hold = run.parent / "recipe.yaml", f"train.deepspeed=zero{stage}", hold_at(run, step)
+    ranks = start_ranks(
+        *("train", recipe, f"train.output_dir={run}", *SETTINGS, zero), num_ranks=2, before=hold
+    )
+    hold.wait_until_reached(ranks.is_alive, num_processes=2)
+    assert f'"step": {step - 1}, "loss"' in (run / METRICS).read_text()
+    return ranks, hold
 
 
-def wait_for_step(run: Path, step: int, is_running: Callable[[], bool]) -> None:
-    """Wait until a run has logged a step."""
-    while is_running():
-        text = (run / METRICS).read_text() if (run / METRICS).exists() else ""
-        if f'"step": {step}, "loss"' in text:
-            return
-        time.sleep(0.005)
-    raise AssertionError("the run ended before the step")
+def hold_at(run: Path, step: int) -> Hold:
+    """Return a hold of a run in a step."""
+    return Hold(run.parent / f"hold-{run.name}", ON_STEP_END, call=step)
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +102,7 @@ def killed(folder: Path) -> Killed:
     def kill_or_reuse(stage: int) -> Path:
         run = folder / f"killed-{stage}"
         if not run.exists():
-            ranks = start(run, stage)
-            wait_for_step(run, 8, ranks.is_alive)
+            ranks, _ = start(run, stage, 9)
             ranks.send_signal(signal.SIGKILL)
             ranks.wait()
             assert not list(SHARED_MEMORY.glob(f"deepspeed*_{ranks.port}_*"))
@@ -290,18 +292,39 @@ def check_stopped_run_resumes(run: Path, exit_code: int, expected: Path) -> None
 
 def test_sigterm_makes_the_ranks_save_and_the_run_resumes(train_once: TrainOnce, folder: Path) -> None:
     run = folder / "stopped"
-    ranks = start(run, 3)
-    wait_for_step(run, 6, ranks.is_alive)
+    ranks, hold = start(run, 3, 7)
     ranks.send_signal(signal.SIGTERM)
+    hold.release()
     check_stopped_run_resumes(run, ranks.wait().returncode, train_once(3, False))
 
 
+WAIT_FOR_A_SIGNAL = """
+import os, time
+from pathlib import Path
+if "RANK" in os.environ:
+    from blockft.training.run_callback import RunCallback
+    end_step = RunCallback.on_step_end
+    def wait_and_end_step(self, args, state, control, **passed):
+        if state.global_step == 7:
+            Path(__file__).with_name("waits-" + os.environ["RANK"]).touch()
+            while not self.stop_requested:
+                time.sleep(0.01)
+        return end_step(self, args, state, control, **passed)
+    RunCallback.on_step_end = wait_and_end_step
+"""
+"""Python runs it as sitecustomize at the start of every process: ranks wait for a signal in step 7."""
+
+
 @pytest.mark.slow  # the launcher starts five interpreters
-def test_the_command_line_passes_sigterm_on_to_its_ranks(train_once: TrainOnce, folder: Path) -> None:
+def test_the_command_line_passes_sigterm_on_to_its_ranks(
+    train_once: TrainOnce, folder: Path, tmp_path: Path
+) -> None:
     run = folder / "stopped-launcher"
-    overrides = (f"train.output_dir={run}", *SETTINGS, "train.deepspeed=zero3")
-    process = commands.start("blockft", "train", folder / "recipe.yaml", *overrides, "--num-gpus", "2")
-    wait_for_step(run, 6, lambda: process.poll() is None)
+    (tmp_path / "sitecustomize.py").write_text(WAIT_FOR_A_SIGNAL)
+    overrides = (f"train.output_dir={run}", *SETTINGS, "train.deepspeed=zero3", "--num-gpus", "2")
+    path = f"{tmp_path}:{commands.ROOT}"
+    process = commands.start("blockft", "train", folder / "recipe.yaml", *overrides, PYTHONPATH=path)
+    commands.wait_until(lambda: len(list(tmp_path.glob("waits-*"))) == 2, lambda: process.poll() is None)
     # the child of `timeout`, which would end with a code of its own
     (command,) = psutil.Process(process.pid).children()
     command.send_signal(signal.SIGTERM)
@@ -344,12 +367,13 @@ def test_a_run_that_was_killed_while_it_removed_old_folders_is_completed(folder:
 
 
 def test_a_killed_export_leaves_no_finished_folder(train_once: TrainOnce, folder: Path) -> None:
-    """The process is killed as soon as the first weights of the export are on disk."""
+    """The process is killed when the weights of the export are on disk."""
     run, out = train_once(2, False), folder / "out" / "killed"
     out.parent.mkdir()
-    process = start_ranks("export", run, out)
-    while process.is_alive() and not list(out.parent.glob(".*/model.safetensors")):
-        time.sleep(0.001)
+    hold = Hold(folder / "hold-export", "blockft.stages.export:_compare_logits")
+    process = start_ranks("export", run, out, before=hold)
+    hold.wait_until_reached(process.is_alive)
+    assert list(out.parent.glob(".*/model.safetensors"))
     process.send_signal(signal.SIGKILL)
     assert process.wait().returncode == -signal.SIGKILL
     # the lock of a killed process locks nothing
