@@ -1,9 +1,11 @@
-"""Settings of the tests: variables (before torch is imported), profiles of hypothesis, tests of GPUs."""
+"""Settings of the tests: variables (before torch is imported), hypothesis, seeds, and tests of GPUs."""
 
 import os
+import random
+import sys
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -12,8 +14,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # counting GPUs then leaves CUDA uninitialised, as it must be in a process from which ranks are forked
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
+# a machine may be slow for a while
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")
 # continuous integration runs the same examples each time, so that a failure can be reproduced
-settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
+settings.register_profile("ci", settings(), derandomize=True, print_blob=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
 
@@ -23,7 +28,11 @@ NUM_GPUS = {"gpu": 1, "gpu2": 2}
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip a test, before its fixtures are made, if this machine has too few GPUs for it."""
+    """Set seeds, and skip a test if this machine has too few GPUs for it, before its fixtures are made."""
+    # random numbers then do not depend on the tests that ran before in this process
+    random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
     needed = max(
         (NUM_GPUS[marker.name] for marker in item.iter_markers() if marker.name in NUM_GPUS), default=0
     )
