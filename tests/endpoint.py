@@ -22,6 +22,7 @@ class Reply:
     declared: the length in the header; None is that of the body.
     delay_s: time before anything is sent.
     byte_delay_s: time after each byte.
+    when_slow: called before the delay, or after the first byte.
     """
 
     status: int = 200
@@ -30,6 +31,7 @@ class Reply:
     declared: int | None = None
     delay_s: float = 0
     byte_delay_s: float = 0
+    when_slow: Callable[[], object] = lambda: None
 
 
 def completion(answer: Any, finish_reason: Any = "stop", **message: Any) -> dict[str, Any]:
@@ -101,6 +103,8 @@ def endpoint(respond: Callable[[Any, int], Reply], *, takes_body: bool = False) 
                     server.num_open -= 1
 
         def _send(self, reply: Reply) -> None:
+            if reply.delay_s:
+                reply.when_slow()
             time.sleep(reply.delay_s)
             content = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
             self.send_response(reply.status)
@@ -114,9 +118,11 @@ def endpoint(respond: Callable[[Any, int], Reply], *, takes_body: bool = False) 
             if not reply.byte_delay_s:
                 self.wfile.write(content)
                 return
-            for byte in content:
+            for index, byte in enumerate(content):
                 self.wfile.write(bytes([byte]))
                 self.wfile.flush()
+                if index == 0:
+                    reply.when_slow()
                 time.sleep(reply.byte_delay_s)
 
         def log_message(self, *arguments: Any) -> None:

@@ -7,6 +7,22 @@ import pytest
 from tests.run import save_model
 from tests.serving.vllm_environment import vllm_python
 
+LIMITS = (
+    "device_record.COMPUTED_S",
+    "front_end.REPORT_TIMEOUT_S",
+    "missing_blocks.REPORT_TIMEOUT_S",
+    "report.SEND_TIMEOUT_S",
+    "worker_half.IN_STEP_WAIT_S",
+)
+"""Limits of waits, in seconds."""
+
+
+@pytest.fixture(autouse=True)
+def long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a server does not wait for, because an answer would be late, may take minutes in a test."""
+    for limit in LIMITS:
+        monkeypatch.setattr(f"blockft.serving.{limit}", 600)
+
 
 @pytest.fixture(scope="session")
 def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -16,7 +16,7 @@ import yaml
 from blockft.cli.commands import app
 from blockft.serving.launch import STOP_TIMEOUT_S, check_options
 from blockft.serving.supported_engine import TESTED_VERSIONS
-from tests.commands import ROOT
+from tests.commands import ROOT, TIMEOUT_S
 from tests.serving.http_server import http_server
 from tests.serving.stubs import make_served
 from tests.serving.test_front_end import Setup
@@ -27,7 +27,7 @@ UNIT, COMPOSE = LAUNCH / "blockft-serve.service", LAUNCH / "serve.compose.yaml"
 
 def run_client(url: str, question: str, documents: Path, **environment: str) -> Any:
     command = [sys.executable, str(LAUNCH / "serve_client.py"), url, question, str(documents)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT_S)
 
 
 def test_the_client_prints_the_answer_and_what_was_reused(tmp_path: Path, toy_model: Path) -> None:

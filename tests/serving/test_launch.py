@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from blockft.errors import UserError
 from blockft.serving import launch
 from blockft.serving.launch import RESERVED_OPTIONS, check_options, run_server, server_command
 from blockft.serving.served_model import ServedModel
+from tests.commands import wait_until
 from tests.serving.stubs import make_served
 
 
@@ -76,14 +76,11 @@ def test_the_exit_code_is_that_of_the_server(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_an_interruption_ends_the_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def interrupt() -> None:
-        while not (tmp_path / "started").exists():
-            time.sleep(0.01)
+        wait_until((tmp_path / "started").exists)
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    begun = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        run_script(monkeypatch, tmp_path, 600)
+        run_script(monkeypatch, tmp_path, 3600)
     thread.join()
-    assert time.monotonic() - begun < 60

@@ -14,12 +14,10 @@ def test_no_report_is_lost_while_the_reader_is_busy(tmp_path: Path) -> None:
     async def test() -> None:
         receiver, reporter = ReportReceiver(tmp_path), Reporter()
         expected = [receiver.expect() for _ in range(200)]
-        begun = time.monotonic()
         for number, (address, _) in enumerate(expected):
             reporter.send(address, Report(missing=[number]))
-        assert time.monotonic() - begun < 1
-        time.sleep(0.1)  # the event loop is busy
-        reports = await asyncio.wait_for(asyncio.gather(*(reports.first for _, reports in expected)), 30)
+        time.sleep(0.1)  # the event loop is busy, and would be for ever if a report waited for it
+        reports = await asyncio.wait_for(asyncio.gather(*(reports.first for _, reports in expected)), 600)
         assert [report.missing for report in reports] == [[number] for number in range(200)]
         reporter.close()
         receiver.close()
@@ -36,7 +34,7 @@ def test_a_prompt_may_have_many_blocks(tmp_path: Path) -> None:
         receiver, reporter = ReportReceiver(tmp_path), Reporter()
         address, reports = receiver.expect()
         reporter.send(address, report)
-        assert await asyncio.wait_for(reports.first, 30) == report
+        assert await asyncio.wait_for(reports.first, 600) == report
         reporter.close()
         receiver.close()
 
@@ -56,7 +54,7 @@ def test_a_failure_that_is_reported_later_is_kept(tmp_path: Path) -> None:
             Report(failure="a"),
         ):
             reporter.send(address, report)
-        assert (await asyncio.wait_for(reports.failed, 30)).missing == [0]
+        assert (await asyncio.wait_for(reports.failed, 600)).missing == [0]
         assert reports.first.result().sources == ["host"]
         reporter.close()
         receiver.close()
@@ -78,7 +76,7 @@ def test_a_reader_that_does_not_read_costs_the_reports_alone(tmp_path: Path) -> 
         for _ in range(100):
             reporter.send(address, Report(failure="a"))
         reporter.close()  # while the event loop is busy
-        assert (await asyncio.wait_for(reports.first, 30)).failure == "a"
+        assert (await asyncio.wait_for(reports.first, 600)).failure == "a"
         receiver.close()
 
     asyncio.run(test())

@@ -14,9 +14,10 @@ import torch
 
 from blockft.errors import UserError
 from blockft.inference.block_key import block_key
+from blockft.serving import device_record
 from blockft.serving.block_request import EncodeRequest, block_params, page_slots
-from blockft.serving.device_record import COMPUTED_S
 from blockft.serving.pages import read_blocks
+from tests.commands import TIMEOUT_S, wait_until
 from tests.serving.stubs import (
     NOWHERE,
     PAGE_LEN,
@@ -121,7 +122,11 @@ def pages_of(*pages: int) -> Any:
     return SimpleNamespace(get_block_ids=lambda: (list(pages),))
 
 
-def test_a_block_is_stored_and_then_loaded(connector: ModuleType, tmp_path: Path) -> None:
+def test_a_block_is_stored_and_then_loaded(
+    connector: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(device_record, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     engine, key = Engine(connector, tmp_path), block_key(range(10, 16))
     params = block_params(SECRET, EncodeRequest(reply_to=NOWHERE))
     encode = make_request("e", range(10, 16), params)
@@ -133,19 +138,17 @@ def test_a_block_is_stored_and_then_loaded(connector: ModuleType, tmp_path: Path
         layer.impl.do_kv_cache_update(layer, *kv_of(key)[index].unbind(1), layer.kv_cache, slots)
     engine.run(step({"e": 6}, new={"e": [5, 2]}))
     assert engine.scheduler.request_finished(encode, [5, 2]) == (False, None)
-    while key not in make_served(tmp_path).open_disk_tiers()[1]:
-        time.sleep(0.01)
+    wait_until(lambda: key in make_served(tmp_path).open_disk_tiers()[1])
 
     request = block_request("a", [*range(10, 16), 7, 8], [6])
     engine.scheduler.on_new_request(request)
     assert engine.scheduler.get_num_new_matched_tokens(request, 0) == (6, False), "it was computed just now"
-    time.sleep(COMPUTED_S)
+    clock[0] += device_record.COMPUTED_S + 1
     assert engine.scheduler.get_num_new_matched_tokens(request, 0) == (6, True)
     engine.scheduler.update_state_after_alloc(request, pages_of(9, 0), 6)
     finished, bad_pages = engine.run(step())
-    for _ in range(1000):
-        if finished:
-            break
+    deadline = time.monotonic() + TIMEOUT_S
+    while not finished and time.monotonic() < deadline:
         finished, bad_pages = engine.run(step())
     assert (finished, bad_pages) == ({"a"}, set())
     assert torch.equal(
