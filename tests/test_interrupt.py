@@ -10,12 +10,13 @@ import time
 import psutil
 import pytest
 
-from tests.commands import ROOT
+from tests.commands import ROOT, TIMEOUT_S, wait_until
 
 COMMAND = """
-import time
+import sys, time
 from blockft import cli
-from blockft.cli import commands
+from blockft.cli import commands, interrupt
+interrupt.PATIENCE_S = {patience_s}
 class Swallows:
     def __del__(self):
         print("destructor", flush=True)
@@ -37,11 +38,12 @@ def as_import_error():
 def app(*_, **__):
     try:
         {body}
-        for _ in range(1000):
+        for _ in range(60_000):
             time.sleep(0.01)
         print("went on")
     finally:
-        time.sleep(0.2)
+        print("cleaning", flush=True)
+        sys.stdin.readline()
         print("cleaned", flush=True)
 commands.app = app
 cli.main()
@@ -54,7 +56,8 @@ def test_an_interruption_is_not_swallowed_and_cleanup_is_not_interrupted(
     number: signal.Signals, body: str
 ) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND.format(body=body)],
+        [sys.executable, "-c", COMMAND.format(body=body, patience_s=TIMEOUT_S)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -64,20 +67,23 @@ def test_an_interruption_is_not_swallowed_and_cleanup_is_not_interrupted(
     for _ in range(2):  # a terminal and a parent may both send it
         process.send_signal(number)
         time.sleep(0.05)
-    stdout, stderr = process.communicate(timeout=30)
+    stdout, stderr = process.communicate("the cleanup may end\n", timeout=TIMEOUT_S)
     assert process.returncode == 130
     assert stdout.endswith("cleaned\n") and "went on" not in stdout
     assert stderr == ""
 
 
 def test_a_further_signal_ends_a_cleanup_that_hangs() -> None:
-    source = COMMAND.format(body="print('started', flush=True)").replace("time.sleep(0.2)", "time.sleep(60)")
-    process = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    source = COMMAND.format(body="print('started', flush=True)", patience_s=0.2)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", source], stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
     assert process.stdout and process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    time.sleep(2.2)
+    while process.stdout.readline() != "cleaning\n":
+        assert process.poll() is None
+    time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=10) == 130
+    assert process.wait(timeout=TIMEOUT_S) == 130
 
 
 WORKERS = """
@@ -86,7 +92,7 @@ from blockft.data.parallel import map_in_order
 def work(seconds):
     time.sleep(seconds)
     return os.getpid()
-for pid in map_in_order(work, [0.1] * 8 + [60] * 8, 2):
+for pid in map_in_order(work, [0.1] * 8 + [3600] * 8, 2):
     print(pid, flush=True)
 """
 
@@ -98,7 +104,15 @@ def test_workers_end_with_their_parent(number: signal.Signals) -> None:
     workers = {psutil.Process(int(process.stdout.readline())) for _ in range(2)}
     process.send_signal(number)
     process.wait()
-    assert not psutil.wait_procs(workers, timeout=10)[1]
+    wait_until(lambda: all(map(has_ended, workers)))
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Return whether a process has ended, also if nobody has asked for its exit code."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def test_a_killed_worker_is_a_sentence() -> None:
@@ -110,5 +124,5 @@ def test_a_killed_worker_is_a_sentence() -> None:
     process = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout
     os.kill(int(process.stdout.readline()), signal.SIGKILL)
-    stdout, _ = process.communicate(timeout=30)
+    stdout, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0 and "memory ran out: set data.num_workers lower" in stdout

@@ -56,12 +56,12 @@ from blockft.outputs import atomic_folder, lock_output_folder
 with lock_output_folder(Path(sys.argv[1]), "blockft prepare") as out, atomic_folder(out) as draft:
     (draft / "half").touch()
     print("writing", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 """
 
 
 def start_writer(out: Path) -> subprocess.Popen[bytes]:
-    """Start a process that owns and writes a folder for a minute."""
+    """Start a process that owns and writes a folder until it is killed."""
     writer = subprocess.Popen([sys.executable, "-c", WRITER, out], stdout=subprocess.PIPE)
     assert writer.stdout and writer.stdout.readline() == b"writing\n"
     return writer

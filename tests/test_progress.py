@@ -5,6 +5,8 @@ import pty
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import rich.progress
@@ -27,13 +29,29 @@ def count(stderr: int, code: str = COUNT, stdout: int = subprocess.PIPE) -> str:
     return done.stdout
 
 
-def test_a_terminal_gets_the_bar_and_stdout_the_results() -> None:
+def count_on_terminal(code: str = COUNT, *, results_too: bool = False) -> tuple[str, str]:
+    """What a process writes to stdout, and what it shows on a terminal."""
     ours, theirs = pty.openpty()
-    assert count(theirs) == "0\n1\n2\n"
-    shown = os.read(ours, 100_000).decode()
+    with ThreadPoolExecutor(1) as pool:
+        shown = pool.submit(read_terminal, ours)
+        stdout = count(theirs, code, theirs if results_too else subprocess.PIPE)
+        os.close(theirs)
+        return stdout, shown.result()
+
+
+def read_terminal(descriptor: int) -> str:
+    """Read all that is shown on a terminal until nobody has it open, and close it."""
+    shown = b""
+    with suppress(OSError), open(descriptor, "rb", buffering=0) as terminal:
+        while part := terminal.read(100_000):
+            shown += part
+    return shown.decode()
+
+
+def test_a_terminal_gets_the_bar_and_stdout_the_results() -> None:
+    stdout, shown = count_on_terminal()
+    assert stdout == "0\n1\n2\n"
     assert "counting" in shown and "100%" in shown
-    os.close(theirs)
-    os.close(ours)
 
 
 def test_without_a_terminal_there_is_no_bar() -> None:
@@ -45,13 +63,10 @@ def test_without_a_terminal_there_is_no_bar() -> None:
 
 
 def test_results_on_the_same_terminal_have_no_bar_between_them() -> None:
-    ours, theirs = pty.openpty()
-    assert count(theirs, BESIDE) == "0\n"
-    assert "100%" in os.read(ours, 100_000).decode()
-    count(theirs, BESIDE, stdout=theirs)
-    assert os.read(ours, 100_000).split() == [b"0"]
-    os.close(theirs)
-    os.close(ours)
+    stdout, shown = count_on_terminal(BESIDE)
+    assert stdout == "0\n" and "100%" in shown
+    _, shown = count_on_terminal(BESIDE, results_too=True)
+    assert shown.split() == ["0"]
 
 
 class Clock:
@@ -180,11 +195,8 @@ with progress("a label that is long", 2000, unit="sample") as advance:
 
 
 def test_a_bar_takes_one_line_of_a_narrow_terminal() -> None:
-    ours, theirs = pty.openpty()
-    count(theirs, NARROW)
-    drawings = re.split(r"[\r\n]|\x1b\[[0-9;?]*[A-Za-z]", os.read(ours, 100_000).decode())
-    os.close(theirs)
-    os.close(ours)
+    _, shown = count_on_terminal(NARROW)
+    drawings = re.split(r"[\r\n]|\x1b\[[0-9;?]*[A-Za-z]", shown)
     text = "".join(drawings)
     assert "samples/s" in text or "…" in text
     assert all(len(line) <= 60 for line in drawings)

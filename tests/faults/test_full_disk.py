@@ -7,7 +7,6 @@ import errno
 import os
 import resource
 import shutil
-import time
 from functools import partial
 from pathlib import Path
 
@@ -115,11 +114,10 @@ def test_a_rank_that_cannot_write_ends_all_ranks_with_its_sentence(
     run, zero = tmp_path / "run", f"train.deepspeed=zero{stage}"
     done = run_ranks(*command(toy, run), zero, "train.max_steps=2", num_ranks=2)
     assert done.returncode == 0, done.stderr
-    before, start = read_files(run / "checkpoint-2"), time.monotonic()
+    before = read_files(run / "checkpoint-2")
     ranks = start_ranks(*command(toy, run), zero, num_ranks=2, before=partial(fill_disk, full_rank, fault))
     done = ranks.wait()
     assert [process.exitcode for process in ranks.processes] == [2, 2], done.stderr
-    assert time.monotonic() - start < 60
     (message,) = [line for line in done.stderr.splitlines() if line.startswith("blockft:")]
     last = "its last complete checkpoint is checkpoint-2"
     assert message.endswith(f"free some space, then resume {run} with --resume ({last})"), done.stderr

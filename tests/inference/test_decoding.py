@@ -123,7 +123,7 @@ def test_an_unfinished_stream_does_not_delay_other_requests(toy_model: Path, rot
     stream = engine.stream_ids(LARGER, max_new_tokens=NUM_NEW)
     next(stream)
     with ThreadPoolExecutor(1) as pool:  # nor a request from another thread
-        assert pool.submit(ask, engine).result(timeout=60).ids == ask(engine).ids
+        assert pool.submit(ask, engine).result(timeout=600).ids == ask(engine).ids
     assert finish(stream) == greedy(engine.model, LARGER, NUM_NEW)
 
 

@@ -21,6 +21,7 @@ from blockft.errors import UserError
 from blockft.printable import printable
 from blockft.stages.inspect import choose_examples, inspect
 from blockft.stages.prepare import prepare
+from tests.commands import TIMEOUT_S
 from tests.data.toys import rag_sample
 
 Make = Callable[..., Recipe]
@@ -242,7 +243,7 @@ def test_a_browser_shows_the_page_without_an_error(make_recipe: Make, tmp_path: 
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
     options += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=390,1200"]
     done = subprocess.run(
-        [CHROMIUM, *options, "--dump-dom", html.as_uri()], capture_output=True, text=True, timeout=120
+        [CHROMIUM, *options, "--dump-dom", html.as_uri()], capture_output=True, text=True, timeout=TIMEOUT_S
     )
     assert done.returncode == 0 and "CONSOLE" not in done.stderr, done.stderr
     assert "Nothing to change" in done.stdout or "What to change" in done.stdout

@@ -374,7 +374,7 @@ def train_with_the_api(recipe: Path, run: Path) -> None:
     )
     for thread in threading.enumerate():
         if thread.name.startswith("prefetch"):
-            thread.join(60)
+            thread.join(600)
             assert not thread.is_alive()
 
 

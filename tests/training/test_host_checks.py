@@ -42,17 +42,44 @@ command="${@: -1}"
 for i in 0 1 2; do
   name=$(echo abc | cut -c $((i + 1)))
   echo "$name: Loaded modules: {gcc/12.2, cuda/13}"
-  bash -c "$(echo "$command" | sed "s/%n/$i/g; s/%%/%/g")" 2> >(sed "s/^/$name: /" >&2) | sed "s/^/$name: /" &
+  own=$(echo "$command" | sed "s/%n/$i/g; s/%%/%/g; s,-m blockft.training.host_probe,PROBE,")
+  bash -c "$own" 2> >(sed "s/^/$name: /" >&2) | sed "s/^/$name: /" &
 done
 wait
 """
 """A pdsh that runs a command three times on this machine, whose shells greet, and shortens names of hosts."""
 
+PATIENT_PROBE = """
+import json, os, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from blockft.training import host_probe
+
+def sleep(seconds):
+    if seconds != host_probe.SHARED_GRACE_S:
+        time.sleep(seconds)
+        return
+    folder = Path(__file__).parent
+    (folder / f"has-seen-{sys.argv[2]}").touch()
+    while len(list(folder.glob("has-seen-*"))) < 3:
+        time.sleep(0.01)
+
+host_probe.CONNECT_S = host_probe.SHARED_S = 600
+host_probe.time = SimpleNamespace(time=time.time, monotonic=time.monotonic, sleep=sleep)
+request = host_probe.ProbeRequest.decode(sys.argv[1])
+print(json.dumps(host_probe.probe(request, int(sys.argv[2]))), flush=True)
+"""
+"""The probe of hosts that may start minutes apart, on a machine that is slow for a while."""
+
 
 def test_a_host_with_three_names_passes_every_other_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install_pdsh(tmp_path, monkeypatch, RUN_ON_THREE)
+    probe_script = tmp_path / "probe.py"
+    probe_script.write_text(PATIENT_PROBE)
+    install_pdsh(tmp_path, monkeypatch, RUN_ON_THREE.replace("PROBE", str(probe_script)))
+    monkeypatch.setattr(host_checks, "PROBE_S", 900)
+    monkeypatch.setattr(host_checks, "MAX_CLOCK_SKEW_S", 900)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "manifest.json").write_text("{}")
     (tmp_path / "model").mkdir()
@@ -70,22 +97,23 @@ def test_a_host_with_three_names_passes_every_other_check(
 
 
 @pytest.mark.parametrize(
-    ("body", "message"),
+    ("body", "seconds", "message"),
     [
         (
             "echo 'b.site: Permission denied (publickey).' >&2\n"
             "echo 'pdsh@me: b.site: ssh exited with exit code 255' >&2; exit 255",
+            600,
             r"^b\.site cannot be used: it must allow ssh .* its message: b\.site: Permission denied",
         ),
-        ("exec sleep 60", r"^a\.site, b\.site, c\.site did not answer in time"),
-        ("echo 'pdsh: not today' >&2; exit 1", "its message: pdsh: not today"),
+        ("exec sleep 3600", 2, r"^a\.site, b\.site, c\.site did not answer in time"),
+        ("echo 'pdsh: not today' >&2; exit 1", 600, "its message: pdsh: not today"),
     ],
 )
 def test_a_host_that_cannot_be_reached_is_named(
-    body: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    body: str, seconds: float, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install_pdsh(tmp_path, monkeypatch, body)
-    monkeypatch.setattr(host_checks, "PROBE_S", 2)
+    monkeypatch.setattr(host_checks, "PROBE_S", seconds)
     with pytest.raises(UserError, match=message):
         check_hosts(make_hosts(), data_dir=None, model=None)
 

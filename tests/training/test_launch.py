@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import select
 import shlex
 import shutil
 import signal
@@ -87,7 +88,7 @@ def test_two_hosts_of_two_ranks_match_the_losses_of_one_rank(toy: Path, tmp_path
 def check_agreement(runs: Sequence[Path], data: Sequence[str]) -> None:
     """Check one rank's run folder and data against those of the other."""
     rank = int(os.environ["RANK"])
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=TIMEOUT_S))
     try:
         distributed.check_ranks(runs[rank], {"data": data[rank]})
     except UserError as error:
@@ -187,6 +188,7 @@ def test_the_exit_code_is_that_of_the_rank_that_failed_first(
     ended: list[bool] = []
     monkeypatch.setattr(launch, "_launcher_command", lambda *_: [sys.executable, "-c", code])
     monkeypatch.setattr(launch, "signal_hosts", lambda hosts, gently: ended.append(gently))
+    monkeypatch.setattr(launch, "READ_S", TIMEOUT_S)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     assert launch.start_workers(["train"], num_gpus=1, hosts=hosts) == expected
     remarks = [line for line in capsys.readouterr().err.splitlines() if line.startswith("blockft: ")]
@@ -207,7 +209,7 @@ def test_only_documented_exit_codes_leave_a_run_on_one_machine(
 def test_the_processes_of_a_host_end_when_another_host_has_failed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    program = "import time; print('up', flush=True); time.sleep(600)"
+    program = "import time; print('up', flush=True); time.sleep(3600)"
     monkeypatch.setattr(launch, "END_S", 0.5)
     with subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -221,9 +223,18 @@ def test_the_processes_of_a_host_end_when_another_host_has_failed(
     assert capsys.readouterr().err == "blockft: node 1 on b has failed\n"
 
 
+class PopenThatHasPrinted(subprocess.Popen[str]):
+    """A process whose time begins when it prints something, however long it takes to start."""
+
+    def communicate(self, input: str | None = None, timeout: float | None = None) -> tuple[str, str]:
+        assert self.stdout and select.select([self.stdout], [], [], TIMEOUT_S)[0]
+        return super().communicate(input, timeout)
+
+
 def test_processes_that_do_not_end_are_ended_with_their_last_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "import time; print('n0: blockft: waiting for the compiler', flush=True); time.sleep(600)"
+    code = "import time; print('n0: blockft: waiting for the compiler', flush=True); time.sleep(3600)"
     monkeypatch.setattr(launch, "_launcher_command", lambda *_: [sys.executable, "-c", code])
+    monkeypatch.setattr(launch.subprocess, "Popen", PopenThatHasPrinted)
     with pytest.raises(UserError, match="not ended within 5 s: waiting for the compiler"):
         launch.run_briefly(["doctor"], num_gpus=2, hosts=None, timeout_s=5)
 
@@ -298,12 +309,12 @@ def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, 
     """A hostfile of two network namespaces with ssh servers, and the variables that reach them."""
     folder = tmp_path_factory.mktemp("hosts")
     try:
-        subprocess.run(["bash", TOOL, "up", folder], check=True, timeout=60)
+        subprocess.run(["bash", TOOL, "up", folder], check=True, timeout=TIMEOUT_S)
         lines = shlex.split((folder / "env").read_text())
         (folder / ".deepspeed_env").write_text("GLOO_SOCKET_IFNAME=eth0\n")
         yield folder / "hostfile", dict(line.split("=", 1) for line in lines)
     finally:
-        subprocess.run(["bash", TOOL, "down", folder], check=True, timeout=60)
+        subprocess.run(["bash", TOOL, "down", folder], check=True, timeout=TIMEOUT_S)
 
 
 Hosts = tuple[Path, dict[str, str]]
@@ -397,10 +408,8 @@ def test_failed_host_terminates_other_host(toy: Path, two_hosts: Hosts, when: st
             except AssertionError:
                 assert launcher.poll() is None, launcher.communicate()[0]
                 time.sleep(0.2)
-    killed_at = time.monotonic()
     output = launcher.communicate()[0]
     assert launcher.returncode not in (0, 130), output
-    assert time.monotonic() - killed_at < 60
     with pytest.raises(AssertionError, match="no rank 0"):
         process_of_rank(run, 0)
 
@@ -418,9 +427,8 @@ def test_a_killed_rank_ends_the_run_and_is_named(toy: Path, launcher: str, rank:
         process = start(*arguments, "--num-gpus", "2")
     wait_for_two_steps(run, process)
     process_of_rank(run, rank).kill()
-    killed_at = time.monotonic()
     output = process.communicate()[0]
-    assert process.returncode != 0 and time.monotonic() - killed_at < 60
+    assert process.returncode != 0
     assert f"blockft: rank {rank} on " in output and "it was killed" in output, output
 
 
@@ -439,9 +447,8 @@ def add_a_host_without_machine(toy: Path, hosts: Hosts, run: Path) -> subprocess
 
 
 def use_the_port(toy: Path, hosts: Hosts, run: Path) -> subprocess.Popen[str]:
-    code = (
-        "import socket, time; s = socket.create_server(('', 29545)); print('up', flush=True); time.sleep(120)"
-    )
+    listen = "s = socket.create_server(('', 29545))"
+    code = f"import socket, time; {listen}; print('up', flush=True); time.sleep(3600)"
     command = ["ip", "netns", "exec", "node0", sys.executable, "-c", code]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as blocker:
         assert blocker.stdout and blocker.stdout.readline()
@@ -480,11 +487,10 @@ def test_hosts_that_cannot_train_together_are_named_before_training(
     start_with_fault: Callable[[Path, Hosts, Path], subprocess.Popen[str]],
     message: str,
 ) -> None:
-    run, start_time = toy / start_with_fault.__name__, time.monotonic()
+    run = toy / start_with_fault.__name__
     launcher = start_with_fault(toy, two_hosts, run)
     output = launcher.communicate()[0]
     assert launcher.returncode == 2 and message in output, output
-    assert time.monotonic() - start_time < 120
     assert not run.exists()
 
 
@@ -496,13 +502,10 @@ def test_a_host_that_vanishes_ends_the_run_on_every_host(toy: Path, two_hosts: H
     wait_for_two_steps(run, launcher)
     subprocess.run(["ip", "-n", "node1", "link", "set", "eth0", "down"], check=True)
     try:
-        vanished_at = time.monotonic()
         output = launcher.communicate()[0]
-        assert launcher.returncode != 0 and time.monotonic() - vanished_at < 60, output
+        assert launcher.returncode != 0, output
         assert "blockft: rank 1 on " in output and "no longer answers" in output
-        while time.monotonic() - vanished_at < 60 and is_running(run, 1):
-            time.sleep(0.5)
-        assert not is_running(run, 0) and not is_running(run, 1)
+        commands.wait_until(lambda: not is_running(run, 0) and not is_running(run, 1))
     finally:
         subprocess.run(["ip", "-n", "node1", "link", "set", "eth0", "up"], check=True)
 
@@ -520,6 +523,8 @@ def test_the_slurm_script_matches_single_host_losses(
     toy: Path, two_ranks: list[float], tmp_path: Path
 ) -> None:
     environment = fake_slurm(tmp_path, f'exec {sys.executable} -m blockft "$@"')
-    done = run_slurm_script(environment | {"GLOO_SOCKET_IFNAME": "lo"}, toy / "recipe.yaml", toy / "slurm")
+    port = next(port for port in iter(free_port, None) if port >= 20_000)  # the script adds 20,000
+    environment |= {"GLOO_SOCKET_IFNAME": "lo", "SLURM_JOB_ID": str(port - 20_000)}
+    done = run_slurm_script(environment, toy / "recipe.yaml", toy / "slurm")
     assert done.returncode == 0, done.stderr
     assert logged(toy / "slurm") == two_ranks

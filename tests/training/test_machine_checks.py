@@ -1,13 +1,17 @@
 """What is wrong with this machine is said with the remedy."""
 
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from blockft.errors import UserError
+from blockft.printable import print_text
 from blockft.training import machine_checks
 from blockft.training.machine_checks import build_machine_checks, check_compiler, check_folder, check_packages
 from blockft.training.preflight import Status, run_checks
@@ -16,7 +20,7 @@ from blockft.training.preflight import Status, run_checks
 def test_this_machine_passes(tmp_path: Path) -> None:
     slow = {"DeepSpeed operator", "GPUs", "GPU memory", "communication"}
     checks = [check for check in build_machine_checks([tmp_path / "out"]) if check.name not in slow]
-    results = list(run_checks(checks))
+    results = list(run_checks([replace(check, seconds=600) for check in checks]))
     failed = [result for result in results if result.status is not Status.ok]
     # a machine of developers may be full
     assert not [result for result in failed if "free space" not in result.message]
@@ -105,6 +109,19 @@ def test_remarks_of_a_compilation_are_printed_before_it_ends(
     assert capsys.readouterr().err == "blockft: waiting for it\n"
     with pytest.raises(UserError, match="cannot be compiled \\(SystemExit: no g|cannot be compiled \\(no g"):
         machine_checks.run_compiler([sys.executable, "-c", code + "sys.exit('no g++')"])
+    has_printed = threading.Event()
+
+    class TimerThatEndsAfterTheRemark(threading.Timer):
+        def run(self) -> None:
+            has_printed.wait(600)
+            super().run()
+
+    def print_and_tell(*arguments: Any, **options: Any) -> None:
+        print_text(*arguments, **options)
+        has_printed.set()
+
+    monkeypatch.setattr(machine_checks, "print_text", print_and_tell)
+    monkeypatch.setattr(machine_checks.threading, "Timer", TimerThatEndsAfterTheRemark)
     monkeypatch.setattr(machine_checks, "COMPILE_S", 1)
     with pytest.raises(UserError, match="was not compiled within 1 s; waiting for it"):
-        machine_checks.run_compiler([sys.executable, "-c", code + "time.sleep(60)"])
+        machine_checks.run_compiler([sys.executable, "-c", code + "time.sleep(3600)"])

@@ -67,17 +67,17 @@ def test_closing_ends_the_thread_and_drops_the_rows_that_are_waiting() -> None:
         def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
             if threading.current_thread() is not threading.main_thread():
                 entered.set()
-                go_on.wait(60)
+                go_on.wait(600)
             return super().__getitem__(index)
 
     rows = SlowRows()
     before = set(threading.enumerate())
     prefetched = PrefetchedRows(Subset(rows, range(9)), stride=1, num_ahead=5, pinned=False)
     assert read(prefetched, 0) == 0
-    entered.wait(60)
+    entered.wait(600)
     prefetched.close()  # does not wait for row 1
     go_on.set()
     for thread in set(threading.enumerate()) - before:
-        thread.join(60)
+        thread.join(600)
         assert not thread.is_alive()
     assert rows.collated == [0, 1], "only the row that was begun is collated"
