@@ -25,6 +25,7 @@ $(READY): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[dev]'
+	$(BIN)/python -c 'import matplotlib.font_manager'  # otherwise the first figure may report on stderr that it lists the fonts
 	touch $@
 
 demo: setup                ## train a tiny model for block mode and compare (77 s on 2 cores; longer the first time)

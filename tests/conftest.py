@@ -7,6 +7,8 @@ import sys
 import pytest
 from hypothesis import HealthCheck, settings
 
+from blockft import digest
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # parallel test workers share the cores, and sums in one order make losses equal to the last bit
@@ -14,7 +16,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # counting GPUs then leaves CUDA uninitialised, as it must be in a process from which ranks are forked
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
-# a machine may be slow for a while
+# a machine may be slow for a while: the first verification that takes a second would be reported on stderr
+digest._REPORTED_S = 3600
 settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any speed")
 # continuous integration runs the same examples each time, so that a failure can be reproduced

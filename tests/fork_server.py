@@ -18,6 +18,7 @@ import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
 from deepspeed.comm.torch import build_shm_op
 
+import blockft.digest
 import blockft.stages.cache
 import blockft.stages.evaluate
 import blockft.stages.export
@@ -34,5 +35,7 @@ if not torch.cuda.is_available():
     watch_compiler_locks()  # a build that was killed has left its lock
     build_shm_op()
     sys.stdout.flush()  # otherwise every rank would print what DeepSpeed says of the build
+# on a slow machine every verification of files would be reported on stderr
+blockft.digest._REPORTED_S = 3600
 # collections of garbage in the ranks pass over all that is imported here
 gc.freeze()

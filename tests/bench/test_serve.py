@@ -34,6 +34,7 @@ from blockft.serving.asgi import Receive, Scope, Send, read_body, send_json
 from blockft.stages.bench_serve import default_warmups, parse_rates
 from tests.commands import TIMEOUT_S, blockft, free_port, wait_until
 from tests.run import save_model
+from tests.serving.conftest import LIMITS
 from tests.serving.fake_vllm import MODEL, MODEL_ENTRY
 from tests.serving.http_server import http_server
 from tests.serving.stubs import make_served
@@ -59,8 +60,8 @@ PLAN = ServePlan(
 def long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a benchmark and a server wait for may take minutes in a test."""
     monkeypatch.setattr(serve, "GRACE_S", 600)
-    for module in ("front_end", "missing_blocks"):
-        monkeypatch.setattr(f"blockft.serving.{module}.REPORT_TIMEOUT_S", 600)
+    for limit in LIMITS:
+        monkeypatch.setattr(f"blockft.serving.{limit}", 600)
 
 
 @pytest.fixture(scope="module")

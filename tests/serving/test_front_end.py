@@ -463,7 +463,8 @@ def test_an_answer_that_fails_after_its_first_part_ends_with_the_reason(
     setup: Setup, monkeypatch: pytest.MonkeyPatch, report: Report, reason: str
 ) -> None:
     """What was sent cannot be repeated."""
-    monkeypatch.setattr("blockft.serving.front_end.FAILURE_TIMEOUT_S", 0.05)
+    if not report.is_failure:
+        monkeypatch.setattr("blockft.serving.front_end.FAILURE_TIMEOUT_S", 0.05)
 
     async def test() -> None:
         setup.vllm.late_reports = [report]
@@ -530,7 +531,8 @@ def test_no_answer_is_sent_before_the_connector_has_reported(
     setup: Setup, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
     """vLLM would give full attention without a word if it did not ask the connector."""
-    monkeypatch.setattr("blockft.serving.front_end.REPORT_TIMEOUT_S", 0.05)
+    for limit in ("REPORT_TIMEOUT_S", "FAILURE_TIMEOUT_S"):
+        monkeypatch.setattr(f"blockft.serving.front_end.{limit}", 0.05)
     setup.vllm.is_full_attention = True
 
     async def test() -> None:
