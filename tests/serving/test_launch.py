@@ -1,10 +1,8 @@
 """The command of the server, the options that are refused, and its end."""
 
 import json
-import os
-import signal
+import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -75,12 +73,18 @@ def test_the_exit_code_is_that_of_the_server(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_an_interruption_ends_the_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def interrupt() -> None:
-        wait_until((tmp_path / "started").exists)
-        os.kill(os.getpid(), signal.SIGINT)
+    """A signal to this process could be lost in a callback of its garbage collector."""
+    wait = subprocess.Popen.wait
+    processes: list[subprocess.Popen[bytes]] = []
 
-    thread = threading.Thread(target=interrupt)
-    thread.start()
+    def interrupt_first(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        if processes:
+            return wait(process, timeout)
+        processes.append(process)
+        wait_until((tmp_path / "started").exists)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupt_first)
     with pytest.raises(KeyboardInterrupt):
         run_script(monkeypatch, tmp_path, 3600)
-    thread.join()
+    assert processes[0].returncode == 7
