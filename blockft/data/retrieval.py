@@ -81,7 +81,7 @@ def dense_indexer(model: str) -> Indexer:
             "pip install 'blockft[dense]'"
         ) from error
     if not os.path.isdir(model):
-        check_hub(f"data.dense_model {model}")
+        check_hub(f"data.dense_model {model}", model)
     try:
         encoder = SentenceTransformer(model)
     except (OSError, ValueError) as error:

@@ -111,7 +111,7 @@ def load_config(path: str, revision: str | None = None) -> PreTrainedConfig:
     """
     base = adapter_base_model(path)
     model_path, model_revision = base or (path, revision)
-    _check_path(model_path)
+    _check_path(model_path, model_revision)
     verify_model_files(model_path, model_revision, weights=False)
     if file := _find_config(model_path, model_revision):
         check_settings(load_json(file), model_path)
@@ -404,17 +404,17 @@ def _check_generation_config(model: PreTrainedModel, path: str) -> None:
 
 def _find_config(path: str, revision: str | None) -> Path | None:
     """Return the file config.json of a model folder or Hub id, or None if there is none."""
-    _check_path(path)
+    _check_path(path, revision)
     found = _call(path, find_file, path, "config.json", revision)
     return found if found is None or isinstance(found, Path) else None
 
 
-def _check_path(path: str) -> None:
+def _check_path(path: str, revision: str | None) -> None:
     """Refuse a path that is neither a folder nor a Hub id that can be asked for, and the folder of a run."""
     if not Path(path).is_dir():
         if path.startswith((".", "/", "~")) or path.count("/") != 1:
             raise UserError(f"model {path!r} is neither a folder nor an id on the Hub (owner/name)")
-        check_hub(f"model {path!r}")
+        check_hub(f"model {path!r}", path, revision)
     if (Path(path) / RECIPE).is_file() and not (Path(path) / "config.json").exists():
         raise UserError(f"{path} is a run, not a model: export it with blockft export {path} FOLDER")
 
@@ -424,7 +424,7 @@ def _open(kind: Any, path: str, revision: str | None, **settings: Any) -> Any:
 
     `settings` are further arguments of `from_pretrained`. Remote code is refused without a question.
     """
-    _check_path(path)
+    _check_path(path, revision)
     verify_model_files(path, revision, weights=False)
     arguments = {"revision": revision or "main", "trust_remote_code": False, **settings}
     return _call(path, kind.from_pretrained, path, **arguments)

@@ -138,12 +138,8 @@ def _download(hub_id: str, name: str, revision: str | None) -> str | None:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-    except (
-        OSError,
-        ValueError,
-        http_library().HTTPError,
-    ):  # no such repository or revision, which opening the model reports
-        return None
+    except (OSError, ValueError, http_library().HTTPError):
+        return None  # no such repository or revision, which opening the model reports
 
 
 def _read_digests(path: Path) -> dict[str, FileDigest]:
