@@ -146,7 +146,8 @@ class FolderLock:
     def _describe_holder(self) -> str:
         """Return a message about the process that holds the lock."""
         use, deadline = self._read_holder(), time.monotonic() + _HOLDER_S
-        while use is None and time.monotonic() < deadline:
+        # a holder that ends removes the file
+        while use is None and self._file.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
             use = self._read_holder()
         return f"{self._name} is {use or 'in use by another process'}: wait for it, or choose another folder"
