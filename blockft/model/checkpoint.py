@@ -50,7 +50,7 @@ _FILES = "files"
 """Key of the marker: size and digest of every other file of the checkpoint."""
 
 _MAX_ATTEMPTS, _RETRY_S = 100, 0.01
-"""How often, and after which pause in seconds, a reader tries to lock a checkpoint that its run locks."""
+"""How often, and after which pause in seconds, a reader tries to lock or list checkpoints that change."""
 
 _REMOVED = ".removed"
 """Suffix of the hidden name under which a checkpoint is deleted, so that no part of it counts as one."""
@@ -195,13 +195,16 @@ def _check_name(checkpoint: Path, step: int) -> None:
 
 def _list_checkpoints(run: Path) -> dict[Path, bool]:
     """Return all checkpoints of a run, oldest first, and whether each is complete. Files are passed over."""
-    while True:
+    for attempt in count(1):
         matches = ((_NAME.fullmatch(path.name), path) for path in run.glob("checkpoint-*"))
         numbered = sorted((int(match[1]), path) for match, path in matches if match)
         is_complete = {path: (path / MARKER).is_file() for _, path in numbered if path.is_dir()}
-        # a run that goes on removes old checkpoints, each with its marker at once, and has newer ones
-        if all(os.path.lexists(path) for _, path in numbered):
+        # a run that goes on removes old checkpoints, each with its marker at once, and has newer ones;
+        # NFS may list for a while what another host has removed
+        if all(os.path.lexists(path) for _, path in numbered) or attempt == _MAX_ATTEMPTS:
             return is_complete
+        time.sleep(_RETRY_S)
+    raise AssertionError
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
