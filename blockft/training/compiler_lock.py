@@ -76,10 +76,12 @@ def _release(self: FileBaton) -> None:
     """
     if timer := _timers.pop(self.lock_file_path, None):
         timer.cancel()
-    os.remove(self.lock_file_path)
-    if self.fd is not None:
-        os.close(self.fd)
-        self.fd = None
+    try:
+        os.remove(self.lock_file_path)
+    finally:
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
 
 
 def _remove_abandoned(path: Path) -> bool:
