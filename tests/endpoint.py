@@ -63,7 +63,7 @@ class Server:
 
     asked: how often each question was asked.
     requests: headers (lower case) and body of every request, in order.
-    most_at_once: the largest number of requests that were answered at the same time.
+    most_at_once: the largest number of requests whose replies were made at the same time.
     """
 
     base_url: str
@@ -95,12 +95,14 @@ def endpoint(respond: Callable[[Any, int], Reply], *, takes_body: bool = False) 
                 server.num_open += 1
                 server.most_at_once = max(server.most_at_once, server.num_open)
             try:
-                self._send(server.respond(body if takes_body else text, before))
+                try:
+                    reply = server.respond(body if takes_body else text, before)
+                finally:
+                    with server.lock:  # a client that has its answer may ask again at once
+                        server.num_open -= 1
+                self._send(reply)
             except OSError:
                 pass  # the client has gone
-            finally:
-                with server.lock:
-                    server.num_open -= 1
 
         def _send(self, reply: Reply) -> None:
             if reply.delay_s:

@@ -19,6 +19,7 @@ import pytest
 from blockft import folder_lock
 from blockft.errors import UserError
 from blockft.folder_lock import FolderInUse, FolderLock, lock_folder, reading_folder
+from tests.commands import TIMEOUT_S
 from tests.faults.interruption import Interruption
 
 FORKED = """
@@ -113,11 +114,11 @@ def test_no_two_processes_hold_a_lock_whose_file_comes_and_goes(tmp_path: Path) 
     counter.write_text("0")
     context = multiprocessing.get_context("spawn")
     arguments = (tmp_path / "new" / "deep" / "folder", counter, 50)
-    processes = [context.Process(target=compete, args=arguments) for _ in range(4)]
+    processes = [context.Process(target=compete, args=arguments, daemon=True) for _ in range(4)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join()
+        process.join(TIMEOUT_S)
         assert process.exitcode == 0
     assert counter.read_text() == "200"
     assert not list(tmp_path.rglob(".*.lock"))

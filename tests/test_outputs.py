@@ -29,6 +29,7 @@ from blockft.outputs import (
     save_figure,
     write_atomic,
 )
+from tests.commands import TIMEOUT_S
 from tests.faults.interruption import Interruption
 from tests.faults.kill_points import KillPoint
 
@@ -270,9 +271,9 @@ def test_a_resumable_folder_is_kept_or_removed_by_the_next_writer_after_any_kill
     for number in count(1):
         folder, log = tmp_path / f"{number}", tmp_path / f"{number}.log"
         point, out = KillPoint(folder, log, number), folder / "out"
-        process = get_context("fork").Process(target=resume_until, args=(point, out))
+        process = get_context("fork").Process(target=resume_until, args=(point, out), daemon=True)
         process.start()
-        process.join()
+        process.join(TIMEOUT_S)
         with lock_output_folder(out, "blockft test"):
             pass
         outcomes.append({path.relative_to(folder).as_posix() for path in folder.rglob("*")})

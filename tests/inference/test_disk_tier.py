@@ -465,7 +465,7 @@ def test_two_processes_may_write_the_same_block(folder: Path, processes: ForkSer
     results, barrier = processes.Queue(), processes.Barrier(2)
     key = random_key(0, 20_000)
     for _ in range(2):
-        processes.Process(target=write_at_once, args=(folder, key, barrier, results)).start()
+        processes.Process(target=write_at_once, args=(folder, key, barrier, results), daemon=True).start()
     outcomes = [results.get(timeout=TIMEOUT_S) for _ in range(2)]
     assert sorted(outcomes) == [(0, True), (1, True)]
     assert used_bytes(folder) == stored_bytes(folder) == TOY.entry_bytes(20_000)
@@ -489,7 +489,8 @@ def test_sigkill_while_writing_leaves_no_damaged_entry(folder: Path, processes: 
             break
         started = processes.Event()
         writers = [
-            processes.Process(target=write_forever, args=(folder, 2 * seed + i, started)) for i in (0, 1)
+            processes.Process(target=write_forever, args=(folder, 2 * seed + i, started), daemon=True)
+            for i in (0, 1)
         ]
         for writer in writers:
             writer.start()
@@ -539,7 +540,8 @@ def test_eight_processes_using_one_folder_randomly_lose_no_entry(
 ) -> None:
     results = processes.Queue()
     workers = [
-        processes.Process(target=use_randomly, args=(folder, seed, seconds, results)) for seed in range(8)
+        processes.Process(target=use_randomly, args=(folder, seed, seconds, results), daemon=True)
+        for seed in range(8)
     ]
     for worker in workers:
         worker.start()

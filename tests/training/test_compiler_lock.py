@@ -123,11 +123,11 @@ def test_ranks_that_find_an_abandoned_lock_compile_one_after_the_other(lock: Pat
     context, log = multiprocessing.get_context("fork"), tmp_path / "log"
     for _ in range(5):
         lock.touch()
-        ranks = [context.Process(target=compile_once, args=(lock, log)) for _ in range(4)]
+        ranks = [context.Process(target=compile_once, args=(lock, log), daemon=True) for _ in range(4)]
         for rank in ranks:
             rank.start()
         for rank in ranks:
-            rank.join()
+            rank.join(600)
             assert rank.exitcode == 0
     assert log.read_text() == "start\nend\n" * 20 and not lock.exists()
 

@@ -61,7 +61,8 @@ def sleep(seconds):
         return
     folder = Path(__file__).parent
     (folder / f"has-seen-{sys.argv[2]}").touch()
-    while len(list(folder.glob("has-seen-*"))) < 3:
+    deadline = time.monotonic() + 600
+    while len(list(folder.glob("has-seen-*"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
 
 host_probe.CONNECT_S = host_probe.SHARED_S = 600
