@@ -163,6 +163,7 @@ def test_an_address_that_cannot_be_used_is_refused(address: str, monkeypatch: py
     monkeypatch.setattr(constants, "ENDPOINT", address)
     with pytest.raises(UserError, match=f"Hub \\({re.escape(address)}\\) cannot be reached"):
         check_hub("source a/b")
+    assert identify_model("owner/name") is None
 
 
 def test_a_proxy_that_cannot_be_used_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,11 +205,12 @@ def _digest_paths(paths: Sequence[Path], name: str) -> list[list[str]]:
 def _find_revision(kind: str, name: str) -> str | None:
     """Return the commit of a dataset or model on the Hub, or None if the Hub does not say."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError
 
+    http = http_library()
     try:
         found = HfApi().repo_info(name, repo_type=kind, timeout=10)
-    except (http_library().HTTPError, HFValidationError, OSError):
+    # ValueError, InvalidURL, ImportError: a name, an address or a proxy that the library cannot use
+    except (http.HTTPError, http.InvalidURL, OSError, ValueError, ImportError):
         return None  # reading the source reports what is wrong
     return found.sha
 
