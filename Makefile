@@ -37,7 +37,7 @@ demo-base: setup           ## train the demo's base model again from random weig
 paper-mini: setup          ## train and evaluate the small table with SmolLM2-135M on one GPU; repeat to resume
 	bash data/paper-mini/paper-mini.sh $(OVERRIDES)
 
-test: setup                ## run the quick tests (8 minutes on 2 cores)
+test: setup                ## run the quick tests (16 minutes on 2 cores)
 	$(TEST)
 
 test-slow: setup           ## run the slow tests: the demo, the README's commands, launchers
