@@ -1,7 +1,9 @@
 """Messages for users on stderr: an error in one sentence, or a warning in one line."""
 
+import difflib
 import os
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from blockft.printable import print_text
@@ -53,6 +55,12 @@ def is_first_of_host() -> bool:
     local_rank, num_processes = os.environ.get("LOCAL_RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     is_rank = local_rank.isdecimal() and num_processes.isdecimal()
     return not (is_rank and 0 < int(local_rank[:9]) < int(num_processes[:9]))
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return the question whether the most similar of `names` is meant, or "" if none is similar."""
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]}?" if close else ""
 
 
 def check_type(value: Any, expected: type | tuple[type, ...], name: str, remedy: str = "") -> None:

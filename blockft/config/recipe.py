@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from blockft.config.recipe_yaml import MAX_RECIPE_BYTES, is_mapping, yaml_problem
 from blockft.config.reference import format_bound, list_keys
 from blockft.config.settings import Recipe
-from blockft.errors import UserError, check_type
+from blockft.errors import UserError, check_type, did_you_mean
 from blockft.inputs import check_path, read_text, shorten, text_problem
 
 RECIPES_FOLDER = next(
@@ -65,11 +65,8 @@ def find_recipe(name: str) -> Path:
     shipped = list_recipes()
     if name in shipped:
         return shipped[name]
-    close = difflib.get_close_matches(path.stem, shipped, n=1)
-    suggestion = f"; did you mean {close[0]}?" if close else ""
-    raise UserError(
-        f"recipe {name!r} is neither a file nor a shipped recipe ({', '.join(shipped)}){suggestion}"
-    )
+    message = f"recipe {name!r} is neither a file nor a shipped recipe ({', '.join(shipped)})"
+    raise UserError("; ".join(filter(None, (message, did_you_mean(path.stem, shipped)))))
 
 
 def is_recipe(name: str) -> bool:

@@ -17,12 +17,11 @@ import fcntl
 import json
 import os
 import secrets
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import xxhash
 
@@ -31,8 +30,9 @@ from blockft.inference.cache_entry import SUFFIX, VERSION, CacheModel, find_dama
 
 FORMAT, MODEL, LOCK, TEMPORARY = "format.json", "model.json", ".lock", ".tmp"
 
-MAX_ATTEMPTS = 10
-"""How often folders are created and files are written while other processes remove the folders."""
+_MAX_ATTEMPTS = 10
+
+Result = TypeVar("Result")
 
 _FORMAT = {"format": "blockft cache", "version": VERSION}
 
@@ -109,13 +109,7 @@ class CacheFolder:
             UserError: see `exists`.
             OSError: the folder cannot be written.
         """
-        for attempt in count(1):
-            try:
-                return self._create_model_folder(model)
-            except (FileNotFoundError, FileExistsError):
-                if attempt == MAX_ATTEMPTS:
-                    raise
-        raise AssertionError
+        return retry_while_removed(lambda: self._create_model_folder(model))
 
     def _create_model_folder(self, model: CacheModel) -> Path:
         """Create the folder of a model once.
@@ -294,6 +288,18 @@ class CacheFolder:
         with self.temporary_file() as (temporary, file):
             file.write((json.dumps(fields, indent=2) + "\n").encode())
             temporary.replace(path)
+
+
+def retry_while_removed(write: Callable[[], Result]) -> Result:
+    """Return what `write` returns; call it again if another process has removed a folder that it needs.
+
+    Raises:
+        FileNotFoundError, FileExistsError: it failed each time.
+    """
+    for _ in range(_MAX_ATTEMPTS - 1):
+        with suppress(FileNotFoundError, FileExistsError):
+            return write()
+    return write()
 
 
 def _list_folder(folder: Path) -> list[Path]:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ import torch
 from blockft.errors import UserError
 from blockft.inference.block_key import BlockKey, first_digest, key_digest, num_tokens
 from blockft.inference.cache_entry import REMOVED, SUFFIX, CacheModel, DamagedEntry, EntryReader, write_entry
-from blockft.inference.cache_folder import MAX_ATTEMPTS, MODEL, ByteCount, CacheFolder
+from blockft.inference.cache_folder import MODEL, ByteCount, CacheFolder, retry_while_removed
 from blockft.units import format_bytes
 
 __all__ = ["CacheModel", "DamagedEntry", "DiskEntry", "DiskStatistics", "DiskTier"]
@@ -160,17 +159,11 @@ class DiskTier:
 
     def _write(self, path: Path, key: BlockKey, kv: torch.Tensor, num_bytes: int) -> bool:
         """Return whether the entry was written. It was not if another process wrote it first."""
-        for attempt in count(1):
-            if not (self._model_folder / MODEL).exists():  # the folder was emptied, or its disk is back
-                self._folder.create_model_folder(self._model)
-            try:
-                return self._write_once(path, key, kv, num_bytes)
-            except (FileNotFoundError, FileExistsError):  # the folder was emptied meanwhile
-                if attempt == MAX_ATTEMPTS:
-                    raise
-        raise AssertionError
+        return retry_while_removed(lambda: self._write_once(path, key, kv, num_bytes))
 
     def _write_once(self, path: Path, key: BlockKey, kv: torch.Tensor, num_bytes: int) -> bool:
+        if not (self._model_folder / MODEL).exists():  # the folder was emptied, or its disk is back
+            self._folder.create_model_folder(self._model)
         with self._folder.temporary_file() as (temporary, file):
             write_entry(file, self._model, key, kv)
             # Some file systems report a full disk only on close. This closes a copy and keeps the lock.

@@ -223,17 +223,18 @@ def _read_markers(run: Path) -> dict[Path, dict[str, Any]]:
     Raises:
         UserError: a marker is damaged; see `read_marker`.
     """
-    while True:
+    for attempt in count(1):
         markers: dict[Path, dict[str, Any]] = {}
         for checkpoint in complete_checkpoints(run):
             try:
                 markers[checkpoint] = read_with_digest(checkpoint / MARKER)
             except DamagedFile as error:
-                if checkpoint.is_dir():
+                if checkpoint.is_dir() or attempt == _MAX_ATTEMPTS:
                     raise _damaged(checkpoint, error) from error
                 break  # the run has removed it
         else:
             return markers
+    raise AssertionError
 
 
 def check_markers(run: Path) -> None:

@@ -1,6 +1,5 @@
 """`blockft config`: list the settings or one section, print a resolved recipe, or print the JSON Schema."""
 
-import difflib
 import os
 import shutil
 import textwrap
@@ -16,7 +15,7 @@ from blockft.config.reference import (
     settings_json,
 )
 from blockft.config.settings import Recipe
-from blockft.errors import UserError
+from blockft.errors import UserError, did_you_mean
 from blockft.printable import print_text
 
 MAX_WIDTH = 100
@@ -26,12 +25,11 @@ MAX_WIDTH = 100
 def _unknown_name_message(name: str) -> str:
     """Return the message about a name that is neither a recipe nor a section."""
     sections, recipes = list(Recipe.model_fields), list(list_recipes())
-    close = difflib.get_close_matches(name, [*sections, *recipes], n=1)
-    suggestion = f"; did you mean {close[0]}?" if close else ""
-    return (
+    message = (
         f"{name!r} is neither a section ({', '.join(sections)}) nor a recipe: a file or one of "
-        f"{', '.join(recipes)}{suggestion}"
+        f"{', '.join(recipes)}"
     )
+    return "; ".join(filter(None, (message, did_you_mean(name, [*sections, *recipes]))))
 
 
 def print_config(

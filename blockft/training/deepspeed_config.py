@@ -1,7 +1,6 @@
 """The DeepSpeed config of a run: read the JSON file, and check it before any process starts."""
 
 import copy
-import difflib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from blockft.errors import UserError
+from blockft.errors import UserError, did_you_mean
 from blockft.inputs import read_json, shorten
 from blockft.training.distributed import use_cpu
 from blockft.training.library_warnings import library_output_on_stderr
@@ -270,8 +269,7 @@ def _problems(config: Mapping[str, Any]) -> Iterator[str]:
     for key, value in config.items():
         found = shorten(repr(value))
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            allowed = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(known)}"
+            allowed = did_you_mean(key, known) or f"allowed: {', '.join(known)}"
             yield f"unknown key {shorten(key)!r} ({allowed})"
         elif key in SECTIONS and not isinstance(value, dict):
             yield f"{key} is {found}, it should be an object"
