@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 
 from blockft.inference.block_key import BlockKey, context_keys
@@ -122,5 +123,5 @@ def page_slots(pages: Sequence[int], page_len: int, start: int, stop: int) -> to
 
         pages (7, 2), page_len 4, tokens 2 to 6  ->  30 31 8 9
     """
-    tokens = torch.arange(start, stop)
-    return torch.tensor(pages, dtype=torch.int64)[tokens // page_len] * page_len + tokens % page_len
+    tokens = np.arange(start, stop)
+    return torch.from_numpy(np.array(pages)[tokens // page_len] * page_len + tokens % page_len)

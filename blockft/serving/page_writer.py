@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
+import numpy as np
 import torch
 
 from blockft.attention.rope import RotaryEmbedding
@@ -159,20 +160,23 @@ def open_page_writer(
 
 
 def _describe_tokens(blocks: Sequence[torch.Tensor], slots: torch.Tensor) -> torch.Tensor:
-    """Return what the kernel needs to know of the last `len(slots)` tokens of blocks: (5, n) int64."""
-    lengths = torch.tensor([block.shape[1] for block in blocks])
-    index = torch.arange(len(blocks)).repeat_interleave(lengths)
-    token = torch.arange(len(index)) - (lengths.cumsum(0) - lengths)[index]
+    """Return what the kernel needs to know of the last `len(slots)` tokens of blocks: (5, n) int64.
+
+    By NumPy, because operations of PyTorch on the CPU wake all its threads, which takes milliseconds.
+    """
     facts = []
     for block in blocks:
         assert block.stride()[3:] == (block.shape[4], 1), "the heads of a token are contiguous"
         assert block.data_ptr() % ALIGNMENT == block.stride(2) * block.element_size() % ALIGNMENT == 0
         token_bytes = block.stride(1) * block.element_size()
         facts.append((block.data_ptr(), token_bytes, block.stride(0), block.stride(2)))
-    address, token_bytes, layer_step, value_step = torch.tensor(facts).T
+    lengths = np.array([block.shape[1] for block in blocks])
+    index = np.repeat(np.arange(len(blocks)), lengths)
+    token = np.arange(len(index)) - (np.cumsum(lengths) - lengths)[index]
+    address, token_bytes, layer_step, value_step = np.array(facts).T
     start = len(index) - len(slots)
     described = (address[index] + token * token_bytes[index], layer_step[index], value_step[index])
-    return torch.stack([*(part[start:] for part in described), slots.cpu(), index[start:]])
+    return torch.from_numpy(np.stack([*(part[start:] for part in described), slots.numpy(), index[start:]]))
 
 
 def _refusal(layers: Sequence[AttentionLayer], reason: str) -> str:

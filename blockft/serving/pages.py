@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from blockft.attention.rope import RotaryEmbedding, rotate
@@ -103,10 +104,10 @@ def _cos_sin_of_tokens(
 ) -> CosSin:
     """Return those of the last tokens of a chunk's blocks: (n, 1, R / 2) each, or (1, 1, R / 2)."""
     if len(chunk) == 1:  # the tokens of one block have the same angles
-        index = torch.tensor(chunk)
+        repeated = np.array(chunk)
     else:
-        index = torch.tensor(chunk).repeat_interleave(torch.tensor([lengths[k] for k in chunk]))[-num_last:]
-    index = to_device(index, next(iter(cos_sin.values()))[0].device)
+        repeated = np.repeat(chunk, [lengths[k] for k in chunk])[-num_last:]
+    index = to_device(torch.from_numpy(repeated), next(iter(cos_sin.values()))[0].device)
     return {kind: (cos[index, None], sin[index, None]) for kind, (cos, sin) in cos_sin.items()}
 
 
@@ -149,9 +150,10 @@ def read_blocks(
     """Return the keys and values in slots (n,), of any number of blocks: (L, n, 2, K, D) on the device."""
     device = layers[0].kv_cache.device
     layouts = [PageLayout(layer, shape, page_len) for layer in layers]
-    pages, row = torch.unique(slots // layouts[0].page_len, return_inverse=True)
+    numbers = slots.numpy()
+    pages, row = map(torch.from_numpy, np.unique(numbers // layouts[0].page_len, return_inverse=True))
     pages, row = to_device(pages, device), to_device(row[:, None, None, None], device)
-    column = to_device(slots % layouts[0].page_len, device)
+    column = to_device(torch.from_numpy(numbers % layouts[0].page_len), device)
     places = {kind: torch.stack(kind, dim=1)[column] for kind in {layout.places for layout in layouts}}
     size = (len(layers), *shape.layer_shape(len(slots)))
     kv_Ln2KD = torch.empty(size, dtype=layers[0].kv_cache.dtype, device=device)
