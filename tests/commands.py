@@ -38,6 +38,9 @@ from blockft.run_folder import MEASURED, read_metrics
 
 ROOT = Path(__file__).parents[1]
 
+PYTHON_PATH = ":".join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+"""For processes of tests: this checkout, then where else this process finds packages."""
+
 TIMEOUT_S = 900
 """Limit of each command and of each wait. It only ends what hangs: a machine may be slow for a while."""
 
@@ -122,7 +125,7 @@ def start(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        env=os.environ | {"PYTHONPATH": PYTHON_PATH} | environment,
         cwd=cwd,
     )
 
@@ -229,7 +232,7 @@ def _modules_of_the_warm_process() -> list[str]:
 
 def _variables_of_the_warm_process() -> dict[str, str]:
     accelerator = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
-    return {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **accelerator}
+    return {"PYTHONPATH": PYTHON_PATH, "OMP_NUM_THREADS": "1", **accelerator}
 
 
 def warm_context() -> ForkServerContext:

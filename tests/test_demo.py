@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.commands import PYTHON_PATH
 from tests.readmes import MAIN, ROOT, code_blocks, shell_commands, write_own_data
 
 pytestmark = pytest.mark.slow  # the demo takes more than a minute
@@ -80,5 +81,5 @@ def run_python(code: str, folder: Path, *arguments: str) -> subprocess.Completed
         cwd=folder,
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": PYTHON_PATH},
     )

@@ -23,6 +23,7 @@ from blockft.errors import UserError
 from blockft.hub_access import http_library
 from blockft.stages.source_kind import holds_questions, is_split
 from blockft.stages.source_settings import sees_first_block
+from blockft.version import __version__
 
 READ_VERSION = 1
 """Version of the code that reads sources: a change of what it reads needs another number."""
@@ -129,7 +130,7 @@ def read_options(
         options["dense_model"] = dense_model
     return {
         "version": READ_VERSION,
-        "versions": _versions("blockft", "pyarrow", "bm25s"),
+        "versions": _versions("pyarrow", "bm25s"),
         "source": source.model_dump(mode="json", exclude={*_NOT_OF_SAMPLES.split()}),
         "content": content.record,
         "options": options,
@@ -163,7 +164,7 @@ def encode_part_options(
     """
     return {
         "version": ENCODE_VERSION,
-        "versions": _versions("blockft", "pyarrow", "tokenizers", "transformers", "jinja2"),
+        "versions": _versions("pyarrow", "tokenizers", "transformers", "jinja2"),
         "read": read_part,
         "options": vars(options),
         "tokenizer": tokenizer,
@@ -216,4 +217,4 @@ def _find_revision(kind: str, name: str) -> str | None:
 
 
 def _versions(*packages: str) -> dict[str, str]:
-    return {name: version(name) for name in packages}
+    return {"blockft": __version__} | {name: version(name) for name in packages}

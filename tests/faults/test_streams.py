@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import ROOT, TIMEOUT_S
+from tests.commands import PYTHON_PATH, ROOT, TIMEOUT_S
 
 SHELL = ["bash", "-o", "pipefail", "-c"]
 BLOCKFT = shlex.join([sys.executable, "-m", "blockft"])
@@ -26,7 +26,7 @@ def shell(command: str, **environment: str) -> subprocess.CompletedProcess[bytes
             [*SHELL, command.replace("$BLOCKFT", BLOCKFT).replace("$PIPE", str(pipe))],
             capture_output=True,
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+            env=os.environ | {"PYTHONPATH": PYTHON_PATH} | environment,
             stdin=subprocess.DEVNULL,
             timeout=TIMEOUT_S,
             pass_fds=[pipe],

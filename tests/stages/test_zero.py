@@ -322,7 +322,7 @@ def test_the_command_line_passes_sigterm_on_to_its_ranks(
     run = folder / "stopped-launcher"
     (tmp_path / "sitecustomize.py").write_text(WAIT_FOR_A_SIGNAL)
     overrides = (f"train.output_dir={run}", *SETTINGS, "train.deepspeed=zero3", "--num-gpus", "2")
-    path = f"{tmp_path}:{commands.ROOT}"
+    path = f"{tmp_path}:{commands.PYTHON_PATH}"
     process = commands.start("blockft", "train", folder / "recipe.yaml", *overrides, PYTHONPATH=path)
     commands.wait_until(lambda: len(list(tmp_path.glob("waits-*"))) == 2, lambda: process.poll() is None)
     # the child of `timeout`, which would end with a code of its own

@@ -30,7 +30,7 @@ from blockft.stages.prepare import prepare
 from blockft.training import distributed, launch
 from blockft.training.rank_relay import RankFailure
 from tests import commands
-from tests.commands import ROOT, TIMEOUT_S, finish, fork_ranks, free_port, logged, start
+from tests.commands import PYTHON_PATH, ROOT, TIMEOUT_S, finish, fork_ranks, free_port, logged, start
 from tests.run import toy_recipe
 from tests.training.hosts import node_options
 
@@ -468,7 +468,7 @@ def change_a_version_on_node1(toy: Path, hosts: Hosts, run: Path) -> subprocess.
         "if b'10.77.0.2' in subprocess.run(['ip', '-o', 'addr'], capture_output=True).stdout:\n"
         "    metadata.version = lambda name: '0.0.9' if name == 'transformers' else version(name)\n"
     )
-    return start_faulty(hosts, run, toy, PYTHONPATH=f"{folder}:{ROOT}")
+    return start_faulty(hosts, run, toy, PYTHONPATH=f"{folder}:{PYTHON_PATH}")
 
 
 @pytest.mark.slow  # a command and its probes start three interpreters

@@ -20,7 +20,16 @@ from blockft.errors import UserError
 from blockft.stages.prepare import prepare
 from blockft.training import distributed, rank_relay, rank_watch
 from blockft.training.rank_relay import RankRelay
-from tests.commands import ROOT, Ranks, fork_ranks, free_port, logged, start, start_ranks, wait_until
+from tests.commands import (
+    PYTHON_PATH,
+    Ranks,
+    fork_ranks,
+    free_port,
+    logged,
+    start,
+    start_ranks,
+    wait_until,
+)
 from tests.run import toy_recipe
 
 LONELY = {
@@ -417,7 +426,7 @@ def test_a_rank_that_fails_while_it_imports_ends_the_others(
     port, processes = str(free_port()), []
     for i in range(2):
         variables = {"RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": "2", "MASTER_PORT": port}
-        variables |= {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": f"{tmp_path}:{PYTHON_PATH}"}
         processes.append(start("blockft", "train", "demo", **variables))
     output = "".join(process.communicate()[0] for process in processes)
     codes = [process.returncode for process in processes]
