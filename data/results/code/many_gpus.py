@@ -465,9 +465,9 @@ class Measurement:
             if not command.wait(self.left_s) or command.process.returncode:
                 raise RuntimeError(f"{name} has failed or had no time left:\n{command.read_log()[-3000:]}")
             setup[name] = "done"
-        if "recipe" in commands:
-            text = commands["recipe"].read_log()
-            setup["recipe"] = {name: read_setting(text, name) for name in ("row_len", "batch_rows")}
+            if name == "recipe":
+                text = command.read_log()
+                setup[name] = {setting: read_setting(text, setting) for setting in ("row_len", "batch_rows")}
         self.row_len, self.batch_rows = setup["recipe"]["row_len"], setup["recipe"]["batch_rows"]
         manifest = json.loads((self.data / "manifest.json").read_text())
         self.num_tokens = manifest["num_tokens"]

@@ -11,7 +11,9 @@ files. Run it from the root of the project; further options, such as --enforce-e
 """
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import random
 import socket
@@ -33,7 +35,7 @@ import torch
 
 from blockft.attention.layout import Layout
 from blockft.bench.measurement import write_measurement
-from blockft.bench.server_process import ServerCommand, running_server
+from blockft.bench.server_process import ServerCommand, ServerProcess, wait_for_servers
 from blockft.inference.engine import Engine
 from blockft.inference.runner import CacheOptions
 from blockft.model.load import load_model
@@ -88,7 +90,13 @@ def main() -> None:
             "checks": [],
         }
         command = server_command(model, folder / "cache", options.dtype, vllm_options)
-        with running_server(command, options.out.with_suffix(".log"), options.timeout):
+        with contextlib.ExitStack() as stack:
+            server = ServerProcess(command, options.out.with_suffix(".log"))
+            stack.callback(server.stop)
+            server.begin()
+            for _, error in wait_for_servers([server], options.timeout, math.inf):
+                if error:
+                    raise error
             for name, kinds in CHECKS.items():
                 jobs = [reference for kind in kinds for reference in asked[kind]]
                 random.Random(1).shuffle(jobs)
