@@ -20,6 +20,9 @@ backend for CPUs has no writer of pages in 0.23; `check_backend` refuses it. 0.2
 have defaults.
 """
 
+BACKENDS_IN_FULL_GRAPHS = ("TritonAttentionImpl",)
+"""Attention backends whose answers were compared with CUDA graphs of all steps (cudagraph_mode FULL)."""
+
 _SINGLE = (
     "pipeline_parallel_size",
     "data_parallel_size",
@@ -131,6 +134,25 @@ def check_backend(layers: Sequence[Any]) -> None:
             )
 
 
+def check_graphs(cudagraph_mode: str, layers: Sequence[Any]) -> None:
+    """Check the mode for which vLLM captures CUDA graphs.
+
+    FULL captures steps in which no request has more than a few tokens, often one, and replays them for longer
+    ones. FlashAttention 3 keeps what it chose for the captured length, such as no causal mask for one token:
+    vLLM 0.23 gives wrong answers then, to requests without blocks, too, and reports no error.
+
+    Raises:
+        UserError: the mode is FULL, and answers with this attention backend were not compared.
+    """
+    backends = {type(layer.impl).__name__ for layer in layers}
+    if cudagraph_mode == "FULL" and not backends <= {*BACKENDS_IN_FULL_GRAPHS}:
+        raise UserError(
+            f"vLLM may give wrong answers with {', '.join(sorted(backends))} in CUDA graphs of prefill steps "
+            "(cudagraph_mode FULL): leave the mode out, which captures what is safe, or choose "
+            "--attention-backend TRITON_ATTN"
+        )
+
+
 def graph_hint(cudagraph_mode: str) -> str:
     """Return why the first token takes longer than it needs on a GPU, or "".
 
@@ -142,8 +164,7 @@ def graph_hint(cudagraph_mode: str) -> str:
         return ""
     return (
         f"vLLM runs prefill steps without CUDA graphs (cudagraph_mode {cudagraph_mode}), which can double "
-        "the time to the first token of cached prompts: leave out --enforce-eager, --compilation-config, or "
-        """add --compilation-config '{"mode":0,"cudagraph_mode":"FULL"}'"""
+        "the time to the first token of cached prompts: leave out --enforce-eager and --compilation-config"
     )
 
 

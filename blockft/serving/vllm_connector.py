@@ -21,7 +21,7 @@ from blockft.inference.block_key import BlockKey
 from blockft.serving.head_shard import HeadShard
 from blockft.serving.scheduler_half import SchedulerHalf, StepPlan
 from blockft.serving.served_model import ServedModel
-from blockft.serving.supported_engine import check_engine, check_pages, graph_hint
+from blockft.serving.supported_engine import check_engine, check_graphs, check_pages, graph_hint
 from blockft.serving.worker_half import WorkerHalf
 
 SERVED_MODEL = "served_model"
@@ -112,7 +112,9 @@ class BlockConnector(KVConnectorBase_V1):
         names = sorted(kv_caches, key=_layer_index)
         layers_by_name = self._compilation.static_forward_context
         layers, group = [layers_by_name[name] for name in names], get_tp_group()
-        hint = graph_hint(self._compilation.cudagraph_mode.name) if layers[0].kv_cache.is_cuda else ""
+        mode = self._compilation.cudagraph_mode.name
+        check_graphs(mode, layers)
+        hint = graph_hint(mode) if layers[0].kv_cache.is_cuda else ""
         if hint and group.rank_in_group == 0:
             _log.warning(hint)
         shard = HeadShard(worker=group.rank_in_group, num_workers=group.world_size)

@@ -17,6 +17,7 @@ from blockft.serving.supported_engine import (
     TESTED_VERSIONS,
     check_backend,
     check_engine,
+    check_graphs,
     check_pages,
     check_version,
     graph_hint,
@@ -174,3 +175,18 @@ def test_the_documented_versions_are_the_tested_ones() -> None:
 def test_a_server_without_graphs_of_prefill_steps_is_told(mode: str) -> None:
     assert bool(graph_hint(mode)) == (mode in ("NONE", "FULL_DECODE_ONLY"))
     assert not graph_hint(mode) or f"cudagraph_mode {mode}" in graph_hint(mode)
+
+
+@pytest.mark.parametrize("mode", ["NONE", "FULL_DECODE_ONLY", "PIECEWISE", "FULL_AND_PIECEWISE"])
+def test_graphs_of_decode_steps_are_supported(mode: str) -> None:
+    check_graphs(mode, make_layers())
+
+
+def test_graphs_of_all_steps_are_refused_unless_answers_were_compared() -> None:
+    class TritonAttentionImpl:
+        pass
+
+    compared, other = SimpleNamespace(impl=TritonAttentionImpl()), SimpleNamespace(impl=SimpleNamespace())
+    check_graphs("FULL", [compared, compared])
+    with pytest.raises(UserError, match="wrong answers with SimpleNamespace, TritonAttentionImpl in CUDA"):
+        check_graphs("FULL", [compared, other])

@@ -76,7 +76,7 @@ def connector(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 class Engine:
     """Both halves of the connector, with the layers of a worker."""
 
-    def __init__(self, module: ModuleType, folder: Path) -> None:
+    def __init__(self, module: ModuleType, folder: Path, cudagraph_mode: str = "NONE") -> None:
         served = make_served(folder, device_bytes=16 * SHAPE.token_bytes)
         served.save(folder / "served.json")
         self.layers = make_layers()
@@ -85,7 +85,8 @@ class Engine:
         config.cache_config.block_size = PAGE_LEN
         config.kv_transfer_config.kv_connector_extra_config = {"served_model": str(folder / "served.json")}
         context = dict(zip(names, self.layers, strict=True)) | {"another.0": object()}
-        config.compilation_config = SimpleNamespace(static_forward_context=context)
+        mode = SimpleNamespace(name=cudagraph_mode)
+        config.compilation_config = SimpleNamespace(static_forward_context=context, cudagraph_mode=mode)
         pages = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=FullAttentionSpec())])
         self.scheduler = module.BlockConnector(config, Role.SCHEDULER, pages)
         self.pool = FakePool()
@@ -210,3 +211,11 @@ def test_no_other_module_imports_vllm() -> None:
         if "from vllm" in (text := file.read_text()) or "import vllm" in text
     ]
     assert importing == ["vllm_connector.py"]
+
+
+def test_graphs_in_which_answers_may_be_wrong_end_the_start(connector: ModuleType, tmp_path: Path) -> None:
+    for folder in (safe := tmp_path / "safe", unsafe := tmp_path / "unsafe"):
+        folder.mkdir()
+    Engine(connector, safe, "FULL_AND_PIECEWISE").close()
+    with pytest.raises(UserError, match="cudagraph_mode FULL"):
+        Engine(connector, unsafe, "FULL")
