@@ -28,6 +28,7 @@ from blockft.training.worker_environment import (
     RANK_VARIABLES,
     check_worker_environment,
     is_worker,
+    read_num_local,
     read_timeout_minutes,
 )
 from blockft.units import format_count
@@ -56,6 +57,7 @@ def worker_environment() -> Iterator[None]:
         UserError: see `check_worker_environment`.
     """
     has_launcher = is_worker()
+    own = [name for name in ("LOCAL_SIZE", "OMP_NUM_THREADS") if not os.environ.get(name)]
     set_worker_environment()
     try:
         yield
@@ -64,8 +66,8 @@ def worker_environment() -> Iterator[None]:
             if dist.is_initialized():
                 _destroy_process_group()
                 forget_process_groups()
-            for name in RANK_VARIABLES:
-                del os.environ[name]
+            for name in (*RANK_VARIABLES, *own):
+                os.environ.pop(name, None)
 
 
 def set_worker_environment() -> None:
@@ -77,14 +79,30 @@ def set_worker_environment() -> None:
         UserError: see `check_worker_environment`.
     """
     check_worker_environment()
-    if use_cpu():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # the ninja beside this Python comes first, which is seldom on PATH over ssh: another version of ninja
     # would compile DeepSpeed's operators again
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     if not is_worker():
         single_rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(single_rank, MASTER_PORT=str(find_free_port()))
+    if use_cpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # without it DeepSpeed runs numactl for every reduced gradient, to count the nodes of memory
+        os.environ.setdefault("LOCAL_SIZE", str(read_num_local()))
+    _share_cores()
+
+
+def _share_cores() -> None:
+    """Divide the cores of this host between its ranks, unless OMP_NUM_THREADS says how many threads one has.
+
+    Otherwise every rank would compute on the CPU with as many threads as there are cores.
+    """
+    if os.environ.get("OMP_NUM_THREADS"):
+        return
+    num_threads = max(1, torch.get_num_threads() // read_num_local())
+    torch.set_num_threads(num_threads)
+    # for DeepSpeed's optimizers on the CPU, and so that accelerate does not choose another number
+    os.environ["OMP_NUM_THREADS"] = str(num_threads)
 
 
 def find_free_port() -> int:

@@ -3,7 +3,9 @@
 import errno
 import os
 import socket
+from collections.abc import Iterator
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -77,3 +79,51 @@ def test_a_rank_alone_needs_no_port() -> None:
         done = fork_ranks(partial(join_alone, server.getsockname()[1])).wait()
     assert done.returncode == 0, done.stderr
     assert done.stdout == "1 rank, sum 1.0\n"
+
+
+@pytest.fixture
+def eight_threads() -> Iterator[None]:
+    """A process of its own cores, eight of them, without a launcher and without a number of threads."""
+    variables = ("RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMP_NUM_THREADS")
+    num_threads = torch.get_num_threads()
+    with patch.dict(os.environ):
+        for name in variables:
+            os.environ.pop(name, None)
+        torch.set_num_threads(8)
+        yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.mark.parametrize(("num_local", "num_threads"), [(1, 8), (2, 4), (3, 2), (16, 1)])
+def test_the_ranks_of_a_host_share_its_cores(eight_threads: None, num_local: int, num_threads: int) -> None:
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "16", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    os.environ.update(rank, LOCAL_SIZE=str(num_local))
+    distributed.set_worker_environment()
+    assert torch.get_num_threads() == num_threads
+    assert os.environ["OMP_NUM_THREADS"] == str(num_threads)
+
+
+def test_a_number_of_threads_from_the_user_is_kept(eight_threads: None) -> None:
+    os.environ["OMP_NUM_THREADS"] = "3"  # read by libraries at their start, not here
+    with distributed.worker_environment():
+        assert torch.get_num_threads() == 8
+        assert os.environ["OMP_NUM_THREADS"] == "3"
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+def test_a_process_without_a_launcher_keeps_its_threads_and_variables(eight_threads: None) -> None:
+    before = dict(os.environ)
+    with distributed.worker_environment():
+        assert torch.get_num_threads() == 8
+    added = {name: value for name, value in os.environ.items() if before.get(name) != value}
+    assert added.keys() <= {"DS_ACCELERATOR", "PATH"}
+
+
+@pytest.mark.parametrize("num_local", ["1", "2"])
+def test_deepspeed_learns_the_ranks_of_a_host_from_a_variable(eight_threads: None, num_local: str) -> None:
+    # DeepSpeed would start a program for every reduced gradient to count them
+    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": num_local})
+    os.environ.update({"MASTER_ADDR": "a", "MASTER_PORT": "1"})
+    with patch.object(distributed, "use_cpu", return_value=True):
+        distributed.set_worker_environment()
+    assert os.environ["LOCAL_SIZE"] == num_local
