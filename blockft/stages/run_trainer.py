@@ -225,7 +225,22 @@ def _gather_whole_layers(model: PreTrainedModel) -> None:
     """
     from deepspeed.utils import set_z3_leaf_modules
 
-    set_z3_leaf_modules(model, list({type(layer) for layer in list_layers(model)}))
+    layers = list_layers(model)
+    set_z3_leaf_modules(model, list({type(layer) for layer in layers}))
+    for layer in layers:
+        layer.register_forward_pre_hook(_require_input_gradient)
+
+
+def _require_input_gradient(layer: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Let the input of a trained layer require a gradient, which it has if a weight before it is trained.
+
+    DeepSpeed frees the weights of a layer when the gradient of its input is known. Of an input without a
+    gradient it believes that before the backward pass of the layer.
+    """
+    hidden: torch.Tensor = inputs[0]
+    is_trained = any(weight.requires_grad for weight in layer.parameters())
+    if torch.is_grad_enabled() and is_trained and not hidden.requires_grad:
+        hidden.requires_grad_()
 
 
 def _cast_adapter(adapted: PeftModel, dtype: torch.dtype) -> None:

@@ -151,7 +151,7 @@ def test_every_zero_stage_gives_the_same_losses(train_once: TrainOnce, stage: in
 
 
 @pytest.mark.slow  # the compiler takes 20 s for each run
-@pytest.mark.parametrize(("adapter", "kind"), [(False, "full"), (True, "selective")])
+@pytest.mark.parametrize(("adapter", "kind"), [(False, "full"), (True, "selective"), (True, "none")])
 def test_compiled_layers_under_zero3_give_the_losses_of_eager_ones(
     train_once: TrainOnce, folder: Path, adapter: bool, kind: str
 ) -> None:
