@@ -47,7 +47,6 @@ REMOVED = (errno.ENOENT, errno.ESTALE)
 """Numbers of the errors of reading an entry that another process, or (ESTALE) another host, has removed."""
 
 _PAGE = 4096
-_CHECKSUM = xxhash.xxh3_128_hexdigest
 _DIGEST = re.compile("[0-9a-f]{32}")
 _FIRST_BLOCK = "first block"
 """The entry of the header that names the first block which the block sees."""
@@ -95,7 +94,7 @@ def write_entry(file: BinaryIO, model: CacheModel, key: BlockKey, kv: torch.Tens
     assert kv.dtype == model.torch_dtype, kv.dtype
     layers = [_as_bytes(layer) for layer in kv.contiguous()]
     metadata = _expected_metadata(model, key_digest(key), first_digest(key))
-    header = _header(model, metadata, num_tokens(key), [_CHECKSUM(layer) for layer in layers])
+    header = _header(model, metadata, num_tokens(key), [_checksum(layer) for layer in layers])
     for part in (memoryview(header), memoryview(key.tokens), *layers):
         while part:
             part = part[file.write(part) :]
@@ -158,7 +157,7 @@ class EntryReader:
         content = _as_bytes(out)
         with self._opened() as handle:
             self._read(handle, content, self._layers_offset + index * len(content))
-        if _CHECKSUM(content) != self._checksums[index]:
+        if _checksum(content) != self._checksums[index]:
             raise DamagedEntry(f"layer {index} has changed since it was written")
         return out
 
@@ -247,6 +246,14 @@ def _metadata(header: bytes) -> dict[str, Any]:
     return metadata if isinstance(metadata, dict) else {}
 
 
+def _checksum(content: bytes | memoryview) -> str:
+    """Return the checksum of a layer: 32 hexadecimal digits.
+
+    `xxh3_128_hexdigest` would keep other threads from running meanwhile, in xxhash before 4.0.
+    """
+    return xxhash.xxh3_128(content).hexdigest()
+
+
 def _header(model: CacheModel, metadata: dict[str, str], num_tokens: int, checksums: Sequence[str]) -> bytes:
     """Return the bytes before the token ids: the header's length and the header."""
     text = _json(model, metadata, num_tokens, checksums)
@@ -270,6 +277,6 @@ def _json(model: CacheModel, metadata: dict[str, str], num_tokens: int, checksum
 @lru_cache
 def _token_ids_offset(model: CacheModel) -> int:
     """Return the offset of the token ids: after the longest possible header, at the start of a page."""
-    digest = _CHECKSUM(b"")
+    digest = _checksum(b"")
     longest = _json(model, _expected_metadata(model, digest, digest), 2**31, [digest] * model.num_layers)
     return -(-(8 + len(longest)) // _PAGE) * _PAGE
