@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import socket
+import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from blockft.serving.block_request import ReplyAddress
 
 _log = logging.getLogger("blockft.serving")
 
-SEND_TIMEOUT_S = 30
+SEND_TIMEOUT_S = 30.0
 """How long a report waits for its reader. Linux keeps 10 datagrams for a socket by default."""
 
 _MAX_BYTES = 1 << 20
@@ -78,30 +79,40 @@ class ExpectedBlocks:
 
 
 class Reporter:
-    """Sends reports from a thread: a socket takes only few datagrams while its reader is busy."""
+    """Sends reports. Those that the socket of a busy reader does not take wait in a thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float = SEND_TIMEOUT_S) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.settimeout(SEND_TIMEOUT_S)
+        # with `settimeout` Python would try again all the time, which takes a core
+        timeout = struct.pack("@ll", int(timeout_s), int(timeout_s % 1 * 1_000_000))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="blockft-report")
 
     def send(self, address: ReplyAddress, report: Report) -> None:
         """Send a report, without waiting. A report that cannot be delivered is logged."""
         # compressed, because a datagram has at most 200 KB, and a prompt may have many blocks
         message = zlib.compress(json.dumps({"id": address.id, **asdict(report)}).encode())
-        self._thread.submit(self._deliver, address, message)
+        if not self._deliver(address, message, socket.MSG_DONTWAIT):
+            self._thread.submit(self._deliver_later, address, message)
 
     def close(self) -> None:
         """Deliver the reports that are left, then stop the thread."""
         self._thread.shutdown()
         self._socket.close()
 
-    def _deliver(self, address: ReplyAddress, message: bytes) -> None:
+    def _deliver_later(self, address: ReplyAddress, message: bytes) -> None:
+        if not self._deliver(address, message):
+            _log.warning(f"a report on request {address.id} was not delivered: its reader does not read")
+
+    def _deliver(self, address: ReplyAddress, message: bytes, flags: int = 0) -> bool:
+        """Return whether a message was delivered, or cannot be. It was not if its reader is busy."""
         try:
-            self._socket.sendto(message, address.socket)
+            self._socket.sendto(message, flags, address.socket)
+        except BlockingIOError:
+            return False
         except OSError as error:
-            reason = error.strerror or "its reader does not read"
-            _log.warning(f"a report on request {address.id} was not delivered: {reason}")
+            _log.warning(f"a report on request {address.id} was not delivered: {error.strerror}")
+        return True
 
 
 class ReportReceiver:

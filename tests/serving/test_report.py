@@ -70,8 +70,7 @@ def test_a_report_to_a_reader_that_is_gone_is_dropped(tmp_path: Path) -> None:
 
 def test_a_reader_that_does_not_read_costs_the_reports_alone(tmp_path: Path) -> None:
     async def test() -> None:
-        receiver, reporter = ReportReceiver(tmp_path), Reporter()
-        reporter._socket.settimeout(0.01)
+        receiver, reporter = ReportReceiver(tmp_path), Reporter(timeout_s=0.01)
         address, reports = receiver.expect()
         for _ in range(100):
             reporter.send(address, Report(failure="a"))
