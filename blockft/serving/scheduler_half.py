@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from blockft.inference.block_cache import Tier
 from blockft.inference.block_key import BlockKey, block_key, num_tokens
 from blockft.serving.block_request import (
     BlockRequest,
@@ -20,7 +19,6 @@ from blockft.serving.block_request import (
 )
 from blockft.serving.device_record import DeviceRecord
 from blockft.serving.head_shard import HeadShard
-from blockft.serving.report import Report, Reporter
 from blockft.serving.served_model import ServedModel
 from blockft.serving.unconfirmed_loads import PagePool, UnconfirmedLoads
 
@@ -68,10 +66,19 @@ class Save:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrefixHit:
+    """A prompt whose local blocks are in pages of vLLM's prefix cache, all of them."""
+
+    num_blocks: int
+    reply_to: ReplyAddress
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepPlan:
     """What a worker does in one step. is_idle: no token is computed in it."""
 
     loads: list[Load] = field(default_factory=list)
+    prefix_hits: list[PrefixHit] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
     is_idle: bool = False
 
@@ -89,7 +96,6 @@ class SchedulerHalf:
         # with several workers, all but one read computed blocks from the folder
         self._keeps_computed = num_workers == 1
         self._unconfirmed = UnconfirmedLoads(page_len)
-        self._reporter = Reporter()
         self._requests: dict[str, BlockRequest | EncodeRequest] = {}
         self._encode_pages: dict[str, list[int]] = {}
         self._vllm_requests: dict[str, Any] = {}
@@ -98,6 +104,7 @@ class SchedulerHalf:
         self._lost: set[str] = set()
         self._has_loads: set[str] = set()
         self._loads: list[Load] = []
+        self._prefix_hits: list[PrefixHit] = []
         self._running_loads: dict[str, Load] = {}
 
     def use_pool(self, pool: PagePool) -> None:
@@ -157,8 +164,8 @@ class SchedulerHalf:
             elif not load.refusal:
                 self._running_loads[load.request_id] = load
         elif request.request_id not in self._has_loads:
-            sources = [Tier.device.value] * len(block_request.lengths)
-            self._reporter.send(block_request.reply_to, Report(sources=sources))
+            hit = PrefixHit(num_blocks=len(block_request.lengths), reply_to=block_request.reply_to)
+            self._prefix_hits.append(hit)
 
     def plan_step(self, scheduler_output: Any) -> StepPlan:
         """Return the work of the workers in this step."""
@@ -176,7 +183,9 @@ class SchedulerHalf:
                     self._on_device.add_computed(key)
                 del self._encode_pages[id]
         loads, self._loads = self._loads, []
-        return StepPlan(loads=loads, saves=saves, is_idle=not scheduler_output.total_num_scheduled_tokens)
+        prefix_hits, self._prefix_hits = self._prefix_hits, []
+        is_idle = not scheduler_output.total_num_scheduled_tokens
+        return StepPlan(loads=loads, prefix_hits=prefix_hits, saves=saves, is_idle=is_idle)
 
     def end_loads(
         self, finished: Collection[str], bad_pages: Collection[int], evicted: Collection[BlockKey] = ()
@@ -199,9 +208,6 @@ class SchedulerHalf:
             known.pop(request.request_id, None)
         for ids in (self._has_loads, self._in_step, self._lost):
             ids.discard(request.request_id)
-
-    def close(self) -> None:
-        self._reporter.close()
 
     def _keys_of(self, request: Any, block_request: BlockRequest) -> list[BlockKey]:
         """Return the keys of a request's local blocks. vLLM asks again in every step until it has pages."""

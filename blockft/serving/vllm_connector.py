@@ -75,9 +75,8 @@ class BlockConnector(KVConnectorBase_V1):
             self._worker = WorkerHalf(served, page_len)
 
     def shutdown(self) -> None:
-        for half in (self._scheduler, self._worker):
-            if half is not None:
-                half.close()
+        if self._worker is not None:
+            self._worker.close()
 
     # in the scheduler
 
@@ -132,6 +131,7 @@ class BlockConnector(KVConnectorBase_V1):
         """Return at once, because a block is read after the last layer."""
 
     def wait_for_save(self) -> None:
+        self._in_worker.report(self._plan.prefix_hits)
         self._in_worker.save(self._plan.saves)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:

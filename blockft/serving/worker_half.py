@@ -21,7 +21,7 @@ from blockft.errors import first_line, notify
 from blockft.inference.block_cache import Tier
 from blockft.inference.block_key import BlockKey, key_digest, num_first, num_tokens
 from blockft.inference.device_tier import DeviceTier
-from blockft.serving.block_request import page_slots
+from blockft.serving.block_request import ReplyAddress, page_slots
 from blockft.serving.block_store import BlockStore, LoadedBlocks
 from blockft.serving.computed_blocks import ComputedBlocks
 from blockft.serving.device_work import BackgroundStream, DeviceWork, current_work
@@ -36,7 +36,7 @@ from blockft.serving.pages import (
     write_blocks,
 )
 from blockft.serving.report import Report, Reporter
-from blockft.serving.scheduler_half import Load, Save
+from blockft.serving.scheduler_half import Load, PrefixHit, Save
 from blockft.serving.served_model import ServedModel
 from blockft.serving.supported_engine import check_backend
 
@@ -88,6 +88,7 @@ class WorkerHalf:
         self._finished: set[str] = set()
         self._bad_pages: set[int] = set()
         self._evicted: set[BlockKey] = set()
+        self._loaded_in_step: list[tuple[Load, Sequence[str]]] = []
         self._store: BlockStore | None = None
 
     def use_layers(
@@ -145,6 +146,15 @@ class WorkerHalf:
         if is_idle and self._writing:
             self._writing[0].work.wait()  # no forward pass is delayed
 
+    def report(self, prefix_hits: Sequence[PrefixHit]) -> None:
+        """Report the blocks of this step's requests, whose forward pass is enqueued and does not wait."""
+        loaded, self._loaded_in_step = self._loaded_in_step, []
+        for load, sources in loaded:
+            self._opened.touch(load.needed_keys)
+            self._send_sources(load.reply_to, sources)
+        for hit in prefix_hits:
+            self._send_sources(hit.reply_to, [Tier.device.value] * hit.num_blocks)
+
     def save(self, saves: Sequence[Save]) -> None:
         """Read blocks from their pages, and store them in the background."""
         if not saves:
@@ -166,7 +176,7 @@ class WorkerHalf:
         for pending in [pending for pending in self._writing if pending.work.is_done()]:
             self._writing.remove(pending)
             self._finished.add(pending.load.request_id)
-            self._report_loaded(pending.load, pending.sources)
+            self._send_sources(pending.load.reply_to, pending.sources)
         finished, self._finished = self._finished, set()
         return finished
 
@@ -232,7 +242,6 @@ class WorkerHalf:
         """
         in_memory, to_load = self._find(load)
         if not to_load:
-            self._opened.touch(load.needed_keys)
             self._write(load, in_memory, {})
         elif loaded := self._take(load, lambda: self._load_until(wait_until, to_load)):
             self._write(load, {**in_memory, **loaded.blocks}, loaded.tiers)
@@ -327,7 +336,7 @@ class WorkerHalf:
         read = used + [*blocks.values()]
         if load.in_step:
             self._in_use.append((current_work(self._layers[0].kv_cache.device), read))
-            self._report_loaded(load, sources)
+            self._loaded_in_step.append((load, sources))
         else:
             self._writing.append(PendingWrite(load, sources, self._stream.enqueued(), read))
 
@@ -390,9 +399,9 @@ class WorkerHalf:
         self._bad_pages.update(load.pages[load.start // self._page_len :])
         self._reporter.send(load.reply_to, report)
 
-    def _report_loaded(self, load: Load, sources: list[str]) -> None:
+    def _send_sources(self, reply_to: ReplyAddress, sources: Sequence[str]) -> None:
         if self._shard.worker == 0:
-            self._reporter.send(load.reply_to, Report(sources=sources))
+            self._reporter.send(reply_to, Report(sources=sources))
 
     def _report_saved(self, save: Save, future: Future[str]) -> None:
         if error := future.exception():

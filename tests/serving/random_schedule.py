@@ -88,7 +88,6 @@ class RandomWork:
         max_tokens = self._rng.choice((6, 16, 64))
         self._scheduler = make_scheduler(folder, NUM_PAGES[seed % len(NUM_PAGES)], max_tokens)
         self._half = self._scheduler.connector._scheduler
-        self._half._reporter.send = lambda address, report: self._report(address.id, "loaded")
         self._hasher = get_request_block_hasher(PAGE_LEN, sha256)
         self._requests: dict[str, Request] = {}
         self._pages: dict[str, list[int]] = {}
@@ -157,10 +156,13 @@ class RandomWork:
         for id, pages in zip(cached.req_ids, cached.new_block_ids, strict=True):
             before = [] if id in cached.resumed_req_ids else self._pages[id]
             self._pages[id] = [*before, *(pages[0] if pages else ())]
-        planned = plan.kv_connector_metadata.plan.loads
+        step_plan = plan.kv_connector_metadata.plan
+        planned = step_plan.loads
         ended = [load for load in self._loading if self._rng.random() < 0.5]
         for load in [*ended, *(load for load in planned if load.in_step)]:
             self._load(load, step)
+        for hit in step_plan.prefix_hits:
+            self._report(hit.reply_to.id, "loaded")
         waiting = [load for load in self._loading if load not in ended]
         self._loading = waiting + [load for load in planned if not load.in_step]
         for id, num_tokens in plan.num_scheduled_tokens.items():

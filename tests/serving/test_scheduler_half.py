@@ -1,6 +1,5 @@
 """The scheduler's half: which tokens are cached, what is loaded and saved, and what is refused."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +8,7 @@ import pytest
 
 from blockft.inference.block_key import block_key
 from blockft.serving.block_request import EncodeRequest, block_params
-from blockft.serving.scheduler_half import SchedulerHalf
+from blockft.serving.scheduler_half import PrefixHit, SchedulerHalf
 from tests.serving.stubs import (
     NOWHERE,
     PAGE_LEN,
@@ -27,18 +26,14 @@ LENGTHS = (5, 4, 6)
 
 
 @pytest.fixture
-def half(tmp_path: Path) -> Iterator[SchedulerHalf]:
-    half = open_half(tmp_path)
-    yield half
-    half.close()
+def half(tmp_path: Path) -> SchedulerHalf:
+    return open_half(tmp_path)
 
 
 @pytest.fixture
-def device_half(tmp_path: Path) -> Iterator[SchedulerHalf]:
+def device_half(tmp_path: Path) -> SchedulerHalf:
     """The device tier has place for one prompt."""
-    half = open_half(tmp_path, device_bytes=16 * SHAPE.token_bytes)
-    yield half
-    half.close()
+    return open_half(tmp_path, device_bytes=16 * SHAPE.token_bytes)
 
 
 def open_half(
@@ -87,6 +82,16 @@ def test_a_load_names_the_blocks_and_the_tokens_that_are_missing(half: Scheduler
     assert not half.plan_step(step({"a": 5})).loads, "a load is planned once"
 
 
+def test_a_prompt_whose_blocks_are_in_the_prefix_cache_is_reported_in_its_step(half: SchedulerHalf) -> None:
+    request = block_request("a", PROMPT, LENGTHS)
+    half.add_request(request)
+    assert half.num_cached_tokens(request, 16) == (0, False)
+    half.allocate(request, [7, 3, 9, 1, 2], 0)
+    plan = half.plan_step(step({"a": 4}, new={"a": [7, 3, 9, 1, 2]}))
+    assert plan.prefix_hits == [PrefixHit(num_blocks=3, reply_to=half._requests["a"].reply_to)]
+    assert not plan.loads and not half.plan_step(step({"a": 1})).prefix_hits
+
+
 def test_a_request_whose_blocks_are_on_the_device_does_not_wait(tmp_path: Path) -> None:
     half = open_half(tmp_path, device_bytes=16 * SHAPE.token_bytes)
     first, second = (block_request(id, PROMPT, LENGTHS) for id in "ab")
@@ -101,7 +106,6 @@ def test_a_request_whose_blocks_are_on_the_device_does_not_wait(tmp_path: Path) 
     half.allocate(second, [2, 4, 6, 8], 11)
     (load,) = half.plan_step(step({"b": 5}, new={"b": [2, 4, 6, 8]})).loads
     assert load.in_step and load.start == 4
-    half.close()
 
 
 def test_blocks_of_a_load_that_failed_are_not_on_the_device(tmp_path: Path) -> None:
@@ -113,7 +117,6 @@ def test_blocks_of_a_load_that_failed_are_not_on_the_device(tmp_path: Path) -> N
         half.allocate(request, [7, 3, 9, 1], 15)
         half.end_loads(finished, bad_pages)
         assert half.num_cached_tokens(request, 0) == (15, True)
-    half.close()
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -128,7 +131,6 @@ def test_blocks_that_were_computed_just_now_are_on_the_device(tmp_path: Path, nu
         half.add_request(encode)
         half.plan_step(step({encode.request_id: end - start}, new={encode.request_id: [4, 8]}))
     assert half.num_cached_tokens(request, 0) == (15, num_workers > 1)
-    half.close()
 
 
 def test_a_request_waits_if_its_blocks_were_evicted_while_it_waited_for_pages(tmp_path: Path) -> None:
@@ -144,7 +146,6 @@ def test_a_request_waits_if_its_blocks_were_evicted_while_it_waited_for_pages(tm
     half.plan_step(step())
     half.allocate(request, [7, 3, 9, 1], 15)
     assert not half.plan_step(step()).loads[0].in_step
-    half.close()
 
 
 def test_pages_of_a_load_in_a_step_are_shared_after_its_result_alone(device_half: SchedulerHalf) -> None:
@@ -193,7 +194,6 @@ def test_pages_of_a_request_that_ends_before_its_first_token_are_evicted(
     request.num_output_tokens = num_output
     half.finish(request, [7, 3, 9, 1, 2, 6, 5])
     assert pool.evicted == evicted
-    half.close()
 
 
 def test_a_request_that_is_preempted_before_its_load_fails_fails_too(tmp_path: Path) -> None:
@@ -209,7 +209,6 @@ def test_a_request_that_is_preempted_before_its_load_fails_fails_too(tmp_path: P
     half.allocate(request, [4, 5, 8, 10, 11, 12], 20)
     (load,) = half.plan_step(step()).loads
     assert "before it was preempted" in load.refusal and not load.in_step
-    half.close()
 
 
 def test_a_load_fails_its_own_request_alone(device_half: SchedulerHalf) -> None:
@@ -236,7 +235,6 @@ def test_requests_wait_for_their_loads_without_the_pages_of_vllm(tmp_path: Path)
     half.add_request(request)
     half._on_device.use(half._keys_of(request, half._requests["a"]))
     assert half.num_cached_tokens(request, 0) == (15, True)
-    half.close()
 
 
 def test_blocks_that_a_worker_has_evicted_are_not_on_the_device(device_half: SchedulerHalf) -> None:
@@ -258,7 +256,6 @@ def test_blocks_that_see_the_first_block_are_loaded_and_saved_with_it(tmp_path: 
     first, document = block_key(PROMPT[:5]), block_key(PROMPT[5:9], PROMPT[:5])
     assert plan.loads[0].keys == [first, document, block_key(PROMPT[9:15], PROMPT[:5])]
     assert [(save.key, save.pages) for save in plan.saves] == [(document, [4, 8, 2])]
-    half.close()
 
 
 def test_a_preempted_request_is_loaded_again(half: SchedulerHalf) -> None:

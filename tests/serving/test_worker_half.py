@@ -25,7 +25,7 @@ from blockft.serving.head_shard import HeadShard
 from blockft.serving.page_writer import open_page_writer
 from blockft.serving.pages import read_blocks, write_blocks
 from blockft.serving.report import Report, Reporter
-from blockft.serving.scheduler_half import Load, Save
+from blockft.serving.scheduler_half import Load, PrefixHit, Save
 from blockft.serving.served_model import ServedModel, list_files
 from blockft.serving.worker_half import WorkerHalf
 from tests.commands import TIMEOUT_S, wait_until
@@ -522,8 +522,22 @@ def test_a_load_in_the_step_of_its_request_is_written_at_once(
     worker.half.load([make_load(pages=pages, request_id="b", in_step=True)], is_idle=False)
     found = read_blocks(worker.layers, SHAPE, PAGE_LEN, page_slots(pages, PAGE_LEN, 0, 15))
     assert_close(found[:, :, 1], torch.cat([kv_of(key)[:, :, 1] for key in KEYS], dim=1))
-    assert reports[1:] == [Report(sources=["device"] * 3)]
+    assert not reports[1:], "the forward pass does not wait for the report"
+    for _ in range(2):
+        worker.half.report([])
+        assert reports[1:] == [Report(sources=["device"] * 3)]
     assert not worker.half.take_finished() and not worker.half.take_bad_pages()
+
+
+def test_blocks_in_the_prefix_cache_are_reported_by_one_worker(
+    open_worker: Callable[..., Worker], reports: list[Report]
+) -> None:
+    worker, hit = open_worker([]), PrefixHit(num_blocks=2, reply_to=ADDRESS)
+    worker.half.report([hit])
+    assert reports == [Report(sources=["device"] * 2)]
+    worker.half._shard = HeadShard(worker=1, num_workers=2)
+    worker.half.report([hit])
+    assert len(reports) == 1
 
 
 @pytest.mark.parametrize("source", ["host", "disk"])
@@ -544,6 +558,7 @@ def test_a_load_in_a_step_waits_for_blocks_that_the_device_tier_has_evicted(
     worker.half.load([make_load(pages=pages, request_id="b", in_step=True)], is_idle=False)
     found = read_blocks(worker.layers, SHAPE, PAGE_LEN, page_slots(pages, PAGE_LEN, 0, 15))
     assert_close(found[:, :, 1], torch.cat([kv_of(key)[:, :, 1] for key in KEYS], dim=1))
+    worker.half.report([])
     assert reports[1:] == [Report(sources=["device", source, "device"])]
     assert not worker.half.take_finished() and not worker.half.take_bad_pages()
 
