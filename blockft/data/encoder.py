@@ -112,9 +112,12 @@ class Encoder:
         self._templated = TemplatedTokenizer(tokenizer)
         self._encode_plain = self._plain.encode_arrays
         self._encode_templated_texts = self._templated.encode_arrays
+        self._plain_cache = self._templated_cache = None
         if cache_bytes:
-            self._encode_plain = TokenCache(self._plain.encode_arrays, cache_bytes // 2).encode
-            self._encode_templated_texts = TokenCache(self._templated.encode_arrays, cache_bytes // 2).encode
+            self._plain_cache = TokenCache(self._plain.encode_arrays, cache_bytes // 2)
+            self._templated_cache = TokenCache(self._templated.encode_arrays, cache_bytes // 2)
+            self._encode_plain = self._plain_cache.encode
+            self._encode_templated_texts = self._templated_cache.encode
         self._markup_ids: dict[str, TokenIds] = {}
         self._ending_ids: dict[str, TokenIds] = {}
 
@@ -140,11 +143,20 @@ class Encoder:
             TemplateMismatch: the template or the tokenizer changes a text.
             UserError: the template or the tokenizer cannot be used.
         """
+        return [ids.tolist() for ids in self.encode_prompt_arrays(sample)]
+
+    def encode_prompt_arrays(self, sample: Sample) -> list[NDArray[np.int32]]:
+        """Return the token ids of each block of a sample's prompt as arrays; see `encode_prompt`."""
         if sample.templated:
-            return self._templated_ids(sample.templated)
+            return self._templated_arrays(sample.templated)
         prompt = self._render(sample, None)
         ids_of = self._ids_of_parts([prompt])
-        return [self._block_ids(block, ids_of).tolist() for block in prompt.blocks]
+        return [self._block_ids(block, ids_of) for block in prompt.blocks]
+
+    def num_new_chars(self, sample: Sample) -> int:
+        """Return the number of characters of a prompt that the tokenizer would read: the cache lacks them."""
+        cache = (self._templated_cache if sample.templated else self._plain_cache) or ()
+        return sum(len(text) for text in sample.blocks if text not in cache)
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each text, encoded as text from data."""
@@ -207,7 +219,7 @@ class Encoder:
         (answer,) = self._templated.encode([sample.response])
         if not answer or answer[-1] not in self._end_ids:
             answer += self._ending
-        blocks = [*map(_token_array, self._templated_ids(sample.templated))]
+        blocks = self._templated_arrays(sample.templated)
         return _build_example(sample, blocks, _token_array(answer))
 
     def _render(self, sample: Sample, response: str | None) -> RenderedPrompt:
@@ -268,12 +280,12 @@ class Encoder:
             self._fail_without_tokens("".join(part.text for part in block))
         return ids
 
-    def _templated_ids(self, blocks: Sequence[str]) -> list[TokenIds]:
-        all_ids = [ids.tolist() for ids in self._encode_templated_texts(blocks)]
-        for ids, text in zip(all_ids, blocks, strict=True):
-            if not ids:
+    def _templated_arrays(self, blocks: Sequence[str]) -> list[NDArray[np.int32]]:
+        arrays = self._encode_templated_texts(blocks)
+        for ids, text in zip(arrays, blocks, strict=True):
+            if not len(ids):
                 self._fail_without_tokens(text)
-        return all_ids
+        return arrays
 
     def _fail_without_tokens(self, text: str) -> NoReturn:
         raise TemplateMismatch(

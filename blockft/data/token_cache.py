@@ -24,6 +24,10 @@ class TokenCache:
         self._ids: OrderedDict[str, Ids] = OrderedDict()
         self.used_bytes = 0
 
+    def __contains__(self, text: str) -> bool:
+        """Return whether the token ids of a text are known."""
+        return text in self._ids
+
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """Return the token ids of each text, read-only."""
         found = {text: ids for text in texts if (ids := self._ids.get(text)) is not None}

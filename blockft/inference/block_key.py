@@ -88,7 +88,8 @@ def _to_bytes(ids: Sequence[int] | np.ndarray) -> bytes:
 
 
 def _to_ids(tokens: bytes) -> list[int]:
-    return [int(token) for token in np.frombuffer(tokens, dtype="<i4")]
+    ids: list[int] = np.frombuffer(tokens, dtype="<i4").tolist()
+    return ids
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from pydantic_core import to_json
+
 from blockft.data.sample import RecordError
 from blockft.errors import UserError
 from blockft.inference.answer import NOT_CACHED
@@ -85,7 +89,7 @@ class EncodedRequest:
     """
 
     request: PromptRequest
-    blocks: Sequence[Sequence[int]]
+    blocks: Sequence[NDArray[np.int32]]
     context: Sequence[BlockKey]
     model: str
     max_len: int
@@ -182,7 +186,7 @@ class BlockFrontEnd:
         confirm = partial(_confirm, encoded, reports.first)
         explain = partial(_explain, encoded, reports)
         sender = AnswerSender(send, usage, confirm, explain, is_chat=encoded.request.is_chat)
-        content = json.dumps(self._completion(encoded, address)).encode()
+        content = to_json(self._completion(encoded, address))
         try:
             inner_scope = with_request(scope, "POST", COMPLETIONS, content)
             await self._app(inner_scope, replay(content, receive), sender)
@@ -224,7 +228,7 @@ class BlockFrontEnd:
     def _completion(self, encoded: EncodedRequest, address: ReplyAddress) -> dict[str, Any]:
         """Return the body of the completion request to vLLM."""
         body = dict(encoded.request.sampling) | {"model": encoded.model}
-        body["prompt"] = [id for block in encoded.blocks for id in block]
+        body["prompt"] = np.concatenate(encoded.blocks).tolist()
         if not body.get("ignore_eos"):
             body["stop_token_ids"] = [*body.get("stop_token_ids", ()), *self._encoder.end_token_ids]
         if encoded.request.is_chat and body.get("max_tokens") is None:
@@ -284,7 +288,7 @@ def _may_have_prompt(scope: Scope) -> bool:
 
 def _check_request(
     request: PromptRequest,
-    blocks: Sequence[Sequence[int]],
+    blocks: Sequence[NDArray[np.int32]],
     models: dict[str, int],
     local_sees_first: bool,
 ) -> EncodedRequest:
@@ -318,6 +322,8 @@ async def _confirm(encoded: EncodedRequest, report: asyncio.Future[Report]) -> s
 
 async def _wait_for(report: asyncio.Future[Report]) -> Report:
     """Return a report, or an empty one if it was lost."""
+    if report.done():
+        return report.result()
     try:
         return await asyncio.wait_for(asyncio.shield(report), REPORT_TIMEOUT_S)
     except TimeoutError:

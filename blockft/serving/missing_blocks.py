@@ -1,12 +1,13 @@
 """Compute the blocks that no tier has, by requests of the front end to vLLM itself."""
 
 import asyncio
-import json
 import os
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
+
+from pydantic_core import to_json
 
 from blockft.errors import UserError
 from blockft.inference.block_key import BlockKey, first_ids, key_digest, num_first, num_tokens, token_ids
@@ -66,12 +67,12 @@ class BlockComputer:
         """
         distinct = list(dict.fromkeys(keys))
         self._forget_old()
-        known = self._running.keys() | self._in_memory.keys()
-        missing = await asyncio.to_thread(self._find_missing, [key for key in distinct if key not in known])
-        missing -= self._in_memory.keys()  # other requests have computed these meanwhile
-        return await self.compute(
-            [key for key in distinct if key in missing or key in self._running], scope, model
-        )
+        missing = set[BlockKey]()
+        if unknown := [key for key in distinct if key not in self._running and key not in self._in_memory]:
+            missing = await asyncio.to_thread(self._find_missing, unknown)
+            missing -= self._in_memory.keys()  # other requests have computed these meanwhile
+        needed = [key for key in distinct if key in missing or key in self._running]
+        return await self.compute(needed, scope, model) if needed else set()
 
     async def compute(self, keys: Iterable[BlockKey], scope: Scope, model: str) -> set[BlockKey]:
         """Compute blocks, and return them; see `compute_missing`."""
@@ -154,7 +155,7 @@ class BlockComputer:
                 self._secret, EncodeRequest(first_len=first_len, reply_to=address)
             ),
         }
-        content = json.dumps(body).encode()
+        content = to_json(body)
         own_scope = with_request(scope, "POST", self._path, content, only_authorization=True)
         reports = asyncio.gather(*expected.blocks.values())
         answer = asyncio.create_task(call(self._app, own_scope, content))

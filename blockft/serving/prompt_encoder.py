@@ -3,6 +3,10 @@
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+
+import numpy as np
+from numpy.typing import NDArray
 
 from blockft.data.encoder import Encoder
 from blockft.data.rag_prompt import RagPrompt, rag_prompt_of_export
@@ -14,6 +18,9 @@ from blockft.serving.served_model import ServedModel
 LARGE_PROMPT_CHARS = 1 << 20
 """Characters from which a prompt is large. It takes a third of a second or more, and up to half a minute."""
 
+SHORT_PROMPT_CHARS = 2_000
+"""Characters to which a prompt is short, without documents whose token ids are known. It takes less than a
+millisecond."""
 
 TOKEN_CACHE_BYTES = 256 << 20
 """Memory for the token ids of documents: of 50,000 documents of 512 tokens."""
@@ -22,7 +29,8 @@ TOKEN_CACHE_BYTES = 256 << 20
 class PromptEncoder:
     """The wording and the tokenizer of a model. Prompts are encoded by one thread, one after the other.
 
-    Large prompts have a thread and a tokenizer of their own, so that the others do not wait for them.
+    Large prompts have a thread and a tokenizer of their own, so that the others do not wait for them. Short
+    prompts are encoded at once, unless the thread works: it would take longer to start it.
 
     prompt: the wording of questions over documents; None if the model was trained without one.
 
@@ -44,20 +52,31 @@ class PromptEncoder:
         served.check_files()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="blockft-encode")
         self._large_thread = ThreadPoolExecutor(1, thread_name_prefix="blockft-encode-large")
+        self._in_use = Lock()
 
-    async def encode(self, sample: Sample) -> list[list[int]]:
-        """Return the token ids of each block of a prompt.
+    async def encode(self, sample: Sample) -> list[NDArray[np.int32]]:
+        """Return the token ids of each block of a prompt. They may be read only.
 
         Raises:
             UserError: the template or the tokenizer changes a text, or the model lacks a token.
         """
-        is_large = sum(map(len, sample.blocks)) >= LARGE_PROMPT_CHARS
-        thread = self._large_thread if is_large else self._thread
-        encoder = self._large_encoder if is_large else self._encoder
-        return await asyncio.get_running_loop().run_in_executor(thread, self._encode, encoder, sample)
+        loop = asyncio.get_running_loop()
+        if sum(map(len, sample.blocks)) >= LARGE_PROMPT_CHARS:
+            return await loop.run_in_executor(self._large_thread, self._encode, self._large_encoder, sample)
+        if self._in_use.acquire(blocking=False):
+            try:
+                if self._encoder.num_new_chars(sample) <= SHORT_PROMPT_CHARS:
+                    return self._encode(self._encoder, sample)
+            finally:
+                self._in_use.release()
+        return await loop.run_in_executor(self._thread, self._encode_in_turn, sample)
 
-    def _encode(self, encoder: Encoder, sample: Sample) -> list[list[int]]:
-        blocks = encoder.encode_prompt(sample)
+    def _encode_in_turn(self, sample: Sample) -> list[NDArray[np.int32]]:
+        with self._in_use:
+            return self._encode(self._encoder, sample)
+
+    def _encode(self, encoder: Encoder, sample: Sample) -> list[NDArray[np.int32]]:
+        blocks = encoder.encode_prompt_arrays(sample)
         for ids in blocks:
-            check_token_ids(ids, self._vocab_size, "the prompt")
+            check_token_ids([int(ids.min()), int(ids.max())], self._vocab_size, "the prompt")
         return blocks

@@ -10,7 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from blockft.data.encoder import Encoder
 from blockft.data.sample import Sample
@@ -149,15 +151,15 @@ def test_no_request_waits_for_the_tokens_of_a_large_prompt(
 ) -> None:
     """A document of 60 MB takes half a minute."""
     monkeypatch.setattr("blockft.serving.prompt_encoder.LARGE_PROMPT_CHARS", 500)
-    is_waiting, may_end, encode = threading.Event(), threading.Event(), Encoder.encode_prompt
+    is_waiting, may_end, encode = threading.Event(), threading.Event(), Encoder.encode_prompt_arrays
 
-    def encode_slowly(encoder: Encoder, sample: Sample) -> list[list[int]]:
+    def encode_slowly(encoder: Encoder, sample: Sample) -> list[NDArray[np.int32]]:
         if sum(map(len, sample.blocks)) >= 500:
             is_waiting.set()
             assert may_end.wait(600)
         return encode(encoder, sample)
 
-    monkeypatch.setattr(Encoder, "encode_prompt", encode_slowly)
+    monkeypatch.setattr(Encoder, "encode_prompt_arrays", encode_slowly)
 
     async def test() -> None:
         large = asyncio.create_task(setup.post({"documents": ["moo " * 125], "question": "?"}))
@@ -170,6 +172,44 @@ def test_no_request_waits_for_the_tokens_of_a_large_prompt(
             may_end.set()
         status, answer = await large
         assert status == 400 and "use fewer documents" in answer["error"]["message"]
+
+    run(test)
+
+
+def test_a_prompt_of_known_documents_is_encoded_at_once(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread would start later than the prompt is encoded. It encodes other prompts one after the other."""
+    monkeypatch.setattr("blockft.serving.prompt_encoder.SHORT_PROMPT_CHARS", 60)
+    is_waiting, may_end, encode = threading.Event(), threading.Event(), Encoder.encode_prompt_arrays
+    may_end.set()
+    threads: list[str] = []
+
+    def encode_here(encoder: Encoder, sample: Sample) -> list[NDArray[np.int32]]:
+        threads.append(threading.current_thread().name)
+        is_waiting.set()
+        assert may_end.wait(600)
+        return encode(encoder, sample)
+
+    monkeypatch.setattr(Encoder, "encode_prompt_arrays", encode_here)
+
+    async def test() -> None:
+        event_loop, thread = threading.current_thread().name, "blockft-encode_0"
+        known = {"documents": ["moo " * 20]}
+        for question in ("Who?", "What?"):
+            assert (await setup.post(known | {"question": question}))[0] == 200
+        assert threads == [thread, event_loop]
+        may_end.clear()
+        is_waiting.clear()
+        new = asyncio.create_task(setup.post({"documents": ["woof " * 20], "question": "?"}))
+        assert await asyncio.to_thread(is_waiting.wait, 600)
+        in_turn = asyncio.create_task(setup.post(known | {"question": "Where?"}))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not in_turn.done(), "the event loop does not wait"
+        may_end.set()
+        assert [status for status, _ in await asyncio.gather(new, in_turn)] == [200, 200]
+        assert threads[2:] == [thread, thread]
 
     run(test)
 
