@@ -116,6 +116,8 @@ class AnswerSender:
             return [await self._error_event(data, is_error="choices" not in chunk)]
         if chunk.get("usage"):
             await self._add_usage(chunk)
+        elif not self._chat:
+            return [data]
         chunks = self._chat.chunks(chunk) if self._chat else [chunk]
         return [json.dumps(chunk).encode() for chunk in chunks]
 
