@@ -87,8 +87,6 @@ def set_worker_environment() -> None:
         os.environ.update(single_rank, MASTER_PORT=str(find_free_port()))
     if use_cpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        # without it DeepSpeed runs numactl for every reduced gradient, to count the nodes of memory
-        os.environ.setdefault("LOCAL_SIZE", str(read_num_local()))
     _share_cores()
 
 
@@ -146,6 +144,9 @@ def init_distributed(watch: RankWatch | None = None) -> None:
         deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
         if use_cpu():
             atexit.register(_destroy_process_group)
+            # DeepSpeed would run numactl for every reduced gradient, to count the nodes of memory. If it were
+            # set earlier, a rank alone would open shared memory.
+            os.environ.setdefault("LOCAL_SIZE", str(read_num_local()))
         # NCCL would guess the device of a rank alone, and print a warning that it has guessed
         devices = None if use_cpu() else [torch.cuda.current_device()]
         dist.barrier(device_ids=devices)  # from here on every rank has opened the shared memory of the others

@@ -5,6 +5,7 @@ import os
 import socket
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -65,9 +66,19 @@ def test_all_ranks_raise_the_error_of_one(failing: dict[int, Exception], expecte
 
 
 def join_alone(port: int) -> None:
+    import deepspeed
+
     distributed.set_worker_environment()
     os.environ["MASTER_PORT"] = str(port)
-    distributed.init_distributed()
+    init = deepspeed.init_distributed
+
+    def init_without_shared_memory(**options: Any) -> None:
+        assert "LOCAL_SIZE" not in os.environ, "DeepSpeed would open shared memory for this rank"
+        init(**options)
+
+    with patch.object(deepspeed, "init_distributed", init_without_shared_memory):
+        distributed.init_distributed()
+    assert os.environ["LOCAL_SIZE"] == "1", "DeepSpeed would start a program for every reduced gradient"
     group = dist.new_group([0])  # as DeepSpeed makes further groups
     total = torch.ones(1)
     dist.all_reduce(total, group=group)
@@ -117,13 +128,3 @@ def test_a_process_without_a_launcher_keeps_its_threads_and_variables(eight_thre
         assert torch.get_num_threads() == 8
     added = {name: value for name, value in os.environ.items() if before.get(name) != value}
     assert added.keys() <= {"DS_ACCELERATOR", "PATH"}
-
-
-@pytest.mark.parametrize("num_local", ["1", "2"])
-def test_deepspeed_learns_the_ranks_of_a_host_from_a_variable(eight_threads: None, num_local: str) -> None:
-    # DeepSpeed would start a program for every reduced gradient to count them
-    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": num_local})
-    os.environ.update({"MASTER_ADDR": "a", "MASTER_PORT": "1"})
-    with patch.object(distributed, "use_cpu", return_value=True):
-        distributed.set_worker_environment()
-    assert os.environ["LOCAL_SIZE"] == num_local
