@@ -225,7 +225,7 @@ class Encoder:
     def _render(self, sample: Sample, response: str | None) -> RenderedPrompt:
         try:
             return self._template.render(
-                sample.messages, sample.documents, response, join_start=self._local_sees_first
+                sample.messages, frozenset(sample.documents), response, join_start=self._local_sees_first
             )
         except TemplateMismatch as error:
             raise TemplateMismatch(f"sample {sample.id} of {sample.source}: {error}", error.reason) from error

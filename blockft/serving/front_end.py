@@ -186,8 +186,8 @@ class BlockFrontEnd:
         confirm = partial(_confirm, encoded, reports.first)
         explain = partial(_explain, encoded, reports)
         sender = AnswerSender(send, usage, confirm, explain, is_chat=encoded.request.is_chat)
-        content = to_json(self._completion(encoded, address))
         try:
+            content = to_json(self._completion(encoded, address))
             inner_scope = with_request(scope, "POST", COMPLETIONS, content)
             await self._app(inner_scope, replay(content, receive), sender)
             if sender.failure is not None:

@@ -19,8 +19,10 @@ LARGE_PROMPT_CHARS = 1 << 20
 """Characters from which a prompt is large. It takes a third of a second or more, and up to half a minute."""
 
 SHORT_PROMPT_CHARS = 2_000
-"""Characters to which a prompt is short, without documents whose token ids are known. It takes less than a
-millisecond."""
+"""Characters to which a prompt is short, without documents whose token ids are known: about a millisecond."""
+
+SHORT_PROMPT_BLOCKS, SHORT_PROMPT_MESSAGES, KNOWN_CHARS = 200, 20, 100_000
+"""What else a short prompt has at most: blocks, messages, and characters with its known documents."""
 
 TOKEN_CACHE_BYTES = 256 << 20
 """Memory for the token ids of documents: of 50,000 documents of 512 tokens."""
@@ -65,11 +67,20 @@ class PromptEncoder:
             return await loop.run_in_executor(self._large_thread, self._encode, self._large_encoder, sample)
         if self._in_use.acquire(blocking=False):
             try:
-                if self._encoder.num_new_chars(sample) <= SHORT_PROMPT_CHARS:
+                if self._is_short(sample):
                     return self._encode(self._encoder, sample)
             finally:
                 self._in_use.release()
         return await loop.run_in_executor(self._thread, self._encode_in_turn, sample)
+
+    def _is_short(self, sample: Sample) -> bool:
+        """Return whether a prompt takes so little time that the event loop may wait for it."""
+        blocks = sample.blocks
+        if len(blocks) > SHORT_PROMPT_BLOCKS or len(sample.messages) > SHORT_PROMPT_MESSAGES:
+            return False
+        if sum(map(len, blocks)) > KNOWN_CHARS:
+            return False
+        return self._encoder.num_new_chars(sample) <= SHORT_PROMPT_CHARS
 
     def _encode_in_turn(self, sample: Sample) -> list[NDArray[np.int32]]:
         with self._in_use:

@@ -33,6 +33,9 @@ NO_WORDING = (
 MAX_NUMBER = 1 << 63
 """The first number that does not fit into 64 bits with a sign."""
 
+MAX_DEPTH = 100
+"""How deeply lists and mappings of a field may be nested. Writing JSON fails at 255."""
+
 CHAT_FIELDS = ("max_completion_tokens", "top_logprobs")
 """Further fields of chat requests."""
 
@@ -153,15 +156,15 @@ def _check_sendable(name: str, value: Any) -> None:
     """Check that vLLM can send a value to its engine. It would answer with an error of the server.
 
     Raises:
-        RecordError: a text is no Unicode, or a number is too large or not finite.
+        RecordError: a text is no Unicode, a number is too large or not finite, or the value is nested deeply.
     """
-    waiting = [value]
+    waiting = [(value, 0)]
     while waiting:
-        part = waiting.pop()
-        if isinstance(part, Mapping):
-            waiting += [*part.keys(), *part.values()]
-        elif is_list(part):
-            waiting += part
+        part, depth = waiting.pop()
+        if isinstance(part, Mapping) or is_list(part):
+            check_field(depth < MAX_DEPTH, f"field {name!r}", value, f"be nested at most {MAX_DEPTH} times")
+            inner = [*part.keys(), *part.values()] if isinstance(part, Mapping) else part
+            waiting += [(element, depth + 1) for element in inner]
         elif isinstance(part, str):
             is_text = not any("\ud800" <= char <= "\udfff" for char in part)
             check_field(is_text, f"field {name!r}", part, "be Unicode without lone surrogates")

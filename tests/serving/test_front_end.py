@@ -1,6 +1,7 @@
 """The front end over an application that behaves as vLLM's: requests, missing blocks, streams, failures."""
 
 import asyncio
+import functools
 import itertools
 import json
 import threading
@@ -37,6 +38,7 @@ from tests.serving.stubs import SECRET, make_served
 DOCUMENTS = ["Dogs bark.", "Cows moo.", "Cats purr."]
 """Documents of a prompt with 5 local blocks: the template's markup, the instruction and the documents."""
 QUESTION = {"documents": DOCUMENTS, "question": "Who barks?"}
+NESTED: Any = functools.reduce(lambda inner, _: [inner], range(101), {})
 CHAT_BLOCKS = {"messages": [{"role": "user", "content": ["Dogs bark.\n", "Cows moo.\n", "Who barks?"]}]}
 
 
@@ -172,6 +174,30 @@ def test_no_request_waits_for_the_tokens_of_a_large_prompt(
             may_end.set()
         status, answer = await large
         assert status == 400 and "use fewer documents" in answer["error"]["message"]
+
+    run(test)
+
+
+@pytest.mark.parametrize("limit", ["SHORT_PROMPT_BLOCKS", "SHORT_PROMPT_MESSAGES", "KNOWN_CHARS"])
+def test_a_prompt_that_may_take_long_is_encoded_by_the_thread(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    """Also if all its documents are known: 100,000 short ones are."""
+    threads: list[str] = []
+    encode = Encoder.encode_prompt_arrays
+
+    def encode_here(encoder: Encoder, sample: Sample) -> list[NDArray[np.int32]]:
+        threads.append(threading.current_thread().name)
+        return encode(encoder, sample)
+
+    monkeypatch.setattr(Encoder, "encode_prompt_arrays", encode_here)
+
+    async def test() -> None:
+        for value in (None, 0):
+            if value is not None:
+                monkeypatch.setattr(f"blockft.serving.prompt_encoder.{limit}", value)
+            assert (await setup.post(QUESTION))[0] == 200
+        assert threads == [threading.current_thread().name, "blockft-encode_0"]
 
     run(test)
 
@@ -380,6 +406,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, QUESTION | {"response_format": [[[{"a": [-(10**40)]}]]]}, "response_format"),
     (CHAT, QUESTION | {"logit_bias": {"1": float("nan")}}, "finite"),
     (CHAT, QUESTION | {"temperature": float("inf")}, "finite"),
+    (CHAT, QUESTION | {"response_format": NESTED}, "nested at most 100 times"),
     (CHAT, QUESTION | {"f" * 1000: 1}, "characters) is not supported"),
     (CHAT, {"messages": [{"role": "user", "content": "a"}], "question": "?"}, "'documents' and 'question'"),
     (CHAT, QUESTION | {"max_completion_tokens": "2", "max_tokens": 2}, "max_tokens"),
