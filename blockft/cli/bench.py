@@ -369,9 +369,7 @@ def bench_serve(
     arrive by a Poisson process. A request that fails counts as slower than every other one. The JSON file is
     written again with each figure and says what is missing. Further options go to both of vLLM's servers.
 
-    On a GPU --compilation-config '{"mode":0,"cudagraph_mode":"FULL"}' matters: without CUDA graphs of
-    prefill steps cached prompts take twice as long, and the start needs no compilation. With
-    --kv-cache-memory-bytes both servers share the GPU. --device-bytes keeps blocks in GPU memory. A small
+    With --kv-cache-memory-bytes both servers share a GPU. --device-bytes keeps blocks in GPU memory. A small
     --timeout lets more rates fit into --limit-s.
 
     \b

@@ -150,8 +150,8 @@ class WorkerHalf:
         """Report the blocks of this step's requests, whose forward pass is enqueued and does not wait."""
         loaded, self._loaded_in_step = self._loaded_in_step, []
         for load, sources in loaded:
-            self._opened.touch(load.needed_keys)
             self._send_sources(load.reply_to, sources)
+            self._opened.touch(load.needed_keys)
         for hit in prefix_hits:
             self._send_sources(hit.reply_to, [Tier.device.value] * hit.num_blocks)
 

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from blockft.errors import UserError
-from blockft.inference.block_key import block_key
+from blockft.inference.block_key import BlockKey, block_key
 from blockft.serving import device_record
 from blockft.serving.block_request import EncodeRequest, block_params, page_slots
+from blockft.serving.block_store import BlockStore
 from blockft.serving.pages import read_blocks
+from blockft.serving.report import Report, Reporter
 from tests.commands import TIMEOUT_S, wait_until
 from tests.serving.stubs import (
     NOWHERE,
@@ -128,6 +130,10 @@ def test_a_block_is_stored_and_then_loaded(
 ) -> None:
     clock = [0.0]
     monkeypatch.setattr(device_record, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    sent: list[Report] = []
+    touched: list[list[BlockKey]] = []
+    monkeypatch.setattr(Reporter, "send", lambda self, address, report: sent.append(report))
+    monkeypatch.setattr(BlockStore, "touch", lambda self, keys: touched.append([*keys]))
     engine, key = Engine(connector, tmp_path), block_key(range(10, 16))
     params = block_params(SECRET, EncodeRequest(reply_to=NOWHERE))
     encode = make_request("e", range(10, 16), params)
@@ -160,12 +166,26 @@ def test_a_block_is_stored_and_then_loaded(
     engine.scheduler.on_new_request(other)
     assert engine.scheduler.get_num_new_matched_tokens(other, 0) == (6, False), "the device tier has it"
     engine.scheduler.update_state_after_alloc(other, pages_of(3, 1), 6)
+    sent.clear()
+    touched.clear()
     assert engine.run(step({"b": 2}, new={"b": [3, 1]})) == (set(), set()), "vLLM waits for no load"
+    assert (sent, touched) == ([Report(sources=["device"])], [[key]])
     assert torch.equal(
         read_blocks(engine.layers, SHAPE, PAGE_LEN, page_slots([3, 1], PAGE_LEN, 0, 6)), kv_of(key)
     )
     assert engine.scheduler.request_finished(other, [3, 1]) == (False, None)
     assert engine.pool.evicted == {3, 1}, "it has no token yet"
+
+    engine.run(step())
+    engine.run(step())
+    known = block_request("c", [*range(10, 16), 4, 8], [6])
+    engine.scheduler.on_new_request(known)
+    assert engine.scheduler.get_num_new_matched_tokens(known, 6) == (0, False), "vLLM's prefix cache has it"
+    engine.scheduler.update_state_after_alloc(known, pages_of(9, 4), 0)
+    for expected in ([Report(sources=["device"])], []):
+        sent.clear()
+        engine.run(step({"c": 2}, new={"c": [9, 4]}))
+        assert sent == expected
     engine.close()
 
 
