@@ -148,20 +148,30 @@ def test_vllm_gets_the_ids_of_the_engine_and_the_limits_of_blocks(setup: Setup) 
     run(test)
 
 
+def before_encoding(monkeypatch: pytest.MonkeyPatch, act: Callable[[Sample], None]) -> None:
+    """Let `act` run with each prompt before it is encoded, in the same thread."""
+    encode = Encoder.encode_prompt_arrays
+
+    def act_and_encode(encoder: Encoder, sample: Sample) -> list[NDArray[np.int32]]:
+        act(sample)
+        return encode(encoder, sample)
+
+    monkeypatch.setattr(Encoder, "encode_prompt_arrays", act_and_encode)
+
+
 def test_no_request_waits_for_the_tokens_of_a_large_prompt(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A document of 60 MB takes half a minute."""
     monkeypatch.setattr("blockft.serving.prompt_encoder.LARGE_PROMPT_CHARS", 500)
-    is_waiting, may_end, encode = threading.Event(), threading.Event(), Encoder.encode_prompt_arrays
+    is_waiting, may_end = threading.Event(), threading.Event()
 
-    def encode_slowly(encoder: Encoder, sample: Sample) -> list[NDArray[np.int32]]:
+    def wait_if_large(sample: Sample) -> None:
         if sum(map(len, sample.blocks)) >= 500:
             is_waiting.set()
             assert may_end.wait(600)
-        return encode(encoder, sample)
 
-    monkeypatch.setattr(Encoder, "encode_prompt_arrays", encode_slowly)
+    before_encoding(monkeypatch, wait_if_large)
 
     async def test() -> None:
         large = asyncio.create_task(setup.post({"documents": ["moo " * 125], "question": "?"}))
@@ -184,13 +194,7 @@ def test_a_prompt_that_may_take_long_is_encoded_by_the_thread(
 ) -> None:
     """Also if all its documents are known: 100,000 short ones are."""
     threads: list[str] = []
-    encode = Encoder.encode_prompt_arrays
-
-    def encode_here(encoder: Encoder, sample: Sample) -> list[NDArray[np.int32]]:
-        threads.append(threading.current_thread().name)
-        return encode(encoder, sample)
-
-    monkeypatch.setattr(Encoder, "encode_prompt_arrays", encode_here)
+    before_encoding(monkeypatch, lambda sample: threads.append(threading.current_thread().name))
 
     async def test() -> None:
         for value in (None, 0):
@@ -207,17 +211,16 @@ def test_a_prompt_of_known_documents_is_encoded_at_once(
 ) -> None:
     """A thread would start later than the prompt is encoded. It encodes other prompts one after the other."""
     monkeypatch.setattr("blockft.serving.prompt_encoder.SHORT_PROMPT_CHARS", 60)
-    is_waiting, may_end, encode = threading.Event(), threading.Event(), Encoder.encode_prompt_arrays
+    is_waiting, may_end = threading.Event(), threading.Event()
     may_end.set()
     threads: list[str] = []
 
-    def encode_here(encoder: Encoder, sample: Sample) -> list[NDArray[np.int32]]:
+    def note_and_wait(sample: Sample) -> None:
         threads.append(threading.current_thread().name)
         is_waiting.set()
         assert may_end.wait(600)
-        return encode(encoder, sample)
 
-    monkeypatch.setattr(Encoder, "encode_prompt_arrays", encode_here)
+    before_encoding(monkeypatch, note_and_wait)
 
     async def test() -> None:
         event_loop, thread = threading.current_thread().name, "blockft-encode_0"
