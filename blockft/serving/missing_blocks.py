@@ -20,10 +20,10 @@ from blockft.serving.served_model import ServedModel
 REPORT_TIMEOUT_S = 60
 """How long the report on a computed block may take after vLLM's answer."""
 
-IN_MEMORY_S = 5
-"""How long a computed block is not looked for in the folder, which gets it later than memory. If memory loses
-it before, the request that needs it computes it again."""
-
+KNOWN_S = 10
+"""How long a block that was computed or found in the folder counts as there. The folder gets a computed block
+later than memory, and a look at each block of a prompt takes milliseconds on slow file systems. If a block is
+evicted meanwhile, the request that needs it computes it again."""
 
 MAX_PROMPTS = 64
 """How many blocks are computed by one request."""
@@ -53,7 +53,7 @@ class BlockComputer:
         self.receiver = receiver
         self._disk_tiers = served.open_disk_tiers()
         self._running: dict[BlockKey, asyncio.Future[None]] = {}
-        self._in_memory: OrderedDict[BlockKey, float] = OrderedDict()
+        self._known: OrderedDict[BlockKey, float] = OrderedDict()
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def compute_missing(self, keys: Iterable[BlockKey], scope: Scope, model: str) -> set[BlockKey]:
@@ -68,9 +68,10 @@ class BlockComputer:
         distinct = list(dict.fromkeys(keys))
         self._forget_old()
         missing = set[BlockKey]()
-        if unknown := [key for key in distinct if key not in self._running and key not in self._in_memory]:
+        if unknown := [key for key in distinct if key not in self._running and key not in self._known]:
             missing = await asyncio.to_thread(self._find_missing, unknown)
-            missing -= self._in_memory.keys()  # other requests have computed these meanwhile
+            missing -= self._known.keys()  # other requests have computed these meanwhile
+            self._keep_known(key for key in unknown if key not in missing)
         needed = [key for key in distinct if key in missing or key in self._running]
         return await self.compute(needed, scope, model) if needed else set()
 
@@ -91,7 +92,7 @@ class BlockComputer:
 
     def _start(self, keys: Sequence[BlockKey], first_len: int, scope: Scope, model: str) -> None:
         for key in keys:
-            self._in_memory.pop(key, None)
+            self._known.pop(key, None)
             self._running[key] = future = asyncio.get_running_loop().create_future()
             future.add_done_callback(partial(self._end, key))
         self._keep(asyncio.create_task(self._compute(keys, first_len, scope, model)))
@@ -101,8 +102,14 @@ class BlockComputer:
 
     def _forget_old(self) -> None:
         now = asyncio.get_running_loop().time()
-        while self._in_memory and next(iter(self._in_memory.values())) < now:
-            self._in_memory.popitem(last=False)
+        while self._known and next(iter(self._known.values())) < now:
+            self._known.popitem(last=False)
+
+    def _keep_known(self, keys: Iterable[BlockKey]) -> None:
+        until = asyncio.get_running_loop().time() + KNOWN_S
+        for key in keys:
+            self._known[key] = until
+            self._known.move_to_end(key)
 
     def _keep(self, task: asyncio.Task[Any]) -> None:
         """Keep a task until it ends. Its result and its error are of no use."""
@@ -117,7 +124,7 @@ class BlockComputer:
     def _end(self, key: BlockKey, future: asyncio.Future[None]) -> None:
         del self._running[key]
         if not future.cancelled() and future.exception() is None:
-            self._in_memory[key] = asyncio.get_running_loop().time() + IN_MEMORY_S
+            self._keep_known([key])
             self._counters.count_encoded(num_tokens(key))
 
     async def _compute(self, keys: Sequence[BlockKey], first_len: int, scope: Scope, model: str) -> None:

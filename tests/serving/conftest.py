@@ -11,7 +11,7 @@ LIMITS = (
     "device_record.COMPUTED_S",
     "front_end.FAILURE_TIMEOUT_S",
     "front_end.REPORT_TIMEOUT_S",
-    "missing_blocks.IN_MEMORY_S",
+    "missing_blocks.KNOWN_S",
     "missing_blocks.REPORT_TIMEOUT_S",
     "report.SEND_TIMEOUT_S",
     "worker_half.IN_STEP_WAIT_S",

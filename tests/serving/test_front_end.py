@@ -6,7 +6,7 @@ import itertools
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -689,7 +689,7 @@ def test_computed_blocks_need_no_folder(setup: Setup) -> None:
 def test_a_block_is_looked_for_in_the_folder_again_after_a_time(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("blockft.serving.missing_blocks.IN_MEMORY_S", 0)
+    monkeypatch.setattr("blockft.serving.missing_blocks.KNOWN_S", 0)
 
     async def test() -> None:
         await setup.post(QUESTION)
@@ -701,11 +701,40 @@ def test_a_block_is_looked_for_in_the_folder_again_after_a_time(
     run(test)
 
 
+def test_a_block_that_was_found_in_the_folder_counts_as_there_for_a_time(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it is evicted meanwhile, the request that needs it computes it again."""
+    looked_for = list[BlockKey]()
+
+    def find_missing(computer: BlockComputer, keys: Iterable[BlockKey]) -> set[BlockKey]:
+        looked_for.extend(keys)
+        return original(computer, keys)
+
+    original = BlockComputer._find_missing
+    monkeypatch.setattr(BlockComputer, "_find_missing", find_missing)
+
+    async def test() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr("blockft.serving.missing_blocks.KNOWN_S", 0)
+            await setup.post(QUESTION)
+        for _ in range(2):
+            assert (await setup.post(QUESTION))[0] == 200
+        assert len(looked_for) == 10 and {*looked_for} == {*setup.vllm.blocks}
+        for key in [*setup.vllm.blocks]:
+            setup.evict(key)
+        status, answer = await setup.post(QUESTION)
+        assert status == 200 and answer["usage"]["block_attention"]["sources"] == {"computed": 5}
+        assert setup.counters.num_encoded == 10 and setup.counters.failures == {"missing": 1}
+
+    run(test)
+
+
 def test_one_block_that_cannot_be_stored_refuses_its_requests_alone(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another request waits for another block of the same computation."""
-    monkeypatch.setattr("blockft.serving.missing_blocks.IN_MEMORY_S", 0)
+    monkeypatch.setattr("blockft.serving.missing_blocks.KNOWN_S", 0)
 
     async def test() -> None:
         await setup.post({"blocks": ["Cows moo.", "a"]}, COMPLETIONS)

@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from blockft.serving.launch import STOP_TIMEOUT_S
-from blockft.serving.missing_blocks import IN_MEMORY_S
+from blockft.serving.missing_blocks import KNOWN_S
 from tests.serving.real_server import (
     TOLERANCE,
     Chat,
@@ -88,7 +88,7 @@ def assert_lives(server: Server, chats: list[Chat]) -> None:
 
 def forget_memory() -> None:
     """Wait until the front end looks for the latest blocks in the folder."""
-    time.sleep(IN_MEMORY_S + 0.5)
+    time.sleep(KNOWN_S + 0.5)
 
 
 def test_damaged_entries_are_computed_again(server: Server, folder: Path, chats: list[Chat]) -> None:
