@@ -190,3 +190,11 @@ def test_graphs_of_all_steps_are_refused_unless_answers_were_compared() -> None:
     check_graphs("FULL", [compared, compared])
     with pytest.raises(UserError, match="wrong answers with SimpleNamespace, TritonAttentionImpl in CUDA"):
         check_graphs("FULL", [compared, other])
+
+
+def test_breakable_graphs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "0")
+    check_graphs("FULL_AND_PIECEWISE", make_layers())
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    with pytest.raises(UserError, match="breakable CUDA graphs"):
+        check_graphs("FULL_AND_PIECEWISE", make_layers())
