@@ -106,13 +106,6 @@ class BlockCache:
             hits |= {key: CacheHit(Tier.disk, entry) for key, entry in pairs if entry}
         return hits
 
-    def touch(self, keys: AbstractSet[BlockKey]) -> None:
-        """Count blocks as used in the host and disk tiers, because a nearer tier gave them."""
-        for key in keys:
-            self.host.get(key)
-        if self.disk is not None:
-            self._touch_on_disk(self.disk, keys)
-
     def insert(self, key: BlockKey, kv: torch.Tensor) -> None:
         """Insert a computed block into the host tier and the disk tier, without waiting for either.
 

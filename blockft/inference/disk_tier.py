@@ -84,12 +84,15 @@ class DiskTier:
 
     def __contains__(self, key: BlockKey) -> bool:
         """Return whether there is an entry of the size of this block. It is neither verified nor used."""
-        try:
-            # a path as a text takes a third of the time: a server asks for all blocks of each prompt
-            status = os.stat(f"{self._model_folder}/{_name(key)}")
-            return status.st_size == self._model.entry_bytes(num_tokens(key))
-        except OSError:
-            return False
+        with suppress(OSError):
+            return self._find(key) is not None
+        return False
+
+    def use(self, key: BlockKey) -> bool:
+        """Return whether there is an entry of the size of this block. It is not verified, but counts as used."""
+        with suppress(OSError):  # reading the entry reports the error
+            return self._touch_existing(key)
+        return False
 
     def open(self, key: BlockKey, keep_open: bool = True) -> "DiskEntry | None":
         """Return the entry of a block, or None if there is no usable entry.
@@ -136,7 +139,7 @@ class DiskTier:
             self._warn_once("budget", f"{text}: such blocks are not written")
             return
         try:
-            if not self._touch_existing(path, num_bytes) and self._write(path, key, kv, num_bytes):
+            if not self._touch_existing(key) and self._write(path, key, kv, num_bytes):
                 self._count(entries_written=1, bytes_written=num_bytes)
         except (OSError, UserError) as error:  # UserError: another version of blockft replaced the folder
             self._count(entries_lost=1)
@@ -145,18 +148,22 @@ class DiskTier:
     def touch(self, keys: Iterable[BlockKey]) -> None:
         """Record that blocks are used now, without reading them. Blocks without an entry are ignored."""
         for key in keys:
-            with suppress(OSError):  # reading the entry reports the error
-                self._touch_existing(self._path(key), self._model.entry_bytes(num_tokens(key)))
+            self.use(key)
 
-    def _touch_existing(self, path: Path, num_bytes: int) -> bool:
-        """Return whether there is an entry of this size. If so, it counts as used."""
+    def _find(self, key: BlockKey) -> os.stat_result | None:
+        """Return the status of the entry's file, or None if there is no entry of the size of this block."""
         try:
-            status = path.stat()
+            status = os.stat(self._file(key))
         except FileNotFoundError:
+            return None
+        return status if status.st_size == self.num_bytes(key) else None
+
+    def _touch_existing(self, key: BlockKey) -> bool:
+        """Return whether there is an entry of the size of this block. If so, it counts as used."""
+        status = self._find(key)
+        if status is None:
             return False
-        if status.st_size != num_bytes:
-            return False
-        self._touch(status, partial(os.utime, path))
+        self._touch(status, partial(os.utime, self._file(key)))
         return True
 
     def _write(self, path: Path, key: BlockKey, kv: torch.Tensor, num_bytes: int) -> bool:
@@ -171,7 +178,7 @@ class DiskTier:
             # Some file systems report a full disk only on close. This closes a copy and keeps the lock.
             os.close(os.dup(file.fileno()))
             with self._folder.locked() as byte_count:
-                if self._touch_existing(path, num_bytes):
+                if self._touch_existing(key):
                     return False
                 used = self._make_room(byte_count, num_bytes)
                 replaced = path.stat().st_size if path.exists() else 0
@@ -242,7 +249,11 @@ class DiskTier:
             self._statistics = replace(now, **{name: getattr(now, name) + n for name, n in more.items()})
 
     def _path(self, key: BlockKey) -> Path:
-        return self._model_folder / _name(key)
+        return Path(self._file(key))
+
+    def _file(self, key: BlockKey) -> str:
+        # a path as a text takes a third of the time: a server asks for all blocks of each prompt
+        return f"{self._model_folder}/{_name(key)}"
 
 
 class DiskEntry:

@@ -58,15 +58,14 @@ class BlockStore:
         blocks = {key: kv for key in keys if (kv := self._host.get(key)) is not None}
         if len(blocks) < len({*keys}):
             return self._thread.submit(self._load, keys)
-        self.touch(keys)
         loaded = Future[LoadedBlocks]()
         loaded.set_result(LoadedBlocks(blocks=blocks, tiers=dict.fromkeys(blocks, Tier.host)))
         return loaded
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
-        """Count blocks as used on the host and on disk, in the background: a nearer place had them."""
-        for cache in self._caches:
-            self._thread.submit(cache.touch, {*keys})
+        """Count blocks as used on the host: a nearer place had them. The front end does it for the disk."""
+        for key in keys:
+            self._host.get(key)
 
     def empty(self, length: int) -> torch.Tensor:
         """Return an empty tensor on the host for a block of `length` tokens; any thread may ask for it."""

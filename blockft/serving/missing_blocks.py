@@ -98,7 +98,11 @@ class BlockComputer:
         self._keep(asyncio.create_task(self._compute(keys, first_len, scope, model)))
 
     def _find_missing(self, keys: Iterable[BlockKey]) -> set[BlockKey]:
-        return {key for key in keys if not any(key in tier for tier in self._disk_tiers)}
+        """Return the blocks that the folder has not. The others count as used there.
+
+        Workers may take them from nearer places, such as vLLM's prefix cache, and then do not open them.
+        """
+        return {key for key in keys if not any(tier.use(key) for tier in self._disk_tiers)}
 
     def _forget_old(self) -> None:
         now = asyncio.get_running_loop().time()

@@ -151,7 +151,7 @@ class WorkerHalf:
         loaded, self._loaded_in_step = self._loaded_in_step, []
         for load, sources in loaded:
             self._send_sources(load.reply_to, sources)
-            self._opened.touch(load.needed_keys)
+            self._opened.touch(load.keys)
         for hit in prefix_hits:
             self._send_sources(hit.reply_to, [Tier.device.value] * hit.num_blocks)
 
@@ -260,9 +260,9 @@ class WorkerHalf:
 
     def _start(self, load: Load) -> Future[LoadedBlocks] | None:
         """Write the blocks of a load, or start to load those that memory does not have."""
+        self._opened.touch(load.keys)
         in_memory, to_load = self._find(load)
         if not to_load:
-            self._opened.touch(load.needed_keys)
             self._write(load, in_memory, {})
             return None
         future = self._opened.load(to_load)

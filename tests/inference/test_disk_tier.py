@@ -321,6 +321,18 @@ def test_the_least_recently_used_entries_are_evicted(folder: Path) -> None:
     assert used_bytes(folder) == stored_bytes(folder) == 3 * SIZE
 
 
+def test_an_entry_may_be_used_without_being_read(folder: Path, tier: DiskTier) -> None:
+    for key in KEYS[:2]:
+        tier.write(key, kv_of(key))
+        os.utime(path_of(folder, key), (1000, 1000))
+    path_of(folder, KEYS[2]).write_bytes(b"of another size")
+    assert [tier.use(key) for key in (KEYS[0], *KEYS[2:4])] == [True, False, False]
+    assert tier.statistics.entries_read == 0
+    with CacheFolder(folder).locked() as byte_count:
+        CacheFolder(folder).prune(byte_count, unused_since=2000)
+    assert [key in tier for key in KEYS[:2]] == [True, False]
+
+
 def test_a_budget_of_one_block_keeps_the_last_block(folder: Path) -> None:
     tier = DiskTier(folder, TOY, max_bytes=SIZE)
     for key in KEYS:

@@ -4,7 +4,9 @@ import asyncio
 import functools
 import itertools
 import json
+import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
@@ -13,11 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from blockft.data.encoder import Encoder
 from blockft.data.sample import Sample
-from blockft.inference.block_key import BlockKey, block_key, first_ids, num_first, token_ids
+from blockft.inference.block_key import BlockKey, block_key, first_ids, num_first, num_tokens, token_ids
+from blockft.inference.disk_tier import DiskTier
 from blockft.serving import front_end
 from blockft.serving.answer_sender import ABORTED
 from blockft.serving.block_request import BlockRequest, block_keys, block_salt, parse_params
@@ -33,7 +37,7 @@ from blockft.serving.prompt_encoder import PromptEncoder
 from blockft.serving.report import Report
 from blockft.serving.served_model import ServedModel
 from tests.serving.fake_vllm import LEAVE, MAX_LEN, Client, FakeVllm
-from tests.serving.stubs import SECRET, make_served
+from tests.serving.stubs import SECRET, SHAPE, make_served
 
 DOCUMENTS = ["Dogs bark.", "Cows moo.", "Cats purr."]
 """Documents of a prompt with 5 local blocks: the template's markup, the instruction and the documents."""
@@ -146,6 +150,33 @@ def test_vllm_gets_the_ids_of_the_engine_and_the_limits_of_blocks(setup: Setup) 
         assert setup.vllm.blocks == {block_key(block) for block in blocks[:-1]}
 
     run(test)
+
+
+def test_blocks_that_nearer_places_give_count_as_used_on_disk(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers open no entry for blocks of vLLM's prefix cache, for example. Hot blocks would be evicted."""
+    monkeypatch.setattr("blockft.serving.missing_blocks.IN_MEMORY_S", 0)
+    by_blockft, by_vllm = setup.served.open_disk_tiers()
+    long_ago, now = 1000, time.time()
+
+    async def test() -> None:
+        await setup.post(QUESTION)
+        known = [*setup.vllm.blocks]
+        by_blockft.write(known[0], torch.zeros(SHAPE.num_layers, *SHAPE.layer_shape(num_tokens(known[0]))))
+        await setup.post({"documents": ["Pigs oink."], "question": "?"})
+        for path in Path(setup.served.folder).rglob("*.safetensors"):
+            os.utime(path, (long_ago, long_ago))
+        await setup.post(QUESTION)
+        used = {key for key in setup.vllm.blocks if _used_since(by_vllm, key, now)}
+        assert used == {*known[1:]} and _used_since(by_blockft, known[0], now)
+        assert not setup.vllm.blocks <= used | {known[0]}, "the pigs"
+
+    run(test)
+
+
+def _used_since(tier: DiskTier, key: BlockKey, start: float) -> bool:
+    return tier._path(key).stat().st_mtime >= start - 1
 
 
 def before_encoding(monkeypatch: pytest.MonkeyPatch, act: Callable[[Sample], None]) -> None:

@@ -540,6 +540,23 @@ def test_blocks_in_the_prefix_cache_are_reported_by_one_worker(
     assert len(reports) == 1
 
 
+@pytest.mark.parametrize("start", [0, 8])
+def test_blocks_that_nearer_places_give_are_not_evicted_from_the_host(
+    open_worker: Callable[..., Worker], reports: list[Report], start: int
+) -> None:
+    """The first block comes from the device tier, and with a later start from vLLM's prefix cache."""
+    new = random_key(3, 6)
+    host_bytes, device_bytes = 17 * SHAPE.token_bytes, 0 if start else 15 * SHAPE.token_bytes
+    worker = open_worker([*KEYS, new], host_bytes=host_bytes, device_bytes=device_bytes)
+    for keys in (KEYS[:1], KEYS[1:2]):
+        worker.load(make_load(keys=keys))
+    assert worker.load(make_load(keys=[KEYS[0], KEYS[2]], start=start)) == ({"a"}, set())
+    assert reports.pop() == Report(sources=["device", "disk"])
+    worker.load(make_load(keys=[new]))
+    host = worker.half._opened._host
+    assert [key in host for key in (*KEYS, new)] == [True, False, True, True]
+
+
 @pytest.mark.parametrize("source", ["host", "disk"])
 def test_a_load_in_a_step_waits_for_blocks_that_the_device_tier_has_evicted(
     open_worker: Callable[..., Worker],
