@@ -89,7 +89,7 @@ class DiskTier:
         return False
 
     def use(self, key: BlockKey) -> bool:
-        """Return whether there is an entry of the size of this block. It is not verified, but counts as used."""
+        """Return whether there is an entry of the size of this block. It counts as used, unverified."""
         with suppress(OSError):  # reading the entry reports the error
             return self._touch_existing(key)
         return False
