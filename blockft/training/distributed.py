@@ -17,6 +17,7 @@ import torch.distributed as dist
 from blockft.errors import UserError, is_first_of_host
 from blockft.outputs import SharedWriteError, is_disk_full, temporary_path
 from blockft.training.compiler_lock import watch_compiler_locks
+from blockft.training.core_share import find_usable_cores, share_threads
 from blockft.training.library_internals import (
     compile_cpu_operator,
     forget_process_groups,
@@ -87,20 +88,6 @@ def set_worker_environment() -> None:
         os.environ.update(single_rank, MASTER_PORT=str(find_free_port()))
     if use_cpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    _share_cores()
-
-
-def _share_cores() -> None:
-    """Divide the cores of this host between its ranks, unless OMP_NUM_THREADS says how many threads one has.
-
-    Otherwise every rank would compute on the CPU with as many threads as there are cores.
-    """
-    if os.environ.get("OMP_NUM_THREADS"):
-        return
-    num_threads = max(1, torch.get_num_threads() // read_num_local())
-    torch.set_num_threads(num_threads)
-    # for DeepSpeed's optimizers on the CPU, and so that accelerate does not choose another number
-    os.environ["OMP_NUM_THREADS"] = str(num_threads)
 
 
 def find_free_port() -> int:
@@ -112,6 +99,8 @@ def find_free_port() -> int:
 
 def init_distributed(watch: RankWatch | None = None) -> None:
     """Join the other ranks of the run, which must all call it within DEEPSPEED_TIMEOUT minutes (default 10).
+
+    The ranks of a host then divide its cores, see `core_share`.
 
     Raises:
         UserError: this host has no GPU for this rank, or the ranks cannot connect.
@@ -152,6 +141,23 @@ def init_distributed(watch: RankWatch | None = None) -> None:
         dist.barrier(device_ids=devices)  # from here on every rank has opened the shared memory of the others
     if use_cpu():
         unlink_shared_memory()
+    _share_cores()
+
+
+def _share_cores() -> None:
+    """Set the number of threads of this rank, unless OMP_NUM_THREADS does. All ranks call it.
+
+    Otherwise every rank would compute on the CPU with as many threads as there are cores.
+    """
+    own = find_usable_cores()
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, own)
+    if os.environ.get("OMP_NUM_THREADS"):
+        return
+    num_threads = share_threads(own, ranks, torch.get_num_threads())
+    torch.set_num_threads(num_threads)
+    # for DeepSpeed's optimizers on the CPU, and so that accelerate does not choose another number
+    os.environ["OMP_NUM_THREADS"] = str(num_threads)
 
 
 def _time_limit(watch: RankWatch | None) -> AbstractContextManager[None]:

@@ -3,7 +3,6 @@
 import errno
 import os
 import socket
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -92,39 +91,65 @@ def test_a_rank_alone_needs_no_port() -> None:
     assert done.stdout == "1 rank, sum 1.0\n"
 
 
-@pytest.fixture
-def eight_threads() -> Iterator[None]:
-    """A process of its own cores, eight of them, without a launcher and without a number of threads."""
-    variables = ("RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMP_NUM_THREADS")
-    num_threads = torch.get_num_threads()
-    with patch.dict(os.environ):
-        for name in variables:
-            os.environ.pop(name, None)
-        torch.set_num_threads(8)
-        yield
-    torch.set_num_threads(num_threads)
+def start_with_affinity(affinities: list[set[int]], threads: str | None) -> None:
+    """Join the other ranks as a process that is bound to cores of a larger host, and print its threads."""
+    rank = int(os.environ["RANK"]) if distributed.is_worker() else 0
+    os.environ.pop("OMP_NUM_THREADS")
+    if threads:
+        os.environ["OMP_NUM_THREADS"] = threads
+    torch.set_num_threads(len(affinities[rank]))  # as OpenMP counts them
+    with patch.object(os, "sched_getaffinity", lambda _: affinities[rank]), distributed.worker_environment():
+        distributed.init_distributed()
+        line = f"rank {rank}: {torch.get_num_threads()} {os.environ['OMP_NUM_THREADS']}\n"
+        os.write(1, line.encode())
+        distributed.shutdown_distributed()
 
 
-@pytest.mark.parametrize(("num_local", "num_threads"), [(1, 8), (2, 4), (3, 2), (16, 1)])
-def test_the_ranks_of_a_host_share_its_cores(eight_threads: None, num_local: int, num_threads: int) -> None:
-    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "16", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
-    os.environ.update(rank, LOCAL_SIZE=str(num_local))
-    distributed.set_worker_environment()
-    assert torch.get_num_threads() == num_threads
-    assert os.environ["OMP_NUM_THREADS"] == str(num_threads)
+ALL = set(range(8))
 
 
-def test_a_number_of_threads_from_the_user_is_kept(eight_threads: None) -> None:
-    os.environ["OMP_NUM_THREADS"] = "3"  # read by libraries at their start, not here
-    with distributed.worker_environment():
-        assert torch.get_num_threads() == 8
-        assert os.environ["OMP_NUM_THREADS"] == "3"
-    assert os.environ["OMP_NUM_THREADS"] == "3"
+@pytest.mark.parametrize(
+    ("affinities", "expected"),
+    [
+        ([ALL], [8]),
+        ([ALL, ALL], [4, 4]),
+        ([ALL, ALL, ALL], [2, 2, 2]),
+        # srun --cpus-per-task=4, or numactl for each rank
+        ([{0, 1, 2, 3}, {4, 5, 6, 7}], [4, 4]),
+        # two ranks on each socket
+        ([{0, 1, 2, 3}, {4, 5, 6, 7}, {0, 1, 2, 3}, {4, 5, 6, 7}], [2, 2, 2, 2]),
+        # a container, or a task of SLURM with all ranks
+        ([{2, 3, 4, 5}, {2, 3, 4, 5}], [2, 2]),
+        ([{0}, {0}, {0}], [1, 1, 1]),
+    ],
+)
+def test_ranks_divide_the_cores_that_they_share(affinities: list[set[int]], expected: list[int]) -> None:
+    command = partial(start_with_affinity, affinities, None)
+    done = fork_ranks(command, num_ranks=len(affinities), GLOO_SOCKET_IFNAME="lo").wait()
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == [f"rank {i}: {num} {num}" for i, num in enumerate(expected)]
 
 
-def test_a_process_without_a_launcher_keeps_its_threads_and_variables(eight_threads: None) -> None:
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_number_of_threads_from_the_user_is_kept(num_ranks: int) -> None:
+    # a library reads the variable at its start, not here
+    command = partial(start_with_affinity, [ALL] * num_ranks, "3")
+    done = fork_ranks(command, num_ranks=num_ranks, GLOO_SOCKET_IFNAME="lo").wait()
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == [f"rank {i}: 8 3" for i in range(num_ranks)]
+
+
+def keep_threads_and_variables() -> None:
+    os.environ.pop("OMP_NUM_THREADS")
+    torch.set_num_threads(1)
     before = dict(os.environ)
     with distributed.worker_environment():
-        assert torch.get_num_threads() == 8
-    added = {name: value for name, value in os.environ.items() if before.get(name) != value}
-    assert added.keys() <= {"DS_ACCELERATOR", "PATH"}
+        distributed.init_distributed()
+    changed = {name for name in os.environ if before.get(name) != os.environ[name]}
+    assert not changed - {"DS_ACCELERATOR", "PATH"}, changed
+    assert torch.get_num_threads() == 1
+
+
+def test_a_process_without_a_launcher_keeps_its_threads_and_variables() -> None:
+    done = fork_ranks(keep_threads_and_variables).wait()
+    assert done.returncode == 0, done.stderr
