@@ -32,7 +32,17 @@ MAY_IMPORT = {
     "run_folder": {"outputs", "digest", "errors"},
     "progress": {"console", "printable", "units", "errors"},
     "attention": {"errors"},
-    "data": {"attention", "file_content", "hub_access", "outputs", "digest", "inputs", "units", "errors"},
+    "data": {
+        "attention",
+        "file_content",
+        "folder_lock",
+        "hub_access",
+        "outputs",
+        "digest",
+        "inputs",
+        "units",
+        "errors",
+    },
     "model": FOLDERS
     | {
         "file_content",

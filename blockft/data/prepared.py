@@ -45,6 +45,7 @@ from blockft.digest import (
     verify_files,
 )
 from blockft.errors import UserError
+from blockft.folder_lock import reading_folder
 
 MANIFEST = "manifest.json"
 EXAMPLES = "examples"
@@ -244,15 +245,21 @@ class PreparedData:
             return [parse_sample(json.loads(line)) for line in islice(lines, start, start + number)]
 
 
-def load_prepared(folder: Path) -> PreparedData:
+def load_prepared(folder: Path, action: str = "blockft") -> PreparedData:
     """Open a prepared folder after checking that its files are what `prepare` wrote.
 
-    Every rank of a run checks all files: a rank that fails alone would leave the others waiting.
+    Every rank of a run checks all files: a rank that fails alone would leave the others waiting. If the
+    folder is replaced later, the examples are still the old ones, but the samples are not. Who reads samples
+    holds `reading_folder`.
+
+    action: what this process does, for the message of a writer that is refused meanwhile.
 
     Raises:
-        UserError: the folder does not exist, is incomplete or damaged, or has another version.
+        UserError: the folder does not exist, is incomplete or damaged, or has another version; another
+            process writes it.
     """
-    return open_verified(folder, verify_prepared(folder))
+    with reading_folder(folder, action):
+        return open_verified(folder, verify_prepared(folder))
 
 
 def verify_prepared(folder: Path) -> dict[str, Any]:

@@ -19,10 +19,14 @@ from blockft.console import PlainConsole
 from blockft.data.encoder import IGNORE_INDEX, Example
 from blockft.data.prepared import PreparedData, load_prepared
 from blockft.errors import UserError
+from blockft.folder_lock import reading_folder
 from blockft.model.load import load_tokenizer
 from blockft.outputs import check_writable, plain_label, save_figure, write_atomic
 from blockft.printable import print_text, printable
 from blockft.units import format_count
+
+ACTION = "blockft inspect"
+"""Name of this command in the message for another process that wants to write the folder."""
 
 NUM_SAMPLES = 8
 """Number of examples of the page."""
@@ -63,7 +67,7 @@ def inspect(
 
     Raises:
         UserError: `folder` is not a prepared folder; it has no example `index`; a file cannot be written;
-            options contradict each other.
+            options contradict each other; another process writes the folder.
     """
     if html is None and (num_samples is not None or seed is not None):
         raise UserError("--num-samples and --seed choose the examples of a page: add --html FILE")
@@ -74,7 +78,21 @@ def inspect(
             _check_outside(path, folder)
     if html is not None:
         _check_page_path(html)
-    prepared = load_prepared(folder)
+    with reading_folder(folder, ACTION):
+        _inspect(folder, index, as_json, png, html, num_samples, seed)
+
+
+def _inspect(
+    folder: Path,
+    index: int | None,
+    as_json: bool,
+    png: Path | None,
+    html: Path | None,
+    num_samples: int | None,
+    seed: int | None,
+) -> None:
+    """Show an example of a folder that no other process writes."""
+    prepared = load_prepared(folder, ACTION)
     if index is not None and not 0 <= index < len(prepared.examples):
         raise UserError(
             f"{folder} has no example {index}: its examples are 0 to {len(prepared.examples) - 1}"

@@ -24,10 +24,10 @@ def print_summary(recipe: Recipe) -> None:
     Warnings say what to change if the rows have much padding or many records were dropped.
 
     Raises:
-        UserError: the folder is missing or incomplete.
+        UserError: the folder is missing or incomplete, or another process writes it.
     """
     data = recipe.data
-    prepared = load_prepared(Path(data.output_dir))
+    prepared = load_prepared(Path(data.output_dir), "blockft prepare")
     mixture = read_mixture(recipe, prepared.manifest)
     columns = prepared.examples.columns
     item_lengths, num_copied = list_item_lengths(

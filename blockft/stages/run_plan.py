@@ -143,7 +143,7 @@ def build_plan(recipe: Recipe, num_processes: int, *, on_gpu: bool | None = None
     config = _load_base_config(recipe)
     model, num_parameters = build_training_model(recipe)
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision, recipe.model.chat_template)
-    prepared = load_prepared(Path(recipe.data.output_dir))
+    prepared = load_prepared(Path(recipe.data.output_dir), "blockft train")
     _check_prepared(recipe, prepared, tokenizer, config.vocab_size)
     _warn_of_long_examples(recipe, prepared, config.max_position_embeddings)
     mixture = read_mixture(recipe, prepared.manifest)
