@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blockft.errors import UserError
+from blockft.held_signals import hold_signals
 from blockft.printable import print_text
 
 STOP_TIMEOUT_S = 90
@@ -56,7 +57,7 @@ class ServerProcess:
         """Start the process."""
         assert self._process is None
         self._begun = time.monotonic()
-        with self._log.open("wb") as output:
+        with self._log.open("wb") as output, hold_signals():
             # a session of its own: Ctrl-C ends the benchmark, which ends the server
             self._process = subprocess.Popen(
                 self.command.words,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from blockft.errors import UserError
+from blockft.held_signals import hold_signals
 from blockft.serving.served_model import ServedModel
 
 SERVER = "vllm.entrypoints.openai.api_server"
@@ -97,16 +98,23 @@ def run_server(served: ServedModel, folder: Path, options: Sequence[str]) -> int
     file = folder / "served_model.json"
     served.save(file)
     environment = os.environ | {"BLOCKFT_SERVED_MODEL": str(file)}
-    process = subprocess.Popen(server_command(served, file, options), env=environment)
+    process: subprocess.Popen[bytes] | None = None
     try:
+        with hold_signals():
+            process = subprocess.Popen(server_command(served, file, options), env=environment)
         code = process.wait()
-    except KeyboardInterrupt:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    except BaseException:  # an interruption may come as another error
+        if process is not None:
+            _stop(process)
         raise
     # a process that a signal ended has a negative code
     return code if code >= 0 else 128 - code
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from blockft.errors import INTERNAL_ERROR, INTERRUPTED, USER_ERROR, UserError, notify
+from blockft.held_signals import hold_signals
 from blockft.training.distributed import find_free_port, use_cpu
 from blockft.training.hosts import (
     PDSH_FAILURE,
@@ -89,15 +90,6 @@ def start_workers(
     """
     over_ssh = hosts is not None and hosts.node_rank is None
     arguments, environment = _prepare_launch(arguments, hosts)
-    # a new session: otherwise Ctrl-C also reaches the workers directly, and a second signal ends them at once
-    launcher = subprocess.Popen(
-        [*_launcher_command(num_gpus, hosts), "--module", "blockft", *arguments],
-        env=environment,
-        stderr=subprocess.PIPE if over_ssh else None,
-        encoding="utf-8",
-        errors="replace",
-        start_new_session=True,
-    )
     signals: list[int] = []
 
     def forward_signal(number: int, _: Any) -> None:
@@ -113,8 +105,18 @@ def start_workers(
             for process in ranks or children:
                 process.terminate()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, forward_signal)
+    with hold_signals():
+        # a new session: otherwise Ctrl-C also reaches the workers directly, and a second signal ends them
+        launcher = subprocess.Popen(
+            [*_launcher_command(num_gpus, hosts), "--module", "blockft", *arguments],
+            env=environment,
+            stderr=subprocess.PIPE if over_ssh else None,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
+        )
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, forward_signal)
     if watch:
         watch.on_failure = partial(_end_launcher, launcher)
     failed: list[tuple[str, int]] = []
@@ -150,16 +152,18 @@ def run_briefly(
         UserError: the processes have not ended in time.
     """
     arguments, environment = _prepare_launch(arguments, hosts)
-    launcher = subprocess.Popen(
-        [*_launcher_command(num_gpus, hosts), "--module", "blockft", *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        errors="replace",
-        start_new_session=True,
-    )
+    launcher: subprocess.Popen[str] | None = None
     try:
+        with hold_signals():
+            launcher = subprocess.Popen(
+                [*_launcher_command(num_gpus, hosts), "--module", "blockft", *arguments],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                encoding="utf-8",
+                errors="replace",
+                start_new_session=True,
+            )
         output, _ = launcher.communicate(timeout=timeout_s)
         return launcher.returncode, output.splitlines()
     except subprocess.TimeoutExpired as error:
@@ -175,7 +179,7 @@ def run_briefly(
             + " (NCCL_DEBUG=INFO shows more of GPUs)"
         ) from error
     finally:
-        if launcher.poll() is None:
+        if launcher is not None and launcher.poll() is None:
             if hosts is not None:
                 signal_hosts(hosts, gently=False)
             with suppress(ProcessLookupError):

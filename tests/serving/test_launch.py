@@ -1,9 +1,11 @@
 """The command of the server, the options that are refused, and its end."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,6 +72,32 @@ def run_script(monkeypatch: pytest.MonkeyPatch, folder: Path, seconds: float) ->
 
 def test_the_exit_code_is_that_of_the_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert run_script(monkeypatch, tmp_path, 0) == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_while_the_server_is_created_ends_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals
+) -> None:
+    """Nobody would know its process otherwise, and it would go on with the memory of the GPU."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    class InterruptedPopen(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            processes.append(self)
+            wait_until((tmp_path / "started").exists)
+            signal.raise_signal(number)
+
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        monkeypatch.setattr(subprocess, "Popen", InterruptedPopen)
+        with pytest.raises(KeyboardInterrupt):
+            run_script(monkeypatch, tmp_path, 3600)
+        assert processes[0].returncode == 7
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
+        processes[0].kill()
 
 
 def test_an_interruption_ends_the_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

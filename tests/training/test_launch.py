@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -24,7 +25,7 @@ from typer import Exit
 
 from blockft.cli import commands as cli_commands
 from blockft.config.recipe import RECIPES_FOLDER
-from blockft.errors import UserError
+from blockft.errors import INTERRUPTED, UserError
 from blockft.model.checkpoint import MARKER, complete_checkpoints
 from blockft.stages.prepare import prepare
 from blockft.training import distributed, launch
@@ -223,6 +224,9 @@ def test_the_processes_of_a_host_end_when_another_host_has_failed(
     assert capsys.readouterr().err == "blockft: node 1 on b has failed\n"
 
 
+WAIT = "import time; time.sleep(3600)"
+
+
 class PopenThatHasPrinted(subprocess.Popen[str]):
     """A process whose time begins when it prints something, however long it takes to start."""
 
@@ -237,6 +241,35 @@ def test_processes_that_do_not_end_are_ended_with_their_last_message(monkeypatch
     monkeypatch.setattr(launch.subprocess, "Popen", PopenThatHasPrinted)
     with pytest.raises(UserError, match="not ended within 5 s: waiting for the compiler"):
         launch.run_briefly(["doctor"], num_gpus=2, hosts=None, timeout_s=5)
+
+
+@pytest.mark.parametrize("is_brief", [False, True])
+def test_an_interruption_while_the_launcher_is_created_ends_it(
+    monkeypatch: pytest.MonkeyPatch, is_brief: bool
+) -> None:
+    """Ctrl-C does not reach it, because it has a session of its own."""
+    processes: list[subprocess.Popen[str]] = []
+
+    class InterruptedPopen(subprocess.Popen[str]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            processes.append(self)
+            signal.raise_signal(signal.SIGINT)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(launch, "_launcher_command", lambda *_: [sys.executable, "-c", WAIT])
+    monkeypatch.setattr(launch.subprocess, "Popen", InterruptedPopen)
+    try:
+        if is_brief:
+            with pytest.raises(KeyboardInterrupt):
+                launch.run_briefly(["doctor"], num_gpus=2, hosts=None, timeout_s=TIMEOUT_S)
+        else:
+            assert launch.start_workers(["train"], num_gpus=2, hosts=None) == INTERRUPTED
+        assert processes[0].returncode in (-signal.SIGTERM, -signal.SIGKILL)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        processes[0].kill()
 
 
 def test_more_processes_than_gpus_are_refused_before_any_starts(
