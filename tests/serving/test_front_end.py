@@ -156,7 +156,7 @@ def test_blocks_that_nearer_places_give_count_as_used_on_disk(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Workers open no entry for blocks of vLLM's prefix cache, for example. Hot blocks would be evicted."""
-    monkeypatch.setattr("blockft.serving.missing_blocks.IN_MEMORY_S", 0)
+    monkeypatch.setattr("blockft.serving.missing_blocks.KNOWN_S", -1)
     by_blockft, by_vllm = setup.served.open_disk_tiers()
     long_ago, now = 1000, time.time()
 
