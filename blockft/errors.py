@@ -8,6 +8,9 @@ from typing import Any
 
 from blockft.printable import print_text
 
+MAX_NAME_LEN = 200
+"""Longest name, in characters, for which a similar one is looked for."""
+
 INTERNAL_ERROR, USER_ERROR, INTERRUPTED = 1, 2, 130
 """Exit codes of a command that fails: by a mistake in the program, by one of the user, and by a signal."""
 
@@ -59,8 +62,16 @@ def is_first_of_host() -> bool:
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Return the question whether the most similar of `names` is meant, or "" if none is similar."""
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {close[0]}?" if close else ""
+    folded = {other.casefold(): other for other in names}
+    close = difflib.get_close_matches(name.casefold(), folded, n=1)
+    return f"did you mean {folded[close[0]]}?" if close else ""
+
+
+def list_allowed(value: Any, names: Iterable[str]) -> str:
+    """Return the values that are allowed instead of `value`, and whether the most similar one is meant."""
+    names = list(names)
+    allowed = f"allowed: {', '.join(names)}"
+    return "; ".join(filter(None, (allowed, did_you_mean(str(value)[:MAX_NAME_LEN], names))))
 
 
 def check_type(value: Any, expected: type | tuple[type, ...], name: str, remedy: str = "") -> None:

@@ -1,11 +1,12 @@
 """Files and texts that users name: check paths, and read small files of text and JSON."""
 
+import difflib
 import json
 import os
 import re
 import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -100,6 +101,24 @@ def check_folder(path: Path, name: str) -> None:
         raise UserError(f"{name} {path} cannot be used: it is not a folder")
 
 
+def nearest_file(name: str, files: Iterable[str]) -> str | None:
+    """Return the most similar of names of files, or None if none is similar before its ending."""
+    stem = PurePosixPath(name).stem.casefold()
+    close = [file for file in files if difflib.get_close_matches(stem, [PurePosixPath(file).stem.casefold()])]
+    return next(iter(difflib.get_close_matches(name, close, n=1, cutoff=0)), None)
+
+
+def missing_path(path: str | Path, message: str) -> str:
+    """Return a message that ends in the question whether a similar file beside `path` is meant, if any is."""
+    place, name = os.path.split(path)
+    try:
+        files = [file for file in os.listdir(place or ".") if not file.startswith(".") and file != name]
+    except (OSError, ValueError):
+        return message
+    close = nearest_file(name[: MAX_NAME_BYTES + 1], files)
+    return f"{message}; did you mean {os.path.join(place, close)}?" if close else message
+
+
 def existing_parent(path: Path) -> Path:
     """Return a path if it exists, otherwise the closest of its parents that exists; absolute.
 
@@ -132,7 +151,8 @@ def check_readable(path: Path, name: str, *, allow_named_pipe: bool = False) -> 
         target = os.path.realpath(path)
         is_named_pipe = stat.S_ISFIFO(mode) and os.path.exists(target)
     except OSError as error:
-        raise UserError(f"{name} {path} cannot be read: {error.strerror}") from error
+        message = f"{name} {path} cannot be read: {error.strerror}"
+        raise UserError(missing_path(path, message)) from error
     if stat.S_ISDIR(mode):
         raise UserError(f"{name} {path} cannot be read: it is a folder, not a file")
     if is_named_pipe and not allow_named_pipe:

@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "held_signals": set(),
     "hub_kernels": set(),
     "inputs": {"errors"},
-    "config": {"inputs", "errors"},
+    "validation": {"inputs", "errors"},
+    "config": {"validation", "inputs", "errors"},
     "units": {"errors"},
     "digest": {"progress", "units", "errors"},
     "folder_lock": {"errors"},
@@ -59,13 +60,13 @@ MAY_IMPORT = {
     "inference": {"data", "model", "attention", "digest", "inputs", "units", "errors"},
     "training": LIBRARY
     | FOLDERS
-    | {"held_signals", "inputs", "printable", "digest", "units", "errors", "version"},
+    | {"held_signals", "inputs", "printable", "digest", "units", "validation", "errors", "version"},
     "evaluation": LIBRARY | {"markdown", "printable", "outputs", "digest", "errors"},
     "serving": LIBRARY | {"held_signals", "inputs", "errors"},
     "page": {"data", "inputs", "printable", "units", "errors", "version"},
     "bench": LIBRARY | {"training", "held_signals"} | SUPPORT,
     "stages": LIBRARY | {"page", "bench", "training", "evaluation", "serving", "config"} | SUPPORT,
-    "cli": {"bench", "stages", "training", "config"} | SUPPORT,
+    "cli": {"bench", "stages", "training", "config", "validation"} | SUPPORT,
     "__main__": {"cli"},
     "__init__": {"hub_kernels", "version"},
 }

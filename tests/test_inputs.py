@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from blockft.data.json_stream import JsonError, decode_json
 from blockft.errors import UserError
-from blockft.inputs import parse_json, shorten_paths
+from blockft.inputs import missing_path, parse_json, shorten_paths
 
 
 @pytest.mark.parametrize("read", [lambda text: parse_json(text, "x"), decode_json])
@@ -32,3 +33,25 @@ def test_a_key_that_occurs_twice_is_named_also_in_a_very_large_object(read: Call
 )
 def test_paths_are_as_short_as_they_differ(paths: list[str], names: list[str]) -> None:
     assert shorten_paths(paths) == names
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("trian.jsonl", "train.jsonl"),
+        ("train.json", "train.jsonl"),
+        ("Train.jsonl", "train.jsonl"),
+        ("heldout.jsonl", None),  # only the ending is that of the others
+        ("x.jsonl", None),
+        ("traim.md", "train.md"),
+        ("x" * 100_000, None),
+    ],
+)
+def test_a_message_about_a_missing_file_names_one_that_is_similar(
+    name: str, meant: str | None, tmp_path: Path
+) -> None:
+    for file in ("train.jsonl", "train.md", ".trian.jsonl", "questions.jsonl"):
+        (tmp_path / file).touch()
+    expected = f"missing; did you mean {tmp_path}/{meant}?" if meant else "missing"
+    assert missing_path(tmp_path / name, "missing") == expected
+    assert missing_path(tmp_path / "no" / "such" / "train.jsonl", "missing") == "missing"

@@ -22,7 +22,7 @@ from blockft.bench.measurement import measure_copy_bandwidth, measure_ms, write_
 from blockft.bench.reencoding import LABELS as REENCODING_LABELS
 from blockft.bench.reencoding import describe_reencoding_times, measure_reencoding
 from blockft.console import PlainConsole
-from blockft.errors import UserError
+from blockft.errors import UserError, list_allowed
 from blockft.inference.block_key import BlockKey
 from blockft.inference.runner import BlockRunner, CacheOptions, kv_shape
 from blockft.inputs import shorten
@@ -186,9 +186,8 @@ def parse_tiers(text: str) -> list[str]:
     available = ["device", "host", "disk"] if torch.cuda.is_available() else ["host", "disk"]
     tiers = [entry.strip() for entry in text.split(",")] if text else available
     if unknown := [tier for tier in tiers if tier not in (*available, "none")]:
-        raise UserError(
-            f"--tiers has {unknown[0]!r}, allowed on this machine are {', '.join(available)}, none"
-        )
+        allowed = list_allowed(unknown[0], (*available, "none"))
+        raise UserError(f"--tiers has {unknown[0]!r} (on this machine {allowed})")
     return tiers
 
 

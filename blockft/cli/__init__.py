@@ -127,8 +127,9 @@ def _call_command(arguments: list[str]) -> int:
     try:
         return commands.parse_and_run(arguments)
     except usage_error as error:
-        command = error.ctx.command_path if error.ctx else "blockft"
-        raise UserError(f"{error.format_message()} (see {command} --help)") from error
+        from blockft.cli.usage import describe_usage_error
+
+        raise UserError(describe_usage_error(error)) from error
     except typer.Abort:
         return INTERRUPTED
     except MemoryError as error:

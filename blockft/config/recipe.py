@@ -4,40 +4,25 @@ import difflib
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from blockft.config.recipe_yaml import MAX_RECIPE_BYTES, is_mapping, yaml_problem
-from blockft.config.reference import format_bound, list_keys
+from blockft.config.reference import list_keys
 from blockft.config.settings import Recipe
-from blockft.errors import UserError, check_type, did_you_mean
-from blockft.inputs import check_path, read_text, shorten, text_problem
+from blockft.errors import UserError, check_type
+from blockft.inputs import check_path, nearest_file, read_text, shorten, text_problem
+from blockft.validation import describe_value, expected_value
 
 RECIPES_FOLDER = next(
     p for p in (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "recipes") if p.is_dir()
 )
 """The folder of the shipped recipes: inside the installed package, or beside it in a checkout."""
 
-_EXPECTED = {
-    "int": "an integer",
-    "float": "a number",
-    "bool": "true or false",
-    "string": "a string",
-    "list": "a list",
-    "dict": "a mapping",
-}
-"""What a setting should be, by the first word of pydantic's error type."""
-
-_BOUNDS = {
-    "greater_than_equal": ("at least", "ge"),
-    "greater_than": ("above", "gt"),
-    "less_than_equal": ("at most", "le"),
-    "less_than": ("below", "lt"),
-}
-"""What pydantic calls a value that is out of bounds: the bound in words, and where the error holds it."""
-
+RECIPE_SUFFIXES = (".yaml", ".yml")
 
 _OVERRIDE_KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w][\w-]*|\[\d{1,9}\])*", re.ASCII)
 """The key of an override, as in `data.sources.0.path` or `data.sources[0].path`."""
@@ -66,12 +51,24 @@ def find_recipe(name: str) -> Path:
     if name in shipped:
         return shipped[name]
     message = f"recipe {name!r} is neither a file nor a shipped recipe ({', '.join(shipped)})"
-    raise UserError("; ".join(filter(None, (message, did_you_mean(path.stem, shipped)))))
+    close = nearest_recipe(name)
+    raise UserError(f"{message}; did you mean {close}?" if close else message)
+
+
+def nearest_recipe(name: str) -> str | None:
+    """Return the recipe that a misspelled name may mean, a file of its folder or a shipped one, or None."""
+    path = Path(name)
+    found = {f"{shipped}.yaml": shipped for shipped in list_recipes()}
+    with suppress(OSError):  # the folder cannot be read
+        files = [file for file in path.parent.iterdir() if file.suffix in RECIPE_SUFFIXES]
+        found |= {file.name: str(file) for file in files}
+    close = nearest_file(path.name, found)
+    return found[close] if close else None
 
 
 def is_recipe(name: str) -> bool:
     """Return whether a name ends in .yaml or .yml, or is the name of a shipped recipe."""
-    return Path(name).suffix in (".yaml", ".yml") or name in list_recipes()
+    return Path(name).suffix in RECIPE_SUFFIXES or name in list_recipes()
 
 
 def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -138,7 +135,7 @@ def build_recipe(settings: Any, overrides: Sequence[str], origin: str) -> Recipe
         cause = error
         for fault in error.errors(include_url=False):
             key = _key(fault["loc"])
-            faults[key] = _describe(key, fault)
+            faults[key] = _describe_fault(key, fault)
     if recipe is not None and not faults:
         return recipe
     by_origin: dict[str, list[str]] = {}
@@ -245,42 +242,30 @@ def _without_missing(value: Any) -> Any:
     return value
 
 
-def _describe(key: str, fault: Mapping[str, Any]) -> str:
-    """Return what is wrong with a setting: what was found, what is allowed, and a suggestion."""
+def _describe_fault(key: str, fault: Mapping[str, Any]) -> str:
+    """Return what is wrong with a setting: what was found, what is allowed, and a suggestion.
+
+    fault: pydantic's record of an error.
+    """
     found, kind, context = fault["input"], fault["type"], fault.get("ctx", {})
-    value, quoted = shorten(str(found)), shorten(repr(found))
-    expected = _EXPECTED.get(kind.partition("_")[0])
     if kind == "extra_forbidden":
         return f"unknown key {shorten(key)} ({_suggest(key)})"
-    if kind == "missing" or (found is None and expected):
+    if kind == "missing" or (found is None and expected_value(kind)):
         required = ", ".join(_required_names(key))
         return f"{key} is missing{f', a section with {required}' if required else ''}"
-    if kind == "enum":
-        return (
-            f"{key} is {quoted} (allowed: {context['expected'].replace(' or ', ', ').replace(chr(39), '')})"
-        )
     if kind == "model_type":
-        return f"{key} is {quoted}, it should hold {', '.join(_names_in(key))}"
-    if kind == "too_short":
-        return f"{key} is {value}, it should hold at least {context['min_length']}"
-    if kind == "finite_number":
-        return f"{key} is {value}, it should be finite"
-    if kind in _BOUNDS:
-        word, name = _BOUNDS[kind]
-        return f"{key} is {value}, it should be {word} {format_bound(context[name])}"
+        return f"{key} is {shorten(repr(found))}, it should hold {', '.join(_names_in(key))}"
     if kind == "secret":  # the value may be a key or hold a password
         return f"{key} {fault['msg']}"
     if kind == "rule":
         return f"{key} {context['problem']}"
     if kind == "path":
-        return f"{key} {quoted} {context['problem']}"
+        return f"{key} {shorten(repr(found))} {context['problem']}"
     if kind == "weight":
         return f"{key}.weight is {context['weight']}, but {fault['msg']}"
     if kind == "string_type" and isinstance(found, bool | int | float):
-        return f"{key} is {value}, it should be a string: put quotes around it"
-    if expected:
-        return f"{key} is {quoted}, it should be {expected}"
-    return f"{key} is {quoted}: {fault['msg']}"
+        return f"{key} is {shorten(str(found))}, it should be a string: put quotes around it"
+    return describe_value(key, fault)
 
 
 def _names_in(key: str) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic.json_schema import GenerateJsonSchema
 
 from blockft.config.settings import Recipe
+from blockft.validation import format_bound
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -182,8 +183,3 @@ def _allowed(schema: dict[str, Any]) -> str:
     return ", ".join(
         f"{word} {format_bound(resolved[name])}" for name, word in _BOUNDS.items() if name in resolved
     )
-
-
-def format_bound(bound: float) -> str:
-    """Return a bound as it is shown to people."""
-    return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"

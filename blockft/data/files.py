@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, cast
 
 from blockft.errors import UserError
 from blockft.file_content import HEAD_BYTES, content_problem
+from blockft.inputs import missing_path
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 """The id of a dataset on the Hub: owner/name."""
@@ -68,12 +69,12 @@ def find_files(path: str, suffixes: Sequence[str], *, kind: str = "source") -> l
     if matches := [Path(name) for name in sorted(glob.glob(path, recursive=True)) if Path(name).is_file()]:
         return matches
     if kind != "source":
-        raise UserError(f"{kind} {path} does not exist: no file, folder or match of a glob")
+        message = f"{kind} {path} does not exist: no file, folder or match of a glob"
+        raise UserError(missing_path(path, message))
     if HUB_ID.fullmatch(path) and record_suffix(root) not in RECORD_SUFFIXES:
         return []
-    raise UserError(
-        f"source {path} does not exist: no file, folder, match of a glob, or id on the Hub (owner/name)"
-    )
+    message = f"source {path} does not exist: no file, folder, match of a glob, or id on the Hub (owner/name)"
+    raise UserError(missing_path(path, message))
 
 
 def without_compression_suffix(path: Path) -> Path:

@@ -46,6 +46,7 @@ from blockft.digest import (
 )
 from blockft.errors import UserError
 from blockft.folder_lock import reading_folder
+from blockft.inputs import missing_path
 
 MANIFEST = "manifest.json"
 EXAMPLES = "examples"
@@ -269,7 +270,8 @@ def verify_prepared(folder: Path) -> dict[str, Any]:
         UserError: the folder does not exist, is incomplete or damaged, or has another version.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder of prepared examples: write it with blockft prepare RECIPE")
+        message = f"{folder} is no folder of prepared examples: write it with blockft prepare RECIPE"
+        raise UserError(missing_path(folder, message))
     if not (folder / MANIFEST).exists():
         raise UserError(
             f"{folder} is no prepared folder, or an incomplete one (it has no {MANIFEST}): write it with "

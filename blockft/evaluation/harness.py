@@ -27,7 +27,7 @@ from tqdm import tqdm
 from blockft.data.chat_template import ChatTemplate, markup_joins_first_text
 from blockft.data.sample import Message, RecordError, parse_role, parse_text
 from blockft.data.tokenizer import PlainTokenizer, TemplatedTokenizer, control_token_ids
-from blockft.errors import UserError
+from blockft.errors import UserError, list_allowed
 from blockft.evaluation.loglikelihood import Ids, LoglikelihoodRequest, compute_loglikelihoods
 from blockft.inference.engine import AttentionMode, Engine
 from blockft.model.load import parse_dtype
@@ -72,7 +72,7 @@ class BlockLM(LM):
     ) -> None:
         super().__init__()
         if mode not in ("block", "full"):
-            raise UserError(f"mode is {mode!r}, allowed are block, full")
+            raise UserError(f"mode is {mode!r} ({list_allowed(mode, ('block', 'full'))})")
         sizes = {
             "batch_size": batch_size,
             "max_batch_size": batch_size if max_batch_size is None else max_batch_size,

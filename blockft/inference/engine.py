@@ -17,7 +17,7 @@ from blockft.data.rag_prompt import Document, RagPrompt, rag_prompt_of_export
 from blockft.data.request import OWN_WORDING, parse_request
 from blockft.data.sample import RecordError, Sample
 from blockft.data.tokenizer import tokenizer_fingerprint
-from blockft.errors import UserError, check_type
+from blockft.errors import UserError, check_type, list_allowed
 from blockft.inference.answer import Answer, PartialAnswer
 from blockft.inference.block_key import BlockKey, num_first, num_tokens
 from blockft.inference.decoding import decode_batch
@@ -435,7 +435,7 @@ class Engine:
     ) -> Generator[list[str], None, list[Answer]]:
         """Check the arguments, then yield and return as `decode_batch` does. Each step needs the lock."""
         if mode not in get_args(AttentionMode):
-            raise UserError(f"mode is {mode!r}, allowed are {' and '.join(get_args(AttentionMode))}")
+            raise UserError(f"mode is {mode!r} ({list_allowed(mode, get_args(AttentionMode))})")
         _check_max_new_tokens(max_new_tokens)
         if not prompts:
             return []

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from blockft.attention.cached_context import TILE_PADDING
-from blockft.errors import UserError, check_type
+from blockft.errors import UserError, check_type, list_allowed
 from blockft.inference.block_cache import BlockCache, CacheHit, DamagedBlocks
 from blockft.inference.block_key import BlockKey, KVShape, context_keys
 from blockft.inference.device_tier import DeviceTier, free_bytes, use_device
@@ -125,7 +125,7 @@ class BlockRunner:
         compile: bool = False,
     ) -> None:
         if rotate not in get_args(Rotate):
-            raise UserError(f"rotate is {rotate!r}, allowed are {', '.join(get_args(Rotate))}")
+            raise UserError(f"rotate is {rotate!r} ({list_allowed(rotate, get_args(Rotate))})")
         _check_backend(model)
         self.model = model
         self._rotaries, self._reencoded = rotary_embeddings(model), uses_reencoded_positions(model.config)

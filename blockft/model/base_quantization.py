@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from blockft.errors import UserError
+from blockft.errors import UserError, list_allowed
 from blockft.file_content import load_json
 from blockft.model.nf4 import round_to_nf4
 from blockft.model.nf4_linear import quantized_linears
@@ -48,7 +48,7 @@ def read_base_quantization(adapter: Path) -> torch.dtype | None:
     if not isinstance(record, dict) or record.keys() != {"scheme", "dtype"} or record["scheme"] != SCHEME:
         raise UserError(f'{path} should hold {{"scheme": "{SCHEME}", "dtype": ...}}: restore the file')
     if record["dtype"] not in [*_DTYPES]:
-        raise UserError(f"{path} has dtype {record['dtype']!r}, allowed are {', '.join(_DTYPES)}")
+        raise UserError(f"{path} has dtype {record['dtype']!r} ({list_allowed(record['dtype'], _DTYPES)})")
     return _DTYPES[record["dtype"]]
 
 

@@ -34,6 +34,7 @@ from blockft.digest import (
 )
 from blockft.errors import UserError
 from blockft.folder_lock import FolderInUse, lock_folder, reading_folder, remove_unused_locks
+from blockft.inputs import missing_path
 from blockft.model.masked_forward import masked_logits
 from blockft.outputs import apply_umask, write_atomic
 
@@ -307,7 +308,7 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Path:
     if (path / MARKER).is_file():
         return path
     if not path.is_dir():
-        raise UserError(f"{path} is not a folder: name a run or one of its checkpoints")
+        raise UserError(missing_path(path, f"{path} is not a folder: name a run or one of its checkpoints"))
     if not (complete := complete_checkpoints(path)):
         raise UserError(f"{path} holds no complete checkpoint (a folder checkpoint-N with {MARKER})")
     if not best:

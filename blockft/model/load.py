@@ -24,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from blockft.attention.backends import BACKENDS
 from blockft.digest import digest_files, digest_json, digest_names
-from blockft.errors import UserError, first_line
+from blockft.errors import UserError, first_line, list_allowed
 from blockft.file_content import check_content, load_json
 from blockft.hub_access import check_hub
 from blockft.inputs import read_text
@@ -82,7 +82,7 @@ def parse_dtype(name: str, auto: Auto) -> torch.dtype | Auto:
         UserError: weights cannot have this type.
     """
     if name not in ("auto", *DTYPES):
-        raise UserError(f"dtype is {name!r}, allowed are auto, {', '.join(DTYPES)}")
+        raise UserError(f"dtype is {name!r} ({list_allowed(name, ('auto', *DTYPES))})")
     return auto if name == "auto" else DTYPES[name]
 
 

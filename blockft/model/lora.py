@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import PreTrainedModel, set_seed
 
-from blockft.errors import UserError, first_line
+from blockft.errors import UserError, first_line, list_allowed
 from blockft.file_content import load_json
 from blockft.model.weights import StoredTensor, check_tensors, error_prefix, read_tensors
 
@@ -194,12 +194,12 @@ def _check_options(arguments: Mapping[str, Any], supported: Collection[str]) -> 
                 f"supported: {', '.join(supported)}"
             )
         if name == "init_lora_weights" and not any(value is v or value == v for v in INITIALIZATIONS):
-            raise UserError(f"{name} is {value!r}, allowed are {', '.join(map(str, INITIALIZATIONS))}")
+            raise UserError(f"{name} is {value!r} ({list_allowed(value, map(str, INITIALIZATIONS))})")
         # peft takes every text for true
         if name in ("use_rslora", "use_dora") and not isinstance(value, bool | None):
             raise UserError(f"{name} is {value!r}, it should be true or false")
-        if name == "bias" and value not in ("none", "all", "lora_only"):
-            raise UserError(f"{name} is {value!r}, allowed are none, all, lora_only")
+        if name == "bias" and value not in (kinds := ("none", "all", "lora_only")):
+            raise UserError(f"{name} is {value!r} ({list_allowed(value, kinds)})")
         if name == "lora_dropout" and not (_is_number(value) and 0 <= value < 1):
             raise UserError(f"{name} is {value!r}, it should be a number of at least 0 and below 1")
         if name == "layers_to_transform" and not all(

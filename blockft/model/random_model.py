@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, set_seed
 
-from blockft.errors import UserError
+from blockft.errors import UserError, list_allowed
 
 LLAMA_3 = {"vocab_size": 128256, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -49,7 +49,9 @@ def load_shape_config(name: str) -> PreTrainedConfig:
         UserError: there is no shape with this name.
     """
     if name not in SHAPES:
-        raise UserError(f"there is no shape {name!r}: give a model, or one of {', '.join(SHAPES)}")
+        raise UserError(
+            f"there is no shape {name!r}: give a model, or a shape ({list_allowed(name, SHAPES)})"
+        )
     return LlamaConfig(**SHAPES[name], max_position_embeddings=131072)
 
 

@@ -10,11 +10,11 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
 from blockft.console import PlainConsole
-from blockft.errors import UserError
+from blockft.errors import UserError, list_allowed
 from blockft.evaluation.metrics import METRICS
 from blockft.evaluation.report import REPEATED, check_report
 from blockft.evaluation.report_render import TITLES, draw_scores, format_score
-from blockft.inputs import read_json
+from blockft.inputs import missing_path, read_json
 from blockft.outputs import save_figure
 from blockft.printable import print_text
 from blockft.stages.evaluate import PLOTTED_METRIC, REPORT
@@ -41,7 +41,7 @@ def compare(
         UserError: a path holds no report, or is given twice; the metric is unknown; `png` cannot be written.
     """
     if metric not in METRICS:
-        raise UserError(f"--metric is {metric!r}, allowed are {', '.join(METRICS)}")
+        raise UserError(f"--metric is {metric!r} ({list_allowed(metric, METRICS)})")
     reports = {name: read_report(path) for name, path in _name_reports(paths).items()}
     groups = _shared_groups(list(reports.values()))
     scores = {
@@ -149,7 +149,7 @@ def read_report(path: Path) -> dict[str, Any]:
     """
     file = path / REPORT if path.is_dir() else path
     if not file.exists():
-        raise UserError(f"{path} holds no {REPORT}: write one with blockft eval")
+        raise UserError(missing_path(path, f"{path} holds no {REPORT}: write one with blockft eval"))
     report = read_json(file, "the report")
     try:
         check_report(report)

@@ -5,7 +5,7 @@ import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from blockft.config.recipe import dump_recipe, is_recipe, list_recipes, load_recipe
+from blockft.config.recipe import dump_recipe, is_recipe, list_recipes, load_recipe, nearest_recipe
 from blockft.config.reference import (
     Section,
     Setting,
@@ -29,7 +29,10 @@ def _unknown_name_message(name: str) -> str:
         f"{name!r} is neither a section ({', '.join(sections)}) nor a recipe: a file or one of "
         f"{', '.join(recipes)}"
     )
-    return "; ".join(filter(None, (message, did_you_mean(name, [*sections, *recipes]))))
+    if question := did_you_mean(name, sections):
+        return f"{message}; {question}"
+    close = nearest_recipe(name)
+    return f"{message}; did you mean {close}?" if close else message
 
 
 def print_config(

@@ -34,7 +34,7 @@ from blockft.data.sources import RecordCounts, find_source_files
 from blockft.data.statistics import histogram
 from blockft.data.tokenizer import tokenizer_fingerprint
 from blockft.digest import digest_json
-from blockft.errors import UserError, check_type, warn
+from blockft.errors import UserError, check_type, list_allowed, warn
 from blockft.evaluation.answer_questions import (
     TOO_LONG,
     AnswerFile,
@@ -276,7 +276,7 @@ def evaluation_recipe(
         if modes is None or recipe_or_data.eval is None:
             return recipe_or_data
         if unknown := [mode for mode in modes if mode not in list(Mode)]:
-            raise UserError(f"modes has {unknown[0]!r} (allowed: {', '.join(Mode)})")
+            raise UserError(f"modes has {unknown[0]!r} ({list_allowed(unknown[0], Mode)})")
         recipe = recipe_or_data.model_copy(deep=True)
         assert recipe.eval is not None
         recipe.eval.modes = [Mode(mode) for mode in modes]
@@ -290,7 +290,7 @@ def evaluation_recipe(
 
 def _recipe_for_data(model: str, data: str, overrides: Sequence[str], format: str | None) -> Recipe:
     if format not in (None, *Format):
-        raise UserError(f"--format is {format!r}, allowed are {', '.join(Format)}")
+        raise UserError(f"--format is {format!r} ({list_allowed(format, Format)})")
     try:
         find_source_files(format or Format.samples, data)
     except UserError:

@@ -13,7 +13,7 @@ from blockft.config.settings import Recipe
 from blockft.console import PlainConsole
 from blockft.data.encoder import Encoder
 from blockft.data.prepared import FILES
-from blockft.errors import UserError, check_type, warn
+from blockft.errors import UserError, check_type, list_allowed, warn
 from blockft.evaluation.report import ALL
 from blockft.evaluation.report_render import TITLES, format_score
 from blockft.inputs import check_path
@@ -192,7 +192,7 @@ def _export(
 def _parse_dtype(name: str, run_dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of a name; `auto` is the dtype of the run."""
     if name not in DType.__members__:
-        raise UserError(f"--dtype is {name!r}, allowed are {', '.join(DType.__members__)}")
+        raise UserError(f"--dtype is {name!r} ({list_allowed(name, DType)})")
     return parse_dtype(name, run_dtype)
 
 

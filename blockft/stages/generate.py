@@ -13,7 +13,7 @@ from blockft.config.choices import Mode
 from blockft.data.fields import format_fields
 from blockft.data.request import unknown_document_fields
 from blockft.data.sample import Sample
-from blockft.errors import UserError, warn
+from blockft.errors import UserError, list_allowed, warn
 from blockft.inference.answer import Answer
 from blockft.inference.block_cache import Tier
 from blockft.inference.engine import AttentionMode, Engine
@@ -88,7 +88,7 @@ def generate(
             (the message has its number); see `Engine.load`.
     """
     if mode not in Mode.__members__:
-        raise UserError(f"--mode is {mode!r}, allowed are {', '.join(Mode.__members__)}")
+        raise UserError(f"--mode is {mode!r} ({list_allowed(mode, Mode)})")
     if stream and (as_json or batch_size > 1):
         raise UserError("--stream prints one answer while it is generated: leave out --json and --batch-size")
     if mode == Mode.full and cache and cache.folder:

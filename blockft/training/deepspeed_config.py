@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
-from blockft.errors import UserError, did_you_mean
+from blockft.errors import UserError, did_you_mean, list_allowed
 from blockft.inputs import read_json, shorten
 from blockft.training.distributed import use_cpu
 from blockft.training.library_warnings import library_output_on_stderr
+from blockft.validation import describe_value
 
 SECTIONS = {
     "optimizer",
@@ -104,9 +106,10 @@ def load_deepspeed_config(name: str, shipped: Path) -> dict[str, Any]:
     """
     path = shipped / f"{name}.json" if is_shipped(name, shipped) else Path(name)
     if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in shipped.glob("*.json")))
+        names = sorted(p.stem for p in shipped.glob("*.json"))
         raise UserError(
-            f"train.deepspeed {shorten(name)!r} is neither a file nor the name of a shipped one ({names})"
+            f"train.deepspeed {shorten(name)!r} is neither a file nor the name of a shipped one "
+            f"({list_allowed(name, names)})"
         )
     config = read_json(path, "train.deepspeed")
     if not isinstance(config, dict):
@@ -250,7 +253,13 @@ def _check_by_deepspeed(config: dict[str, Any], name: str) -> None:
             DeepSpeedConfig(config)
         # DeepSpeed's own check raises errors of many classes, from pydantic's to AssertionError
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
+            if isinstance(error, ValidationError):
+                reason = "; ".join(
+                    describe_value(".".join(map(str, fault["loc"])), fault)
+                    for fault in error.errors(include_url=False)
+                )
+            else:
+                reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
                 f"train.deepspeed {name} is refused by DeepSpeed: {shorten(reason, 500)}"
             ) from error
@@ -348,12 +357,13 @@ def _optimizer_problems(optimizer: Any) -> Iterator[str]:
         return
     kind, params = optimizer.get("type"), optimizer.get("params", {})
     if not isinstance(kind, str) or kind.lower() not in ("adam", "adamw"):
-        yield f"optimizer.type is {shorten(repr(kind))} (allowed: Adam, AdamW)"
+        yield f"optimizer.type is {shorten(repr(kind))} ({list_allowed(kind, ('Adam', 'AdamW'))})"
     if not isinstance(params, dict):
         yield f"optimizer.params is {shorten(repr(params))}, it should be an object"
         return
     if unknown := sorted(set(params) - ADAM_PARAMS):
-        yield f"unknown key optimizer.params.{unknown[0]} (allowed: {', '.join(sorted(ADAM_PARAMS))})"
+        allowed = list_allowed(unknown[0], sorted(ADAM_PARAMS))
+        yield f"unknown key optimizer.params.{unknown[0]} ({allowed})"
 
 
 def _scheduler_problems(scheduler: Any) -> Iterator[str]:
@@ -362,7 +372,7 @@ def _scheduler_problems(scheduler: Any) -> Iterator[str]:
     kind, params = scheduler.get("type"), scheduler.get("params", {})
     schedules = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
     if kind not in schedules:
-        yield f"scheduler.type is {shorten(repr(kind))} (allowed: {', '.join(schedules)})"
+        yield f"scheduler.type is {shorten(repr(kind))} ({list_allowed(kind, schedules)})"
     if not isinstance(params, dict):
         yield f"scheduler.params is {shorten(repr(params))}, it should be an object"
 

@@ -14,7 +14,7 @@ from transformers import (
     get_scheduler,
 )
 
-from blockft.errors import UserError
+from blockft.errors import UserError, list_allowed
 from blockft.inputs import shorten
 from blockft.training.library_internals import set_base_learning_rate
 
@@ -37,7 +37,7 @@ def check_schedule(
     """
     allowed = [kind.value for kind in SchedulerType if kind.value not in UNSUPPORTED_SCHEDULES]
     if name not in allowed:
-        raise UserError(f"train.lr_scheduler_type is {name!r} (allowed: {', '.join(allowed)})")
+        raise UserError(f"train.lr_scheduler_type is {name!r} ({list_allowed(name, allowed)})")
     given = f"train.lr_scheduler_kwargs {shorten(str(settings))} do not fit train.lr_scheduler_type {name}"
     if settings and name in _WITHOUT_ARGUMENTS:
         raise UserError(f"{given}, which takes no arguments: leave them out")

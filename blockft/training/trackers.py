@@ -12,7 +12,7 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
-from blockft.errors import UserError
+from blockft.errors import UserError, list_allowed
 
 _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
     "comet_ml": (
@@ -44,7 +44,7 @@ def check_trackers(names: Sequence[str]) -> None:
     known = ("none", *INTEGRATION_TO_CALLBACK)
     for name in names:
         if name not in known:
-            raise UserError(f"train.report_to has {name!r} (allowed: {', '.join(known)})")
+            raise UserError(f"train.report_to has {name!r} ({list_allowed(name, known)})")
     if "none" in names:
         raise UserError(
             f"train.report_to is [{', '.join(names)}]: none excludes the other trackers; leave out none"

@@ -217,7 +217,7 @@ def test_lengths_and_tiers_are_parsed_from_text() -> None:
         with pytest.raises(UserError, match=f"--lengths has {wrong}"):
             parse_lengths(text)
     assert parse_tiers("disk,none") == ["disk", "none"]
-    with pytest.raises(UserError, match="--tiers has 'tape', allowed on this machine are .*host, disk, none"):
+    with pytest.raises(UserError, match="--tiers has 'tape' .on this machine allowed: .*host, disk, none"):
         parse_tiers("host,tape")
 
 

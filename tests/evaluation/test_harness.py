@@ -316,8 +316,8 @@ def test_the_smaller_batch_size_counts(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mode": "half"}, "allowed are block, full"),
-        ({"dtype": "float33"}, "dtype is 'float33', allowed are auto, float32"),
+        ({"mode": "half"}, "allowed: block, full"),
+        ({"dtype": "float33"}, "dtype is 'float33' (allowed: auto, float32"),
         ({"device": "gpu"}, "there is no device 'gpu'"),
         ({"batch_size": "auto"}, "batch_size is 'auto', write a number of at least 1"),
         ({"max_batch_size": 0}, "max_batch_size is 0, write a number of at least 1"),

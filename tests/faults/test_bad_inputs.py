@@ -3,6 +3,7 @@
 The options are taken from the commands themselves, so that a new option is tested without a change here.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,10 @@ def listing(folder: Path) -> list[str]:
     return sorted(str(path) for path in folder.rglob("*"))
 
 
+LIBRARY_WORDS = "Value error|Input should|Invalid value|unable to parse|validation error|is not one of"
+"""Words of pydantic and typer in their messages, which no message of ours has."""
+
+
 def assert_refused(toy: Toy, *arguments: str | Path, **environment: str) -> str:
     """Run a command that must be refused, and return its message."""
     before = listing(toy.cwd) + listing(toy.folder)
@@ -100,6 +105,7 @@ def assert_refused(toy: Toy, *arguments: str | Path, **environment: str) -> str:
     assert done.returncode == 2, (shown, done.returncode, done.stderr[-500:], done.stdout[-500:])
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("blockft: "), (shown, done.stderr)
     assert "Traceback" not in done.stderr and len(done.stderr) < 5000, shown
+    assert not re.search(LIBRARY_WORDS, done.stderr), done.stderr
     assert listing(toy.cwd) + listing(toy.folder) == before, shown
     return done.stderr
 
@@ -154,6 +160,26 @@ def test_an_option_refuses_what_no_option_of_its_kind_can_take(
     values = {"path": BAD_PATHS, "int": BAD_INTEGERS, "float": BAD_NUMBERS}.get(kind, BAD_TEXTS)
     for value in values.values():
         assert_refused(toy, *with_value(toy, command, parameter, value))
+
+
+CHOICES = {
+    f"{' '.join(name)} {parameter.opts[0]}": (name, parameter, [*members])
+    for name, parameter in PARAMETERS
+    if (members := getattr(parameter.type_descriptor.annotation, "__members__", {}).values())
+}
+
+
+@pytest.mark.parametrize("option", CHOICES)
+def test_a_misspelled_choice_names_all_choices_and_the_nearest(toy: Toy, option: str) -> None:
+    command, parameter, members = CHOICES[option]
+    names = [member.value for member in members]
+    for name in names:
+        arguments = with_value(toy, command, parameter, f"{name.upper()}x")
+        message = assert_refused(toy, *arguments)
+        found = (
+            f"{parameter.opts[0]} is '{name.upper()}x' (allowed: {', '.join(names)}; did you mean {name}?)"
+        )
+        assert message == f"blockft: {found} (see blockft {' '.join(command)} --help)\n"
 
 
 SIZES = [
@@ -239,7 +265,58 @@ def test_a_setting_refuses_values_of_other_kinds(toy: Toy, setting: Setting) -> 
         assert_refused(toy, "config", toy.folder / "recipe.yaml", f"{key}={'[' * 100}{']' * 100}")
 
 
+CHOICE_SETTINGS = [setting for setting in SETTINGS if "choice" in setting.type]
+
+
+@pytest.mark.parametrize("setting", CHOICE_SETTINGS, ids=lambda setting: setting.key)
+def test_a_misspelled_choice_of_a_setting_names_the_nearest(toy: Toy, setting: Setting) -> None:
+    key = setting.key.replace("[]", ".0")
+    allowed = setting.allowed.removesuffix(", at least one")
+    for name in allowed.split(", "):
+        value = f"[{name}x]" if setting.type.startswith("list of") else f"{name}x"
+        message = assert_refused(toy, "config", toy.folder / "recipe.yaml", f"{key}={value}")
+        assert f"is '{name}x' (allowed: {allowed}; did you mean {name}?)" in message
+
+
 # --- recipes
+
+
+@pytest.mark.parametrize("command", ["prepare", "train", "config", "doctor"])
+def test_a_misspelled_recipe_suggests_a_file_beside_it(toy: Toy, command: str) -> None:
+    for name in ("recipee.yaml", "recip.yml", "Recipe"):
+        message = assert_refused(toy, command, toy.folder / name)
+        assert message.endswith(f"; did you mean {toy.folder}/recipe.yaml?\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["inspect", "{}/datta"], "{}/data"),
+        (["export", "{}/modl", "new"], "{}/model"),
+        (["compare", "{}/evl"], "{}/eval"),
+        (["generate", "{}/model", "--input", "{}/reqests.jsonl"], "{}/requests.jsonl"),
+        (["cache", "build", "{}/model", "{}/document.jsonl", "--cache", "new"], "{}/documents.jsonl"),
+        (
+            ["prepare", "{}/recipe.yaml", "data.sources.0.path={}/trian.jsonl", "data.output_dir=new"],
+            "{}/train.jsonl",
+        ),
+        (
+            [
+                "eval",
+                "{}/model",
+                "{}/recipe.yaml",
+                "eval.sources.0.path={}/heldot.jsonl",
+                "eval.output_dir=new",
+            ],
+            "{}/heldout.jsonl",
+        ),
+    ],
+)
+def test_a_path_that_does_not_exist_suggests_one_beside_it(
+    toy: Toy, arguments: list[str], meant: str
+) -> None:
+    message = assert_refused(toy, *(word.format(toy.folder) for word in arguments))
+    assert f"; did you mean {meant.format(toy.folder)}?" in message
 
 
 UNREADABLE = ("loop", "dangling", "pipe", "socket", "endless device", "root", "missing", "below a file")

@@ -255,7 +255,7 @@ def test_a_prompt_without_a_token_is_refused(engine: Engine) -> None:
         ({"documents": ["a"]}, "question"),
         ({"question": "a", "blocks": ["b"]}, "have 'documents' and 'question'"),
         ({"messages": []}, "messages"),
-        ({"blocks": ["a"], "mode": "half"}, "mode is 'half', allowed are block and full"),
+        ({"blocks": ["a"], "mode": "half"}, "mode is 'half' (allowed: block, full)"),
         ({"blocks": ["a"], "max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"blocks": ["a"], "max_new_tokens": "4"}, "max_new_tokens is '4', it should be a whole number"),
         ({"blocks": ["a"], "max_new_tokens": 4.0}, "max_new_tokens is 4.0"),

@@ -452,7 +452,7 @@ def test_a_model_with_another_type_or_tokenizer_finds_no_blocks(
 
 
 def test_an_unknown_attention_path_is_refused(toy_model: Path) -> None:
-    with pytest.raises(UserError, match="allowed are auto, keys, queries"):
+    with pytest.raises(UserError, match="allowed: auto, keys, queries"):
         load_engine(toy_model, "far", CacheOptions())
 
 

@@ -361,7 +361,7 @@ def test_published_questions_are_grouped_by_kind(toy: Path) -> None:
         ("demmo", None, "did you mean demo"),
         ("no/such.jsonl", None, "neither a file"),
         ("no/such.jsonl", "squad", "does not exist"),
-        ("README.md", "csv", "allowed are samples"),
+        ("README.md", "csv", "allowed: samples"),
     ],
 )
 def test_missing_questions_and_unknown_formats_are_refused(

@@ -261,7 +261,7 @@ def test_the_folder_stays_within_its_budget(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mode": "half"}, "--mode is 'half', allowed are block, full"),
+        ({"mode": "half"}, "--mode is 'half' (allowed: block, full)"),
         ({"stream": True}, "leave out --json"),
         ({"as_json": False, "stream": True, "batch_size": 2}, "leave out --json and --batch-size"),
         ({"temperature": -1.0}, "temperature is -1.0"),

@@ -64,7 +64,7 @@ def without_vllm(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     [
         (["--page-writer", "triton"], {}, "--page-writer triton needs a GPU, and there is none here"),
         ([], {"BLOCKFT_PAGE_WRITER": "triton"}, "--page-writer triton needs a GPU, and there is none here"),
-        ([], {"BLOCKFT_PAGE_WRITER": "cuda"}, "'cuda' is not one of 'auto', 'torch', 'triton'"),
+        ([], {"BLOCKFT_PAGE_WRITER": "cuda"}, "BLOCKFT_PAGE_WRITER is 'cuda' (allowed: auto, torch, triton)"),
         (["--page-writer", "torch"], {"BLOCKFT_PAGE_WRITER": "triton"}, "vLLM is not installed here"),
     ],
 )
