@@ -885,8 +885,7 @@ class TrainSettings(Settings):
         default=None,
         description=(
             "Compile the model's layers. Faster steps, but the first one takes up to a minute longer. null is"
-            " yes on a GPU, except with ZeRO-3: there true gathers a whole layer at once, which was not "
-            "measured on GPUs yet. Compiled code is kept in `$XDG_CACHE_HOME/blockft`."
+            " yes on a GPU. Compiled code is kept in `$XDG_CACHE_HOME/blockft`."
         ),
     )
     gradient_checkpointing: GradientCheckpointing = Field(

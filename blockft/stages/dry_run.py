@@ -12,7 +12,6 @@ from blockft.stages.memory_plan import (
     describe_misfit,
     gpu_memory,
     plan_memory,
-    suggest_zero2,
 )
 from blockft.stages.run_plan import check_run, warn_of_settings
 from blockft.training.memory_estimate import KINDS, usable_bytes
@@ -125,8 +124,6 @@ def _print_memory(recipe: Recipe, plan: RunPlan, memory: MemoryPlan, gpu_bytes: 
     if gpu_bytes is None:
         return
     if fits:
-        if suggestion := suggest_zero2(recipe, plan, gpu_bytes, chosen):
-            PlainConsole().print(suggestion, soft_wrap=True)
         return
     misfit = describe_misfit(recipe, plan, memory, gpu_bytes, chosen)
     if is_auto:

@@ -19,7 +19,7 @@ from blockft.model.decoder_layers import attention_windows
 from blockft.model.load import build_meta_model, load_config
 from blockft.model.shared_input import share_products
 from blockft.stages.run_plan import build_training_model
-from blockft.training.deepspeed_config import is_offloaded, load_deepspeed_config, zero_stage
+from blockft.training.deepspeed_config import is_offloaded, load_deepspeed_config
 from blockft.training.layer_memory import measure_loss
 from blockft.training.memory_estimate import (
     ADAM_8BIT_BYTES,
@@ -35,7 +35,7 @@ from blockft.training.memory_estimate import (
     usable_bytes,
 )
 from blockft.training.objectives import DistillationTargets, distill_loss, label_loss
-from blockft.training.plan import RunPlan, choose_compile
+from blockft.training.plan import RunPlan
 from blockft.units import format_memory
 
 TOLERANCE = 1.1
@@ -201,8 +201,7 @@ def _plan_adapter(recipe: Recipe, plan: RunPlan, *, quantized: bool) -> MemoryPl
 def _with_deepspeed(recipe: Recipe, plan: RunPlan, config: str) -> RunPlan:
     """Return the plan with a shipped DeepSpeed config."""
     deepspeed = load_deepspeed_config(config, RECIPES_FOLDER / "deepspeed")
-    compiles = choose_compile(recipe.train.torch_compile, zero_stage(deepspeed), on_gpu=plan.on_gpu)
-    return replace(plan, deepspeed=deepspeed, compiles=compiles)
+    return replace(plan, deepspeed=deepspeed)
 
 
 def _share_among_gpus(recipe: Recipe, plan: RunPlan, gpu_bytes: float, kind: str) -> list[str]:
@@ -222,25 +221,6 @@ def _share_among_gpus(recipe: Recipe, plan: RunPlan, gpu_bytes: float, kind: str
             ]
         num_gpus *= 2
     return []
-
-
-def suggest_zero2(recipe: Recipe, plan: RunPlan, gpu_bytes: float, kind: str) -> str | None:
-    """Return a sentence if ZeRO-2 also fits, without more recomputation than `kind`, where layers are eager.
-
-    Under ZeRO-2 layers are compiled, which is faster and keeps less, and no weights are gathered.
-    """
-    is_asked_for = plan.compiles or recipe.train.torch_compile is False
-    is_offloading = any(is_offloaded(plan.deepspeed, name) for name in ("offload_optimizer", "offload_param"))
-    if plan.zero_stage != 3 or is_asked_for or is_offloading:
-        return None
-    changed = plan_memory(recipe, _with_deepspeed(recipe, plan, "zero2"))
-    sufficient = changed.choose(gpu_bytes)
-    if sufficient is None or KINDS.index(sufficient) > KINDS.index(kind):
-        return None
-    return (
-        f"train.deepspeed=zero2 fits, too ({format_memory(changed.estimate(sufficient).peak_bytes)} with "
-        f"gradient checkpointing {sufficient}), and compiles the layers, as ZeRO-3 does not by default"
-    )
 
 
 def warn_of_peak(memory: MemoryPlan, kind: str, measured_bytes: float) -> None:

@@ -64,7 +64,6 @@ from blockft.training.plan import (
     RunPlan,
     check_run_signature,
     choose_backend,
-    choose_compile,
     default_dtype,
     describe_architecture,
     hold_out_examples,
@@ -153,8 +152,7 @@ def build_plan(recipe: Recipe, num_processes: int, *, on_gpu: bool | None = None
     dtype = parse_dtype(recipe.model.dtype, default_dtype(on_gpu=on_gpu))
     backend = choose_backend(recipe.model.attention.value, on_gpu=on_gpu, head_size=head_size(config))
     deepspeed = _load_deepspeed(recipe, dtype, num_steps, num_processes)
-    compiles = choose_compile(recipe.train.torch_compile, zero_stage(deepspeed), on_gpu=on_gpu)
-    if compiles and zero_stage(deepspeed) == 3:
+    if zero_stage(deepspeed) == 3:
         deepspeed = with_prefetched_layers(deepspeed, _largest_layer(model))
     return RunPlan(
         model=model,
@@ -167,7 +165,7 @@ def build_plan(recipe: Recipe, num_processes: int, *, on_gpu: bool | None = None
         mixture=mixture,
         on_gpu=on_gpu,
         backend=backend,
-        compiles=compiles,
+        compiles=on_gpu if recipe.train.torch_compile is None else recipe.train.torch_compile,
         dtype=dtype,
         deepspeed=deepspeed,
         run_signature={

@@ -197,9 +197,9 @@ def _load_model(recipe: Recipe, plan: RunPlan, checkpointing: str) -> PreTrained
         device=_choose_device(plan, is_quantized=is_quantized),
         quantize=is_quantized,
     )
+    if plan.zero_stage == 3:
+        _gather_whole_layers(model)
     if plan.compiles:
-        if plan.zero_stage == 3:
-            _gather_whole_layers(model)
         compile_layers(model, without_hooks=plan.zero_stage == 3)
     checkpoint_layers(model, checkpointing)
     if recipe.train.lora is None:
@@ -221,7 +221,8 @@ def _load_model(recipe: Recipe, plan: RunPlan, checkpointing: str) -> PreTrained
 def _gather_whole_layers(model: PreTrainedModel) -> None:
     """Let ZeRO-3 gather all weights of a decoder layer before it, instead of each weight before its module.
 
-    The compiler would stop at each gathered weight inside of a layer.
+    DeepSpeed calls Python code before and after each module that it gathers, which may take longer than the
+    GPU computes. The compiler would stop at each gathered weight inside of a layer.
     """
     from deepspeed.utils import set_z3_leaf_modules
 

@@ -43,7 +43,6 @@ from blockft.training.distributed import (
     init_distributed,
     run_on_each_host,
     shutdown_distributed,
-    use_cpu,
     worker_environment,
 )
 from blockft.training.library_internals import (
@@ -185,8 +184,8 @@ def _train(
         warn_of_settings(recipe, plan)
     if plan.compiles:
         use_compile_cache()
-    if recipe.train.torch_compile is None and not use_cpu():
-        _report_compile(plan)
+    if recipe.train.torch_compile is None and plan.compiles:
+        notify("layers are compiled in the first step (train.torch_compile=false does without)")
     run = Path(recipe.train.output_dir)
     name = name or run.name
     title = run.name if name == run.name else f"{name}/{run.name}"
@@ -276,13 +275,6 @@ def _report_result(
     _print_summary(run, plan, trainer, expected_bytes)
     if "wandb" in recipe.train.report_to:
         finish_wandb_run(loss_plot, trainer.state.global_step)
-
-
-def _report_compile(plan: RunPlan) -> None:
-    if plan.compiles:
-        notify("layers are compiled in the first step (train.torch_compile=false does without)")
-    else:
-        notify("layers are not compiled under ZeRO-3 (train.torch_compile=true compiles them)")
 
 
 def _print_summary(run: Path, plan: RunPlan, trainer: "BlockTrainer", expected_bytes: float | None) -> None:

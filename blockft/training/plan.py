@@ -90,7 +90,7 @@ class RunPlan:
 
     @property
     def shares_products(self) -> bool:
-        """Whether adapters share products, see `share_products`; ZeRO-3 gathers each weight alone."""
+        """Whether adapters share products, see `share_products`; under ZeRO-3 that is not tested."""
         return self.on_gpu and self.zero_stage < 3
 
 
@@ -110,14 +110,6 @@ def choose_backend(backend: str, *, on_gpu: bool, head_size: int) -> str:
     if backend == "auto":
         return "flex" if on_gpu and head_size >= SMALLEST_FLEX_HEAD else "sdpa"
     return backend
-
-
-def choose_compile(torch_compile: bool | None, zero_stage: int, *, on_gpu: bool) -> bool:
-    """Return whether layers are compiled; None is yes on a GPU, except with ZeRO-3.
-
-    Compiled layers under ZeRO-3 were tested on CPUs only, so a recipe must ask for them.
-    """
-    return on_gpu and zero_stage < 3 if torch_compile is None else torch_compile
 
 
 def default_dtype(*, on_gpu: bool) -> torch.dtype:

@@ -20,7 +20,6 @@ from blockft.stages.memory_plan import (
     list_remedies,
     plan_memory,
     reported_out_of_memory,
-    suggest_zero2,
 )
 from blockft.stages.prepare import prepare
 from blockft.stages.run_plan import build_plan
@@ -171,39 +170,6 @@ def test_a_dry_run_prints_the_peak_and_the_longest_row_of_each_kind(
     assert "expected peak" in out and "buffers of DeepSpeed" in out and "chosen by auto" in out
     assert "bfloat16" in out and "flex" in out, "it is planned for a GPU"
     assert all(kind in out for kind in KINDS)
-
-
-@pytest.mark.parametrize(
-    ("settings", "num_processes", "is_suggested"),
-    [
-        (("train.deepspeed=zero3",), 2, True),
-        (("train.deepspeed=zero2",), 2, False),
-        (("train.deepspeed=zero3", "train.torch_compile=true"), 2, False),
-        (("train.deepspeed=zero3", "train.torch_compile=false"), 2, False),
-        (("train.deepspeed=zero3-offload-optimizer",), 2, False),
-    ],
-)
-def test_a_dry_run_says_that_zero2_would_fit_and_compile(
-    toy: Path,
-    capsys: pytest.CaptureFixture[str],
-    settings: tuple[str, ...],
-    num_processes: int,
-    is_suggested: bool,
-) -> None:
-    print_dry_run(toy_recipe(toy, *settings), num_processes, gpu_bytes=80 * 10**9)
-    assert ("train.deepspeed=zero2 fits, too (" in capsys.readouterr().out) is is_suggested
-
-
-def test_zero2_is_suggested_only_if_it_fits_without_more_recomputation(toy: Path, large: Path) -> None:
-    recipe, _, _ = plan_large(toy, large, "train.deepspeed=zero3", "train.torch_compile=null")
-    plan = build_plan(recipe, 64, on_gpu=True)
-    sharded = plan_memory(recipe, plan)
-    assert suggest_zero2(recipe, plan, 1e12, "none") is not None
-    assert suggest_zero2(recipe, plan, gpu_for(sharded, "full"), "full") is None, "its weights are whole"
-    recomputing = plan_memory(recipe, replace(plan, deepspeed={"zero_optimization": {"stage": 2}}))
-    gpu_bytes = gpu_for(recomputing, "full") * 1.01
-    assert suggest_zero2(recipe, plan, gpu_bytes, "full") is not None
-    assert suggest_zero2(recipe, plan, gpu_bytes, "none") is None
 
 
 def test_a_dry_run_refuses_what_auto_refuses_after_it_has_printed_the_memory(
