@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from safetensors import SafetensorError
 
 from blockft.digest import DamagedFile, dump_with_digest, read_with_digest
-from blockft.errors import RankError, UserError
+from blockft.errors import RankError, UserError, warn
 from blockft.folder_lock import FolderLock, lock_folder
 from blockft.printable import printable
 
@@ -141,11 +141,14 @@ def atomic_folder(out: LockedFolder, partial: Path | None = None) -> Iterator[Pa
 def _removed_at_end(partial: Path, path: Path) -> Iterator[None]:
     """Remove a resumable folder of `path` at the end; on an error it stays."""
     # if this process is killed now, the next writer moves it back, or removes it if `path` is complete
-    moved = partial.rename(f"{temporary_path(path)}{PARTIAL}")
+    moved = Path(f"{temporary_path(path)}{PARTIAL}")
+    with suppress(FileNotFoundError):  # a user has removed it; the output does not need it any more
+        partial.rename(moved)
     try:
         yield
     except BaseException:
-        moved.rename(partial)
+        with suppress(FileNotFoundError):
+            moved.rename(partial)
         raise
     shutil.rmtree(moved, ignore_errors=True)
 
@@ -310,6 +313,19 @@ def resumable_folder(out: LockedFolder, signature: Mapping[str, Any]) -> Iterato
         partial.mkdir(exist_ok=True)
         _check_signature(partial, json.loads(json.dumps(dict(signature))))
         yield partial
+
+
+def restore_resumable_folder(partial: Path, signature: Mapping[str, Any]) -> None:
+    """Create a folder of `resumable_folder` again, without its files, if a user has removed it meanwhile.
+
+    Raises:
+        OSError: it cannot be created.
+        UserError: its signature cannot be written.
+    """
+    if not (partial / SIGNATURE).is_file():
+        warn(f"{partial} was removed by another process: it is written again")
+        partial.mkdir(exist_ok=True)
+        write_atomic(partial / SIGNATURE, dump_with_digest(json.loads(json.dumps(dict(signature)))))
 
 
 def _partial_path(path: Path) -> Path:

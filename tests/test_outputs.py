@@ -25,6 +25,7 @@ from blockft.outputs import (
     atomic_folder,
     check_writable,
     lock_output_folder,
+    restore_resumable_folder,
     resumable_folder,
     save_figure,
     write_atomic,
@@ -252,6 +253,36 @@ def test_a_resumable_folder_stays_if_the_output_cannot_be_put_into_place(tmp_pat
         out.mkdir()
     with lock_output_folder(out, "blockft test"):
         assert sorted(path.name for path in partial.iterdir()) == ["kept", SIGNATURE]
+
+
+def test_the_output_is_complete_though_its_resumable_folder_was_removed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with resuming(out, {}) as partial:
+        (partial / "kept").touch()
+        shutil.rmtree(partial)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (out / "new").exists()
+    other = tmp_path / "other"
+    with pytest.raises(UserError, match="created by another process"), resuming(other, {}) as partial:
+        shutil.rmtree(partial)
+        other.mkdir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
+
+
+def test_a_resumable_folder_that_was_removed_is_created_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, signature = tmp_path / "out", {"limits": (1, 2)}
+    with pytest.raises(ZeroDivisionError), resuming(out, signature) as partial:
+        restore_resumable_folder(partial, signature)
+        assert capsys.readouterr().err == ""
+        shutil.rmtree(partial)
+        restore_resumable_folder(partial, signature)
+        (partial / "kept").touch()
+        raise ZeroDivisionError
+    warning = f"{partial} was removed by another process: it is written again"
+    assert capsys.readouterr().err == f"blockft: warning: {warning}\n"
+    with resuming(out, signature) as partial:
+        assert (partial / "kept").exists()
 
 
 def resume_until(point: KillPoint, out: Path) -> None:

@@ -194,6 +194,7 @@ class AnswerFile:
                 self.records += [record for record in valid[start:end] if record]
                 num_bytes += sum(len(line) + 1 for line in lines[start:end])
             os.truncate(path, num_bytes)
+        self._file = _identify(path)
 
     def _parse(self, line: bytes, index: int | None) -> AnswerRecord | None:
         """Return the answer of a line to the sample at `index`, or None if the line is another one."""
@@ -217,12 +218,26 @@ class AnswerFile:
         return [batch for batch in self._batches if batch[0] not in answered]
 
     def add(self, records: Sequence[AnswerRecord]) -> None:
-        """Append the answers of a batch and wait until they are on the disk."""
-        with self._path.open("ab") as file:
-            file.write(b"".join(map(self._to_line, records)))
+        """Append the answers of a batch and wait until they are on the disk.
+
+        If another process has removed or changed the file meanwhile, all answers are written again.
+        """
+        is_own = _identify(self._path) == self._file
+        with self._path.open("ab" if is_own else "wb") as file:
+            file.write(b"".join(map(self._to_line, records if is_own else [*self.records, *records])))
             file.flush()
             os.fsync(file.fileno())
+        self._file = _identify(self._path)
         self.records += records
+
+
+def _identify(path: Path) -> tuple[int, int, int] | None:
+    """Return what tells whether a file is still as it was written, or None if there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size
 
 
 def build_predictions(

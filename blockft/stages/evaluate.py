@@ -56,7 +56,14 @@ from blockft.inputs import check_path
 from blockft.model.fingerprint import model_fingerprint
 from blockft.model.load import load_config, parse_dtype
 from blockft.model.supported import block_attention_config, local_sees_first, uses_reencoded_positions
-from blockft.outputs import LockedFolder, atomic_folder, check_absent, resumable_folder, save_figure
+from blockft.outputs import (
+    LockedFolder,
+    atomic_folder,
+    check_absent,
+    restore_resumable_folder,
+    resumable_folder,
+    save_figure,
+)
 from blockft.printable import print_text
 from blockft.progress import progress, track
 from blockft.stages.output_folder import lock_output, source_inputs
@@ -503,9 +510,7 @@ def _answer_and_report(
     signature = {name: value for name, value in options.items() if name != SOURCES}
     with resumable_folder(out, signature) as partial:
         predictions = {
-            mode.value: _answer(
-                engine, questions, _attention_mode(mode), recipe, partial, evaluation=digest_json(signature)
-            )
+            mode.value: _answer(engine, questions, _attention_mode(mode), recipe, partial, signature)
             for mode in dict.fromkeys(recipe.eval.modes)
         }
         report = build_report(model, predictions, options)
@@ -523,12 +528,11 @@ def _answer(
     mode: AttentionMode,
     recipe: Recipe,
     folder: Path,
-    *,
-    evaluation: str,
+    signature: Mapping[str, Any],
 ) -> list[Prediction]:
     """Answer the questions in one mode, except those whose answers `folder` already holds.
 
-    evaluation: identifies the evaluation, whose answers alone are used.
+    signature: that of the resumable folder. It identifies the evaluation, whose answers alone are used.
     """
     assert recipe.eval
     samples, max_new_tokens = questions.samples, recipe.eval.max_new_tokens
@@ -538,7 +542,7 @@ def _answer(
         method = build_method(recipe.eval.method, local_sees_first=sees_first)
         answer = partial(answer_batch_by_method, method=method)
     path, batches = folder / f"answers-{mode}.jsonl", plan_batches(samples, recipe.eval.batch_size)
-    answers = AnswerFile(path, batches, f"{evaluation} {mode}")
+    answers = AnswerFile(path, batches, f"{digest_json(signature)} {mode}")
     if answers.damaged_line:
         warn(
             f"{path}, line {answers.damaged_line} is damaged: its question and all later ones are asked again"
@@ -548,7 +552,9 @@ def _answer(
     remaining = answers.remaining_batches
     with progress(f"{mode} mode", sum(map(len, remaining)), unit="answer") as advance:
         for batch in remaining:
-            answers.add(answer(engine, questions.prompts, batch, mode=mode, max_new_tokens=max_new_tokens))
+            found = answer(engine, questions.prompts, batch, mode=mode, max_new_tokens=max_new_tokens)
+            restore_resumable_folder(folder, signature)
+            answers.add(found)
             advance(len(batch))
     return build_predictions(samples, answers.records, max_new_tokens)
 

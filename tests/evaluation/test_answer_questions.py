@@ -51,6 +51,22 @@ def test_an_answer_file_is_read_again_and_gives_predictions_in_the_order_of_the_
     assert [p.id for p in predictions] == ["0", "1", "2", "3"] and all(p.hit_token_limit for p in predictions)
 
 
+@pytest.mark.parametrize("change", ["removed", "cut", "longer", "replaced"])
+def test_a_file_that_another_process_changes_is_written_again(change: str, tmp_path: Path) -> None:
+    path, batches = tmp_path / "a.jsonl", [(2, 0), (1, 3), (4,)]
+    file = AnswerFile(path, batches, "one block")
+    for batch in batches[:2]:
+        file.add(records_of(*batch))
+    content = path.read_bytes()
+    if change in ("removed", "replaced"):
+        path.rename(tmp_path / "moved")  # its inode stays in use
+    if change != "removed":
+        path.write_bytes({"cut": content[:-9], "longer": content + b"x", "replaced": content}[change])
+    file.add(records_of(4))
+    again = AnswerFile(path, batches, "one block")
+    assert again.records == records_of(2, 0, 1, 3, 4) and again.damaged_line is None
+
+
 @pytest.mark.parametrize(
     ("damage", "damaged_line"),
     [

@@ -268,6 +268,47 @@ def test_a_damaged_answer_of_an_interrupted_evaluation_is_asked_again(
     )
 
 
+@pytest.mark.parametrize("place", ["answer_batch", "build_report"])
+def test_the_report_is_written_though_the_stored_answers_are_removed(
+    place: str, toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    complete = contents(run(toy, f"kept-{place}"))
+    work = getattr(stage, place)
+
+    def remove_and_work(*arguments: object, **options: object) -> object:
+        shutil.rmtree(toy / ".removed.partial")
+        return work(*arguments, **options)
+
+    monkeypatch.setattr(stage, place, remove_and_work)
+    assert contents(run(toy, "removed")) == complete
+    assert not list(toy.glob(".removed*"))
+    has_warned = ".removed.partial was removed by another process: it is written again" in (
+        capsys.readouterr().err
+    )
+    assert has_warned == (place == "answer_batch")
+
+
+def test_answers_given_before_the_stored_ones_were_removed_are_kept(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[object] = []
+    answer_batch = stage.answer_batch
+
+    def remove_second_and_interrupt_fourth(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:
+            shutil.rmtree(toy / ".again.partial")
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return answer_batch(*arguments, **options)
+
+    monkeypatch.setattr(stage, "answer_batch", remove_second_and_interrupt_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        run(toy, "again")
+    assert contents(run(toy, "again")) == contents(run(toy, "whole"))
+    assert len(calls) == 4 + 12 - 3 + 12
+
+
 def test_a_killed_evaluation_resumes_and_gives_the_report_of_an_uninterrupted_one(tmp_path: Path) -> None:
     world = [sys.executable, "data/demo/world.py", str(tmp_path / "world"), "--scenes", "1"]
     subprocess.run(world, cwd=ROOT, check=True)
