@@ -14,7 +14,7 @@ JSON list, as in `data.sources`) meanwhile, and runs these parts, the most valua
     resume          the run of `zero3` from its checkpoint, against the five steps before the kill
     export          `blockft export` of this checkpoint, which compares the logits with those of the run
     zero2, zero1    the large shape under these stages, if the memory that `--dry-run` expects suffices
-    zero3-compiled  `zero3` with compiled layers, only the 30 steps
+    zero3-eager     `zero3` without compiled layers, only the 30 steps
 
 OUT is replaced after each part. A part that has no time left within `--limit-s`, or that the limit ended, is
 listed under `not_run`, and the same command continues with it, as long as the folder of `--work` exists.
@@ -46,7 +46,7 @@ from typing import Any
 CODE = Path(__file__).resolve().parent
 ROOT = CODE.parents[2]
 
-PARTS = ("zero3", "scaling", "resume", "export", "zero2", "zero1", "zero3-compiled")
+PARTS = ("zero3", "scaling", "resume", "export", "zero2", "zero1", "zero3-eager")
 """All parts in their order: the most valuable one first."""
 
 STAGES = ("zero3", "zero2", "zero1")
@@ -665,13 +665,13 @@ class Measurement:
         self.record("export", figures)
 
     def measure_stage(self, name: str) -> None:
-        """Measure the steps of the large shape in another way: a ZeRO stage, or compiled layers."""
-        stage, _, compiled = name.partition("-")
-        dry_run = self.read_dry_run(stage) if not compiled else {}
+        """Measure the steps of the large shape in another way: another ZeRO stage, or eager layers."""
+        stage, _, eager = name.partition("-")
+        dry_run = self.read_dry_run(stage) if not eager else {}
         if "refused" in dry_run:
             self.record(name, {"state": ENDED, "refused": dry_run["refused"], "by": dry_run["command"]})
             return
-        others = [self.never_save(), *(["train.torch_compile=true"] if compiled else [])]
+        others = [self.never_save(), *(["train.torch_compile=false"] if eager else [])]
         run, deadline = self.train_large(name, stage, *others), self.deadline
         state = run.wait_for_step(self.options.steps, deadline)
         figures = run.describe(state, self.options.warmups, self.options.steps)
