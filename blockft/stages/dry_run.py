@@ -7,12 +7,7 @@ from blockft.config.settings import Recipe
 from blockft.console import PlainConsole
 from blockft.data.advice import RowFill, list_warnings
 from blockft.errors import UserError, warn
-from blockft.stages.memory_plan import (
-    MemoryPlan,
-    describe_misfit,
-    gpu_memory,
-    plan_memory,
-)
+from blockft.stages.memory_plan import MemoryPlan, describe_misfit, gpu_memory, plan_memory
 from blockft.stages.run_plan import check_run, warn_of_settings
 from blockft.training.memory_estimate import KINDS, usable_bytes
 from blockft.training.plan import RunPlan
@@ -121,9 +116,7 @@ def _print_memory(recipe: Recipe, plan: RunPlan, memory: MemoryPlan, gpu_bytes: 
             cells += [f"{longest:,}" if longest else "none", reason if kind == chosen else ""]
         kinds.add_row(*cells)
     PlainConsole().print(kinds)
-    if gpu_bytes is None:
-        return
-    if fits:
+    if gpu_bytes is None or fits:
         return
     misfit = describe_misfit(recipe, plan, memory, gpu_bytes, chosen)
     if is_auto:

@@ -184,7 +184,7 @@ def _list_changes(recipe: Recipe, plan: RunPlan) -> Iterator[tuple[str, MemoryPl
         yield text if is_full else name, _plan_adapter(recipe, plan, quantized=True)
     if is_full and not is_offloaded(plan.deepspeed, "offload_optimizer"):
         config = f"zero{3 if plan.zero_stage == 3 else 2}-offload"
-        changed = plan_memory(recipe, _with_deepspeed(recipe, plan, config))
+        changed = plan_memory(recipe, _with_deepspeed(plan, config))
         yield f"offload to the host (train.deepspeed={config})", changed
 
 
@@ -198,18 +198,20 @@ def _plan_adapter(recipe: Recipe, plan: RunPlan, *, quantized: bool) -> MemoryPl
     return plan_memory(changed, replace(plan, model=model))
 
 
-def _with_deepspeed(recipe: Recipe, plan: RunPlan, config: str) -> RunPlan:
+def _with_deepspeed(plan: RunPlan, config: str) -> RunPlan:
     """Return the plan with a shipped DeepSpeed config."""
-    deepspeed = load_deepspeed_config(config, RECIPES_FOLDER / "deepspeed")
-    return replace(plan, deepspeed=deepspeed)
+    return replace(plan, deepspeed=load_deepspeed_config(config, RECIPES_FOLDER / "deepspeed"))
 
 
 def _share_among_gpus(recipe: Recipe, plan: RunPlan, gpu_bytes: float, kind: str) -> list[str]:
-    """Return the smallest number of more GPUs that suffices under ZeRO-3, as a list with one remedy."""
+    """Return the smallest power of two of GPUs that suffices under ZeRO-3, as a list with one remedy.
+
+    The list is empty if none up to `MAX_GPUS` suffices.
+    """
     if recipe.model.quantization is not None:  # ZeRO-3 cannot shard it
         return []
     config = "" if plan.zero_stage == 3 else "train.deepspeed=zero3 with "
-    shared = plan_memory(recipe, _with_deepspeed(recipe, plan, "zero3") if config else plan)
+    shared = plan_memory(recipe, _with_deepspeed(plan, "zero3") if config else plan)
     num_gpus = 2
     while num_gpus <= MAX_GPUS:
         run = replace(shared.run, num_processes=num_gpus, accumulates=recipe.train.batch_rows > num_gpus)

@@ -184,8 +184,8 @@ def _train(
         warn_of_settings(recipe, plan)
     if plan.compiles:
         use_compile_cache()
-    if recipe.train.torch_compile is None and plan.compiles:
-        notify("layers are compiled in the first step (train.torch_compile=false does without)")
+        if recipe.train.torch_compile is None:
+            notify("layers are compiled in the first step (train.torch_compile=false does without)")
     run = Path(recipe.train.output_dir)
     name = name or run.name
     title = run.name if name == run.name else f"{name}/{run.name}"
@@ -203,7 +203,7 @@ def _train(
         init_distributed(watch)
         stack.enter_context(_shared_by_ranks(lock, run))
         run_on_each_host(wait_until_verified)
-        memory, checkpointing = _plan_memory(recipe, plan)
+        memory, checkpointing = _choose_checkpointing(recipe, plan)
         stack.enter_context(reported_out_of_memory(recipe, checkpointing))
         stack.enter_context(recompiles_limited("set train.torch_compile=false"))
         trainer, run_callback = _run_steps(
@@ -292,7 +292,7 @@ def _print_summary(run: Path, plan: RunPlan, trainer: "BlockTrainer", expected_b
     console.print(f"metrics: {run / METRICS}", soft_wrap=True)
 
 
-def _plan_memory(recipe: Recipe, plan: RunPlan) -> tuple[MemoryPlan | None, str]:
+def _choose_checkpointing(recipe: Recipe, plan: RunPlan) -> tuple[MemoryPlan | None, str]:
     """Return the memory of the run, None on a CPU, and its kind of gradient checkpointing; all ranks call it.
 
     Raises:

@@ -148,6 +148,18 @@ def test_the_kind_on_a_cpu_is_none(toy: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("setting", "on_gpu", "compiles"),
+    [("null", True, True), ("null", False, False), ("true", False, True), ("false", True, False)],
+)
+def test_layers_are_compiled_on_a_gpu_unless_the_recipe_says_otherwise(
+    toy: Path, setting: str, on_gpu: bool, compiles: bool
+) -> None:
+    for config in ("zero2", "zero3"):
+        recipe = toy_recipe(toy, f"train.deepspeed={config}", f"train.torch_compile={setting}")
+        assert build_plan(recipe, 1, on_gpu=on_gpu).compiles is compiles
+
+
+@pytest.mark.parametrize(
     ("section", "is_remedy"),
     [(None, True), ({}, True), ({"device": "none"}, True), ({"device": "cpu"}, False)],
 )
