@@ -1,11 +1,12 @@
-"""A Hub that cannot be reached is an error of one line; a slow or failing one is left to the libraries."""
+"""A Hub that cannot be reached or does not answer is an error of one line, and is waited for with a line."""
 
 import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -30,9 +31,9 @@ def _online(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(hub_access, "RETRY_AFTER_S", 0)
-    hub_access._connect.cache_clear()
+    hub_access._wait_for_answer.cache_clear()
     yield
-    hub_access._connect.cache_clear()
+    hub_access._wait_for_answer.cache_clear()
 
 
 @pytest.fixture
@@ -47,15 +48,6 @@ def set_endpoint(monkeypatch: pytest.MonkeyPatch, port: int) -> str:
     address = f"http://127.0.0.1:{port}"
     monkeypatch.setattr(constants, "ENDPOINT", address)
     return address
-
-
-class Unavailable(BaseHTTPRequestHandler):
-    def do_HEAD(self) -> None:
-        self.send_response(503)
-        self.end_headers()
-
-    def log_message(self, *_: Any) -> None:
-        pass
 
 
 def test_a_hub_that_refuses_connections_is_an_error_that_says_what_to_do(refusing: str) -> None:
@@ -91,28 +83,132 @@ def test_the_revision_on_a_hub_that_refuses_connections_is_unknown() -> None:
     assert identify_model("owner/name") is None
 
 
+Answer = Callable[[BaseHTTPRequestHandler], None]
+
+
+def status(number: int) -> Answer:
+    """Return an answer with a status and without content."""
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(number)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    return answer
+
+
+def hang(handler: BaseHTTPRequestHandler) -> None:
+    """Wait until the client has gone."""
+    handler.rfile.read(1)
+
+
+def close(handler: BaseHTTPRequestHandler) -> None:
+    handler.close_connection = True
+
+
+@contextmanager
+def hub(monkeypatch: pytest.MonkeyPatch, *answers: Answer) -> Iterator[tuple[str, list[str]]]:
+    """Run a Hub that gives some answers in turn, the last one again and again; yield what it was asked."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            asked.append(self.path)
+            answers[min(len(asked), len(answers)) - 1](self)
+
+        do_GET = do_HEAD
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        yield set_endpoint(monkeypatch, server.server_port), asked
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 def test_a_name_server_may_fail_once(monkeypatch: pytest.MonkeyPatch, refusing: str) -> None:
-    with HTTPServer(("127.0.0.1", 0), Unavailable) as server:
-        Thread(target=server.handle_request, daemon=True).start()
-        monkeypatch.setattr("time.sleep", lambda _: set_endpoint(monkeypatch, server.server_port))
+    with hub(monkeypatch, status(200)) as (address, asked):
+        monkeypatch.setattr(constants, "ENDPOINT", refusing)
+        monkeypatch.setattr("time.sleep", lambda _: monkeypatch.setattr(constants, "ENDPOINT", address))
         check_hub("source a/b")
+    assert asked == ["/"]
 
 
-def test_a_hub_that_is_overloaded_is_reached_and_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    with HTTPServer(("127.0.0.1", 0), Unavailable) as server:
-        set_endpoint(monkeypatch, server.server_port)
-        Thread(target=server.handle_request, daemon=True).start()
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that waits for no answer for long."""
+    monkeypatch.setattr(hub_access, "CONNECT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.1)
+    monkeypatch.setattr(hub_access, "ANSWER_WAIT_S", 0.3)
+
+
+@pytest.mark.parametrize("number", [200, 307, 401, 404, 405, 429, 500, 501])
+def test_any_answer_of_a_hub_passes_and_is_asked_for_once(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with hub(monkeypatch, status(number)) as (_, asked):
         check_hub("source a/b")
-    check_hub("source a/b")
+        check_hub("source c/d")
+    assert asked == ["/"] and capsys.readouterr().err == ""
 
 
-def test_a_hub_that_accepts_connections_and_does_not_answer_is_reached(
-    monkeypatch: pytest.MonkeyPatch,
+def test_what_will_be_read_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with hub(monkeypatch, status(401)) as (_, asked):
+        for _ in range(2):
+            check_hub("model a/b", "a/b")
+            check_hub("model a/b", "a/b", "v1")
+            check_hub("source a/b", dataset="a/b")
+            check_hub("model a b/c?", "a b/c?")
+    assert asked == [
+        "/a/b/resolve/main/config.json",
+        "/a/b/resolve/v1/config.json",
+        "/api/datasets/a/b",
+        "/a%20b/c%3F/resolve/main/config.json",
+    ]
+
+
+WITHOUT_ANSWER = {
+    "does not answer": hang,
+    "answers with the error 502": status(502),
+    "answers with the error 503": status(503),
+    "answers with the error 504": status(504),
+    "closes connections (Server disconnected without sending a response.)": close,
+}
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("problem", WITHOUT_ANSWER)
+def test_a_hub_without_an_answer_is_waited_for_with_one_line_and_then_refused(
+    problem: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with hub(monkeypatch, WITHOUT_ANSWER[problem]) as (address, asked):
+        with pytest.raises(UserError, match=re.escape(f"Hub ({address}) cannot be reached (it {problem}): ")):
+            check_hub("source a/b")
+        assert len(asked) > 1 and {*asked} == {"/"}
+        assert capsys.readouterr().err == (
+            f"blockft: the Hugging Face Hub ({address}) {problem}: it is waited for up to 0.3 s "
+            "(HF_HUB_OFFLINE=1 uses its cache at once)\n"
+        )
+        with pytest.raises(UserError, match="model 'owner/name' does not exist here, and the Hugging Face"):
+            load_config("owner/name")
+
+
+@pytest.mark.parametrize("problem", WITHOUT_ANSWER)
+def test_a_hub_that_answers_after_a_while_is_used(
+    problem: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(hub_access, "CONNECT_TIMEOUT_S", 0.1)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        set_endpoint(monkeypatch, silent.getsockname()[1])
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.1)
+    monkeypatch.setattr(hub_access, "ANSWER_WAIT_S", 600)
+    with hub(monkeypatch, *[WITHOUT_ANSWER[problem]] * 3, status(200)) as (_, asked):
         check_hub("source a/b")
+        check_hub("source a/b")
+    assert len(asked) >= 4 and capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.usefixtures("refusing")

@@ -110,7 +110,7 @@ def read_hub(
             f"source {path} does not exist here; for a dataset on the Hub, name its split as well"
         )
     if not datasets.config.HF_HUB_OFFLINE:  # HF_DATASETS_OFFLINE sets it, too
-        check_hub(f"source {path}")
+        check_hub(f"source {path}", dataset=path)
     options = {} if revision is None else {"revision": revision}
     try:
         records = iter(datasets.load_dataset(path, name, split=split, streaming=True, **options))
