@@ -12,7 +12,8 @@ its marker. A folder with neither, such as any other model, is not checked.
 
 from pathlib import Path
 
-from transformers.utils.hub import cached_file
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from blockft.digest import (
     AddedFile,
@@ -28,7 +29,6 @@ from blockft.digest import (
     verify_files,
 )
 from blockft.errors import UserError, is_first_of_host
-from blockft.hub_access import http_library
 from blockft.model.checkpoint import MARKER
 from blockft.model.weights import digest_weights
 
@@ -65,7 +65,7 @@ def verify_model_files(path: str, revision: str | None = None, *, weights: bool)
     Files of the Hub are downloaded. Of several ranks of a host only the first one checks weights.
 
     Raises:
-        UserError: a file is damaged or missing, or was added.
+        UserError: a file is damaged or missing, or was added, or the Hub fails.
     """
     digests = _find_digests(path, revision)
     if digests is None:
@@ -128,18 +128,22 @@ def _find_digests(path: str, revision: str | None) -> Path | None:
 
 
 def _download(hub_id: str, name: str, revision: str | None) -> str | None:
-    """Return the path of a file of a Hub id in the cache; None if it is not there or cannot be downloaded."""
+    """Return the path of a file of a Hub id in the cache; None if the Hub has none, or offline its cache.
+
+    Raises:
+        UserError: the Hub does not say whether there is such a file.
+    """
     try:
-        return cached_file(
-            hub_id,
-            name,
-            revision=revision or "main",
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    except (OSError, ValueError, http_library().HTTPError):
-        return None  # no such repository or revision, which opening the model reports
+        return hf_hub_download(hub_id, name, revision=revision)
+    except LocalEntryNotFoundError as error:
+        if constants.HF_HUB_OFFLINE:
+            return None
+        raise UserError(
+            f"model {hub_id!r} cannot be verified, because the Hugging Face Hub did not answer whether it "
+            f"has {name}: try again, or set HF_HUB_OFFLINE=1 to use the Hub's cache"
+        ) from error
+    except (EntryNotFoundError, OSError, ValueError):
+        return None  # also no such repository or revision, which opening the model reports
 
 
 def _read_digests(path: Path) -> dict[str, FileDigest]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blockft.digest import dump_with_digest
@@ -145,15 +147,15 @@ def test_a_model_of_the_hub_is_verified_in_the_cache(
     snapshot.mkdir(parents=True)
     asked = []
 
-    def cached_file(hub_id: str, name: str, *, revision: str, **_: object) -> str | None:
-        """Download a file of the Hub, as the function of transformers does."""
+    def download(hub_id: str, name: str, *, revision: str) -> str:
+        """Download a file of the Hub, as the function of huggingface_hub does."""
         asked.append((name, revision))
         if not (folder / name).is_file():
-            return None
+            raise EntryNotFoundError(name)
         (snapshot / name).write_bytes((folder / name).read_bytes())
         return str(snapshot / name)
 
-    monkeypatch.setattr(model_files, "cached_file", cached_file)
+    monkeypatch.setattr(model_files, "hf_hub_download", download)
     verify_model_files("owner/name", "v1", weights=False)
     assert asked[0] == (DIGESTS, "v1") and ("config.json", "c0ffee") in asked
     assert "model.safetensors" not in os.listdir(snapshot)
@@ -163,6 +165,19 @@ def test_a_model_of_the_hub_is_verified_in_the_cache(
         verify_model_files("owner/name", weights=True)
     (folder / DIGESTS).unlink()
     verify_model_files("owner/name", weights=True)
+
+
+def test_an_answer_that_fails_does_not_count_as_a_model_without_digests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def download(*_: object, **__: object) -> str:
+        raise LocalEntryNotFoundError("no answer, and not in the cache")
+
+    monkeypatch.setattr(model_files, "hf_hub_download", download)
+    verify_model_files("owner/name", weights=True)  # offline, a cache without the file is all there is
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(UserError, match=r"'owner/name' cannot be verified.*has digests\.json: try again"):
+        verify_model_files("owner/name", weights=True)
 
 
 def test_a_hub_id_that_cannot_be_found_is_left_to_the_reader() -> None:
