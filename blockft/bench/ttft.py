@@ -275,7 +275,7 @@ def measure_full_prefill(model: PreTrainedModel, prompt: Prompt, warmups: int, r
 
 def measure_cached(runner: BlockRunner, prompt: Prompt, tier: str, warmups: int, runs: int) -> dict[str, Any]:
     """Measure the prefill over blocks that are cached in one tier; they are inserted before."""
-    store = runner.block_cache
+    cache = runner.block_cache
 
     def prefill() -> int:
         result = runner.prefill([prompt.keys(runner)], [prompt.question], 1)
@@ -284,15 +284,15 @@ def measure_cached(runner: BlockRunner, prompt: Prompt, tier: str, warmups: int,
         return int(result.logits[0].argmax())
 
     def clear_nearer_tiers() -> None:
-        if store.device is not None and tier != "device":
-            store.device.clear()
+        if cache.device is not None and tier != "device":
+            cache.device.clear()
         if tier in ("disk", "none"):
-            store.host.clear()
+            cache.host.clear()
 
     clear_nearer_tiers()
     if tier != "none":
         runner.prefill_blocks(prompt.keys(runner))
-        store.flush()
+        cache.flush()
         # a lookup moves blocks that are on the disk alone into the nearer tiers
         runner.prefill([prompt.keys(runner)], [prompt.question], 1)
     return measure_ms(prefill, warmups, runs, before=clear_nearer_tiers)
@@ -300,10 +300,10 @@ def measure_cached(runner: BlockRunner, prompt: Prompt, tier: str, warmups: int,
 
 def measure_bare_copy(runner: BlockRunner, prompt: Prompt, warmups: int, runs: int) -> dict[str, Any]:
     """Measure the copy of the host tier's blocks to the device, one copy per block, and nothing else."""
-    store = runner.block_cache
+    cache = runner.block_cache
     runner.prefill_blocks(prompt.keys(runner))
-    store.load({})
-    blocks = [store.on_host(key) for key in dict.fromkeys(prompt.keys(runner))]
+    cache.load({})  # waits for the copies to the host
+    blocks = [cache.on_host(key) for key in dict.fromkeys(prompt.keys(runner))]
     num_values = sum(map(torch.Tensor.numel, blocks))
     target = torch.empty(num_values, dtype=blocks[0].dtype, device=runner.model.device)
 

@@ -560,7 +560,7 @@ def _columns_missing_message(path: str, split: str | None, name: str | None, cor
 
 def _is_read_by(format: str, record: Mapping[str, Any]) -> bool:
     """Return whether a record has the fields of a format, and its parser reads it."""
-    if not _has_fields(record, format):
+    if not _count_recognized(record, format):
         return False
     found = SOURCE_FORMATS[format]
     for _, part in found.expand(iter([("", record)])):
@@ -598,9 +598,9 @@ def _format_hint(record: Any, format: str, columns: Columns | None, *, is_first:
         fits = f"; this would fit: columns: {suggestion}" if suggestion and not loses_documents else ""
         return f"{describe_fields(record)}{fits}"
     if isinstance(record, Mapping):
-        if _has_fields(record, format):
+        if _count_recognized(record, format):
             return ""
-        scores = {name: _has_fields(record, name) for name in SOURCE_FORMATS}
+        scores = {name: _count_recognized(record, name) for name in SOURCE_FORMATS}
         best = max(scores, key=scores.__getitem__)
         if scores[best]:
             return f"; it looks like the format {best} ({where})"
@@ -612,8 +612,8 @@ def _format_hint(record: Any, format: str, columns: Columns | None, *, is_first:
     return f"; is it in the format {format} ({where})?" if is_first else ""
 
 
-def _has_fields(record: Mapping[str, Any], format: str) -> int:
-    """Return the size of the largest group of fields of a format that the record has; 0 if it has none."""
+def _count_recognized(record: Mapping[str, Any], format: str) -> int:
+    """Return the size of the largest group of `recognized_by` that the record has; 0 if it has none."""
     groups = map(str.split, SOURCE_FORMATS[format].recognized_by)
     return max((len(group) for group in groups if record.keys() >= {*group}), default=0)
 

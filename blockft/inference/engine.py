@@ -219,7 +219,7 @@ class Engine:
 
         Raises:
             UserError: the request is malformed, or has several kinds of prompts or none; see
-            `generate_batch`.
+                `generate_batch`.
         """
         fields = {"documents": documents, "question": question, "messages": messages, "blocks": blocks}
         record = {name: value for name, value in fields.items() if value is not None}

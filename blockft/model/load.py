@@ -68,6 +68,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 """Types in which weights can be loaded, by name."""
 
 Auto = TypeVar("Auto")  # the result for "auto"
+Result = TypeVar("Result")
 
 for _name, _backend in BACKENDS.items():
     AttentionInterface.register(_name, _backend)
@@ -189,11 +190,9 @@ def digest_base_weights(path: str, revision: str | None = None) -> str:
 def load_tokenizer(
     path: str, revision: str | None = None, chat_template: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a model folder or Hub id.
+    """Return the tokenizer of a model folder or Hub id; for an adapter without one, that of its base model.
 
     chat_template: a file with the chat template that replaces that of the tokenizer.
-
-    For the folder of an adapter without a tokenizer it is that of the base model.
 
     Raises:
         UserError: there is no tokenizer, or the file cannot be read; the tokenizer does not belong to the
@@ -353,7 +352,7 @@ def load_generation_config(folder: Path, config: PreTrainedConfig) -> Generation
         UserError: it cannot be read, or one of its tokens is outside the vocabulary of the model.
     """
     check_content(folder / "generation_config.json")
-    generation: GenerationConfig = _call(str(folder), GenerationConfig.from_pretrained, folder)
+    generation = _call(str(folder), GenerationConfig.from_pretrained, folder)
     check_special_ids(generation, config.vocab_size, f"{folder}: its generation_config.json")
     return generation
 
@@ -391,7 +390,7 @@ def _check_files(path: str, revision: str | None, config: PreTrainedConfig) -> d
             f"{path} is a checkpoint of a run, not a model: export it with blockft export {path} FOLDER"
         )
     verify_model_files(path, revision, weights=True)
-    stored: dict[str, StoredTensor] = _call(path, check_weights, path, revision, build_meta_model(config))
+    stored = _call(path, check_weights, path, revision, build_meta_model(config))
     if file := _call(path, find_file, path, "generation_config.json", revision):
         load_json(file)
     return stored
@@ -405,8 +404,7 @@ def _check_generation_config(model: PreTrainedModel, path: str) -> None:
 def _find_config(path: str, revision: str | None) -> Path | None:
     """Return the file config.json of a model folder or Hub id, or None if there is none."""
     _check_path(path, revision)
-    found = _call(path, find_file, path, "config.json", revision)
-    return found if found is None or isinstance(found, Path) else None
+    return _call(path, find_file, path, "config.json", revision)
 
 
 def _check_path(path: str, revision: str | None) -> None:
@@ -430,7 +428,7 @@ def _open(kind: Any, path: str, revision: str | None, **settings: Any) -> Any:
     return _call(path, kind.from_pretrained, path, **arguments)
 
 
-def _call(path: str, function: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
+def _call(path: str, function: Callable[..., Result], *arguments: Any, **settings: Any) -> Result:
     """Call a reader of transformers, and raise its errors as one UserError about the model `path`."""
     try:
         return function(*arguments, **settings)

@@ -148,6 +148,7 @@ def _check_responses(sources: Sequence[Source]) -> None:
 
 
 def _evaluate(model: str, recipe: Recipe, out: LockedFolder) -> dict[str, Any]:
+    """Read and encode the questions, answer them, and write the report; see `evaluate`."""
     revision = model_revision(model, recipe)
     samples, dropped = read_questions(recipe)
     dtype = parse_dtype(recipe.model.dtype, None)
@@ -155,7 +156,8 @@ def _evaluate(model: str, recipe: Recipe, out: LockedFolder) -> dict[str, Any]:
     cache = CacheOptions(host_bytes=0) if torch.cuda.is_available() else None
     # an export holds its own template; that of the recipe belongs to the model of the recipe
     template = recipe.model.chat_template if model == recipe.model.path else None
-    method = recipe.eval and recipe.eval.method
+    assert recipe.eval
+    method = recipe.eval.method
     with Engine.load(
         model,
         revision=revision,
@@ -173,7 +175,7 @@ def _evaluate(model: str, recipe: Recipe, out: LockedFolder) -> dict[str, Any]:
             _remark("data.local_sees_first=true has no effect: the model was not trained with it")
         questions = _encode(engine, samples, recipe)
         options = _options(recipe, engine, questions, revision)
-        options["records dropped"] = dict(sorted((questions.dropped + Counter(dropped)).items()))
+        options["records dropped"] = dict(sorted((questions.dropped + dropped).items()))
         try:
             return _answer_and_report(model, engine, questions, recipe, options, out)
         except KeyboardInterrupt:
@@ -268,8 +270,8 @@ def evaluation_recipe(
     """Return the settings of an evaluation: those of a recipe, or those for the questions of a file.
 
     Questions are asked with the wording that an export was trained with. A model that is no export gets the
-    default wording.
-    Their report goes to out/eval/MODEL-DATA unless `eval.output_dir` says otherwise.
+    default wording. Without a recipe the report goes to out/eval/MODEL-DATA unless `eval.output_dir` says
+    otherwise.
 
     Raises:
         UserError: there are neither questions nor a recipe of that name; the format is unknown; see
@@ -369,7 +371,7 @@ def model_revision(model: str, recipe: Recipe) -> str | None:
     return revision
 
 
-def read_questions(recipe: Recipe) -> tuple[list[Sample], dict[str, int]]:
+def read_questions(recipe: Recipe) -> tuple[list[Sample], Counter[str]]:
     """Read the samples of `eval.sources`, and count the records that gave none, by reason.
 
     With `eval.max_samples` the sources contribute equally, as far as they reach. The samples are in the order
@@ -398,7 +400,7 @@ def read_questions(recipe: Recipe) -> tuple[list[Sample], dict[str, int]]:
         if index not in with_questions and not is_limit_reached:  # otherwise it may not have been read
             reasons = ", ".join(f"{reason}: {number}" for reason, number in count.dropped.items())
             warn(f"no question of {source.path} is asked ({reasons or 'it holds no samples'})")
-    return [sample for _, sample in chosen], dict(sorted(dropped.items()))
+    return [sample for _, sample in chosen], dropped
 
 
 def _with_answers(
@@ -508,13 +510,13 @@ def _answer_and_report(
     """Answer the questions in every mode, resuming if possible, write the report and return it."""
     assert recipe.eval
     signature = {name: value for name, value in options.items() if name != SOURCES}
-    with resumable_folder(out, signature) as partial:
+    with resumable_folder(out, signature) as folder:
         predictions = {
-            mode.value: _answer(engine, questions, _attention_mode(mode), recipe, partial, signature)
+            mode.value: _answer(engine, questions, _attention_mode(mode), recipe, folder, signature)
             for mode in dict.fromkeys(recipe.eval.modes)
         }
         report = build_report(model, predictions, options)
-        _write(out, partial, report, predictions)
+        _write(out, folder, report, predictions)
     return report
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from blockft.errors import RankError, UserError, first_line
@@ -115,7 +116,7 @@ def only_weights_loaded() -> Iterator[None]:
     """
     import torch
 
-    classes: list[Any] = [_import_name(name) for name in _DEEPSPEED_CLASSES]
+    classes: list[Any] = [resolve_name(name) for name in _DEEPSPEED_CLASSES]
     names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
     before = {name: os.environ.pop(name, None) for name in names}
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
@@ -155,11 +156,6 @@ def check_pickles(checkpoint: Path) -> None:
                 f"{path} could run code when it is loaded ({', '.join(sorted(unsafe))[:200]}), so it is not "
                 "loaded: use a checkpoint that blockft wrote"
             )
-
-
-def _import_name(name: str) -> Any:
-    module, _, attribute = name.rpartition(".")
-    return getattr(importlib.import_module(module), attribute)
 
 
 # --- DeepSpeed checkpoints: shards without what follows from other files

@@ -66,9 +66,11 @@ GRACE_S = 1.0
 REPLY_S = 5.0
 """Longest wait of a rank that has failed until rank 0 says which rank failed first."""
 
-LATE_S, CONNECT_BEFORE_ERROR_S = 30, 3
-"""Longest wait of a rank that fails before all ranks are connected: at its end, until the others know of the
-failure, and before it prints its error."""
+CONNECT_BEFORE_ERROR_S = 3
+"""Longest wait of a rank that fails before it is connected, until it prints its error."""
+
+LATE_S = 30
+"""Longest wait of a failed process at its end, until all ranks are connected and know of the failure."""
 
 _LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 """Texts of the errors of Gloo when a rank has ended."""
@@ -205,7 +207,8 @@ class RankWatch:
             with self._ending:
                 if not is_first_of_host():
                     time.sleep(REPLY_S)  # the end of this process would be printed in place of the message
-                _print_and_exit(message if is_first_of_host() else "", USER_ERROR)
+                _print(message if is_first_of_host() else "")
+                os._exit(USER_ERROR)
 
         timer = threading.Timer(seconds, end)
         timer.daemon = True
@@ -527,9 +530,3 @@ def _print(message: str) -> None:
             print_text(f"blockft: {' '.join(message.split())}", file=sys.stderr, flush=True)
     with suppress(OSError, ValueError, AttributeError):
         sys.stdout.flush()
-
-
-def _print_and_exit(message: str, exit_code: int) -> None:
-    """Print a message, unless it is empty, and end this process, whatever its main thread does."""
-    _print(message)
-    os._exit(exit_code)
