@@ -276,15 +276,13 @@ def test_the_report_is_written_though_the_stored_answers_are_removed(
     work = getattr(stage, place)
 
     def remove_and_work(*arguments: object, **options: object) -> object:
-        shutil.rmtree(toy / ".removed.partial")
+        shutil.rmtree(toy / f".removed-{place}.partial")
         return work(*arguments, **options)
 
     monkeypatch.setattr(stage, place, remove_and_work)
-    assert contents(run(toy, "removed")) == complete
+    assert contents(run(toy, f"removed-{place}")) == complete
     assert not list(toy.glob(".removed*"))
-    has_warned = ".removed.partial was removed by another process: it is written again" in (
-        capsys.readouterr().err
-    )
+    has_warned = "partial was removed by another process: it is written again" in capsys.readouterr().err
     assert has_warned == (place == "answer_batch")
 
 
