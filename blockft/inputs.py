@@ -178,7 +178,7 @@ def read_text(path: Path, name: str, *, max_bytes: int = MAX_TEXT_BYTES) -> str:
     return decode_text(data, f"{name} {path}", max_bytes=max_bytes)
 
 
-def read_stdin(name: str, *, max_bytes: int = MAX_TEXT_BYTES) -> str:
+def read_stdin(name: str) -> str:
     """Return the text of standard input in UTF-8, whatever the encoding of the terminal.
 
     Raises:
@@ -189,10 +189,10 @@ def read_stdin(name: str, *, max_bytes: int = MAX_TEXT_BYTES) -> str:
     if not hasattr(sys.stdin, "buffer"):  # a stream of text that a caller put in its place
         return sys.stdin.read().removeprefix("\ufeff")
     try:
-        data = sys.stdin.buffer.read(max_bytes + 1)
+        data = sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)
     except OSError as error:
         raise UserError(f"{name} - cannot be read: {error.strerror}") from error
-    return decode_text(data, f"{name} -", max_bytes=max_bytes)
+    return decode_text(data, f"{name} -", max_bytes=MAX_TEXT_BYTES)
 
 
 def decode_text(data: bytes, name: str, *, max_bytes: int) -> str:

@@ -59,7 +59,7 @@ class Advance:
             self._refresh()
 
     def set_total(self, total: float, *, is_estimate: bool = False) -> None:
-        """Set the total of an operation whose total was unknown or an estimate."""
+        """Set the total of an operation whose total was unknown or an estimate, which is shown with a `~`."""
         task = self._bar.tasks[self._task]
         task.total = total  # `Progress.update` would forget the rate
         task.fields["is_estimate"] = is_estimate
@@ -101,7 +101,6 @@ def progress(
     total: float | None = None,
     *,
     unit: str,
-    is_estimate: bool = False,
     beside_results: bool = False,
     transient: bool = False,
 ) -> Iterator[Advance]:
@@ -114,7 +113,6 @@ def progress(
     Args:
         total: in units; None if it is unknown.
         unit: the singular of what is counted, such as "sample". `BYTE` is shown in kB, MB and GB.
-        is_estimate: `total` is an estimate, which is shown with a `~`.
         beside_results: results are printed meanwhile. If stdout is a terminal they show the progress
             themselves, and nothing else is shown.
         transient: remove the bar at the end.
@@ -138,7 +136,7 @@ def progress(
     )
     try:
         with bar:
-            task = bar.add_task(printable(label), total=total, unit=unit, is_estimate=is_estimate, note="")
+            task = bar.add_task(printable(label), total=total, unit=unit, is_estimate=False, note="")
             advance = Advance(bar, task, prints_lines=is_shown and not is_enabled())
             yield advance
             advance.finish()

@@ -151,7 +151,9 @@ def test_a_line_says_what_is_done_the_rate_and_the_time_left(
     is_estimate: bool,
     line: str,
 ) -> None:
-    with progress("do", total, unit=unit, is_estimate=is_estimate) as advance:
+    with progress("do", total, unit=unit) as advance:
+        if total is not None:
+            advance.set_total(total, is_estimate=is_estimate)
         clock.seconds += 100
         advance(amount)
     assert capsys.readouterr().err.splitlines()[0] == f"blockft: do: {line}"

@@ -445,8 +445,8 @@ class Engine:
             self._check_ids(prompt)
             if (needed := sum(map(len, prompt)) + max_new_tokens) > self._num_positions:
                 raise UserError(
-                    f"a prompt and its answer need {needed} tokens, "
-                    f"the model has {self._num_positions} positions"
+                    f"a prompt and its answer need {needed} tokens, the model has {self._num_positions} "
+                    "positions: shorten the prompt, or ask for fewer new tokens"
                 )
         # full attention is the layout of a single block
         blocks = prompts if mode == "block" else [[[id for block in p for id in block]] for p in prompts]

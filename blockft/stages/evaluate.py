@@ -414,7 +414,8 @@ def _with_answers(
             count.drop("no answers")
         elif is_split(source):
             raise UserError(
-                f"{source.path} has the format {source.format}, which holds no answers to score against"
+                f"{source.path} has the format {source.format}, which holds no answers to score against: "
+                "name a source of questions"
             )
         else:
             raise UserError(

@@ -412,7 +412,8 @@ def _check_prepared(
         teacher_tokenizer = load_tokenizer(settings.teacher, chat_template=recipe.model.chat_template)
         if prepared.manifest["tokenizer"] != tokenizer_fingerprint(teacher_tokenizer):
             raise UserError(
-                f"train.teacher {settings.teacher} and {recipe.model.path} have different tokenizers"
+                f"train.teacher {settings.teacher} and {recipe.model.path} have different tokenizers: "
+                "take a teacher with the tokenizer of the model"
             )
     found = prepared.manifest["options"]["local_sees_first"]
     if Mode.block in data.modes and found != data.local_sees_first:
@@ -473,7 +474,8 @@ def _build_rows(
     )
     if is_distillation and settings.teacher is None and not rows.epochs[0].is_block.any():
         raise UserError(
-            f"no example of {data.output_dir} splits into blocks: the full mode has nothing to teach"
+            f"no example of {data.output_dir} splits into blocks, so the full mode has nothing to teach: "
+            "prepare sources with several blocks, or set train.objective=sft"
         )
     eval_modes = modes if len(held_out) else []
     return rows, {
