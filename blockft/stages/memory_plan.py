@@ -217,10 +217,10 @@ def _share_among_gpus(recipe: Recipe, plan: RunPlan, gpu_bytes: float, kind: str
         run = replace(shared.run, num_processes=num_gpus, accumulates=recipe.train.batch_rows > num_gpus)
         peak_bytes = replace(shared, run=run).estimate(kind).peak_bytes
         if num_gpus > plan.num_processes and peak_bytes <= usable_bytes(gpu_bytes):
-            size = format_memory(peak_bytes)
-            return [
-                f"share the weights among {num_gpus} GPUs ({config}--num-gpus or --hostfile, needs {size})"
-            ]
+            is_shared = recipe.train.batch_rows % num_gpus == 0
+            rows = "" if is_shared else f", train.batch_rows a multiple of {num_gpus}"
+            options, size = f"{config}--num-gpus or --hostfile{rows}", format_memory(peak_bytes)
+            return [f"share the weights among {num_gpus} GPUs ({options}, needs {size})"]
         num_gpus *= 2
     return []
 

@@ -142,6 +142,15 @@ def test_quantization_is_a_remedy_where_it_is_possible(
     assert any("model.quantization=nf4" in remedy for remedy in remedies) is is_remedy
 
 
+@pytest.mark.parametrize(("batch_rows", "is_named"), [(1, True), (4, False)])
+def test_more_gpus_are_a_remedy_with_rows_that_they_can_share(
+    toy: Path, large: Path, batch_rows: int, is_named: bool
+) -> None:
+    recipe, plan, memory = plan_large(toy, large, f"train.batch_rows={batch_rows}")
+    (remedy,) = [text for text in list_remedies(recipe, plan, memory, 1e12) if "among 2 GPUs" in text]
+    assert ("--hostfile, train.batch_rows a multiple of 2, needs" in remedy) is is_named
+
+
 def test_the_kind_on_a_cpu_is_none(toy: Path) -> None:
     recipe = toy_recipe(toy)
     assert decide_checkpointing(recipe, build_plan(recipe, 1), None, None)[0] == "none"
