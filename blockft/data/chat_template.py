@@ -37,6 +37,8 @@ EDGE_MARKER = "\n\u2003"
 STRIPPED = {EDGE_MARKER: "", EDGE_MARKER[1:]: "\n", "": None}
 """What is left of an edge marker, and the characters that the template strips (None is all white space)."""
 
+_READ_REMEDY = "correct it in a copy, and set model.chat_template to that file"
+
 
 class TemplateMismatch(UserError):
     """The chat template or the tokenizer changes the text of a prompt; other prompts may be encoded.
@@ -339,10 +341,12 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise UserError(
                 f"the chat template of {self._name}, line {error.lineno - self._lines_before} cannot be "
-                f"read: {_first_line(error.message or '')}"
+                f"read: {_first_line(error.message or '')}; {_READ_REMEDY}"
             ) from error
         except SyntaxError as error:
-            raise UserError(f"the chat template of {self._name} cannot be read: {error.msg}") from error
+            raise UserError(
+                f"the chat template of {self._name} cannot be read: {error.msg}; {_READ_REMEDY}"
+            ) from error
         # the template is a program that came with the model, and may raise anything
         except Exception as error:
             self._fail(
