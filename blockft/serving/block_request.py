@@ -52,10 +52,12 @@ class BlockRequest:
 class EncodeRequest:
     """A prompt that is one block, to be computed and stored. Its first `first_len` tokens are not stored.
 
-    They are those of the first block, if the block sees it.
+    They are those of the first block, if the block sees it. num_blocks: how many blocks are computed
+    together, with the same address.
     """
 
     first_len: int = 0
+    num_blocks: int = 1
     reply_to: ReplyAddress
 
 
@@ -92,7 +94,7 @@ def block_params(secret: str, request: BlockRequest | EncodeRequest) -> dict[str
     """Return the parameters of a request for the connector. `parse_params` is the inverse."""
     params = {"secret": secret, "socket": request.reply_to.socket, "id": request.reply_to.id}
     if isinstance(request, EncodeRequest):
-        return params | {"encode": True, "first_len": request.first_len}
+        return params | {"encode": True, "first_len": request.first_len, "num_blocks": request.num_blocks}
     return params | {"lengths": list(request.lengths), "salt": request.salt}
 
 
@@ -104,7 +106,8 @@ def parse_params(params: Any, secret: str) -> BlockRequest | EncodeRequest | Non
         return None
     reply_to = ReplyAddress(socket=params["socket"], id=params["id"])
     if params.get("encode"):
-        return EncodeRequest(first_len=params["first_len"], reply_to=reply_to)
+        first_len, num_blocks = params["first_len"], params["num_blocks"]
+        return EncodeRequest(first_len=first_len, num_blocks=num_blocks, reply_to=reply_to)
     return BlockRequest(lengths=tuple(params["lengths"]), salt=params["salt"], reply_to=reply_to)
 
 

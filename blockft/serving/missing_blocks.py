@@ -156,15 +156,14 @@ class BlockComputer:
         """Return the reports on blocks, as soon as they may be used."""
         digests = [*map(key_digest, keys)]
         address, expected = self.receiver.expect_blocks(digests)
+        asked = EncodeRequest(first_len=first_len, num_blocks=len(keys), reply_to=address)
         body = {
             "model": model,
             "prompt": [first_ids(key) + token_ids(key) for key in keys],
             "max_tokens": 1,
             "temperature": 0,
             "cache_salt": encode_salt(self._secret),
-            "kv_transfer_params": block_params(
-                self._secret, EncodeRequest(first_len=first_len, reply_to=address)
-            ),
+            "kv_transfer_params": block_params(self._secret, asked),
         }
         content = to_json(body)
         own_scope = with_request(scope, "POST", self._path, content, only_authorization=True)

@@ -17,6 +17,7 @@ from blockft.serving.block_request import (
     block_keys,
     parse_params,
 )
+from blockft.serving.block_sets import BlockSets
 from blockft.serving.device_record import DeviceRecord
 from blockft.serving.head_shard import HeadShard
 from blockft.serving.served_model import ServedModel
@@ -96,6 +97,7 @@ class SchedulerHalf:
         # with several workers, all but one read computed blocks from the folder
         self._keeps_computed = num_workers == 1
         self._unconfirmed = UnconfirmedLoads(page_len)
+        self._sets = BlockSets()
         self._requests: dict[str, BlockRequest | EncodeRequest] = {}
         self._encode_pages: dict[str, list[int]] = {}
         self._vllm_requests: dict[str, Any] = {}
@@ -117,6 +119,8 @@ class SchedulerHalf:
         if parsed is None:
             request.kv_transfer_params = None
             return
+        if isinstance(parsed, EncodeRequest):
+            self._sets.add(parsed)
         self._requests[request.request_id] = parsed
         self._vllm_requests[request.request_id] = request
         # vLLM would compute the whole prompt anew, with full attention
@@ -126,11 +130,14 @@ class SchedulerHalf:
         """Return how many tokens after the first `num_computed` are loaded, and whether the request waits.
 
         It does not wait if all blocks are on the device. A request that must fail is accepted and fails while
-        it is loaded. None means that vLLM asks again in the next step: pages of its prefix cache may be those
-        of a load that fails, or the request waits for ever, until its client leaves.
+        it is loaded. None means that vLLM asks again in the next step: a block waits for others of its
+        prompt, pages of the prefix cache may be those of a load that fails, or the request waits for ever,
+        until its client leaves.
         """
         block_request = self._requests.get(request.request_id)
         self._in_step.discard(request.request_id)
+        if isinstance(block_request, EncodeRequest) and self._sets.is_arriving(block_request):
+            return None, False
         if not isinstance(block_request, BlockRequest):
             return 0, False
         if self._refusal(request, block_request):
@@ -204,6 +211,8 @@ class SchedulerHalf:
     def finish(self, request: Any, pages: Sequence[int]) -> None:
         """Forget a request that has ended."""
         self._unconfirmed.finish(request, pages)
+        if isinstance(parsed := self._requests.get(request.request_id), EncodeRequest):
+            self._sets.finish(parsed)
         for known in (self._requests, self._vllm_requests, self._encode_pages, self._keys):
             known.pop(request.request_id, None)
         for ids in (self._has_loads, self._in_step, self._lost):

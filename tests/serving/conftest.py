@@ -8,6 +8,7 @@ from tests.run import save_model
 from tests.serving.vllm_environment import vllm_python
 
 LIMITS = (
+    "block_sets.ARRIVAL_S",
     "device_record.COMPUTED_S",
     "front_end.FAILURE_TIMEOUT_S",
     "front_end.REPORT_TIMEOUT_S",

@@ -29,7 +29,7 @@ REQUEST = BlockRequest(lengths=(3, 4), salt=block_salt(SECRET, (3, 4)), reply_to
 ENCODE = EncodeRequest(reply_to=ReplyAddress(socket="s", id="9"))
 
 
-@pytest.mark.parametrize("request_", [REQUEST, ENCODE, replace(ENCODE, first_len=7)])
+@pytest.mark.parametrize("request_", [REQUEST, ENCODE, replace(ENCODE, first_len=7, num_blocks=3)])
 def test_parameters_are_read_back(request_: BlockRequest | EncodeRequest) -> None:
     assert parse_params(block_params(SECRET, request_), SECRET) == request_
 

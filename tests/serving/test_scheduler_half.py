@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from blockft.inference.block_key import block_key
-from blockft.serving.block_request import EncodeRequest, block_params
+from blockft.serving import block_sets
+from blockft.serving.block_request import EncodeRequest, ReplyAddress, block_params
 from blockft.serving.scheduler_half import PrefixHit, SchedulerHalf
 from tests.serving.stubs import (
     NOWHERE,
@@ -56,9 +57,57 @@ def start_in_step(half: SchedulerHalf, id: str, pages: list[int], final: int = 0
     return request
 
 
-def encode_request(id: str, prompt: list[int], first_len: int = 0) -> Any:
-    encode = EncodeRequest(first_len=first_len, reply_to=NOWHERE)
+def encode_request(
+    id: str, prompt: list[int], first_len: int = 0, num_blocks: int = 1, reply_to: ReplyAddress = NOWHERE
+) -> Any:
+    encode = EncodeRequest(first_len=first_len, num_blocks=num_blocks, reply_to=reply_to)
     return make_request(id, prompt, block_params(SECRET, encode))
+
+
+READY, WAITS = (0, False), (None, False)
+
+
+def test_blocks_that_are_computed_together_wait_for_each_other(half: SchedulerHalf) -> None:
+    """They reach the scheduler one after the other. The first one would have a step of its own."""
+    ours = [encode_request(f"a{index}", PROMPT[index:], num_blocks=3) for index in range(3)]
+    other = encode_request("b", PROMPT, num_blocks=2, reply_to=ReplyAddress(socket="s", id="2"))
+    alone = encode_request("c", PROMPT, reply_to=ReplyAddress(socket="s", id="3"))
+    for request in (ours[0], other, alone, ours[1]):
+        half.add_request(request)
+        assert half.num_cached_tokens(request, 0) == (READY if request is alone else WAITS)
+    half.add_request(ours[2])
+    assert [half.num_cached_tokens(request, 0) for request in (*ours, other)] == [READY] * 3 + [WAITS]
+    half.finish(ours[0], [])
+    assert half.num_cached_tokens(ours[1], 0) == READY, "also after a preemption"
+
+
+def test_blocks_do_not_wait_for_a_block_whose_client_has_left(half: SchedulerHalf) -> None:
+    first, second = (encode_request(id, PROMPT, num_blocks=3) for id in "ab")
+    half.add_request(first)
+    half.add_request(second)
+    half.finish(first, [])
+    assert half.num_cached_tokens(second, 0) == READY
+    half.finish(second, [])
+    assert not half._sets._arriving
+
+
+def test_blocks_wait_a_short_time_for_a_block_that_does_not_arrive(
+    half: SchedulerHalf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(block_sets, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    requests = [encode_request(id, PROMPT, num_blocks=4) for id in "abc"]
+    for request in requests[:2]:
+        half.add_request(request)
+        clock[0] += 0.9 * block_sets.ARRIVAL_S
+        assert half.num_cached_tokens(requests[0], 0) == WAITS, "the last one has just arrived"
+    clock[0] += 0.2 * block_sets.ARRIVAL_S
+    assert [half.num_cached_tokens(request, 0) for request in requests[:2]] == [READY] * 2
+    half.add_request(requests[2])
+    assert half.num_cached_tokens(requests[2], 0) == WAITS
+    for request in requests:
+        half.finish(request, [])
+    assert not half._sets._arriving
 
 
 @pytest.mark.parametrize(("num_computed", "expected"), [(0, (15, True)), (8, (7, True)), (16, (0, False))])
