@@ -1,6 +1,7 @@
-"""Let signals wait while a process is started, so that an interruption never leaves it running."""
+"""Let signals wait while a process is started, or ignore them while a process ends."""
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -40,3 +41,20 @@ def hold_signals() -> Iterator[None]:
                 signal.signal(number, handler)
         for number in received:
             signal.raise_signal(number)
+
+
+@contextmanager
+def ignore_signals() -> Iterator[None]:
+    """Let no interruption end this process in the `with` block, which must be short.
+
+    Only the main thread can do it. In another thread signals keep their action.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

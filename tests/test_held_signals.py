@@ -1,13 +1,14 @@
-"""Signals wait while a process is started, and are handled then."""
+"""Signals wait while a process is started, and are ignored while a process ends."""
 
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 
 import pytest
 
-from blockft.held_signals import HELD, hold_signals
+from blockft.held_signals import HELD, hold_signals, ignore_signals
 
 
 @pytest.fixture
@@ -99,3 +100,20 @@ def test_ignored_and_default_signals_are_left_alone(handled: list[int]) -> None:
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         signal.raise_signal(signal.SIGINT)
+
+
+def test_signals_are_ignored_while_a_process_ends(handled: list[int]) -> None:
+    handlers = [*map(signal.getsignal, HELD)]
+    with ignore_signals():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+    assert [*map(signal.getsignal, HELD)] == handlers and not handled
+
+
+def test_another_thread_ignores_no_signal(handled: list[int]) -> None:
+    def enter() -> list[object]:
+        with ignore_signals():
+            return [*map(signal.getsignal, HELD)]
+
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(enter).result() == [*map(signal.getsignal, HELD)]

@@ -133,13 +133,17 @@ class BlockCache:
         while self._writes:
             self._writes.popleft().result()
 
-    def close(self) -> None:
-        """Wait until the disk has all blocks, then stop the threads. The cache cannot be used afterwards."""
+    def close(self, *, wait: bool = True) -> None:
+        """Wait until the disk has all blocks, then stop the threads. The cache cannot be used afterwards.
+
+        wait: otherwise drop what the threads have not begun, and return at once.
+        """
         try:
-            self.flush()
+            if wait:
+                self.flush()
         finally:
-            self._writer.shutdown()
-            self._readers.shutdown()
+            for threads in (self._writer, self._readers):
+                threads.shutdown(wait=wait, cancel_futures=not wait)
 
     def load(self, hits: Mapping[BlockKey, CacheHit]) -> dict[BlockKey, torch.Tensor]:
         """Return the blocks of the host and disk tiers, on the host. Damaged blocks are missing."""

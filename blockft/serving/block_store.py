@@ -78,11 +78,14 @@ class BlockStore:
         """
         return self._thread.submit(self._insert, key, kv)
 
-    def close(self) -> None:
-        """Wait until the folder has all blocks, then stop the threads."""
-        self._thread.shutdown()
+    def close(self, *, wait: bool = True) -> None:
+        """Wait until the folder has all blocks, then stop the threads.
+
+        wait: otherwise drop what the threads have not begun, and return at once.
+        """
+        self._thread.shutdown(wait=wait, cancel_futures=not wait)
         for cache in self._caches:
-            cache.close()
+            cache.close(wait=wait)
 
     def _load(self, keys: Sequence[BlockKey]) -> LoadedBlocks:
         blocks: dict[BlockKey, torch.Tensor] = {}

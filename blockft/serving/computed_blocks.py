@@ -5,9 +5,10 @@ Its copy to the host and its entry in the folder follow in the background.
 """
 
 import logging
+import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from functools import partial
 
 import torch
@@ -20,6 +21,9 @@ from blockft.serving.device_work import BackgroundStream, DeviceWork
 MAX_WAITING_BYTES = 2 << 30
 """Size of the blocks that may wait for their copy to the host. A step with more blocks waits for copies, so
 that the memory of the device does not fill up."""
+
+POLL_S = 0.01
+"""How often the end looks whether the folder has all blocks."""
 
 _log = logging.getLogger("blockft.serving")
 
@@ -36,6 +40,7 @@ class ComputedBlocks:
         self._store, self._wait_for_disk = store, wait_for_disk
         self._stream = BackgroundStream(device)
         self._blocks: dict[BlockKey, torch.Tensor] = {}
+        self._unwritten: set[BlockKey] = set()
         self._waiting: deque[tuple[int, Future[str]]] = deque()
         # a check never waits for the copies of earlier blocks, for which memory has to be found
         self._checker = ThreadPoolExecutor(1, thread_name_prefix="blockft-check")
@@ -54,14 +59,20 @@ class ComputedBlocks:
         self._limit_waiting()
         peaks, checked = self._stream.copy_to_host(torch.stack([_peak(kv) for _, kv in blocks]))
         reports, copies = ([Future[str]() for _ in blocks] for _ in range(2))
+        self._unwritten.update(key for key, _ in blocks)
         self._checker.submit(self._check, blocks, peaks, checked, reports, copies)
         self._waiting.extend(zip((kv.nbytes for _, kv in blocks), copies, strict=True))
         return reports
 
-    def close(self) -> None:
-        """Wait until the store has all blocks."""
-        self._checker.shutdown()
-        self._copier.shutdown()
+    def close(self, timeout_s: float) -> int:
+        """Wait until the folder has all blocks, at most `timeout_s`. Return how many of them it lacks."""
+        end = time.monotonic() + timeout_s
+        while self._unwritten and time.monotonic() < end:
+            time.sleep(POLL_S)
+        num_unwritten = len(self._unwritten)
+        for threads in (self._checker, self._copier):
+            threads.shutdown(wait=not num_unwritten, cancel_futures=True)
+        return num_unwritten
 
     def _limit_waiting(self) -> None:
         """Wait until the blocks that wait for their copy are few."""
@@ -83,6 +94,7 @@ class ComputedBlocks:
             is_finite = peaks.isfinite().tolist()
             for (key, kv), is_usable, report, copied in zip(blocks, is_finite, reports, copies, strict=True):
                 if not is_usable:
+                    self._unwritten.discard(key)
                     copied.set_result("")
                     report.set_result(_overflow(kv))
                     continue
@@ -108,14 +120,18 @@ class ComputedBlocks:
             written = self._store.insert(key, on_host).result()
             self._writes.append(written)
             written.add_done_callback(partial(self._end, key, report))
+        except CancelledError:  # the server ends
+            pass
         except Exception as error:  # such as too little memory
             self._lose(key, error, report, copied)
 
     def _end(self, key: BlockKey, report: Future[str], written: Future[None]) -> None:
+        if written.cancelled():  # the server ends
+            return
         if error := written.exception():
             self._lose(key, error, report)
             return
-        self._blocks.pop(key, None)
+        self._forget(key)
         if not report.done():
             report.set_result("")
 
@@ -123,12 +139,16 @@ class ComputedBlocks:
         self, key: BlockKey, error: BaseException, report: Future[str], copied: Future[str] | None = None
     ) -> None:
         """Forget a block that the folder does not get. A prompt that needs the block computes it again."""
-        self._blocks.pop(key, None)
+        self._forget(key)
         if report.done():  # nobody else tells of this error
             _log.error(f"the folder does not get a block of {num_tokens(key)} tokens", exc_info=error)
         for future in (report, copied):
             if future is not None and not future.done():
                 future.set_exception(error)
+
+    def _forget(self, key: BlockKey) -> None:
+        self._blocks.pop(key, None)
+        self._unwritten.discard(key)
 
 
 def _peak(kv: torch.Tensor) -> torch.Tensor:

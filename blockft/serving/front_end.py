@@ -73,6 +73,10 @@ REPORT_TIMEOUT_S = 5
 FAILURE_TIMEOUT_S = 1
 """How long a failure of vLLM waits for a report of its reason, if the first report told of no failure."""
 
+ENGINE_END_S = 40
+"""How long the process of vLLM's engine may take to end. Its workers write blocks to the folder meanwhile. By
+default vLLM kills the process at once."""
+
 END_TIMEOUT_S = 10
 """How long requests may take to end after vLLM's engine has ended. uvicorn waits for ever by default, and
 requests that the engine has lost never end."""
@@ -116,7 +120,7 @@ class BlockFrontEnd:
         self._models: dict[tuple[bytes, ...], dict[str, int]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        _limit_end(scope)
+        _set_time_to_end(scope)
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
         if not _may_have_prompt(scope) or path.endswith(OWN_DOCUMENTS):
             await self._app(scope, receive, send)
@@ -271,11 +275,19 @@ class BlockFrontEnd:
         }
 
 
-def _limit_end(scope: Scope) -> None:
-    """Let uvicorn cancel the requests that have not ended some time after the engine."""
-    state = getattr(scope.get("app"), "state", None)
-    if (server := getattr(state, "server", None)) and server.config.timeout_graceful_shutdown is None:
-        server.config.timeout_graceful_shutdown = END_TIMEOUT_S
+def _set_time_to_end(scope: Scope) -> None:
+    """Let vLLM wait for its engine, and uvicorn cancel the requests that have not ended some time later.
+
+    The engine has its own copy of vLLM's settings. It still ends its requests at once, unless the server was
+    started with --shutdown-timeout.
+    """
+    state: Any = getattr(scope.get("app"), "state", None)
+    if server := getattr(state, "server", None):
+        if server.config.timeout_graceful_shutdown is None:
+            server.config.timeout_graceful_shutdown = END_TIMEOUT_S
+        vllm_config = state.engine_client.vllm_config
+        if not vllm_config.shutdown_timeout:
+            vllm_config.shutdown_timeout = ENGINE_END_S
 
 
 def _may_have_prompt(scope: Scope) -> bool:

@@ -30,6 +30,10 @@ SERVED_MODEL = "served_model"
 HEAD_DIM = 3
 """The dimension of the heads of a block, (L, n, 2, K, D)."""
 
+END_S, WORKER_END_S = 30, 5
+"""How long the end of a server waits until the folder has all blocks: in the engine's process, and in a
+process of a worker, which vLLM kills after 8 s. Few blocks of several workers wait."""
+
 _log = logging.getLogger("blockft.serving")
 
 
@@ -65,7 +69,7 @@ class BlockConnector(KVConnectorBase_V1):
         check_engine(vllm_config, served)
         if kv_cache_config is not None:
             check_pages(kv_cache_config)
-        self._compilation = vllm_config.compilation_config
+        self._compilation, self._parallel = vllm_config.compilation_config, vllm_config.parallel_config
         page_len = vllm_config.cache_config.block_size
         self._scheduler = self._worker = None
         if role is KVConnectorRole.SCHEDULER:
@@ -76,7 +80,8 @@ class BlockConnector(KVConnectorBase_V1):
 
     def shutdown(self) -> None:
         if self._worker is not None:
-            self._worker.close()
+            in_engine = self._parallel.distributed_executor_backend == "uni"
+            self._worker.close(END_S if in_engine else WORKER_END_S)
 
     # in the scheduler
 

@@ -18,6 +18,7 @@ import torch
 
 from blockft.attention.rope import RotaryEmbedding
 from blockft.errors import first_line, notify
+from blockft.held_signals import ignore_signals
 from blockft.inference.block_cache import Tier
 from blockft.inference.block_key import BlockKey, key_digest, num_first, num_tokens
 from blockft.inference.device_tier import DeviceTier
@@ -190,11 +191,18 @@ class WorkerHalf:
         evicted, self._evicted = self._evicted, set()
         return {key for key in evicted if not self._is_in_device_tier(key)}
 
-    def close(self) -> None:
-        """Wait until the folder has all blocks."""
+    def close(self, limit_s: float) -> None:
+        """Wait until the folder has all blocks, at most `limit_s`, and warn if it does not get all."""
         if self._store is not None:
-            self._computed.close()
-            self._store.close()
+            # Ctrl-C reaches every process of a server, and vLLM then sends this one SIGTERM, too
+            with ignore_signals():
+                num_unwritten = self._computed.close(limit_s)
+            if num_unwritten:
+                _log.warning(
+                    f"the server ends, and {self._served.folder} does not get all computed blocks: "
+                    f"{num_unwritten} were not written within {limit_s:g} s and will be computed again"
+                )
+            self._store.close(wait=not num_unwritten)
         self._reporter.close()
 
     @property

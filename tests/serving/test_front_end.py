@@ -22,13 +22,14 @@ from blockft.data.encoder import Encoder
 from blockft.data.sample import Sample
 from blockft.inference.block_key import BlockKey, block_key, first_ids, num_first, num_tokens, token_ids
 from blockft.inference.disk_tier import DiskTier
-from blockft.serving import front_end
+from blockft.serving import front_end, launch
 from blockft.serving.answer_sender import ABORTED
 from blockft.serving.block_request import BlockRequest, block_keys, block_salt, parse_params
 from blockft.serving.front_end import (
     CHAT,
     COMPLETIONS,
     END_TIMEOUT_S,
+    ENGINE_END_S,
     MAX_ATTEMPTS,
     BlockFrontEnd,
 )
@@ -594,25 +595,46 @@ def test_an_answer_that_vllm_aborts_is_no_answer(setup: Setup, mode: str) -> Non
     run(test)
 
 
-def test_requests_that_the_engine_has_lost_do_not_keep_the_server(setup: Setup) -> None:
-    """uvicorn cancels them. A limit of vLLM itself, and an application that has ended, stay as they are."""
+def vllm_app(limit: int | None = None, shutdown_timeout: int = 0) -> Any:
+    """Return what a request knows of vLLM's application."""
+    server = SimpleNamespace(config=SimpleNamespace(timeout_graceful_shutdown=limit))
+    engine_client = SimpleNamespace(vllm_config=SimpleNamespace(shutdown_timeout=shutdown_timeout))
+    return SimpleNamespace(state=SimpleNamespace(server=server, engine_client=engine_client))
 
+
+async def ask_health(setup: Setup, app: Any) -> None:
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": b""}
 
     async def send(message: Any) -> None:
         pass
 
-    async def get(app: Any) -> None:
-        scope = {"type": "http", "method": "GET", "path": "/health", "headers": [], "app": app}
-        await setup.app(scope, receive, send)
+    scope = {"type": "http", "method": "GET", "path": "/health", "headers": [], "app": app}
+    await setup.app(scope, receive, send)
+
+
+def test_the_engine_has_time_to_write_its_blocks_when_it_ends(setup: Setup) -> None:
+    """vLLM would kill it at once. A time that the user has set stays."""
+
+    async def test() -> None:
+        for set_by_user, expected in ((0, ENGINE_END_S), (7, 7)):
+            app = vllm_app(shutdown_timeout=set_by_user)
+            await ask_health(setup, app)
+            assert app.state.engine_client.vllm_config.shutdown_timeout == expected
+
+    run(test)
+    assert ENGINE_END_S + END_TIMEOUT_S < launch.STOP_TIMEOUT_S
+
+
+def test_requests_that_the_engine_has_lost_do_not_keep_the_server(setup: Setup) -> None:
+    """uvicorn cancels them. A limit of vLLM itself, and an application that has ended, stay as they are."""
 
     async def test() -> None:
         for limit, expected in ((None, END_TIMEOUT_S), (3, 3)):
-            config = SimpleNamespace(timeout_graceful_shutdown=limit)
-            await get(SimpleNamespace(state=SimpleNamespace(server=SimpleNamespace(config=config))))
-            assert config.timeout_graceful_shutdown == expected
-        await get(SimpleNamespace())
+            app = vllm_app(limit=limit)
+            await ask_health(setup, app)
+            assert app.state.server.config.timeout_graceful_shutdown == expected
+        await ask_health(setup, SimpleNamespace())
 
     run(test)
 

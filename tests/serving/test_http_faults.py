@@ -20,9 +20,14 @@ import openai
 import psutil
 import pytest
 
+from blockft.inference.block_key import context_keys, key_digest
+from blockft.inference.cache_entry import SUFFIX
+from blockft.inference.cache_folder import CacheFolder
 from blockft.serving.launch import STOP_TIMEOUT_S
 from blockft.serving.missing_blocks import KNOWN_S
+from tests.commands import wait_until
 from tests.serving.real_server import (
+    MODEL,
     TOLERANCE,
     Chat,
     Server,
@@ -31,6 +36,7 @@ from tests.serving.real_server import (
     in_mode,
     needs_vllm,
     reference,
+    reference_models,
     shuffled,
     start_server,
 )
@@ -256,10 +262,18 @@ def test_clients_that_leave_stop_their_requests(server: Server, chats: list[Chat
     assert server.metric("vllm:request_success_total{") >= aborted
 
 
+def stored_blocks(folder: Path, chat: Chat) -> list[Path]:
+    """Return the entries of the user's blocks that are in the cache folder."""
+    engine, _ = reference_models(MODEL)
+    blocks = engine.encode(engine.parse_request({"messages": chat}), 1)[:-1]
+    names = [f"{key_digest(key)}{SUFFIX}" for key in context_keys(blocks)[-len(chat[0]["content"]) + 1 :]]
+    return [path for name in names for path in (folder / "cache").rglob(name)]
+
+
 def test_a_server_that_is_ended_answers_right_or_fails_and_leaves_no_process(
-    server: Server, chats: list[Chat]
+    server: Server, chats: list[Chat], folder: Path
 ) -> None:
-    """The last test of the file: SIGTERM while requests run."""
+    """The last test of the file: SIGTERM while requests run, and while a block waits for its write."""
     wrong: list[Any] = []
     ended: list[str] = []
     begun = threading.Barrier(9)
@@ -278,16 +292,25 @@ def test_a_server_that_is_ended_answers_right_or_fails_and_leaves_no_process(
 
     for chat in chats:
         reference(chat)
+    new: Chat = [{"role": "user", "content": ["New facts.\n", "Ada has a red box.\n", "Who has a box?"]}]
     processes = psutil.Process(server.process.pid).children(recursive=True)
     threads = [threading.Thread(target=ask, args=(index,)) for index in range(8)]
     for thread in threads:
         thread.start()
     begun.wait()
-    time.sleep(0.5)
-    server.process.send_signal(signal.SIGTERM)
+    with CacheFolder(folder / "cache").locked():  # the server cannot write
+        check(server, in_mode("block", [new]))
+        time.sleep(0.5)
+        assert not stored_blocks(folder, new)
+        server.process.send_signal(signal.SIGTERM)
+        wait_until(
+            lambda: "EngineCore: exiting busy loop" in server.log.read_text(),
+            is_running=lambda: server.process.poll() is None,
+        )
     code = server.process.wait(STOP_TIMEOUT_S - 10)  # it ends by itself: nobody kills it
     for thread in threads:
         thread.join(60)
+    assert len(stored_blocks(folder, new)) == 2
     assert not any(thread.is_alive() for thread in threads)
     assert not wrong and len(ended) == 8 and code == 130
     _, alive = psutil.wait_procs(processes, 10)

@@ -17,8 +17,10 @@ from blockft.inference.block_key import BlockKey, block_key
 from blockft.serving import device_record
 from blockft.serving.block_request import EncodeRequest, block_params, page_slots
 from blockft.serving.block_store import BlockStore
+from blockft.serving.front_end import ENGINE_END_S
 from blockft.serving.pages import read_blocks
 from blockft.serving.report import Report, Reporter
+from blockft.serving.worker_half import WorkerHalf
 from tests.commands import TIMEOUT_S, wait_until
 from tests.serving.stubs import (
     NOWHERE,
@@ -78,6 +80,8 @@ def connector(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 class Engine:
     """Both halves of the connector, with the layers of a worker."""
 
+    backend = "uni"
+
     def __init__(self, module: ModuleType, folder: Path, cudagraph_mode: str = "NONE") -> None:
         served = make_served(folder, device_bytes=16 * SHAPE.token_bytes)
         served.save(folder / "served.json")
@@ -85,6 +89,7 @@ class Engine:
         names = [f"model.layers.{index}.self_attn.attn" for index in range(SHAPE.num_layers)]
         config = make_config(served)
         config.cache_config.block_size = PAGE_LEN
+        config.parallel_config.distributed_executor_backend = self.backend
         config.kv_transfer_config.kv_connector_extra_config = {"served_model": str(folder / "served.json")}
         context = dict(zip(names, self.layers, strict=True)) | {"another.0": object()}
         mode = SimpleNamespace(name=cudagraph_mode)
@@ -239,3 +244,20 @@ def test_graphs_in_which_answers_may_be_wrong_end_the_start(connector: ModuleTyp
     Engine(connector, safe, "FULL_AND_PIECEWISE").close()
     with pytest.raises(UserError, match="cudagraph_mode FULL"):
         Engine(connector, unsafe, "FULL")
+
+
+@pytest.mark.parametrize(
+    ("backend", "limit"), [("uni", "END_S"), ("mp", "WORKER_END_S"), ("ray", "WORKER_END_S")]
+)
+def test_the_end_of_a_worker_is_limited_before_vllm_kills_its_process(
+    connector: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, limit: str
+) -> None:
+    monkeypatch.setattr(Engine, "backend", backend)
+    engine, limits = Engine(connector, tmp_path), list[float]()
+    close = WorkerHalf.close
+    monkeypatch.setattr(
+        WorkerHalf, "close", lambda self, limit_s: limits.append(limit_s) or close(self, limit_s)
+    )
+    engine.close()
+    assert limits == [getattr(connector, limit)]
+    assert connector.WORKER_END_S < connector.END_S < ENGINE_END_S

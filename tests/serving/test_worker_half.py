@@ -1,6 +1,7 @@
 """The worker's half: loads blocks in the background, stores computed blocks, and fails single requests."""
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -78,7 +79,7 @@ def open_worker(tmp_path: Path) -> Iterator[Callable[..., Worker]]:
 
     yield open_worker
     for worker in workers:
-        worker.half.close()
+        worker.half.close(TIMEOUT_S)
 
 
 def make_load(start: int = 0, **changes: Any) -> Load:
@@ -189,7 +190,7 @@ def test_a_computed_block_is_stored_for_later_servers(
     write_pages(worker, KEYS[0], [4, 2])
     worker.half.save([Save(key=KEYS[0], pages=[4, 2], reply_to=ADDRESS)])
     assert wait_for(reports) == SAVED
-    worker.half.close()
+    worker.half.close(TIMEOUT_S)
     by_blockft, by_vllm = make_served(tmp_path).open_disk_tiers()
     assert KEYS[0] in by_vllm and KEYS[0] not in by_blockft
     later = open_worker([])
@@ -211,7 +212,7 @@ def test_a_block_that_sees_the_first_block_is_stored_without_it(
     )
     worker.half.save([Save(key=key, pages=pages, reply_to=ADDRESS)])
     assert wait_for(reports) == Report(block=key_digest(key))
-    worker.half.close()
+    worker.half.close(TIMEOUT_S)
     _, by_vllm = served.open_disk_tiers()
     assert key in by_vllm and KEYS[1] not in by_vllm and KEYS[0] not in by_vllm
     entry = by_vllm.open(key)
@@ -249,9 +250,114 @@ def test_computed_blocks_are_used_before_the_folder_has_them(
     found = read_blocks(worker.layers, SHAPE, PAGE_LEN, page_slots([7, 3, 9, 1], PAGE_LEN, 0, 15))
     assert_close(found[:, :, 1], torch.cat([kv_of(key)[:, :, 1] for key in KEYS], dim=1))
     may_write.set()
-    worker.half.close()
+    worker.half.close(TIMEOUT_S)
     assert open_worker([]).load(make_load()) == ({"a"}, set())
     assert reports == [Report(sources=["disk"] * 3)]
+
+
+def save(worker: Worker, key: BlockKey, pages: list[int]) -> None:
+    """Compute a block, and store it."""
+    write_pages(worker, key, pages)
+    worker.half.save([Save(key=key, pages=pages, reply_to=ADDRESS)])
+
+
+def num_stored(served: ServedModel) -> int:
+    return len([*Path(served.folder).rglob("*.safetensors")])
+
+
+def test_the_end_waits_for_the_blocks_that_the_folder_does_not_have(
+    open_worker: Callable[..., Worker],
+    reports: list[Report],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Their requests were answered. Signals do not end the process meanwhile: Ctrl-C gives it two."""
+    worker, write = open_worker([]), DiskTier.write
+    is_closing = Event()
+
+    def write_at_the_end(*arguments: Any) -> None:
+        assert is_closing.wait(TIMEOUT_S)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        write(*arguments)
+
+    monkeypatch.setattr(DiskTier, "write", write_at_the_end)
+    for key, pages in zip(KEYS, ([4, 2], [5], [6, 8]), strict=True):
+        save(worker, key, pages)
+    assert {wait_for(reports).block for _ in KEYS} == {*map(key_digest, KEYS)}
+    assert not num_stored(worker.half._served)
+    wait_for_blocks = ComputedBlocks.close
+    monkeypatch.setattr(
+        ComputedBlocks, "close", lambda self, limit: is_closing.set() or wait_for_blocks(self, limit)
+    )
+    received: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda number, frame: received.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        worker.half.close(TIMEOUT_S)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert num_stored(worker.half._served) == len(KEYS) and not received
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("num_begun", [0, 1])
+def test_the_end_says_how_many_blocks_the_folder_does_not_get(
+    tmp_path: Path,
+    reports: list[Report],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    num_begun: int,
+) -> None:
+    """A folder that hangs does not keep the process. Writes that have not begun are left out."""
+    worker, write = Worker(make_served(tmp_path), []), DiskTier.write
+    calls, is_stuck, may_write = count(), Event(), Event()
+
+    def write_until_stuck(*arguments: Any) -> None:
+        if next(calls) >= num_begun:
+            is_stuck.set()
+            assert may_write.wait(TIMEOUT_S)
+        write(*arguments)
+
+    monkeypatch.setattr(DiskTier, "write", write_until_stuck)
+    for key, pages in zip(KEYS, ([4, 2], [5], [6, 8]), strict=True):
+        save(worker, key, pages)
+        wait_for(reports)
+    assert is_stuck.wait(TIMEOUT_S)
+    wait_until(lambda: num_stored(worker.half._served) == num_begun)
+    worker.half.close(0.1)
+    (record,) = caplog.records
+    assert f"{len(KEYS) - num_begun} were not written within 0.1 s" in record.message
+    may_write.set()
+    for cache in worker.half._opened._caches:
+        cache._writer.shutdown()
+    assert num_stored(worker.half._served) == num_begun + 1, "the write that had begun"
+    assert len(caplog.records) == 1
+
+
+def test_blocks_that_cannot_be_stored_do_not_hold_up_the_end(
+    open_worker: Callable[..., Worker],
+    reports: list[Report],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A block that overflows, one that finds no memory, and one of a damaged device."""
+    worker = open_worker([])
+    write_pages(worker, KEYS[0], [4, 2])
+    worker.layers[1].kv_cache[4].fill_(float("inf"))
+    worker.half.save([Save(key=KEYS[0], pages=[4, 2], reply_to=ADDRESS)])
+    assert "not finite" in wait_for(reports).failure
+    for place, key in (("block_store.BlockStore.empty", KEYS[1]), ("device_work.DeviceWork.wait", KEYS[2])):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"blockft.serving.{place}", Mock(side_effect=MemoryError("no memory")))
+            save(worker, key, [5, 6])
+            wait_until(lambda: not worker.half._computed._unwritten)
+    caplog.clear()
+    worker.half.close(TIMEOUT_S)
+    assert not caplog.records
 
 
 def test_the_blocks_of_a_step_are_read_at_once(
@@ -312,7 +418,7 @@ def test_several_workers_use_a_block_when_the_folder_has_it(
 ) -> None:
     """The other workers read it there."""
     worker, may_write = open_worker([]), Event()
-    worker.half.close()
+    worker.half.close(TIMEOUT_S)
     shard, layers = HeadShard(num_workers=2), make_layers(OneHeadPages)
     worker.half.use_layers(layers, shard, lambda part: torch.cat((part, part), dim=3))
     write = DiskTier.write
@@ -392,7 +498,7 @@ def test_a_block_that_is_lost_before_the_folder_has_it_is_told_and_missing(
         worker.half.save([Save(key=KEYS[0], pages=[4, 2], reply_to=ADDRESS)])
         failure = "a block could not be stored: no memory" if wait_for_disk else ""
         assert wait_for(reports) == replace(SAVED, failure=failure)
-        worker.half._computed.close()
+        worker.half._computed.close(TIMEOUT_S)
         worker.half._opened._caches[1]._writer.shutdown()
         worker.half._opened._caches[1]._writes.clear()  # or closing the worker raises the error again
     assert worker.half._computed.get(KEYS[0]) is None
@@ -408,7 +514,7 @@ def test_the_start_says_what_writes_pages_and_why(
     assert capsys.readouterr().err == f"blockft: PyTorch writes cached blocks into pages: {reason}\n"
     worker = open_worker([], page_writer="torch")
     assert capsys.readouterr().err.endswith("into pages: --page-writer torch\n")
-    worker.half.close()
+    worker.half.close(TIMEOUT_S)
     worker.half.use_layers(make_layers(OneHeadPages), HeadShard(worker=1, num_workers=2))
     assert not capsys.readouterr().err
 
@@ -703,7 +809,7 @@ def test_each_worker_loads_its_heads(
     for number in range(2):
         worker = open_worker([], device_bytes=device_bytes)
         shard = HeadShard(worker=number, num_workers=2)
-        worker.half.close()
+        worker.half.close(TIMEOUT_S)
         worker.layers = make_layers(OneHeadPages)
         worker.half.use_layers(worker.layers, shard)
         for _ in range(2):  # from the host, then from the device tier
@@ -719,7 +825,7 @@ def test_a_block_is_stored_from_the_heads_of_all_workers(
     kv, slots = kv_of(KEYS[0]), page_slots([4, 2], PAGE_LEN, 0, 5)
     for number in (1, 0):
         worker = open_worker([])
-        worker.half.close()
+        worker.half.close(TIMEOUT_S)
         shard, layers = HeadShard(worker=number, num_workers=2), make_layers(OneHeadPages)
         for layer, part in zip(layers, shard.take(kv), strict=True):
             layer.impl.do_kv_cache_update(layer, *part.unbind(1), layer.kv_cache, slots)
@@ -748,7 +854,7 @@ def test_a_gpu_loads_and_stores_beside_its_forward_passes(
     worker = open_worker([], device_bytes=device_bytes)
     on_cpu.load(make_load())
     expected = read_blocks(on_cpu.layers, SHAPE, PAGE_LEN, slots)
-    worker.half.close()
+    worker.half.close(TIMEOUT_S)
     worker.half._served = replace(worker.half._served, page_writer=page_writer)
     worker.layers = make_layers(device="cuda")
     worker.half.use_layers(worker.layers)
