@@ -25,6 +25,7 @@ from blockft.attention.layout import Layout
 from blockft.inference.engine import Engine
 from blockft.model.load import load_model
 from blockft.model.masked_forward import masked_logits
+from blockft.serving.missing_blocks import KNOWN_S
 from tests.commands import ROOT, free_port
 from tests.serving.vllm_environment import vllm_python
 
@@ -181,6 +182,11 @@ def check(
         assert answer.usage.block_attention["mode"] == mode
         sources.update(answer.usage.block_attention["sources"])
     return sources
+
+
+def forget_memory() -> None:
+    """Wait until the front end looks for the latest blocks in the folder."""
+    time.sleep(KNOWN_S + 0.5)
 
 
 def in_mode(mode: str, chats: Sequence[Chat]) -> list[tuple[Chat, str]]:

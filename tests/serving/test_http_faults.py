@@ -24,7 +24,6 @@ from blockft.inference.block_key import context_keys, key_digest
 from blockft.inference.cache_entry import SUFFIX
 from blockft.inference.cache_folder import CacheFolder
 from blockft.serving.launch import STOP_TIMEOUT_S
-from blockft.serving.missing_blocks import KNOWN_S
 from tests.commands import wait_until
 from tests.serving.real_server import (
     MODEL,
@@ -33,6 +32,7 @@ from tests.serving.real_server import (
     Server,
     check,
     demo_chats,
+    forget_memory,
     in_mode,
     needs_vllm,
     reference,
@@ -90,11 +90,6 @@ def assert_lives(server: Server, chats: list[Chat]) -> None:
     ):
         assert time.monotonic() < deadline, "a request was left behind"
         time.sleep(0.2)
-
-
-def forget_memory() -> None:
-    """Wait until the front end looks for the latest blocks in the folder."""
-    time.sleep(KNOWN_S + 0.5)
 
 
 def test_damaged_entries_are_computed_again(server: Server, folder: Path, chats: list[Chat]) -> None:

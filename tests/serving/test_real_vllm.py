@@ -39,6 +39,7 @@ from tests.serving.real_server import (
     Server,
     check,
     demo_chats,
+    forget_memory,
     in_mode,
     needs_vllm,
     reference,
@@ -155,6 +156,7 @@ def test_damaged_and_removed_blocks_are_computed_again(
     assert check(later_server, in_mode("block", chats[:20]))["computed"]
     for file in files:
         file.unlink()
+    forget_memory()
     assert check(later_server, in_mode("block", chats[:20]))["computed"]
 
 
