@@ -29,7 +29,8 @@ _MAX_ATTEMPTS = 1000
 """How often the creation of a lock file is tried while other processes remove its folder."""
 
 _HOLDER_S = 1.0
-"""How long the name of a holder is waited for, which it writes just after it has taken the lock."""
+"""How long the name of a holder is waited for, which it writes just after it has taken the lock. A reader
+also waits so long for another one that ends, which holds the lock alone for a moment."""
 
 _NOT_SUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
@@ -84,6 +85,7 @@ class FolderLock:
         Raises:
             BlockingIOError: another process holds the lock.
         """
+        deadline = time.monotonic() + _HOLDER_S
         for attempt in count():
             try:
                 descriptor = self._open()
@@ -98,9 +100,13 @@ class FolderLock:
                     # otherwise its last holder has removed the file before it was locked here
                     if os.path.samestat(os.fstat(descriptor), os.stat(self._file)):
                         return descriptor
-            except BaseException:
+            except BaseException as error:
                 os.close(descriptor)
-                raise
+                is_reader_refused = isinstance(error, BlockingIOError) and kind == fcntl.LOCK_SH
+                if not is_reader_refused or self._is_written() or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.001)
+                continue
             os.close(descriptor)
         raise AssertionError
 
@@ -163,6 +169,10 @@ class FolderLock:
         except (OSError, ValueError, TypeError, KeyError):  # its holder is just writing it
             return None
 
+    def _is_written(self) -> bool:
+        """Return whether the lock file says that its holder writes the folder."""
+        return (self._read_holder() or "").startswith("being written")
+
     def share(self) -> None:
         """Let other processes take the lock with `shared`, for example the other ranks of a run.
 
@@ -187,8 +197,10 @@ class FolderLock:
             is_last = True
             if os.path.samestat(os.fstat(self._descriptor), os.stat(self._file)):
                 self._file.unlink()
+        _descriptors.remove(
+            self._descriptor
+        )  # once it is closed, a lock of another thread may get its number
         os.close(self._descriptor)
-        _descriptors.remove(self._descriptor)
         self._descriptor = -1  # another lock may get the same number
         self._remove_created()
         return is_last

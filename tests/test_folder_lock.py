@@ -59,6 +59,18 @@ def test_readers_share_a_folder_and_a_writer_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_reader_waits_for_another_one_that_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that ends holds the lock alone for a moment, as a writer does."""
+    monkeypatch.setattr(folder_lock, "_HOLDER_S", 600)
+    ending = FolderLock(tmp_path / "folder", "blockft train")
+    ending.write_holder("read")
+    end = threading.Timer(0.1, ending.release)
+    end.start()
+    with reading_folder(tmp_path / "folder", "blockft inspect"):
+        end.join()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_without_a_parent_is_read_without_a_lock(tmp_path: Path) -> None:
     with reading_folder(tmp_path / "none" / "folder", "blockft train"):
         assert not list(tmp_path.iterdir())
