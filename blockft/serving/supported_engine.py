@@ -26,7 +26,8 @@ BACKENDS_IN_FULL_GRAPHS = ("TritonAttentionImpl",)
 model runner that vLLM 0.23 takes for Llama, Mistral and Qwen3."""
 
 BREAKABLE_GRAPHS = "VLLM_USE_BREAKABLE_CUDAGRAPH"
-"""The variable with which vLLM captures prefill steps in pieces without compiling the model."""
+"""The variable with which vLLM captures prefill steps in pieces without compiling the model. vLLM itself sets
+it to 1 with some settings, such as VLLM_BATCH_INVARIANT=1, unless it is 0."""
 
 _SINGLE = (
     "pipeline_parallel_size",
@@ -152,9 +153,7 @@ def check_graphs(cudagraph_mode: str, layers: Sequence[Any]) -> None:
             breakable.
     """
     if os.environ.get(BREAKABLE_GRAPHS, "0") == "1":
-        raise UserError(
-            f"vLLM gives wrong answers with breakable CUDA graphs: leave {BREAKABLE_GRAPHS}=1 out"
-        )
+        raise UserError(f"vLLM gives wrong answers with breakable CUDA graphs: set {BREAKABLE_GRAPHS}=0")
     backends = {type(layer.impl).__name__ for layer in layers}
     if cudagraph_mode == "FULL" and not backends <= {*BACKENDS_IN_FULL_GRAPHS}:
         raise UserError(
