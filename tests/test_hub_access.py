@@ -20,6 +20,7 @@ from blockft.data.records import read_hub
 from blockft.errors import UserError
 from blockft.hub_access import check_hub
 from blockft.model.load import load_config, load_tokenizer
+from blockft.model.model_files import verify_model_files
 from blockft.stages.part_options import identify_model
 from tests.readmes import DEMO_MODEL
 
@@ -170,6 +171,20 @@ def test_what_will_be_read_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) ->
         "/api/datasets/a/b",
         "/a%20b/c%3F/resolve/main/config.json",
     ]
+
+
+def test_a_mirror_that_names_no_reason_for_a_missing_file_has_answered(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The Hub names it in a header, which mirrors leave out."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with hub(monkeypatch, status(404), status(404), status(403)) as (address, asked):
+        template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        verify_model_files("owner/name", weights=True)
+        with pytest.raises(UserError, match=r"Hub did not say whether it has digests\.json \(403 "):
+            verify_model_files("owner/name", weights=True)
+    assert asked[0] == asked[2] == "/owner/name/resolve/main/digests.json"
 
 
 WITHOUT_ANSWER = {

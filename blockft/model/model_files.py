@@ -10,6 +10,7 @@ transformers and vLLM ignore it. A checkpoint with an adapter, which may be open
 its marker. A folder with neither, such as any other model, is not checked.
 """
 
+from http import HTTPStatus
 from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download
@@ -28,7 +29,7 @@ from blockft.digest import (
     read_with_digest,
     verify_files,
 )
-from blockft.errors import UserError, is_first_of_host
+from blockft.errors import UserError, first_line, is_first_of_host
 from blockft.model.checkpoint import MARKER
 from blockft.model.weights import digest_weights
 
@@ -136,11 +137,14 @@ def _download(hub_id: str, name: str, revision: str | None) -> str | None:
     try:
         return hf_hub_download(hub_id, name, revision=revision)
     except LocalEntryNotFoundError as error:
-        if constants.HF_HUB_OFFLINE:
+        reason = error.__cause__ or error
+        # mirrors of the Hub answer so for a missing file, without the header that names the reason
+        is_missing = getattr(getattr(reason, "response", None), "status_code", None) == HTTPStatus.NOT_FOUND
+        if constants.HF_HUB_OFFLINE or is_missing:
             return None
         raise UserError(
-            f"model {hub_id!r} cannot be verified, because the Hugging Face Hub did not answer whether it "
-            f"has {name}: try again, or set HF_HUB_OFFLINE=1 to use the Hub's cache"
+            f"model {hub_id!r} cannot be verified, because the Hugging Face Hub did not say whether it has "
+            f"{name} ({first_line(reason)}): try again, or set HF_HUB_OFFLINE=1 to use the Hub's cache"
         ) from error
     except (EntryNotFoundError, OSError, ValueError):
         return None  # also no such repository or revision, which opening the model reports
