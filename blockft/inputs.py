@@ -7,6 +7,7 @@ import re
 import stat
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,6 +21,9 @@ MAX_PATH_BYTES = 4095
 
 MAX_TEXT_BYTES = 1 << 28
 """Largest file that is read as a whole."""
+
+MAX_SIMILAR = 2000
+"""Largest number of files of a folder among which a similar name is looked for: more would take seconds."""
 
 _STEP_NAME, _STEP_BRACKETS = r"(?:\\.|[^\\.\[\]])+", r"(?:\[[0-9]{0,9}\])*"
 
@@ -112,9 +116,13 @@ def missing_path(path: str | Path, message: str) -> str:
     """Return a message that ends in the question whether a similar file beside `path` is meant, if any is."""
     place, name = os.path.split(path)
     try:
-        files = [file for file in os.listdir(place or ".") if not file.startswith(".") and file != name]
+        with os.scandir(place or ".") as entries:
+            files = [entry.name for entry in islice(entries, MAX_SIMILAR + 1)]
     except (OSError, ValueError):
         return message
+    if len(files) > MAX_SIMILAR:
+        return message
+    files = [file for file in files if not file.startswith(".") and file != name]
     close = nearest_file(name[: MAX_NAME_BYTES + 1], files)
     return f"{message}; did you mean {os.path.join(place, close)}?" if close else message
 

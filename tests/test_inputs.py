@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from blockft import inputs
 from blockft.data.json_stream import JsonError, decode_json
 from blockft.errors import UserError
 from blockft.inputs import missing_path, parse_json, shorten_paths
@@ -55,3 +56,15 @@ def test_a_message_about_a_missing_file_names_one_that_is_similar(
     expected = f"missing; did you mean {tmp_path}/{meant}?" if meant else "missing"
     assert missing_path(tmp_path / name, "missing") == expected
     assert missing_path(tmp_path / "no" / "such" / "train.jsonl", "missing") == "missing"
+
+
+def test_no_similar_file_is_looked_for_in_a_folder_of_very_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names are compared one by one, which takes minutes for a million."""
+    monkeypatch.setattr(inputs, "MAX_SIMILAR", 3)
+    for number in range(4):
+        missing = missing_path(tmp_path / "tran.jsonl", "missing")
+        assert missing == (f"missing; did you mean {tmp_path}/train.jsonl?" if number else "missing")
+        (tmp_path / ("train.jsonl" if number == 0 else f"{number}")).touch()
+    assert missing_path(tmp_path / "tran.jsonl", "missing") == "missing"
