@@ -7,7 +7,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from blockft.errors import UserError
 from blockft.held_signals import hold_signals
@@ -112,9 +115,15 @@ def run_server(served: ServedModel, folder: Path, options: Sequence[str]) -> int
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the server. vLLM may ignore SIGTERM while it starts; its processes are killed then."""
     process.send_signal(signal.SIGTERM)
     try:
         process.wait(STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:
+        # the engine and its workers would go on without the server, with the memory of the GPU
+        children = psutil.Process(process.pid).children(recursive=True)
         process.kill()
+        for child in children:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
         process.wait()

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from blockft.errors import UserError
@@ -116,3 +117,44 @@ def test_an_interruption_ends_the_server(monkeypatch: pytest.MonkeyPatch, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         run_script(monkeypatch, tmp_path, 3600)
     assert processes[0].returncode == 7
+
+
+HANGING = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
+with open(sys.argv[1] + "-part", "w") as file:
+    file.write(str(worker.pid))
+os.rename(sys.argv[1] + "-part", sys.argv[1])
+time.sleep(3600)
+"""
+
+
+def test_a_server_that_does_not_end_is_killed_with_its_processes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """vLLM ignores SIGTERM for a part of its start."""
+    started = tmp_path / "started"
+
+    class InterruptedPopen(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            wait_until(started.exists)
+            signal.raise_signal(signal.SIGINT)
+
+    command = [sys.executable, "-c", HANGING, str(started)]
+    monkeypatch.setattr(launch, "server_command", lambda *_: command)
+    monkeypatch.setattr(launch, "STOP_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(subprocess, "Popen", InterruptedPopen)
+    with pytest.raises(KeyboardInterrupt):
+        run_server(make_served(tmp_path), tmp_path, [])
+    pid = int(started.read_text())
+    wait_until(lambda: not _is_running(pid))
+
+
+def _is_running(pid: int) -> bool:
+    """Return whether a process runs. One that has ended and that nobody waits for is a zombie."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
