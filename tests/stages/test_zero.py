@@ -150,6 +150,18 @@ def test_every_zero_stage_gives_the_same_losses(train_once: TrainOnce, stage: in
         assert_close(logged(run, name), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize(("adapter", "kind"), [(False, "full"), (True, "selective")])
+def test_recomputed_layers_under_zero3_give_the_losses_of_kept_ones(
+    train_once: TrainOnce, folder: Path, adapter: bool, kind: str
+) -> None:
+    """Each layer is gathered whole, also when it is computed again in the backward pass."""
+    run = folder / f"recomputed-{adapter}-{kind}"
+    settings = ("train.deepspeed=zero3", f"train.gradient_checkpointing={kind}")
+    train(run, *settings, *([LORA] if adapter else []))
+    for name in LOSSES:
+        assert_close(logged(run, name), logged(train_once(2, adapter), name), rtol=1e-5, atol=0)
+
+
 @pytest.mark.slow  # the compiler takes 20 s for each run
 @pytest.mark.parametrize(("adapter", "kind"), [(False, "full"), (True, "selective"), (True, "none")])
 def test_compiled_layers_under_zero3_give_the_losses_of_eager_ones(
