@@ -57,4 +57,5 @@ def ignore_signals() -> Iterator[None]:
         yield
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            if handler is not None:  # a handler of another language cannot be set again
+                signal.signal(number, handler)

@@ -115,15 +115,20 @@ def run_server(served: ServedModel, folder: Path, options: Sequence[str]) -> int
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server. vLLM may ignore SIGTERM while it starts; its processes are killed then."""
+    """End the server. Its processes are killed if it does not end, or if a signal interrupts the wait.
+
+    vLLM may ignore SIGTERM while it starts.
+    """
     process.send_signal(signal.SIGTERM)
     try:
-        process.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        # the engine and its workers would go on without the server, with the memory of the GPU
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.kill()
-        for child in children:
-            with suppress(psutil.NoSuchProcess):
-                child.kill()
-        process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_TIMEOUT_S)
+    finally:
+        if process.poll() is None:
+            # the engine and its workers would go on without the server, with the memory of the GPU
+            children = psutil.Process(process.pid).children(recursive=True)
+            process.kill()
+            for child in children:
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+            process.wait()

@@ -130,8 +130,9 @@ time.sleep(3600)
 """
 
 
+@pytest.mark.parametrize("is_interrupted_again", [False, True])
 def test_a_server_that_does_not_end_is_killed_with_its_processes(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    is_interrupted_again: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """vLLM ignores SIGTERM for a part of its start."""
     started = tmp_path / "started"
@@ -141,6 +142,11 @@ def test_a_server_that_does_not_end_is_killed_with_its_processes(
             super().__init__(*arguments, **options)
             wait_until(started.exists)
             signal.raise_signal(signal.SIGINT)
+
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout is not None and is_interrupted_again:
+                raise KeyboardInterrupt
+            return super().wait(timeout)
 
     command = [sys.executable, "-c", HANGING, str(started)]
     monkeypatch.setattr(launch, "server_command", lambda *_: command)
