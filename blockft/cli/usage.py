@@ -21,10 +21,8 @@ def describe_usage_error(error: Any) -> str:
 
 def _describe(error: Any) -> str:
     if hasattr(error, "possibilities"):  # NoSuchOption
-        sentences = [f"there is no option {error.option_name}"]
-        return "; ".join(
-            filter(None, [*sentences, did_you_mean(error.option_name, error.possibilities or ())])
-        )
+        suggestion = did_you_mean(error.option_name, error.possibilities or ())
+        return "; ".join(filter(None, [f"there is no option {error.option_name}", suggestion]))
     if not isinstance(error, BadParameter) or error.param is None:
         return str(error.format_message())
     name = _name(error)
